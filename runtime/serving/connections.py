@@ -27,7 +27,8 @@ LINGER_S = 2.0
 """Seconds in which a client can still read an answer that came before the end of its body."""
 
 MOST_LINGERING = 100
-"""Refused connections that may wait for their clients to read the answer; others are closed at once."""
+"""Refused connections that may wait for their clients to read the answer, and as many that may wait after their close
+for their clients to read the rest; others are closed at once."""
 
 SPARE_FILES = 128
 """File descriptors besides those of connections: graphs, logs, pictures, the event loop."""
@@ -46,6 +47,7 @@ class ConnectionTable:
         self.open: set[GuardedProtocol] = set()
         self.refused: set[GuardedProtocol] = set()
         self.waiting: dict[GuardedProtocol, None] = {}
+        self.ending: dict[GuardedProtocol, None] = {}
 
     def __len__(self) -> int:
         """Number of open connections."""
@@ -63,6 +65,17 @@ class ConnectionTable:
         self.open.discard(connection)
         self.refused.discard(connection)
         self.waiting.pop(connection, None)
+        self.ending.pop(connection, None)
+
+    def end(self, connection: GuardedProtocol) -> None:
+        """Bounds the number of connections that are closed and no longer counted, but have unsent data."""
+        self.refused.discard(connection)
+        if connection not in self.open:
+            self.ending[connection] = None
+        if len(self.ending) > MOST_LINGERING:
+            oldest = next(iter(self.ending))
+            del self.ending[oldest]
+            oldest.transport.abort()
 
 
 class GuardedProtocol(H11Protocol):
@@ -79,6 +92,7 @@ class GuardedProtocol(H11Protocol):
         self._table = table
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._received = False  # a byte of the request that is awaited
+        self._lost = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begins to wait for the first request."""
@@ -88,6 +102,7 @@ class GuardedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Ends all timers."""
+        self._lost = True
         for name in list(self._timers):
             self._stop(name)
         self._table.remove(self)
@@ -140,6 +155,12 @@ class GuardedProtocol(H11Protocol):
         super().resume_writing()
         self._stop("write")
 
+    def timeout_keep_alive_handler(self) -> None:
+        """Closes a connection that has been idle for too long after an answer."""
+        if not self.transport.is_closing():
+            super().timeout_keep_alive_handler()
+            self.end()
+
     def send_400_response(self, msg: str) -> None:
         """Answers what is no HTTP, in the form of all errors."""
         self.refuse(400, "invalid_http", msg.rstrip(".").lower())
@@ -173,9 +194,19 @@ class GuardedProtocol(H11Protocol):
         if len(self._table.refused) < MOST_LINGERING and self.transport.can_write_eof():
             self._table.refused.add(self)
             self.transport.write_eof()
-            self._start("linger", LINGER_S, self.transport.close)
+            self._start("linger", LINGER_S, self.end)
         else:
-            self.transport.close()
+            self.end()
+
+    def end(self) -> None:
+        """Closes the connection; a client that does not read unsent data in time loses it.
+
+        asyncio keeps a closed connection until its data is sent, without a limit.
+        """
+        self.transport.close()
+        self._table.end(self)
+        if not self._lost:
+            self._start("end", self._table.limits.write_s, partial(self._abort, "write_timeout"))
 
     def _header_late(self) -> None:
         if self._received:
@@ -185,7 +216,7 @@ class GuardedProtocol(H11Protocol):
 
     def _close(self, reason: str) -> None:
         self._table.closed(reason)
-        self.transport.close()
+        self.end()
 
     def _abort(self, reason: str) -> None:
         self._table.closed(reason)
@@ -220,7 +251,7 @@ class GentleTransport:
         if self._connection.conn.their_state is h11.SEND_BODY:
             self._connection.close_gently()
         else:
-            self._connection.transport.close()
+            self._connection.end()
 
 
 class ServingLoop(asyncio.SelectorEventLoop):

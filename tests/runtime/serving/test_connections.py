@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
@@ -18,7 +19,7 @@ pytest.importorskip("uvicorn", reason="the server needs the extra serve")
 from blip2edge.limits import ConnectionLimits, Limits
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.serving import transfer
-from blip2edge.runtime.serving.connections import allow_files
+from blip2edge.runtime.serving.connections import ConnectionTable, GuardedProtocol, allow_files
 from blip2edge.runtime.serving.http import Server
 from tests.http_calls import png_file
 from tests.live_server import all_of, answered, connected, live, one_answer
@@ -220,3 +221,53 @@ def test_a_client_that_takes_nothing_is_closed(captioner: Captioner) -> None:
         connection.connect(("127.0.0.1", port))
         connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n" * 1500)
         wait_until(lambda: "write_timeout" in server.metrics.closed)
+
+
+@pytest.mark.parametrize("how", ["end", "close_gently", "timeout_keep_alive_handler"])
+def test_a_closed_connection_waits_a_limited_time_for_its_client(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blip2edge.runtime.serving.connections.LINGER_S", 0.01)
+    reasons: list[str] = []
+    table = ConnectionTable(ConnectionLimits(write_s=0.05), reasons.append)
+
+    async def unread() -> None:
+        connection, client = await unread_connection(table)
+        with client:
+            getattr(connection, how)()
+            assert connection.transport.get_write_buffer_size() > 0
+            deadline = time.monotonic() + 10
+            while len(table):
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.005)
+
+    asyncio.run(unread())
+    assert reasons == ["write_timeout"]
+
+
+async def unread_connection(table: ConnectionTable) -> tuple[GuardedProtocol, socket.socket]:
+    """A connection with unsent data, and its client."""
+    uvicorn = pytest.importorskip("uvicorn")
+    client, served = socket.socketpair()
+    served.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    connection = GuardedProtocol(table, uvicorn.Config(str), uvicorn.server.ServerState(), {})
+    await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, served)
+    connection.transport.write(b"x" * 60_000)
+    return connection, client
+
+
+def test_few_refused_connections_wait_for_their_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blip2edge.runtime.serving.connections.MOST_LINGERING", 1)
+    table = ConnectionTable(ConnectionLimits(), lambda reason: None)
+
+    async def refused() -> None:
+        made = [await unread_connection(table) for _ in range(4)]
+        for connection, _ in made:
+            connection.refuse(503, "too_many_connections", "too many connections are open")
+        await asyncio.sleep(0.01)
+        # The first lingers, the last waits for the data to be sent; those in between are aborted.
+        assert [connection._lost for connection, _ in made] == [False, True, True, False]
+        for connection, client in made:
+            connection.transport.abort()
+            client.close()
+        await asyncio.sleep(0.01)
+
+    asyncio.run(refused())
