@@ -30,8 +30,8 @@ MOST_LINGERING = 100
 """Refused connections that may wait for their clients to read the answer, and as many that may wait after their close
 for their clients to read the rest; others are closed at once."""
 
-SPARE_FILES = 128
-"""File descriptors besides those of connections: graphs, logs, pictures, the event loop."""
+SPARE_FILES = 128 + 2 * MOST_LINGERING
+"""File descriptors besides those of connections: graphs, logs, pictures, the event loop; and refused connections."""
 
 
 class ConnectionTable:
@@ -48,10 +48,22 @@ class ConnectionTable:
         self.refused: set[GuardedProtocol] = set()
         self.waiting: dict[GuardedProtocol, None] = {}
         self.ending: dict[GuardedProtocol, None] = {}
+        self.handshakes: dict[asyncio.Transport, None] = {}
 
     def __len__(self) -> int:
-        """Number of open connections."""
-        return len(self.open)
+        """Number of open connections, TLS handshakes among them."""
+        return len(self.open) + len(self.handshakes)
+
+    def begin_handshake(self, transport: asyncio.Transport, done: asyncio.Future[None]) -> None:
+        """Counts a TLS handshake until it is done; above half the limit of connections, ends the oldest one."""
+        self.handshakes[transport] = None
+        done.add_done_callback(lambda _: self.handshakes.pop(transport, None))
+        if len(self.handshakes) > most_handshakes(self.limits.connections):
+            oldest = next(iter(self.handshakes))
+            del self.handshakes[oldest]
+            self.closed("too_many_handshakes")
+            # The socket of a new transport is not connected to it before the next turn of the loop.
+            done.get_loop().call_soon(oldest.abort)
 
     def add(self, connection: GuardedProtocol) -> None:
         """Adds a connection; above the limit, closes the oldest that waits, or this one if all others are busy."""
@@ -255,23 +267,37 @@ class GentleTransport:
 
 
 class ServingLoop(asyncio.SelectorEventLoop):
-    """An event loop whose TLS handshakes have a time limit: uvicorn passes none.
+    """An event loop that limits TLS handshakes in time and number: uvicorn does not.
 
     Args:
-        handshake_s: Seconds for a handshake.
+        table: The table of connections.
     """
 
-    def __init__(self, handshake_s: float) -> None:
+    def __init__(self, table: ConnectionTable) -> None:
         super().__init__()
-        self._handshake_s = handshake_s
+        self._table = table
 
     async def create_server(self, *arguments: Any, **named: Any) -> Any:
-        """As of asyncio, with the limit."""
+        """Creates a server as asyncio does, with the limits of time."""
         if isinstance(named.get("ssl"), ssl.SSLContext):
-            named.setdefault("ssl_handshake_timeout", self._handshake_s)
+            named.setdefault("ssl_handshake_timeout", self._table.limits.header_s)
             if sys.version_info >= (3, 11):
                 named.setdefault("ssl_shutdown_timeout", LINGER_S)
         return await super().create_server(*arguments, **named)
+
+    def _make_ssl_transport(
+        self, rawsock: Any, protocol: Any, sslcontext: Any, waiter: Any = None, **named: Any
+    ) -> asyncio.Transport:
+        """Begins a handshake; asyncio has no public call for it. The waiter is done at the end of each handshake."""
+        made: Any = super()
+        transport: asyncio.Transport = made._make_ssl_transport(rawsock, protocol, sslcontext, waiter, **named)
+        self._table.begin_handshake(transport, waiter)
+        return transport
+
+
+def most_handshakes(connections: int) -> int:
+    """Number of TLS handshakes that may be open besides so many connections."""
+    return max(1, connections // 2)
 
 
 def allow_files(connections: int) -> int:
@@ -281,10 +307,9 @@ def allow_files(connections: int) -> int:
         The number of connections that the limit allows, at most ``connections``.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # Connections that are refused, or in the middle of a TLS handshake, are open for a short time as well.
-    needed = 2 * connections + SPARE_FILES
+    needed = connections + most_handshakes(connections) + SPARE_FILES
     unlimited = resource.RLIM_INFINITY
     if soft != unlimited and soft < needed:
         soft = needed if hard == unlimited else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return connections if soft == unlimited else max(1, min(connections, (soft - SPARE_FILES) // 2))
+    return connections if soft == unlimited else max(1, min(connections, (soft - SPARE_FILES) * 2 // 3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -19,7 +20,13 @@ pytest.importorskip("uvicorn", reason="the server needs the extra serve")
 from blip2edge.limits import ConnectionLimits, Limits
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.serving import transfer
-from blip2edge.runtime.serving.connections import ConnectionTable, GuardedProtocol, allow_files
+from blip2edge.runtime.serving.connections import (
+    SPARE_FILES,
+    ConnectionTable,
+    GuardedProtocol,
+    ServingLoop,
+    allow_files,
+)
 from blip2edge.runtime.serving.http import Server
 from tests.http_calls import png_file
 from tests.live_server import all_of, answered, connected, live, one_answer
@@ -208,8 +215,8 @@ def test_the_limit_of_open_files_is_raised() -> None:
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (300, before[1]))
         assert allow_files(100) == 100
-        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 328
-        assert allow_files(10**9) == (before[1] - 128) // 2
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 100 + 50 + SPARE_FILES
+        assert allow_files(10**9) == (before[1] - SPARE_FILES) * 2 // 3
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
@@ -271,3 +278,36 @@ def test_few_refused_connections_wait_for_their_clients(monkeypatch: pytest.Monk
         await asyncio.sleep(0.01)
 
     asyncio.run(refused())
+
+
+def test_tls_handshakes_are_counted_and_few() -> None:
+    reasons: list[str] = []
+    table = ConnectionTable(ConnectionLimits(connections=4), reasons.append)
+    loop = ServingLoop(table)
+
+    async def count(expected: int) -> None:
+        deadline = time.monotonic() + 10
+        while len(table) != expected:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.005)
+
+    async def flood() -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        server = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0, ssl=context)
+        port = server.sockets[0].getsockname()[1]
+        clients = []
+        for number in (1, 2, 2):  # the third one ends the first
+            clients.append(await asyncio.open_connection("127.0.0.1", port))
+            await count(number)
+        assert await clients[0][0].read() == b""
+        assert reasons == ["too_many_handshakes"]
+        for _, writer in clients:
+            writer.close()
+        await count(0)
+        server.close()
+        await server.wait_closed()
+
+    try:
+        loop.run_until_complete(asyncio.wait_for(flood(), 20))
+    finally:
+        loop.close()
