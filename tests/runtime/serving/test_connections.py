@@ -61,14 +61,16 @@ def usual(captioner: Captioner) -> Iterator[Live]:
 @pytest.fixture(scope="module")
 def strict(captioner: Captioner) -> Iterator[Live]:
     """A server with short times and little memory."""
-    limits = ConnectionLimits(connections=4, header_s=0.3, body_s=0.4, memory_bytes=3000)
+    limits = ConnectionLimits(connections=4, header_s=1.0, body_s=1.0, memory_bytes=3000)
     with live(captioner, limits=Limits(body_bytes=2000), connections=limits) as made:
         yield made
 
 
 def test_idle_half_headers_leave_good_requests_answered(usual: Live) -> None:
     server, port = usual
-    allow_files(2 * 1200)  # both ends of each connection are in this process
+    needed = 2400  # both ends of each connection are in this process
+    if allow_files(needed) < needed:
+        pytest.skip(f"the hard limit of open files (ulimit -Hn) allows fewer than {needed} connections")
     with ExitStack() as opened:
         for _ in range(1100):
             half = opened.enter_context(connected(port))
