@@ -181,7 +181,7 @@ def _serve(server: Server, listening: socket.socket, tls: tuple[Path, Path] | No
         running.should_exit = True
 
     server.engine.gave_up = give_up
-    loop = ServingLoop(server.connections.header_s)
+    loop = ServingLoop(table)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_S)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,11 @@ from blip2edge.runtime.decoding.options import GenerationOptions
 log = logging.getLogger(__name__)
 
 CHECK_S = 120.0
-"""Seconds for the caption that shows that a loaded engine works."""
+"""Seconds for the caption that shows that a loaded engine works, and for the end of a broken engine's threads."""
+
+
+class _HangError(Exception):
+    """The engine neither answers nor fails; its threads cannot be ended."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class RestartingCaptioner:
         self._load, self._backoff, self._scheduling = load, backoff, scheduling
         self._closed = threading.Event()
         self._faults = 0  # in a row, without a caption in between
+        self._hung = False  # the scheduler's threads do not end
         self._thread: threading.Thread | None = None
         self.state, self.restarts, self.problem = "ok", 0, ""
         self.gave_up: Callable[[], None] = lambda: None
@@ -94,7 +100,8 @@ class RestartingCaptioner:
         self._closed.set()
         if self._thread is not None:
             self._thread.join()  # it may be putting another scheduler in place
-        self.scheduler.close()
+        if not self._hung:
+            self.scheduler.close()
 
     def _failed(self, error: BaseException) -> None:
         """Begins a restart; called by a thread of the scheduler, which has closed itself."""
@@ -109,7 +116,10 @@ class RestartingCaptioner:
         self._thread.start()
 
     def _restart(self, load: Callable[[], Captioner]) -> None:
-        self.scheduler.close()
+        if not _closed(self.scheduler, CHECK_S):
+            self._hung = True
+            self._give_up(f"the engine has not ended within {CHECK_S:g} s")
+            return
         self.captioner.close()
         while self._faults < self._backoff.attempts:
             self._faults += 1
@@ -117,6 +127,9 @@ class RestartingCaptioner:
                 return
             try:
                 self._replace(load())
+            except _HangError as error:
+                self._give_up(str(error))
+                return
             except Exception as error:  # noqa: BLE001 - whatever it is, the next attempt may succeed
                 self.problem = f"{type(error).__name__}: {one_line(error)}"
                 log.warning("the engine could not be loaded (%s)", self.problem)
@@ -125,19 +138,42 @@ class RestartingCaptioner:
             self.state = "ok"
             log.warning("the engine is loaded again")
             return
+        self._give_up(self.problem)
+
+    def _give_up(self, problem: str) -> None:
+        self.problem = problem
+        log.warning("the engine is not loaded again (%s)", problem)
         self.state = "failed"
         self.gave_up()
 
     def _replace(self, captioner: Captioner) -> None:
-        """Makes a captioner the one in use, after it has captioned a picture."""
+        """Makes a captioner the one in use, after it has captioned a picture.
+
+        Raises:
+            _HangError: There is no caption after :data:`CHECK_S`. The captioner is not closed: its graph still runs.
+        """
         try:
             test = known_good(captioner)
-            with captioner.scheduler(max_batch=1) as scheduler:
-                scheduler.submit(test.image, test.options, prompt=test.prompt).result(CHECK_S)
+            scheduler = captioner.scheduler(max_batch=1)
+            request = scheduler.submit(test.image, test.options, prompt=test.prompt)
+            wait([request.future], CHECK_S)
+            if not _closed(scheduler, CHECK_S if request.future.done() else 0.0):
+                raise _HangError(f"the loaded engine gave no caption within {CHECK_S:g} s")
+            request.result()
             self.captioner, self.scheduler = captioner, self._scheduled(captioner)
+        except _HangError:
+            raise
         except BaseException:
             captioner.close()
             raise
+
+
+def _closed(scheduler: Scheduler, seconds: float) -> bool:
+    """Closes a scheduler; False if its threads do not end in time, because the engine hangs."""
+    thread = threading.Thread(target=scheduler.close, name="blip2edge-close", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
 
 
 def known_good(captioner: Captioner) -> KnownGoodRequest:

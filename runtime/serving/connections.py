@@ -27,10 +27,11 @@ LINGER_S = 2.0
 """Seconds in which a client can still read an answer that came before the end of its body."""
 
 MOST_LINGERING = 100
-"""Refused connections that may wait for their clients to read the answer; others are closed at once."""
+"""Refused connections that may wait for their clients to read the answer, and as many that may wait after their close
+for their clients to read the rest; others are closed at once."""
 
-SPARE_FILES = 128
-"""File descriptors besides those of connections: graphs, logs, pictures, the event loop."""
+SPARE_FILES = 128 + 2 * MOST_LINGERING
+"""File descriptors besides those of connections: graphs, logs, pictures, the event loop; and refused connections."""
 
 
 class ConnectionTable:
@@ -46,10 +47,23 @@ class ConnectionTable:
         self.open: set[GuardedProtocol] = set()
         self.refused: set[GuardedProtocol] = set()
         self.waiting: dict[GuardedProtocol, None] = {}
+        self.ending: dict[GuardedProtocol, None] = {}
+        self.handshakes: dict[asyncio.Transport, None] = {}
 
     def __len__(self) -> int:
-        """Number of open connections."""
-        return len(self.open)
+        """Number of open connections, TLS handshakes among them."""
+        return len(self.open) + len(self.handshakes)
+
+    def begin_handshake(self, transport: asyncio.Transport, done: asyncio.Future[None]) -> None:
+        """Counts a TLS handshake until it is done; above half the limit of connections, ends the oldest one."""
+        self.handshakes[transport] = None
+        done.add_done_callback(lambda _: self.handshakes.pop(transport, None))
+        if len(self.handshakes) > most_handshakes(self.limits.connections):
+            oldest = next(iter(self.handshakes))
+            del self.handshakes[oldest]
+            self.closed("too_many_handshakes")
+            # The socket of a new transport is not connected to it before the next turn of the loop.
+            done.get_loop().call_soon(oldest.abort)
 
     def add(self, connection: GuardedProtocol) -> None:
         """Adds a connection; above the limit, closes the oldest that waits, or this one if all others are busy."""
@@ -63,6 +77,17 @@ class ConnectionTable:
         self.open.discard(connection)
         self.refused.discard(connection)
         self.waiting.pop(connection, None)
+        self.ending.pop(connection, None)
+
+    def end(self, connection: GuardedProtocol) -> None:
+        """Bounds the number of connections that are closed and no longer counted, but have unsent data."""
+        self.refused.discard(connection)
+        if connection not in self.open:
+            self.ending[connection] = None
+        if len(self.ending) > MOST_LINGERING:
+            oldest = next(iter(self.ending))
+            del self.ending[oldest]
+            oldest.transport.abort()
 
 
 class GuardedProtocol(H11Protocol):
@@ -79,6 +104,7 @@ class GuardedProtocol(H11Protocol):
         self._table = table
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._received = False  # a byte of the request that is awaited
+        self._lost = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begins to wait for the first request."""
@@ -88,6 +114,7 @@ class GuardedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Ends all timers."""
+        self._lost = True
         for name in list(self._timers):
             self._stop(name)
         self._table.remove(self)
@@ -140,6 +167,12 @@ class GuardedProtocol(H11Protocol):
         super().resume_writing()
         self._stop("write")
 
+    def timeout_keep_alive_handler(self) -> None:
+        """Closes a connection that has been idle for too long after an answer."""
+        if not self.transport.is_closing():
+            super().timeout_keep_alive_handler()
+            self.end()
+
     def send_400_response(self, msg: str) -> None:
         """Answers what is no HTTP, in the form of all errors."""
         self.refuse(400, "invalid_http", msg.rstrip(".").lower())
@@ -173,9 +206,19 @@ class GuardedProtocol(H11Protocol):
         if len(self._table.refused) < MOST_LINGERING and self.transport.can_write_eof():
             self._table.refused.add(self)
             self.transport.write_eof()
-            self._start("linger", LINGER_S, self.transport.close)
+            self._start("linger", LINGER_S, self.end)
         else:
-            self.transport.close()
+            self.end()
+
+    def end(self) -> None:
+        """Closes the connection; a client that does not read unsent data in time loses it.
+
+        asyncio keeps a closed connection until its data is sent, without a limit.
+        """
+        self.transport.close()
+        self._table.end(self)
+        if not self._lost:
+            self._start("end", self._table.limits.write_s, partial(self._abort, "write_timeout"))
 
     def _header_late(self) -> None:
         if self._received:
@@ -185,7 +228,7 @@ class GuardedProtocol(H11Protocol):
 
     def _close(self, reason: str) -> None:
         self._table.closed(reason)
-        self.transport.close()
+        self.end()
 
     def _abort(self, reason: str) -> None:
         self._table.closed(reason)
@@ -220,27 +263,41 @@ class GentleTransport:
         if self._connection.conn.their_state is h11.SEND_BODY:
             self._connection.close_gently()
         else:
-            self._connection.transport.close()
+            self._connection.end()
 
 
 class ServingLoop(asyncio.SelectorEventLoop):
-    """An event loop whose TLS handshakes have a time limit: uvicorn passes none.
+    """An event loop that limits TLS handshakes in time and number: uvicorn does not.
 
     Args:
-        handshake_s: Seconds for a handshake.
+        table: The table of connections.
     """
 
-    def __init__(self, handshake_s: float) -> None:
+    def __init__(self, table: ConnectionTable) -> None:
         super().__init__()
-        self._handshake_s = handshake_s
+        self._table = table
 
     async def create_server(self, *arguments: Any, **named: Any) -> Any:
-        """As of asyncio, with the limit."""
+        """Creates a server as asyncio does, with the limits of time."""
         if isinstance(named.get("ssl"), ssl.SSLContext):
-            named.setdefault("ssl_handshake_timeout", self._handshake_s)
+            named.setdefault("ssl_handshake_timeout", self._table.limits.header_s)
             if sys.version_info >= (3, 11):
                 named.setdefault("ssl_shutdown_timeout", LINGER_S)
         return await super().create_server(*arguments, **named)
+
+    def _make_ssl_transport(
+        self, rawsock: Any, protocol: Any, sslcontext: Any, waiter: Any = None, **named: Any
+    ) -> asyncio.Transport:
+        """Begins a handshake; asyncio has no public call for it. The waiter is done at the end of each handshake."""
+        made: Any = super()
+        transport: asyncio.Transport = made._make_ssl_transport(rawsock, protocol, sslcontext, waiter, **named)
+        self._table.begin_handshake(transport, waiter)
+        return transport
+
+
+def most_handshakes(connections: int) -> int:
+    """Number of TLS handshakes that may be open besides so many connections."""
+    return max(1, connections // 2)
 
 
 def allow_files(connections: int) -> int:
@@ -250,10 +307,9 @@ def allow_files(connections: int) -> int:
         The number of connections that the limit allows, at most ``connections``.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # Connections that are refused, or in the middle of a TLS handshake, are open for a short time as well.
-    needed = 2 * connections + SPARE_FILES
+    needed = connections + most_handshakes(connections) + SPARE_FILES
     unlimited = resource.RLIM_INFINITY
     if soft != unlimited and soft < needed:
         soft = needed if hard == unlimited else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return connections if soft == unlimited else max(1, min(connections, (soft - SPARE_FILES) // 2))
+    return connections if soft == unlimited else max(1, min(connections, (soft - SPARE_FILES) * 2 // 3))

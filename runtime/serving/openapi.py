@@ -54,11 +54,11 @@ class Endpoint:
         return self.path.replace("{name}", "{name:path}")
 
 
-BODY_ERRORS = (400, 408, 413, 415, 500, 503, 504)
+BODY_ERRORS = (413, 415, 500, 504)
 
 ENDPOINTS = (
     Endpoint("GET", "/", "page", "A page that captions the pictures of a camera or a file", ((HTML, ""),)),
-    Endpoint("GET", "/health", "health", "State and load; 503 while the engine does not work", errors=(503,)),
+    Endpoint("GET", "/health", "health", "State and load; 503 while the engine does not work"),
     Endpoint("GET", "/metrics", "metrics", "Metrics for Prometheus", ((TEXT, ""), (OPEN_METRICS, ""))),
     Endpoint("GET", "/openapi.json", "openapi", "This document"),
     Endpoint("GET", "/v1/models", "models", "The bundle, in OpenAI's format", ((JSON_TYPE, "Models"),)),
@@ -92,15 +92,16 @@ ERRORS = {
     403: "Pages of this origin may not use the server",
     404: "There is no such path or model",
     405: "The path has no such method",
-    408: "The body came too slowly",
+    408: "The header or the body came too slowly",
     413: "The body is too large",
     415: "The body has another type",
     421: "The server does not have this host name",
     500: "The server failed",
-    503: "The queue is full, or the engine does not work; try again after `Retry-After` seconds",
+    503: "The queue or the connections are full, or the engine does not work; try again after `Retry-After` seconds",
     504: "The deadline has passed",
 }
-COMMON_ERRORS = (400, 401, 403, 405, 421)
+COMMON_ERRORS = (400, 401, 403, 405, 408, 421, 503)
+"""Statuses of errors of every route; 400, 408 and 503 also come from the limits of connections."""
 
 _PATHS = {endpoint.path for endpoint in ENDPOINTS}
 _METHODS = {"GET", "HEAD", "POST", "OPTIONS"}

@@ -6,8 +6,10 @@ makes the same steps as one without.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from blip2edge.errors import ConfigError
+from blip2edge.errors import ConfigError, one_line
 from blip2edge.training.config import ValidationConfig
 from blip2edge.training.loop.snapshots import Snapshot
 
@@ -33,7 +35,7 @@ class Validation:
         score: Scores the captioner as it is now; returns figures by name, with the metric among them.
         metric: The figure to maximise.
         accelerator: The processes.
-        best: Largest value so far; None before the first validation.
+        best: Largest value so far; None before the first validation that gives a number other than NaN.
         best_step: Step of that value.
         steps: Steps of all validations.
         tensors: Trained weights at `best_step`, on the CPU, by name; empty if they are not kept.
@@ -73,22 +75,44 @@ class Validation:
 
         Returns:
             The numbers among the figures, by name.
+
+        Raises:
+            RuntimeError: In the other processes, if the first one has raised an error.
         """
-        found: list[Any] = [None]
+        found: list[Any] = [None, None]  # the numbers, and the error in one line
+        failure: Exception | None = None
         if self.accelerator.is_main_process:
-            training = module.training
-            module.eval()
-            with torch.no_grad():
-                figures = self.score()
-            module.train(training)
-            found = [{name: value for name, value in figures.items() if type(value) in (int, float)}]
-        values: dict[str, float] = broadcast_object_list(found)[0]
+            try:
+                found[0] = self._scored(module)
+            except Exception as error:  # noqa: BLE001 - raised below, when the other processes know
+                failure, found[1] = error, f"{type(error).__name__}: {one_line(error)}"
+        values, problem = broadcast_object_list(found)
+        if failure is not None:
+            raise failure
+        if problem is not None:
+            raise RuntimeError(f"the validation after step {step} failed in the first process: {problem}")
+        value: float = values[self.metric]
         self.steps.append(step)
-        if self.best is None or values[self.metric] > self.best:
-            self.best, self.best_step = values[self.metric], step
+        if not math.isnan(value) and (self.best is None or value > self.best):
+            self.best, self.best_step = value, step
             if self.config.keep_best:
                 self.tensors = {name: tensor.detach().cpu().clone() for name, tensor in _trained(module).items()}
-        return values
+        return dict(values)
+
+    def _scored(self, module: nn.Module) -> dict[str, float]:
+        """The numbers among the figures, as Python's numbers."""
+        training = module.training
+        module.eval()
+        try:
+            with torch.no_grad():
+                figures = self.score()
+        finally:
+            module.train(training)
+        return {
+            name: int(value) if isinstance(value, Integral) else float(value)
+            for name, value in figures.items()
+            if isinstance(value, Real) and not isinstance(value, bool)
+        }
 
     @property
     def exhausted(self) -> bool:

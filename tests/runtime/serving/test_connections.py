@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,7 +20,13 @@ pytest.importorskip("uvicorn", reason="the server needs the extra serve")
 from blip2edge.limits import ConnectionLimits, Limits
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.serving import transfer
-from blip2edge.runtime.serving.connections import allow_files
+from blip2edge.runtime.serving.connections import (
+    SPARE_FILES,
+    ConnectionTable,
+    GuardedProtocol,
+    ServingLoop,
+    allow_files,
+)
 from blip2edge.runtime.serving.http import Server
 from tests.http_calls import png_file
 from tests.live_server import all_of, answered, connected, live, one_answer
@@ -53,14 +61,16 @@ def usual(captioner: Captioner) -> Iterator[Live]:
 @pytest.fixture(scope="module")
 def strict(captioner: Captioner) -> Iterator[Live]:
     """A server with short times and little memory."""
-    limits = ConnectionLimits(connections=4, header_s=0.3, body_s=0.4, memory_bytes=3000)
+    limits = ConnectionLimits(connections=4, header_s=1.0, body_s=1.0, memory_bytes=3000)
     with live(captioner, limits=Limits(body_bytes=2000), connections=limits) as made:
         yield made
 
 
 def test_idle_half_headers_leave_good_requests_answered(usual: Live) -> None:
     server, port = usual
-    allow_files(2 * 1200)  # both ends of each connection are in this process
+    needed = 2400  # both ends of each connection are in this process
+    if allow_files(needed) < needed:
+        pytest.skip(f"the hard limit of open files (ulimit -Hn) allows fewer than {needed} connections")
     with ExitStack() as opened:
         for _ in range(1100):
             half = opened.enter_context(connected(port))
@@ -207,8 +217,8 @@ def test_the_limit_of_open_files_is_raised() -> None:
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (300, before[1]))
         assert allow_files(100) == 100
-        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 328
-        assert allow_files(10**9) == (before[1] - 128) // 2
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 100 + 50 + SPARE_FILES
+        assert allow_files(10**9) == (before[1] - SPARE_FILES) * 2 // 3
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
@@ -220,3 +230,86 @@ def test_a_client_that_takes_nothing_is_closed(captioner: Captioner) -> None:
         connection.connect(("127.0.0.1", port))
         connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n" * 1500)
         wait_until(lambda: "write_timeout" in server.metrics.closed)
+
+
+@pytest.mark.parametrize("how", ["end", "close_gently", "timeout_keep_alive_handler"])
+def test_a_closed_connection_waits_a_limited_time_for_its_client(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blip2edge.runtime.serving.connections.LINGER_S", 0.01)
+    reasons: list[str] = []
+    table = ConnectionTable(ConnectionLimits(write_s=0.05), reasons.append)
+
+    async def unread() -> None:
+        connection, client = await unread_connection(table)
+        with client:
+            getattr(connection, how)()
+            assert connection.transport.get_write_buffer_size() > 0
+            deadline = time.monotonic() + 10
+            while len(table):
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.005)
+
+    asyncio.run(unread())
+    assert reasons == ["write_timeout"]
+
+
+async def unread_connection(table: ConnectionTable) -> tuple[GuardedProtocol, socket.socket]:
+    """A connection with unsent data, and its client."""
+    uvicorn = pytest.importorskip("uvicorn")
+    client, served = socket.socketpair()
+    served.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    connection = GuardedProtocol(table, uvicorn.Config(str), uvicorn.server.ServerState(), {})
+    await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, served)
+    connection.transport.write(b"x" * 60_000)
+    return connection, client
+
+
+def test_few_refused_connections_wait_for_their_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blip2edge.runtime.serving.connections.MOST_LINGERING", 1)
+    table = ConnectionTable(ConnectionLimits(), lambda reason: None)
+
+    async def refused() -> None:
+        made = [await unread_connection(table) for _ in range(4)]
+        for connection, _ in made:
+            connection.refuse(503, "too_many_connections", "too many connections are open")
+        await asyncio.sleep(0.01)
+        # The first lingers, the last waits for the data to be sent; those in between are aborted.
+        assert [connection._lost for connection, _ in made] == [False, True, True, False]
+        for connection, client in made:
+            connection.transport.abort()
+            client.close()
+        await asyncio.sleep(0.01)
+
+    asyncio.run(refused())
+
+
+def test_tls_handshakes_are_counted_and_few() -> None:
+    reasons: list[str] = []
+    table = ConnectionTable(ConnectionLimits(connections=4), reasons.append)
+    loop = ServingLoop(table)
+
+    async def count(expected: int) -> None:
+        deadline = time.monotonic() + 10
+        while len(table) != expected:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.005)
+
+    async def flood() -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        server = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0, ssl=context)
+        port = server.sockets[0].getsockname()[1]
+        clients = []
+        for number in (1, 2, 2):  # the third one ends the first
+            clients.append(await asyncio.open_connection("127.0.0.1", port))
+            await count(number)
+        assert await clients[0][0].read() == b""
+        assert reasons == ["too_many_handshakes"]
+        for _, writer in clients:
+            writer.close()
+        await count(0)
+        server.close()
+        await server.wait_closed()
+
+    try:
+        loop.run_until_complete(asyncio.wait_for(flood(), 20))
+    finally:
+        loop.close()

@@ -67,6 +67,7 @@ def test_the_document_is_valid() -> None:
     for operations in made["paths"].values():
         for operation in operations.values():
             assert operation["operationId"]
+            assert {"400", "408", "503"} <= set(operation["responses"])  # from the limits of connections
             assert all(response["description"] for response in operation["responses"].values())
 
 

@@ -16,6 +16,7 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 pytest.importorskip("starlette", reason="the server needs the extra serve")
 
 from blip2edge.errors import EngineFaultError
+from blip2edge.runtime.captioning import restart
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.pipeline import Encoder, TextGenerator
 from blip2edge.runtime.captioning.restart import Backoff
@@ -129,6 +130,42 @@ def test_a_server_whose_engine_stays_broken_gives_up(faults: Faults) -> None:
         assert got(ask(server, "GET", "/health"), 503).json["status"] == "failed"
         got(ask(server, "POST", "/caption", PNG), 503)
     finally:
+        server.close()
+
+
+@pytest.mark.parametrize("place", ["the loaded engine", "the broken engine"])
+def test_an_engine_that_hangs_is_given_up(place: str, faults: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, gave_up, entered, freed = faults.server(), threading.Event(), threading.Event(), threading.Event()
+    server.engine.gave_up = gave_up.set
+    monkeypatch.setattr(restart, "CHECK_S", 0.05)
+    prefill = TextGenerator.prefill
+
+    def hanging(*arguments: Any) -> Any:
+        entered.set()
+        assert freed.wait(60)
+        return prefill(*arguments)
+
+    try:
+        monkeypatch.setattr(TextGenerator, "prefill", hanging)
+        if place == "the loaded engine":
+            faults.place = "encoder"
+            faults.loadable.clear()
+            got(ask(server, "POST", "/caption", PNG), 503)
+            faults.place = ""
+            faults.loadable.set()
+        else:
+            request = server.scheduler.submit(PNG, server.captioner.options())
+            assert entered.wait(30)
+            server.scheduler._end(EngineFaultError())
+            with pytest.raises(EngineFaultError):
+                request.result(30)
+        assert gave_up.wait(30)
+        assert server.engine.state == "failed"
+        assert "within 0.05 s" in server.engine.problem
+        assert faults.loads == (2 if place == "the loaded engine" else 1)
+        got(ask(server, "POST", "/caption", PNG), 503)
+    finally:
+        freed.set()
         server.close()
 
 

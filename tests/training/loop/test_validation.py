@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -19,6 +20,7 @@ from torch import nn  # noqa: E402
 from blip2edge.errors import ConfigError  # noqa: E402
 from blip2edge.training.config import ValidationConfig, parse_config  # noqa: E402
 from blip2edge.training.evaluation.pipeline import evaluate  # noqa: E402
+from blip2edge.training.loop import validation as validation_module  # noqa: E402
 from blip2edge.training.loop.snapshots import Snapshot  # noqa: E402
 from blip2edge.training.loop.validation import Validation  # noqa: E402
 from blip2edge.training.phases import registry  # noqa: E402
@@ -145,3 +147,55 @@ def test_stage_1_says_that_it_is_not_validated(tmp_path: Path) -> None:
     lines: list[str] = []
     train("stage1", path, tmp_path / "out", log=lines.append)
     assert lines[0] == "stage1: [validation] is not used: stage 1 generates no captions"
+
+
+def scored(*scores: object) -> Validation:
+    """A validation that gives these scores, in order; an exception is raised."""
+    left = iter(scores)
+
+    def score() -> dict[str, Any]:
+        value = next(left)
+        if isinstance(value, Exception):
+            raise value
+        return {"score": value, "text": "x", "flag": True}
+
+    return Validation(ValidationConfig(every=1, patience=2), score, "score", Accelerator())
+
+
+def test_nan_is_worse_than_any_score() -> None:
+    module, validation = nn.Linear(1, 1), scored(float("nan"), -5.0, float("nan"), float("nan"))
+    for step in range(1, 5):
+        with torch.no_grad():
+            module.weight.fill_(step)
+        validation.run(step, module)
+        assert validation.exhausted is (step == 4)
+    assert (validation.best, validation.best_step) == (-5.0, 2)
+    validation.finish(module)
+    assert module.weight.item() == 2
+    never = scored(float("nan"))
+    never.run(1, module)
+    assert (never.best, never.best_step, never.tensors) == (None, 0, {})
+    never.finish(module)
+    assert module.weight.item() == 2
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    validation, module = scored(np.float32(0.5), np.int64(3)), nn.Linear(1, 1)
+    found = [validation.run(step, module) for step in (1, 2)]
+    assert json.dumps(found) == '[{"score": 0.5}, {"score": 3}]'
+    assert validation.best == 3
+
+
+def test_an_error_of_the_first_process_reaches_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+    monkeypatch.setattr(validation_module, "broadcast_object_list", lambda found: sent.append(found) or found)
+    module = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="no pictures"):
+        scored(ValueError("no pictures")).run(1, module)
+    assert module.training
+    monkeypatch.setattr(validation_module, "broadcast_object_list", lambda _: sent[0])
+    other = scored()
+    other.accelerator = type("Second", (), {"is_main_process": False})()
+    with pytest.raises(RuntimeError, match="after step 1 failed in the first process: ValueError: no pictures"):
+        other.run(1, module)
+    assert other.steps == []
