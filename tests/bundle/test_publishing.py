@@ -233,6 +233,22 @@ def test_only_a_full_disk_makes_an_error_of_an_input_one_of_the_output(
     assert type(raised.value) is kind
 
 
+def fault_while_handling(number: int) -> None:
+    try:
+        raise OSError(number, os.strerror(number))
+    except OSError:
+        {}["a fault of our own"]
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOENT, KeyError), (errno.ENOSPC, OutputError)])
+def test_an_error_beside_another_one_is_of_the_output_only_if_the_disk_is_full(
+    number: int, kind: type[Exception], out: Path
+) -> None:
+    with pytest.raises((KeyError, OutputError)) as raised, staged(out, force=False):
+        fault_while_handling(number)
+    assert type(raised.value) is kind
+
+
 def test_scratch_files_are_removed_with_the_run(out: Path) -> None:
     with staged(out, force=False) as staging:
         (scratch(staging, "feeds") / "1.npz").touch()
