@@ -21,10 +21,8 @@ import errno
 import hashlib
 import json
 import os
-import platform
 import shutil
 import stat
-import sys
 import tempfile
 import time
 import warnings
@@ -36,13 +34,13 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.outputs.disk_errors import output_error
+from blip2edge.bundle.outputs.machine import command, machine, on_network
 from blip2edge.errors import OutputError
 
 fcntl: Any = import_module("fcntl") if find_spec("fcntl") else None  # Windows has none
 
 OWNER, NEW, OLD = "owner", "new", "old"
 SUFFIX = ".part"
-NETWORK = ("nfs", "cifs", "smb", "9p", "ceph", "lustre", "glusterfs", "afs", "fuse.")  # begin the type's name
 LONGEST = 255 - len(f".{SUFFIX}-12345678")  # bytes of a name on Linux, without what is added here
 WAIT_S = 2.0  # for another process that is between two renames
 PROBE_S = 0.1  # longer than another process needs to ask whether a lock is free
@@ -113,6 +111,8 @@ def recover(target: Path) -> None:
             return
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _same_file(descriptor, part / OWNER):  # a run that ended has just removed the file
+                continue
             _recover_old(part, target)
             return
         except BlockingIOError:
@@ -242,7 +242,7 @@ def _acquire(target: Path) -> tuple[Path, int | None]:
                 os.close(descriptor)
                 continue
             _check_ours(part, owner)
-            if owner.get("machine", _machine()) != _machine() and _on_network(part):
+            if owner.get("machine", machine()) != machine() and on_network(part):
                 os.close(descriptor)
                 break
             _recover_old(part, target)
@@ -330,38 +330,11 @@ def _write_owner(descriptor: int) -> None:
     values = {
         "pid": os.getpid(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": _command(),
-        "machine": _machine(),
+        "command": command(),
+        "machine": machine(),
     }
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(values).encode(), 0)
-
-
-def _command() -> str:
-    """The program and its command, without other arguments: an API key may be among them."""
-    if not sys.argv or not sys.argv[0]:
-        return ""
-    return " ".join([Path(sys.argv[0]).name, *(word for word in sys.argv[1:2] if word.isalnum())])[:200]
-
-
-def _machine() -> str:
-    """Names this machine since it was started; containers on it have the same name."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return platform.node()
-
-
-def _on_network(path: Path) -> bool:
-    """Whether a directory is on a file system that other machines share (Linux; False elsewhere)."""
-    device = path.stat().st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return False
-    kinds = (line.partition(" - ")[2] for line in lines if line.split()[2:3] == [number])
-    return any(kind.startswith(NETWORK) for kind in kinds)
 
 
 def _same_file(descriptor: int, path: Path) -> bool:
