@@ -5,6 +5,7 @@ While a run writes ``NAME``, its files are in the directory ``.NAME.part`` besid
     .NAME.part/owner   the lock: a file that the run holds with ``flock``, with its process and start time as JSON
     .NAME.part/new     the output, until it is complete and renamed to NAME
     .NAME.part/old     what NAME was before, between two renames (only where names cannot be exchanged in one step)
+    .NAME.part/keep    marks that `old` or `new` is another program's or the only copy, and is not removed
     .NAME.part/...     scratch files
 
 The system releases the lock when the process ends, also after a kill or a power cut. So a directory whose lock is free
@@ -39,7 +40,7 @@ from blip2edge.errors import OutputError
 
 fcntl: Any = import_module("fcntl") if find_spec("fcntl") else None  # Windows has none
 
-OWNER, NEW, OLD = "owner", "new", "old"
+OWNER, NEW, OLD, KEEP = "owner", "new", "old", "keep"
 SUFFIX = ".part"
 LONGEST = 255 - len(f".{SUFFIX}-12345678")  # bytes of a name on Linux, without what is added here
 WAIT_S = 2.0  # for another process that is between two renames
@@ -246,6 +247,11 @@ def _acquire(target: Path) -> tuple[Path, int | None]:
                 os.close(descriptor)
                 break
             _recover_old(part, target)
+            if is_kept(part):
+                raise OutputError(
+                    f"{part} has files that an earlier run of {target} could not give their name back",
+                    f"move {part / OLD} or {part / NEW} to where it belongs, and remove {part / KEEP}",
+                )
             _clean(part, target, keep=(OWNER,))
             _write_owner(descriptor)
         except BlockingIOError:  # also for a moment while another process asks whether the lock is free
@@ -292,6 +298,8 @@ def _escaped(name: str) -> str:
 
 def _clean(part: Path, target: Path, keep: tuple[str, ...]) -> None:
     """Removes what is in a directory, the lock last; keeps ``old`` where it could not get its name back."""
+    if is_kept(part):
+        return
     with contextlib.suppress(OSError):
         names = set(os.listdir(part)) - set(keep)
         if OLD in names and not os.path.lexists(target):
@@ -300,6 +308,11 @@ def _clean(part: Path, target: Path, keep: tuple[str, ...]) -> None:
             remove(part / name)
         if OWNER in names and os.listdir(part) == [OWNER]:  # the lock stays with files that could not be removed
             remove(part / OWNER)
+
+
+def is_kept(part: Path) -> bool:
+    """Whether a directory holds files that no run may remove."""
+    return os.path.lexists(part / KEEP) and any(os.path.lexists(part / name) for name in (OLD, NEW))
 
 
 def _check_ours(part: Path, owner: dict[str, Any]) -> None:
