@@ -335,6 +335,17 @@ def test_a_file_is_replaced_as_a_whole_and_other_links_keep_theirs(tmp_path: Pat
     assert sorted(os.listdir(tmp_path)) == ["other", "report.json"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_a_secret_file_is_never_open_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, modes, real = tmp_path / "key.pem", [], os.fsync
+    key.touch(0o644)
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: (modes.append(stat.S_IMODE(os.fstat(descriptor).st_mode)), real(descriptor))
+    )
+    write_file(key, b"secret", mode=0o600)
+    assert (modes, stat.S_IMODE(key.stat().st_mode), key.read_bytes()) == ([0o600], 0o600, b"secret")
+
+
 def test_a_file_that_cannot_be_written_keeps_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "report.json"
     write_file(file, b"old")

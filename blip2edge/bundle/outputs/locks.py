@@ -29,6 +29,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -171,11 +172,16 @@ def check_free(target: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, content: bytes | memoryview) -> None:
+def write_file(path: Path, content: bytes | memoryview, mode: int | None = None) -> None:
     """Writes a file so that it holds either its old content or all of the new one, also after a kill.
 
     The file is written under a temporary name, flushed to the disk and renamed, so other hard links of the old file
     keep their content. A symbolic link is followed. Pipes and devices are written directly.
+
+    Args:
+        path: The file.
+        content: Its new content.
+        mode: Its permissions, also while it is written; None for those of the old file, or the system's default.
 
     Raises:
         BusyError: Another run writes the file.
@@ -183,22 +189,22 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
     """
     check_name(path)
     path = Path(os.path.realpath(path))
-    mode = path.stat().st_mode if path.exists() else stat.S_IFREG
-    if stat.S_ISDIR(mode):
+    old = path.stat().st_mode if path.exists() else stat.S_IFREG
+    if stat.S_ISDIR(old):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    alone = stat.S_IMODE(mode) and path.stat().st_nlink == 1
-    if not stat.S_ISREG(mode) or (alone and not os.access(path.parent, os.W_OK)):
+    alone = mode is None and stat.S_IMODE(old) and path.stat().st_nlink == 1
+    if not stat.S_ISREG(old) or (alone and not os.access(path.parent, os.W_OK)):
         _write_into(path, content)
         return
     part, descriptor = _acquire(path)
     try:
         fresh = part / NEW
-        with fresh.open("wb") as file:
+        with open(fresh, "wb", opener=partial(os.open, mode=0o666 if mode is None else mode)) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if stat.S_IMODE(mode):
-            fresh.chmod(stat.S_IMODE(mode))
+        if mode is not None or stat.S_IMODE(old):
+            fresh.chmod(stat.S_IMODE(old) if mode is None else mode)
         os.replace(fresh, path)
     finally:
         _end(part, path, descriptor)
