@@ -2,7 +2,8 @@
 
 Parsers raise what a broken file leads them to: ``RecursionError``, ``OverflowError``, ``struct.error``, ``zlib.error``
 and more, and libraries in Rust panic. :func:`reading` turns all of them into an error of this project. It guards the
-call of a parser only, so that a fault of our own code is not taken for a fault of the file.
+call of a parser only, so that a fault of our own code is not taken for a fault of the file. :func:`checking` is for our
+checks of parsed values: it turns only their ``ValueError`` into that error.
 """
 
 from __future__ import annotations
@@ -79,6 +80,34 @@ def reading(
         if type(found).__name__ != _PANIC:
             raise
         raise error(f"{_shown(path)} cannot be read as {form} ({one_line(found)})", fix) from found
+
+
+@contextmanager
+def checking(
+    path: str | Path,
+    form: str,
+    error: type[Blip2EdgeError],
+    fix: str | None = "copy the file again",
+    *,
+    explain: Explain | None = None,
+) -> Iterator[None]:
+    """Turns the ``ValueError`` of a check of parsed values into a declared error; all others pass unchanged.
+
+    Args:
+        path: As for :func:`reading`, and so are the others.
+        form: What the file should be.
+        error: Class of the error.
+        fix: What the user can do.
+        explain: Makes a better error.
+
+    Raises:
+        Blip2EdgeError: Of the class ``error``: a value does not pass.
+    """
+    try:
+        yield
+    except ValueError as found:
+        better = None if explain is None else explain(found)
+        raise better or error(f"{_shown(path)} cannot be read as {form} ({one_line(found)})", fix) from found
 
 
 def _unreadable(path: str | Path, error: type[Blip2EdgeError], found: OSError) -> Blip2EdgeError:

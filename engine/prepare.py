@@ -139,7 +139,7 @@ def plans_of(
             plan = replace(plan, spec=spec, prompt=prompt_of(manifest), cache=manifest.cache, form=form, reason=reason)
         plans.append(plan)
     if step is not None:
-        file = bundle.file(f"{STEP}.onnx")
+        file = bundle.path / f"{STEP}.onnx"
         plans.append(EnginePlan(STEP, file, step.spec, step=step, precision=manifest.precision))
     return plans
 

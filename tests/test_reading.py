@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from blip2edge.bundle import fields
 from blip2edge.errors import BundleError, DataError, UsageError
-from blip2edge.reading import MAX_DEPTH, parse_json, read_bytes, read_json, read_text, reading, unique_keys
+from blip2edge.reading import MAX_DEPTH, checking, parse_json, read_bytes, read_json, read_text, reading, unique_keys
 
 settings.register_profile("offline", derandomize=True, database=None, deadline=None, max_examples=80)
 settings.load_profile("offline")
@@ -191,3 +191,13 @@ def test_the_error_names_the_key_the_value_and_what_was_expected() -> None:
         check({}, "")
     with pytest.raises(ValueError, match=r"got 'x+…$"):
         check({"graphs": "x" * 1000}, "")
+
+
+def test_only_a_check_of_a_value_is_taken_for_a_fault_of_the_file() -> None:
+    with (
+        pytest.raises(DataError, match=r"a cannot be read as JSON \(size: expected 3\)"),
+        checking("a", "JSON", DataError),
+    ):
+        raise ValueError("size: expected 3")
+    with pytest.raises(KeyError), checking("a", "JSON", DataError):
+        raise KeyError("size")

@@ -163,7 +163,18 @@ class Bundle:
             )
 
     def file(self, name: str) -> Path:
-        """Returns the path of a file of the bundle."""
+        """Returns the path of a file of the bundle.
+
+        A bundle that contains engines only lists all its files but the engines, so the rule holds there too.
+
+        Raises:
+            BundleError: ``bundle.json`` does not list the file, so its hash was not checked.
+        """
+        if name not in self.manifest.files:
+            raise BundleError(
+                f"{self.path / name} is not listed in {MANIFEST}",
+                "copy the bundle again, or export the checkpoint again",
+            )
         return self.path / name
 
     @cached_property

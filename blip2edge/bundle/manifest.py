@@ -20,7 +20,7 @@ from blip2edge.bundle.schema import (
 )
 from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.errors import BundleError, BundleVersionError, one_line, option
-from blip2edge.reading import read_json, reading
+from blip2edge.reading import checking, read_json
 
 MANIFEST = "bundle.json"
 SCHEMA_VERSION = 1
@@ -239,5 +239,5 @@ def read_manifest(directory: Path) -> Manifest:
     def unfit(error: Exception) -> BundleError:
         return BundleError(f"{path} does not follow schema version {version} ({one_line(error)})", again)
 
-    with reading(path, "a manifest", BundleError, again, explain=unfit):
+    with checking(path, "a manifest", BundleError, again, explain=unfit):
         return Manifest.from_json(values)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import socket
 import struct
 from contextlib import suppress
@@ -12,6 +11,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+from blip2edge.bundle.outputs.locks import write_file
 from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import BackendError, OutputError
 from blip2edge.packages import require
@@ -64,8 +64,8 @@ def self_signed(*hosts: str) -> SelfSigned:
         made, secret = _make(wanted)
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _write(key, secret)
-            _write(certificate, made)
+            write_file(key, secret, mode=0o600)
+            write_file(certificate, made, mode=0o600)
         except OSError as error:
             raise OutputError(
                 f"{folder}: the certificate cannot be written ({error.strerror or error})",
@@ -168,13 +168,3 @@ def _general_name(name: str) -> Any:
     with suppress(ValueError):
         return x509.IPAddress(ipaddress.ip_address(name))
     return x509.DNSName(name)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file that only its owner can read, and puts it into its place as a whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -54,7 +54,7 @@ def write_reports(
     values["captions"] = _captions(pictures, captions)
     values["token_table"] = {
         "bytes": _bytes(context.staging / EMBEDDINGS_FILE),
-        "parent_bytes": _bytes(context.parent.file(EMBEDDINGS_FILE)),
+        "parent_bytes": _bytes(context.parent.path / EMBEDDINGS_FILE),
     }
     values["decode"] = _decode(context, graphs)
     text = json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"

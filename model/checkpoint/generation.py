@@ -12,7 +12,6 @@ from blip2edge.model.checkpoint.stored.files import read_checkpoint_json
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.config_json import Fields
 from blip2edge.model.families.registry import FAMILIES
-from blip2edge.reading import reading
 from blip2edge.runtime.decoding.options import GenerationOptions
 
 MAX_NEW_TOKENS = 30
@@ -122,8 +121,7 @@ def _options(values: Mapping[str, Any], eos: list[Any], path: Path) -> dict[str,
         found = {**{key: SAMPLING[key] for key in ("temperature", "top_k", "top_p")}, **found}
     found = {key: value for key, value in found.items() if key not in NO_EFFECT or value != NO_EFFECT[key]}
     try:
-        with reading(path, "options of generation", CheckpointError):
-            GenerationOptions(**{"max_new_tokens": MAX_NEW_TOKENS, "eos_token_ids": eos, **found})
+        GenerationOptions(**{"max_new_tokens": MAX_NEW_TOKENS, "eos_token_ids": eos, **found})
     except UsageError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return found

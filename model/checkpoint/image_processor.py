@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from blip2edge.bundle.fields import finite_number
 from blip2edge.errors import CheckpointError, one_line
 from blip2edge.model.checkpoint.side_keys import IMAGE_PROCESSOR, check_keys, unread_warning
 from blip2edge.model.checkpoint.stored.files import read_checkpoint_json
-from blip2edge.reading import reading
+from blip2edge.reading import checking
 from blip2edge.runtime.images.preprocess import (
     BICUBIC,
     BILINEAR,
@@ -205,7 +206,7 @@ def read_image_processor(
     def explain(error: Exception) -> CheckpointError:
         return CheckpointError(f"{where}: {one_line(error)}")
 
-    with reading(where, "the settings of an image processor", CheckpointError, explain=explain):
+    with checking(where, "the settings of an image processor", CheckpointError, explain=explain):
         steps = {key: _flag(settings, key) for key in settings if key.startswith("do_")}
         needed = {"size": "do_resize", "crop_size": "do_center_crop", "rescale_factor": "do_rescale"}
         for key, step in {**needed, "image_mean": "do_normalize", "image_std": "do_normalize"}.items():
@@ -261,8 +262,7 @@ def _size(key: str, value: Any, square: bool) -> dict[str, int]:
 
 
 def _number(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{key}: expected a number, got {value!r:.60}")
+    finite_number()(value, key)
     return float(value)
 
 

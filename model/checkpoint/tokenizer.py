@@ -77,8 +77,7 @@ def read_tokenizer(directory: Path) -> SerializedTokenizer:
             f"the tokenizer of {directory}, a {type(tokenizer).__name__}, has no form as {TOKENIZER_FILE}",
             "save it with a class that has one",
         )
-    with reading(directory, "a tokenizer", CheckpointError, SAVE_PROCESSOR, explain=explain):
-        unread = check_tokenizer_keys(directory, tokenizer)
+    unread = check_tokenizer_keys(directory, tokenizer)
     backend.no_truncation()
     backend.no_padding()
     flags = {name: True for name in FLAGS if getattr(tokenizer, name, False)}

@@ -19,7 +19,7 @@ from blip2edge.bundle.schema import DECODER, DERIVED, GraphSpec
 from blip2edge.bundle.trust.integrity import CheckedFiles, FileRecord, Listing, check_unlisted
 from blip2edge.bundle.trust.signature import SIGN
 from blip2edge.errors import BackendError, EngineError, option
-from blip2edge.reading import read_json, reading
+from blip2edge.reading import checking, read_json
 from blip2edge.runtime.backends import probe
 
 KIND = "engines"
@@ -127,7 +127,7 @@ class EngineSet:
         """
         path, fix = directory / RECORD, "build the engines again"
         values = read_json(path, EngineError, fix, strict=True)
-        with reading(path, "a record of engines", EngineError, fix):
+        with checking(path, "a record of engines", EngineError, fix):
             if values.get("schema_version") != SCHEMA_VERSION:
                 raise ValueError(f"expected schema version {SCHEMA_VERSION}, got {values.get('schema_version')}")
             ENGINES_FIELDS(values, "")

@@ -24,7 +24,7 @@ from blip2edge.bundle.schema import DERIVED, GraphSpec, Parity
 from blip2edge.bundle.trust.integrity import FileRecord, Listing, check_unlisted
 from blip2edge.errors import BackendError, BundleError, BundleIntegrityError, EngineError
 from blip2edge.packages import installed, missing
-from blip2edge.reading import read_json, reading
+from blip2edge.reading import checking, read_json
 from blip2edge.runtime.backends import probe
 from blip2edge.runtime.backends.base import (
     BACKENDS,
@@ -160,7 +160,7 @@ def read_copy(bundle: Bundle, backend: str, *, use_stamps: bool = True) -> tuple
         values = read_json(path, BundleError, strict=True)
         if values.get("schema_version") != SCHEMA_VERSION:
             return None
-        with reading(path, "the record of an optimized copy", BundleError):
+        with checking(path, "the record of an optimized copy", BundleError):
             record = OptimizedRecord.from_json(values)
     except BundleError:  # none, or a broken one
         return None

@@ -11,6 +11,7 @@ Rescaling and normalising are done with one lookup table: an 8-bit value has onl
 from __future__ import annotations
 
 import io
+import math
 import os
 import threading
 import warnings
@@ -274,7 +275,7 @@ class Preprocessing:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, _checked_size(name, value))
-        if self.resample not in _RESAMPLING_CODES:
+        if not isinstance(self.resample, (int, float)) or self.resample not in _RESAMPLING_CODES:
             raise ValueError(f"resample: expected a Pillow code 0…5, got {self.resample!r}")
         if not np.isfinite(self.rescale_factor):
             raise ValueError(f"rescale_factor: expected a finite number, got {self.rescale_factor!r}")
@@ -393,6 +394,6 @@ def _checked_size(name: str, size: Any) -> dict[str, int]:
     if not isinstance(size, Mapping) or set(size) not in allowed:
         raise ValueError(f"{name}: expected the keys height and width, or shortest_edge, got {size!r}")
     checked = {key: int(value) for key, value in size.items()}
-    if min(checked.values()) < 1 or np.prod([float(value) for value in checked.values()]) > MAX_PIXELS:
+    if min(checked.values()) < 1 or math.prod(checked.values()) > MAX_PIXELS:
         raise ValueError(f"{name}: expected 1…{MAX_PIXELS} pixels, got {checked}")
     return checked

@@ -27,6 +27,7 @@ from blip2edge.bundle.outputs.locks import (
     tidy,
     write_file,
 )
+from blip2edge.bundle.outputs.machine import on_network
 from blip2edge.errors import OutputError
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the other run is forked")
@@ -213,8 +214,8 @@ def test_without_locks_nothing_is_left(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("network", [True, False])
 def test_a_run_of_another_machine(network: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = killed_run(tmp_path / "out")
-    monkeypatch.setattr(locks, "_machine", lambda: "another")
-    monkeypatch.setattr(locks, "_on_network", lambda path: network)
+    monkeypatch.setattr(locks, "machine", lambda: "another")
+    monkeypatch.setattr(locks, "on_network", lambda path: network)
     if network:
         with pytest.warns(LeftFilesWarning), locked(tmp_path / "out"):
             assert (left / "new").is_dir()
@@ -224,11 +225,11 @@ def test_a_run_of_another_machine(network: bool, tmp_path: Path, monkeypatch: py
 
 
 def test_kind_of_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not locks._on_network(tmp_path)
+    assert not on_network(tmp_path)
     device = tmp_path.stat().st_dev
     line = f"30 20 {os.major(device)}:{os.minor(device)} / /mnt rw - nfs4 server:/ rw\n"
     monkeypatch.setattr(Path, "read_text", lambda self, **options: line)
-    assert locks._on_network(tmp_path) == (os.name == "posix")
+    assert on_network(tmp_path) == (os.name == "posix")
 
 
 def test_a_directory_of_that_name_that_is_not_ours_is_kept(tmp_path: Path) -> None:
@@ -296,6 +297,30 @@ def test_old_is_not_removed_where_it_cannot_get_its_name_back(tmp_path: Path, mo
     assert out.read_text() == "precious"
 
 
+def test_a_lock_that_was_removed_meanwhile_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock's file is replaced between open and flock: another run holds the new one, between two renames."""
+    part = part_of(tmp_path / "out")
+    part.mkdir()
+    for name in ("old", "owner"):
+        (part / name).touch()
+    real, held = locks.fcntl.flock, []
+
+    def replaced(descriptor: int, flags: int) -> None:
+        if not held:
+            (part / "owner").unlink()
+            held.append(os.open(part / "owner", os.O_RDWR | os.O_CREAT))
+            real(held[0], locks.fcntl.LOCK_EX)
+        real(descriptor, flags)
+
+    monkeypatch.setattr(locks.fcntl, "flock", replaced)
+    monkeypatch.setattr(locks, "WAIT_S", 0.0)
+    recover(tmp_path / "out")
+    assert (part / "old").exists()
+    os.close(held[0])
+    recover(tmp_path / "out")
+    assert (tmp_path / "out").exists()
+
+
 # Single files
 
 
@@ -308,6 +333,17 @@ def test_a_file_is_replaced_as_a_whole_and_other_links_keep_theirs(tmp_path: Pat
     assert (file.read_bytes(), other.read_bytes()) == (b"new", b"old")
     assert stat.S_IMODE(file.stat().st_mode) == 0o640
     assert sorted(os.listdir(tmp_path)) == ["other", "report.json"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_a_secret_file_is_never_open_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, modes, real = tmp_path / "key.pem", [], os.fsync
+    key.touch(0o644)
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: (modes.append(stat.S_IMODE(os.fstat(descriptor).st_mode)), real(descriptor))
+    )
+    write_file(key, b"secret", mode=0o600)
+    assert (modes, stat.S_IMODE(key.stat().st_mode), key.read_bytes()) == ([0o600], 0o600, b"secret")
 
 
 def test_a_file_that_cannot_be_written_keeps_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -310,6 +310,14 @@ def test_no_bundle(tmp_path: Path, bundle: Path) -> None:
             Bundle.open(path)
 
 
+def test_a_file_that_is_not_listed(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    (bundle / "words.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"words\.json is not listed in bundle\.json"):
+        opened.file("words.json")
+    assert all(opened.file(name).is_file() for name in opened.manifest.files)
+
+
 def test_a_graph_that_is_not_there(bundle: Path) -> None:
     with pytest.raises(BundleError, match="has no graph decoder; it has bridge"):
         Bundle.open(bundle).graph("decoder")

@@ -163,7 +163,8 @@ def test_what_comes_between_two_renames_is_kept(tmp_path: Path, monkeypatch: pyt
     rename = publishing._rename_to_free
 
     def comes(fresh: Path, target: Path) -> None:
-        (holding(target, "theirs") / "precious.txt").touch()
+        if target == out:
+            (holding(target, "theirs") / "precious.txt").touch()
         rename(fresh, target)
 
     monkeypatch.setattr(publishing, "_renameat2", lambda *arguments: False)
@@ -172,6 +173,73 @@ def test_what_comes_between_two_renames_is_kept(tmp_path: Path, monkeypatch: pyt
         holding(staging, "new")
     assert (out / MARK).read_text() == "theirs"
     assert (tmp_path / "out.replaced" / MARK).read_text() == "old"
+
+
+def test_the_old_directory_is_kept_where_its_other_name_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, left = holding(tmp_path / "out", "old"), part_of(tmp_path / "out") / "old"
+    holding(tmp_path / "out.replaced", "of an earlier run")
+    rename = publishing._rename_to_free
+
+    def comes(fresh: Path, target: Path) -> None:
+        if target == out:
+            holding(target, "theirs")
+        rename(fresh, target)
+
+    monkeypatch.setattr(publishing, "_renameat2", lambda *arguments: False)
+    monkeypatch.setattr(publishing, "_rename_to_free", comes)
+    with pytest.raises(OutputError, match=rf"the old directory is {left}"), staged(out, force=True) as staging:
+        holding(staging, "new")
+    for _ in range(2):  # no later run removes it either
+        with pytest.raises(OutputError, match="could not give their name back"), staged(out, force=True):
+            pytest.fail("it began")
+        assert (left / MARK).read_text() == "old"
+    left.rename(tmp_path / "moved")
+    left.with_name("keep").unlink()
+    monkeypatch.undo()
+    with staged(out, force=True) as staging:
+        holding(staging, "newest")
+    assert (out / MARK).read_text() == "newest"
+    assert not part_of(out).exists()
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_what_must_not_be_replaced_is_kept_if_it_cannot_get_its_name_back(
+    taken: bool, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    come(out, monkeypatch, "precious.txt")
+    holding(out, "old")
+    if taken:
+        holding(out.parent / "out.replaced", "of an earlier run")
+
+    def fails(*arguments: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def checked(directory: Path, marker: str | None) -> bool:
+        if directory == out:
+            return True
+        monkeypatch.setattr(Path, "rename", fails)  # of the steps back
+        monkeypatch.setattr(publishing, "_renameat2", fails)
+        monkeypatch.setattr(publishing, "_rename_to_free", to_free)
+        return False
+
+    def to_free(source: Path, target: Path) -> None:
+        if taken:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        os.rename(source, target)
+
+    monkeypatch.setattr(publishing, "_replaceable", checked)
+    with pytest.raises(OutputError, match="could not get its name back: it is ") as raised:
+        write_new(out)
+    kept = Path(str(raised.value.problem).rpartition(" ")[2])
+    assert (kept.parent == part_of(out)) == taken
+    assert (kept / "precious.txt").read_text() == "theirs"
+
+
+def write_new(out: Path) -> None:
+    with staged(out, force=True) as staging:
+        holding(staging, "new")
 
 
 def kill_in(out: Path, call: str, *, in_one_step: bool) -> int:
@@ -230,6 +298,22 @@ def test_only_a_full_disk_makes_an_error_of_an_input_one_of_the_output(
 ) -> None:
     with pytest.raises(Blip2EdgeError) as raised, staged(out, force=False):
         raise BundleError("a file cannot be read", "copy it again") from OSError(number, os.strerror(number))
+    assert type(raised.value) is kind
+
+
+def fault_while_handling(number: int) -> None:
+    try:
+        raise OSError(number, os.strerror(number))
+    except OSError:
+        {}["a fault of our own"]
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOENT, KeyError), (errno.ENOSPC, OutputError)])
+def test_an_error_beside_another_one_is_of_the_output_only_if_the_disk_is_full(
+    number: int, kind: type[Exception], out: Path
+) -> None:
+    with pytest.raises((KeyError, OutputError)) as raised, staged(out, force=False):
+        fault_while_handling(number)
     assert type(raised.value) is kind
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.outputs.disk_errors import output_error
+from blip2edge.bundle.outputs.locks import write_file
 from blip2edge.errors import ConfigError, DataError, OutputError
 from blip2edge.reading import parse_json, read_text, reading
 
@@ -72,9 +72,7 @@ class Journal:
             lines = read_text(self._path, DataError, fix).splitlines()[:keep] if self._path.exists() else []
             with reading(self._path, "the log of a run", DataError, fix):
                 self.lines = [parse_json(line) for line in lines]
-            fresh = self._path.with_suffix(".tmp")
-            fresh.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            os.replace(fresh, self._path)
+            write_file(self._path, "".join(f"{line}\n" for line in lines).encode())
         except OSError as error:
             raise output_error(self._path, error) from error
 

@@ -27,7 +27,7 @@ from blip2edge.model.checkpoint.stored.tensors import TensorFiles
 from blip2edge.model.config import DraftConfig, QFormerConfig
 from blip2edge.model.retrieval import RetrievalModel
 from blip2edge.model.weights.rules import Rule, WeightMap, some, under
-from blip2edge.reading import reading
+from blip2edge.reading import checking, reading
 from blip2edge.training.phases.stage1 import Stage1Model
 from blip2edge.training.setup.architecture import stage1_config
 
@@ -221,7 +221,7 @@ def load_stage1(source: str | Path, draft: DraftConfig | None = None) -> Stage1M
 
 def _temperature(path: Path) -> float:
     values = read_checkpoint_json(path)
-    with reading(path, "the record of stage 1", CheckpointError):
+    with checking(path, "the record of stage 1", CheckpointError):
         record({"temperature": finite_number(0, 1e6)})(values, "")
     return float(values["temperature"])
 
@@ -258,8 +258,9 @@ def _load_head(model: Stage1Model, directory: Path) -> None:
         path, "the weights of the text head", CheckpointError, "copy the file again from the output of stage 1"
     ):
         tensors = load_file(path)
-        state = {name: tensors[rules.sources(f"head.{name}")[0]] for name in model.head.state_dict()}
-        model.head.load_state_dict(state)
+    sources = {name: rules.sources(f"head.{name}")[0] for name in model.head.state_dict()}
+    given = {name: tensors[source] for name, source in sources.items() if source in tensors}
+    _copy(model.head, given, f"the text head in {path}")
 
 
 def begin_stage2(stage1: Stage1Model, captioner: CaptionerModel) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from blip2edge.errors import OutputError
@@ -44,11 +43,20 @@ def output_error(path: Path, error: BaseException, fix: str = "check the path an
 
 
 def error_number(error: BaseException) -> int | None:
-    """The operating system's number of an error, or of one that it was raised from; None if there is none."""
-    for one in _chain(error):
-        number = getattr(one, "errno", None) or _number_in(str(one))
-        if isinstance(number, int):
+    """The operating system's number of an error, or of one that it was raised from; None if there is none.
+
+    An error that was only being handled when another was raised need not be its reason: it counts if the disk is full.
+    """
+    current: BaseException | None = error
+    raised_from = True
+    for _ in range(8):
+        if current is None:
+            return None
+        number = getattr(current, "errno", None) or _number_in(str(current))
+        if isinstance(number, int) and (raised_from or number in _TEXTS.values()):
             return number
+        raised_from = raised_from and current.__cause__ is not None
+        current = current.__cause__ or current.__context__
     return None
 
 
@@ -64,12 +72,3 @@ def _number_in(text: str) -> int | None:
     if _NUMPY.search(text):
         return errno.ENOSPC
     return next((number for words, number in _TEXTS.items() if words.lower() in text.lower()), None)
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    current: BaseException | None = error
-    for _ in range(8):
-        if current is None:
-            return
-        yield current
-        current = current.__cause__ or current.__context__

@@ -5,6 +5,7 @@ While a run writes ``NAME``, its files are in the directory ``.NAME.part`` besid
     .NAME.part/owner   the lock: a file that the run holds with ``flock``, with its process and start time as JSON
     .NAME.part/new     the output, until it is complete and renamed to NAME
     .NAME.part/old     what NAME was before, between two renames (only where names cannot be exchanged in one step)
+    .NAME.part/keep    marks that `old` or `new` is another program's or the only copy, and is not removed
     .NAME.part/...     scratch files
 
 The system releases the lock when the process ends, also after a kill or a power cut. So a directory whose lock is free
@@ -21,28 +22,27 @@ import errno
 import hashlib
 import json
 import os
-import platform
 import shutil
 import stat
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.outputs.disk_errors import output_error
+from blip2edge.bundle.outputs.machine import command, machine, on_network
 from blip2edge.errors import OutputError
 
 fcntl: Any = import_module("fcntl") if find_spec("fcntl") else None  # Windows has none
 
-OWNER, NEW, OLD = "owner", "new", "old"
+OWNER, NEW, OLD, KEEP = "owner", "new", "old", "keep"
 SUFFIX = ".part"
-NETWORK = ("nfs", "cifs", "smb", "9p", "ceph", "lustre", "glusterfs", "afs", "fuse.")  # begin the type's name
 LONGEST = 255 - len(f".{SUFFIX}-12345678")  # bytes of a name on Linux, without what is added here
 WAIT_S = 2.0  # for another process that is between two renames
 PROBE_S = 0.1  # longer than another process needs to ask whether a lock is free
@@ -113,6 +113,8 @@ def recover(target: Path) -> None:
             return
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _same_file(descriptor, part / OWNER):  # a run that ended has just removed the file
+                continue
             _recover_old(part, target)
             return
         except BlockingIOError:
@@ -170,11 +172,16 @@ def check_free(target: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, content: bytes | memoryview) -> None:
+def write_file(path: Path, content: bytes | memoryview, mode: int | None = None) -> None:
     """Writes a file so that it holds either its old content or all of the new one, also after a kill.
 
     The file is written under a temporary name, flushed to the disk and renamed, so other hard links of the old file
     keep their content. A symbolic link is followed. Pipes and devices are written directly.
+
+    Args:
+        path: The file.
+        content: Its new content.
+        mode: Its permissions, also while it is written; None for those of the old file, or the system's default.
 
     Raises:
         BusyError: Another run writes the file.
@@ -182,22 +189,22 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
     """
     check_name(path)
     path = Path(os.path.realpath(path))
-    mode = path.stat().st_mode if path.exists() else stat.S_IFREG
-    if stat.S_ISDIR(mode):
+    old = path.stat().st_mode if path.exists() else stat.S_IFREG
+    if stat.S_ISDIR(old):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    alone = stat.S_IMODE(mode) and path.stat().st_nlink == 1
-    if not stat.S_ISREG(mode) or (alone and not os.access(path.parent, os.W_OK)):
+    alone = mode is None and stat.S_IMODE(old) and path.stat().st_nlink == 1
+    if not stat.S_ISREG(old) or (alone and not os.access(path.parent, os.W_OK)):
         _write_into(path, content)
         return
     part, descriptor = _acquire(path)
     try:
         fresh = part / NEW
-        with fresh.open("wb") as file:
+        with open(fresh, "wb", opener=partial(os.open, mode=0o666 if mode is None else mode)) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if stat.S_IMODE(mode):
-            fresh.chmod(stat.S_IMODE(mode))
+        if mode is not None or stat.S_IMODE(old):
+            fresh.chmod(stat.S_IMODE(old) if mode is None else mode)
         os.replace(fresh, path)
     finally:
         _end(part, path, descriptor)
@@ -242,10 +249,15 @@ def _acquire(target: Path) -> tuple[Path, int | None]:
                 os.close(descriptor)
                 continue
             _check_ours(part, owner)
-            if owner.get("machine", _machine()) != _machine() and _on_network(part):
+            if owner.get("machine", machine()) != machine() and on_network(part):
                 os.close(descriptor)
                 break
             _recover_old(part, target)
+            if is_kept(part):
+                raise OutputError(
+                    f"{part} has files that an earlier run of {target} could not give their name back",
+                    f"move {part / OLD} or {part / NEW} to where it belongs, and remove {part / KEEP}",
+                )
             _clean(part, target, keep=(OWNER,))
             _write_owner(descriptor)
         except BlockingIOError:  # also for a moment while another process asks whether the lock is free
@@ -292,6 +304,8 @@ def _escaped(name: str) -> str:
 
 def _clean(part: Path, target: Path, keep: tuple[str, ...]) -> None:
     """Removes what is in a directory, the lock last; keeps ``old`` where it could not get its name back."""
+    if is_kept(part):
+        return
     with contextlib.suppress(OSError):
         names = set(os.listdir(part)) - set(keep)
         if OLD in names and not os.path.lexists(target):
@@ -300,6 +314,11 @@ def _clean(part: Path, target: Path, keep: tuple[str, ...]) -> None:
             remove(part / name)
         if OWNER in names and os.listdir(part) == [OWNER]:  # the lock stays with files that could not be removed
             remove(part / OWNER)
+
+
+def is_kept(part: Path) -> bool:
+    """Whether a directory holds files that no run may remove."""
+    return os.path.lexists(part / KEEP) and any(os.path.lexists(part / name) for name in (OLD, NEW))
 
 
 def _check_ours(part: Path, owner: dict[str, Any]) -> None:
@@ -330,38 +349,11 @@ def _write_owner(descriptor: int) -> None:
     values = {
         "pid": os.getpid(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": _command(),
-        "machine": _machine(),
+        "command": command(),
+        "machine": machine(),
     }
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(values).encode(), 0)
-
-
-def _command() -> str:
-    """The program and its command, without other arguments: an API key may be among them."""
-    if not sys.argv or not sys.argv[0]:
-        return ""
-    return " ".join([Path(sys.argv[0]).name, *(word for word in sys.argv[1:2] if word.isalnum())])[:200]
-
-
-def _machine() -> str:
-    """Names this machine since it was started; containers on it have the same name."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return platform.node()
-
-
-def _on_network(path: Path) -> bool:
-    """Whether a directory is on a file system that other machines share (Linux; False elsewhere)."""
-    device = path.stat().st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return False
-    kinds = (line.partition(" - ")[2] for line in lines if line.split()[2:3] == [number])
-    return any(kind.startswith(NETWORK) for kind in kinds)
 
 
 def _same_file(descriptor: int, path: Path) -> bool:

@@ -11,7 +11,18 @@ from pathlib import Path
 
 from blip2edge.bundle.manifest import MANIFEST
 from blip2edge.bundle.outputs.disk_errors import disk_is_full, error_number, output_error
-from blip2edge.bundle.outputs.locks import NEW, OLD, OWNER, SUFFIX, check_free, check_name, locked, remove, target_of
+from blip2edge.bundle.outputs.locks import (
+    KEEP,
+    NEW,
+    OLD,
+    OWNER,
+    SUFFIX,
+    check_free,
+    check_name,
+    locked,
+    remove,
+    target_of,
+)
 from blip2edge.errors import Blip2EdgeError, OutputError, option
 
 AT_FDCWD = -100  # linux/fcntl.h
@@ -233,22 +244,45 @@ def _rename_twice(fresh: Path, target: Path) -> bool:
     try:
         _rename_to_free(fresh, target)
     except FileExistsError as error:  # another program has made it between the two renames
-        kept = target.with_name(f"{target.name}.replaced")
-        old.rename(kept)
         raise OutputError(
-            f"another program made {target} while it was replaced; the old directory is {kept}",
+            f"another program made {target} while it was replaced; the old directory is {_keep(old, target)}",
             "give another output directory",
         ) from error
     except BaseException:  # Ctrl-C too
-        old.rename(target)
+        old.rename(target)  # where this fails, the lock keeps `old`, as the name is free
         raise
     return True
 
 
 def _give_back(replaced: Path, target: Path, fresh: Path) -> None:
-    """Restores the name of a directory that must not be replaced."""
-    if replaced == fresh:
-        _renameat2(fresh, target, RENAME_EXCHANGE)
-        return
-    target.rename(fresh)
-    replaced.rename(target)
+    """Restores the name of a directory that must not be replaced; raises OutputError if that fails."""
+    try:
+        if replaced == fresh:
+            exchanged = _renameat2(fresh, target, RENAME_EXCHANGE)
+        else:
+            target.rename(fresh)
+            replaced.rename(target)
+            exchanged = True
+    except OSError:
+        exchanged = False
+    if not exchanged and os.path.lexists(replaced):
+        raise OutputError(
+            f"{target} was replaced, although it is not of this kind, and could not get its name back: it is "
+            f"{_keep(replaced, target)}",
+            "rename it, and give another output directory",
+        )
+
+
+def _keep(directory: Path, target: Path) -> Path:
+    """Renames a directory that lost its name to ``NAME.replaced``; returns its new name.
+
+    If the name is taken or the rename fails, the directory stays where it is, and no run removes it.
+    """
+    mark, kept = directory.with_name(KEEP), target.with_name(f"{target.name}.replaced")
+    mark.touch()
+    try:
+        _rename_to_free(directory, kept)
+    except OSError:
+        return directory
+    mark.unlink()
+    return kept
