@@ -246,10 +246,10 @@ class Corpus:
             "cosine": 1.0, "milliseconds": [2.0, 1.0],
         }  # fmt: skip
         bundle = hashlib.sha256((self.bundle / "bundle.json").read_bytes()).hexdigest()
-        body = hashlib.sha256(b"x").hexdigest()
+        body = hashlib.sha256(b"\x08\x08").hexdigest()
         document = {
             "schema_version": 2, "backend": "cpu", "bundle_sha256": bundle, "graphs": {"bridge": graph},
-            "left": {"decoder": "why"}, "files": {"bridge.onnx": {"sha256": body, "size": 1}},
+            "left": {"decoder": "why"}, "files": {"bridge.onnx": {"sha256": body, "size": 2}},
             "versions": {"onnxruntime": version("onnxruntime")}, "machine": "any",
         }  # fmt: skip
         return json.dumps(document).encode()
