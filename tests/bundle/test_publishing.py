@@ -305,7 +305,7 @@ def fault_while_handling(number: int) -> None:
     try:
         raise OSError(number, os.strerror(number))
     except OSError:
-        {}["a fault of our own"]
+        raise KeyError("a fault of our own")  # noqa: B904 - it has a context and no cause
 
 
 @pytest.mark.parametrize(("number", "kind"), [(errno.ENOENT, KeyError), (errno.ENOSPC, OutputError)])
