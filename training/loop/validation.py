@@ -111,7 +111,7 @@ class Validation:
         return {
             name: int(value) if isinstance(value, Integral) else float(value)
             for name, value in figures.items()
-            if isinstance(value, Real) and not isinstance(value, bool)
+            if not isinstance(value, bool) and isinstance(value, Real)
         }
 
     @property

@@ -189,11 +189,11 @@ def test_numbers_of_numpy_are_numbers() -> None:
 def test_an_error_of_the_first_process_reaches_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[Any] = []
 
-    def record(found: list[Any]) -> list[Any]:
+    def broadcast(found: list[Any]) -> list[Any]:
         sent.append(found)
         return found
 
-    monkeypatch.setattr(validation_module, "broadcast_object_list", record)
+    monkeypatch.setattr(validation_module, "broadcast_object_list", broadcast)
     module = nn.Linear(1, 1)
     with pytest.raises(ValueError, match="no pictures"):
         scored(ValueError("no pictures")).run(1, module)
