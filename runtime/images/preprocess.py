@@ -275,7 +275,8 @@ class Preprocessing:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, _checked_size(name, value))
-        if not isinstance(self.resample, (int, float)) or self.resample not in _RESAMPLING_CODES:
+        resample: object = self.resample  # from JSON: any value, also one without a hash
+        if not isinstance(resample, (int, float)) or resample not in _RESAMPLING_CODES:
             raise ValueError(f"resample: expected a Pillow code 0…5, got {self.resample!r}")
         if not np.isfinite(self.rescale_factor):
             raise ValueError(f"rescale_factor: expected a finite number, got {self.rescale_factor!r}")

@@ -303,7 +303,8 @@ def test_a_lock_that_was_removed_meanwhile_is_not_held(tmp_path: Path, monkeypat
     part.mkdir()
     for name in ("old", "owner"):
         (part / name).touch()
-    real, held = locks.fcntl.flock, []
+    real = locks.fcntl.flock
+    held: list[int] = []
 
     def replaced(descriptor: int, flags: int) -> None:
         if not held:
@@ -337,11 +338,15 @@ def test_a_file_is_replaced_as_a_whole_and_other_links_keep_theirs(tmp_path: Pat
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
 def test_a_secret_file_is_never_open_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    key, modes, real = tmp_path / "key.pem", [], os.fsync
+    key, real = tmp_path / "key.pem", os.fsync
+    modes: list[int] = []
     key.touch(0o644)
-    monkeypatch.setattr(
-        os, "fsync", lambda descriptor: (modes.append(stat.S_IMODE(os.fstat(descriptor).st_mode)), real(descriptor))
-    )
+
+    def fsync(descriptor: int) -> None:
+        modes.append(stat.S_IMODE(os.fstat(descriptor).st_mode))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
     write_file(key, b"secret", mode=0o600)
     assert (modes, stat.S_IMODE(key.stat().st_mode), key.read_bytes()) == ([0o600], 0o600, b"secret")
 
