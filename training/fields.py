@@ -45,7 +45,8 @@ def at_least(least: int) -> ValidValues:
 
 def one_of(*choices: str) -> ValidValues:
     """Makes the rule for a text that must be one of these names."""
-    return ValidValues(lambda value: value in choices, f"be one of {', '.join(choices)}", choices)
+    shown = ", ".join(choice or '""' for choice in choices)
+    return ValidValues(lambda value: value in choices, f"be one of {shown}", choices)
 
 
 NOT_NEGATIVE = at_least(0)

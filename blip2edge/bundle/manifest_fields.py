@@ -31,6 +31,7 @@ from blip2edge.bundle.schema import (
     CROSS_MASKS,
     DECODER,
     DTYPES,
+    INTERLEAVED,
     PROMPT_KINDS,
     TURNS,
     VISION,
@@ -282,7 +283,8 @@ def disagreements(
     if output_size is not None and len(sides) == 2 and sides != output_size:
         yield f"preprocessing: pictures of {output_size} pixels do not fit pixel_values of {sides}"
     tokens = _tensor(graphs, BRIDGE, "visual_tokens", inputs=False)
-    if prompt is not None and prompt.visual_tokens and tokens is not None and len(tokens.dims) == 3:
+    takes_tokens = prompt is not None and (prompt.visual_tokens > 0 or prompt.kind != INTERLEAVED)
+    if prompt is not None and takes_tokens and tokens is not None and len(tokens.dims) == 3:
         count = tokens.dims[1]
         if isinstance(count, int) and prompt.visual_tokens != count * prompt.frames:
             yield (

@@ -108,7 +108,7 @@ def print_unsigned(bundle: Bundle) -> None:
     if bundle.unsigned:
         print_note(
             f"note: not used, because the signature does not list it: {', '.join(bundle.unsigned)}; "
-            f"sign the bundle again: blip2edge sign {quoted(bundle.path)} --key KEY"
+            f"remove what is not yours, or sign the bundle again: blip2edge sign {quoted(bundle.path)} --key KEY"
         )
 
 

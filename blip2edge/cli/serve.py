@@ -97,6 +97,21 @@ def add_arguments(parser: Parser) -> None:
     add_limits(parser, ConnectionLimits)
 
 
+def _api_key(options: argparse.Namespace) -> str:
+    """The API key, from the flag or the environment; empty for none.
+
+    Raises:
+        UsageError: It is given, and empty: a script whose variable is not set would otherwise open the server.
+    """
+    given = getattr(options, "api_key", os.environ.get(API_KEY))
+    if given is not None and not given.strip():
+        raise UsageError(
+            f"the API key ({option('api_key')} or {API_KEY}) is empty",
+            "give a key, or leave both out for a server without one",
+        )
+    return given or ""
+
+
 def run(options: argparse.Namespace) -> int:
     """Answer HTTP requests until Ctrl-C."""
     for package in ("starlette", "prometheus_client", "python_multipart"):
@@ -127,7 +142,7 @@ def run(options: argparse.Namespace) -> int:
         )
         captioner = load()
         print_unsigned(captioner.bundle)
-        local, key = options.host in LOOPBACK, getattr(options, "api_key", os.environ.get(API_KEY, ""))
+        local, key = options.host in LOOPBACK, _api_key(options)
         hosts = (*LOOPBACK, *options.allowed_host) if local else tuple(options.allowed_host)
         server = Server(
             captioner,

@@ -108,6 +108,7 @@ class Server:
             lifespan=self._lifespan,
         )
         app.router.redirect_slashes = False
+        self._needs_key = bool(access and access.api_key)
         guarded = AccessControl(app, access or Access(), PAGE.read_text(encoding="utf-8"))
         self._app = RequestLog(guarded, log, self._observe)
 
@@ -158,7 +159,7 @@ class Server:
         return Response(content, headers={"content-type": kind})
 
     async def _openapi(self, _request: HttpRequest) -> Response:
-        return JSONResponse(document(self.limits))
+        return JSONResponse(document(self.limits, needs_key=self._needs_key))
 
     async def _models(self, _request: HttpRequest) -> Response:
         return JSONResponse({"object": "list", "data": [self._described()]})

@@ -15,6 +15,7 @@ from blip2edge.limits import Limits
 from blip2edge.runtime.captioning.request import NOT_IN_JSON, STAGES, CaptionResult
 from blip2edge.runtime.captioning.scheduler import LONGEST_DEADLINE
 from blip2edge.runtime.decoding.options import MAX_SEED, MAX_STOPS, MAX_TEMPERATURE, PENALTIES
+from blip2edge.runtime.serving.access import OPEN
 from blip2edge.runtime.serving.chat_keys import ANY_TEXT, FORM_OPTIONS, KEYS, MIN_SEED, ChatKey
 from blip2edge.runtime.serving.picture_forms import FORM_TYPE, JSON_TYPE, PICTURES, TEXT_OPTIONS
 from blip2edge.version import __version__
@@ -286,6 +287,8 @@ def _operation(endpoint: Endpoint, options: Mapping[str, Schema]) -> Schema:
         content = {JSON_TYPE: {"schema": {"$ref": f"#/components/schemas/{name}"}}}
         responses[str(status)] = {"description": ERRORS[status], "content": content}
     made: Schema = {"operationId": endpoint.name, "summary": endpoint.summary, "responses": responses}
+    if endpoint.path in OPEN:
+        made["security"] = []
     if parameters := _parameters(endpoint, options):
         made["parameters"] = parameters
     if endpoint.body:
@@ -293,8 +296,8 @@ def _operation(endpoint: Endpoint, options: Mapping[str, Schema]) -> Schema:
     return made
 
 
-def document(limits: Limits) -> Schema:
-    """The OpenAPI 3.1 document of a server with these limits."""
+def document(limits: Limits, *, needs_key: bool = False) -> Schema:
+    """Makes the OpenAPI 3.1 document of a server with these limits, which may need an API key."""
     options = option_schemas(limits)
     paths: dict[str, Schema] = {}
     for endpoint in ENDPOINTS:
@@ -303,7 +306,7 @@ def document(limits: Limits) -> Schema:
     return {
         "openapi": "3.1.0",
         "info": {"title": "blip2edge", "version": __version__, "description": "Captions of pictures over HTTP."},
-        "security": [{}, {"key": []}],
+        "security": [{"key": []}] if needs_key else [{}, {"key": []}],
         "paths": paths,
         "components": {
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},

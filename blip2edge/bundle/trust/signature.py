@@ -173,6 +173,20 @@ def model_signing() -> Any:
     return require("model_signing", "a signature", MissingPackageError)
 
 
+def _key_fix(path: Path, kind: str) -> str:
+    """What the user can do about a key that cannot be read."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return MAKE_KEYS
+    other = "public key" if kind == "private key" else "private key"
+    if f"{other.upper()}-----".encode() in content:
+        return f"{path} contains a {other}; give the {kind} of the pair"
+    if b"ENCRYPTED" in content:
+        return "give the key's password: at the prompt, or in BLIP2EDGE_KEY_PASSWORD"
+    return MAKE_KEYS
+
+
 @contextmanager
 def reading_key(path: Path, kind: str) -> Iterator[None]:
     """Turns every exception of reading a key into UsageError.
@@ -186,5 +200,5 @@ def reading_key(path: Path, kind: str) -> Iterator[None]:
     except Exception as error:  # the exceptions of the package share no base class but Exception
         raise UsageError(
             f"expected a {kind} in PEM format ({CURVES}), but {path} cannot be read as one ({one_line(error)})",
-            MAKE_KEYS,
+            _key_fix(path, kind),
         ) from error

@@ -195,3 +195,18 @@ def test_tls_files_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture
     ):
         assert main(["serve", "bundle", *words]) == 2
         assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["--api-key", "environment"])
+def test_an_empty_api_key_is_refused(
+    given: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A script whose variable is not set must not open the server."""
+    monkeypatch.delenv("BLIP2EDGE_API_KEY", raising=False)
+    words = ["serve", str(tiny_bundle), "--port", "0"]
+    if given == "environment":
+        monkeypatch.setenv("BLIP2EDGE_API_KEY", " ")
+    else:
+        words += ["--api-key", ""]
+    assert main(words) == 2
+    assert "the API key (--api-key or BLIP2EDGE_API_KEY) is empty" in capsys.readouterr().err
