@@ -242,7 +242,7 @@ def test_a_signal_in_the_middle_of_an_export(number: signal.Signals, status: int
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
-        while not list(out.glob(".bundle.*/*.data")):
+        while not list(out.glob(".bundle.part/new/*.data")):
             assert process.poll() is None, "it ended before it wrote"
             time.sleep(0.005)
         process.send_signal(number)

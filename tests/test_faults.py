@@ -304,7 +304,13 @@ def test_hangup_ends_a_command_as_sigterm_does(tmp_path: Path) -> None:
         "from blip2edge.__main__ import run; run()"
     )
     command = [sys.executable, "-c", slow, "watch", str(tmp_path / "pictures"), "-b", "BUNDLE"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup, which may run the tests, ignores it
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGHUP)

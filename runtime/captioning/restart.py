@@ -112,8 +112,9 @@ class RestartingCaptioner:
             return
         self.state = "restarting"
         log.warning("the engine failed (%s); it is loaded again", self.problem)
-        self._thread = threading.Thread(target=self._restart, args=(self._load,), name="blip2edge-restart", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._restart, args=(self._load,), name="blip2edge-restart", daemon=True)
+        thread.start()
+        self._thread = thread  # after its start: `close` joins it
 
     def _restart(self, load: Callable[[], Captioner]) -> None:
         if not _closed(self.scheduler, CHECK_S):

@@ -64,5 +64,5 @@ def test_by_kind() -> None:
 def test_nothing_to_score_is_refused() -> None:
     with pytest.raises(DataError, match="got 0"):
         vqa_scores([], [], [])
-    with pytest.raises(DataError, match="got none"):
+    with pytest.raises(DataError, match="has no true answer"):
         answer_accuracy("yes", [])
