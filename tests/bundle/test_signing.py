@@ -267,7 +267,8 @@ def test_a_forged_copy_is_found_by_the_signature(signed: Path, keys: Key, capsys
     assert main([*words, "--require-signature", str(keys[1])]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "signature" in line]
     note = (
-        "note: not used, because the signature does not list it: optimized/cpu; sign the bundle again: blip2edge sign"
+        "note: not used, because the signature does not list it: optimized/cpu; remove what is not yours, or sign the "
+        "bundle again: blip2edge sign"
     )
     assert lines == [f"{note} {signed} --key KEY"]
 
@@ -374,7 +375,8 @@ def test_what_is_no_public_key(kind: str, signed: Path, keys: Key, tmp_path: Pat
         key.write_bytes(rsa.generate_private_key(65537, 2048).public_key().public_bytes(pem, form))
     elif kind == "curve":
         key.write_bytes(ec.generate_private_key(ec.SECP256K1()).public_key().public_bytes(pem, form))
-    with pytest.raises(UsageError, match=r"expected a public key in PEM format .*openssl"):
+    fix = "contains a private key; give the public key of the pair" if kind == "private" else "openssl"
+    with pytest.raises(UsageError, match=rf"expected a public key in PEM format .*{fix}"):
         caption(signed, key)
 
 
