@@ -29,7 +29,7 @@ from blip2edge.bundle.manifest import MANIFEST
 from blip2edge.bundle.outputs import publishing
 from blip2edge.bundle.outputs.locks import locked
 from blip2edge.bundle.outputs.publishing import check_not_source, staged
-from blip2edge.bundle.trust.integrity import STAMPS, check_files
+from blip2edge.bundle.trust.integrity import STAMPS, CheckedFiles, Listing
 from blip2edge.calibration.pictures import choose_pictures
 from blip2edge.cli import main
 from blip2edge.errors import BundleError, BundleIntegrityError, ImageError, OutputError, PromptError
@@ -178,7 +178,7 @@ def test_unchanged_files_are_not_hashed_again(
     monkeypatch.setattr("blip2edge.bundle.trust.integrity.sha256_of", refuse)
     Bundle.open(copy)
     with pytest.raises(pytest.fail.Exception, match="was hashed"):
-        check_files(copy, Bundle.open(copy).manifest.files, manifest="bundle.json", fix="", use_stamps=False)
+        CheckedFiles().check(Listing(copy, Bundle.open(copy).manifest.files, "bundle.json", ""), use_stamps=False)
 
 
 def test_inspect_verify_hashes_engines(

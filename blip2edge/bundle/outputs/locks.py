@@ -340,7 +340,7 @@ def _read_owner(descriptor: int) -> dict[str, Any]:
     """What the owner wrote into the lock; empty if it has not written yet."""
     try:
         values = json.loads(os.pread(descriptor, 1 << 16, 0))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -202,19 +202,6 @@ class CheckedFiles:
             self._directories.setdefault(directory, _directory_identity(directory))
 
 
-def check_files(
-    directory: Path,
-    files: Mapping[str, FileRecord],
-    *,
-    manifest: str,
-    fix: str,
-    use_stamps: bool = True,
-    progress: ProgressCallback | None = None,
-) -> None:
-    """Checks that files exist and were not changed; the arguments are those of :class:`Listing` and its check."""
-    CheckedFiles().check(Listing(directory, files, manifest, fix), use_stamps=use_stamps, progress=progress)
-
-
 def check_unlisted(listing: Listing) -> None:
     """Checks that the directory of a listing contains no other files.
 
