@@ -59,8 +59,11 @@ class Limits:
 
 DEFAULT_LIMITS = Limits()
 
-PICTURE_LIMITS = ("side", "pixels", "decoded_bytes", "frames")
-"""The limits that hold for pictures from files as well."""
+PICTURE_LIMITS = ("side", "pixels", "decoded_bytes")
+"""The limits on pictures that hold for files as well."""
+
+FILE_LIMITS = (*PICTURE_LIMITS, "frames")
+"""The limits on pictures and videos that hold for files as well."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from blip2edge.errors import BundleError, option
 from blip2edge.progress import counted
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
-from blip2edge.runtime.images.preprocess import load_image
 
 RUNS = 32
 """Number of recorded inputs whose outputs are compared, and of pictures whose captions are."""
@@ -142,10 +141,7 @@ def caption_pictures(
     """Captions pictures greedily with a bundle."""
     captioner = Captioner.load(bundle, backend="cpu", threads=threads)
     prompt = default_prompt(captioner.prompts)
-    return [
-        captioner.caption(load_image(picture.read()), prompt=prompt)
-        for picture in counted(pictures, len(pictures), progress)
-    ]
+    return [captioner.caption(picture.image(), prompt=prompt) for picture in counted(pictures, len(pictures), progress)]
 
 
 def compare_captions(parent: Sequence[CaptionResult], ours: Sequence[CaptionResult]) -> CaptionAgreement:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
@@ -24,7 +25,6 @@ from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.captioning.assemble import image_parts, text_parts
 from blip2edge.runtime.decoding.language_model import EncoderDecoder, load_language_model
-from blip2edge.runtime.images.preprocess import load_image
 from blip2edge.runtime.images.video import pictures_of
 from blip2edge.runtime.text.prompt import Prompt, PromptBuilder, pack_images
 
@@ -128,7 +128,7 @@ def collect(
 
     run = PictureRunner(bundle, open_graph, language=bool(texts))
     for done, picture in enumerate(counted(pictures, len(pictures), progress)):
-        run(picture.read(), texts[done] if done < len(texts) else None)
+        run(picture.image(), texts[done] if done < len(texts) else None)
 
 
 class PictureRunner:
@@ -155,10 +155,10 @@ class PictureRunner:
             if text.instructions is not None:
                 self.instruction = text.instructions([prompt])
 
-    def __call__(self, content: bytes, text: Sequence[int] | None) -> None:
-        """Runs all graphs on a picture file, the decoder on its prompt followed by the tokens of ``text``."""
+    def __call__(self, picture: Image.Image, text: Sequence[int] | None) -> None:
+        """Runs all graphs on a picture, the decoder on its prompt followed by the tokens of ``text``."""
         images, frames = self.images, self.spec.frames if self.spec is not None else 1
-        pixels = images.preprocessing.batch(pictures_of([load_image(content)], frames))
+        pixels = images.preprocessing.batch(pictures_of([picture], frames))
         outputs = images.vision.run({"pixel_values": pixels.astype(images.pixels_dtype, copy=False)})
         if images.bridge is not None:
             outputs |= images.bridge.run({"image_embeds": outputs["image_embeds"], **self.instruction})

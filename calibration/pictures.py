@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from blip2edge.errors import DataError, ImageError, option
+from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.picture_files import (
     MAX_FILE_BYTES,
     PICTURE_SUFFIXES,
@@ -35,10 +38,12 @@ class CalibrationPicture:
     Attributes:
         path: The picture file, or the shard.
         stored: The picture's place in the shard; None if it is a file of its own.
+        limits: The largest picture that is decoded.
     """
 
     path: Path
     stored: ShardFile | None = None
+    limits: Limits = DEFAULT_LIMITS
 
     @property
     def member(self) -> str:
@@ -70,6 +75,14 @@ class CalibrationPicture:
         with reading(self.path, "a picture", ImageError):
             return read_bytes(self.path, MAX_FILE_BYTES)
 
+    def image(self) -> Image.Image:
+        """Decodes the picture to RGB.
+
+        Raises:
+            ImageError: As :meth:`read`; or the file is not a picture within the limits.
+        """
+        return load_image(self.read(), self.limits)
+
 
 @dataclass(frozen=True)
 class PictureSet:
@@ -93,7 +106,10 @@ class PictureSet:
 
 
 def choose_pictures(
-    source: str | Path, count: int = DEFAULT_COUNT, progress: Callable[[int, int], None] | None = None
+    source: str | Path,
+    count: int = DEFAULT_COUNT,
+    progress: Callable[[int, int], None] | None = None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> PictureSet:
     """Finds pictures and takes ``count`` of them, evenly spaced in the order of their names.
 
@@ -102,12 +118,13 @@ def choose_pictures(
             or one shard.
         count: Largest number of pictures.
         progress: Called with pictures read and pictures in all.
+        limits: The largest picture that is decoded; larger ones are skipped.
 
     Raises:
         DataError: No picture can be read, or a shard is damaged.
     """
     root = Path(source)
-    found = list(_search(root))
+    found = [CalibrationPicture(path, stored, limits) for path, stored in _search(root)]
     if not found:
         raise DataError(
             f"{root}: expected pictures ({', '.join(sorted(PICTURE_SUFFIXES))}) or .tar shards of them, found none",
@@ -124,7 +141,7 @@ def choose_pictures(
             break
         try:
             content = picture.read()
-            load_image(content)
+            load_image(content, limits)
         except ImageError:
             skipped.append(picture.name)
             continue
@@ -138,7 +155,7 @@ def choose_pictures(
     return PictureSet(tuple(kept), digest.hexdigest(), tuple(skipped))
 
 
-def _search(root: Path) -> Iterator[CalibrationPicture]:
+def _search(root: Path) -> Iterator[tuple[Path, ShardFile | None]]:
     if root.is_file() and root.suffix.lower() == SHARD_SUFFIX:
         yield from _shard(root)
         return
@@ -151,11 +168,12 @@ def _search(root: Path) -> Iterator[CalibrationPicture]:
         if path.suffix.lower() == SHARD_SUFFIX:
             yield from _shard(path)
         elif path.suffix.lower() in PICTURE_SUFFIXES:
-            yield CalibrationPicture(path)
+            yield path, None
 
 
-def _shard(path: Path) -> Sequence[CalibrationPicture]:
+def _shard(path: Path) -> Iterator[tuple[Path, ShardFile]]:
     """The pictures of a shard, by name."""
     with open_shard(path) as files:
-        pictures = [CalibrationPicture(path, file) for file, _ in files if file.is_picture]
-    return sorted(pictures, key=lambda picture: picture.member)
+        pictures = [file for file, _ in files if file.is_picture]
+    for file in sorted(pictures, key=lambda picture: picture.name):
+        yield path, file

@@ -49,6 +49,7 @@ from blip2edge.calibration.weights.quantize import quantize_weights
 from blip2edge.choices import RANGE_METHODS, WEIGHT_BITS
 from blip2edge.errors import BackendError, BundleError, UsageError, option
 from blip2edge.graph_files import load_graph
+from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.packages import require
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.bench.meters import MemoryMeter
@@ -81,6 +82,7 @@ def calibrate(
     count: int = DEFAULT_COUNT,
     force: bool = False,
     threads: int | None = None,
+    limits: Limits = DEFAULT_LIMITS,
     progress: ProgressCallback | None = None,
 ) -> CalibrationReport:
     """Makes an INT8 or INT4 bundle from a bundle in floating point, the parent.
@@ -100,6 +102,7 @@ def calibrate(
         count: Largest number of pictures.
         force: Whether to replace an existing bundle at ``output``.
         threads: CPU threads; None for all cores.
+        limits: The largest picture that is decoded; larger ones are skipped, with a warning.
         progress: Called with a stage's name, steps done and steps in all.
 
     Raises:
@@ -120,7 +123,7 @@ def calibrate(
     check_drop_limit(drop_limit, parent.manifest.prompt is not None)
     report = progress or (lambda stage, done, total: None)
     with MemoryMeter() as meter, staged(target, force) as staging:
-        pictures = choose_pictures(images, count, partial(report, "read the pictures"))
+        pictures = choose_pictures(images, count, partial(report, "read the pictures"), limits)
         warnings = _warnings(pictures)
         feeds = Feeds(scratch(staging, "feeds"))
         context = CalibrationContext(parent, staging, feeds, method, threads, report, warnings.append, pictures.sha256)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tests.drawing import Drawn
@@ -31,6 +32,20 @@ def _shared_traces(tmp_path_factory: pytest.TempPathFactory) -> None:
         from tests.traces import share_traces, shared_directory
 
         share_traces(shared_directory(tmp_path_factory, "traces"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _equal_times() -> Iterator[None]:
+    """`optimize` keeps the fastest form of a graph. Here all take equal time: a copy does not depend on the machine."""
+    from blip2edge.optimization import probe
+
+    def seconds(run: Callable[[], object]) -> float:
+        run()
+        return 1e-3
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "least_cpu_seconds", seconds)
+        yield
 
 
 @pytest.fixture(autouse=True)

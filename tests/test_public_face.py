@@ -25,6 +25,7 @@ from blip2edge.cli import main
 from blip2edge.cli.messages import explain
 from blip2edge.errors import BackendError, BundleError, OverloadError, option
 from blip2edge.export.pipeline import export_checkpoint
+from blip2edge.limits import Limits
 from blip2edge.runtime.backends.base import BACKENDS
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.decoding.options import CaptionOptions, GenerationOptions
@@ -58,6 +59,12 @@ def test_types_list_what_there_is() -> None:
     assert list(CaptionOptions.__annotations__) == list(GenerationOptions.__dataclass_fields__)
     assert get_args(BackendName) == ("auto", *BACKENDS)
     assert DRAFTS[0] == "auto"
+
+
+def test_limits_of_a_matcher(clip: Path) -> None:
+    limited = Matcher.load(clip, threads=1, limits=Limits(side=5))
+    with limited, pytest.raises(ImageError, match="at most 5 a side"):
+        limited.match(PICTURE, "a dog")
 
 
 def test_repr_gives_bundle_backend_and_precision(captioner: Captioner, matcher: Matcher) -> None:

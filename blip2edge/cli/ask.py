@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from blip2edge.cli.caption import Item, check, load_captioner, open_bundle, print_captions, takes_videos
 from blip2edge.cli.flag_groups import add_batch_size, add_bundle_option, add_generation, add_limits, add_stream_or_json
 from blip2edge.cli.picture_arguments import IMAGE_HELP, find_pictures
-from blip2edge.limits import PICTURE_LIMITS, Limits
+from blip2edge.limits import FILE_LIMITS, Limits
 
 if TYPE_CHECKING:
     import argparse
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle_option(parser)
     add_stream_or_json(parser)
     add_generation(parser)
-    add_limits(parser, Limits, PICTURE_LIMITS)
+    add_limits(parser, Limits, FILE_LIMITS)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge.choices import RANGE_METHODS, WEIGHT_BITS
-from blip2edge.cli.flag_groups import add_no_optimize, add_number, add_output, add_threads
+from blip2edge.cli.flag_groups import add_limits, add_no_optimize, add_number, add_output, add_threads, given_limits
 from blip2edge.cli.next_steps import print_next, quoted, try_command
 from blip2edge.cli.optimize import optimized
 from blip2edge.cli.optimize import report_table as copy_table
 from blip2edge.cli.table import size, table
+from blip2edge.limits import PICTURE_LIMITS, Limits
 from blip2edge.progress import Progress
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def add_arguments(parser: Parser) -> None:
     )
     add_number(parser, "--count", "largest number of calibration pictures", 512)
     add_threads(parser)
+    add_limits(parser, Limits, PICTURE_LIMITS)
     add_no_optimize(parser)
 
 
@@ -101,6 +103,7 @@ def run(options: argparse.Namespace) -> int:
             count=options.count,
             force=options.force,
             threads=options.threads,
+            limits=given_limits(options, Limits),
             progress=progress,
         )
     print(report_table(report), flush=True)

@@ -21,7 +21,7 @@ from blip2edge.cli.flag_groups import (
 from blip2edge.cli.messages import Failures
 from blip2edge.cli.picture_arguments import IMAGE_HELP, PictureArgument, find_pictures
 from blip2edge.errors import Blip2EdgeError, ImageError, PromptError, UsageError, option
-from blip2edge.limits import PICTURE_LIMITS, Limits
+from blip2edge.limits import FILE_LIMITS, Limits
 from blip2edge.picture_files import printable
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle_option(parser)
     add_stream_or_json(parser)
     add_generation(parser)
-    add_limits(parser, Limits, PICTURE_LIMITS)
+    add_limits(parser, Limits, FILE_LIMITS)
 
 
 def run(options: argparse.Namespace) -> int:

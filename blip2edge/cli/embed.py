@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip2edge.cli.files import write
-from blip2edge.cli.flag_groups import add_batch_size, add_bundle_option
+from blip2edge.cli.flag_groups import add_batch_size, add_bundle_option, add_limits
 from blip2edge.cli.match import load_matcher
 from blip2edge.cli.messages import Failures
 from blip2edge.cli.picture_arguments import IMAGE_HELP, find_pictures
 from blip2edge.errors import Blip2EdgeError, ImageError, UsageError, option
+from blip2edge.limits import PICTURE_LIMITS, Limits
 
 if TYPE_CHECKING:
     import argparse
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_batch_size(parser, 1)
     add_bundle_option(parser)
+    add_limits(parser, Limits, PICTURE_LIMITS)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="print one JSON object per line for each vector (default)")
     how.add_argument("--output", metavar="FILE", type=Path, help="write all vectors to FILE as one .npy array")

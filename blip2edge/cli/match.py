@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from blip2edge.cli.flag_groups import add_batch_size, add_bundle_option, print_unsigned
+from blip2edge.cli.flag_groups import add_batch_size, add_bundle_option, add_limits, given_limits, print_unsigned
 from blip2edge.cli.messages import Failures
 from blip2edge.cli.picture_arguments import IMAGE_HELP, find_pictures
 from blip2edge.errors import Blip2EdgeError, ImageError
+from blip2edge.limits import PICTURE_LIMITS, Limits
 
 if TYPE_CHECKING:
     import argparse
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_batch_size(parser, 1)
     add_bundle_option(parser)
+    add_limits(parser, Limits, PICTURE_LIMITS)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per line for each pair of picture and text"
     )
@@ -71,6 +73,7 @@ def load_matcher(options: argparse.Namespace) -> Matcher:
         backend=options.backend,
         threads=options.threads,
         require_signature=options.require_signature,
+        limits=given_limits(options, Limits),
     )
     print_unsigned(matcher.bundle)
     return matcher

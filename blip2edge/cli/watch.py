@@ -9,7 +9,7 @@ from blip2edge.cli.caption import load_captioner, open_bundle
 from blip2edge.cli.flag_groups import add_bundle_option, add_generation, add_limits, add_number, given_generation
 from blip2edge.cli.flag_types import share_or_zero
 from blip2edge.cli.messages import print_note
-from blip2edge.limits import PICTURE_LIMITS, Limits
+from blip2edge.limits import FILE_LIMITS, Limits
 
 if TYPE_CHECKING:
     import argparse
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object per line for each frame")
     add_bundle_option(parser)
     add_generation(parser)
-    add_limits(parser, Limits, PICTURE_LIMITS)
+    add_limits(parser, Limits, FILE_LIMITS)
 
 
 def run(options: argparse.Namespace) -> int:

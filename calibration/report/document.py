@@ -20,7 +20,6 @@ from blip2edge.calibration.pictures import CalibrationPicture
 from blip2edge.calibration.report.page import REPORT_PAGE, report_page, shown_pictures, thumbnail
 from blip2edge.calibration.results import StagedGraph
 from blip2edge.picture_files import printable
-from blip2edge.runtime.images.preprocess import load_image
 
 REPORT = "report.json"
 SCHEMA = 1
@@ -59,7 +58,7 @@ def write_reports(
     values["decode"] = _decode(context, graphs)
     text = json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
     (context.staging / REPORT).write_text(text, encoding="utf-8")
-    thumbnails = {at: thumbnail(load_image(pictures[at].read())) for at in shown_pictures(values["captions"])}
+    thumbnails = {at: thumbnail(pictures[at].image()) for at in shown_pictures(values["captions"])}
     (context.staging / REPORT_PAGE).write_text(report_page(values, title, thumbnails), encoding="utf-8")
     return {name: FileRecord.of(context.staging / name) for name in (REPORT, REPORT_PAGE)}
 

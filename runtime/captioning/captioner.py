@@ -84,7 +84,7 @@ class Captioner(LoadedBundle):
             threads: CPU threads that one operator uses; None for as many as there are cores.
             draft: The draft model of speculative decoding for calls that do not set the option ``draft``; one of
                 :data:`blip2edge.bundle.schema.DRAFTS`.
-            limits: The largest picture or video that is decoded; of its fields, ``PICTURE_LIMITS`` are used.
+            limits: The largest picture or video that is decoded; of its fields, ``FILE_LIMITS`` are used.
             require_signature: A public key that the bundle must be signed for; see :meth:`Bundle.open`.
 
         Raises:

@@ -29,6 +29,7 @@ from blip2edge.bundle.schema import (
     BackendName,
 )
 from blip2edge.errors import Blip2EdgeError, BundleError, PromptError, UsageError, option
+from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.captioning.assemble import LoadedBundle, image_parts
 from blip2edge.runtime.captioning.request import MatchResult, check_text, listed, raising
@@ -44,7 +45,13 @@ Item = TypeVar("Item")
 class Matcher(LoadedBundle):
     """Compares pictures with texts. Make one with :meth:`load`, and close it after use; a ``with`` block closes it."""
 
-    def __init__(self, bundle: Bundle, backend: BackendName = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: BackendName = "auto",
+        threads: int | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
         super().__init__(bundle, backend, threads)
         manifest = bundle.manifest
         if TEXT_EMBEDS not in manifest.graphs:
@@ -57,7 +64,7 @@ class Matcher(LoadedBundle):
                 f"use {'ask' if required else 'caption'}",
             )
         with self._loading():
-            self.images = image_parts(bundle, self.graphs)
+            self.images = image_parts(bundle, self.graphs, limits)
             self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE), **manifest.tokenizer)
             self.features = self.graphs(IMAGE_FEATURES)
             self.texts = self.graphs(TEXT_EMBEDS)
@@ -71,6 +78,7 @@ class Matcher(LoadedBundle):
         backend: BackendName = "auto",
         threads: int | None = None,
         require_signature: str | Path | None = None,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> Matcher:
         """Opens a bundle and loads its graphs.
 
@@ -79,6 +87,7 @@ class Matcher(LoadedBundle):
             backend: Name of the backend that runs the graphs; ``auto`` for the default.
             threads: CPU threads that one operator uses; None for as many as there are cores.
             require_signature: A public key that the bundle must be signed for; see :meth:`Bundle.open`.
+            limits: The largest picture that is decoded; of its fields, ``PICTURE_LIMITS`` are used.
 
         Raises:
             BundleError: As :meth:`Bundle.open`; or the bundle's model generates texts and does not compare them.
@@ -86,7 +95,9 @@ class Matcher(LoadedBundle):
             UsageError: ``bundle`` is not a path, or ``threads`` is below 1.
         """
         check_threads(threads)
-        return load_whole(bundle, lambda opened: cls(opened, backend, threads), require_signature=require_signature)
+        return load_whole(
+            bundle, lambda opened: cls(opened, backend, threads, limits), require_signature=require_signature
+        )
 
     def match(self, image: ImageSource, text: str, *, channels: Channels = "rgb") -> MatchResult:
         """Compares a picture with a text.
@@ -297,8 +308,9 @@ class Matcher(LoadedBundle):
 
     def _image_embeds(self, pictures: list[ImageSource]) -> Array:
         """``image_embeds [B, P, Dv]``."""
-        pixels = self.images.preprocessing.batch(pictures).astype(self.images.pixels_dtype, copy=False)
-        return self.images.vision.run({"pixel_values": pixels})["image_embeds"]
+        images = self.images
+        pixels = images.preprocessing.batch(pictures, images.limits).astype(images.pixels_dtype, copy=False)
+        return images.vision.run({"pixel_values": pixels})["image_embeds"]
 
     def _features(self, image_embeds: Array) -> Vectors:
         """The vectors of pictures, ``[B, K, F]``."""

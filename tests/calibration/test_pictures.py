@@ -11,6 +11,7 @@ import pytest
 
 from blip2edge.calibration.pictures import choose_pictures
 from blip2edge.errors import DataError
+from blip2edge.limits import Limits
 
 
 def draw(folder: Path, count: int) -> None:
@@ -54,6 +55,15 @@ def test_a_shard_gives_what_the_folder_gives(folder: Path, tmp_path: Path) -> No
         chosen = choose_pictures(source)
         assert chosen.sha256 == choose_pictures(folder).sha256
         assert [picture.read() for picture in chosen] == [path.read_bytes() for path in sorted(folder.iterdir())]
+
+
+def test_pictures_above_the_limits_are_skipped(folder: Path) -> None:
+    PIL.Image.new("RGB", (9, 6)).save(folder / "wide.png")
+    chosen = choose_pictures(folder, limits=Limits(side=8))
+    assert chosen.skipped == (str(folder / "wide.png"),)
+    assert len(chosen) == 9
+    with pytest.raises(DataError, match="none of the 10 pictures can be read"):
+        choose_pictures(folder, limits=Limits(pixels=5))
 
 
 def test_a_change_of_a_picture_changes_the_hash(folder: Path) -> None:

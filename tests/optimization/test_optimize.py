@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ pytest.importorskip("onnxruntime", reason="the copy is for ONNX Runtime")
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.cli import main
 from blip2edge.errors import BundleIntegrityError, UsageError
-from blip2edge.optimization import pipeline, recipes
+from blip2edge.optimization import recipes
 from blip2edge.optimization.pipeline import OptimizedReport, optimize
 from blip2edge.optimization.recipes import Recipe
 from blip2edge.runtime.backends.open_graph import RECORD
@@ -40,11 +39,7 @@ PROMPTS = (None, "a photo of", "Question: what is two? Short answer:", "red dog"
 def copied(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> OptimizedReport:
     bundle = tmp_path_factory.mktemp("optimised") / "bundle"
     shutil.copytree(tiny_bundle, bundle)
-    shared = tuple(recipe for recipe in recipes.DECODERS if "shared cache" in recipe.passes)
-    with pytest.MonkeyPatch.context() as patch:  # whatever is the fastest here
-        patch.setattr(recipes, "DECODERS", shared)
-        patch.setattr(pipeline, "SLOWER_MOST", {False: math.inf, True: math.inf})
-        return optimize(bundle)
+    return optimize(bundle)
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +95,10 @@ WITHOUT_CACHE = ("fused attention", "fused activations")
 def test_a_recipe_of_its_own_kind(
     added: tuple[str, ...], tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is the fastest here: without convolutions weights are shared, with them they are laid out at load."""
+    """Without convolutions weights are shared, with them they are laid out at load."""
     whole, decoder = Recipe((*WITHOUT_CACHE, *added)), Recipe(("shared cache", *added), ("shared cache",))
     monkeypatch.setattr(recipes, "FLOAT", (whole,))
     monkeypatch.setattr(recipes, "DECODERS", (decoder,))
-    monkeypatch.setattr(pipeline, "SLOWER_MOST", {False: math.inf, True: math.inf})
     bundle = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, bundle)
     copied = optimize(bundle)
