@@ -113,6 +113,14 @@ RANGES: dict[str, tuple[Change, str]] = {
     "an engine's bundle": (lambda v: v.update(engines_of="abc"), "engines_of: expected a SHA-256"),
     "a calibration": (lambda v: v.update(calibration={"method": "minmax"}), "calibration.pictures is missing"),
 }
+CLOSED: dict[str, dict[str, Any]] = {
+    "cross": {"num_layers": 1, "num_heads": 2, "head_dim": 4, "source_dim": 8},
+    "draft": {"num_layers": 1, "num_heads": 2, "head_dim": 4, "dec_token_id": 1, "end_token_id": 2, "max_positions": 9},
+    "merging": {"merge_tokens": 4, "embeds": 17, "embeds_before": 21},
+    "tokenizer": {"split_special_tokens": True},
+}
+"""Objects whose keys are all known."""
+
 FITS: dict[str, tuple[Change, str]] = {
     "no graph": (lambda v: v.update(graphs={}), "graphs: expected at least one graph"),
     "double inputs": (
@@ -158,6 +166,13 @@ def test_a_value_outside_its_range(name: str, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=told) as caught:
         read(values, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_an_unknown_key_of_a_known_object(name: str, tmp_path: Path) -> None:
+    read({**document(), name: CLOSED[name]}, tmp_path)
+    with pytest.raises(BundleError, match=rf"{name}.*'blur' is no known key"):
+        read({**document(), name: {**CLOSED[name], "blur": 1}}, tmp_path)
 
 
 @pytest.mark.parametrize("name", FITS)

@@ -54,6 +54,12 @@ def test_zeros_alone_have_no_range() -> None:
     assert {name: method(histogram) for name, method in THRESHOLDS.items()} == dict.fromkeys(THRESHOLDS, 0.0)
 
 
+def test_a_threshold_below_all_values_is_no_choice() -> None:
+    """With empty bins from zero on, the smallest thresholds leave no value inside."""
+    values = np.random.default_rng(3).uniform(0.9, 1.0, 5000).astype(np.float32)
+    assert entropy(filled(values)) == pytest.approx(1.0, rel=1e-2)
+
+
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
 def test_values_that_are_not_finite_are_refused(broken: float) -> None:
     with pytest.raises(ValueError, match="not finite"):
