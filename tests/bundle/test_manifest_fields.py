@@ -71,6 +71,13 @@ def test_a_manifest_within_all_ranges(tmp_path: Path) -> None:
     assert again == found
 
 
+@pytest.mark.parametrize("resample", range(6))
+def test_every_filter_of_pillow(resample: int, tmp_path: Path) -> None:
+    values = document()
+    values["preprocessing"]["resample"] = resample
+    assert read(values, tmp_path).preprocessing["resample"] == resample
+
+
 Change = Callable[[dict[str, Any]], Any]
 RANGES: dict[str, tuple[Change, str]] = {
     "negative tokens": (
@@ -84,6 +91,16 @@ RANGES: dict[str, tuple[Change, str]] = {
     "no vocabulary": (lambda v: v.update(vocab_size=0), "vocab_size: expected a whole number"),
     "infinite": (lambda v: v["preprocessing"].update(mean=[0.5, 1e999, 0.5]), "expected a (finite )?number"),
     "two channels": (lambda v: v["preprocessing"].update(mean=[0.5, 0.5]), "preprocessing.mean: expected a list of 3"),
+    "four channels": (lambda v: v["preprocessing"].update(std=[0.5] * 4), "preprocessing.std: expected a list of 3"),
+    "a filter": (lambda v: v["preprocessing"].update(resample=6), "preprocessing.resample: expected a whole number"),
+    "a token of placeholders": (
+        lambda v: v["prompt"].update(kind="segments", image_token="<image>"),
+        "a prompt of kind segments has no token of placeholder",
+    ),
+    "no token of placeholders": (
+        lambda v: v["prompt"].update(kind="placeholder"),
+        "a prompt of kind placeholder needs a token of placeholder",
+    ),
     "a huge picture": (
         lambda v: v["preprocessing"].update(size={"height": 10**6, "width": 1}),
         r"preprocessing.size.height: expected a whole number from 1 to 65535, got 1000000",
