@@ -48,6 +48,12 @@ def test_a_bin_holds_what_lies_in_it(parts: int) -> None:
     assert moved <= 0.002 * values.size  # a value on the edge of a merged bin may round to its neighbour
 
 
+def test_centres_are_in_the_middle_of_their_bins() -> None:
+    histogram = filled(np.array([4.0], np.float32))
+    assert histogram.centres[:2].tolist() == [histogram.width / 2, histogram.width * 1.5]
+    assert len(histogram.centres) == BINS
+
+
 def test_zeros_alone_have_no_range() -> None:
     histogram = filled(np.zeros(50, np.float32), 5)
     assert histogram.counts[0] == 50
