@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip2edge.bundle.schema import GraphSpec
-from blip2edge.calibration.batches import Feeds, default_prompt
+from blip2edge.calibration.batches import Feeds
 from blip2edge.calibration.pictures import CalibrationPicture
 from blip2edge.errors import BundleError, option
 from blip2edge.progress import counted
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
+from blip2edge.runtime.bench.reference_outputs import default_prompt
 from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
 
 RUNS = 32

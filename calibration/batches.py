@@ -23,13 +23,11 @@ from blip2edge.calibration.pictures import PictureSet
 from blip2edge.progress import counted
 from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
+from blip2edge.runtime.bench.reference_outputs import default_prompt
 from blip2edge.runtime.captioning.assemble import image_parts, text_parts
 from blip2edge.runtime.decoding.language_model import EncoderDecoder, load_language_model
 from blip2edge.runtime.images.video import pictures_of
-from blip2edge.runtime.text.prompt import Prompt, PromptBuilder, pack_images
-
-QUESTION = "What is in the picture?"
-"""Question for models that cannot caption without a question."""
+from blip2edge.runtime.text.prompt import Prompt, pack_images
 
 
 class Feeds:
@@ -85,14 +83,6 @@ class SubstituteSession:
 
     def close(self) -> None:
         """Does nothing; see :class:`blip2edge.runtime.backends.base.Session`."""
-
-
-def default_prompt(prompts: PromptBuilder) -> str | None:
-    """Returns the prompt for every picture: the bundle's default, or :data:`QUESTION` if the model needs a prompt."""
-    spec = prompts.spec
-    if spec.default is not None or not (spec.required or spec.instruction_positions):
-        return spec.default
-    return prompts.question(QUESTION) if spec.question else ""
 
 
 def collect(

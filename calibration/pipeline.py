@@ -52,6 +52,7 @@ from blip2edge.graph_files import load_graph
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.packages import require
 from blip2edge.progress import ProgressCallback
+from blip2edge.runtime.bench import reference_outputs
 from blip2edge.runtime.bench.meters import MemoryMeter
 from blip2edge.runtime.captioning.captioner import CaptionResult
 from blip2edge.version import __version__
@@ -174,6 +175,7 @@ def _fill_staging(
     manifest = _seal(context, graphs)
     reports = write_reports(context, title, list(pictures), record, graphs, agreement)
     replace(manifest, files={**manifest.files, **reports}, calibration=record).write(context.staging)
+    reference_outputs.add_reference_outputs(context.staging, threads=context.threads, progress=context.progress)
     return graphs, agreement
 
 
@@ -330,7 +332,7 @@ def _copy_rest(parent: Bundle, staging: Path) -> None:
     manifest = parent.manifest
     of_graphs = {file for record in manifest.graphs.values() for file in record.files}
     for file in manifest.files:
-        if file not in of_graphs and not (staging / file).exists():
+        if file not in of_graphs and file != reference_outputs.REFERENCE_OUTPUTS and not (staging / file).exists():
             shutil.copyfile(parent.file(file), staging / file)
 
 

@@ -3,7 +3,8 @@
 1. Open: config, tensors, tokenizer and preprocessing are checked before anything is written.
 2. Write: each graph is traced without weights and cast; its weights are written to its data file, one at a time.
 3. Verify: the outputs of each graph are compared with torch's, and every written weight with the checkpoint's.
-4. Publish: the manifest lists the hash of every file, and the directory is renamed to its final name.
+4. Record: the outputs of all graphs on seeded inputs, and captions of drawn pictures, for `certify`.
+5. Publish: the manifest lists the hash of every file, and the directory is renamed to its final name.
 
 After an error there is no new bundle, and an old one is unchanged.
 """
@@ -51,6 +52,7 @@ from blip2edge.model.models import build_model, with_merged_tokens
 from blip2edge.model.retrieval import RetrievalConfig
 from blip2edge.packages import require
 from blip2edge.progress import ProgressCallback
+from blip2edge.runtime.bench import reference_outputs
 from blip2edge.runtime.bench.meters import MemoryMeter
 from blip2edge.version import __version__
 
@@ -159,6 +161,8 @@ def export_checkpoint(
             side.write(staging)
             merging = _verify(source, written, precision, mode, report)
             _write_manifest(source, side, staging, written, precision, mode, merging, report)
+            if mode == "full":  # the whole bundle fits into memory
+                reference_outputs.add_reference_outputs(staging, progress=report)
         source.files.close()
     graphs = [_graph_report(name, item) for name, item in written.items()]
     return ExportReport(target, graphs, mode, time.perf_counter() - start, meter.peak, merging, side.warnings)

@@ -6,12 +6,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.schema import CROSS_KV, CROSS_MASK, DECODER, TEXT_ENCODER, Parity
+from blip2edge.bundle.schema import DECODER, TEXT_ENCODER, Parity
 from blip2edge.graph_files import load_graph
 from blip2edge.optimization import probe
 from blip2edge.optimization.graph import prepare
@@ -21,6 +20,7 @@ from blip2edge.optimization.storage import SMALLEST
 from blip2edge.runtime.backends.base import OptimizedFile, Session
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.backends.open_graph import RowByRow
+from blip2edge.runtime.bench.graph_inputs import draw_cross_inputs, draw_inputs
 from blip2edge.runtime.decoding.language_model import decoder_of
 
 TOLERANCE = 1e-4
@@ -86,9 +86,7 @@ def probe_session(
         session = RowByRow(opened) if one_by_one else opened
         manifest = task.bundle.manifest
         if name != DECODER:
-            return probe.run_and_time(
-                session, probe.draw_inputs(task.bundle.graph(name).spec, task.upstream), timed=timed
-            )
+            return probe.run_and_time(session, draw_inputs(task.bundle.graph(name).spec, task.upstream), timed=timed)
         prompt = 1 if TEXT_ENCODER in manifest.graphs else min(probe.PROMPT, manifest.max_positions - 10)
         return probe.decode_and_time(decoder_of(task.bundle, session), _cross_inputs(task), prompt, timed=timed)
     finally:
@@ -97,17 +95,7 @@ def probe_session(
 
 def _cross_inputs(task: CopyTask) -> dict[str, Array]:
     """Makes the keys, values and mask of a decoder's cross-attention; empty for a decoder without one."""
-    if CROSS_KV not in task.bundle.manifest.graphs:
-        return {}
-    drawn = probe.draw_inputs(task.bundle.graph(DECODER).spec, task.upstream)
-    inputs = {name: array for name, array in drawn.items() if name.startswith("cross.")}
-    if CROSS_MASK in drawn:
-        keys = next(iter(inputs.values())).shape[2]
-        shape = drawn[CROSS_MASK].shape[:-1]
-        mask = np.ones((*shape, keys), np.int64)
-        mask[-1, ..., -1] = 0
-        inputs[CROSS_MASK] = mask
-    return inputs
+    return draw_cross_inputs(task.bundle.graph(DECODER).spec, task.upstream)
 
 
 def references(task: CopyTask, name: str) -> tuple[probe.ProbeResult, probe.ProbeResult]:

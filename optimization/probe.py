@@ -1,4 +1,4 @@
-"""Compares and times graphs on the same inputs: seeded images that pass through the portable graphs."""
+"""Compares and times graphs on the same inputs."""
 
 from __future__ import annotations
 
@@ -9,69 +9,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
-from blip2edge.bundle.schema import BRIDGE, CROSS_MASK, DECODER, MATCH, VISION, Axis, GraphSpec, TensorSpec
+from blip2edge.bundle.dtypes import Array
+from blip2edge.bundle.schema import BRIDGE, DECODER, MATCH, VISION
 from blip2edge.runtime.backends.base import Session
+from blip2edge.runtime.bench.graph_inputs import SEED, TOKENS, Arrays, decode, for_steps
 from blip2edge.runtime.decoding.state import Decoder
-
-SEED = 6
-ROWS = 2
-LENGTHS = {"source": 9, "instruction": 6, "text": 7}
-VOCABULARY = 16
-"""Token ids below it are in every vocabulary."""
 
 PROMPT = 32
 """Tokens of the prompt in the timed decoding: the visual tokens of BLIP-2."""
-
-TOKENS = 8
-"""Decode steps in the timed decoding."""
 
 ENOUGH_SECONDS = 1.0
 """Runs are repeated until they took this long in all, at least :data:`FEWEST` and at most :data:`RUNS` times."""
 
 FEWEST, RUNS = 3, 9
-
-Arrays = dict[str, Array]
-
-
-def pictures(spec: TensorSpec, rng: np.random.Generator) -> Array:
-    """Draws two test pictures ``[2, 3, H, W]``: smooth colours with noise, about as bright as preprocessed images."""
-    _, channels, height, width = (dim if isinstance(dim, int) else ROWS for dim in spec.dims)
-    coarse = rng.standard_normal((ROWS, channels, 5, 5))
-    rows, columns = np.linspace(0, 4, height), np.linspace(0, 4, width)
-    smooth = np.apply_along_axis(lambda line: np.interp(rows, np.arange(5), line), 2, coarse)
-    smooth = np.apply_along_axis(lambda line: np.interp(columns, np.arange(5), line), 3, smooth)
-    noisy = smooth + 0.1 * rng.standard_normal(smooth.shape)
-    return np.asarray(noisy, NUMPY_DTYPES[spec.dtype])
-
-
-def draw_inputs(spec: GraphSpec, upstream: Mapping[str, Array]) -> Arrays:
-    """Draws random inputs of a graph, a batch of two rows.
-
-    Args:
-        spec: The graph's inputs and outputs.
-        upstream: Outputs of the graphs that run before this one, by name.
-    """
-    rng = np.random.default_rng(SEED)
-    drawn: Arrays = {}
-    for tensor in spec.inputs:
-        shape = [dim if isinstance(dim, int) else _length(dim) for dim in tensor.dims]
-        if tensor.name == "pixel_values":
-            drawn[tensor.name] = pictures(tensor, rng)
-        elif tensor.name in upstream:
-            drawn[tensor.name] = upstream[tensor.name]
-        elif tensor.name.endswith("mask"):
-            drawn[tensor.name] = np.ones(shape, np.int64)
-            drawn[tensor.name][-1, ..., -1] = 0
-        elif tensor.dtype == "int64":
-            drawn[tensor.name] = rng.integers(0, VOCABULARY, shape)
-        else:
-            drawn[tensor.name] = rng.standard_normal(shape).astype(NUMPY_DTYPES[tensor.dtype])
-    return drawn
-
-
-def _length(axis: Axis) -> int:
-    return ROWS if axis.name == "batch" else min(max(LENGTHS.get(axis.name, axis.opt), axis.min), axis.max)
 
 
 def first_row(inputs: Mapping[str, Array]) -> Arrays:
@@ -120,21 +70,12 @@ def decode_and_time(
     Returns:
         Logits of each kind of step, and the time of a prefill with :data:`TOKENS` decode steps; NaN if not ``timed``.
     """
-    rng = np.random.default_rng(SEED)
-    table = decoder.table
-    ids = rng.integers(0, table.num_rows, (ROWS, 6 + 3 + TOKENS))
-    prompts = [table.rows(ids[0, :5]), table.rows(ids[1, :3])]
-    logits, state = decoder.prefill(prompts, _for_steps(context, 5))
-    outputs = {"prefill": logits, "step": state.step(ids[:, 5])}
-    before = state.lengths
-    outputs["extend"] = state.extend(ids[:, 6:9])
-    state.truncate(before + np.array([1, 2], np.int64))
-    state.select(np.array([1, 0]))
-    outputs["after"] = state.step(ids[:, 9])
+    outputs, ids = decode(decoder, context)
     if not timed:
         return ProbeResult(outputs, math.nan)
-    whole = [table.rows(rng.integers(0, table.num_rows, prompt))]
-    one = first_row(_for_steps(context, prompt))
+    table = decoder.table
+    whole = [table.rows(np.random.default_rng(SEED).integers(0, table.num_rows, prompt))]
+    one = first_row(for_steps(context, prompt))
 
     def generate() -> None:
         _, again = decoder.prefill(whole, one)
@@ -142,15 +83,6 @@ def decode_and_time(
             again.step(ids[:1, at])
 
     return ProbeResult(outputs, least_cpu_seconds(generate))
-
-
-def _for_steps(context: Mapping[str, Array], steps: int) -> Arrays:
-    """The context for ``steps`` new tokens: a mask with a row for each new token gets that many rows."""
-    made = dict(context)
-    mask = made.get(CROSS_MASK)
-    if mask is not None and mask.ndim == 3:
-        made[CROSS_MASK] = np.repeat(mask[:, -1:], steps, axis=1)
-    return made
 
 
 def least_cpu_seconds(run: Callable[[], object]) -> float:

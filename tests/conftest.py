@@ -48,6 +48,16 @@ def _equal_times() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_reference_outputs() -> Iterator[None]:
+    """Bundles of the tests have no reference outputs, which takes time; the tests of `certify` record them."""
+    from blip2edge.runtime.bench import reference_outputs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference_outputs, "add_reference_outputs", lambda *_, **__: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep tests away from the user's cache directory."""

@@ -35,6 +35,7 @@ COMMANDS = (
     "inspect",
     "sign",
     "verify",
+    "certify",
     "doctor",
     "build",
     "demo",

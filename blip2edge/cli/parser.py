@@ -28,6 +28,7 @@ COMMANDS = {
     "sign": "sign the files of a bundle with a private key",
     "verify": "check the signature of a bundle with a public key",
     "build": "build TensorRT engines from the graphs of a bundle",
+    "certify": "compare a bundle on this machine with the reference outputs in it",
     "bench": "measure the speed and memory of a bundle on this machine",
     "doctor": "check which backends run on this machine",
     "demo": "export, calibrate and caption with the example checkpoint",

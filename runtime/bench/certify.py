@@ -1,0 +1,236 @@
+"""Compares a bundle on this machine and backend with the reference outputs that it carries, for `certify`.
+
+Each graph gets the same seeded inputs on its own, so a deviation names the graph, and the first output of it that is
+wrong. The captions of drawn pictures show what the deviations change, and the speed of each stage.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.schema import BackendName
+from blip2edge.errors import BundleError, UsageError, option
+from blip2edge.packages import installed
+from blip2edge.progress import ProgressCallback
+from blip2edge.runtime.backends.open_graph import choose_backend
+from blip2edge.runtime.backends.probe import exact_processor
+from blip2edge.runtime.bench.reference_outputs import ReferenceOutputs, caption_drawings, deviation, run_graphs, sketch
+from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
+from blip2edge.version import __version__
+
+TOLERANCES = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-1}
+"""Largest deviation of an output by the precision of its graph, ``|a - b| / |b|``."""
+
+INTEGER_TOLERANCE = 0.15
+"""Of graphs with integer weights or activations, which every kernel rounds in its own way: a cosine of 0.99."""
+
+EXACT, OTHERS = 1.0, 0.9
+"""Smallest share of equal tokens by default: of a bundle in fp32, and of the others."""
+
+PACKAGES = ("numpy", "onnxruntime", "openvino", "tensorrt")
+
+
+@dataclass(frozen=True)
+class OutputCheck:
+    """The deviation of one output of a graph from its reference.
+
+    Attributes:
+        output: Name of the output; ``logits of ...`` for the decoder's steps as generation runs them.
+        deviation: Estimate of ``|a - b| / |b|``; infinite if a value is not finite.
+        tolerance: Largest deviation that passes.
+    """
+
+    output: str
+    deviation: float
+    tolerance: float
+
+    @property
+    def held(self) -> bool:
+        """Whether the output passes."""
+        return self.deviation <= self.tolerance
+
+
+@dataclass(frozen=True)
+class GraphCheck:
+    """The outputs of one graph.
+
+    Attributes:
+        graph: Name of the graph.
+        outputs: Its outputs, in the order in which it computes them.
+    """
+
+    graph: str
+    outputs: Sequence[OutputCheck]
+
+    @property
+    def worst(self) -> OutputCheck:
+        """The output with the largest deviation."""
+        return max(self.outputs, key=lambda one: one.deviation)
+
+    @property
+    def first_beyond(self) -> str | None:
+        """The first output beyond its tolerance; None if all hold."""
+        return next((one.output for one in self.outputs if not one.held), None)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How a bundle runs here, compared with its reference outputs; ``--json`` prints :meth:`to_json`.
+
+    Attributes:
+        bundle: The bundle's directory.
+        sha256: Hash of the bundle.
+        backend: The backend that ran the graphs.
+        machine: Processor, system, and versions of the packages; those of the references under ``references``.
+        graphs: The outputs of each graph.
+        captions: Number of captions with the same tokens, and of all.
+        tokens: Number of equal tokens (in the same place), and of all tokens of the references.
+        min_equal: Smallest share of equal tokens that passes.
+        timings_ms: Median milliseconds by stage.
+    """
+
+    bundle: str
+    sha256: str
+    backend: str
+    machine: Mapping[str, Any]
+    graphs: Sequence[GraphCheck]
+    captions: tuple[int, int]
+    tokens: tuple[int, int]
+    min_equal: float
+    timings_ms: Mapping[str, float]
+
+    @property
+    def faults(self) -> list[str]:
+        """What does not hold, one sentence each; empty if all holds."""
+        found = [
+            f"{one.graph}: {one.first_beyond} is the first output beyond its tolerance; the largest deviation is "
+            f"{one.worst.deviation:.1e} ({one.worst.output}), and {one.worst.tolerance:.0e} is allowed"
+            for one in self.graphs
+            if one.first_beyond is not None
+        ]
+        equal, count = self.tokens
+        if equal < self.min_equal * count:
+            found.append(f"{equal} of {count} tokens are equal, and {self.min_equal:.1%} are asked for")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with the attributes as keys, ``held``, and ``faults``."""
+        values = asdict(self)
+        for graph, check in zip(values["graphs"], self.graphs, strict=True):
+            graph["first_beyond"] = check.first_beyond
+        for name in ("captions", "tokens"):
+            values[name] = dict(zip(("equal", "all"), values[name], strict=True))
+        return {**values, "held": not self.faults, "faults": self.faults}
+
+
+def certify(
+    bundle: str | Path | Bundle,
+    *,
+    backend: BackendName = "auto",
+    threads: int | None = None,
+    min_equal: float | None = None,
+    tolerance: float | None = None,
+    require_signature: str | Path | None = None,
+    progress: ProgressCallback | None = None,
+) -> Certificate:
+    """Runs a bundle's graphs and captions here, and compares them with the references in the bundle.
+
+    Args:
+        bundle: The bundle.
+        backend: The backend to test; ``auto`` for the one that `caption` would use.
+        threads: CPU threads of an operator; None for all cores.
+        min_equal: Smallest share of equal tokens, 0 to 1; None for 1 in fp32 and 0.9 otherwise.
+        tolerance: Largest deviation of every output; None for :data:`TOLERANCES` by precision.
+        require_signature: A public key that the bundle must be signed for.
+        progress: Called with a stage's name, steps done and steps in all.
+
+    Raises:
+        BundleError: The bundle has no reference outputs, or cannot be opened.
+        BackendError: The backend does not run here.
+        UsageError: A limit is outside its range.
+    """
+    for name, value in (("min_equal", min_equal), ("tolerance", tolerance)):
+        if value is not None and not 0 <= value <= 1:
+            raise UsageError(f"expected {option(name)} from 0 to 1, got {value}")
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, require_signature=require_signature)
+    references = ReferenceOutputs.read(opened)
+    if references is None:
+        raise BundleError(
+            f"{opened.path} has no reference outputs (reference_outputs.json): export records them for models whose "
+            "checkpoint has at most 1 GiB, in fp32 and fp16",
+            f"export the checkpoint again with this version, with {option('verify')} full if it is larger",
+        )
+    chosen, engines = choose_backend(opened, backend)
+    if engines is not None:
+        engines.close()
+    graphs = _graph_checks(opened, references, chosen, threads, tolerance, progress)
+    results: list[CaptionResult] = []
+    if references.tokens:
+        with Captioner(opened, chosen, threads, "none") as captioner:  # type: ignore[arg-type]
+            results = caption_drawings(captioner, references.prompt)
+    pairs = list(zip(references.tokens, [one.tokens for one in results], strict=True))
+    equal = sum(one == other for wanted, got in pairs for one, other in zip(wanted, got, strict=False))
+    exact = all(graph.precision == "fp32" for graph in opened.manifest.graphs.values())
+    return Certificate(
+        bundle=str(opened.path),
+        sha256=opened.sha256,
+        backend=chosen,
+        machine=_machine(references),
+        graphs=graphs,
+        captions=(sum(wanted == got for wanted, got in pairs), len(pairs)),
+        tokens=(equal, sum(len(wanted) for wanted, _ in pairs)),
+        min_equal=min_equal if min_equal is not None else EXACT if exact else OTHERS,
+        timings_ms=_medians(results),
+    )
+
+
+def _graph_checks(
+    bundle: Bundle,
+    references: ReferenceOutputs,
+    backend: str,
+    threads: int | None,
+    tolerance: float | None,
+    progress: ProgressCallback | None,
+) -> list[GraphCheck]:
+    checks = []
+    for name, drawn, made in run_graphs(bundle, backend, threads, progress=progress):
+        for key, array in drawn.items():
+            recorded = references.inputs.get(f"{name}/{key}")
+            if recorded is None or deviation(sketch(array), recorded) > 1e-5:
+                raise BundleError(
+                    f"{bundle.path}: the seeded inputs of {name} are not those of the references, which were made with "
+                    f"NumPy {references.made_with.get('numpy', 'unknown')}; here is {np.__version__}",
+                    "install that version of NumPy",
+                )
+        precision = bundle.graph(name).precision
+        allowed = tolerance if tolerance is not None else TOLERANCES.get(precision, INTEGER_TOLERANCE)
+        wanted = {key: references.outputs.get(f"{name}/{key}") for key in made}
+        found = [
+            OutputCheck(key, deviation(sketch(made[key]), reference), allowed)
+            for key, reference in wanted.items()
+            if reference is not None
+        ]
+        checks.append(GraphCheck(name, found))
+    return checks
+
+
+def _medians(results: Sequence[CaptionResult]) -> dict[str, float]:
+    stages = results[0].timings_ms if results else {}
+    return {stage: round(float(np.median([one.timings_ms[stage] for one in results])), 3) for stage in stages}
+
+
+def _machine(references: ReferenceOutputs) -> dict[str, Any]:
+    versions = {name: found for name in PACKAGES if (found := installed(name))}
+    return {
+        "processor": exact_processor(),
+        "system": platform.platform(),
+        "versions": {"blip2edge": __version__, **versions},
+        "references": dict(references.made_with),
+    }

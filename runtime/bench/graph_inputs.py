@@ -1,0 +1,130 @@
+"""Seeded inputs for any graph of a bundle, and the same decode steps for every form of a decoder.
+
+`optimize` compares a copy with the portable graph on them, and `certify` a backend with the recorded outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
+from blip2edge.bundle.schema import CROSS_MASK, Axis, GraphSpec, TensorSpec
+from blip2edge.runtime.decoding.state import Decoder
+
+SEED = 6
+ROWS = 2
+LENGTHS = {"source": 9, "instruction": 6, "text": 7, "past": 4, "steps": 3, "asked": 2}
+"""Length of an axis by its name, within its range; other axes have the length ``opt``."""
+
+SUM = " + "  # in the name of an axis: past + steps
+
+VOCABULARY = 16
+"""Token ids below it are in every vocabulary."""
+
+TOKENS = 8
+"""Decode steps after the prompt that :func:`decode` draws tokens for."""
+
+Arrays = dict[str, Array]
+
+
+def draw_inputs(spec: GraphSpec, upstream: Mapping[str, Array]) -> Arrays:
+    """Draws random inputs of a graph, a batch of two rows.
+
+    Args:
+        spec: The graph's inputs and outputs.
+        upstream: Outputs of the graphs that run before this one, by name; they are used where the names fit.
+    """
+    rng, lengths = np.random.default_rng(SEED), _lengths(spec)
+    drawn: Arrays = {}
+    for tensor in spec.inputs:
+        shape = [dim if isinstance(dim, int) else lengths[dim.name] for dim in tensor.dims]
+        if tensor.name == "pixel_values":
+            drawn[tensor.name] = draw_pixels(tensor, rng)
+        elif tensor.name in upstream:
+            drawn[tensor.name] = upstream[tensor.name]
+        elif tensor.name == "logits_indices":
+            drawn[tensor.name] = np.tile(np.arange(shape[1]), (shape[0], 1))
+        elif tensor.name.endswith("mask"):
+            drawn[tensor.name] = np.ones(shape, np.int64)
+            drawn[tensor.name][-1, ..., -1] = 0
+        elif tensor.dtype == "int64":
+            drawn[tensor.name] = rng.integers(0, VOCABULARY, shape)
+        else:
+            drawn[tensor.name] = rng.standard_normal(shape).astype(NUMPY_DTYPES[tensor.dtype])
+    return drawn
+
+
+def draw_pixels(spec: TensorSpec, rng: np.random.Generator) -> Array:
+    """Draws two test pictures ``[2, 3, H, W]``: smooth colours with noise, about as bright as preprocessed images."""
+    _, channels, height, width = (dim if isinstance(dim, int) else ROWS for dim in spec.dims)
+    coarse = rng.standard_normal((ROWS, channels, 5, 5))
+    rows, columns = np.linspace(0, 4, height), np.linspace(0, 4, width)
+    smooth = np.apply_along_axis(lambda line: np.interp(rows, np.arange(5), line), 2, coarse)
+    smooth = np.apply_along_axis(lambda line: np.interp(columns, np.arange(5), line), 3, smooth)
+    noisy = smooth + 0.1 * rng.standard_normal(smooth.shape)
+    return np.asarray(noisy, NUMPY_DTYPES[spec.dtype])
+
+
+def draw_cross_inputs(spec: GraphSpec, upstream: Mapping[str, Array]) -> Arrays:
+    """Draws the keys, values and mask of a decoder's cross-attention; empty for a decoder without one.
+
+    Args:
+        spec: The decoder's inputs and outputs.
+        upstream: As for :func:`draw_inputs`.
+    """
+    drawn = draw_inputs(spec, upstream)
+    inputs = {name: array for name, array in drawn.items() if name.startswith("cross.")}
+    if inputs and CROSS_MASK in drawn:
+        keys = next(iter(inputs.values())).shape[2]
+        shape = drawn[CROSS_MASK].shape[:-1]
+        mask = np.ones((*shape, keys), np.int64)
+        mask[-1, ..., -1] = 0
+        inputs[CROSS_MASK] = mask
+    return inputs
+
+
+def decode(decoder: Decoder, context: Mapping[str, Array]) -> tuple[Arrays, NDArray[np.int64]]:
+    """Decodes as generation does: ragged prompts, decode steps, several tokens at once, truncated and reordered rows.
+
+    Args:
+        decoder: The decoder.
+        context: What :func:`draw_cross_inputs` drew.
+
+    Returns:
+        Logits of each kind of step by name, and the token ids that were drawn, ``[2, 9 + TOKENS]``.
+    """
+    rng = np.random.default_rng(SEED)
+    table = decoder.table
+    ids = rng.integers(0, table.num_rows, (ROWS, 6 + 3 + TOKENS))
+    prompts = [table.rows(ids[0, :5]), table.rows(ids[1, :3])]
+    logits, state = decoder.prefill(prompts, for_steps(context, 5))
+    outputs = {"prefill": logits, "step": state.step(ids[:, 5])}
+    before = state.lengths
+    outputs["extend"] = state.extend(ids[:, 6:9])
+    state.truncate(before + np.array([1, 2], np.int64))
+    state.select(np.array([1, 0]))
+    outputs["after"] = state.step(ids[:, 9])
+    return outputs, ids
+
+
+def for_steps(context: Mapping[str, Array], steps: int) -> Arrays:
+    """The context for ``steps`` new tokens: a mask with a row for each new token gets that many rows."""
+    made = dict(context)
+    mask = made.get(CROSS_MASK)
+    if mask is not None and mask.ndim == 3:
+        made[CROSS_MASK] = np.repeat(mask[:, -1:], steps, axis=1)
+    return made
+
+
+def _lengths(spec: GraphSpec) -> dict[str, int]:
+    """The length of each named axis of a graph's inputs."""
+    axes = {dim.name: dim for tensor in spec.inputs for dim in tensor.dims if not isinstance(dim, int)}
+    lengths = {name: _length(axis) for name, axis in axes.items() if SUM not in name}
+    return lengths | {name: sum(lengths[part] for part in name.split(SUM)) for name in axes if SUM in name}
+
+
+def _length(axis: Axis) -> int:
+    return ROWS if axis.name == "batch" else min(max(LENGTHS.get(axis.name, axis.opt), axis.min), axis.max)
