@@ -19,8 +19,6 @@ ROWS = 2
 LENGTHS = {"source": 9, "instruction": 6, "text": 7, "past": 4, "steps": 3, "asked": 2}
 """Length of an axis by its name, within its range; other axes have the length ``opt``."""
 
-SUM = " + "  # in the name of an axis: past + steps
-
 VOCABULARY = 16
 """Token ids below it are in every vocabulary."""
 
@@ -40,7 +38,7 @@ def draw_inputs(spec: GraphSpec, upstream: Mapping[str, Array]) -> Arrays:
     rng, lengths = np.random.default_rng(SEED), _lengths(spec)
     drawn: Arrays = {}
     for tensor in spec.inputs:
-        shape = [dim if isinstance(dim, int) else lengths[dim.name] for dim in tensor.dims]
+        shape = [dim if isinstance(dim, int) else dim.value(lengths) for dim in tensor.dims]
         if tensor.name == "pixel_values":
             drawn[tensor.name] = draw_pixels(tensor, rng)
         elif tensor.name in upstream:
@@ -120,10 +118,9 @@ def for_steps(context: Mapping[str, Array], steps: int) -> Arrays:
 
 
 def _lengths(spec: GraphSpec) -> dict[str, int]:
-    """The length of each named axis of a graph's inputs."""
-    axes = {dim.name: dim for tensor in spec.inputs for dim in tensor.dims if not isinstance(dim, int)}
-    lengths = {name: _length(axis) for name, axis in axes.items() if SUM not in name}
-    return lengths | {name: sum(lengths[part] for part in name.split(SUM)) for name in axes if SUM in name}
+    """The length of each elementary axis of a graph's inputs."""
+    axes = [dim for tensor in spec.inputs for dim in tensor.dims if not isinstance(dim, int)]
+    return {axis.name: _length(axis) for axis in axes if " + " not in axis.name}
 
 
 def _length(axis: Axis) -> int:
