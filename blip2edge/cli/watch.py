@@ -11,6 +11,7 @@ from blip2edge.cli.caption import load_captioner, open_bundle
 from blip2edge.cli.flag_groups import add_bundle_option, add_generation, add_limits, add_number, given_generation
 from blip2edge.cli.flag_types import http_header, positive_number, share_or_zero
 from blip2edge.cli.messages import print_note
+from blip2edge.errors import shown_address
 from blip2edge.limits import FILE_LIMITS, Limits
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Caption the newest frame again and again, or each picture of a folder, until the source ends or Ctrl-C."""
-    from blip2edge.runtime.serving.streams.sources import open_source, shown_address
+    from blip2edge.runtime.serving.streams.sources import open_source
     from blip2edge.runtime.serving.watch import watch as live
 
     name = shown_address(options.source)

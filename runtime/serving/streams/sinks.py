@@ -23,10 +23,10 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image, ImageDraw, ImageFont
 
-from blip2edge.errors import BackendError, ImageError, OutputError, UsageError, one_line, option
+from blip2edge.errors import BackendError, ImageError, OutputError, UsageError, one_line, option, shown_address
 from blip2edge.packages import require
 from blip2edge.runtime.images.preprocess import load_image
-from blip2edge.runtime.serving.streams.sources import Report, shown_address
+from blip2edge.runtime.serving.streams.sources import Report
 
 CAPACITY = 64  # captions that wait for a receiver
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # between attempts; doubled each time
@@ -213,7 +213,8 @@ class MqttPublisher:
                 "the topic has no + and no #; mqtts:// uses TLS",
             )
         require("paho", "publishing by MQTT", BackendError)
-        self._parts, self._topic, self._client = parts, topic, None
+        self._parts, self._topic = parts, topic
+        self._client: Any = None
 
     def __call__(self, event: CaptionEvent) -> None:
         """Publishes a caption, and waits until the broker has acknowledged it.

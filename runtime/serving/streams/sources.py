@@ -6,6 +6,7 @@ breaks off is opened again by :func:`_reconnecting`, which is the same for all o
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -22,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from blip2edge.errors import BackendError, DataError, one_line
+from blip2edge.errors import BackendError, DataError, one_line, shown_address
 from blip2edge.packages import require
 from blip2edge.picture_files import PICTURE_SUFFIXES
 from blip2edge.runtime.images.preprocess import DeferredImage
@@ -30,8 +31,11 @@ from blip2edge.runtime.images.video import VIDEO_SUFFIXES
 
 POLL_S = 0.2  # between two listings of a folder
 SETTLED_POLLS = 10  # listings that show a broken picture unchanged before its error is reported
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # before a live source is opened again; doubled each time
-NETWORK_TIMEOUT_S = 10.0  # to connect, and between two packets of a stream
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 5.0  # before a live source is opened again; doubled each time
+NETWORK_TIMEOUT_S = 5.0  # to connect, and between two packets; FFmpeg returns at the second timeout in a row
+
+AT_ONCE = {"fpsprobesize": "0"}
+"""Options of FFmpeg for live streams: do not measure the frame rate before the first frame, which takes 2 seconds."""
 
 LIVE_SCHEMES = frozenset(("rtsp", "rtsps", "rtmp", "rtmps", "rtp", "srt", "tcp", "udp"))
 """Schemes of addresses whose streams have no end."""
@@ -42,8 +46,7 @@ CSI = "nvarguscamerasrc sensor-id={} ! video/x-raw(memory:NVMM),width=1280,heigh
 APPSINK = re.compile(r"(\s*!\s*videoconvert[^!]*)?(\s*!\s*video/x-raw\s*,\s*format=\S*BGR\S*)?\s*!\s*appsink\b[^!]*$")
 """The end of a pipeline as it is written for OpenCV."""
 
-Report = Callable[[str], None]
-"""Called with a sentence for the user: that a stream is lost, and that its frames come again."""
+Report = Callable[[str], None]  # takes a sentence for the user
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,7 @@ class Source(Iterator[Frame]):
             self._end_if_closed()
 
     def close(self) -> None:
-        """Ends the frames, also for a thread that waits for one.
-
-        Files and cameras are closed at once, or when the frame that a thread waits for has arrived.
-        """
+        """Ends the frames: at once, or when the frame that a thread waits for has arrived."""
         self._closed.set()
         self._end_if_closed()
 
@@ -156,18 +156,12 @@ def open_source(source: str, *, follow: bool = True, report: Report | None = Non
     return Source(make, is_queue=kind.is_queue)
 
 
-def shown_address(source: str) -> str:
-    """A source as it is printed: without the password of an address."""
-    return re.sub(r"(://[^:/@\s]*):[^/@\s]*@", r"\1:***@", source)
-
-
 def _reconnecting(
     make: Callable[[threading.Event], Frames], name: str, report: Report, closed: threading.Event
 ) -> Frames:
     """Yields the frames of a live source. When it ends or fails after its first frame, it is opened again.
 
-    The loss and the return are reported once each, however many attempts lie between them. An error before the very
-    first frame is raised, because the address is probably wrong.
+    The loss and the return are reported once each. An error before the very first frame is raised.
     """
     wait, lost, any_frame = FIRST_WAIT_S, 0.0, False
     while not closed.is_set():
@@ -182,12 +176,12 @@ def _reconnecting(
         except DataError as error:
             if not any_frame:
                 raise
-            problem = error.problem
+            problem = re.sub(r".* cannot be read as a video \((.*)\)", r"\1", error.problem)
         if closed.is_set():
             return
         if not lost:
             lost = time.monotonic()
-            report(f"{name}: the stream is lost ({problem}); trying to open it again until frames come")
+            report(f"{name}: the stream is lost: {problem}; trying to open it again until frames come")
         closed.wait(wait)
         wait = min(2 * wait, LONGEST_WAIT_S)
 
@@ -265,8 +259,9 @@ def _device(source: str, _follow: bool, closed: threading.Event) -> Frames:
 
 def _address(source: str, _follow: bool, closed: threading.Event) -> Frames:
     """Yields the frames of a network stream. A server that sends nothing for a while counts as lost."""
-    options = {"rtsp_transport": "tcp"} if source.startswith("rtsp") else {}
-    yield from _decoded(source, source, closed, options=options, timeout=NETWORK_TIMEOUT_S)
+    options = AT_ONCE if _scheme(source) in LIVE_SCHEMES else {}
+    tcp = {"rtsp_transport": "tcp"} if _scheme(source).startswith("rtsp") else {}
+    yield from _decoded(source, source, closed, options={**options, **tcp}, timeout=NETWORK_TIMEOUT_S)
 
 
 def _pyav() -> Any:
@@ -306,36 +301,31 @@ def _decoded(source: str, file: Any, closed: threading.Event, **how: Any) -> Fra
         )
 
 
-def _csi(source: str, follow: bool, closed: threading.Event) -> Frames:
-    """Yields the frames of a camera on the CSI connector of a Jetson."""
-    yield from _pipeline(CSI.format(source.partition(":")[2]), follow, closed)
+def _pipeline(source: str, _follow: bool, closed: threading.Event) -> Frames:
+    """Yields the frames of a GStreamer pipeline or of ``csi:N``.
 
-
-def _pipeline(text: str, _follow: bool, closed: threading.Event) -> Frames:
-    """Yields the frames of a GStreamer pipeline: by OpenCV if it has GStreamer, else by ``gst-launch-1.0`` and PyAV."""
+    OpenCV reads it if it is built with GStreamer, otherwise ``gst-launch-1.0`` runs it and PyAV reads its frames.
+    """
+    text = CSI.format(source[4:]) if _is_csi(source) else source
     cv2 = _opencv_with_gstreamer()
     return _by_launch(text, closed) if cv2 is None else _by_opencv(cv2, text, closed)
 
 
-def _pipeline_reader() -> object:
-    """What reads pipelines: OpenCV, or the program ``gst-launch-1.0`` together with PyAV."""
-    cv2 = _opencv_with_gstreamer()
-    if cv2 is not None:
-        return cv2
-    program = shutil.which("gst-launch-1.0")
-    if program is None:
-        raise BackendError(
-            "a pipeline needs gst-launch-1.0, or OpenCV with GStreamer; neither is installed",
-            "install GStreamer: sudo apt install gstreamer1.0-tools gstreamer1.0-plugins-good gstreamer1.0-plugins-bad",
-        )
-    _pyav()
-    return program
+def _check_gstreamer() -> None:
+    """Raises BackendError if nothing can read a pipeline."""
+    if _opencv_with_gstreamer() is None:
+        if shutil.which("gst-launch-1.0") is None:
+            raise BackendError(
+                "a pipeline needs gst-launch-1.0, or OpenCV with GStreamer; neither is installed",
+                "install GStreamer: sudo apt install gstreamer1.0-tools gstreamer1.0-plugins-{base,good,bad}",
+            )
+        _pyav()
 
 
 def _opencv_with_gstreamer() -> Any:
     """OpenCV's module; None where it is not installed, or is built without GStreamer as the wheels of PyPI are."""
     try:
-        import cv2
+        cv2 = importlib.import_module("cv2")
     except ImportError:
         return None
     return cv2 if re.search(r"GStreamer:\s+YES", cv2.getBuildInformation()) else None
@@ -385,28 +375,25 @@ def _scheme(source: str) -> str:
     return source.partition("://")[0].lower() if "://" in source else ""
 
 
+def _is_csi(source: str) -> bool:
+    return re.fullmatch(r"csi:\d+", source) is not None
+
+
+def _is_device(source: str) -> bool:
+    return source.isdigit() or source.startswith("/dev/")
+
+
+def _is_video(source: str) -> bool:
+    return Path(source).suffix.lower() in VIDEO_SUFFIXES and os.path.isfile(source)
+
+
 KINDS = (
     SourceKind("a folder of pictures", os.path.isdir, _folder, lambda: None, is_queue=True),
-    SourceKind(
-        "csi:0 for a camera of a Jetson", lambda source: bool(re.fullmatch(r"csi:\d+", source)), _csi, _pipeline_reader
-    ),
-    SourceKind("a GStreamer pipeline", lambda source: " ! " in source, _pipeline, _pipeline_reader),
-    SourceKind(
-        "a camera's number",
-        lambda source: source.isdigit() or source.startswith("/dev/"),
-        _device,
-        _pyav,
-        is_live=True,
-    ),
-    SourceKind(
-        "an address such as rtsp://…", lambda source: _scheme(source) in LIVE_SCHEMES, _address, _pyav, is_live=True
-    ),
-    SourceKind("the address of a video", lambda source: bool(_scheme(source)), _address, _pyav),
-    SourceKind(
-        "a video file",
-        lambda source: Path(source).suffix.lower() in VIDEO_SUFFIXES and os.path.isfile(source),
-        _file,
-        _pyav,
-    ),
+    SourceKind("csi:0 for a camera of a Jetson", _is_csi, _pipeline, _check_gstreamer),
+    SourceKind("a GStreamer pipeline", lambda text: " ! " in text, _pipeline, _check_gstreamer),
+    SourceKind("a camera's number", _is_device, _device, _pyav, is_live=True),
+    SourceKind("an address such as rtsp://…", lambda at: _scheme(at) in LIVE_SCHEMES, _address, _pyav, is_live=True),
+    SourceKind("the address of a video", lambda at: bool(_scheme(at)), _address, _pyav),
+    SourceKind("a video file", _is_video, _file, _pyav),
 )
 """All kinds of sources; the first that matches is used."""

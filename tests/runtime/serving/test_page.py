@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -251,6 +252,24 @@ def test_a_server_that_has_ended(page: Page, tiny_bundle: Path, files: list[Path
     assert listed(page) == ["The server does not answer. Check that it is running."]
 
 
+def test_the_last_captions_of_watch(opened: Page, service: Service) -> None:
+    events = [
+        {"time": "2026-11-28T19:00:00Z", "source": "rtsp://cam", "frame": "1.00 s", "text": "one"},
+        {"text": "two"},
+    ]
+    assert opened.value("$('address').textContent") == f"http://127.0.0.1:{service.port}/captions"
+    for event in events:
+        body = json.dumps({**event, "tokens": [1, 2], "age_ms": 3.5}).encode()
+        with urllib.request.urlopen(f"http://127.0.0.1:{service.port}/captions", body, 60) as answer:
+            assert json.load(answer) == event
+    opened.value("document.querySelector('#recent summary').click()")
+    opened.until("document.querySelectorAll('#events li').length === 2")
+    first, second = opened.value("[...document.querySelectorAll('#events li')].map(row => row.innerText)")
+    assert first.strip() == "two"
+    assert "one" in second
+    assert "rtsp://cam · 1.00 s" in second
+
+
 def test_a_narrow_screen(opened: Page, files: list[Path]) -> None:
     opened.call("Emulation.setDeviceMetricsOverride", width=320, height=640, deviceScaleFactor=1, mobile=True)
     opened.choose("#file", files)
@@ -269,12 +288,15 @@ def test_the_keyboard_reaches_everything_in_the_order_of_the_page(opened: Page, 
     listed(opened)
     opened.call("Page.bringToFront")
     reached = []
-    for _ in range(6):
+    for _ in range(7):
         opened.press("Tab")
-        reached.append(opened.value("document.activeElement.id || document.activeElement.className"))
+        reached.append(
+            opened.value("(one => (one.closest('#recent') || one).id || one.className)(document.activeElement)")
+        )
         marked = "document.querySelector('#file:focus + .button') || document.activeElement"
         assert opened.value(f"getComputedStyle({marked}).outlineStyle") == "solid"
-    assert reached == ["camera", "file", "prompt", "again", "thumb", "remove"]
+    assert reached == ["camera", "file", "prompt", "again", "thumb", "remove", "recent"]
+    opened.value("document.querySelector('.remove').focus()")
     opened.press("Enter")
     assert opened.value("pictures.length") == 0
 
