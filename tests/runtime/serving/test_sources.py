@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from blip2edge.errors import BackendError, DataError, shown_address
 from blip2edge.runtime.images.preprocess import load_image
@@ -26,6 +27,7 @@ from blip2edge.runtime.serving.streams.sources import (
     open_source,
 )
 from blip2edge.runtime.serving.watch import watch
+from tests.rtsp_server import RtspServer, h264_frames
 
 av: Any = pytest.importorskip("av", reason="videos are read with PyAV")
 
@@ -105,6 +107,33 @@ def test_a_live_stream_that_breaks_off_is_opened_again_with_longer_waits_and_two
 def test_a_first_failure_is_an_error() -> None:
     with pytest.raises(DataError, match="connection refused"):
         list(_reconnecting(attempts(None, ["a"]), "cam", lambda _: None, Clock(9)))
+
+
+def test_an_rtsp_stream_is_cut_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "FIRST_WAIT_S", 0.02)
+    if "libx264" not in av.codecs_available:
+        pytest.skip("PyAV has no libx264")
+    reports: list[str] = []
+    colors = ((200, 40, 40), (40, 40, 200))
+    frames = h264_frames([Image.new("RGB", (64, 48), color) for color in colors], 25)
+    server = RtspServer(frames, 25)
+    source = open_source(f"rtsp://me:s3cret@127.0.0.1:{server.port}/camera", report=reports.append)
+    try:
+        shown = [np.asarray(load_image(next(source).image)).mean(axis=(0, 1)) for _ in range(2)]
+        assert all(min(np.abs(mean - color).max() for color in colors) < 12 for mean in shown)
+        server.close()
+        server = RtspServer(frames, 25, server.port)
+        for _ in range(60):  # those that were on their way, and new ones
+            next(source)
+            if len(reports) == 2:
+                break
+        assert next(source).seconds is None
+    finally:
+        source.close()
+        server.close()
+    assert [*("DESCRIBE", "SETUP", "PLAY")] == server.requests[1:4]
+    assert [report.partition(": ")[0] for report in reports] == [f"rtsp://me:***@127.0.0.1:{server.port}/camera"] * 2
+    assert ["stream is lost" in reports[0], "frames come again, after" in reports[1]] == [True, True]
 
 
 def test_a_stream_that_stops_sending(monkeypatch: pytest.MonkeyPatch) -> None:
