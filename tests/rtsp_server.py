@@ -94,7 +94,7 @@ class RtspServer:
 
     @staticmethod
     def _request(read: Any) -> str:
-        lines = []
+        lines: list[str] = []
         while (line := read.readline().decode().strip()) or not lines:
             if not line:
                 return ""

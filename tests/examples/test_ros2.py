@@ -34,7 +34,8 @@ class FakeNode:
     parameters: dict[str, Any] = {}  # noqa: RUF012 - set by each test
 
     def __init__(self, name: str) -> None:
-        self.name, self.values = name, {}
+        self.name = name
+        self.values: dict[str, Any] = {}
         self.topics: dict[str, Callable[[Any], None]] = {}
         self.sent: list[Any] = []
         self.errors: list[str] = []
