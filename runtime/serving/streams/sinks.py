@@ -241,9 +241,10 @@ class MqttPublisher:
 
     def _connected(self) -> Any:
         """A client that the broker has accepted."""
-        from paho.mqtt import client as mqtt
+        from paho.mqtt.client import Client
+        from paho.mqtt.enums import CallbackAPIVersion
 
-        client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2)
+        client = Client(CallbackAPIVersion.VERSION2)
         answered, answers = threading.Event(), []
 
         def on_connect(_client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
@@ -256,7 +257,7 @@ class MqttPublisher:
         if self._parts.scheme == "mqtts":
             client.tls_set()
         client.connect_timeout = TIMEOUT_S
-        client.connect(self._parts.hostname, self._parts.port or MQTT_PORTS[self._parts.scheme])
+        client.connect(self._parts.hostname or "", self._parts.port or MQTT_PORTS[self._parts.scheme])
         self._client = client
         client.loop_start()
         if not answered.wait(TIMEOUT_S):
