@@ -25,6 +25,7 @@ EXTRAS = {
     "onnx_ir": "build",
     "onnxruntime": "cpu",
     "openvino": "openvino",
+    "paho": "mqtt",
     "peft": "peft",
     "ray": "ray",
     "tensorrt": "tensorrt",
