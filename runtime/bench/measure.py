@@ -25,12 +25,13 @@ from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends.base import BACKENDS
 from blip2edge.runtime.backends.probe import processor
 from blip2edge.runtime.bench.meters import EnergyMeter, MemoryMeter, resident_bytes
-from blip2edge.runtime.bench.roofline import Roofline, StageCost, measure
+from blip2edge.runtime.bench.roofline import measure
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.pipeline import EncodedBatch, StageClock
 from blip2edge.runtime.captioning.request import STAGES
 from blip2edge.runtime.decoding.generate import argmax
 from blip2edge.runtime.decoding.options import CaptionOptions
+from blip2edge.shapes.cost import Roofline, StageCost
 
 PERCENTILES = (50, 90, 99)
 PACKAGES = ("onnxruntime", "openvino", "numpy")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,62 +18,11 @@ import numpy as np
 from blip2edge.bundle.dtypes import Array
 from blip2edge.runtime.backends.base import open_session
 from blip2edge.runtime.backends.probe import Node, onnx_model
+from blip2edge.shapes.cost import Roofline
 
 STREAMED = 1 << 28  # bytes, more than any cache holds
 SIZES = ((1024, 1024, 1024), (256, 768, 768), (192, 768, 3072))  # of products: rows, inner, columns
 REPEATS = 7
-
-
-@dataclass(frozen=True)
-class Roofline:
-    """The highest rates that one CPU core reaches.
-
-    Attributes:
-        bytes_per_s: Bytes read from memory per second, in one stream.
-        float_ops_per_s: Additions and multiplications per second in float32 matrix products.
-        integer_ops_per_s: Additions and multiplications per second in products of uint8 activations and int8 weights.
-    """
-
-    bytes_per_s: float
-    float_ops_per_s: float
-    integer_ops_per_s: float
-
-    def to_json(self) -> dict[str, float]:
-        """The rates as a JSON object, in gigabytes and billions of operations per second."""
-        return {
-            "gigabytes_per_s": round(self.bytes_per_s / 1e9, 1),
-            "gigaflops_fp32": round(self.float_ops_per_s / 1e9, 1),
-            "gigaops_int8": round(self.integer_ops_per_s / 1e9, 1),
-        }
-
-
-@dataclass(frozen=True)
-class StageCost:
-    """The smallest number of operations and bytes that a stage needs.
-
-    Attributes:
-        float_ops: Additions and multiplications in float32.
-        integer_ops: Additions and multiplications in 8-bit integers.
-        bytes: Bytes of weights, keys and values that are read from memory.
-    """
-
-    float_ops: float
-    integer_ops: float
-    bytes: float
-
-    def __add__(self, other: StageCost) -> StageCost:
-        return StageCost(
-            self.float_ops + other.float_ops, self.integer_ops + other.integer_ops, self.bytes + other.bytes
-        )
-
-    def seconds(self, roofline: Roofline) -> float:
-        """Seconds that the stage needs at least: for its operations or for reading its bytes, whichever is longer."""
-        products = self.float_ops / roofline.float_ops_per_s + self.integer_ops / roofline.integer_ops_per_s
-        return max(products, self.bytes / roofline.bytes_per_s)
-
-    def bound(self, roofline: Roofline) -> str:
-        """Returns what limits the stage: ``products`` if computing takes longer than reading memory, else ``bytes``."""
-        return "bytes" if self.seconds(roofline) <= self.bytes / roofline.bytes_per_s else "products"
 
 
 def measure(backend: str) -> Roofline:

@@ -13,7 +13,8 @@ pytest.importorskip("onnxruntime", reason="products are run in it")
 
 from blip2edge.runtime.backends.base import open_session
 from blip2edge.runtime.bench import roofline
-from blip2edge.runtime.bench.roofline import Roofline, StageCost, product_graph
+from blip2edge.runtime.bench.roofline import product_graph
+from blip2edge.shapes.cost import Roofline, StageCost
 
 MACHINE = Roofline(bytes_per_s=1e9, float_ops_per_s=2e9, integer_ops_per_s=8e9)
 
