@@ -47,13 +47,16 @@ class StageCost:
             self.float_ops + other.float_ops, self.integer_ops + other.integer_ops, self.bytes + other.bytes
         )
 
-    def __mul__(self, times: float) -> StageCost:
-        return StageCost(self.float_ops * times, self.integer_ops * times, self.bytes * times)
+    def seconds(self, roofline: Roofline, *, overlaps: bool = True) -> float:
+        """Seconds that the stage needs at least: for its operations or for reading its bytes, whichever is longer.
 
-    def seconds(self, roofline: Roofline) -> float:
-        """Seconds that the stage needs at least: for its operations or for reading its bytes, whichever is longer."""
+        Args:
+            roofline: The rates.
+            overlaps: False for the sum of both, where a core does not read while it computes.
+        """
         products = self.float_ops / roofline.float_ops_per_s + self.integer_ops / roofline.integer_ops_per_s
-        return max(products, self.bytes / roofline.bytes_per_s)
+        reading = self.bytes / roofline.bytes_per_s
+        return max(products, reading) if overlaps else products + reading
 
     def bound(self, roofline: Roofline) -> str:
         """Returns what limits the stage: ``products`` if computing takes longer than reading memory, else ``bytes``."""

@@ -148,6 +148,11 @@ class ModelPart:
             return StageCost(products + scores, 0.0, self.bytes(precision))
         return StageCost(scores, products, self.bytes(precision))
 
+    def elements(self, tokens: TokenCounts) -> float:
+        """Numbers that the operators between the matrices compute: the outputs, and three for each attention score."""
+        outputs = sum(one.count * one.outputs * tokens_of(one.rows, tokens) for one in self.matrices)
+        return float(outputs + 3 * sum(one.count * one.scores(tokens) for one in self.attentions))
+
     def activation_bytes(self, tokens: TokenCounts, element: float) -> float:
         """Bytes of the largest activations that are alive at once, ``element`` bytes each.
 

@@ -1,14 +1,15 @@
-"""Measures the roofline of one core: bytes read from memory per second, and operations per second.
+"""Measures the roofline of this machine's cores: bytes read from memory per second, and operations per second.
 
 The time of a stage has two lower bounds: its operations divided by that rate, and the bytes of its weights divided by
-that bandwidth (Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009). Measured in CPU time of this process,
-so that the load of other processes does not count.
+that bandwidth (Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009). One core is measured in CPU time of this
+process, so that the load of other processes does not count; several cores are measured in wall time.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,65 +19,115 @@ import numpy as np
 from blip2edge.bundle.dtypes import Array
 from blip2edge.runtime.backends.base import open_session
 from blip2edge.runtime.backends.probe import Node, onnx_model
+from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.shapes.cost import Roofline
 
 STREAMED = 1 << 28  # bytes, more than any cache holds
 SIZES = ((1024, 1024, 1024), (256, 768, 768), (192, 768, 3072))  # of products: rows, inner, columns
 REPEATS = 7
+ELEMENTS = 1 << 16
+CALLS_OF_LAYER, OPERATORS = 50, 1.5
+"""Calls of the smallest operator, and passes of a tanh over the outputs of a layer's matrices, that take as long as the
+operators between the matrices; fitted by ``benchmarks/plan_check.py``."""
 
 
-def measure(backend: str) -> Roofline:
-    """Measures the limits of one core of this machine; takes about a second.
+def measure(backend: str, threads: int = 1) -> Roofline:
+    """Measures the limits of some cores of this machine; takes about a second.
 
     Args:
         backend: The backend that runs the matrix products, ``cpu`` or ``openvino``.
+        threads: Number of cores.
 
     Raises:
         BackendError: The backend's package is not installed.
     """
-    rates = [_rate(backend, integer=integer) for integer in (False, True)]
-    return Roofline(_bandwidth(), *rates)
+    rates = [_rate(backend, threads, integer=integer) for integer in (False, True)]
+    return Roofline(_bandwidth(threads), *rates)
 
 
-def _bandwidth() -> float:
-    """Bytes per second read from memory, measured with a sum of squares."""
-    stream = np.ones(STREAMED // 4, np.float32)
-    return stream.nbytes / _least(lambda: np.dot(stream, stream))
+def layer_seconds(backend: str) -> float:
+    """Measures the seconds of one layer's calls of operators: as long as :data:`CALLS_OF_LAYER` of the smallest ones.
+
+    Raises:
+        BackendError: The backend's package is not installed.
+    """
+    return CALLS_OF_LAYER * _operator_seconds(backend, 256, 64)
 
 
-def _rate(backend: str, *, integer: bool) -> float:
+def element_seconds(backend: str) -> float:
+    """Measures the seconds of the operators between matrices for one number: :data:`OPERATORS` times a tanh.
+
+    Raises:
+        BackendError: The backend's package is not installed.
+    """
+    return OPERATORS * _operator_seconds(backend, 16, ELEMENTS) / ELEMENTS
+
+
+def _operator_seconds(backend: str, nodes: int, elements: int) -> float:
+    """The least CPU time of a tanh of some numbers, in a chain of nodes."""
+    chain: list[Node] = [("Tanh", (f"v{number}",), f"v{number + 1}") for number in range(nodes)]
+    kind = ("float32", (1, elements))
+    model = onnx_model(chain, {"v0": kind}, (f"v{nodes}", kind))
+    return _run_seconds(backend, model, {"v0": np.zeros((1, elements), np.float32)}, 1) / nodes
+
+
+def preprocess_seconds(picture: tuple[int, int], size: int) -> float:
+    """Measures the CPU seconds of preprocessing a picture of ``picture`` rows and columns to ``size`` pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*picture, 3), dtype=np.uint8)
+    preprocessing = Preprocessing(size={"height": size, "width": size})
+    return _least(lambda: preprocessing.batch([pixels]))
+
+
+def _bandwidth(threads: int = 1) -> float:
+    """Bytes per second read from memory, measured with a sum of squares in each thread."""
+    streams = [np.ones(STREAMED // 4 // threads, np.float32) for _ in range(threads)]
+    if threads == 1:
+        return streams[0].nbytes / _least(lambda: np.dot(streams[0], streams[0]))
+    with ThreadPoolExecutor(threads) as pool:
+        least = _least(lambda: list(pool.map(lambda one: np.dot(one, one), streams)), time.perf_counter)
+    return sum(one.nbytes for one in streams) / least
+
+
+def _rate(backend: str, threads: int = 1, *, integer: bool) -> float:
     """Operations per second of a matrix product with a constant weight, the best of several sizes."""
     return max(
-        2.0 * rows * inner * columns / _seconds(backend, rows, inner, columns, integer=integer)
+        2.0 * rows * inner * columns / _seconds(backend, rows, inner, columns, threads, integer=integer)
         for rows, inner, columns in SIZES
     )
 
 
-def _seconds(backend: str, rows: int, inner: int, columns: int, *, integer: bool) -> float:
-    """The least CPU time of one matrix product, in seconds."""
+def _seconds(backend: str, rows: int, inner: int, columns: int, threads: int = 1, *, integer: bool) -> float:
+    """The least time of one matrix product, in seconds."""
     rng = np.random.default_rng(0)
     if integer:
         second = rng.integers(-127, 128, (inner, columns), np.int8)
     else:
         second = rng.standard_normal((inner, columns), np.float32)
     first = rng.uniform(-120, 120, (rows, inner)).astype(np.float32)
+    return _run_seconds(backend, product_graph(rows, second), {"a": first}, threads)
+
+
+def _run_seconds(backend: str, model: bytes, inputs: dict[str, Array], threads: int) -> float:
+    """The least time of one run of a model: CPU time in one thread, wall time in several."""
     with TemporaryDirectory(prefix="blip2edge-roofline-") as folder:
-        path = Path(folder) / "product.onnx"
-        path.write_bytes(product_graph(rows, second))
-        session = open_session(path, backend, 1)
-        least = _least(lambda: session.run({"a": first}))
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(model)
+        session = open_session(path, backend, threads)
+        clock = time.process_time if threads == 1 else time.perf_counter
+        least = _least(lambda: session.run(inputs), clock)
         session.close()
     return least
 
 
-def _least(compute: Callable[[], Any]) -> float:
-    """The least CPU time of :data:`REPEATS` runs, after one that warms up."""
+def _least(compute: Callable[[], Any], clock: Callable[[], float] | None = None) -> float:
+    """The least time of :data:`REPEATS` runs, after one that warms up; CPU time unless another clock is given."""
+    clock = clock or time.process_time
     compute()
     times = []
     for _ in range(REPEATS):
-        start = time.process_time()
+        start = clock()
         compute()
-        times.append(time.process_time() - start)
+        times.append(clock() - start)
     return max(min(times), 1e-9)
 
 
