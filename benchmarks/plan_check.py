@@ -122,7 +122,7 @@ def compare(name: str, work: Path, runs: int) -> dict[str, Any]:
         "device": {
             "gigabytes_per_s": round(device.bytes_per_s / 1e9, 1),
             "gigaops_per_s": {kind: round(rate / 1e9, 1) for kind, rate in device.rates.items()},
-            "layer_us": round(device.efficiency.layer_s * 1e6, 2),
+            "call_us": round(device.efficiency.call_s * 1e6, 2),
             "element_ns": round(device.efficiency.element_s * 1e9, 3),
             "host": round(device.host, 2),
         },

@@ -167,7 +167,7 @@ def explanation(shape: ModelShape, plan: DevicePlan, request: PlanOptions) -> st
             f"{rates.float_ops_per_s / 1e9:,.0f} G/s + {cost.integer_ops / 1e9:,.2f} G / "
             f"{rates.integer_ops_per_s / 1e9:,.0f} G/s, {cost.bytes / 1e9:,.3f} GB / "
             f"{rates.bytes_per_s / 1e9:,.1f} GB/s) + {times * part.elements(tokens) / 1e6:,.2f} M elements x "
-            f"{share.element_s * 1e9:.2f} ns + {part.layers} layers x {share.layer_s * 1e6:.1f} us = {ms:,.2f} ms"
+            f"{share.element_s * 1e9:.2f} ns + {part.calls} matrices x {share.call_s * 1e6:.1f} us = {ms:,.2f} ms"
         )
     lines += ["", *_step_lines(shape, plan, request, tokens), "", *_memory_lines(shape, plan, tokens, request)]
     lines += [
@@ -210,7 +210,7 @@ def _step_lines(shape: ModelShape, plan: DevicePlan, request: PlanOptions, token
     return [
         f"a token: {'max' if share.overlaps else 'sum'}({(cost.float_ops + cost.integer_ops) / 1e9:,.2f} G operations, "
         f"{cost.bytes / 1e9:,.3f} GB of weights, keys and values ({middle['context']:,} tokens of context) / "
-        f"{rates.bytes_per_s / 1e9:,.1f} GB/s) + {decoder.layers} layers x {share.layer_s * 1e6:.1f} us + Python "
+        f"{rates.bytes_per_s / 1e9:,.1f} GB/s) + {decoder.calls} matrices x {share.call_s * 1e6:.1f} us + Python "
         f"{device.host * HOST_S['decode'] * 1e3:.2f} ms = {plan.of(precision).ms['decode_per_token']:,.2f} ms"
     ]
 

@@ -114,7 +114,7 @@ def _llava(f: Sizes, family: str) -> ModelShape:
     section = f.values.get("vision_config")
     defaults = LLAVA_VISION if not section else CLIP_VISION
     whole = vit(section, defaults, clip=True)
-    layer, depth = f.values.get("vision_feature_layer", -2), whole.layers
+    layer, depth = f.values.get("vision_feature_layer", -2), whole.attentions[0].count
     layer = layer[0] if isinstance(layer, (list, tuple)) and len(layer) == 1 else layer
     if isinstance(layer, bool) or not isinstance(layer, int) or not -depth <= layer <= depth or layer == 0:
         raise CheckpointError(

@@ -62,7 +62,6 @@ def opt(values: Any, _: bool | None = None) -> LanguageShape:
         ),
         (AttentionProducts(width, heads, "steps", "context", layers),),
         (positions + 2) * width + (2 * width * (2 * layers + last) if affine else 0),
-        layers,
     )
     cache = CacheShape(layers, heads, width // heads)
     return LanguageShape((decoder,), cache, positions, (vocabulary, narrow), f.flag("tie_word_embeddings", True), width)
@@ -87,7 +86,6 @@ def llama(values: Any, tied: bool | None = None, kind: str = "llama") -> Languag
         ),
         (AttentionProducts(heads * head, heads, "steps", "context", layers),),
         width * (2 * layers + 1) + (2 * head * layers if kind == "qwen3" else 0),
-        layers,
     )  # fmt: skip
     tied = f.flag("tie_word_embeddings", False) if tied is None else tied
     cache = CacheShape(layers, shared, head)
@@ -108,7 +106,6 @@ def t5(values: Any, _: bool | None = None) -> LanguageShape:
         ),
         (AttentionProducts(channels, heads, "encoder", "encoder", encoders),),
         bias_table + width * (2 * encoders + 1),
-        encoders,
     )
     queries, keys, out = attention(layers, width, channels, "steps", keys=(width, "source"))
     decoder = ModelPart(
@@ -125,9 +122,8 @@ def t5(values: Any, _: bool | None = None) -> LanguageShape:
             AttentionProducts(channels, heads, "steps", "source", layers),
         ),
         bias_table + width * (3 * layers + 1),
-        layers,
     )
-    parts = (encoder, ModelPart(CROSS_KV, (keys,), layers=1), decoder)
+    parts = (encoder, ModelPart(CROSS_KV, (keys,)), decoder)
     cache = CacheShape(layers, heads, head, cross=layers * channels)
     tied = f.flag("tie_word_embeddings", True)
     return LanguageShape(parts, cache, T5_CONTEXT, (vocabulary, width), tied, width)
@@ -160,7 +156,7 @@ def bert(values: Any, picture: int, *, reads_question: bool = False) -> Language
     if reads_question:
         matrices, products, norms = bert_layers(*sizes, "encoder", (picture, "embeds"))
         tables = (vocabulary + positions) * width
-        parts.append(ModelPart(TEXT_ENCODER, matrices, products, tables + norms, layers))
+        parts.append(ModelPart(TEXT_ENCODER, matrices, products, tables + norms))
     source = width if reads_question else picture
     matrices, products, norms = bert_layers(*sizes, "steps", (source, "source"))
     keys = tuple(matrix for matrix in matrices if matrix.rows == "source")
@@ -168,8 +164,8 @@ def bert(values: Any, picture: int, *, reads_question: bool = False) -> Language
             1, True))  # fmt: skip
     rest = tuple(matrix for matrix in matrices if matrix.rows != "source")
     parts += [
-        ModelPart(CROSS_KV, keys, layers=1),
-        ModelPart(DECODER, (*rest, *ends), products, positions * width + norms + 2 * width, layers),
+        ModelPart(CROSS_KV, keys),
+        ModelPart(DECODER, (*rest, *ends), products, positions * width + norms + 2 * width),
     ]
     cache = CacheShape(layers, heads, width // heads, cross=layers * width)
     tied = f.flag("tie_word_embeddings", True)
@@ -194,10 +190,9 @@ def flamingo(values: Any, source: int) -> LanguageShape:
         *feed_forward(layers, width, f["intermediate_size"], "steps", gated=True),
     )
     products = (*decoder.attentions, AttentionProducts(channels, heads, "steps", "source", layers))
-    decoder = ModelPart(DECODER, matrices, products, decoder.vectors + layers * (gates + norms),
-                        decoder.layers + layers)  # fmt: skip
+    decoder = ModelPart(DECODER, matrices, products, decoder.vectors + layers * (gates + norms))
     cache = CacheShape(plain.cache.layers, heads, plain.cache.head_dim, cross=layers * channels)
-    parts = (ModelPart(CROSS_KV, (keys,), layers=1), decoder)
+    parts = (ModelPart(CROSS_KV, (keys,)), decoder)
     return LanguageShape(parts, cache, plain.max_positions, (rows, width), plain.tied, width)
 
 

@@ -75,9 +75,15 @@ class WeightMatrix:
         """Number of weights and biases."""
         return self.weights + self.count * self.outputs * self.bias
 
-    def operations(self, tokens: TokenCounts) -> float:
-        """Additions and multiplications: two for each weight and token."""
-        return 2.0 * self.weights * tokens_of(self.rows, tokens)
+    def operations(self, tokens: TokenCounts, extra_rows: int = 0) -> float:
+        """Additions and multiplications: two for each weight and token.
+
+        Args:
+            tokens: Numbers of tokens.
+            extra_rows: Tokens that are added where there are several, for processors that are slower at few tokens.
+        """
+        rows = tokens_of(self.rows, tokens)
+        return 2.0 * self.weights * (rows + extra_rows if rows > 1 else rows)
 
 
 @dataclass(frozen=True)
@@ -115,14 +121,12 @@ class ModelPart:
         matrices: Its weight matrices.
         attentions: Its products without weights.
         vectors: Number of all other parameters: norms, positions, learned queries.
-        layers: Number of layers that run one after another.
     """
 
     name: str
     matrices: tuple[WeightMatrix, ...]
     attentions: tuple[AttentionProducts, ...] = ()
     vectors: int = 0
-    layers: int = 0
 
     @property
     def parameters(self) -> int:
@@ -140,9 +144,14 @@ class ModelPart:
         rest = WEIGHT_BYTES["fp16" if precision == "fp16" else "fp32"]
         return weights * WEIGHT_BYTES[FORMATS[precision][self.kind]] + (self.parameters - weights) * rest
 
-    def cost(self, precision: str, tokens: TokenCounts) -> StageCost:
-        """Counts operations and bytes of one run of the part."""
-        products = sum(matrix.operations(tokens) for matrix in self.matrices)
+    @property
+    def calls(self) -> int:
+        """Number of products with weights in one run."""
+        return sum(matrix.count for matrix in self.matrices)
+
+    def cost(self, precision: str, tokens: TokenCounts, extra_rows: int = 0) -> StageCost:
+        """Counts operations and bytes of one run of the part; ``extra_rows``: see :meth:`WeightMatrix.operations`."""
+        products = sum(matrix.operations(tokens, extra_rows) for matrix in self.matrices)
         scores = sum(attention.operations(tokens) for attention in self.attentions)
         if FORMATS[precision][self.kind] in ("fp32", "fp16"):
             return StageCost(products + scores, 0.0, self.bytes(precision))

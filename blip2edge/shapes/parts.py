@@ -133,7 +133,6 @@ def vit(values: Any, defaults: Mapping[str, int], *, clip: bool = False, post_no
         ),
         (AttentionProducts(width, f["num_attention_heads"], "patches", "patches", layers),),
         width + positions * width + 2 * width * (2 * layers + clip + post_norm),
-        layers,
     )
 
 
@@ -160,7 +159,6 @@ def qformer(values: Any, encoder: int, queries: int, output: int, *, instructed:
             AttentionProducts(width, heads, "queries", "embeds", crossing),
         ),
         queries * width + tables + norms,
-        layers,
     )
 
 
@@ -175,8 +173,7 @@ def text_side(values: Any) -> int:
 def mlp(encoder: int, output: int, *, bias: bool = True) -> ModelPart:
     """LLaVA's bridge: two layers over every embedding."""
     sizes = ((encoder, output), (output, output))
-    return ModelPart(BRIDGE, tuple(WeightMatrix("layer", one, other, "embeds", 1, bias) for one, other in sizes), (),
-                     0, 2)  # fmt: skip
+    return ModelPart(BRIDGE, tuple(WeightMatrix("layer", one, other, "embeds", 1, bias) for one, other in sizes))
 
 
 def perceiver(values: Any, width: int, output: int = 0) -> ModelPart:
@@ -195,7 +192,6 @@ def perceiver(values: Any, width: int, output: int = 0) -> ModelPart:
         ),
         (AttentionProducts(inner, heads, "queries", "embeds+queries", layers),),
         latents * width + norms,
-        layers,
     )
 
 
@@ -211,5 +207,4 @@ def pool(values: Any, encoder: int, output: int) -> ModelPart:
         ),
         (AttentionProducts(width, f["num_attention_heads"], "queries", "embeds", 1),),
         f["num_query_tokens"] * width + 2 * (width + encoder),
-        1,
     )

@@ -104,8 +104,8 @@ def bundle_shape(manifest: Manifest, path: Path) -> ModelShape:
     if manifest.cross is not None:
         cross = manifest.cross.num_layers * manifest.cross.num_heads * manifest.cross.head_dim
         source = {"encoder_states": "encoder", "visual_tokens": "queries"}.get(manifest.cross.source, "embeds")
-        parts.append(ModelPart(CROSS_KV, (WeightMatrix("keys and values", manifest.cross.source_dim, cross, "source",
-                                                       2),), layers=1))  # fmt: skip
+        keys = WeightMatrix("keys and values", manifest.cross.source_dim, cross, "source", 2)
+        parts.append(ModelPart(CROSS_KV, (keys,)))
     channels = cache.num_heads * cache.head_dim
     parts.append(
         ModelPart(
@@ -115,7 +115,6 @@ def bundle_shape(manifest: Manifest, path: Path) -> ModelShape:
                 WeightMatrix("head", width, manifest.vocab_size, "asked"),
             ),
             (AttentionProducts(channels, cache.num_heads, "steps", "context", cache.num_layers),),
-            layers=cache.num_layers,
         )
     )
     return ModelShape(
@@ -161,13 +160,12 @@ def _vision(weights: int, width: int) -> ModelPart:
         *attention(layers, width, width, "patches"),
         *feed_forward(layers, width, inner, "patches"),
     )
-    return ModelPart(VISION, matrices, (AttentionProducts(width, heads, "patches", "patches", layers),), 0, layers)
+    return ModelPart(VISION, matrices, (AttentionProducts(width, heads, "patches", "patches", layers),))
 
 
 def _bridge(weights: int, encoder: int, queries: int, embeds: int, width: int) -> ModelPart:
     if queries == embeds:
-        return ModelPart(BRIDGE, (WeightMatrix("layers", encoder, max(1, round(weights / encoder)), "embeds"),),
-                         layers=2)  # fmt: skip
+        return ModelPart(BRIDGE, (WeightMatrix("layers", encoder, max(1, round(weights / encoder)), "embeds"),))
     pictures = round(weights * LATENT_SHARE)
     return ModelPart(
         BRIDGE,
@@ -175,5 +173,4 @@ def _bridge(weights: int, encoder: int, queries: int, embeds: int, width: int) -
             WeightMatrix("keys and values", encoder, max(1, round(pictures / encoder)), "embeds"),
             WeightMatrix("layers", width, max(1, round((weights - pictures) / width)), "queries"),
         ),
-        layers=max(1, round(weights / 9e6)),
     )

@@ -24,16 +24,20 @@ class Efficiency:
         products: Share of the product rate that :meth:`Device.rate` chooses for the format.
         bytes: Share of the memory bandwidth while weights are read.
         overlaps: Whether reading overlaps with computing: the longer one counts. If not, their sum counts.
+        extra_rows: Rows that a product of several rows costs more than it has, because small products are slower.
+        cache_passes: How often keys and values are read or copied in a step.
         element_s: Seconds of the operators between matrices for one number of their outputs.
-        layer_s: Seconds of a layer's calls of operators, whatever the number of tokens.
+        call_s: Seconds of the calls of operators for each matrix, whatever the number of tokens.
         source: What these figures come from.
     """
 
     products: Mapping[str, float]
     bytes: Mapping[str, float]
     overlaps: bool
+    extra_rows: int
+    cache_passes: int
     element_s: float
-    layer_s: float
+    call_s: float
     source: str
 
 
@@ -41,8 +45,10 @@ CPU_EFFICIENCY = Efficiency(
     products={"fp32": 0.95, "fp16": 0.95, "int8": 0.8, "int8-weights": 0.35, "int4": 0.35},
     bytes={"fp32": 1.0, "fp16": 1.0, "int8": 0.7, "int8-weights": 0.7, "int4": 0.6},
     overlaps=False,
+    extra_rows=2,
+    cache_passes=4,
     element_s=0.4e-9,
-    layer_s=12e-6,
+    call_s=2.5e-6,
     source="ONNX Runtime on one core: fp32 by benchmarks/results/plan.json, integers by the shares of the roofline in "
     "benchmarks/results/bench-int8-cpu.json",
 )
@@ -50,8 +56,10 @@ GPU_EFFICIENCY = Efficiency(
     products={"fp32": 0.6, "fp16": 0.45, "int8": 0.35, "int8-weights": 0.4, "int4": 0.4},
     bytes=dict.fromkeys(("fp32", "fp16", "int8", "int8-weights", "int4"), 0.75),
     overlaps=True,
+    extra_rows=0,
+    cache_passes=1,
     element_s=0.0,
-    layer_s=20e-6,
+    call_s=3e-6,
     source="assumed: engines that others published reach 0.73 to 0.84 of the bandwidth of an Orin in decoding",
 )
 

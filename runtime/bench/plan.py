@@ -26,7 +26,7 @@ from blip2edge.shapes.model_shape import FORMATS, ModelPart, ModelShape, TokenCo
 from blip2edge.shapes.parts import mlp, perceiver, pool, qformer
 
 PICTURE = (480, 640)  # rows and columns of the picture that preprocessing is timed for, as in `bench`
-HOST_S = {"preprocess": 2e-4, "vision": 5e-5, "bridge": 5e-5, "prefill": 4e-4, "decode": 8e-5}
+HOST_S = {"preprocess": 2e-4, "vision": 5e-5, "bridge": 1e-4, "prefill": 5e-4, "decode": 5e-5}
 """Seconds of Python by stage (a step for ``decode``), on one core of an AMD EPYC (``benchmarks/plan_check.py``)."""
 
 INPUT_PIXEL_S, OUTPUT_PIXEL_S = 6.2e-9, 30e-9
@@ -211,7 +211,7 @@ def effective(device: Device, kind: str) -> Roofline:
 
 def part_cost(part: ModelPart, precision: str, device: Device, tokens: TokenCounts, times: int = 1) -> StageCost:
     """Operations and bytes of a run of a part; ``times``: pictures in a batch, which share the weights."""
-    one = part.cost(held_precision(precision, device), tokens)
+    one = part.cost(held_precision(precision, device), tokens, device.efficiency.extra_rows)
     return StageCost(one.float_ops * times, one.integer_ops * times, one.bytes)
 
 
@@ -220,7 +220,7 @@ def part_seconds(
 ) -> float:
     """Seconds of a run of a part: products and bytes by the roofline, operators between them, calls of operators."""
     kind, share = FORMATS[held_precision(precision, device)][part.kind], device.efficiency
-    between = times * part.elements(tokens) * share.element_s + part.layers * share.layer_s
+    between = times * part.elements(tokens) * share.element_s + part.calls * share.call_s
     return cost.seconds(effective(device, kind), overlaps=share.overlaps) + between
 
 
@@ -231,7 +231,7 @@ def step_cost(shape: ModelShape, precision: str, device: Device, tokens: TokenCo
         return StageCost(0.0, 0.0, 0.0)
     cost = part_cost(decoder, precision, device, tokens)
     cache = shape.cache.bytes(tokens["context"], tokens["source"], element_bytes(precision, device))
-    return cost + StageCost(0.0, 0.0, cache)
+    return cost + StageCost(0.0, 0.0, cache * device.efficiency.cache_passes)
 
 
 def stage_ms(shape: ModelShape, precision: str, device: Device, options: PlanOptions) -> dict[str, float]:
@@ -380,7 +380,7 @@ def this_device(options: PlanOptions) -> Device:
     for backend in (name for name, row in BACKENDS.items() if row.host):
         try:
             found = roofline.measure(backend, threads)
-            layer_s = roofline.layer_seconds(backend)
+            call_s = roofline.call_seconds(backend)
             element_s = roofline.element_seconds(backend)
             break
         except BackendError:  # its package is not installed
@@ -393,7 +393,7 @@ def this_device(options: PlanOptions) -> Device:
     memory = machine_memory()
     total, free = (memory.total, memory.free) if memory is not None else (0, 0)
     rates = {"fp32": found.float_ops_per_s, "int8": found.integer_ops_per_s}
-    efficiency = replace(CPU_EFFICIENCY, layer_s=layer_s, element_s=element_s)
+    efficiency = replace(CPU_EFFICIENCY, call_s=call_s, element_s=element_s)
     return Device(
         name=THIS,
         title=f"{processor()}, {threads} {'thread' if threads == 1 else 'threads'}, CPU",

@@ -26,9 +26,9 @@ STREAMED = 1 << 28  # bytes, more than any cache holds
 SIZES = ((1024, 1024, 1024), (256, 768, 768), (192, 768, 3072))  # of products: rows, inner, columns
 REPEATS = 7
 ELEMENTS = 1 << 16
-CALLS_OF_LAYER, OPERATORS = 50, 1.5
-"""Calls of the smallest operator, and passes of a tanh over the outputs of a layer's matrices, that take as long as the
-operators between the matrices; fitted by ``benchmarks/plan_check.py``."""
+CALLS, OPERATORS = 10, 1.5
+"""Calls of the smallest operator, and passes of a tanh over the outputs of a matrix, that take as long as the operators
+that follow a matrix; fitted by ``benchmarks/plan_check.py``."""
 
 
 def measure(backend: str, threads: int = 1) -> Roofline:
@@ -45,13 +45,13 @@ def measure(backend: str, threads: int = 1) -> Roofline:
     return Roofline(_bandwidth(threads), *rates)
 
 
-def layer_seconds(backend: str) -> float:
-    """Measures the seconds of one layer's calls of operators: as long as :data:`CALLS_OF_LAYER` of the smallest ones.
+def call_seconds(backend: str) -> float:
+    """Measures the seconds of the calls of operators for a matrix: as long as :data:`CALLS` of the smallest ones.
 
     Raises:
         BackendError: The backend's package is not installed.
     """
-    return CALLS_OF_LAYER * _operator_seconds(backend, 256, 64)
+    return CALLS * _operator_seconds(backend, 256, 64)
 
 
 def element_seconds(backend: str) -> float:
