@@ -68,7 +68,9 @@ def main() -> None:
     """Writes and exports a checkpoint of each depth, and prints one line for each."""
     parser = parser_of(__doc__)
     known = sorted(path.stem for path in CONFIGS.glob("*.json"))
-    parser.add_argument("size", choices=known, metavar="SIZE", help=f"{', '.join(SIZES)}, or any of blip2edge/shapes/published")
+    parser.add_argument(
+        "size", choices=known, metavar="SIZE", help=f"{', '.join(SIZES)}, or any of blip2edge/shapes/published"
+    )
     parser.add_argument(
         "--depth", type=float, action="append", help="share of the layers; may be repeated (1.0 and 0.5)"
     )

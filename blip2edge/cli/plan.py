@@ -12,6 +12,7 @@ from blip2edge.cli.next_steps import print_next
 if TYPE_CHECKING:
     import argparse
 
+    from blip2edge.cli.parser import Parser
     from blip2edge.runtime.bench.devices import Device
     from blip2edge.runtime.bench.plan import DevicePlan, PlanOptions
     from blip2edge.shapes.model_shape import ModelShape
@@ -19,15 +20,15 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "Salesforce/blip2-opt-2.7b"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Add the flags of ``plan``."""
-    parser.add_argument(
+    parser.add_positional_or_flag(
         "model",
+        "-b",
+        "--bundle",
         metavar="MODEL",
         nargs="?",
-        default=DEFAULT_MODEL,
-        help="bundle, checkpoint directory, config.json, or name of a published model "
-        f"(without it: {DEFAULT_MODEL})",
+        help=f"bundle, checkpoint directory, config.json, or name of a published model (default: {DEFAULT_MODEL})",
     )
     parser.add_argument(
         "--device",
@@ -54,13 +55,14 @@ def run(options: argparse.Namespace) -> int:
     from blip2edge.shapes.sources import find_shape
 
     request = PlanOptions(options.frames, options.prompt_tokens, options.max_new_tokens, options.threads)
-    devices = _devices(options.device, request)
-    shape, origin = find_shape(options.model)
+    model = options.model or DEFAULT_MODEL
+    shape, origin = find_shape(model)
+    devices = _devices(options.device, request, shape.image_size)
     plans = [device_plan(shape, device, request) for device in devices or DEVICES.values()]
     if options.json:
-        print(json.dumps(plan_json(options.model, origin, shape, plans, request), indent=2))
+        print(json.dumps(plan_json(model, origin, shape, plans, request), indent=2))
         return 0
-    print(plan_text.head(options.model, origin, shape, request))
+    print(plan_text.head(model, origin, shape, request))
     if devices:
         for plan in plans:
             print(f"\n{plan_text.device_text(plan)}")
@@ -70,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"\n{plan_text.boards_table(plans)}")
         if options.explain:
             print(f"\n{plan_text.explanation(shape, plans[0], request)}")
-    print_next(*_next(options.model, plans, all_boards=not devices))
+    print_next(*_next(model, plans, all_boards=not devices))
     return 0
 
 
@@ -91,12 +93,12 @@ def plan_json(
     }
 
 
-def _devices(names: list[str], request: PlanOptions) -> list[Device]:
+def _devices(names: list[str], request: PlanOptions, image_size: int) -> list[Device]:
     from blip2edge.runtime.bench.devices import THIS, find_device
     from blip2edge.runtime.bench.plan import this_device
 
     boards = {name: find_device(name) for name in names if name != THIS}  # unknown names first: measuring takes time
-    return [this_device(request) if name == THIS else boards[name] for name in names]
+    return [this_device(request, image_size) if name == THIS else boards[name] for name in names]
 
 
 def _next(model: str, plans: list[DevicePlan], *, all_boards: bool) -> list[str]:

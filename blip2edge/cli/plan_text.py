@@ -33,9 +33,9 @@ def million(count: int) -> str:
 def head(model: str, origin: str, shape: ModelShape, request: PlanOptions) -> str:
     """Parameters of each part, and the tokens against the context."""
     count, budget = shape.parameters(), token_budget(shape, request)
-    side = f" ({million(count['bridge'] + shape.text_side)} with its text side)" if shape.text_side else ""
+    side = f"; {million(count['bridge'] + shape.text_side)} with its text side" if shape.text_side else ""
     unused = f"; {million(shape.unused)} of the checkpoint are not deployed" if shape.unused else ""
-    bridge = f"bridge {million(count['bridge'])}{side} ({shape.bridge}), " if count["bridge"] else "no bridge, "
+    bridge = f"bridge {million(count['bridge'])} ({shape.bridge}{side}), " if count["bridge"] else "no bridge, "
     frames, visual = budget["frames"], budget["per_item"]
     pictures = f"{frames} pictures: {visual:,}" if frames > 1 else f"{visual:,}"
     if budget["take_slots"]:
@@ -60,8 +60,10 @@ def head(model: str, origin: str, shape: ModelShape, request: PlanOptions) -> st
 
 def fits_line(row: PrecisionPlan, usable: int) -> str:
     """One clear line: whether a precision fits."""
+    if row.refused:
+        return f"does not run: {row.refused}"
     if row.fits:
-        return f"fits {size(usable)}"
+        return f"fits: {size(max(row.memory.total, row.build))} of {size(usable)}"
     lacking = []
     if not row.fits_run:
         lacking.append(f"running needs {size(row.memory.total)}")
@@ -76,8 +78,10 @@ def device_text(plan: DevicePlan) -> str:
     state = "measured" if device.measured else "not measured"
     rates = ", ".join(f"{kind} {rate / 1e12:.3g}" for kind, rate in device.rates.items())
     lines = [
-        f"{device.name} ({state}): {device.title}; {size(device.usable)} usable, {device.bytes_per_s / 1e9:.0f} GB/s, "
-        f"tera-operations/s: {rates}",
+        (
+            f"{device.name} ({state}): {device.title}; {size(device.usable)} usable, {device.bytes_per_s / 1e9:.0f} "
+            f"GB/s, tera-operations/s: {rates}"
+        ),
         f"  {device.source}",
         "",
     ]
@@ -177,7 +181,7 @@ def explanation(shape: ModelShape, plan: DevicePlan, request: PlanOptions) -> st
         + "; bytes "
         + ", ".join(f"{kind} {value:.0%}" for kind, value in share.bytes.items()),
         f"  {share.source}",
-        f"fits: {fits_line(row, device.usable)}",
+        f"{precision} {fits_line(row, device.usable)}",
     ]
     return "\n".join(lines)
 
@@ -192,11 +196,11 @@ def _part_lines(part: ModelPart, held: str, tokens: dict[str, int]) -> list[str]
             f"  {one.name}: {one.count} x ({one.inputs:,} x {one.outputs:,}{bias}) = {one.parameters:,}; "
             f"2 x {one.weights:,} x {many:,} {one.rows} = {one.operations(tokens) / 1e9:,.3f} G operations"
         )
-    for two in part.attentions:
-        lines.append(
-            f"  scores and sums: 4 x {two.count} x {two.width:,} x {tokens_of(two.queries, tokens):,} {two.queries} x "
-            f"{tokens_of(two.keys, tokens):,} {two.keys} = {two.operations(tokens) / 1e9:,.3f} G operations"
-        )
+    lines += [
+        f"  scores and sums: 4 x {two.count} x {two.width:,} x {tokens_of(two.queries, tokens):,} {two.queries} x "
+        f"{tokens_of(two.keys, tokens):,} {two.keys} = {two.operations(tokens) / 1e9:,.3f} G operations"
+        for two in part.attentions
+    ]
     return [*lines, f"  norms, positions and tables: {part.vectors:,}"]
 
 
@@ -207,11 +211,15 @@ def _step_lines(shape: ModelShape, plan: DevicePlan, request: PlanOptions, token
     middle = {**tokens, "steps": 1, "context": tokens["context"] + 1 + (request.new_tokens - 1) // 2}
     cost, share = step_cost(shape, precision, device, middle), device.efficiency
     rates = effective(device, FORMATS[held_precision(precision, device)]["language"])
+    passes = f", read {share.cache_passes} times" if share.cache_passes > 1 else ""
     return [
-        f"a token: {'max' if share.overlaps else 'sum'}({(cost.float_ops + cost.integer_ops) / 1e9:,.2f} G operations, "
-        f"{cost.bytes / 1e9:,.3f} GB of weights, keys and values ({middle['context']:,} tokens of context) / "
-        f"{rates.bytes_per_s / 1e9:,.1f} GB/s) + {decoder.calls} matrices x {share.call_s * 1e6:.1f} us + Python "
-        f"{device.host * HOST_S['decode'] * 1e3:.2f} ms = {plan.of(precision).ms['decode_per_token']:,.2f} ms"
+        (
+            f"a token: {'max' if share.overlaps else 'sum'}({(cost.float_ops + cost.integer_ops) / 1e9:,.2f} G "
+            f"operations, {cost.bytes / 1e9:,.3f} GB of weights, and of keys and values of {middle['context']:,} tokens"
+            f"{passes} / {rates.bytes_per_s / 1e9:,.1f} GB/s) + {decoder.calls} matrices x {share.call_s * 1e6:.1f} us "
+            f"+ Python {device.host * HOST_S['decode'] * 1e3:.2f} ms = "
+            f"{plan.of(precision).ms['decode_per_token']:,.2f} ms"
+        ),
     ]
 
 
@@ -224,8 +232,12 @@ def _memory_lines(shape: ModelShape, plan: DevicePlan, tokens: dict[str, int], r
     parts = " + ".join(f"{part.name} {size(int(part.bytes(held)))}" for part in shape.parts)
     return [
         f"weights: {parts} + token table {size(int(shape.table_bytes(held)))} = {size(row.memory.weights)}",
-        f"KV cache: 2 x ({cache.layers} layers x {cache.heads} heads x {cache.head_dim} x {context:,} tokens{crossed}) "
-        f"x {element:g} bytes = {size(row.memory.cache)}",
-        f"run: weights + KV cache + activations {size(row.memory.activations)} + process and libraries "
-        f"{size(row.memory.workspace)} = {size(row.memory.total)}",
+        (
+            f"KV cache: 2 x ({cache.layers} layers x {cache.heads} heads x {cache.head_dim} x {context:,} tokens"
+            f"{crossed}) x {element:g} bytes = {size(row.memory.cache)}"
+        ),
+        (
+            f"run: weights + KV cache + activations {size(row.memory.activations)} + process and libraries "
+            f"{size(row.memory.workspace)} = {size(row.memory.total)}"
+        ),
     ]

@@ -48,7 +48,7 @@ def opt(values: Any, _: bool | None = None) -> LanguageShape:
     narrow, positions, vocabulary = f.get("word_embed_proj_dim", width), f["max_position_embeddings"], f["vocab_size"]
     bias, affine = f.flag("enable_bias", True), f.flag("layer_norm_elementwise_affine", True)
     last = f.flag("do_layer_norm_before", True) and not f.flag("_remove_final_layer_norm", False)
-    ends = ()
+    ends: tuple[WeightMatrix, ...] = ()
     if narrow != width:
         ends = (WeightMatrix("table to states", narrow, width, "steps"), WeightMatrix("states to head", width, narrow,
                 "asked"))  # fmt: skip

@@ -168,9 +168,7 @@ class ModelPart:
         The input and output of the widest matrix with the residual, or the scores of a layer before and after softmax
         with queries, keys and values.
         """
-        widest = max(
-            (matrix.inputs + 2 * matrix.outputs) * tokens_of(matrix.rows, tokens) for matrix in self.matrices
-        )
+        widest = max((matrix.inputs + 2 * matrix.outputs) * tokens_of(matrix.rows, tokens) for matrix in self.matrices)
         scores = [
             2 * attention.scores(tokens)
             + attention.width * (2 * tokens_of(attention.queries, tokens) + 2 * tokens_of(attention.keys, tokens))

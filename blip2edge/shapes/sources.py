@@ -42,7 +42,9 @@ def find_shape(model: str) -> tuple[ModelShape, str]:
     """
     path = Path(model)
     if (path / MANIFEST).is_file():
-        return bundle_shape(read_manifest(path), path), "estimated from the sizes of the bundle's graphs"
+        return bundle_shape(
+            read_manifest(path), path
+        ), "estimated from the sizes of the bundle's files (a head that is the token table counts twice)"
     if path.is_dir() and not (path / CONFIG).is_file():
         raise CheckpointError(
             f"{path} has no {MANIFEST} and no {CONFIG}", "give a bundle, a checkpoint directory, or a published name"
@@ -70,7 +72,9 @@ def hub_config(name: str) -> Any:
         file = Path(hf_hub_download(name, CONFIG))
     except Exception as error:  # the hub's client raises its own, requests', httpx' and OS errors
         problem = unknown_model(name)
-        raise type(problem)(f"{problem.problem}; the hub gave no config.json ({one_line(error)})", problem.fix) from error
+        raise type(problem)(
+            f"{problem.problem}; the hub gave no config.json ({one_line(error)})", problem.fix
+        ) from error
     return read_json(file, CheckpointError, "download the file again")
 
 

@@ -7,7 +7,7 @@ here; the plan says so. ``this`` is the machine that runs the command, measured 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 from blip2edge.errors import UsageError, option
@@ -79,6 +79,7 @@ class Device:
         host: Time of Python and of preprocessing, relative to the CPU that ``plan.HOST_S`` was measured on.
         efficiency: Assumed shares of these rates.
         source: Where the figures come from.
+        refuses: Precisions that do not run there, each with the reason.
         measured: Whether bandwidth and rates were measured on this machine.
     """
 
@@ -92,6 +93,7 @@ class Device:
     host: float
     efficiency: Efficiency
     source: str
+    refuses: Mapping[str, str] = field(default_factory=dict)
     measured: bool = False
 
     @property
@@ -111,12 +113,16 @@ class Device:
         return self.rates[kind if kind in self.rates else "fp16"]
 
 
+NO_BLOCKS = {"int8": "TensorRT takes no 8-bit weights in blocks: use int4, or calibrate with --weights none"}
+"""A Jetson has TensorRT, not TensorRT for RTX."""
+
+
 def _jetson(name: str, title: str, gib: int, gigabytes: float, fp32: float, int8: float, source: str, *,
             cpu: float = 2.5, reserved: float = 1.2) -> Device:  # fmt: skip
     """A Jetson: CPU and GPU share the memory; FP16 is half of the dense INT8 rate of the tensor cores (Ampere)."""
     rates = {"fp32": fp32 * TERA, "fp16": int8 / 2 * TERA, "int8": int8 * TERA}
     return Device(name, title, gib * GIB, int(reserved * GB), int(1.0 * GB), gigabytes * GB, rates, cpu,
-                  GPU_EFFICIENCY, source)  # fmt: skip
+                  GPU_EFFICIENCY, source, NO_BLOCKS)  # fmt: skip
 
 
 def _card(name: str, title: str, gib: int, gigabytes: float, fp32: float, fp16: float, int8: float,

@@ -23,6 +23,7 @@ TENSORRT_LIBRARIES = 1536 * MIB  # TensorRT, CUDA and the kernels that a process
 DEFAULT_SCRATCH = 1024 * MIB  # of a build without --workspace
 EXPORT_BASE = int(0.45 * GB)  # torch, onnx, ONNX Runtime, and the traces: benchmarks/results/export-memory-*.json
 SAMPLED = 2.2  # times the largest tensor in float32; the same measurements
+CPU_ARENA = 4  # ONNX Runtime keeps the buffers of several operators: benchmarks/results/plan.json
 CALIBRATION_BASE = int(0.25 * GB)
 
 Notify = Callable[[str], None]
@@ -207,7 +208,7 @@ def run_memory(shape: ModelShape, precision: str, device: Device, frames: int, t
         for part in shape.parts
     }
     logits = shape.table[0] * 4.0
-    activations = max([*each.values(), each[DECODER] + logits])
+    activations = max([*each.values(), each[DECODER] + logits]) * (CPU_ARENA if device.is_cpu else 1)
     cache = shape.cache.bytes(tokens["context"] + new, tokens["source"], element)
     weights = shape.weight_bytes(held_precision(precision, device))
     return RunMemory(int(weights), int(cache), int(activations), device.base)

@@ -26,12 +26,12 @@ from blip2edge.shapes.model_shape import FORMATS, ModelPart, ModelShape, TokenCo
 from blip2edge.shapes.parts import mlp, perceiver, pool, qformer
 
 PICTURE = (480, 640)  # rows and columns of the picture that preprocessing is timed for, as in `bench`
-HOST_S = {"preprocess": 2e-4, "vision": 5e-5, "bridge": 1e-4, "prefill": 5e-4, "decode": 5e-5}
+HOST_S = {"preprocess": 2e-4, "vision": 5e-5, "bridge": 2e-4, "prefill": 5e-4, "decode": 3e-5}
 """Seconds of Python by stage (a step for ``decode``), on one core of an AMD EPYC (``benchmarks/plan_check.py``)."""
 
-INPUT_PIXEL_S, OUTPUT_PIXEL_S = 6.2e-9, 30e-9
-"""Seconds of preprocessing for each pixel of the picture, and of the vision encoder's input, on the same core: 480 x 640
-to 224 pixels in 3.1 ms, to 384 in 7.0 ms."""
+INPUT_PIXEL_S, OUTPUT_PIXEL_S = 6.2e-9, 25e-9
+"""Seconds of preprocessing for each pixel of the picture, and of the vision encoder's input, on the same core: a
+picture of 480 x 640 to 224 pixels in 3.1 ms, to 384 in 4.6 to 7.0 ms."""
 
 CPU_BASE = int(0.15 * GB)  # interpreter, NumPy, tokenizers, ONNX Runtime
 STAGE_OF = {VISION: "vision", BRIDGE: "bridge"}
@@ -79,6 +79,7 @@ class PrecisionPlan:
         memory: Bytes while pictures are captioned.
         build: Bytes at the peak of building the engines, or a CPU's optimized copy, on the device.
         fits_run, fits_build: Whether these fit the device's usable memory.
+        refused: Why the device does not run this precision; empty if it does.
         ms: Predicted milliseconds: ``preprocess``, ``vision``, ``bridge``, ``prefill``, ``decode_per_token``,
             ``decode`` (all tokens after the first), ``total``.
     """
@@ -88,12 +89,13 @@ class PrecisionPlan:
     build: int
     fits_run: bool
     fits_build: bool
+    refused: str
     ms: Mapping[str, float]
 
     @property
     def fits(self) -> bool:
         """Whether the device can build and run it."""
-        return self.fits_run and self.fits_build
+        return self.fits_run and self.fits_build and not self.refused
 
     @property
     def tokens_per_s(self) -> float:
@@ -107,6 +109,7 @@ class PrecisionPlan:
             "memory_bytes": {**self.memory.to_json(), "build": self.build},
             "fits_run": self.fits_run,
             "fits_build": self.fits_build,
+            "refused": self.refused,
             "ms": {stage: round(ms, 3) for stage, ms in self.ms.items()},
             "tokens_per_s": round(self.tokens_per_s, 2),
         }
@@ -144,7 +147,8 @@ class DevicePlan:
 
     Attributes:
         precisions: In the order of ``FORMATS``.
-        chosen: The highest precision that fits (fp16 first on a GPU); ``int4`` if none does.
+        chosen: The highest precision that fits; ``int4`` if none does. Not fp32 on a GPU, where fp16 is faster and the
+            captions are the same; not fp16 on a CPU, which computes it in fp32.
         bridges: Empty for a decoder that cross-attends to the picture without slots.
         bridge: Kind of the recommended bridge.
         reason: Why.
@@ -264,13 +268,14 @@ def precision_plan(shape: ModelShape, precision: str, device: Device, options: P
     memory = run_memory(shape, precision, device, frames, options.prompt_tokens, options.new_tokens)
     build = build_memory(shape, precision, device)
     ms = stage_ms(shape, precision, device, options)
-    return PrecisionPlan(precision, memory, build, memory.total <= device.usable, build <= device.usable, ms)
+    fits_run, fits_build = memory.total <= device.usable, build <= device.usable
+    return PrecisionPlan(precision, memory, build, fits_run, fits_build, device.refuses.get(precision, ""), ms)
 
 
 def device_plan(shape: ModelShape, device: Device, options: PlanOptions) -> DevicePlan:
     """Plans a model on one device, in every precision, and recommends a bridge."""
     rows = tuple(precision_plan(shape, precision, device, options) for precision in FORMATS)
-    order = [row for row in rows if device.is_cpu or row.precision != "fp32"]
+    order = [row for row in rows if row.precision != ("fp16" if device.is_cpu else "fp32")]
     chosen = next((row.precision for row in order if row.fits), order[-1].precision)
     bridges = tuple(bridge_rows(shape, chosen, device, options))
     bridge, reason = recommended(shape, bridges, options)
@@ -294,8 +299,7 @@ def with_bridges(shape: ModelShape) -> dict[str, ModelShape]:
     }
     own = "qformer" if shape.bridge == "instructed-qformer" else shape.bridge
     return {
-        kind: shape if kind == own else shape.with_bridge(kind, part, queries)
-        for kind, (part, queries) in made.items()
+        kind: shape if kind == own else shape.with_bridge(kind, part, queries) for kind, (part, queries) in made.items()
     }
 
 
@@ -366,8 +370,12 @@ def recommended(shape: ModelShape, rows: Sequence[BridgeRow], options: PlanOptio
     return "qformer", f"{against}; a Q-Former needs {few.tokens:,} and has the most quality for each token"
 
 
-def this_device(options: PlanOptions) -> Device:
+def this_device(options: PlanOptions, image_size: int = 224) -> Device:
     """Measures this machine: bandwidth, product rates, and preprocessing; takes a few seconds.
+
+    Args:
+        options: The request, for its number of threads.
+        image_size: Pixels of a side of the vision encoder's input, for preprocessing.
 
     Raises:
         BackendError: Neither ONNX Runtime nor OpenVINO is installed.
@@ -402,7 +410,7 @@ def this_device(options: PlanOptions) -> Device:
         base=CPU_BASE,
         bytes_per_s=found.bytes_per_s,
         rates=rates,
-        host=roofline.preprocess_seconds(PICTURE, 224) / reference_seconds(224),
+        host=roofline.preprocess_seconds(PICTURE, image_size) / reference_seconds(image_size),
         efficiency=efficiency,
         source=f"measured with backend {backend}",
         measured=True,

@@ -1,8 +1,8 @@
 """Measures the roofline of this machine's cores: bytes read from memory per second, and operations per second.
 
 The time of a stage has two lower bounds: its operations divided by that rate, and the bytes of its weights divided by
-that bandwidth (Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009). One core is measured in CPU time of this
-process, so that the load of other processes does not count; several cores are measured in wall time.
+that bandwidth (Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009). One core is measured in CPU time of
+this process, so that the load of other processes does not count; several cores are measured in wall time.
 """
 
 from __future__ import annotations

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="the parameters are compared with real modules")
-transformers = pytest.importorskip("transformers", reason="the parameters are compared with transformers' classes")
+pytest.importorskip("torch", reason="the parameters are compared with real modules")
+pytest.importorskip("transformers", reason="the parameters are compared with transformers' classes")
+
+import torch
+import transformers
 
 from blip2edge.errors import CheckpointError, UnsupportedModelError, UsageError
 from blip2edge.model.families.registry import read_config
@@ -152,5 +155,7 @@ def test_published_names() -> None:
     assert published_config("../published/llava-1.5-7b") is None
     shape, origin = find_shape("Salesforce/blip2-opt-2.7b")
     assert (shape.family, origin) == ("blip-2", "from the list of published models")
-    with pytest.raises(UsageError, match="is no bundle, checkpoint directory or config.json.*did you mean Salesforce"):
+    with pytest.raises(
+        UsageError, match=r"is no bundle, checkpoint directory or config\.json.*did you mean Salesforce"
+    ):
         find_shape("Salesforce/blip2-opt-2.7")
