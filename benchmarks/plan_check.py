@@ -31,7 +31,8 @@ from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.bench.measure import Bench, BenchOptions, bench
 from blip2edge.runtime.bench.memory import run_memory
 from blip2edge.runtime.bench.meters import MemoryMeter, resident_bytes
-from blip2edge.runtime.bench.plan import PlanOptions, stage_ms, this_device
+from blip2edge.runtime.bench.plan import PlanOptions, stage_ms
+from blip2edge.runtime.bench.roofline import this_device
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.shapes.sources import find_shape
 
@@ -111,7 +112,7 @@ def compare(name: str, work: Path, runs: int) -> dict[str, Any]:
         captioner = Captioner.load(bundle, backend="cpu", threads=1)
     prompt = Bench(captioner).prompt_length() - shape.slots * shape.frames
     request = PlanOptions(prompt_tokens=max(prompt, 1), new_tokens=TOKENS, threads=1)
-    device = this_device(request, shape.image_size)
+    device = this_device(1, shape.image_size)
     options = BenchOptions(runs=runs, tokens=TOKENS, batches=(), prompts=(), lengths=())
     report = bench(captioner, options, start_s=0.0, start_bytes=loading.peak)
     predicted = stage_ms(shape, "fp32", device, request)

@@ -71,8 +71,7 @@ def add_arguments(parser: Parser) -> None:
         "--timing-cache",
         metavar="FILE",
         type=Path,
-        help="file of kernel timings, which makes later builds faster (default: a file in the directory of the "
-        "engines)",
+        help="file of kernel timings, which makes later builds faster (default: in the directory of the engines)",
     )
     kinds.add_argument(
         "--version-compatible",

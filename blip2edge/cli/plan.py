@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import argparse
 
     from blip2edge.cli.parser import Parser
-    from blip2edge.runtime.bench.devices import Device
+    from blip2edge.runtime.bench.devices import Board
     from blip2edge.runtime.bench.plan import DevicePlan, PlanOptions
     from blip2edge.shapes.model_shape import ModelShape
 
@@ -35,8 +35,8 @@ def add_arguments(parser: Parser) -> None:
         metavar="NAME",
         action="append",
         default=[],
-        help="board to plan for, or this: measure the machine that runs the command; repeat the flag for several "
-        "boards (default: a table of all boards)",
+        help="board to plan for, such as orin-nano-8gb, thor or rtx-4060 (a wrong name lists all), or this: measure the "
+        "machine that runs the command; repeat the flag for several boards (default: a table of all boards)",
     )
     add_number(parser, "--frames", "pictures of an item, such as the frames of a video (default: the model's)")
     add_number(parser, "--prompt-tokens", "tokens of the prompt, without visual tokens", 8)
@@ -93,12 +93,12 @@ def plan_json(
     }
 
 
-def _devices(names: list[str], request: PlanOptions, image_size: int) -> list[Device]:
+def _devices(names: list[str], request: PlanOptions, image_size: int) -> list[Board]:
     from blip2edge.runtime.bench.devices import THIS, find_device
-    from blip2edge.runtime.bench.plan import this_device
+    from blip2edge.runtime.bench.roofline import this_device
 
     boards = {name: find_device(name) for name in names if name != THIS}  # unknown names first: measuring takes time
-    return [this_device(request, image_size) if name == THIS else boards[name] for name in names]
+    return [this_device(request.threads, image_size) if name == THIS else boards[name] for name in names]
 
 
 def _next(model: str, plans: list[DevicePlan], *, all_boards: bool) -> list[str]:

@@ -21,7 +21,7 @@ class Efficiency:
     """What the graphs of this project are assumed to reach, by the format of the weights (``WEIGHT_BYTES``).
 
     Attributes:
-        products: Share of the product rate that :meth:`Device.rate` chooses for the format.
+        products: Share of the product rate that :meth:`Board.rate` chooses for the format.
         bytes: Share of the memory bandwidth while weights are read.
         overlaps: Whether reading overlaps with computing: the longer one counts. If not, their sum counts.
         extra_rows: Rows that a product of several rows costs more than it has, because small products are slower.
@@ -65,7 +65,7 @@ GPU_EFFICIENCY = Efficiency(
 
 
 @dataclass(frozen=True)
-class Device:
+class Board:
     """A device that runs a bundle.
 
     Attributes:
@@ -118,32 +118,32 @@ NO_BLOCKS = {"int8": "TensorRT takes no 8-bit weights in blocks: use int4, or ca
 
 
 def _jetson(name: str, title: str, gib: int, gigabytes: float, fp32: float, int8: float, source: str, *,
-            cpu: float = 2.5, reserved: float = 1.2) -> Device:  # fmt: skip
+            cpu: float = 2.5, reserved: float = 1.2) -> Board:  # fmt: skip
     """A Jetson: CPU and GPU share the memory; FP16 is half of the dense INT8 rate of the tensor cores (Ampere)."""
     rates = {"fp32": fp32 * TERA, "fp16": int8 / 2 * TERA, "int8": int8 * TERA}
-    return Device(name, title, gib * GIB, int(reserved * GB), int(1.0 * GB), gigabytes * GB, rates, cpu,
+    return Board(name, title, gib * GIB, int(reserved * GB), int(1.0 * GB), gigabytes * GB, rates, cpu,
                   GPU_EFFICIENCY, source, NO_BLOCKS)  # fmt: skip
 
 
 def _card(name: str, title: str, gib: int, gigabytes: float, fp32: float, fp16: float, int8: float,
-          source: str) -> Device:  # fmt: skip
+          source: str) -> Board:  # fmt: skip
     """A graphics card in a PC: only its own memory counts."""
     rates = {"fp32": fp32 * TERA, "fp16": fp16 * TERA, "int8": int8 * TERA}
-    return Device(name, title, gib * GIB, int(0.4 * GB), int(0.7 * GB), gigabytes * GB, rates, 1.0, GPU_EFFICIENCY,
+    return Board(name, title, gib * GIB, int(0.4 * GB), int(0.7 * GB), gigabytes * GB, rates, 1.0, GPU_EFFICIENCY,
                   source)  # fmt: skip
 
 
-def _arm(name: str, title: str, gib: int, gigabytes: float, cores: int, ghz: float, source: str) -> Device:
+def _arm(name: str, title: str, gib: int, gigabytes: float, cores: int, ghz: float, source: str) -> Board:
     """Arm Cortex-A76 cores: two 128-bit FMA units, 16 FP32 and 64 INT8 operations a cycle (SDOT)."""
     rates = {"fp32": cores * ghz * 16e9, "int8": cores * ghz * 64e9}
-    return Device(name, title, gib * GIB, int(0.6 * GB), int(0.15 * GB), gigabytes * GB, rates, 2.5, CPU_EFFICIENCY,
+    return Board(name, title, gib * GIB, int(0.6 * GB), int(0.15 * GB), gigabytes * GB, rates, 2.5, CPU_EFFICIENCY,
                   source)  # fmt: skip
 
 
 _ORIN = "NVIDIA, Jetson Orin Nano, Orin NX and AGX Orin data sheets: {}"
 _ADA = "NVIDIA Ada architecture white paper: {}"
 
-DEVICES: Mapping[str, Device] = {
+DEVICES: Mapping[str, Board] = {
     device.name: device
     for device in (
         _jetson("orin-nano-4gb", "Jetson Orin Nano 4 GB (10 W)", 4, 34, 0.64, 10,
@@ -177,7 +177,7 @@ DEVICES: Mapping[str, Device] = {
 }  # fmt: skip
 
 
-def find_device(name: str) -> Device:
+def find_device(name: str) -> Board:
     """The board of this name.
 
     Raises:

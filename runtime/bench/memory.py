@@ -12,7 +12,7 @@ from pathlib import Path
 
 from blip2edge.bundle.schema import BRIDGE, DECODER, VISION
 from blip2edge.errors import Blip2EdgeError, option
-from blip2edge.runtime.bench.devices import GB, Device
+from blip2edge.runtime.bench.devices import GB, Board
 from blip2edge.shapes.model_shape import WEIGHT_BYTES, ModelShape
 
 MIB = 1 << 20
@@ -88,7 +88,7 @@ def export_need(largest: int, total: int, *, full: bool) -> MemoryNeed:
     """
     one, whole = 4 * largest, 4 * total
     if full:
-        mend = f"export with {option('verify')} sample, which needs the memory of one layer"
+        mend = "choose the verification `sample`, which needs the memory of one layer"
         return MemoryNeed("the export", whole, EXPORT_BASE + 2 * whole, mend)
     return MemoryNeed("the export", one, EXPORT_BASE + int(SAMPLED * one), "export on a machine with more memory")
 
@@ -180,17 +180,17 @@ class RunMemory:
         return {**vars(self), "run": self.total}
 
 
-def held_precision(precision: str, device: Device) -> str:
+def held_precision(precision: str, device: Board) -> str:
     """The precision that the weights have in memory: a CPU computes fp16 in fp32, so it holds them so too."""
     return "fp32" if device.is_cpu and precision == "fp16" else precision
 
 
-def element_bytes(precision: str, device: Device) -> float:
+def element_bytes(precision: str, device: Board) -> float:
     """Bytes of an activation, and of a value of the KV cache."""
     return WEIGHT_BYTES["fp32" if device.is_cpu or precision == "fp32" else "fp16"]
 
 
-def run_memory(shape: ModelShape, precision: str, device: Device, frames: int, text: int, new: int) -> RunMemory:
+def run_memory(shape: ModelShape, precision: str, device: Board, frames: int, text: int, new: int) -> RunMemory:
     """Estimates the memory of a runtime that captions one item.
 
     Args:
@@ -214,7 +214,7 @@ def run_memory(shape: ModelShape, precision: str, device: Device, frames: int, t
     return RunMemory(int(weights), int(cache), int(activations), device.base)
 
 
-def build_memory(shape: ModelShape, precision: str, device: Device) -> int:
+def build_memory(shape: ModelShape, precision: str, device: Board) -> int:
     """Estimates the peak while the files for a device are made on it: TensorRT engines, or a CPU's optimized copy."""
     largest = max(part.bytes(precision) for part in shape.parts)
     if device.is_cpu:

@@ -1,51 +1,38 @@
 """``blip2edge plan``: does a model fit a device, how fast is a caption, and which bridge suits it.
 
 Everything is computed from the shape of the model (:mod:`blip2edge.shapes`), by the roofline with the efficiency that
-:mod:`.devices` states. No model is loaded. :func:`this_device` measures the machine that runs the command.
+:mod:`.devices` states. No model is loaded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from blip2edge.bundle.schema import BRIDGE, DECODER, VISION
-from blip2edge.errors import BackendError, UsageError, option
-from blip2edge.runtime.bench.devices import CPU_EFFICIENCY, GB, THIS, Device
+from blip2edge.errors import UsageError, option
+from blip2edge.runtime.bench.devices import GB, Board
 from blip2edge.runtime.bench.memory import (
     RunMemory,
     build_memory,
     element_bytes,
     held_precision,
-    machine_memory,
     run_memory,
 )
+from blip2edge.runtime.bench.roofline import reference_seconds
+from blip2edge.shapes.bridges import TRADE_OFFS, with_bridges
 from blip2edge.shapes.cost import Roofline, StageCost
 from blip2edge.shapes.model_shape import FORMATS, ModelPart, ModelShape, TokenCounts
-from blip2edge.shapes.parts import mlp, perceiver, pool, qformer
 
-PICTURE = (480, 640)  # rows and columns of the picture that preprocessing is timed for, as in `bench`
 HOST_S = {"preprocess": 2e-4, "vision": 5e-5, "bridge": 2e-4, "prefill": 5e-4, "decode": 3e-5}
 """Seconds of Python by stage (a step for ``decode``), on one core of an AMD EPYC (``benchmarks/plan_check.py``)."""
 
-INPUT_PIXEL_S, OUTPUT_PIXEL_S = 6.2e-9, 25e-9
-"""Seconds of preprocessing for each pixel of the picture, and of the vision encoder's input, on the same core: a
-picture of 480 x 640 to 224 pixels in 3.1 ms, to 384 in 4.6 to 7.0 ms."""
-
-CPU_BASE = int(0.15 * GB)  # interpreter, NumPy, tokenizers, ONNX Runtime
 STAGE_OF = {VISION: "vision", BRIDGE: "bridge"}
 """Stage of each graph; all others run in the prefill."""
 
 CHEAP_SHARE = 0.25
 """An MLP is recommended if its tokens cost at most this share of a caption with a Q-Former."""
-
-TRADE_OFFS: Mapping[str, str] = {
-    "qformer": "most quality for each token: its queries are pretrained with texts (stage 1)",
-    "mlp": "every patch keeps its place, best for small things and text in pictures; most tokens",
-    "perceiver": "trained with the language model alone; more latents than a Q-Former has queries",
-    "pool": "one layer: fewest parameters and operations; least quality for each token",
-}
 
 
 @dataclass(frozen=True)
@@ -154,7 +141,7 @@ class DevicePlan:
         reason: Why.
     """
 
-    device: Device
+    device: Board
     precisions: tuple[PrecisionPlan, ...]
     chosen: str
     bridges: tuple[BridgeRow, ...]
@@ -202,7 +189,7 @@ def token_budget(shape: ModelShape, options: PlanOptions) -> dict[str, Any]:
     }
 
 
-def effective(device: Device, kind: str) -> Roofline:
+def effective(device: Board, kind: str) -> Roofline:
     """The rates that the graphs reach by the stated efficiency, for weights of a format."""
     share = device.efficiency
     floats = kind if kind in ("fp32", "fp16") else "fp32" if device.is_cpu else "fp16"
@@ -213,14 +200,14 @@ def effective(device: Device, kind: str) -> Roofline:
     )
 
 
-def part_cost(part: ModelPart, precision: str, device: Device, tokens: TokenCounts, times: int = 1) -> StageCost:
+def part_cost(part: ModelPart, precision: str, device: Board, tokens: TokenCounts, times: int = 1) -> StageCost:
     """Operations and bytes of a run of a part; ``times``: pictures in a batch, which share the weights."""
     one = part.cost(held_precision(precision, device), tokens, device.efficiency.extra_rows)
     return StageCost(one.float_ops * times, one.integer_ops * times, one.bytes)
 
 
 def part_seconds(
-    part: ModelPart, cost: StageCost, precision: str, device: Device, tokens: TokenCounts, times: int = 1
+    part: ModelPart, cost: StageCost, precision: str, device: Board, tokens: TokenCounts, times: int = 1
 ) -> float:
     """Seconds of a run of a part: products and bytes by the roofline, operators between them, calls of operators."""
     kind, share = FORMATS[held_precision(precision, device)][part.kind], device.efficiency
@@ -228,7 +215,7 @@ def part_seconds(
     return cost.seconds(effective(device, kind), overlaps=share.overlaps) + between
 
 
-def step_cost(shape: ModelShape, precision: str, device: Device, tokens: TokenCounts) -> StageCost:
+def step_cost(shape: ModelShape, precision: str, device: Board, tokens: TokenCounts) -> StageCost:
     """Operations and bytes of a decode step: the decoder's weights, and the keys and values of its context."""
     decoder = shape.part(DECODER)
     if decoder is None:
@@ -238,7 +225,7 @@ def step_cost(shape: ModelShape, precision: str, device: Device, tokens: TokenCo
     return cost + StageCost(0.0, 0.0, cache * device.efficiency.cache_passes)
 
 
-def stage_ms(shape: ModelShape, precision: str, device: Device, options: PlanOptions) -> dict[str, float]:
+def stage_ms(shape: ModelShape, precision: str, device: Board, options: PlanOptions) -> dict[str, float]:
     """Predicts the milliseconds of each stage of one caption."""
     frames = options.frames or shape.frames
     tokens = shape.tokens(frames, options.prompt_tokens)
@@ -262,7 +249,7 @@ def stage_ms(shape: ModelShape, precision: str, device: Device, options: PlanOpt
     return {**ms, "decode_per_token": step * 1e3, "decode": steps * step * 1e3, "total": total}
 
 
-def precision_plan(shape: ModelShape, precision: str, device: Device, options: PlanOptions) -> PrecisionPlan:
+def precision_plan(shape: ModelShape, precision: str, device: Board, options: PlanOptions) -> PrecisionPlan:
     """Plans one precision on one device."""
     frames = options.frames or shape.frames
     memory = run_memory(shape, precision, device, frames, options.prompt_tokens, options.new_tokens)
@@ -272,7 +259,7 @@ def precision_plan(shape: ModelShape, precision: str, device: Device, options: P
     return PrecisionPlan(precision, memory, build, fits_run, fits_build, device.refuses.get(precision, ""), ms)
 
 
-def device_plan(shape: ModelShape, device: Device, options: PlanOptions) -> DevicePlan:
+def device_plan(shape: ModelShape, device: Board, options: PlanOptions) -> DevicePlan:
     """Plans a model on one device, in every precision, and recommends a bridge."""
     rows = tuple(precision_plan(shape, precision, device, options) for precision in FORMATS)
     order = [row for row in rows if row.precision != ("fp16" if device.is_cpu else "fp32")]
@@ -282,28 +269,7 @@ def device_plan(shape: ModelShape, device: Device, options: PlanOptions) -> Devi
     return DevicePlan(device, rows, chosen, bridges, bridge, reason)
 
 
-def with_bridges(shape: ModelShape) -> dict[str, ModelShape]:
-    """The model with each kind of bridge: its own as it is, the others with the sizes of the published models.
-
-    Empty for a decoder that cross-attends to the picture, whose bridge cannot be exchanged alone.
-    """
-    vision = shape.part(VISION)
-    if vision is None or shape.slots == 0:
-        return {}
-    encoder, output = vision.matrices[0].outputs, shape.table[1]
-    made = {
-        "qformer": (qformer({}, encoder, 32, shape.width), 32),
-        "mlp": (mlp(encoder, output), 0),
-        "perceiver": (perceiver({}, encoder, output), 64),
-        "pool": (pool({}, encoder, output), 32),
-    }
-    own = "qformer" if shape.bridge == "instructed-qformer" else shape.bridge
-    return {
-        kind: shape if kind == own else shape.with_bridge(kind, part, queries) for kind, (part, queries) in made.items()
-    }
-
-
-def bridge_rows(shape: ModelShape, precision: str, device: Device, options: PlanOptions) -> list[BridgeRow]:
+def bridge_rows(shape: ModelShape, precision: str, device: Board, options: PlanOptions) -> list[BridgeRow]:
     """Compares the bridges on a device in one precision."""
     rows = []
     for kind, other in with_bridges(shape).items():
@@ -368,55 +334,3 @@ def recommended(shape: ModelShape, rows: Sequence[BridgeRow], options: PlanOptio
     if one_layer.fits_memory and not few.fits_memory:
         return "pool", f"only the model with its {one_layer.parameters / 1e6:.0f} M parameters fits the device"
     return "qformer", f"{against}; a Q-Former needs {few.tokens:,} and has the most quality for each token"
-
-
-def this_device(options: PlanOptions, image_size: int = 224) -> Device:
-    """Measures this machine: bandwidth, product rates, and preprocessing; takes a few seconds.
-
-    Args:
-        options: The request, for its number of threads.
-        image_size: Pixels of a side of the vision encoder's input, for preprocessing.
-
-    Raises:
-        BackendError: Neither ONNX Runtime nor OpenVINO is installed.
-    """
-    from blip2edge.runtime.backends.base import BACKENDS
-    from blip2edge.runtime.backends.probe import cores, processor
-    from blip2edge.runtime.bench import roofline
-
-    threads = options.threads or cores()
-    for backend in (name for name, row in BACKENDS.items() if row.host):
-        try:
-            found = roofline.measure(backend, threads)
-            call_s = roofline.call_seconds(backend)
-            element_s = roofline.element_seconds(backend)
-            break
-        except BackendError:  # its package is not installed
-            continue
-    else:
-        raise BackendError(
-            "measuring this machine needs ONNX Runtime or OpenVINO, and neither is installed",
-            "install one: pip install 'blip2edge[cpu]'",
-        )
-    memory = machine_memory()
-    total, free = (memory.total, memory.free) if memory is not None else (0, 0)
-    rates = {"fp32": found.float_ops_per_s, "int8": found.integer_ops_per_s}
-    efficiency = replace(CPU_EFFICIENCY, call_s=call_s, element_s=element_s)
-    return Device(
-        name=THIS,
-        title=f"{processor()}, {threads} {'thread' if threads == 1 else 'threads'}, CPU",
-        memory=total,
-        reserved=total - free,
-        base=CPU_BASE,
-        bytes_per_s=found.bytes_per_s,
-        rates=rates,
-        host=roofline.preprocess_seconds(PICTURE, image_size) / reference_seconds(image_size),
-        efficiency=efficiency,
-        source=f"measured with backend {backend}",
-        measured=True,
-    )
-
-
-def reference_seconds(size: int) -> float:
-    """Seconds of preprocessing one picture of :data:`PICTURE` to ``size`` pixels on the reference processor."""
-    return PICTURE[0] * PICTURE[1] * INPUT_PIXEL_S + size * size * OUTPUT_PIXEL_S

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,14 +18,23 @@ from typing import Any
 import numpy as np
 
 from blip2edge.bundle.dtypes import Array
-from blip2edge.runtime.backends.base import open_session
-from blip2edge.runtime.backends.probe import Node, onnx_model
+from blip2edge.errors import BackendError
+from blip2edge.runtime.backends.base import BACKENDS, open_session
+from blip2edge.runtime.backends.probe import Node, cores, onnx_model, processor
+from blip2edge.runtime.bench.devices import CPU_EFFICIENCY, GB, THIS, Board
+from blip2edge.runtime.bench.memory import machine_memory
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.shapes.cost import Roofline
 
 STREAMED = 1 << 28  # bytes, more than any cache holds
 SIZES = ((1024, 1024, 1024), (256, 768, 768), (192, 768, 3072))  # of products: rows, inner, columns
 REPEATS = 7
+PICTURE = (480, 640)  # rows and columns of the picture that preprocessing is timed for, as in `bench`
+CPU_BASE = int(0.15 * GB)  # interpreter, NumPy, tokenizers, ONNX Runtime
+INPUT_PIXEL_S, OUTPUT_PIXEL_S = 6.2e-9, 25e-9
+"""Seconds of preprocessing for each pixel of the picture, and of the vision encoder's input, on the same core: a
+picture of 480 x 640 to 224 pixels in 3.1 ms, to 384 in 4.6 to 7.0 ms."""
+
 ELEMENTS = 1 << 16
 CALLS, OPERATORS = 10, 1.5
 """Calls of the smallest operator, and passes of a tanh over the outputs of a matrix, that take as long as the operators
@@ -43,6 +53,54 @@ def measure(backend: str, threads: int = 1) -> Roofline:
     """
     rates = [_rate(backend, threads, integer=integer) for integer in (False, True)]
     return Roofline(_bandwidth(threads), *rates)
+
+
+def this_device(threads: int | None = None, image_size: int = 224) -> Board:
+    """Measures this machine: bandwidth, product rates, and preprocessing; takes a few seconds.
+
+    Args:
+        threads: CPU threads; None for all cores.
+        image_size: Pixels of a side of the vision encoder's input, for preprocessing.
+
+    Raises:
+        BackendError: Neither ONNX Runtime nor OpenVINO is installed.
+    """
+    threads = threads or cores()
+    for backend in (name for name, row in BACKENDS.items() if row.host):
+        try:
+            found = measure(backend, threads)
+            call_s = call_seconds(backend)
+            element_s = element_seconds(backend)
+            break
+        except BackendError:  # its package is not installed
+            continue
+    else:
+        raise BackendError(
+            "measuring this machine needs ONNX Runtime or OpenVINO, and neither is installed",
+            "install one: pip install 'blip2edge[cpu]'",
+        )
+    memory = machine_memory()
+    total, free = (memory.total, memory.free) if memory is not None else (0, 0)
+    rates = {"fp32": found.float_ops_per_s, "int8": found.integer_ops_per_s}
+    efficiency = replace(CPU_EFFICIENCY, call_s=call_s, element_s=element_s)
+    return Board(
+        name=THIS,
+        title=f"{processor()}, {threads} {'thread' if threads == 1 else 'threads'}, CPU",
+        memory=total,
+        reserved=total - free,
+        base=CPU_BASE,
+        bytes_per_s=found.bytes_per_s,
+        rates=rates,
+        host=preprocess_seconds(PICTURE, image_size) / reference_seconds(image_size),
+        efficiency=efficiency,
+        source=f"measured with backend {backend}",
+        measured=True,
+    )
+
+
+def reference_seconds(size: int) -> float:
+    """Seconds of preprocessing one picture of :data:`PICTURE` to ``size`` pixels on the reference processor."""
+    return PICTURE[0] * PICTURE[1] * INPUT_PIXEL_S + size * size * OUTPUT_PIXEL_S
 
 
 def call_seconds(backend: str) -> float:

@@ -12,7 +12,6 @@ import pytest
 
 from blip2edge.cli import main
 from blip2edge.errors import BackendError, BundleError, CheckpointError, UsageError
-from blip2edge.runtime.bench import plan as plan_module
 from blip2edge.runtime.bench.devices import DEVICES, Efficiency, find_device
 from blip2edge.runtime.bench.plan import (
     HOST_S,
@@ -21,10 +20,10 @@ from blip2edge.runtime.bench.plan import (
     device_plan,
     effective,
     recommended,
-    reference_seconds,
     stage_ms,
     token_budget,
 )
+from blip2edge.runtime.bench.roofline import reference_seconds, this_device
 from blip2edge.shapes.cost import Roofline, StageCost
 from blip2edge.shapes.model_shape import FORMATS
 from blip2edge.shapes.sources import find_shape
@@ -268,7 +267,7 @@ def test_this_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert "this (measured): " in text
     assert "1 thread, CPU; " in text
     assert "30 GB/s, tera-operations/s: fp32 0.1, int8 0.4" in text
-    device = plan_module.this_device(PlanOptions(threads=2))
+    device = this_device(2)
     assert (device.host, device.efficiency.call_s, device.source) == (2.0, 2e-6, "measured with backend openvino")
 
     def nothing(backend: str, threads: int) -> Roofline:
@@ -276,7 +275,7 @@ def test_this_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
     monkeypatch.setattr(f"{roofline}.measure", nothing)
     with pytest.raises(BackendError, match="needs ONNX Runtime or OpenVINO"):
-        plan_module.this_device(PlanOptions())
+        this_device()
 
 
 def test_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
