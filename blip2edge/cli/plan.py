@@ -35,8 +35,8 @@ def add_arguments(parser: Parser) -> None:
         metavar="NAME",
         action="append",
         default=[],
-        help="board to plan for, such as orin-nano-8gb, thor or rtx-4060 (a wrong name lists all), or this: measure the "
-        "machine that runs the command; repeat the flag for several boards (default: a table of all boards)",
+        help="board to plan for, such as orin-nano-8gb, thor or rtx-4060, or this: measure the machine that runs the "
+        "command; repeat the flag for several boards (default: a table of all boards)",
     )
     add_number(parser, "--frames", "pictures of an item, such as the frames of a video (default: the model's)")
     add_number(parser, "--prompt-tokens", "tokens of the prompt, without visual tokens", 8)
