@@ -49,7 +49,7 @@ def test_parameters_are_those_of_transformers(name: str) -> None:
     kind = values["architectures"][0]
     if kind.startswith("MiniGPT4"):  # BLIP-2's modules around another language model
         kind, values = "Blip2ForConditionalGeneration", {**values, "model_type": "blip-2"}
-    model_class = getattr(transformers, kind)
+    model_class: Any = getattr(transformers, kind)
     with torch.device("meta"):
         model = model_class(model_class.config_class.from_dict(values))
     found = shape.parameters()["total"] + shape.unused
@@ -109,7 +109,7 @@ def test_the_qformer_with_and_without_its_text_side() -> None:
 
 def test_the_text_side_is_that_of_a_stage_1_checkpoint() -> None:
     values = values_of("blip2-itm-vit-g")
-    model_class = transformers.Blip2ForImageTextRetrieval
+    model_class: Any = transformers.Blip2ForImageTextRetrieval
     with torch.device("meta"):
         model = model_class(model_class.config_class.from_dict(values))
     qformer = distinct(model.qformer) + distinct(model.embeddings)
