@@ -297,3 +297,17 @@ def test_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (bundle / "bundle.json").write_text(json.dumps({**manifest, "engines_of": "0" * 64}))
     with pytest.raises(BundleError, match="no graphs that write captions"):
         find_shape(str(bundle))
+
+
+def test_a_config_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub", reason="it reads the config")
+    asked: list[tuple[str, str]] = []
+
+    def download(name: str, file: str) -> str:
+        asked.append((name, file))
+        return str(CONFIG)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    shape, origin = find_shape("somebody/captioner")
+    assert (shape.width, origin) == (128, "from the config.json on the hub")
+    assert asked == [("somebody/captioner", "config.json")]
