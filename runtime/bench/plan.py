@@ -296,9 +296,9 @@ def recommended(shape: ModelShape, rows: Sequence[BridgeRow], options: PlanOptio
 
     1. A decoder that cross-attends to the picture keeps its bridge.
     2. The MLP, where its tokens fit the context and cost little time: it loses nothing of the picture.
-    3. The Q-Former, where its tokens fit the context.
+    3. A Q-Former with fewer queries, where not even 32 tokens a picture fit the context.
     4. The attention pool, where the device holds the model with it only.
-    5. A Q-Former with fewer queries, where nothing fits the context.
+    5. The Q-Former.
     """
     if not rows:
         if shape.bridge == "none":
