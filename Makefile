@@ -86,6 +86,7 @@ docs: $(VENV)/.installed
 	$(BIN)/python benchmarks/side_files_table.py --write docs/checkpoints.md
 	$(BIN)/python benchmarks/recipe_keys.py --write docs/training.md
 	$(BIN)/python benchmarks/chat_keys.py --write docs/serving.md
+	$(BIN)/python benchmarks/plan_page.py --write docs/plan.md
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from reporting import with_tables
+
 from blip2edge.limits import limit_table
 from blip2edge.runtime.serving.chat_keys import key_table
 
@@ -16,11 +18,7 @@ TABLES = {"chat keys": key_table, "limits": limit_table}
 
 def placed(page: str) -> str:
     """A page with the tables between their marks."""
-    for name, table in TABLES.items():
-        begin, end = f"<!-- {name}: made by benchmarks/chat_keys.py -->\n", f"<!-- end of {name} -->\n"
-        before, _, rest = page.partition(begin)
-        page = f"{before}{begin}\n{table()}\n{end}{rest.partition(end)[2]}"
-    return page
+    return with_tables(page, TABLES, "chat_keys.py")
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from random_checkpoint import CONFIGS, published, scaled, write_checkpoint
 from reporting import command, parser_of, python, write_json
 
 SIZES = ("blip2-opt-2.7b", "blip2-flan-t5-xl", "instructblip-vicuna-7b")
-"""Configurations of ``benchmarks/configs`` that the bound is stated for; any other there can be named too."""
+"""Configurations of ``blip2edge/shapes/published`` that the bound is stated for; any other there can be named too."""
 
 INTERVAL = 0.02  # seconds between two samples
 
@@ -68,7 +68,9 @@ def main() -> None:
     """Writes and exports a checkpoint of each depth, and prints one line for each."""
     parser = parser_of(__doc__)
     known = sorted(path.stem for path in CONFIGS.glob("*.json"))
-    parser.add_argument("size", choices=known, metavar="SIZE", help=f"{', '.join(SIZES)}, or any of benchmarks/configs")
+    parser.add_argument(
+        "size", choices=known, metavar="SIZE", help=f"{', '.join(SIZES)}, or any of blip2edge/shapes/published"
+    )
     parser.add_argument(
         "--depth", type=float, action="append", help="share of the layers; may be repeated (1.0 and 0.5)"
     )

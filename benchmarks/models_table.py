@@ -1,7 +1,7 @@
 """Writes ``docs/models.md``: ``python benchmarks/models_table.py --write docs/models.md`` (or ``make docs``).
 
 The rows come from the registries (families, bridges, language models). The sizes come from configurations of published
-checkpoints in ``benchmarks/configs``, built without weights. The precisions come from
+checkpoints in ``blip2edge/shapes/published``, built without weights. The precisions come from
 ``benchmarks/results/parity.json`` (``python benchmarks/parity.py``), the notes from ``benchmarks/models_notes.md``.
 """
 
@@ -32,7 +32,7 @@ PARITY = HERE / "results" / "parity.json"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.json"))
 NOTES = HERE / "models_notes.md"
 INTRODUCTION = """\
-<!-- Made by `make docs` from the registries, benchmarks/configs and benchmarks/models_notes.md. -->
+<!-- Made by `make docs` from the registries, blip2edge/shapes/published and benchmarks/models_notes.md. -->
 
 # Supported models
 

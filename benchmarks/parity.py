@@ -1,8 +1,8 @@
 """Checks which precisions keep parity, for each model family: ``python benchmarks/parity.py``.
 
-Shrinks every configuration of ``benchmarks/configs``, gives it random weights (matrices of gain 2, so that signals keep
-their magnitude), exports it in every precision with full verification, and writes the largest relative difference of
-each graph to ``benchmarks/results/parity.json``, from which ``models_table.py`` makes ``docs/models.md``.
+Shrinks every configuration of ``blip2edge/shapes/published``, gives it random weights (matrices of gain 2, so that
+signals keep their magnitude), exports it in every precision with full verification, and writes the largest relative
+difference of each graph to ``benchmarks/results/parity.json``, from which ``models_table.py`` makes ``docs/models.md``.
 """
 
 from __future__ import annotations

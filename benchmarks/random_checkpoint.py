@@ -1,6 +1,6 @@
 """Writes checkpoints with random weights, of any family: at full size in little memory, or shrunk to a few layers.
 
-A configuration is the ``config.json`` of a published checkpoint, as in ``benchmarks/configs``.
+A configuration is the ``config.json`` of a published checkpoint, as in ``blip2edge/shapes/published``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from blip2edge.model.families.registry import read_config, weight_map
 from blip2edge.model.models import Config, build_model
+from blip2edge.shapes.families import CONFIGS
 
 VIT_B = {
     "hidden_size": 768,
@@ -36,7 +37,6 @@ SHAPE: dict[str, Any] = {
 }
 """ViT-B/16, the Q-Former of BLIP-2 and OPT-125m (transformers' defaults)."""
 
-CONFIGS = Path(__file__).parent / "configs"
 SHARD = 1 << 30  # bytes
 NOISE = (1 << 20) + 7  # length of the block of random numbers; each tensor reads it from another offset
 TINY_VOCABULARY = 96
@@ -74,7 +74,7 @@ TINY: dict[str, int] = {
 
 
 def published(name: str) -> dict[str, Any]:
-    """The published configuration of this name, from `benchmarks/configs`."""
+    """The published configuration of this name, from `blip2edge/shapes/published`."""
     return dict(json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8")))
 
 

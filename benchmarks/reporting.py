@@ -59,6 +59,15 @@ def median_ratio(above: Iterable[float], below: Iterable[float]) -> float:
     return statistics.median(one / other for one, other in zip(above, below, strict=True))
 
 
+def with_tables(page: str, tables: Mapping[str, Callable[[], str]], script: str) -> str:
+    """A page with tables between their marks ``<!-- NAME: made by benchmarks/SCRIPT -->``."""
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}: made by benchmarks/{script} -->\n", f"<!-- end of {name} -->\n"
+        before, _, rest = page.partition(begin)
+        page = f"{before}{begin}\n{table()}\n{end}{rest.partition(end)[2]}"
+    return page
+
+
 def parser_of(doc: str | None) -> argparse.ArgumentParser:
     """A parser whose help is a script's docstring."""
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)

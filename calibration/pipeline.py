@@ -53,6 +53,7 @@ from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.packages import require
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.bench import reference_outputs
+from blip2edge.runtime.bench.memory import Notify, calibration_need, check_memory
 from blip2edge.runtime.bench.meters import MemoryMeter
 from blip2edge.runtime.captioning.captioner import CaptionResult
 from blip2edge.version import __version__
@@ -82,9 +83,11 @@ def calibrate(
     cider: CaptionScore | None = None,
     count: int = DEFAULT_COUNT,
     force: bool = False,
+    anyway: bool = False,
     threads: int | None = None,
     limits: Limits = DEFAULT_LIMITS,
     progress: ProgressCallback | None = None,
+    notify: Notify | None = None,
 ) -> CalibrationReport:
     """Makes an INT8 or INT4 bundle from a bundle in floating point, the parent.
 
@@ -102,9 +105,11 @@ def calibrate(
         cider: Scores captions. With it, and a ``.txt`` of references for every picture, the limit is on CIDEr.
         count: Largest number of pictures.
         force: Whether to replace an existing bundle at ``output``.
+        anyway: Whether to go on if this machine has too little memory.
         threads: CPU threads; None for all cores.
         limits: The largest picture that is decoded; larger ones are skipped, with a warning.
         progress: Called with a stage's name, steps done and steps in all.
+        notify: Called with a warning if this machine has probably too little memory.
 
     Raises:
         UsageError: ``method``, ``weights`` or a graph in ``activations`` is unknown, or ``drop_limit`` does not apply
@@ -122,6 +127,8 @@ def calibrate(
         known = ", ".join(parent.manifest.graphs)
         raise UsageError(f"expected {option('int8_activations')} to be one of {known}, got {', '.join(unknown)}")
     check_drop_limit(drop_limit, parent.manifest.prompt is not None)
+    largest = max(map(parent.manifest.graph_bytes, parent.manifest.graphs.values()))
+    check_memory(calibration_need(largest), BundleError, anyway=anyway, notify=notify)
     report = progress or (lambda stage, done, total: None)
     with MemoryMeter() as meter, staged(target, force) as staging:
         pictures = choose_pictures(images, count, partial(report, "read the pictures"), limits)

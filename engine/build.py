@@ -23,7 +23,6 @@ from blip2edge.engine.build_errors import LESS_MEMORY
 from blip2edge.engine.builder import BuildOptions, BuiltEngine, build_engine, layers_of
 from blip2edge.engine.decoder.cache_forms import FORMS
 from blip2edge.engine.decoder.step_graph import dense_table
-from blip2edge.engine.estimate import available_memory_mib, build_memory_mib
 from blip2edge.engine.prepare import PROMPT_TEXT, EnginePlan, capacity_of, plans_of, prompt_of, weight_bytes
 from blip2edge.engine.support import version_for
 from blip2edge.errors import EngineError, UsageError, one_line, option
@@ -38,6 +37,7 @@ from blip2edge.runtime.backends.engine_files import (
     Fingerprint,
     fingerprint,
 )
+from blip2edge.runtime.bench.memory import MIB, build_need, check_memory, machine_memory
 from blip2edge.runtime.tensorrt.session import load_tensorrt, version_of
 
 TIMING_CACHE = "timing.cache"
@@ -93,6 +93,7 @@ def build_bundle(
     sm: Sequence[int] = (),
     output: str | Path | None = None,
     force: bool = False,
+    anyway: bool = False,
     progress: ProgressCallback | None = None,
     notify: Notify | None = None,
     **options: Any,
@@ -106,6 +107,7 @@ def build_bundle(
         sm: Compute capabilities of the GPUs to build for, 86 for 8.6; only for ``rtx``.
         output: Directory of a new bundle that holds only engines, no ONNX files.
         force: Whether ``output`` is replaced if it exists.
+        anyway: Whether to go on if this machine has too little memory.
         progress: Called with a graph's name, engines done and engines in all.
         notify: Called before the build with sentences about the memory that it needs, and about the KV cache.
         **options: Further fields of :class:`BuildOptions`.
@@ -121,7 +123,7 @@ def build_bundle(
     form, kept = (decoder.form, decoder.reason) if decoder is not None else ("", "")
     if kept and notify is not None:
         notify(f"the decoder copies its KV cache in each step, because {kept}")
-    memory = _estimate(task, notify)
+    memory = _check_memory(task, anyway, notify)
     if output is None:
         directory = _build_into(task, task.bundle.derive(KIND), progress)
         return BuildReport(directory, task.fingerprint, task.built, memory, None, form, kept)
@@ -159,22 +161,17 @@ def _task(bundle: Bundle, options: BuildOptions) -> _BuildTask:
     return _BuildTask(bundle, options, target, plans, version_of(trt))
 
 
-def _estimate(task: _BuildTask, notify: Notify | None) -> int:
-    """Estimates the largest memory of one engine's build and reports it; MiB."""
+def _check_memory(task: _BuildTask, anyway: bool, notify: Notify | None) -> int:
+    """Reports the largest memory of one engine's build, and compares it with this machine's; returns MiB."""
     files = {name: record.size for name, record in task.bundle.manifest.files.items()}
-    needs = {plan.name: build_memory_mib(weight_bytes(plan, files), task.options.workspace) for plan in task.plans}
-    name, most = max(needs.items(), key=lambda item: item[1])
-    free = available_memory_mib()
+    needs = [build_need(weight_bytes(plan, files), task.options.workspace, plan.name) for plan in task.plans]
+    need = max(needs, key=lambda one: one.likely)
+    memory = machine_memory()
+    most = -(-need.likely // MIB)
     if notify is not None:
-        notify(
-            f"the largest build ({name}) may need about {most} MiB of memory"
-            + (f", {free} MiB are free" if free else "")
-        )
-        if free is not None and free < most:
-            notify(
-                "warning: less memory is free than the build may need; lower the workspace, the capacity or the "
-                "largest batch, add swap, or stop other programs"
-            )
+        free = f", {memory.free // MIB} MiB are free" if memory is not None else ""
+        notify(f"{need.what} may need about {most} MiB of memory{free}")
+    check_memory(need, EngineError, anyway=anyway, notify=notify, memory=memory)
     return most
 
 

@@ -12,6 +12,7 @@ After an error there is no new bundle, and an old one is unchanged.
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ from blip2edge.bundle.outputs.publishing import staged
 from blip2edge.bundle.schema import EMBEDDINGS_FILE, MergingRecord, Parity
 from blip2edge.bundle.trust.integrity import FileRecord, sha256_of
 from blip2edge.choices import PRECISIONS
-from blip2edge.errors import BackendError
+from blip2edge.errors import BackendError, ExportError
 from blip2edge.export import verify
 from blip2edge.export.draft_graph import draft_of
 from blip2edge.export.graphs import cache_of, graphs_of
@@ -53,6 +54,7 @@ from blip2edge.model.retrieval import RetrievalConfig
 from blip2edge.packages import require
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.bench import reference_outputs
+from blip2edge.runtime.bench.memory import Notify, check_memory, export_need
 from blip2edge.runtime.bench.meters import MemoryMeter
 from blip2edge.version import __version__
 
@@ -123,7 +125,9 @@ def export_checkpoint(
     base: str | Path | None = None,
     merge_tokens: int = 0,
     force: bool = False,
+    anyway: bool = False,
     progress: ProgressCallback | None = None,
+    notify: Notify | None = None,
 ) -> ExportReport:
     """Exports a checkpoint to a bundle.
 
@@ -136,7 +140,9 @@ def export_checkpoint(
         base: The directory or hub name with the frozen parts of a ``.pth``, or with the base of an adapter.
         merge_tokens: Patches that are merged in each layer of the vision encoder (``model/vision/token_merging.py``).
         force: Replace an existing bundle.
+        anyway: Go on if this machine has too little memory.
         progress: Called with a stage's name, steps done and steps in all.
+        notify: Called with a warning if this machine has probably too little memory.
 
     Raises:
         CheckpointError: The checkpoint's files do not fit each other, or its model type is not supported.
@@ -154,6 +160,10 @@ def export_checkpoint(
         source.config = with_merged_tokens(source.config, merge_tokens)
         side = SideFiles.read(source.side_directory(), source.config)
         mode = verify or ("full" if source.num_bytes() <= FULL_UP_TO else "sample")
+        sizes = [math.prod(shape) for shape in source.shapes.values()]
+        check_memory(
+            export_need(max(sizes), sum(sizes), full=mode == "full"), ExportError, anyway=anyway, notify=notify
+        )
         with staged(target, force) as staging:
             written = _write_graphs(source, staging, precision, report)
             if isinstance(source.config, CaptionerConfig):

@@ -11,7 +11,7 @@ from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import BRIDGE, DECODER, VISION, GraphSpec
 from blip2edge.graph_files import load_graph
 from blip2edge.optimization.graph import dims, producer
-from blip2edge.runtime.bench.roofline import StageCost
+from blip2edge.shapes.cost import StageCost
 
 PRODUCTS = ("MatMul", "Gemm")
 STORED = ("DequantizeLinear", "Cast")

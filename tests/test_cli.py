@@ -47,6 +47,7 @@ COMMANDS = (
     "watch",
     "serve",
     "bench",
+    "plan",
 )
 ROOT = Path(__file__).resolve().parent.parent
 JSON_KEYS = ["image", "prompt", "text", "tokens", "finish_reason", "timings_ms", "tokens_per_s"]

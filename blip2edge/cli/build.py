@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge.choices import DECODER_CACHES, TENSORRT_EDITIONS
-from blip2edge.cli.flag_groups import add_bundle, add_number, add_output
+from blip2edge.cli.flag_groups import add_anyway, add_bundle, add_number, add_output
 from blip2edge.cli.flag_types import positive_int
 from blip2edge.cli.next_steps import print_next, try_command
 from blip2edge.cli.table import size, table
@@ -47,6 +47,7 @@ def add_arguments(parser: Parser) -> None:
         "(default: add the engines to BUNDLE)",
         required=False,
     )
+    add_anyway(parser)
     sizes = parser.add_argument_group("sizes", "limits of the engines; lower limits need less memory")
     add_number(sizes, "--workspace", "limit of the build's scratch memory in MiB (default: no limit)", metavar="MiB")
     add_number(
@@ -70,8 +71,7 @@ def add_arguments(parser: Parser) -> None:
         "--timing-cache",
         metavar="FILE",
         type=Path,
-        help="file of kernel timings, which makes later builds faster (default: a file in the directory of the "
-        "engines)",
+        help="file of kernel timings, which makes later builds faster (default: in the directory of the engines)",
     )
     kinds.add_argument(
         "--version-compatible",
@@ -100,6 +100,7 @@ def run(options: argparse.Namespace) -> int:
             sm=options.sm,
             output=options.output,
             force=options.force,
+            anyway=options.anyway,
             workspace=options.workspace,
             capacity=options.capacity,
             max_batch=options.max_batch,

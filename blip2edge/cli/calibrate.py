@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge.choices import RANGE_METHODS, WEIGHT_BITS
-from blip2edge.cli.flag_groups import add_limits, add_no_optimize, add_number, add_output, add_threads, given_limits
+from blip2edge.cli.flag_groups import (
+    add_anyway,
+    add_limits,
+    add_no_optimize,
+    add_number,
+    add_output,
+    add_threads,
+    given_limits,
+)
+from blip2edge.cli.messages import print_note
 from blip2edge.cli.next_steps import print_next, quoted, try_command
 from blip2edge.cli.optimize import optimized
 from blip2edge.cli.optimize import report_table as copy_table
@@ -82,6 +91,7 @@ def add_arguments(parser: Parser) -> None:
     add_threads(parser)
     add_limits(parser, Limits, PICTURE_LIMITS)
     add_no_optimize(parser)
+    add_anyway(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -102,9 +112,11 @@ def run(options: argparse.Namespace) -> int:
             cider=cider_d,
             count=options.count,
             force=options.force,
+            anyway=options.anyway,
             threads=options.threads,
             limits=given_limits(options, Limits),
             progress=progress,
+            notify=print_note,
         )
     print(report_table(report), flush=True)
     for line in report.warnings:

@@ -6,8 +6,9 @@ import sys
 from typing import TYPE_CHECKING
 
 from blip2edge.choices import PRECISIONS, VERIFICATIONS
-from blip2edge.cli.flag_groups import add_no_optimize, add_number, add_output
+from blip2edge.cli.flag_groups import add_anyway, add_no_optimize, add_number, add_output
 from blip2edge.cli.flag_types import non_negative_int
+from blip2edge.cli.messages import print_note
 from blip2edge.cli.next_steps import calibrate_command, print_next, try_command
 from blip2edge.cli.optimize import optimized
 from blip2edge.cli.optimize import report_table as copy_table
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
     )
     add_no_optimize(parser)
+    add_anyway(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -68,7 +70,9 @@ def run(options: argparse.Namespace) -> int:
             base=options.base,
             merge_tokens=options.merge_tokens,
             force=options.force,
+            anyway=options.anyway,
             progress=progress,
+            notify=print_note,
         )
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)

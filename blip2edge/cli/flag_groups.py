@@ -228,3 +228,12 @@ def add_no_optimize(parser: ArgumentParser) -> None:
         action="store_true",
         help="do not make a copy of the graphs that is optimized for the CPU (see `blip2edge optimize`)",
     )
+
+
+def add_anyway(parser: ArgumentParser) -> None:
+    """Adds ``--anyway``, which goes on where the memory of this machine is certainly too small."""
+    parser.add_argument(
+        "--anyway",
+        action="store_true",
+        help="go on even if this machine certainly has too little memory (see `blip2edge plan`)",
+    )

@@ -29,6 +29,7 @@ COMMANDS = {
     "verify": "check the signature of a bundle with a public key",
     "build": "build TensorRT engines from the graphs of a bundle",
     "certify": "compare a bundle on this machine with the reference outputs in it",
+    "plan": "compute whether a model fits a board, how fast it is, and which bridge suits it",
     "bench": "measure the speed and memory of a bundle on this machine",
     "doctor": "check which backends run on this machine",
     "demo": "export, calibrate and caption with the example checkpoint",

@@ -25,16 +25,16 @@ from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends.base import BACKENDS
 from blip2edge.runtime.backends.probe import processor
 from blip2edge.runtime.bench.meters import EnergyMeter, MemoryMeter, resident_bytes
-from blip2edge.runtime.bench.roofline import Roofline, StageCost, measure
+from blip2edge.runtime.bench.roofline import PICTURE, measure
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.pipeline import EncodedBatch, StageClock
 from blip2edge.runtime.captioning.request import STAGES
 from blip2edge.runtime.decoding.generate import argmax
 from blip2edge.runtime.decoding.options import CaptionOptions
+from blip2edge.shapes.cost import Roofline, StageCost
 
 PERCENTILES = (50, 90, 99)
 PACKAGES = ("onnxruntime", "openvino", "numpy")
-SIZE = (480, 640)  # rows and columns of the picture, if none is given
 GROWTH_RUNS = 3
 
 
@@ -153,7 +153,7 @@ class Bench:
 
     def __init__(self, captioner: Captioner, picture: NDArray[np.uint8] | None = None) -> None:
         self.captioner = captioner
-        made = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+        made = np.random.default_rng(0).integers(0, 256, (*PICTURE, 3), dtype=np.uint8)
         self.picture = made if picture is None else picture
         spec = captioner.bundle.manifest.prompt
         self.frames = 1 if spec is None else spec.frames

@@ -1,15 +1,16 @@
-"""Measures the roofline of one core: bytes read from memory per second, and operations per second.
+"""Measures the roofline of this machine's cores: bytes read from memory per second, and operations per second.
 
 The time of a stage has two lower bounds: its operations divided by that rate, and the bytes of its weights divided by
-that bandwidth (Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009). Measured in CPU time of this process,
-so that the load of other processes does not count.
+that bandwidth (Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009). One core is measured in CPU time of
+this process, so that the load of other processes does not count; several cores are measured in wall time.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,118 +18,174 @@ from typing import Any
 import numpy as np
 
 from blip2edge.bundle.dtypes import Array
-from blip2edge.runtime.backends.base import open_session
-from blip2edge.runtime.backends.probe import Node, onnx_model
+from blip2edge.errors import BackendError
+from blip2edge.runtime.backends.base import BACKENDS, open_session
+from blip2edge.runtime.backends.probe import Node, cores, onnx_model, processor
+from blip2edge.runtime.bench.devices import CPU_EFFICIENCY, GB, THIS, Board
+from blip2edge.runtime.bench.memory import machine_memory
+from blip2edge.runtime.images.preprocess import Preprocessing
+from blip2edge.shapes.cost import Roofline
 
 STREAMED = 1 << 28  # bytes, more than any cache holds
 SIZES = ((1024, 1024, 1024), (256, 768, 768), (192, 768, 3072))  # of products: rows, inner, columns
 REPEATS = 7
+PICTURE = (480, 640)  # rows and columns of the picture that preprocessing is timed for, as in `bench`
+CPU_BASE = int(0.15 * GB)  # interpreter, NumPy, tokenizers, ONNX Runtime
+INPUT_PIXEL_S, OUTPUT_PIXEL_S = 6.2e-9, 25e-9
+"""Seconds of preprocessing for each pixel of the picture, and of the vision encoder's input, on the same core: a
+picture of 480 x 640 to 224 pixels in 3.1 ms, to 384 in 4.6 to 7.0 ms."""
+
+ELEMENTS = 1 << 16
+CALLS, OPERATORS = 10, 1.5
+"""Calls of the smallest operator, and passes of a tanh over the outputs of a matrix, that take as long as the operators
+that follow a matrix; fitted by ``benchmarks/plan_check.py``."""
 
 
-@dataclass(frozen=True)
-class Roofline:
-    """The highest rates that one CPU core reaches.
-
-    Attributes:
-        bytes_per_s: Bytes read from memory per second, in one stream.
-        float_ops_per_s: Additions and multiplications per second in float32 matrix products.
-        integer_ops_per_s: Additions and multiplications per second in products of uint8 activations and int8 weights.
-    """
-
-    bytes_per_s: float
-    float_ops_per_s: float
-    integer_ops_per_s: float
-
-    def to_json(self) -> dict[str, float]:
-        """The rates as a JSON object, in gigabytes and billions of operations per second."""
-        return {
-            "gigabytes_per_s": round(self.bytes_per_s / 1e9, 1),
-            "gigaflops_fp32": round(self.float_ops_per_s / 1e9, 1),
-            "gigaops_int8": round(self.integer_ops_per_s / 1e9, 1),
-        }
-
-
-@dataclass(frozen=True)
-class StageCost:
-    """The smallest number of operations and bytes that a stage needs.
-
-    Attributes:
-        float_ops: Additions and multiplications in float32.
-        integer_ops: Additions and multiplications in 8-bit integers.
-        bytes: Bytes of weights, keys and values that are read from memory.
-    """
-
-    float_ops: float
-    integer_ops: float
-    bytes: float
-
-    def __add__(self, other: StageCost) -> StageCost:
-        return StageCost(
-            self.float_ops + other.float_ops, self.integer_ops + other.integer_ops, self.bytes + other.bytes
-        )
-
-    def seconds(self, roofline: Roofline) -> float:
-        """Seconds that the stage needs at least: for its operations or for reading its bytes, whichever is longer."""
-        products = self.float_ops / roofline.float_ops_per_s + self.integer_ops / roofline.integer_ops_per_s
-        return max(products, self.bytes / roofline.bytes_per_s)
-
-    def bound(self, roofline: Roofline) -> str:
-        """Returns what limits the stage: ``products`` if computing takes longer than reading memory, else ``bytes``."""
-        return "bytes" if self.seconds(roofline) <= self.bytes / roofline.bytes_per_s else "products"
-
-
-def measure(backend: str) -> Roofline:
-    """Measures the limits of one core of this machine; takes about a second.
+def measure(backend: str, threads: int = 1) -> Roofline:
+    """Measures the limits of some cores of this machine; takes about a second.
 
     Args:
         backend: The backend that runs the matrix products, ``cpu`` or ``openvino``.
+        threads: Number of cores.
 
     Raises:
         BackendError: The backend's package is not installed.
     """
-    rates = [_rate(backend, integer=integer) for integer in (False, True)]
-    return Roofline(_bandwidth(), *rates)
+    rates = [_rate(backend, threads, integer=integer) for integer in (False, True)]
+    return Roofline(_bandwidth(threads), *rates)
 
 
-def _bandwidth() -> float:
-    """Bytes per second read from memory, measured with a sum of squares."""
-    stream = np.ones(STREAMED // 4, np.float32)
-    return stream.nbytes / _least(lambda: np.dot(stream, stream))
+def this_device(threads: int | None = None, image_size: int = 224) -> Board:
+    """Measures this machine: bandwidth, product rates, and preprocessing; takes a few seconds.
+
+    Args:
+        threads: CPU threads; None for all cores.
+        image_size: Pixels of a side of the vision encoder's input, for preprocessing.
+
+    Raises:
+        BackendError: Neither ONNX Runtime nor OpenVINO is installed.
+    """
+    threads = threads or cores()
+    for backend in (name for name, row in BACKENDS.items() if row.host):
+        try:
+            found = measure(backend, threads)
+            call_s = call_seconds(backend)
+            element_s = element_seconds(backend)
+            break
+        except BackendError:  # its package is not installed
+            continue
+    else:
+        raise BackendError(
+            "measuring this machine needs ONNX Runtime or OpenVINO, and neither is installed",
+            "install one: pip install 'blip2edge[cpu]'",
+        )
+    memory = machine_memory()
+    total, free = (memory.total, memory.free) if memory is not None else (0, 0)
+    rates = {"fp32": found.float_ops_per_s, "int8": found.integer_ops_per_s}
+    efficiency = replace(CPU_EFFICIENCY, call_s=call_s, element_s=element_s)
+    return Board(
+        name=THIS,
+        title=f"{processor()}, {threads} {'thread' if threads == 1 else 'threads'}, CPU",
+        memory=total,
+        reserved=total - free,
+        base=CPU_BASE,
+        bytes_per_s=found.bytes_per_s,
+        rates=rates,
+        host=preprocess_seconds(PICTURE, image_size) / reference_seconds(image_size),
+        efficiency=efficiency,
+        source=f"measured with backend {backend}",
+        measured=True,
+    )
 
 
-def _rate(backend: str, *, integer: bool) -> float:
+def reference_seconds(size: int) -> float:
+    """Seconds of preprocessing one picture of :data:`PICTURE` to ``size`` pixels on the reference processor."""
+    return PICTURE[0] * PICTURE[1] * INPUT_PIXEL_S + size * size * OUTPUT_PIXEL_S
+
+
+def call_seconds(backend: str) -> float:
+    """Measures the seconds of the calls of operators for a matrix: as long as :data:`CALLS` of the smallest ones.
+
+    Raises:
+        BackendError: The backend's package is not installed.
+    """
+    return CALLS * _operator_seconds(backend, 256, 64)
+
+
+def element_seconds(backend: str) -> float:
+    """Measures the seconds of the operators between matrices for one number: :data:`OPERATORS` times a tanh.
+
+    Raises:
+        BackendError: The backend's package is not installed.
+    """
+    return OPERATORS * _operator_seconds(backend, 16, ELEMENTS) / ELEMENTS
+
+
+def _operator_seconds(backend: str, nodes: int, elements: int) -> float:
+    """The least CPU time of a tanh of some numbers, in a chain of nodes."""
+    chain: list[Node] = [("Tanh", (f"v{number}",), f"v{number + 1}") for number in range(nodes)]
+    kind = ("float32", (1, elements))
+    model = onnx_model(chain, {"v0": kind}, (f"v{nodes}", kind))
+    return _run_seconds(backend, model, {"v0": np.zeros((1, elements), np.float32)}, 1) / nodes
+
+
+def preprocess_seconds(picture: tuple[int, int], size: int) -> float:
+    """Measures the CPU seconds of preprocessing a picture of ``picture`` rows and columns to ``size`` pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*picture, 3), dtype=np.uint8)
+    preprocessing = Preprocessing(size={"height": size, "width": size})
+    return _least(lambda: preprocessing.batch([pixels]))
+
+
+def _bandwidth(threads: int = 1) -> float:
+    """Bytes per second read from memory, measured with a sum of squares in each thread."""
+    streams = [np.ones(STREAMED // 4 // threads, np.float32) for _ in range(threads)]
+    if threads == 1:
+        return streams[0].nbytes / _least(lambda: np.dot(streams[0], streams[0]))
+    with ThreadPoolExecutor(threads) as pool:
+        least = _least(lambda: list(pool.map(lambda one: np.dot(one, one), streams)), time.perf_counter)
+    return sum(one.nbytes for one in streams) / least
+
+
+def _rate(backend: str, threads: int = 1, *, integer: bool) -> float:
     """Operations per second of a matrix product with a constant weight, the best of several sizes."""
     return max(
-        2.0 * rows * inner * columns / _seconds(backend, rows, inner, columns, integer=integer)
+        2.0 * rows * inner * columns / _seconds(backend, rows, inner, columns, threads, integer=integer)
         for rows, inner, columns in SIZES
     )
 
 
-def _seconds(backend: str, rows: int, inner: int, columns: int, *, integer: bool) -> float:
-    """The least CPU time of one matrix product, in seconds."""
+def _seconds(backend: str, rows: int, inner: int, columns: int, threads: int = 1, *, integer: bool) -> float:
+    """The least time of one matrix product, in seconds."""
     rng = np.random.default_rng(0)
     if integer:
         second = rng.integers(-127, 128, (inner, columns), np.int8)
     else:
         second = rng.standard_normal((inner, columns), np.float32)
     first = rng.uniform(-120, 120, (rows, inner)).astype(np.float32)
+    return _run_seconds(backend, product_graph(rows, second), {"a": first}, threads)
+
+
+def _run_seconds(backend: str, model: bytes, inputs: dict[str, Array], threads: int) -> float:
+    """The least time of one run of a model: CPU time in one thread, wall time in several."""
     with TemporaryDirectory(prefix="blip2edge-roofline-") as folder:
-        path = Path(folder) / "product.onnx"
-        path.write_bytes(product_graph(rows, second))
-        session = open_session(path, backend, 1)
-        least = _least(lambda: session.run({"a": first}))
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(model)
+        session = open_session(path, backend, threads)
+        clock = time.process_time if threads == 1 else time.perf_counter
+        least = _least(lambda: session.run(inputs), clock)
         session.close()
     return least
 
 
-def _least(compute: Callable[[], Any]) -> float:
-    """The least CPU time of :data:`REPEATS` runs, after one that warms up."""
+def _least(compute: Callable[[], Any], clock: Callable[[], float] | None = None) -> float:
+    """The least time of :data:`REPEATS` runs, after one that warms up; CPU time unless another clock is given."""
+    clock = clock or time.process_time
     compute()
     times = []
     for _ in range(REPEATS):
-        start = time.process_time()
+        start = clock()
         compute()
-        times.append(time.process_time() - start)
+        times.append(clock() - start)
     return max(min(times), 1e-9)
 
 

@@ -26,6 +26,7 @@ from blip2edge.calibration.pipeline import _difference_warnings, calibrate
 from blip2edge.calibration.results import CalibrationReport
 from blip2edge.cli import main
 from blip2edge.errors import BundleError, DataError, OutputError, UsageError
+from blip2edge.runtime.bench.memory import MachineMemory
 from blip2edge.runtime.captioning.captioner import Captioner
 from tests.drawing import draw_pictures
 
@@ -230,3 +231,16 @@ def test_attention_products_are_floats(report: CalibrationReport) -> None:
         attention = [kinds for kinds in products if kinds[1] != "DequantizeLinear"]
         assert len(attention) >= 4
         assert not any("DequantizeLinear" in kinds for kinds in attention)
+
+
+def test_a_machine_with_too_little_memory(
+    tiny_bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stops before anything is written; with `anyway` it goes on after a warning."""
+    monkeypatch.setattr("blip2edge.runtime.bench.memory.machine_memory", lambda: MachineMemory(1000, 2000))
+    said: list[str] = []
+    with pytest.raises(BundleError, match=r"the calibration needs at least .* try it with anyway=True"):
+        calibrate(tiny_bundle, tmp_path / "new", images=images, notify=said.append)
+    with pytest.raises(DataError):
+        calibrate(tiny_bundle, tmp_path / "new", images=tmp_path / "none", anyway=True, notify=said.append)
+    assert [line.partition(" may")[0] for line in said] == ["warning: the calibration"]

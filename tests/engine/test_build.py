@@ -19,7 +19,6 @@ from blip2edge.cli import main
 from blip2edge.engine import build, builder
 from blip2edge.engine.build import build_bundle
 from blip2edge.engine.builder import BuildOptions, BuiltEngine, build_engine
-from blip2edge.engine.estimate import available_memory_mib, build_memory_mib
 from blip2edge.engine.layers import count_precisions
 from blip2edge.engine.operators import VERSIONS
 from blip2edge.engine.prepare import EnginePlan
@@ -35,6 +34,7 @@ from blip2edge.runtime.backends.engine_files import (
     fingerprint,
 )
 from blip2edge.runtime.backends.probe import Driver
+from blip2edge.runtime.bench.memory import MachineMemory
 from blip2edge.runtime.tensorrt.session import load_tensorrt
 
 needs_rtx = pytest.mark.skipif(
@@ -228,26 +228,18 @@ def test_layers_are_counted_by_what_they_read() -> None:
     }
 
 
-def test_memory_is_estimated_before_the_build(tmp_path: Path) -> None:
-    assert build_memory_mib(1 << 30, 256) == 1536 + 256 + 2048
-    assert build_memory_mib(1, None) == 1536 + 1024 + 1
-    (tmp_path / "meminfo").write_text("MemTotal: 8 kB\nMemAvailable:  2097152 kB\nSwapFree: 1048576 kB\n")
-    assert available_memory_mib(tmp_path / "meminfo") == 3072
-    assert available_memory_mib(tmp_path / "none") is None
-
-
 @needs_rtx
 def test_engines_build_without_a_gpu(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """A bundle of engines alone, the warning that memory is short, and what stands in engine.json."""
-    monkeypatch.setattr(build, "available_memory_mib", lambda: 100)
+    monkeypatch.setattr(build, "machine_memory", lambda: MachineMemory(100 << 20, 64 << 30))
     output = tmp_path / "board"
     words = ["build", str(tiny_bundle), "--target", "rtx", "--sm", "86", "--sm", "89", "--workspace", "256"]
     assert main([*words, "-o", str(output)]) == 0
     said = capsys.readouterr()
     assert "may need about" in said.err
-    assert "warning: less memory is free than the build may need; lower the workspace" in said.err
+    assert "GB of memory, and 0.1 GB are free; lower the workspace" in said.err
     assert "built without a GPU, not run yet" in said.out
     board = Bundle.open(output)
     assert board.sha256 == Bundle.open(tiny_bundle).sha256

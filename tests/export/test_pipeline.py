@@ -19,10 +19,12 @@ pytest.importorskip("transformers", reason="checkpoints are drawn with transform
 
 from blip2edge.bundle.bundle import Bundle  # noqa: E402
 from blip2edge.bundle.token_table import TokenTable  # noqa: E402
+from blip2edge.cli import main  # noqa: E402
 from blip2edge.errors import CheckpointError, ExportError, OutputError, ParityError  # noqa: E402
 from blip2edge.export import pipeline as pipeline_module  # noqa: E402
 from blip2edge.export import verify, weights  # noqa: E402
 from blip2edge.export.to_onnx import WeightSlot  # noqa: E402
+from blip2edge.runtime.bench.memory import MachineMemory  # noqa: E402
 from blip2edge.runtime.captioning.captioner import Captioner  # noqa: E402
 from tests.drawing import Drawn, draw_pictures, rewrite_tensors  # noqa: E402
 
@@ -338,3 +340,28 @@ def test_a_tokenizer_of_another_model(quick: Export, copy: Path, out: Path) -> N
     with pytest.raises(CheckpointError, match="gives the id 1000, but the language model has 120 tokens"):
         quick(copy, out / "bundle")
     assert os.listdir(out) == []
+
+
+def test_a_machine_with_too_little_memory(
+    small: Drawn, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The export stops before it writes anything; with --anyway it goes on after a warning."""
+    monkeypatch.setattr("blip2edge.runtime.bench.memory.machine_memory", lambda: MachineMemory(1000, 2000))
+    words = ["export", str(small.directory), "-o", str(out / "bundle"), "--no-optimize"]
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert "error: the export needs at least 0.0 GB of memory, and this machine has 0.0 GB with its swap" in error
+    assert "or try it with --anyway" in error
+    assert os.listdir(out) == []
+    monkeypatch.setattr(pipeline, "_write_graphs", fail)
+    assert main([*words, "--anyway"]) == 1
+    error = capsys.readouterr().err
+    warning = (
+        "warning: the export may need about 0.5 GB of memory, and 0.0 GB are free; choose the verification `sample`"
+    )
+    assert warning in error
+    assert "error: it went on" in error
+
+
+def fail(*_: Any) -> None:
+    raise ExportError("it went on")

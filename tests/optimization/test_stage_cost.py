@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from blip2edge.bundle.schema import Axis, GraphSpec, TensorSpec
 from blip2edge.optimization.stage_cost import graph_cost
-from blip2edge.runtime.bench.roofline import StageCost
+from blip2edge.shapes.cost import StageCost
 
 BATCH, STEPS = Axis("batch", 1, 1, 8), Axis("steps", 1, 4, 16)
 

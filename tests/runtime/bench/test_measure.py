@@ -23,9 +23,9 @@ from blip2edge.runtime.bench import measure as bench_module
 from blip2edge.runtime.bench.measure import Bench, BenchOptions, BenchReport, CpuClock, bench
 from blip2edge.runtime.bench.meters import EnergyMeter
 from blip2edge.runtime.bench.report import bench_page, facts, markdown
-from blip2edge.runtime.bench.roofline import Roofline, StageCost
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.decoding.speculative import SpeculationCost
+from blip2edge.shapes.cost import Roofline, StageCost
 from tests.drafted import add_draft
 from tests.drawing import save
 from tests.runtime.bench.blocked import without

@@ -13,7 +13,8 @@ pytest.importorskip("onnxruntime", reason="products are run in it")
 
 from blip2edge.runtime.backends.base import open_session
 from blip2edge.runtime.bench import roofline
-from blip2edge.runtime.bench.roofline import Roofline, StageCost, product_graph
+from blip2edge.runtime.bench.roofline import product_graph
+from blip2edge.shapes.cost import Roofline, StageCost
 
 MACHINE = Roofline(bytes_per_s=1e9, float_ops_per_s=2e9, integer_ops_per_s=8e9)
 
@@ -61,7 +62,7 @@ def test_the_best_rate_of_some_sizes_counts(integer: bool, monkeypatch: pytest.M
     monkeypatch.setattr(roofline, "SIZES", ((2, 3, 5), (10, 10, 10), (4, 4, 4)))
     monkeypatch.setattr(roofline, "_seconds", seconds)
     assert roofline._rate("cpu", integer=integer) == 2 * 10 * 10 * 10 / 0.25
-    assert asked[0] == ("cpu", 2, 3, 5, integer)
+    assert asked[0] == ("cpu", 2, 3, 5, 1, integer)
 
 
 def test_the_least_of_some_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,194 @@
+"""Compares the times that ``plan`` predicts for this machine with those that ``bench`` measures.
+
+    python benchmarks/plan_check.py --work DIR [--json benchmarks/results/plan.json]
+
+Three models in fp32, on one thread: the miniature of ``examples/checkpoint`` (BLIP-2), the shape of
+``Salesforce/blip-image-captioning-base``, and a small LLaVA (ViT-B/16, twelve Llama layers 1024 wide), the last two
+with random weights. Each is drawn, exported with its optimized copy, and captions a picture of 480 x 640. The bundles
+stay in ``--work`` and are used again. The least CPU time of a stage counts, as for the rates of the machine, so that
+the load of other programs counts little; medians and wall times are recorded beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from random_checkpoint import published, write_checkpoint
+from reporting import CHECKPOINT, RESULTS, parser_of, python, write_result
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from blip2edge.cli.optimize import optimized
+from blip2edge.export.pipeline import export_checkpoint
+from blip2edge.runtime.bench.measure import Bench, BenchOptions, bench
+from blip2edge.runtime.bench.memory import run_memory
+from blip2edge.runtime.bench.meters import MemoryMeter, resident_bytes
+from blip2edge.runtime.bench.plan import PlanOptions, stage_ms
+from blip2edge.runtime.bench.roofline import this_device
+from blip2edge.runtime.captioning.captioner import Captioner
+from blip2edge.shapes.sources import find_shape
+
+LLAVA: dict[str, Any] = {
+    "model_type": "llava",
+    "architectures": ["LlavaForConditionalGeneration"],
+    "image_token_index": 31999,
+    "vision_feature_layer": -2,
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 224,
+        "patch_size": 16,
+    },
+    "text_config": {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+}
+TOKENS = 20
+WITHIN = 0.25
+STAGES = ("preprocess", "vision", "bridge", "prefill", "decode", "total")
+
+
+def write_bert_tokenizer(directory: Path) -> None:
+    """Replaces the tokenizer by one of BERT's frame, which BLIP's prompts need."""
+    words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 101, "[SEP]": 102, "a": 2, "photo": 3, "of": 4}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]  # the stubs know no setter
+    frame = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 101), ("[SEP]", 102)])
+    tokenizer.post_processor = frame  # type: ignore[assignment]  # nor here
+    tokenizer.save(str(directory / "tokenizer.json"))
+    names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
+    config = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names})
+    (directory / "tokenizer_config.json").write_text(config)
+
+
+def checkpoint_of(name: str, work: Path) -> Path:
+    """Draws the checkpoint of a model, unless it exists."""
+    if name == "miniature":
+        return CHECKPOINT
+    directory = work / name
+    if not directory.is_dir():
+        write_checkpoint(directory, LLAVA if name == "small-llava" else published(name))
+        if name != "small-llava":
+            write_bert_tokenizer(directory)
+    return directory
+
+
+def bundle_of(name: str, checkpoint: Path, work: Path) -> Path:
+    """Exports a checkpoint with its optimized copy, unless the bundle exists."""
+    bundle = work / f"{name}-bundle"
+    if not bundle.is_dir():
+        export_checkpoint(checkpoint, bundle, notify=print)
+        optimized(bundle)
+    return bundle
+
+
+def compare(name: str, work: Path, runs: int) -> dict[str, Any]:
+    """Predicts and measures one model."""
+    checkpoint = checkpoint_of(name, work)
+    bundle = bundle_of(name, checkpoint, work)
+    shape, _ = find_shape(str(checkpoint))
+    before = resident_bytes()
+    with MemoryMeter() as loading:
+        captioner = Captioner.load(bundle, backend="cpu", threads=1)
+    prompt = Bench(captioner).prompt_length() - shape.slots * shape.frames
+    request = PlanOptions(prompt_tokens=max(prompt, 1), new_tokens=TOKENS, threads=1)
+    device = this_device(1, shape.image_size)
+    options = BenchOptions(runs=runs, tokens=TOKENS, batches=(), prompts=(), lengths=())
+    report = bench(captioner, options, start_s=0.0, start_bytes=loading.peak)
+    predicted = stage_ms(shape, "fp32", device, request)
+    stages = {stage: row(predicted[stage], vars(report.stages[stage])) for stage in STAGES}
+    memory = run_memory(shape, "fp32", device, shape.frames, request.prompt_tokens, TOKENS)
+    return {
+        "name": name,
+        "parameters": shape.parameters(),
+        "prompt_tokens": request.prompt_tokens,
+        "tokens": TOKENS,
+        "device": {
+            "gigabytes_per_s": round(device.bytes_per_s / 1e9, 1),
+            "gigaops_per_s": {kind: round(rate / 1e9, 1) for kind, rate in device.rates.items()},
+            "call_us": round(device.efficiency.call_s * 1e6, 2),
+            "element_ns": round(device.efficiency.element_s * 1e9, 3),
+            "host": round(device.host, 2),
+        },
+        "stages": {stage: found for stage, found in stages.items() if found["measured_cpu_ms"] > 0},
+        "memory": {
+            "predicted_without_workspace": memory.total - memory.workspace,
+            "measured_growth": report.memory["captioning"] - before,
+        },
+    }
+
+
+def row(predicted: float, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage: predicted, measured, and their ratio."""
+    cpu = measured["least_cpu_ms"]
+    return {
+        "predicted_ms": round(predicted, 3),
+        "measured_cpu_ms": round(cpu, 3),
+        "median_cpu_ms": round(measured["cpu_ms"], 3),
+        "wall_p50_ms": round(measured["ms"]["p50"], 3),
+        "ratio": round(predicted / cpu, 3) if cpu > 0 else None,
+    }
+
+
+def main() -> None:
+    """Compares the models, prints a line a stage, and writes the JSON file."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="where checkpoints and bundles are kept (8 GB)")
+    parser.add_argument("--only", nargs="+", default=["miniature", "blip-image-captioning-base", "small-llava"])
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--fresh", action="store_true", help="draw and export everything again")
+    parser.add_argument("--json", type=Path, help=f"write the figures to this file ({RESULTS / 'plan.json'})")
+    options = parser.parse_args()
+    if options.fresh:
+        shutil.rmtree(options.work, ignore_errors=True)
+    options.work.mkdir(parents=True, exist_ok=True)
+    results = []
+    for name in options.only:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # its memory is this model's alone
+            results.append(process.submit(compare, name, options.work, options.runs).result())
+        memory = results[-1]["memory"]
+        print(f"{name:28} memory     " + ", ".join(f"{key} {value / 1e6:,.0f} MB" for key, value in memory.items()))
+        for stage, found in results[-1]["stages"].items():
+            within = abs(found["ratio"] - 1) <= WITHIN
+            print(
+                f"{name:28} {stage:10} predicted {found['predicted_ms']:9.2f} ms, measured "
+                f"{found['measured_cpu_ms']:9.2f} ms CPU ({found['wall_p50_ms']:.2f} wall), ratio {found['ratio']:.2f}"
+                f"{'' if within else '  MISSED'}",
+                flush=True,
+            )
+    all_stages = [found for result in results for found in result["stages"].values()]
+    missed = [found for found in all_stages if abs(found["ratio"] - 1) > WITHIN]
+    print(f"{len(all_stages) - len(missed)} of {len(all_stages)} stages within {WITHIN:.0%}")
+    write_result(
+        options.json,
+        what="times that plan predicts for this machine, and those that bench measures; one thread, fp32",
+        versions=python("onnxruntime", "numpy"),
+        within=WITHIN,
+        stages_within=len(all_stages) - len(missed),
+        stages=len(all_stages),
+        results=results,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Writes the tables of docs/plan.md: the boards, the assumed efficiency, and predictions against measurements.
+
+python benchmarks/plan_page.py --write docs/plan.md
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from reporting import RESULTS, parser_of, with_tables
+
+from blip2edge.runtime.bench.devices import CPU_EFFICIENCY, DEVICES, GPU_EFFICIENCY
+from blip2edge.runtime.bench.plan import PlanOptions, device_plan
+from blip2edge.shapes.sources import find_shape
+
+MODEL = "Salesforce/blip2-opt-2.7b"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; every column but the first and the source is aligned to the right."""
+    rule = ["---" if name in ("", head[0], "source") else "---:" for name in head]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)) + "\n"
+
+
+def boards() -> str:
+    """The boards, and what BLIP-2 with OPT-2.7b needs and takes there."""
+    shape, _ = find_shape(MODEL)
+    rows = []
+    for name, board in DEVICES.items():
+        plan = device_plan(shape, board, PlanOptions())
+        row = plan.of(plan.chosen)
+        fits = row.precision if row.fits else "none"
+        rows.append(
+            (
+                f"`{name}`",
+                f"{board.memory / 2**30:.0f} GiB",
+                f"{board.bytes_per_s / 1e9:.0f}",
+                " / ".join(f"{board.rates.get(kind, 0) / 1e12:.3g}" for kind in ("fp32", "fp16", "int8")),
+                fits,
+                f"{row.ms['total']:,.0f}" if row.fits else "–",
+                f"{row.tokens_per_s:.0f}" if row.fits else "–",
+                board.source,
+            )
+        )
+    head = ("board", "memory", "GB/s", "fp32 / fp16 / int8, T/s", "fits", "caption, ms", "tokens/s", "source")
+    return markdown(head, rows)
+
+
+def efficiency() -> str:
+    """The assumed shares of the rates."""
+    rows = [
+        (kind, *(f"{share:.0%}" for table in (CPU_EFFICIENCY, GPU_EFFICIENCY) for share in (table.products[kind],
+                                                                                            table.bytes[kind])))
+        for kind in CPU_EFFICIENCY.products
+    ]  # fmt: skip
+    head = ("weights", "CPU: products", "CPU: bytes", "GPU: products", "GPU: bytes")
+    return f"{markdown(head, rows)}\nCPU: {CPU_EFFICIENCY.source}.\nGPU: {GPU_EFFICIENCY.source}.\n"
+
+
+def check() -> str:
+    """Predicted and measured times of the three models of ``plan_check.py``."""
+    found = json.loads((RESULTS / "plan.json").read_text(encoding="utf-8"))
+    rows = []
+    for result in found["results"]:
+        for stage, row in result["stages"].items():
+            rows.append(
+                (f"{result['name']}, {stage}", f"{row['predicted_ms']:,.2f}", f"{row['measured_cpu_ms']:,.2f}",
+                 f"{row['ratio']:.2f}")
+            )  # fmt: skip
+        memory = result["memory"]
+        values = [memory["predicted_without_workspace"], memory["measured_growth"]]
+        rows.append((f"{result['name']}, memory (MB)", *(f"{value / 1e6:,.0f}" for value in values),
+                     f"{values[0] / values[1]:.2f}"))  # fmt: skip
+    text = markdown(("", "predicted, ms", "measured, CPU ms", "ratio"), rows)
+    within = f"{found['stages_within']} of {found['stages']} stages within {found['within']:.0%}"
+    return f"{text}\n{within}. {found['machine']['cpu']}, one thread, fp32.\n"
+
+
+TABLES = {"boards": boards, "efficiency": efficiency, "check": check}
+
+
+def placed(page: str) -> str:
+    """A page with the tables between their marks."""
+    return with_tables(page, TABLES, "plan_page.py")
+
+
+def main() -> None:
+    """Writes the tables into a page."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--write", type=Path, metavar="FILE", required=True, help="put them into that page")
+    path: Path = parser.parse_args().write
+    path.write_text(placed(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

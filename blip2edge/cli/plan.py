@@ -1,0 +1,116 @@
+"""``blip2edge plan``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blip2edge.cli.flag_groups import add_number, add_threads
+from blip2edge.cli.next_steps import print_next
+
+if TYPE_CHECKING:
+    import argparse
+
+    from blip2edge.cli.parser import Parser
+    from blip2edge.runtime.bench.devices import Board
+    from blip2edge.runtime.bench.plan import DevicePlan, PlanOptions
+    from blip2edge.shapes.model_shape import ModelShape
+
+DEFAULT_MODEL = "Salesforce/blip2-opt-2.7b"
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the flags of ``plan``."""
+    parser.add_positional_or_flag(
+        "model",
+        "-b",
+        "--bundle",
+        metavar="MODEL",
+        nargs="?",
+        help=f"bundle, checkpoint directory, config.json, or name of a published model (default: {DEFAULT_MODEL})",
+    )
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="board to plan for, such as orin-nano-8gb, thor or rtx-4060, or this: measure the machine that runs the "
+        "command; repeat the flag for several boards (default: a table of all boards)",
+    )
+    add_number(parser, "--frames", "pictures of an item, such as the frames of a video (default: the model's)")
+    add_number(parser, "--prompt-tokens", "tokens of the prompt, without visual tokens", 8)
+    add_number(parser, "--max-new-tokens", "tokens of the caption", 30)
+    add_threads(parser)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--explain", action="store_true", help="show the arithmetic line by line")
+    how.add_argument("--json", action="store_true", help="print the plan as one JSON object")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print whether a model fits the devices, its predicted times, and the recommended bridge."""
+    from blip2edge.cli import plan_text
+    from blip2edge.runtime.bench.devices import DEVICES
+    from blip2edge.runtime.bench.plan import PlanOptions, device_plan
+    from blip2edge.shapes.sources import find_shape
+
+    request = PlanOptions(options.frames, options.prompt_tokens, options.max_new_tokens, options.threads)
+    model = options.model or DEFAULT_MODEL
+    shape, origin = find_shape(model)
+    devices = _devices(options.device, request, shape.image_size)
+    plans = [device_plan(shape, device, request) for device in devices or DEVICES.values()]
+    if options.json:
+        print(json.dumps(plan_json(model, origin, shape, plans, request), indent=2))
+        return 0
+    print(plan_text.head(model, origin, shape, request))
+    if devices:
+        for plan in plans:
+            print(f"\n{plan_text.device_text(plan)}")
+            if options.explain:
+                print(f"\n{plan_text.explanation(shape, plan, request)}")
+    else:
+        print(f"\n{plan_text.boards_table(plans)}")
+        if options.explain:
+            print(f"\n{plan_text.explanation(shape, plans[0], request)}")
+    print_next(*_next(model, plans, all_boards=not devices))
+    return 0
+
+
+def plan_json(
+    model: str, origin: str, shape: ModelShape, plans: list[DevicePlan], request: PlanOptions
+) -> dict[str, Any]:
+    """The JSON object of ``plan --json``."""
+    from blip2edge.runtime.bench.plan import token_budget
+
+    return {
+        "model": model,
+        "origin": origin,
+        "family": shape.family,
+        "bridge": shape.bridge,
+        "parameters": {**shape.parameters(), "bridge_text_side": shape.text_side, "not_deployed": shape.unused},
+        "tokens": token_budget(shape, request),
+        "devices": [plan.to_json() for plan in plans],
+    }
+
+
+def _devices(names: list[str], request: PlanOptions, image_size: int) -> list[Board]:
+    from blip2edge.runtime.bench.devices import THIS, find_device
+    from blip2edge.runtime.bench.roofline import this_device
+
+    boards = {name: find_device(name) for name in names if name != THIS}  # unknown names first: measuring takes time
+    return [this_device(request.threads, image_size) if name == THIS else boards[name] for name in names]
+
+
+def _next(model: str, plans: list[DevicePlan], *, all_boards: bool) -> list[str]:
+    from blip2edge.cli.next_steps import quoted
+
+    if all_boards:
+        return [f"blip2edge plan {model} --device NAME --explain"]
+    chosen = plans[0].chosen
+    if (Path(model) / "bundle.json").is_file():
+        return [f"blip2edge bench {quoted(Path(model))}"]
+    precision = "fp32" if chosen == "fp32" else "fp16"
+    commands = [f"blip2edge export {model} -o bundle --precision {precision}"]
+    if chosen in ("int8", "int4"):
+        commands.append(f"blip2edge calibrate bundle -o bundle-{chosen} --images DIR --weights {chosen}")
+    return commands

@@ -1,0 +1,322 @@
+"""The shape of a model as data: its weight matrices, and which tokens each of them multiplies.
+
+Parameters, bytes and operations of a model all follow from these rows. Only the standard library is imported, so that
+a board without torch can compute them from a ``config.json`` (:mod:`.families`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from blip2edge.bundle.schema import BRIDGE, CROSS_KV, DECODER, TEXT_ENCODER, VISION
+from blip2edge.shapes.cost import StageCost
+
+TokenCounts = Mapping[str, int]
+"""Numbers of tokens by the names that matrices use:
+
+- ``grid``, ``patches``: patches of a picture without and with the class token;
+- ``embeds``: embeddings that the vision encoder returns;
+- ``queries``, ``instruction``: query tokens and instruction tokens of the bridge;
+- ``encoder``: tokens that a text encoder reads;
+- ``source``: embeddings that the decoder cross-attends to;
+- ``steps``, ``context``: new tokens of a run of the decoder, and keys that they attend to;
+- ``asked``: tokens that logits are computed for.
+
+A name with ``+`` is the sum of two counts.
+"""
+
+WEIGHT_BYTES: Mapping[str, float] = {
+    "fp32": 4.0,
+    "fp16": 2.0,
+    "int8": 1.0,
+    "int8-weights": 1.0 + 4 / 64,
+    "int4": 0.5 + 4 / 128,
+}
+"""Bytes of a weight by its format. ``int8``: 8-bit weights and activations, one scale for a column, which is left out.
+``int8-weights`` and ``int4``: blocks of 64 and 128 weights that share a float32 scale (calibration/weights/blocks.py).
+"""
+
+FORMATS: Mapping[str, Mapping[str, str]] = {
+    "fp32": {VISION: "fp32", BRIDGE: "fp32", "language": "fp32", "table": "fp32"},
+    "fp16": {VISION: "fp16", BRIDGE: "fp16", "language": "fp16", "table": "fp16"},
+    "int8": {VISION: "int8", BRIDGE: "int8", "language": "int8-weights", "table": "int8-weights"},
+    "int4": {VISION: "int8", BRIDGE: "int8", "language": "int4", "table": "int8-weights"},
+}
+"""Formats of the weights of each part by precision: what ``export`` and ``calibrate --weights`` write."""
+
+
+@dataclass(frozen=True)
+class WeightMatrix:
+    """Weight matrices of one size.
+
+    Attributes:
+        name: What the matrix computes.
+        inputs, outputs: Numbers of input and output channels.
+        rows: The tokens that it multiplies, a name of :data:`TokenCounts`.
+        count: Number of such matrices.
+        bias: Whether each has a bias.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    rows: str
+    count: int = 1
+    bias: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Number of weights without biases."""
+        return self.count * self.inputs * self.outputs
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights and biases."""
+        return self.weights + self.count * self.outputs * self.bias
+
+    def operations(self, tokens: TokenCounts, extra_rows: int = 0) -> float:
+        """Additions and multiplications: two for each weight and token.
+
+        Args:
+            tokens: Numbers of tokens.
+            extra_rows: Tokens that are added where there are several, for processors that are slower at few tokens.
+        """
+        rows = tokens_of(self.rows, tokens)
+        return 2.0 * self.weights * (rows + extra_rows if rows > 1 else rows)
+
+
+@dataclass(frozen=True)
+class AttentionProducts:
+    """The products without weights of an attention: scores, and the weighted sum of the values.
+
+    Attributes:
+        width: Heads times width of a head.
+        heads: Number of heads.
+        queries, keys: The tokens that attend and those that are attended to, names of :data:`TokenCounts`.
+        count: Number of layers.
+    """
+
+    width: int
+    heads: int
+    queries: str
+    keys: str
+    count: int
+
+    def operations(self, tokens: TokenCounts) -> float:
+        """Additions and multiplications: two for scores and two for sums, for each query, key and channel."""
+        return 4.0 * self.count * self.width * tokens_of(self.queries, tokens) * tokens_of(self.keys, tokens)
+
+    def scores(self, tokens: TokenCounts) -> int:
+        """Number of scores of one layer."""
+        return self.heads * tokens_of(self.queries, tokens) * tokens_of(self.keys, tokens)
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """A part of a model that is one graph of a bundle.
+
+    Attributes:
+        name: Name of the graph.
+        matrices: Its weight matrices.
+        attentions: Its products without weights.
+        vectors: Number of all other parameters: norms, positions, learned queries.
+    """
+
+    name: str
+    matrices: tuple[WeightMatrix, ...]
+    attentions: tuple[AttentionProducts, ...] = ()
+    vectors: int = 0
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(matrix.parameters for matrix in self.matrices) + self.vectors
+
+    @property
+    def kind(self) -> str:
+        """The part's key in :data:`FORMATS`."""
+        return self.name if self.name in (VISION, BRIDGE) else "language"
+
+    def bytes(self, precision: str) -> float:
+        """Bytes of the part's weights in a precision; biases, norms and tables stay in floating point."""
+        weights = sum(matrix.weights for matrix in self.matrices)
+        rest = WEIGHT_BYTES["fp16" if precision == "fp16" else "fp32"]
+        return weights * WEIGHT_BYTES[FORMATS[precision][self.kind]] + (self.parameters - weights) * rest
+
+    @property
+    def calls(self) -> int:
+        """Number of products with weights in one run."""
+        return sum(matrix.count for matrix in self.matrices)
+
+    def cost(self, precision: str, tokens: TokenCounts, extra_rows: int = 0) -> StageCost:
+        """Counts operations and bytes of one run of the part; ``extra_rows``: see :meth:`WeightMatrix.operations`."""
+        products = sum(matrix.operations(tokens, extra_rows) for matrix in self.matrices)
+        scores = sum(attention.operations(tokens) for attention in self.attentions)
+        if FORMATS[precision][self.kind] in ("fp32", "fp16"):
+            return StageCost(products + scores, 0.0, self.bytes(precision))
+        return StageCost(scores, products, self.bytes(precision))
+
+    def elements(self, tokens: TokenCounts) -> float:
+        """Numbers that the operators between the matrices compute: the outputs, and three for each attention score."""
+        outputs = sum(one.count * one.outputs * tokens_of(one.rows, tokens) for one in self.matrices)
+        return float(outputs + 3 * sum(one.count * one.scores(tokens) for one in self.attentions))
+
+    def activation_bytes(self, tokens: TokenCounts, element: float) -> float:
+        """Bytes of the largest activations that are alive at once, ``element`` bytes each.
+
+        The input and output of the widest matrix with the residual, or the scores of a layer before and after softmax
+        with queries, keys and values.
+        """
+        widest = max((matrix.inputs + 2 * matrix.outputs) * tokens_of(matrix.rows, tokens) for matrix in self.matrices)
+        scores = [
+            2 * attention.scores(tokens)
+            + attention.width * (2 * tokens_of(attention.queries, tokens) + 2 * tokens_of(attention.keys, tokens))
+            for attention in self.attentions
+        ]
+        return max([widest, *scores]) * element
+
+
+def tokens_of(name: str, tokens: TokenCounts) -> int:
+    """The number of tokens of a name, which may be a sum."""
+    return sum(tokens[part] for part in name.split("+"))
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Sizes of the keys and values that the decoder keeps.
+
+    Attributes:
+        layers, heads, head_dim: Self-attention: one key and one value a token.
+        cross: Channels of the cross-attention's keys in all layers together; 0 without cross-attention.
+    """
+
+    layers: int
+    heads: int
+    head_dim: int
+    cross: int = 0
+
+    def bytes(self, context: int, source: int, element: float) -> float:
+        """Bytes of a row's keys and values: ``context`` tokens, and ``source`` embeddings for cross-attention."""
+        own = self.layers * self.heads * self.head_dim * context
+        return 2 * (own + self.cross * source) * element
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Everything about a model that its memory and its time depend on.
+
+    Attributes:
+        family: Name of the family, as in ``bundle.json``.
+        parts: The graphs: vision encoder, bridge, text encoder, keys and values of the cross-attention, decoder.
+        bridge: Kind of the bridge: ``qformer``, ``instructed-qformer``, ``mlp``, ``perceiver``, ``pool`` or ``none``.
+        image_size, patch_size: In pixels.
+        keep_class: Whether the class token is among the vision encoder's embeddings.
+        queries: Number of query tokens of the bridge; 0 for a bridge without.
+        slots: Tokens of the text that a picture takes; 0 if the decoder cross-attends to it.
+        frames: Pictures of an item.
+        max_positions: Longest context in tokens.
+        table: Rows and width of the token table.
+        tied: Whether the head is the transposed token table.
+        cache: Sizes of the KV cache.
+        source: What the decoder cross-attends to: ``embeds``, ``queries`` or ``encoder``; empty without.
+        width: Width of the language model's layers.
+        text_side: Parameters of the Q-Former's text side, with which it is pretrained and which is not deployed.
+        unused: Parameters of the published checkpoint that are not deployed.
+    """
+
+    family: str
+    parts: tuple[ModelPart, ...]
+    bridge: str
+    image_size: int
+    patch_size: int
+    keep_class: bool
+    queries: int
+    slots: int
+    max_positions: int
+    table: tuple[int, int]
+    tied: bool
+    cache: CacheShape
+    width: int
+    source: str = ""
+    frames: int = 1
+    text_side: int = 0
+    unused: int = 0
+
+    def part(self, name: str) -> ModelPart | None:
+        """The part of this name; None if the model has none."""
+        return next((part for part in self.parts if part.name == name), None)
+
+    @property
+    def patches(self) -> int:
+        """Positions of a picture in the vision encoder, the class token included."""
+        return int((self.image_size // self.patch_size) ** 2 + 1)
+
+    @property
+    def embeds(self) -> int:
+        """Embeddings of a picture that the vision encoder returns."""
+        return self.patches - (not self.keep_class)
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of a picture that the language model reads, as slots of the text or by cross-attention."""
+        return self.queries or self.embeds
+
+    @property
+    def table_parameters(self) -> int:
+        """Parameters of the token table; 0 if the head is the same matrix, because the head counts them."""
+        return 0 if self.tied else self.table[0] * self.table[1]
+
+    def parameters(self) -> dict[str, int]:
+        """Numbers of parameters: ``vision``, ``bridge``, ``language``, and ``total``; a shared matrix counts once."""
+        of = {part.name: part.parameters for part in self.parts}
+        vision, bridge = of.pop(VISION), of.pop(BRIDGE, 0)
+        language = sum(of.values()) + self.table_parameters
+        return {"vision": vision, "bridge": bridge, "language": language, "total": vision + bridge + language}
+
+    def table_bytes(self, precision: str) -> float:
+        """Bytes of the token table's file; the head of eight bits has no copy of its own if it is tied."""
+        table = FORMATS[precision]["table"]
+        if self.tied and table == FORMATS[precision]["language"] == "int8-weights":
+            return 0.0
+        return self.table[0] * self.table[1] * WEIGHT_BYTES[table]
+
+    def weight_bytes(self, precision: str) -> float:
+        """Bytes of all weights of a bundle."""
+        return sum(part.bytes(precision) for part in self.parts) + self.table_bytes(precision)
+
+    def tokens(self, frames: int, text: int) -> dict[str, int]:
+        """Numbers of tokens of a request: ``frames`` pictures and ``text`` tokens of prompt; see :data:`TokenCounts`.
+
+        ``steps`` and ``context`` are those of the prefill.
+        """
+        prompt = self.slots * frames + text
+        counts = {
+            "grid": self.patches - 1,
+            "patches": self.patches,
+            "embeds": self.embeds,
+            "queries": self.queries,
+            "instruction": text if self.bridge == "instructed-qformer" else 0,
+            "encoder": prompt,
+            "asked": 1,
+        }
+        source = counts[self.source] * (1 if self.source == "encoder" else frames) if self.source else 0
+        steps = 1 if self.part(TEXT_ENCODER) is not None else prompt
+        return {**counts, "source": source, "steps": steps, "context": steps}
+
+    def with_bridge(self, kind: str, bridge: ModelPart, queries: int) -> ModelShape:
+        """Returns the same model with another bridge, whose visual tokens are slots of the text.
+
+        Args:
+            kind: Kind of the bridge.
+            bridge: Its part.
+            queries: Its query tokens; 0 for one visual token an embedding.
+        """
+        parts = tuple(bridge if part.name == BRIDGE else part for part in self.parts)
+        return replace(
+            self, bridge=kind, parts=parts, queries=queries, slots=queries or self.embeds, text_side=0, unused=0
+        )
+
+
+LANGUAGE_PARTS = (TEXT_ENCODER, CROSS_KV, DECODER)
+"""Parts that run in the prefill; the decoder runs in each step after it too."""

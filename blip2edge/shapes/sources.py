@@ -1,0 +1,180 @@
+"""Finds the shape of a model: in a bundle, a checkpoint directory, a ``config.json``, a published name, or the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest, read_manifest
+from blip2edge.bundle.schema import BRIDGE, CROSS_KV, DECODER, EMBEDDINGS_FILE, TEXT_ENCODER, VISION
+from blip2edge.errors import BundleError, CheckpointError, one_line
+from blip2edge.packages import missing
+from blip2edge.reading import read_json
+from blip2edge.shapes.families import published_config, shape_of, unknown_model
+from blip2edge.shapes.model_shape import (
+    WEIGHT_BYTES,
+    AttentionProducts,
+    CacheShape,
+    ModelPart,
+    ModelShape,
+    WeightMatrix,
+)
+from blip2edge.shapes.parts import attention, feed_forward
+
+CONFIG = "config.json"
+LATENT_SHARE = 0.12
+"""Share of a Q-Former's weights that multiply the picture's embeddings; the others multiply its queries (BLIP-2)."""
+
+
+def find_shape(model: str) -> tuple[ModelShape, str]:
+    """Reads the shape of a model.
+
+    Args:
+        model: A bundle, a checkpoint directory, a ``config.json``, or a name on the hub.
+
+    Returns:
+        The shape, and where it comes from.
+
+    Raises:
+        UsageError: There is no such model.
+        CheckpointError: The config cannot be read, or its model is not supported.
+        BundleError: The bundle cannot be read, or its model writes no captions.
+    """
+    path = Path(model)
+    if (path / MANIFEST).is_file():
+        return bundle_shape(
+            read_manifest(path), path
+        ), "estimated from the sizes of the bundle's files (a head that is the token table counts twice)"
+    if path.is_dir() and not (path / CONFIG).is_file():
+        raise CheckpointError(
+            f"{path} has no {MANIFEST} and no {CONFIG}", "give a bundle, a checkpoint directory, or a published name"
+        )
+    file = path / CONFIG if path.is_dir() else path
+    if file.is_file():
+        return shape_of(read_json(file, CheckpointError, "copy the file again")), f"from {file}"
+    config = published_config(model)
+    if config is not None:
+        return shape_of(config), "from the list of published models"
+    return shape_of(hub_config(model)), f"from the {CONFIG} on the hub"
+
+
+def hub_config(name: str) -> Any:
+    """Reads the ``config.json`` of a model on the hub, from its cache or by the network.
+
+    Raises:
+        UsageError: The name is not one of the hub, or ``huggingface_hub`` is not installed or does not reach it.
+    """
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or missing(["huggingface_hub"]):
+        raise unknown_model(name)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        file = Path(hf_hub_download(name, CONFIG))
+    except Exception as error:  # the hub's client raises its own, requests', httpx' and OS errors
+        problem = unknown_model(name)
+        raise type(problem)(
+            f"{problem.problem}; the hub gave no config.json ({one_line(error)})", problem.fix
+        ) from error
+    return read_json(file, CheckpointError, "download the file again")
+
+
+def bundle_shape(manifest: Manifest, path: Path) -> ModelShape:
+    """Estimates a model's shape from a bundle, which records the sizes of its tensors and files but not its config.
+
+    The KV cache, tokens and vocabulary are exact. Parameters are the bytes of the weights divided by those of one
+    weight; the layers of the vision encoder are assumed to be four times as wide inside as outside.
+
+    Raises:
+        BundleError: The bundle's model writes no captions, or it holds engines only.
+    """
+    cache, prompt = manifest.cache, manifest.prompt
+    if cache is None or prompt is None or manifest.engines_of:
+        raise BundleError(
+            f"{path} has no graphs that write captions, and `plan` counts captioning models only",
+            "give the bundle that the engines were built from, or a captioning model",
+        )
+    graphs = manifest.graphs
+    pixels, embeds = graphs[VISION].spec.inputs[0], graphs[VISION].spec.outputs[0]
+    image, count, encoder = pixels.width, _fixed(embeds.dims[1]), embeds.width
+    weights = {name: _parameters(manifest, graph) for name, graph in graphs.items()}
+    width = next(tensor.width for tensor in graphs[DECODER].spec.inputs if tensor.name == "inputs_embeds")
+    queries = _fixed(graphs[BRIDGE].spec.outputs[0].dims[1]) if BRIDGE in graphs else 0
+    parts = [_vision(weights[VISION], encoder)]
+    if BRIDGE in graphs:
+        parts.append(_bridge(weights[BRIDGE], encoder, queries, count, width))
+    if TEXT_ENCODER in graphs:
+        parts.append(ModelPart(TEXT_ENCODER, _stack(weights[TEXT_ENCODER], width, "encoder")))
+    cross, source = 0, ""
+    if manifest.cross is not None:
+        cross = manifest.cross.num_layers * manifest.cross.num_heads * manifest.cross.head_dim
+        source = {"encoder_states": "encoder", "visual_tokens": "queries"}.get(manifest.cross.source, "embeds")
+        keys = WeightMatrix("keys and values", manifest.cross.source_dim, cross, "source", 2)
+        parts.append(ModelPart(CROSS_KV, (keys,)))
+    channels = cache.num_heads * cache.head_dim
+    parts.append(
+        ModelPart(
+            DECODER,
+            (
+                *_stack(max(weights[DECODER] - width * manifest.vocab_size, 1), width, "steps"),
+                WeightMatrix("head", width, manifest.vocab_size, "asked"),
+            ),
+            (AttentionProducts(channels, cache.num_heads, "steps", "context", cache.num_layers),),
+        )
+    )
+    return ModelShape(
+        family=manifest.family,
+        parts=tuple(parts),
+        bridge="none" if BRIDGE not in graphs else "mlp" if queries == count else "qformer",
+        image_size=image,
+        patch_size=max(1, round(image / max(count - 1, 1) ** 0.5)),
+        keep_class=round(max(count - 1, 1) ** 0.5) ** 2 == count - 1,
+        queries=0 if queries == count else queries,
+        slots=prompt.visual_tokens // max(prompt.frames, 1),
+        frames=prompt.frames,
+        max_positions=manifest.max_positions,
+        table=(manifest.vocab_size, width),
+        tied=EMBEDDINGS_FILE not in manifest.files,
+        cache=CacheShape(cache.num_layers, cache.num_heads, cache.head_dim, cross),
+        width=width,
+        source=source,
+    )
+
+
+def _parameters(manifest: Manifest, graph: GraphRecord) -> int:
+    """Parameters of a graph, from the bytes of its weight files."""
+    size = sum(manifest.files[file].size for file in graph.data_files if file in manifest.files)
+    return round(size / WEIGHT_BYTES.get(graph.precision, 2.0))
+
+
+def _fixed(size: Any) -> int:
+    """A length that is fixed, or the usual one of an axis."""
+    return int(size) if isinstance(size, int) else int(size.opt)
+
+
+def _stack(weights: int, width: int, rows: str) -> tuple[WeightMatrix, ...]:
+    """Layers of 12 squares of the width each: attention, and a feed-forward four times as wide inside."""
+    return (WeightMatrix("layers", width, max(1, round(weights / width)), rows),)
+
+
+def _vision(weights: int, width: int) -> ModelPart:
+    layers = max(1, round(weights / (12 * width * width)))
+    inner = max(width, round((weights / layers - 4 * width * width) / (2 * width)))
+    heads = max(1, width // 64)
+    matrices = (
+        *attention(layers, width, width, "patches"),
+        *feed_forward(layers, width, inner, "patches"),
+    )
+    return ModelPart(VISION, matrices, (AttentionProducts(width, heads, "patches", "patches", layers),))
+
+
+def _bridge(weights: int, encoder: int, queries: int, embeds: int, width: int) -> ModelPart:
+    if queries == embeds:
+        return ModelPart(BRIDGE, (WeightMatrix("layers", encoder, max(1, round(weights / encoder)), "embeds"),))
+    pictures = round(weights * LATENT_SHARE)
+    return ModelPart(
+        BRIDGE,
+        (
+            WeightMatrix("keys and values", encoder, max(1, round(pictures / encoder)), "embeds"),
+            WeightMatrix("layers", width, max(1, round((weights - pictures) / width)), "queries"),
+        ),
+    )

@@ -1,0 +1,193 @@
+"""The boards that ``plan`` knows: memory, bandwidth and rates by their makers' figures, and the assumed efficiency.
+
+Rates are peak rates of dense products (a sparse figure of a data sheet is halved). None of these boards was measured
+here; the plan says so. ``this`` is the machine that runs the command, measured by :mod:`.roofline`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+from blip2edge.errors import UsageError, option
+
+GIB, GB, TERA = 1 << 30, 10**9, 10**12
+THIS = "this"
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """What the graphs of this project are assumed to reach, by the format of the weights (``WEIGHT_BYTES``).
+
+    Attributes:
+        products: Share of the product rate that :meth:`Board.rate` chooses for the format.
+        bytes: Share of the memory bandwidth while weights are read.
+        overlaps: Whether reading overlaps with computing: the longer one counts. If not, their sum counts.
+        extra_rows: Rows that a product of several rows costs more than it has, because small products are slower.
+        cache_passes: How often keys and values are read or copied in a step.
+        element_s: Seconds of the operators between matrices for one number of their outputs.
+        call_s: Seconds of the calls of operators for each matrix, whatever the number of tokens.
+        source: What these figures come from.
+    """
+
+    products: Mapping[str, float]
+    bytes: Mapping[str, float]
+    overlaps: bool
+    extra_rows: int
+    cache_passes: int
+    element_s: float
+    call_s: float
+    source: str
+
+
+CPU_EFFICIENCY = Efficiency(
+    products={"fp32": 0.95, "fp16": 0.95, "int8": 0.8, "int8-weights": 0.35, "int4": 0.35},
+    bytes={"fp32": 1.0, "fp16": 1.0, "int8": 0.7, "int8-weights": 0.7, "int4": 0.6},
+    overlaps=False,
+    extra_rows=2,
+    cache_passes=4,
+    element_s=0.4e-9,
+    call_s=2.5e-6,
+    source="ONNX Runtime on one core: fp32 by benchmarks/results/plan.json, integers by the shares of the roofline in "
+    "benchmarks/results/bench-int8-cpu.json",
+)
+GPU_EFFICIENCY = Efficiency(
+    products={"fp32": 0.6, "fp16": 0.45, "int8": 0.35, "int8-weights": 0.4, "int4": 0.4},
+    bytes=dict.fromkeys(("fp32", "fp16", "int8", "int8-weights", "int4"), 0.75),
+    overlaps=True,
+    extra_rows=0,
+    cache_passes=1,
+    element_s=0.0,
+    call_s=3e-6,
+    source="assumed: engines that others published reach 0.73 to 0.84 of the bandwidth of an Orin in decoding",
+)
+
+
+@dataclass(frozen=True)
+class Board:
+    """A device that runs a bundle.
+
+    Attributes:
+        name: Name for ``--device``.
+        title: The board and its configuration.
+        memory: Bytes of memory that graphs can use: of the board if CPU and GPU share it, else of the GPU.
+        reserved: Bytes that the system and other programs use.
+        base: Bytes that a process of the runtime needs without any model: interpreter, libraries, driver context.
+        bytes_per_s: Memory bandwidth.
+        rates: Additions and multiplications per second by ``fp32``, ``fp16``, ``int8``; a CPU has no ``fp16``.
+        host: Time of Python and of preprocessing, relative to the CPU that ``plan.HOST_S`` was measured on.
+        efficiency: Assumed shares of these rates.
+        source: Where the figures come from.
+        refuses: Precisions that do not run there, each with the reason.
+        measured: Whether bandwidth and rates were measured on this machine.
+    """
+
+    name: str
+    title: str
+    memory: int
+    reserved: int
+    base: int
+    bytes_per_s: float
+    rates: Mapping[str, float]
+    host: float
+    efficiency: Efficiency
+    source: str
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    measured: bool = False
+
+    @property
+    def usable(self) -> int:
+        """Bytes that are left for a process of the runtime."""
+        return self.memory - self.reserved
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether the graphs run on the CPU, which computes fp16 in fp32."""
+        return "fp16" not in self.rates
+
+    def rate(self, kind: str) -> float:
+        """Peak operations per second for weights of a format; weights alone in 4 or 8 bits are multiplied in fp16."""
+        if self.is_cpu:
+            return self.rates["fp32" if kind in ("fp32", "fp16") else "int8"]
+        return self.rates[kind if kind in self.rates else "fp16"]
+
+
+NO_BLOCKS = {"int8": "TensorRT takes no 8-bit weights in blocks: use int4, or calibrate with --weights none"}
+"""A Jetson has TensorRT, not TensorRT for RTX."""
+
+
+def _jetson(name: str, title: str, gib: int, gigabytes: float, fp32: float, int8: float, source: str, *,
+            cpu: float = 2.5, reserved: float = 1.2) -> Board:  # fmt: skip
+    """A Jetson: CPU and GPU share the memory; FP16 is half of the dense INT8 rate of the tensor cores (Ampere)."""
+    rates = {"fp32": fp32 * TERA, "fp16": int8 / 2 * TERA, "int8": int8 * TERA}
+    return Board(name, title, gib * GIB, int(reserved * GB), int(1.0 * GB), gigabytes * GB, rates, cpu,
+                  GPU_EFFICIENCY, source, NO_BLOCKS)  # fmt: skip
+
+
+def _card(name: str, title: str, gib: int, gigabytes: float, fp32: float, fp16: float, int8: float,
+          source: str) -> Board:  # fmt: skip
+    """A graphics card in a PC: only its own memory counts."""
+    rates = {"fp32": fp32 * TERA, "fp16": fp16 * TERA, "int8": int8 * TERA}
+    return Board(name, title, gib * GIB, int(0.4 * GB), int(0.7 * GB), gigabytes * GB, rates, 1.0, GPU_EFFICIENCY,
+                  source)  # fmt: skip
+
+
+def _arm(name: str, title: str, gib: int, gigabytes: float, cores: int, ghz: float, source: str) -> Board:
+    """Arm Cortex-A76 cores: two 128-bit FMA units, 16 FP32 and 64 INT8 operations a cycle (SDOT)."""
+    rates = {"fp32": cores * ghz * 16e9, "int8": cores * ghz * 64e9}
+    return Board(name, title, gib * GIB, int(0.6 * GB), int(0.15 * GB), gigabytes * GB, rates, 2.5, CPU_EFFICIENCY,
+                  source)  # fmt: skip
+
+
+_ORIN = "NVIDIA, Jetson Orin Nano, Orin NX and AGX Orin data sheets: {}"
+_ADA = "NVIDIA Ada architecture white paper: {}"
+
+DEVICES: Mapping[str, Board] = {
+    device.name: device
+    for device in (
+        _jetson("orin-nano-4gb", "Jetson Orin Nano 4 GB (10 W)", 4, 34, 0.64, 10,
+                _ORIN.format("512 cores at 625 MHz, 20 sparse INT8 TOPS, 34 GB/s")),
+        _jetson("orin-nano-8gb", "Jetson Orin Nano 8 GB (15 W)", 8, 68, 1.28, 20,
+                _ORIN.format("1,024 cores at 625 MHz, 40 sparse INT8 TOPS, 68 GB/s")),
+        _jetson("orin-nano-8gb-super", "Jetson Orin Nano 8 GB Super (25 W)", 8, 102, 2.09, 33.5,
+                _ORIN.format("1,024 cores at 1,020 MHz, 67 sparse INT8 TOPS, 102 GB/s")),
+        _jetson("orin-nx-8gb", "Jetson Orin NX 8 GB (20 W)", 8, 102, 1.57, 25,
+                _ORIN.format("1,024 cores at 765 MHz, 50 sparse INT8 TOPS of the GPU, 102 GB/s")),
+        _jetson("orin-nx-16gb", "Jetson Orin NX 16 GB (25 W)", 16, 102, 1.88, 30,
+                _ORIN.format("1,024 cores at 918 MHz, 60 sparse INT8 TOPS of the GPU, 102 GB/s")),
+        _jetson("agx-orin-32gb", "Jetson AGX Orin 32 GB (40 W)", 32, 205, 3.33, 54,
+                _ORIN.format("1,792 cores at 930 MHz, 108 sparse INT8 TOPS of the GPU, 205 GB/s"), reserved=1.5),
+        _jetson("agx-orin-64gb", "Jetson AGX Orin 64 GB (60 W)", 64, 205, 5.32, 85,
+                _ORIN.format("2,048 cores at 1,300 MHz, 170 sparse INT8 TOPS of the GPU, 205 GB/s"), reserved=1.5),
+        _jetson("thor", "Jetson Thor T5000 128 GB (130 W)", 128, 273, 8.0, 517,
+                "NVIDIA, Jetson Thor data sheet: 2,560 cores, 2,070 sparse FP4 TFLOPS (a quarter of it is taken for "
+                "dense 8-bit products), 273 GB/s", cpu=1.5, reserved=2.0),
+        _card("rtx-4060", "GeForce RTX 4060 8 GB", 8, 272, 15.1, 60.5, 121,
+              _ADA.format("15.1 FP32 and 60.5 dense FP16 TFLOPS, 121 dense INT8 TOPS, 272 GB/s")),
+        _card("rtx-4090", "GeForce RTX 4090 24 GB", 24, 1008, 82.6, 330, 661,
+              _ADA.format("82.6 FP32 and 330 dense FP16 TFLOPS, 661 dense INT8 TOPS, 1,008 GB/s")),
+        _card("l4", "NVIDIA L4 24 GB", 24, 300, 30.3, 121, 242,
+              "NVIDIA L4 data sheet: 30.3 FP32 TFLOPS, 242 sparse FP16 TFLOPS, 485 sparse INT8 TOPS, 300 GB/s"),
+        _arm("raspberry-pi-5-8gb", "Raspberry Pi 5 8 GB, CPU", 8, 17, 4, 2.4,
+             "Raspberry Pi 5 product brief: four Cortex-A76 at 2.4 GHz; LPDDR4X-4267 on 32 bits: 17 GB/s"),
+        _arm("raspberry-pi-5-16gb", "Raspberry Pi 5 16 GB, CPU", 16, 17, 4, 2.4,
+             "Raspberry Pi 5 product brief: four Cortex-A76 at 2.4 GHz; LPDDR4X-4267 on 32 bits: 17 GB/s"),
+    )
+}  # fmt: skip
+
+
+def find_device(name: str) -> Board:
+    """The board of this name.
+
+    Raises:
+        UsageError: There is no such board.
+    """
+    if name in DEVICES:
+        return DEVICES[name]
+    similar = get_close_matches(name.lower(), [*DEVICES, THIS], n=1, cutoff=0.4)
+    raise UsageError(
+        f"{option('device')} {name} is not one of {THIS}, {', '.join(DEVICES)}",
+        f"did you mean {similar[0]}?" if similar else f"give {THIS} to measure the machine that runs the command",
+        field="device",
+    )

@@ -1,0 +1,223 @@
+"""Memory: what a caption and the long commands need, what the machine has, and the check before a command begins.
+
+All estimates of memory are here. ``plan`` shows them; ``export``, ``calibrate`` and ``build`` compare them with this
+machine by :func:`check_memory`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from blip2edge.bundle.schema import BRIDGE, DECODER, VISION
+from blip2edge.errors import Blip2EdgeError, option
+from blip2edge.runtime.bench.devices import GB, Board
+from blip2edge.shapes.model_shape import WEIGHT_BYTES, ModelShape
+
+MIB = 1 << 20
+MEMINFO = Path("/proc/meminfo")
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+TENSORRT_LIBRARIES = 1536 * MIB  # TensorRT, CUDA and the kernels that a process loads; a round estimate
+DEFAULT_SCRATCH = 1024 * MIB  # of a build without --workspace
+EXPORT_BASE = int(0.45 * GB)  # torch, onnx, ONNX Runtime, and the traces: benchmarks/results/export-memory-*.json
+SAMPLED = 2.2  # times the largest tensor in float32; the same measurements
+CPU_ARENA = 4  # ONNX Runtime keeps the buffers of several operators: benchmarks/results/plan.json
+CALIBRATION_BASE = int(0.25 * GB)
+
+Notify = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class MachineMemory:
+    """The memory of this machine in bytes.
+
+    Attributes:
+        free: Memory and swap that no program uses.
+        total: All memory and swap, or the limit of the container if that is lower.
+    """
+
+    free: int
+    total: int
+
+
+def machine_memory(meminfo: Path = MEMINFO, limit: Path = CGROUP_LIMIT) -> MachineMemory | None:
+    """Reads the memory of this machine; None if the system does not report it."""
+    try:
+        lines = meminfo.read_text().splitlines()
+    except OSError:
+        return None
+    figures = {name: rest.split() for name, _, rest in (line.partition(":") for line in lines)}
+    sizes = {name: int(parts[0]) * 1024 for name, parts in figures.items() if parts and parts[0].isdigit()}
+    if "MemAvailable" not in sizes:
+        return None
+    total = sizes.get("MemTotal", sizes["MemAvailable"]) + sizes.get("SwapTotal", 0)
+    free = sizes["MemAvailable"] + sizes.get("SwapFree", 0)
+    try:
+        most = int(limit.read_text())
+    except (OSError, ValueError):  # no limit: there is no such file, or it says "max"
+        most = total
+    return MachineMemory(min(free, most), min(total, most))
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """The memory of a command in bytes.
+
+    Attributes:
+        what: The command, for the message: ``the export``.
+        least: Without this much it fails for certain.
+        likely: An estimate of the peak.
+        mend: What lowers it.
+    """
+
+    what: str
+    least: int
+    likely: int
+    mend: str
+
+
+def export_need(largest: int, total: int, *, full: bool) -> MemoryNeed:
+    """The memory of an export.
+
+    Args:
+        largest: Elements of the largest tensor.
+        total: Elements of all tensors.
+        full: Whether the whole model is compared with torch, or a sample of its layers.
+    """
+    one, whole = 4 * largest, 4 * total
+    if full:
+        mend = "choose the verification `sample`, which needs the memory of one layer"
+        return MemoryNeed("the export", whole, EXPORT_BASE + 2 * whole, mend)
+    return MemoryNeed("the export", one, EXPORT_BASE + int(SAMPLED * one), "export on a machine with more memory")
+
+
+def calibration_need(largest: int) -> MemoryNeed:
+    """The memory of a calibration; ``largest``: bytes of the largest graph's weights in the parent bundle.
+
+    ONNX Runtime holds the graph, and the weights are read and rounded beside it. A decoder of 748 MB (the small LLaVA
+    of ``benchmarks/plan_check.py``) took at most 1.6 GB until its weights were rounded.
+    """
+    mend = "calibrate on a machine with more memory, or export in fp16 first"
+    return MemoryNeed("the calibration", largest, CALIBRATION_BASE + 2 * largest, mend)
+
+
+def build_need(weights: int, workspace_mib: int | None, graph: str) -> MemoryNeed:
+    """The memory of the build of one engine.
+
+    The builder holds the graph's weights twice (parsed, and in the engine), TensorRT's libraries and kernels, and
+    scratch memory for the kernels that it times.
+
+    Args:
+        weights: Size of the graph's weights in bytes.
+        workspace_mib: Limit of the builder's scratch memory in MiB; None for no limit.
+        graph: Name of the graph.
+    """
+    scratch = DEFAULT_SCRATCH if workspace_mib is None else workspace_mib * MIB
+    mend = "lower the workspace, the capacity or the largest batch, add swap, or stop other programs"
+    return MemoryNeed(f"the largest build ({graph})", 2 * weights, TENSORRT_LIBRARIES + scratch + 2 * weights, mend)
+
+
+def check_memory(
+    need: MemoryNeed,
+    error: type[Blip2EdgeError],
+    *,
+    anyway: bool = False,
+    notify: Notify | None = None,
+    memory: MachineMemory | None = None,
+) -> None:
+    """Warns if a command will probably not fit into this machine's memory, and stops one that certainly does not.
+
+    Args:
+        need: What the command needs.
+        error: Class of the error.
+        anyway: Go on, whatever the estimate.
+        notify: Called with the warning.
+        memory: The machine's memory; None to read it.
+
+    Raises:
+        Blip2EdgeError: Of the class ``error``: the machine has less memory than ``need.least``.
+    """
+    memory = memory or machine_memory()
+    if memory is None:
+        return
+    if need.least > memory.total and not anyway:
+        raise error(
+            f"{need.what} needs at least {need.least / GB:.1f} GB of memory, and this machine has "
+            f"{memory.total / GB:.1f} GB with its swap",
+            f"{need.mend}, or try it with {option('anyway', on=True)}",
+        )
+    if need.likely > memory.free and notify is not None:
+        notify(
+            f"warning: {need.what} may need about {need.likely / GB:.1f} GB of memory, and {memory.free / GB:.1f} GB "
+            f"are free; {need.mend}"
+        )
+
+
+@dataclass(frozen=True)
+class RunMemory:
+    """Bytes of memory while pictures are captioned one by one.
+
+    Attributes:
+        weights: All graphs and the token table.
+        cache: Keys and values of the whole context, cross-attention included.
+        activations: The largest intermediate results of any stage.
+        workspace: Process, libraries and driver context without a model.
+    """
+
+    weights: int
+    cache: int
+    activations: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return self.weights + self.cache + self.activations + self.workspace
+
+    def to_json(self) -> dict[str, int]:
+        """The fields and ``run``, their sum."""
+        return {**vars(self), "run": self.total}
+
+
+def held_precision(precision: str, device: Board) -> str:
+    """The precision that the weights have in memory: a CPU computes fp16 in fp32, so it holds them so too."""
+    return "fp32" if device.is_cpu and precision == "fp16" else precision
+
+
+def element_bytes(precision: str, device: Board) -> float:
+    """Bytes of an activation, and of a value of the KV cache."""
+    return WEIGHT_BYTES["fp32" if device.is_cpu or precision == "fp32" else "fp16"]
+
+
+def run_memory(shape: ModelShape, precision: str, device: Board, frames: int, text: int, new: int) -> RunMemory:
+    """Estimates the memory of a runtime that captions one item.
+
+    Args:
+        shape: The model.
+        precision: A key of ``shapes.model_shape.FORMATS``.
+        device: The device that runs it.
+        frames: Pictures of the item; all of them pass the vision encoder and the bridge as one batch.
+        text: Tokens of the prompt, without visual tokens.
+        new: Tokens of the caption.
+    """
+    tokens = shape.tokens(frames, text)
+    element = element_bytes(precision, device)
+    each = {
+        part.name: part.activation_bytes(tokens, element) * (frames if part.name in (VISION, BRIDGE) else 1)
+        for part in shape.parts
+    }
+    logits = shape.table[0] * 4.0
+    activations = max([*each.values(), each[DECODER] + logits]) * (CPU_ARENA if device.is_cpu else 1)
+    cache = shape.cache.bytes(tokens["context"] + new, tokens["source"], element)
+    weights = shape.weight_bytes(held_precision(precision, device))
+    return RunMemory(int(weights), int(cache), int(activations), device.base)
+
+
+def build_memory(shape: ModelShape, precision: str, device: Board) -> int:
+    """Estimates the peak while the files for a device are made on it: TensorRT engines, or a CPU's optimized copy."""
+    largest = max(part.bytes(precision) for part in shape.parts)
+    if device.is_cpu:
+        return int(device.base + 2 * largest)
+    return build_need(int(largest), None, "").likely

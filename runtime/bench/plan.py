@@ -1,0 +1,336 @@
+"""``blip2edge plan``: does a model fit a device, how fast is a caption, and which bridge suits it.
+
+Everything is computed from the shape of the model (:mod:`blip2edge.shapes`), by the roofline with the efficiency that
+:mod:`.devices` states. No model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from blip2edge.bundle.schema import BRIDGE, DECODER, VISION
+from blip2edge.errors import UsageError, option
+from blip2edge.runtime.bench.devices import GB, Board
+from blip2edge.runtime.bench.memory import (
+    RunMemory,
+    build_memory,
+    element_bytes,
+    held_precision,
+    run_memory,
+)
+from blip2edge.runtime.bench.roofline import reference_seconds
+from blip2edge.shapes.bridges import TRADE_OFFS, with_bridges
+from blip2edge.shapes.cost import Roofline, StageCost
+from blip2edge.shapes.model_shape import FORMATS, ModelPart, ModelShape, TokenCounts
+
+HOST_S = {"preprocess": 2e-4, "vision": 5e-5, "bridge": 2e-4, "prefill": 5e-4, "decode": 3e-5}
+"""Seconds of Python by stage (a step for ``decode``), on one core of an AMD EPYC (``benchmarks/plan_check.py``)."""
+
+STAGE_OF = {VISION: "vision", BRIDGE: "bridge"}
+"""Stage of each graph; all others run in the prefill."""
+
+CHEAP_SHARE = 0.25
+"""An MLP is recommended if its tokens cost at most this share of a caption with a Q-Former."""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """The request that is planned.
+
+    Attributes:
+        frames: Pictures of an item; None for the model's own number (1, or the frames of a video model).
+        prompt_tokens: Tokens of the prompt, without visual tokens.
+        new_tokens: Tokens of the caption.
+        threads: CPU threads of ``this``; None for all cores.
+    """
+
+    frames: int | None = None
+    prompt_tokens: int = 8
+    new_tokens: int = 30
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "prompt_tokens", "new_tokens", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{option(name)} must be at least 1, not {value}")
+
+
+@dataclass(frozen=True)
+class PrecisionPlan:
+    """A model in one precision on one device.
+
+    Attributes:
+        memory: Bytes while pictures are captioned.
+        build: Bytes at the peak of building the engines, or a CPU's optimized copy, on the device.
+        fits_run, fits_build: Whether these fit the device's usable memory.
+        refused: Why the device does not run this precision; empty if it does.
+        ms: Predicted milliseconds: ``preprocess``, ``vision``, ``bridge``, ``prefill``, ``decode_per_token``,
+            ``decode`` (all tokens after the first), ``total``.
+    """
+
+    precision: str
+    memory: RunMemory
+    build: int
+    fits_run: bool
+    fits_build: bool
+    refused: str
+    ms: Mapping[str, float]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device can build and run it."""
+        return self.fits_run and self.fits_build and not self.refused
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens a second while decoding."""
+        return 1e3 / self.ms["decode_per_token"]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object for ``plan --json``."""
+        return {
+            "precision": self.precision,
+            "memory_bytes": {**self.memory.to_json(), "build": self.build},
+            "fits_run": self.fits_run,
+            "fits_build": self.fits_build,
+            "refused": self.refused,
+            "ms": {stage: round(ms, 3) for stage, ms in self.ms.items()},
+            "tokens_per_s": round(self.tokens_per_s, 2),
+        }
+
+
+@dataclass(frozen=True)
+class BridgeRow:
+    """A bridge between the same vision encoder and language model.
+
+    Attributes:
+        kind: ``qformer``, ``mlp``, ``perceiver`` or ``pool``.
+        parameters: Its parameters.
+        tokens_per_picture, tokens: Visual tokens of a picture, and of the whole item.
+        fits_context: Whether they fit the context with prompt and caption.
+        ms: Predicted milliseconds of the bridge and the prefill together.
+        total_ms: Predicted milliseconds of a caption.
+        fits_memory: Whether the device can build and run the model with it.
+        trade_off: When it is the right one.
+    """
+
+    kind: str
+    parameters: int
+    tokens_per_picture: int
+    tokens: int
+    fits_context: bool
+    ms: float
+    total_ms: float
+    fits_memory: bool
+    trade_off: str
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """A model on one device: all precisions, the bridges, and what is recommended.
+
+    Attributes:
+        precisions: In the order of ``FORMATS``.
+        chosen: The highest precision that fits; ``int4`` if none does. Not fp32 on a GPU, where fp16 is faster and the
+            captions are the same; not fp16 on a CPU, which computes it in fp32.
+        bridges: Empty for a decoder that cross-attends to the picture without slots.
+        bridge: Kind of the recommended bridge.
+        reason: Why.
+    """
+
+    device: Board
+    precisions: tuple[PrecisionPlan, ...]
+    chosen: str
+    bridges: tuple[BridgeRow, ...]
+    bridge: str
+    reason: str
+
+    def of(self, precision: str) -> PrecisionPlan:
+        """The plan of one precision."""
+        return next(one for one in self.precisions if one.precision == precision)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object for ``plan --json``."""
+        device = self.device
+        return {
+            "device": device.name,
+            "title": device.title,
+            "measured": device.measured,
+            "usable_bytes": device.usable,
+            "gigabytes_per_s": round(device.bytes_per_s / GB, 1),
+            "gigaops_per_s": {kind: round(rate / GB, 1) for kind, rate in device.rates.items()},
+            "source": device.source,
+            "efficiency": asdict(device.efficiency),
+            "precisions": [one.to_json() for one in self.precisions],
+            "chosen_precision": self.chosen,
+            "bridges": [asdict(row) for row in self.bridges],
+            "recommendation": {"bridge": self.bridge, "reason": self.reason},
+        }
+
+
+def token_budget(shape: ModelShape, options: PlanOptions) -> dict[str, Any]:
+    """Visual tokens of a picture and of the item, and the slots of the context that the request takes."""
+    frames = options.frames or shape.frames
+    slots = shape.slots * frames + options.prompt_tokens + options.new_tokens
+    return {
+        "patches": shape.patches,
+        "per_picture": shape.visual_tokens,
+        "frames": frames,
+        "per_item": shape.visual_tokens * frames,
+        "take_slots": shape.slots > 0,
+        "prompt": options.prompt_tokens,
+        "new": options.new_tokens,
+        "slots": slots,
+        "context": shape.max_positions,
+        "fits": slots <= shape.max_positions,
+    }
+
+
+def effective(device: Board, kind: str) -> Roofline:
+    """The rates that the graphs reach by the stated efficiency, for weights of a format."""
+    share = device.efficiency
+    floats = kind if kind in ("fp32", "fp16") else "fp32" if device.is_cpu else "fp16"
+    return Roofline(
+        device.bytes_per_s * share.bytes[kind],
+        device.rate(floats) * share.products[floats],
+        device.rate(kind) * share.products[kind],
+    )
+
+
+def part_cost(part: ModelPart, precision: str, device: Board, tokens: TokenCounts, times: int = 1) -> StageCost:
+    """Operations and bytes of a run of a part; ``times``: pictures in a batch, which share the weights."""
+    one = part.cost(held_precision(precision, device), tokens, device.efficiency.extra_rows)
+    return StageCost(one.float_ops * times, one.integer_ops * times, one.bytes)
+
+
+def part_seconds(
+    part: ModelPart, cost: StageCost, precision: str, device: Board, tokens: TokenCounts, times: int = 1
+) -> float:
+    """Seconds of a run of a part: products and bytes by the roofline, operators between them, calls of operators."""
+    kind, share = FORMATS[held_precision(precision, device)][part.kind], device.efficiency
+    between = times * part.elements(tokens) * share.element_s + part.calls * share.call_s
+    return cost.seconds(effective(device, kind), overlaps=share.overlaps) + between
+
+
+def step_cost(shape: ModelShape, precision: str, device: Board, tokens: TokenCounts) -> StageCost:
+    """Operations and bytes of a decode step: the decoder's weights, and the keys and values of its context."""
+    decoder = shape.part(DECODER)
+    if decoder is None:
+        return StageCost(0.0, 0.0, 0.0)
+    cost = part_cost(decoder, precision, device, tokens)
+    cache = shape.cache.bytes(tokens["context"], tokens["source"], element_bytes(precision, device))
+    return cost + StageCost(0.0, 0.0, cache * device.efficiency.cache_passes)
+
+
+def stage_ms(shape: ModelShape, precision: str, device: Board, options: PlanOptions) -> dict[str, float]:
+    """Predicts the milliseconds of each stage of one caption."""
+    frames = options.frames or shape.frames
+    tokens = shape.tokens(frames, options.prompt_tokens)
+    seconds = {stage: device.host * HOST_S[stage] for stage in ("vision", "bridge", "prefill")}
+    if shape.part(BRIDGE) is None:
+        seconds["bridge"] = 0.0
+    for part in shape.parts:
+        times = frames if part.name in (VISION, BRIDGE) else 1
+        cost = part_cost(part, precision, device, tokens, times)
+        seconds[STAGE_OF.get(part.name, "prefill")] += part_seconds(part, cost, precision, device, tokens, times)
+    steps, decoder = options.new_tokens - 1, shape.part(DECODER)
+    step = device.host * HOST_S["decode"]
+    if decoder is not None:
+        middle = {**tokens, "steps": 1, "context": tokens["context"] + 1 + steps // 2}
+        cost = step_cost(shape, precision, device, middle)
+        step += part_seconds(decoder, cost, precision, device, middle)
+    pixels = frames * reference_seconds(shape.image_size) + HOST_S["preprocess"]
+    ms = {"preprocess": device.host * pixels * 1e3}
+    ms |= {stage: value * 1e3 for stage, value in seconds.items()}
+    total = sum(ms.values()) + steps * step * 1e3
+    return {**ms, "decode_per_token": step * 1e3, "decode": steps * step * 1e3, "total": total}
+
+
+def precision_plan(shape: ModelShape, precision: str, device: Board, options: PlanOptions) -> PrecisionPlan:
+    """Plans one precision on one device."""
+    frames = options.frames or shape.frames
+    memory = run_memory(shape, precision, device, frames, options.prompt_tokens, options.new_tokens)
+    build = build_memory(shape, precision, device)
+    ms = stage_ms(shape, precision, device, options)
+    fits_run, fits_build = memory.total <= device.usable, build <= device.usable
+    return PrecisionPlan(precision, memory, build, fits_run, fits_build, device.refuses.get(precision, ""), ms)
+
+
+def device_plan(shape: ModelShape, device: Board, options: PlanOptions) -> DevicePlan:
+    """Plans a model on one device, in every precision, and recommends a bridge."""
+    rows = tuple(precision_plan(shape, precision, device, options) for precision in FORMATS)
+    order = [row for row in rows if row.precision != ("fp16" if device.is_cpu else "fp32")]
+    chosen = next((row.precision for row in order if row.fits), order[-1].precision)
+    bridges = tuple(bridge_rows(shape, chosen, device, options))
+    bridge, reason = recommended(shape, bridges, options)
+    return DevicePlan(device, rows, chosen, bridges, bridge, reason)
+
+
+def bridge_rows(shape: ModelShape, precision: str, device: Board, options: PlanOptions) -> list[BridgeRow]:
+    """Compares the bridges on a device in one precision."""
+    rows = []
+    for kind, other in with_bridges(shape).items():
+        plan, budget = precision_plan(other, precision, device, options), token_budget(other, options)
+        part = other.part(BRIDGE)
+        rows.append(
+            BridgeRow(
+                kind=kind,
+                parameters=part.parameters if part is not None else 0,
+                tokens_per_picture=budget["per_picture"],
+                tokens=budget["per_item"],
+                fits_context=budget["fits"],
+                ms=round(plan.ms["bridge"] + plan.ms["prefill"], 3),
+                total_ms=round(plan.ms["total"], 3),
+                fits_memory=plan.fits,
+                trade_off=TRADE_OFFS[kind],
+            )
+        )
+    return rows
+
+
+def recommended(shape: ModelShape, rows: Sequence[BridgeRow], options: PlanOptions) -> tuple[str, str]:
+    """Chooses a bridge by the token budget against the quality for each token; returns its kind and the reason.
+
+    1. A decoder that cross-attends to the picture keeps its bridge.
+    2. The MLP, where its tokens fit the context and cost little time: it loses nothing of the picture.
+    3. A Q-Former with fewer queries, where not even 32 tokens a picture fit the context.
+    4. The attention pool, where the device holds the model with it only.
+    5. The Q-Former.
+    """
+    if not rows:
+        if shape.bridge == "none":
+            return "none", "the decoder cross-attends to the patches, which take no slots of the context"
+        return shape.bridge, (
+            f"the decoder cross-attends to {shape.visual_tokens} tokens of each picture, which take no slots of the "
+            "context"
+        )
+    by = {row.kind: row for row in rows}
+    few, all_patches, one_layer = by["qformer"], by["mlp"], by["pool"]
+    room = shape.max_positions - options.prompt_tokens - options.new_tokens
+    extra = all_patches.total_ms - few.total_ms
+    if all_patches.fits_context and all_patches.fits_memory and extra <= CHEAP_SHARE * few.total_ms:
+        return "mlp", (
+            f"its {all_patches.tokens:,} tokens fit the {room:,} free slots and cost {max(extra, 0):.0f} ms more than "
+            f"a Q-Former, {max(extra, 0) / few.total_ms:.0%} of a caption; it keeps every patch"
+        )
+    against = (
+        f"{all_patches.tokens:,} tokens of an MLP do not fit the {room:,} free slots"
+        if not all_patches.fits_context
+        else f"the {all_patches.tokens:,} tokens of an MLP cost {extra:.0f} ms more, {extra / few.total_ms:.0%} of a "
+        "caption"
+        if all_patches.fits_memory
+        else "the device has too little memory for an MLP's tokens"
+    )
+    if not few.fits_context:
+        frames = options.frames or shape.frames
+        most = max(room // frames, 0)
+        return "qformer", (
+            f"{few.tokens:,} tokens do not fit the {room:,} free slots either: take at most "
+            f"{room // few.tokens_per_picture} frames, or train a Q-Former of {most} queries"
+        )
+    if one_layer.fits_memory and not few.fits_memory:
+        return "pool", f"only the model with its {one_layer.parameters / 1e6:.0f} M parameters fits the device"
+    return "qformer", f"{against}; a Q-Former needs {few.tokens:,} and has the most quality for each token"
