@@ -1,8 +1,8 @@
 """Near-duplicates: pictures whose embeddings by the bridge have a cosine of at least a threshold.
 
-The embedding of a picture is the mean of its visual tokens, minus the mean of the first pictures', projected to
-256 numbers by a fixed random matrix: distances keep within a few percent (Johnson and Lindenstrauss), and a million
-pictures take 1 GB. A picture is compared with all earlier ones that are no duplicates themselves.
+The embedding of a picture is the mean of its visual tokens, projected to 256 numbers by a fixed random matrix, which
+keeps distances within a few percent (Johnson and Lindenstrauss, 1984); a million pictures take 1 GB. A picture is
+compared with all earlier ones that are no duplicates themselves.
 """
 
 from __future__ import annotations
