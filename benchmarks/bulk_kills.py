@@ -60,14 +60,14 @@ CASES = (
 
 def draw(folder: Path, count: int) -> None:
     """Draws the pictures; some are broken, some are copies of the picture before in another format."""
-    last: Image.Image | None = None
+    last = Image.new("RGB", (64, 64))
     for number, scene in enumerate(scenes(count, seed=9)):
         path = folder / f"{number // 500:03d}" / f"{number:06d}"
         path.parent.mkdir(parents=True, exist_ok=True)
         content = io.BytesIO()
-        copied = last is not None and number % COPY_EVERY == COPY_EVERY - 1
+        copied = number % COPY_EVERY == COPY_EVERY - 1
         last = last if copied else scene.picture
-        last.save(content, "JPEG" if copied else "PNG", **({"quality": 95} if copied else {}))
+        last.save(content, "JPEG" if copied else "PNG", quality=95)
         value = content.getvalue()
         if number % BROKEN_EVERY == 7:
             value = (b"", b"no picture", value[: len(value) // 2])[number // BROKEN_EVERY % 3]

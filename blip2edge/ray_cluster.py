@@ -25,7 +25,7 @@ def check_ray() -> None:
 def map_on_ray(
     address: str,
     workers: int,
-    worker: Callable[..., Callable[[dict[str, Any]], dict[str, Any]]],
+    worker: type[Callable[[dict[str, Any]], dict[str, Any]]],
     arguments: Sequence[Any],
     rows: Sequence[dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:

@@ -42,7 +42,8 @@ class Embedder:
             self._matrix = random.standard_normal((means.shape[1], WIDTH), dtype=np.float32)
         projected = means @ self._matrix
         norms = np.linalg.norm(projected, axis=1, keepdims=True)
-        return (projected / np.maximum(norms, np.float32(1e-12))).astype(np.float16)
+        embeddings: Embeddings = (projected / np.maximum(norms, np.float32(1e-12))).astype(np.float16)
+        return embeddings
 
 
 class DuplicateIndex:

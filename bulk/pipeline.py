@@ -211,8 +211,8 @@ class _Run:
 
     def compute(self, captioner: ChunkCaptioner, cluster: Cluster | None, progress: ProgressCallback) -> int:
         """Makes the parts that are missing; returns their number of pictures."""
-        finished, pictures = self.work.finished(), self._plan.values["pictures"]
-        done = min(finished * self._size, pictures)
+        finished, pictures = self.work.finished(), int(self._plan.values["pictures"])
+        before = done = min(finished * self._size, pictures)
         find = self._finder(finished)
         chunks = self.work.chunks(self._size, finished)
         if cluster is None:
@@ -225,7 +225,7 @@ class _Run:
             self._write(number, result)
             done += len(result.rows)
             progress("captions", done, pictures)
-        return done - min(finished * self._size, pictures)
+        return done - before
 
     def _finder(self, finished: int) -> Find | None:
         """The search for duplicates, with the embeddings of the finished parts; None if they are not searched."""

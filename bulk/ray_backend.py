@@ -98,17 +98,19 @@ def captions_on_ray(
     kept: list[tuple[list[int], list[Embeddings]]] = [([], []) for _ in rows]
     if find is not None:
         for at, row in enumerate(map_on_ray(cluster.address, cluster.workers, EmbeddingWorker, arguments, rows)):
-            found[at] = {}
+            originals_of: dict[int, Original] = {}
             for numbers, content in zip(json.loads(row["numbers"]), row["embeddings"], strict=True):
                 values = np.frombuffer(content, np.float16).reshape(len(numbers), -1)
                 originals = find(numbers, values)
                 new = [place for place, one in enumerate(originals) if one is None]
                 kept[at][0].extend(numbers[place] for place in new)
                 kept[at][1].append(values[new])
-                found[at] |= {number: one for number, one in zip(numbers, originals, strict=True) if one is not None}
-    for row, originals_of in zip(rows, found, strict=True):
-        pairs = originals_of and {number: (one.number, one.similarity) for number, one in originals_of.items()}
-        row["originals"] = json.dumps(pairs)
+                originals_of |= {number: one for number, one in zip(numbers, originals, strict=True) if one is not None}
+            found[at] = originals_of
+    for row, known in zip(rows, found, strict=True):
+        row["originals"] = json.dumps(
+            None if known is None else {number: (one.number, one.similarity) for number, one in known.items()}
+        )
     for at, row in enumerate(map_on_ray(cluster.address, cluster.workers, CaptionWorker, arguments, rows)):
         numbers, parts = kept[at]
         yield ChunkResult(

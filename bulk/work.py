@@ -184,11 +184,10 @@ class WorkDirectory:
 
     def write_embeddings(self, number: int, numbers: list[int], embeddings: NDArray[np.float16]) -> None:
         """Writes the numbers and the embeddings of a part's originals, before the part itself."""
-        values = {"numbers": np.array(numbers, np.int64), "embeddings": embeddings}
 
         def write(path: Path) -> None:
             with open(path, "wb") as file:
-                np.savez(file, **values)
+                np.savez(file, numbers=np.array(numbers, np.int64), embeddings=embeddings)
 
         self.publish(self._embeddings(number).name, write)
 
