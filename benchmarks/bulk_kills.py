@@ -79,7 +79,7 @@ def digest(path: Path) -> str:
     whole = hashlib.sha256()
     for one in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if one.is_file():
-            whole.update(f"{one.relative_to(path.parent)}\0".encode() + hashlib.sha256(one.read_bytes()).digest())
+            whole.update(f"{one.relative_to(path)}\0".encode() + hashlib.sha256(one.read_bytes()).digest())
     return whole.hexdigest()
 
 

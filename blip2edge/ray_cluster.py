@@ -5,6 +5,7 @@ All machines must see models and files under the same paths, as on a shared disk
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from blip2edge.packages import require
 LOCAL = "local"
 """The address of a Ray that runs on this machine alone."""
 
-BLOCKS = 4  # for each worker, so that a worker that is free takes work from the others
+MOST_BLOCKS = 10_000  # a block is the unit of work: what is lost with a machine, and what is given back at once
 
 
 def check_ray() -> None:
@@ -31,7 +32,7 @@ def map_on_ray(
 ) -> Iterator[dict[str, Any]]:
     """Maps rows on the machines of a Ray cluster.
 
-    A worker whose machine is lost is started on another one, and its rows are mapped again.
+    A worker whose machine is lost starts on another one as soon as that has a free CPU, and its rows are mapped again.
 
     Args:
         address: Address of a Ray cluster, "auto" for the cluster of this machine, or :data:`LOCAL`.
@@ -56,9 +57,18 @@ def map_on_ray(
         # A local Ray is started without its dashboard, which would open a port.
         ray.init(address=address, include_dashboard=False if address == LOCAL else None, log_to_driver=False)
     try:
-        ray.data.DataContext.get_current().execution_options.preserve_order = True
-        data = ray.data.from_items(list(rows), override_num_blocks=max(1, min(len(rows), BLOCKS * workers)))
-        mapped = data.map(worker, fn_constructor_args=tuple(arguments), concurrency=workers, num_cpus=1)
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        data = ray.data.from_items(list(rows), override_num_blocks=max(1, min(len(rows), MOST_BLOCKS)))
+        mapped = data.map(
+            worker,
+            fn_constructor_args=tuple(arguments),
+            concurrency=workers,
+            num_cpus=1,
+            scheduling_strategy="SPREAD",
+        )
         yield from mapped.iter_rows()
     except ray.exceptions.RayError as error:
         own = _own_error(error)
