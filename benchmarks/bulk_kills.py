@@ -35,7 +35,7 @@ from reporting import parser_of, write_result
 from blip2edge.bulk.options import BulkOptions
 from blip2edge.bulk.pipeline import Output, run_bulk
 from blip2edge.bulk.sinks import sink_of
-from blip2edge.bulk.sources import Source
+from blip2edge.bulk.sources import PictureSource
 from blip2edge.training.data.scenes import scenes
 from tests.faults import WAYS, Killer
 
@@ -99,7 +99,7 @@ def killed_runs(root: Path, case: Case, arguments: Any, killer: Killer, ways: li
             chunk_size=100, threads=1,
         )  # fmt: skip
         form = None if out.suffix else "webdataset"
-        run_bulk(Source(str(root / "pictures")), Output.named(out, form, False), options)
+        run_bulk(PictureSource(str(root / "pictures")), Output.named(out, form, False), options)
 
     def fresh() -> None:
         shutil.rmtree(out.parent, ignore_errors=True)

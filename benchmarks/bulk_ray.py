@@ -29,7 +29,7 @@ from reporting import parser_of, write_result
 from blip2edge.bulk.options import BulkOptions
 from blip2edge.bulk.pipeline import Output, run_bulk
 from blip2edge.bulk.ray_backend import Cluster
-from blip2edge.bulk.sources import Source
+from blip2edge.bulk.sources import PictureSource
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,7 +58,7 @@ def main() -> int:
             arguments.bundle, chunk_size=arguments.chunk_size, threads=1, duplicates=arguments.duplicates
         )
         here, there = root / "here", root / "there"
-        source = Source(str(root / "pictures"))
+        source = PictureSource(str(root / "pictures"))
         alone = run_bulk(source, Output.named(here, "webdataset", False), options)
         head: dict[str, Any] = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 200 << 20}
         local = LocalCluster(initialize_head=True, head_node_args=head)

@@ -30,7 +30,7 @@ from reporting import parser_of, write_result
 
 from blip2edge.bulk.options import BulkOptions
 from blip2edge.bulk.pipeline import Output, run_bulk
-from blip2edge.bulk.sources import Source
+from blip2edge.bulk.sources import PictureSource
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.images.preprocess import Preprocessing
@@ -85,7 +85,7 @@ def main() -> int:
             options = BulkOptions(
                 arguments.bundle, threads=arguments.threads, batch_size=batch_size, workers=workers, chunk_size=200
             )
-            run_bulk(Source(str(root / "pictures")), Output.named(out, "parquet", False), options)
+            run_bulk(PictureSource(str(root / "pictures")), Output.named(out, "parquet", False), options)
             import pyarrow.parquet
 
             return [text for (text,) in pyarrow.parquet.read_table(out)["captions"].to_pylist()]

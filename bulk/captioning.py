@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip2edge.bulk.duplicates import Embedder, Embeddings
-from blip2edge.bulk.items import Item
+from blip2edge.bulk.listed import ListedPicture
 from blip2edge.bulk.options import DEFAULT_SEED, BulkOptions, check_captions
 from blip2edge.bulk.rows import DIGITS, Original, Row
 from blip2edge.bulk.work import Chunk
@@ -53,7 +53,7 @@ class DecodedPicture:
     """
 
     number: int
-    item: Item
+    item: ListedPicture
     pixels: NDArray[np.float32] | None
     content: bytes = b""
     error: str = ""
@@ -161,7 +161,7 @@ class ChunkCaptioner:
         for chunk_number, future in coming:
             yield chunk_number, future.result()
 
-    def _decode(self, number: int, item: Item) -> DecodedPicture:
+    def _decode(self, number: int, item: ListedPicture) -> DecodedPicture:
         """Reads, decodes and preprocesses a picture."""
         try:
             content = item.read()

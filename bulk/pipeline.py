@@ -21,16 +21,16 @@ from blip2edge.bulk.options import BulkOptions
 from blip2edge.bulk.ray_backend import Cluster, captions_on_ray
 from blip2edge.bulk.rows import Original, Row
 from blip2edge.bulk.sinks import Sink, copy_part, sink_of
-from blip2edge.bulk.sources import Source
+from blip2edge.bulk.sources import PictureSource
 from blip2edge.bulk.work import Plan, WorkDirectory, write_list
 from blip2edge.bundle.outputs.disk_errors import output_error
 from blip2edge.bundle.outputs.locks import NEW, check_name, locked
 from blip2edge.bundle.outputs.publishing import check_target, publish, publish_file
 from blip2edge.choices import BULK_FORMATS
+from blip2edge.cluster.ray_data import check_ray
 from blip2edge.errors import OutputError, UsageError, option
 from blip2edge.packages import installed
 from blip2edge.progress import ProgressCallback
-from blip2edge.ray_cluster import check_ray
 from blip2edge.reading import parse_json, read_json, reading
 
 REPORT_FILE = "_bulk.json"
@@ -80,7 +80,7 @@ class Output:
 
 
 def run_bulk(
-    source: Source,
+    source: PictureSource,
     output: Output,
     options: BulkOptions,
     *,
@@ -172,7 +172,9 @@ class _Run:
         self._plan = Plan({})
         self._taken: tuple[int, list[Row]] = (-1, [])  # the last part from which captions were taken
 
-    def begin(self, source: Source, captioner: ChunkCaptioner, progress: ProgressCallback) -> dict[str, Any] | None:
+    def begin(
+        self, source: PictureSource, captioner: ChunkCaptioner, progress: ProgressCallback
+    ) -> dict[str, Any] | None:
         """Lists the source, and finds what an earlier run did.
 
         Returns:

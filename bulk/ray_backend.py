@@ -16,11 +16,11 @@ import numpy as np
 
 from blip2edge.bulk.captioning import ChunkCaptioner, ChunkResult, Find
 from blip2edge.bulk.duplicates import Embeddings
-from blip2edge.bulk.items import Item
+from blip2edge.bulk.listed import ListedPicture
 from blip2edge.bulk.options import BulkOptions
 from blip2edge.bulk.rows import Original, Row
 from blip2edge.bulk.work import Chunk
-from blip2edge.ray_cluster import map_on_ray
+from blip2edge.cluster.ray_data import map_on_ray
 
 
 @dataclass(frozen=True)
@@ -123,5 +123,5 @@ def captions_on_ray(
 
 
 def _chunk(row: dict[str, Any]) -> Chunk:
-    items = tuple(map(Item.from_json, json.loads(row["items"])))
+    items = tuple(map(ListedPicture.from_json, json.loads(row["items"])))
     return Chunk(int(row["number"]), int(row["first"]), items)

@@ -21,7 +21,7 @@ from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from blip2edge.bulk.items import BROKEN, CELL, FILE, MEMBER, WEB, Item
+from blip2edge.bulk.listed import BROKEN, CELL, FILE, MEMBER, WEB, ListedPicture
 from blip2edge.bulk.stores import StoredFile, folder_of, is_address, is_web, joined, store_of
 from blip2edge.choices import BULK_SOURCES
 from blip2edge.errors import DataError, MissingPackageError, UsageError, option
@@ -38,7 +38,7 @@ _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 @dataclass(frozen=True)
-class Source:
+class PictureSource:
     """Where pictures come from.
 
     Attributes:
@@ -55,7 +55,7 @@ class Source:
         if not is_address(self.path):  # for workers that run in another directory
             object.__setattr__(self, "path", os.path.abspath(self.path))
 
-    def items(self) -> Iterator[Item]:
+    def items(self) -> Iterator[ListedPicture]:
         """Lists the pictures.
 
         Raises:
@@ -119,16 +119,16 @@ class Source:
         return _FOLDER
 
 
-def _of_folder(source: Source) -> Iterator[Item]:
+def _of_folder(source: PictureSource) -> Iterator[ListedPicture]:
     store = store_of(source.path)
     if not store.is_folder(source.path):
         raise DataError(f"{source.path}: no such folder", "check the path")
     for file in store.files(source.path):
         if PurePosixPath(file.name).suffix.lower() in PICTURE_SUFFIXES:
-            yield Item(file.name, FILE, (file.path,), file.version)
+            yield ListedPicture(file.name, FILE, (file.path,), file.version)
 
 
-def _of_shards(source: Source) -> Iterator[Item]:
+def _of_shards(source: PictureSource) -> Iterator[ListedPicture]:
     """The pictures of tar shards. A shard that is cut off has one item more, which says so."""
     for shard in source.files(".tar"):
         name, store = printable(shard.name), store_of(shard.path)
@@ -143,14 +143,18 @@ def _of_shards(source: Source) -> Iterator[Item]:
                         continue
                     image = f"{name}:{member.name}"
                     if member.sparse:
-                        yield Item(image, BROKEN, (f"{image} is a sparse file, which is not read",), shard.version)
+                        yield ListedPicture(
+                            image, BROKEN, (f"{image} is a sparse file, which is not read",), shard.version
+                        )
                     else:
-                        yield Item(image, MEMBER, (shard.path, member.offset, member.size), shard.version)
+                        yield ListedPicture(image, MEMBER, (shard.path, member.offset, member.size), shard.version)
             except BrokenShardError as error:
-                yield Item(name, BROKEN, (f"the shard cannot be read further: {error.problem}",), shard.version)
+                yield ListedPicture(
+                    name, BROKEN, (f"the shard cannot be read further: {error.problem}",), shard.version
+                )
 
 
-def _of_parquet(source: Source) -> Iterator[Item]:
+def _of_parquet(source: PictureSource) -> Iterator[ListedPicture]:
     parquet = require("pyarrow.parquet", f"reading {source.path}", MissingPackageError, extra="bulk")
     types = require("pyarrow.types", f"reading {source.path}", MissingPackageError, extra="bulk")
     for table in source.files(".parquet"):
@@ -167,11 +171,11 @@ def _of_parquet(source: Source) -> Iterator[Item]:
             for group in range(opened.metadata.num_row_groups):
                 for row in range(opened.metadata.row_group(group).num_rows):
                     place = table.path, group, row, column
-                    yield Item(f"{table.name}#{number}", CELL, place, table.version)
+                    yield ListedPicture(f"{table.name}#{number}", CELL, place, table.version)
                     number += 1
 
 
-def _of_csv(source: Source) -> Iterator[Item]:
+def _of_csv(source: PictureSource) -> Iterator[ListedPicture]:
     for table in source.files(""):
         with reading(table.path, "a table", DataError), store_of(table.path).open(table.path) as file:
             text = io.TextIOWrapper(file, "utf-8-sig", newline="")
@@ -181,21 +185,23 @@ def _of_csv(source: Source) -> Iterator[Item]:
             yield from _named((row[place] if place < len(row) else None for row in rows if row), table)
 
 
-def _named(values: Iterator[Any], table: StoredFile) -> Iterator[Item]:
+def _named(values: Iterator[Any], table: StoredFile) -> Iterator[ListedPicture]:
     """Items of the paths and addresses in a table; paths are relative to the folder of the table."""
     folder = folder_of(table.path)
     for number, value in enumerate(values):
         name = (value or "").strip()
         path = joined(folder, name)
         if not name:
-            yield Item(f"{table.name}#{number}", BROKEN, ("the table names no picture in this row",), table.version)
+            yield ListedPicture(
+                f"{table.name}#{number}", BROKEN, ("the table names no picture in this row",), table.version
+            )
         elif is_web(path):
-            yield Item(name, WEB, (path,))
+            yield ListedPicture(name, WEB, (path,))
         elif is_address(path):
-            yield Item(name, FILE, (path,))
+            yield ListedPicture(name, FILE, (path,))
         else:
             file = store_of(path).file(path)
-            yield Item(name, FILE, (path,), "" if file is None else file.version)
+            yield ListedPicture(name, FILE, (path,), "" if file is None else file.version)
 
 
 def _column(given: str | None, names: list[str], path: str) -> str:
@@ -214,7 +220,7 @@ def _column(given: str | None, names: list[str], path: str) -> str:
     return found[0]
 
 
-_LISTS: dict[str, Callable[[Source], Iterator[Item]]] = {
+_LISTS: dict[str, Callable[[PictureSource], Iterator[ListedPicture]]] = {
     _FOLDER: _of_folder,
     _SHARDS: _of_shards,
     _PARQUET: _of_parquet,

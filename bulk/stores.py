@@ -12,11 +12,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
-from blip2edge.downloads import WEB
 from blip2edge.errors import DataError, ImageError, MissingPackageError
 from blip2edge.packages import require
 from blip2edge.picture_files import MAX_FILE_BYTES
 from blip2edge.reading import read_bytes, reading
+from blip2edge.runtime.images.download import WEB
 from blip2edge.special_files import open_file
 
 VERSION_KEYS = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "updated", "last_modified", "created")

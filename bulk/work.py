@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.bulk.items import Item
+from blip2edge.bulk.listed import ListedPicture
 from blip2edge.bundle.outputs.disk_errors import output_error
 from blip2edge.bundle.outputs.publishing import flush_file, flush_names
 from blip2edge.errors import DataError, OutputError, option
@@ -76,7 +76,7 @@ class Chunk:
 
     number: int
     first: int
-    items: tuple[Item, ...]
+    items: tuple[ListedPicture, ...]
 
 
 class WorkDirectory:
@@ -153,7 +153,7 @@ class WorkDirectory:
         with reading(path, "the list of pictures", DataError), open(path, encoding="utf-8") as file:
             lines = islice(file, first * size, None)
             for number in count(first):
-                items = tuple(map(Item.from_json, islice(lines, size)))
+                items = tuple(map(ListedPicture.from_json, islice(lines, size)))
                 if not items:
                     return
                 yield Chunk(number, number * size, items)
@@ -216,7 +216,7 @@ class WorkDirectory:
             raise OutputError(problem.problem, "mend it and run the command again: it goes on from here") from error
 
 
-def write_list(items: Iterable[Item], path: Path, progress: Callable[[int], None]) -> tuple[str, int]:
+def write_list(items: Iterable[ListedPicture], path: Path, progress: Callable[[int], None]) -> tuple[str, int]:
     """Writes the list of a source's pictures.
 
     Args:
@@ -250,7 +250,7 @@ def _first_change(old: Path, new: Path) -> str:
         for one, other in zip_longest(before, now):
             if one == other:
                 continue
-            was, now_there = (Item.from_json(line).image if line else None for line in (one, other))
+            was, now_there = (ListedPicture.from_json(line).image if line else None for line in (one, other))
             if was is not None and (now_there is None or was < now_there):
                 return f"{printable(was)} was removed"
             return f"{printable(now_there or '')} was {'changed' if was == now_there else 'added'}"

@@ -18,11 +18,11 @@ import pytest
 pytest.importorskip("torch", reason="the bundle is exported here")
 pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 
-from blip2edge import downloads
 from blip2edge.cli import main, picture_arguments
 from blip2edge.cli.picture_arguments import find_pictures
 from blip2edge.errors import ImageError
 from blip2edge.limits import Limits
+from blip2edge.runtime.images import download
 from blip2edge.runtime.images.preprocess import load_image
 from blip2edge.runtime.images.video import load_frames
 from tests.drawing import draw_pictures
@@ -224,15 +224,15 @@ def test_web_addresses(
     assert errors[3].startswith(f"error: {site}/notes.txt: not a picture")
     assert errors[4] == "4 of 6 failed"
     assert asked.count("/%C3%A4%20b.png") == 2  # each address once, although others of the batch are broken
-    monkeypatch.setattr(downloads, "MAX_DOWNLOAD", 100)
+    monkeypatch.setattr(download, "MAX_DOWNLOAD", 100)
     with pytest.raises(ImageError, match="expected at most"):
-        downloads.download(good[0])
+        download.download(good[0])
 
 
 @pytest.mark.parametrize("address", ["http://", "http://127.0.0.1:1/x.png", "http://[/x.png", "https://127.0.0.1:1/x"])
 def test_address_that_cannot_be_reached(address: str) -> None:
     with pytest.raises(ImageError, match="cannot be downloaded"):
-        downloads.download(address)
+        download.download(address)
 
 
 def test_nothing_is_downloaded_before_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     from blip2edge.bulk.options import BulkOptions
     from blip2edge.bulk.pipeline import Output, run_bulk
     from blip2edge.bulk.ray_backend import Cluster
-    from blip2edge.bulk.sources import Source
+    from blip2edge.bulk.sources import PictureSource
 
     chosen = BulkOptions(
         bundle=options.bundle,
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
     )
     with Progress(unit="pictures") as progress:
         counts = run_bulk(
-            Source(options.source, options.source_format, options.column),
+            PictureSource(options.source, options.source_format, options.column),
             Output.named(options.output, options.format, options.force),
             chosen,
             cluster=None if options.ray is None else Cluster(options.ray, options.ray_workers),

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blip2edge.downloads import WEB, download
 from blip2edge.errors import ImageError, UsageError
 from blip2edge.picture_files import PICTURE_SUFFIXES, visible_files
+from blip2edge.runtime.images.download import WEB, download
 from blip2edge.special_files import open_file
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from blip2edge.bulk.options import BulkOptions
 from blip2edge.bulk.pipeline import REPORT_FILE, Output, run_bulk
 from blip2edge.bulk.rows import Row
 from blip2edge.bulk.sinks import sink_of
-from blip2edge.bulk.sources import Source
+from blip2edge.bulk.sources import PictureSource
 from blip2edge.bundle.outputs.locks import BusyError, locked
 from blip2edge.cli import main
 from blip2edge.errors import DataError, OutputError, UsageError
@@ -61,7 +61,7 @@ def run(tiny_bundle: Path, folder: Path, tmp_path: Path) -> Run:
         generation = {"max_new_tokens": TOKENS, **more.pop("generation", {})}
         options = BulkOptions(tiny_bundle, generation=generation, chunk_size=4, batch_size=3, threads=1, **more)
         output = Output.named(tmp_path / name, form, force)
-        run_bulk(Source(str(source)), output, options)
+        run_bulk(PictureSource(str(source)), output, options)
         return output.target
 
     return run

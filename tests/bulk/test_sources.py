@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from blip2edge.bulk.items import Item
-from blip2edge.bulk.sources import Source
+from blip2edge.bulk.listed import ListedPicture
+from blip2edge.bulk.sources import PictureSource
 from blip2edge.errors import DataError, ImageError, MissingPackageError, UsageError
 
 
@@ -39,17 +39,17 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def names(source: Source) -> list[str]:
+def names(source: PictureSource) -> list[str]:
     return [item.image for item in source.items()]
 
 
 def test_a_folder_is_sorted_by_the_parts_of_its_paths(folder: Path) -> None:
-    items = list(Source(str(folder)).items())
+    items = list(PictureSource(str(folder)).items())
     assert [item.image for item in items] == ["a/b/c.jpg", "a/z.png", "a.png", "b.png"]
     assert [item.read() for item in items] == [png(3), png(1), png(2), png(0)]
-    assert [Item.from_json(item.to_json()) for item in items] == items
+    assert [ListedPicture.from_json(item.to_json()) for item in items] == items
     (folder / "b.png").write_bytes(png(9) + b"more")
-    assert list(Source(str(folder)).items()) != items  # its version is another one
+    assert list(PictureSource(str(folder)).items()) != items  # its version is another one
 
 
 def test_shards_give_their_pictures_and_say_where_they_are_cut(tmp_path: Path) -> None:
@@ -57,32 +57,32 @@ def test_shards_give_their_pictures_and_say_where_they_are_cut(tmp_path: Path) -
     shard(tmp_path / "1.tar", {"x.png": png(3), "z.png": b"0" * 5000})
     whole = (tmp_path / "1.tar").read_bytes()
     (tmp_path / "1.tar").write_bytes(whole[:3000])
-    items = list(Source(str(tmp_path)).items())
+    items = list(PictureSource(str(tmp_path)).items())
     assert [item.image for item in items] == ["0.tar:x.png", "0.tar:d/y.jpg", "1.tar:x.png", "1.tar:z.png", "1.tar"]
     assert [item.read() for item in items[:3]] == [png(1), png(2), png(3)]
     for item, reason in zip(items[3:], ("is cut off", "cannot be read further"), strict=True):
         with pytest.raises(ImageError, match=reason):
             item.read()
-    assert names(Source(str(tmp_path / "{0..1}.tar"))) == [item.image for item in items]
+    assert names(PictureSource(str(tmp_path / "{0..1}.tar"))) == [item.image for item in items]
     with pytest.raises(DataError, match=r"2\.tar: no such file \(1 of 3 are missing\)"):
-        names(Source(str(tmp_path / "{0..2}.tar")))
+        names(PictureSource(str(tmp_path / "{0..2}.tar")))
 
 
 def test_a_table_of_paths_may_name_anything(folder: Path) -> None:
     table = folder / "list.csv"
     table.write_text(f"id,path\n1,a.png\n2,\n3,{folder}/b.png\n4,https://localhost/x.png\n5,missing.png\n6\n")
-    items = list(Source(str(table)).items())
+    items = list(PictureSource(str(table)).items())
     assert [item.kind for item in items] == ["file", "broken", "file", "web", "file", "broken"]
     assert [items[0].read(), items[2].read()] == [png(2), png(0)]
     with pytest.raises(ImageError, match="names no picture"):
         items[1].read()
     with pytest.raises(ImageError, match="No such file"):
         items[4].read()
-    assert names(Source(str(table), column="id"))[0] == "1"
+    assert names(PictureSource(str(table), column="id"))[0] == "1"
     with pytest.raises(DataError, match="expected a column url, got id, path; name it with column"):
-        names(Source(str(table), column="url"))
+        names(PictureSource(str(table), column="url"))
     with pytest.raises(UsageError, match="expected column with a table"):
-        names(Source(str(folder), column="url"))
+        names(PictureSource(str(folder), column="url"))
 
 
 def test_a_table_in_parquet_has_bytes_or_paths(folder: Path) -> None:
@@ -94,15 +94,15 @@ def test_a_table_in_parquet_has_bytes_or_paths(folder: Path) -> None:
     parquet.write_table(arrow.table({"image": nested}), folder / "nested.parquet")
     parquet.write_table(arrow.table({"file_name": ["a.png"]}), folder / "paths.parquet")
     for name in ("bytes", "nested"):
-        items = list(Source(str(folder / f"{name}.parquet")).items())
+        items = list(PictureSource(str(folder / f"{name}.parquet")).items())
         assert [item.image for item in items] == [f"{name}.parquet#{number}" for number in range(3)]
         assert [items[0].read(), items[2].read()] == [png(5), png(6)]
         with pytest.raises(ImageError, match="has no bytes"):
             items[1].read()
-    assert [item.read() for item in Source(str(folder / "paths.parquet")).items()] == [png(2)]
+    assert [item.read() for item in PictureSource(str(folder / "paths.parquet")).items()] == [png(2)]
     (folder / "bytes.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match="cannot be read as a Parquet file"):
-        names(Source(str(folder / "bytes.parquet")))
+        names(PictureSource(str(folder / "bytes.parquet")))
 
 
 def test_an_object_store_is_read_as_the_disk_is(folder: Path) -> None:
@@ -114,12 +114,12 @@ def test_an_object_store_is_read_as_the_disk_is(folder: Path) -> None:
     shard(folder / "s.tar", {"x.png": png(1)})
     store.pipe_file("/bulk/s.tar", (folder / "s.tar").read_bytes())
     store.pipe_file("/bulk/list.csv", b"path\npictures/a.png\n")
-    there = list(Source("memory://bulk/pictures").items())
+    there = list(PictureSource("memory://bulk/pictures").items())
     assert [(item.image, item.read()) for item in there] == [
-        (item.image, item.read()) for item in Source(str(folder), "folder").items()
+        (item.image, item.read()) for item in PictureSource(str(folder), "folder").items()
     ]
-    assert [item.read() for item in Source("memory://bulk/s.tar").items()] == [png(1)]
-    assert [item.read() for item in Source("memory://bulk/list.csv").items()] == [png(2)]
+    assert [item.read() for item in PictureSource("memory://bulk/s.tar").items()] == [png(1)]
+    assert [item.read() for item in PictureSource("memory://bulk/list.csv").items()] == [png(2)]
     store.rm("/bulk", recursive=True)
 
 
@@ -130,12 +130,12 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (tmp_path / "x.tar", "no such file"),
     ):
         with pytest.raises(DataError, match=problem):
-            names(Source(str(path)))
+            names(PictureSource(str(path)))
     with pytest.raises(DataError, match="nowhere:// cannot be read as an object store"):
-        names(Source("nowhere://bucket"))
+        names(PictureSource("nowhere://bucket"))
     monkeypatch.setitem(__import__("sys").modules, "fsspec", None)
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
     (tmp_path / "x.parquet").write_bytes(b"")
     for path in ("gs://bucket/pictures", str(tmp_path / "x.parquet")):
         with pytest.raises(MissingPackageError, match=r"pip install 'blip2edge\[bulk\]'"):
-            names(Source(path))
+            names(PictureSource(path))

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from blip2edge.cluster.ray_data import check_ray, map_on_ray
 from blip2edge.errors import UsageError
-from blip2edge.ray_cluster import check_ray, map_on_ray
 from blip2edge.training.capfilt.pipeline import Batch, CapFiltOptions, ScoredPicture, score_batch
 from blip2edge.training.data.entries import AnnotatedPicture, Entry, FilePicture, StoredPicture
 from blip2edge.training.data.shards import ShardPicture

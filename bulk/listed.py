@@ -15,11 +15,11 @@ from threading import Lock
 from typing import Any
 
 from blip2edge.bulk.stores import store_of
-from blip2edge.downloads import download
 from blip2edge.errors import DataError, ImageError
 from blip2edge.packages import require
 from blip2edge.picture_files import PICTURE_SUFFIXES
 from blip2edge.reading import parse_json, reading
+from blip2edge.runtime.images.download import download
 
 FILE, WEB, MEMBER, CELL, BROKEN = "file", "web", "member", "cell", "broken"
 """Kinds of items: a file of a store, a web address, a file in a tar shard, a cell of a table, one without a picture."""
@@ -40,7 +40,7 @@ _MAGIC = (
 
 
 @dataclass(frozen=True)
-class Item:
+class ListedPicture:
     """A picture of a source.
 
     Attributes:
@@ -61,7 +61,7 @@ class Item:
         return json.dumps([self.image, self.kind, list(self.place), self.version])
 
     @classmethod
-    def from_json(cls, line: str) -> Item:
+    def from_json(cls, line: str) -> ListedPicture:
         """Reads an item from the line that :meth:`to_json` made.
 
         Raises:
