@@ -10,12 +10,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import PurePosixPath
 from threading import Lock
 from typing import Any
 
 from blip2edge.bulk.stores import store_of
-from blip2edge.errors import DataError, ImageError
+from blip2edge.errors import DataError, ImageError, MissingPackageError
 from blip2edge.packages import require
 from blip2edge.picture_files import PICTURE_SUFFIXES
 from blip2edge.reading import parse_json, reading
@@ -89,6 +90,12 @@ class ListedPicture:
         return next((known for magic, known in _MAGIC if content.startswith(magic)), ".img")
 
 
+def parquet_package(purpose: str) -> Any:
+    """Imports ``pyarrow.parquet``; ``purpose`` begins the error if pyarrow is not installed (MissingPackageError)."""
+    require("pyarrow", purpose, MissingPackageError)
+    return import_module("pyarrow.parquet")
+
+
 def _read_file(path: str) -> bytes:
     return store_of(path).read(path)
 
@@ -141,7 +148,7 @@ class RowGroups:
 
     @staticmethod
     def _read(path: str, group: int, column: str) -> Any:
-        parquet = require("pyarrow.parquet", "reading Parquet", ImageError, extra="bulk")
+        parquet = parquet_package(f"reading {path}")
         with store_of(path).open(path) as file:
             return parquet.ParquetFile(file).read_row_group(group, columns=[column]).column(0)
 

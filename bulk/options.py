@@ -64,8 +64,9 @@ class BulkOptions:
     def to_json(self) -> str:
         """The options as JSON, with absolute paths."""
         key = self.require_signature
+        bundle = self.bundle.absolute() if self.bundle.exists() else self.bundle
         paths = {
-            "bundle": str(self.bundle.absolute()),
+            "bundle": str(bundle),
             "require_signature": None if key is None else str(key.absolute()),
         }
         return json.dumps({**asdict(self), **paths})

@@ -10,12 +10,13 @@ import json
 import shutil
 import tarfile
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from blip2edge.bulk.listed import parquet_package
 from blip2edge.bulk.rows import Row
-from blip2edge.errors import DataError, MissingPackageError
-from blip2edge.packages import require
+from blip2edge.errors import DataError
 from blip2edge.picture_files import add_member, open_shard
 from blip2edge.reading import parse_json, reading
 
@@ -60,9 +61,8 @@ class ParquetSink:
     suffix, pictures = ".parquet", False
 
     def __init__(self) -> None:
-        self._arrow = require("pyarrow", "writing Parquet", MissingPackageError)
-        self._parquet = require("pyarrow.parquet", "writing Parquet", MissingPackageError, extra="bulk")
-        arrow = self._arrow
+        self._parquet = parquet_package("writing Parquet")
+        self._arrow = arrow = import_module("pyarrow")
         self._schema = arrow.schema(
             [
                 arrow.field("image", arrow.string(), nullable=False),

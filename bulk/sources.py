@@ -17,15 +17,15 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from blip2edge.bulk.listed import BROKEN, CELL, FILE, MEMBER, WEB, ListedPicture
+from blip2edge.bulk.listed import BROKEN, CELL, FILE, MEMBER, WEB, ListedPicture, parquet_package
 from blip2edge.bulk.stores import StoredFile, folder_of, is_address, is_web, joined, store_of
 from blip2edge.choices import BULK_SOURCES
-from blip2edge.errors import DataError, MissingPackageError, UsageError, option
-from blip2edge.packages import require
+from blip2edge.errors import DataError, UsageError, option
 from blip2edge.picture_files import PICTURE_SUFFIXES, BrokenShardError, open_shard, printable
 from blip2edge.reading import reading
 
@@ -155,8 +155,8 @@ def _of_shards(source: PictureSource) -> Iterator[ListedPicture]:
 
 
 def _of_parquet(source: PictureSource) -> Iterator[ListedPicture]:
-    parquet = require("pyarrow.parquet", f"reading {source.path}", MissingPackageError, extra="bulk")
-    types = require("pyarrow.types", f"reading {source.path}", MissingPackageError, extra="bulk")
+    parquet = parquet_package(f"reading {source.path}")
+    types = import_module("pyarrow.types")
     for table in source.files(".parquet"):
         with reading(table.path, "a Parquet file", DataError), store_of(table.path).open(table.path) as file:
             opened = parquet.ParquetFile(file)

@@ -43,6 +43,7 @@ COMMANDS = (
     "eval",
     "calibrate",
     "optimize",
+    "bulk",
     "capfilt",
     "watch",
     "serve",

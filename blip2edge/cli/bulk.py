@@ -18,6 +18,7 @@ from blip2edge.cli.flag_groups import (
     given_limits,
 )
 from blip2edge.cli.flag_types import share
+from blip2edge.cli.interrupt import Interrupted
 from blip2edge.cli.messages import print_note
 from blip2edge.limits import PICTURE_LIMITS, Limits
 from blip2edge.progress import Progress
@@ -103,14 +104,15 @@ def run(options: argparse.Namespace) -> int:
         require_signature=options.require_signature,
         limits=given_limits(options, Limits),
     )
-    with Progress(unit="pictures") as progress:
-        counts = run_bulk(
-            PictureSource(options.source, options.source_format, options.column),
-            Output.named(options.output, options.format, options.force),
-            chosen,
-            cluster=None if options.ray is None else Cluster(options.ray, options.ray_workers),
-            progress=progress,
-        )
+    source = PictureSource(options.source, options.source_format, options.column)
+    output = Output.named(options.output, options.format, options.force)
+    cluster = None if options.ray is None else Cluster(options.ray, options.ray_workers)
+    try:
+        with Progress(unit="pictures") as progress:
+            counts = run_bulk(source, output, chosen, cluster=cluster, progress=progress)
+    except (KeyboardInterrupt, Interrupted):
+        print_note("the finished parts are kept: run the same command again to go on")
+        raise
     if options.json:
         print(json.dumps(counts))
         return 0

@@ -20,6 +20,7 @@ MOST_BLOCKS = 10_000  # a block is the unit of work: what is lost with a machine
 
 def check_ray() -> None:
     """Raises UsageError if Ray Data is not installed."""
+    require("ray", option("ray"), UsageError)
     require("ray.data", option("ray"), UsageError, extra="ray")
 
 

@@ -27,6 +27,7 @@ from blip2edge.bulk.sources import PictureSource
 from blip2edge.bundle.outputs.locks import BusyError, locked
 from blip2edge.cli import main
 from blip2edge.errors import DataError, OutputError, UsageError
+from blip2edge.limits import Limits
 from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
 from blip2edge.training.data.entries import BrokenSamples
 from blip2edge.training.data.shards import read_shards
@@ -196,6 +197,12 @@ def test_a_killed_run_is_continued_with_the_same_plan_only(
     (tmp_path / "out.parquet.run" / "part-000000.parquet").unlink()  # then the later parts are made again as well
     assert len(rows(run("out.parquet", source=source, force=True))) == PICTURES
     assert sorted(os.listdir(tmp_path)) == ["out.parquet", "pictures"]
+
+
+def test_a_picture_above_a_limit_is_a_row_with_its_reason(run: Run) -> None:
+    found = rows(run("out.parquet", limits=Limits(side=39)))
+    assert [row.captions for row in found] == [()] * PICTURES
+    assert found[0].error == "00.png: expected at most 89478485 pixels and at most 39 a side, got 40×30"
 
 
 def test_a_second_run_of_an_output_is_refused(run: Run, tmp_path: Path) -> None:

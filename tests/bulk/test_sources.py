@@ -134,7 +134,7 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(DataError, match="nowhere:// cannot be read as an object store"):
         names(PictureSource("nowhere://bucket"))
     monkeypatch.setitem(__import__("sys").modules, "fsspec", None)
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     (tmp_path / "x.parquet").write_bytes(b"")
     for path in ("gs://bucket/pictures", str(tmp_path / "x.parquet")):
         with pytest.raises(MissingPackageError, match=r"pip install 'blip2edge\[bulk\]'"):
