@@ -26,7 +26,7 @@ from blip2edge.bulk.listed import ListedPicture
 from blip2edge.bulk.options import DEFAULT_SEED, BulkOptions, check_captions
 from blip2edge.bulk.rows import DIGITS, Original, Row
 from blip2edge.bulk.work import Chunk
-from blip2edge.errors import ImageError, UsageError
+from blip2edge.errors import DataError, ImageError, UsageError
 from blip2edge.picture_files import printable
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.pipeline import EncodedBatch
@@ -103,24 +103,29 @@ class ChunkCaptioner:
             require_signature=options.require_signature,
         )
         self._options, self._pictures, self._embed = options, pictures, Embedder()
-        encoder = self.captioner.encoder
-        self._preprocessing = encoder.images.preprocessing
-        if encoder.text.prompts.spec.frames > 1:
-            self.close()
-            raise UsageError(f"expected a model of pictures, but {options.bundle} is one of videos", "use caption")
-        # Pictures of different sizes share no batch.
-        self._batch_size = options.batch_size if self._preprocessing.output_size is not None else 1
-        given = self.captioner.options(**options.generation)
-        sampled = given.sampling and given.seed is None
-        self.generation: GenerationOptions = replace(given, seed=DEFAULT_SEED) if sampled else given
-        check_captions(options.captions, self.generation)
-        encoder.text.prompts(encoder.text.prompts.with_default(options.prompt))  # raises the errors of the prompt
+        self._preprocessing = self.captioner.encoder.images.preprocessing
+        most = self.captioner.generator.language.decoder.max_rows
+        self._batch_size = options.batch_size if most is None else min(options.batch_size, most)
+        if self._preprocessing.output_size is None:  # pictures of different sizes share no batch
+            self._batch_size = 1
+        with self.captioner.graphs.closed_on_error():
+            self.generation = self._checked()
         self._threads = ThreadPoolExecutor(options.workers or os.cpu_count() or 1, "blip2edge-pictures")
+
+    def _checked(self) -> GenerationOptions:
+        """The options of the generation; raises the errors of options, prompt and kind of model."""
+        options, prompts = self._options, self.captioner.prompts
+        if prompts.spec.frames > 1:
+            raise UsageError(f"expected a model of pictures, but {options.bundle} is one of videos", "use caption")
+        prompts(prompts.with_default(options.prompt))
+        given = self.captioner.options(**options.generation)
+        generation = replace(given, seed=DEFAULT_SEED) if given.sampling and given.seed is None else given
+        check_captions(options.captions, generation)
+        return generation
 
     def close(self) -> None:
         """Releases the graphs; pictures that are not decoded yet are dropped."""
-        if hasattr(self, "_threads"):
-            self._threads.shutdown(cancel_futures=True)
+        self._threads.shutdown(cancel_futures=True)
         self.captioner.close()
 
     def __enter__(self) -> ChunkCaptioner:  # noqa: PYI034 - typing.Self is of Python 3.11
@@ -167,7 +172,7 @@ class ChunkCaptioner:
             content = item.read()
             picture = load_image(DeferredImage(item.image, lambda: content), self._options.limits)
             pixels = self._preprocessing(picture, self._options.limits)
-        except ImageError as error:
+        except (ImageError, DataError) as error:
             return DecodedPicture(number, item, None, error=error.problem)
         return DecodedPicture(number, item, pixels, content if self._pictures else b"")
 

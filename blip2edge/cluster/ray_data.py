@@ -6,7 +6,7 @@ All machines must see models and files under the same paths, as on a shared disk
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from blip2edge.errors import Blip2EdgeError, UsageError, option
@@ -27,7 +27,7 @@ def check_ray() -> None:
 def map_on_ray(
     address: str,
     workers: int,
-    worker: type[Callable[[dict[str, Any]], dict[str, Any]]],
+    worker: Any,
     arguments: Sequence[Any],
     rows: Sequence[dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
@@ -68,7 +68,6 @@ def map_on_ray(
             fn_constructor_args=tuple(arguments),
             concurrency=workers,
             num_cpus=1,
-            scheduling_strategy="SPREAD",
         )
         yield from mapped.iter_rows()
     except ray.exceptions.RayError as error:

@@ -125,12 +125,12 @@ def test_an_object_store_is_read_as_the_disk_is(folder: Path) -> None:
 
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path, problem in (
-        (tmp_path / "nothing", "which does not exist"),
-        (tmp_path, "expected at least one picture, got none"),
-        (tmp_path / "x.tar", "no such file"),
+        (str(tmp_path / "nothing"), "which does not exist"),
+        (str(tmp_path), "expected at least one picture, got none"),
+        (str(tmp_path / "x.tar"), "no such file"),
     ):
         with pytest.raises(DataError, match=problem):
-            names(PictureSource(str(path)))
+            names(PictureSource(path))
     with pytest.raises(DataError, match="nowhere:// cannot be read as an object store"):
         names(PictureSource("nowhere://bucket"))
     monkeypatch.setitem(__import__("sys").modules, "fsspec", None)

@@ -144,7 +144,8 @@ def test_the_log_probability_is_the_models_own(opt_oracle: Any, changes: dict[st
     oracle = opt_oracle(4, LENGTHS)
     options = replace(PLAIN, num_beams=1, length_penalty=0.0, eos_token_ids=ends_of(oracle), **changes)
     greedy = oracle.run(options, scored=True)
-    beams = beam_search(*oracle.start(), options)
+    first, state, prompts = oracle.start()
+    beams = beam_search(first, state, prompts, options)
     for text, beam in zip(greedy, beams, strict=True):
         assert text.tokens == beam.tokens
         assert text.logprob == pytest.approx(beam.logprob, abs=1e-4)
