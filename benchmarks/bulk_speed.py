@@ -5,8 +5,8 @@
 The pictures are generated JPEGs of the size of photos (640 x 480, noise of a camera), so that reading and decoding them
 costs what it costs for photos. The loop calls `Captioner.caption` picture by picture. Both are measured in turn in one
 process (A B A B), by wall time; the load of the machine is in the result. The bundle is loaded before the clock starts
-for the loop, and within the time of `bulk`, which also lists the pictures and writes the output. Other rows: `bulk` with
-one thread for the pictures, with batches of one picture, and decoding alone by threads and by processes.
+for the loop, and within the time of `bulk`, which also lists the pictures and writes the output. Other rows: `bulk`
+with one thread for the pictures, with batches of one picture, and decoding alone by threads and by processes.
 """
 
 from __future__ import annotations
