@@ -21,7 +21,8 @@ from reporting import CHECKPOINT, cpu_model, in_turn, parser_of, write_json
 
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.serving.watch import Frame, WatchResult, watch
+from blip2edge.runtime.serving.streams.sources import Frame
+from blip2edge.runtime.serving.watch import WatchResult, watch
 from blip2edge.training.data.scenes import Scene, scenes
 
 LIMITS = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05)

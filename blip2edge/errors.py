@@ -195,3 +195,8 @@ def one_line(error: BaseException) -> str:
     """An exception's message in one plain line of at most 200 characters; its class where the message is empty."""
     text = " ".join(_ESCAPE.sub("", str(error)).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:199]}…"
+
+
+def shown_address(address: str) -> str:
+    """An address as it is printed: without its password."""
+    return re.sub(r"(://[^:/@\s]*):[^/@\s]*@", r"\1:***@", address)

@@ -26,6 +26,7 @@ EXTRAS = {
     "onnx_ir": "build",
     "onnxruntime": "cpu",
     "openvino": "openvino",
+    "paho": "mqtt",
     "peft": "peft",
     "pyarrow": "bulk",
     "ray": "ray",

@@ -198,15 +198,15 @@ def main() -> int:
 
     found: list[tuple[str, str, int, str, ast.Module]] = []
     earlier = [] if options.again is None else json.loads(options.again.read_text())
-    survivors = {(one["module"], one["change"]) for one in earlier if one["outcome"] == "survived"}
-    for name in options.only or dict.fromkeys(module for module, _ in survivors) or MODULES:
+    survivors = {(one["module"], one["line"], one["change"]) for one in earlier if one["outcome"] == "survived"}
+    for name in options.only or dict.fromkeys(module for module, _, _ in survivors) or MODULES:
         path = ROOT / (name.replace(".", "/") + ".py")
         source = path.read_text(encoding="utf-8")
         if _survives(name, ast.parse(source), str(path), MODULES[name], 10 * options.seconds) != "survived":
             raise SystemExit(f"the tests of {name} fail without a change")
         found += [(name, str(path), *each) for each in mutants(source)]
     if survivors:
-        chosen = [one for one in found if (one[0], one[3]) in survivors]
+        chosen = [one for one in found if (one[0], one[2], one[3]) in survivors]
     else:
         chosen = random.Random(options.seed).sample(found, min(options.mutants, len(found)))
     done: list[Mutant] = []

@@ -16,7 +16,8 @@ from blip2edge.cli import main
 from blip2edge.errors import PromptError
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.serving.http import Server
-from blip2edge.runtime.serving.watch import Frame, watch
+from blip2edge.runtime.serving.streams.sources import Frame
+from blip2edge.runtime.serving.watch import watch
 from tests.drawing import draw_pictures
 from tests.http_calls import ask, chat, got, png_file
 

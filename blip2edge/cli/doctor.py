@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(_options: argparse.Namespace) -> int:
     """Print what this machine can run; status 1 where it cannot caption at all."""
+    from blip2edge.runtime.bench.board import conclusion
     from blip2edge.runtime.bench.doctor import diagnose
 
     checks = diagnose()
@@ -26,6 +27,7 @@ def run(_options: argparse.Namespace) -> int:
         print(f"{mark:4}  {check.name.ljust(width)}  {check.detail}")
         if check.fix is not None and not check.ok:
             print(f"      {' ' * width}  -> {check.fix}")
+    print(f"\n{conclusion(checks)}")
     if any(check.required and not check.ok for check in checks):
         return 1
     print_next("blip2edge caption IMAGE -b BUNDLE" if demo_problem() else "blip2edge demo")

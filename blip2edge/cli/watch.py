@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from contextlib import ExitStack
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
 
 from blip2edge.cli.caption import load_captioner, open_bundle
 from blip2edge.cli.flag_groups import add_bundle_option, add_generation, add_limits, add_number, given_generation
-from blip2edge.cli.flag_types import share_or_zero
+from blip2edge.cli.flag_types import http_header, positive_number, share_or_zero
 from blip2edge.cli.messages import print_note
+from blip2edge.errors import shown_address
 from blip2edge.limits import FILE_LIMITS, Limits
 
 if TYPE_CHECKING:
     import argparse
+
+    from blip2edge.runtime.serving.streams.sinks import CaptionEvent, Sink
+    from blip2edge.runtime.serving.watch import WatchResult
+
+RECEIVERS = {
+    "post": ("URL", "send each caption as a JSON object by HTTP POST"),
+    "mqtt": ("URL", "publish each caption as a JSON object: mqtt://[USER:PASSWORD@]HOST[:PORT]/TOPIC, or mqtts://…"),
+    "annotated": ("FILE.mp4", "write the captioned frames with their captions as a video"),
+}
+"""Flags of ``sinks.SINKS``: the placeholder and the help of each."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="number of a camera or /dev/video…, video file, stream address such as rtsp://…: the newest frame is "
-        "captioned; or a folder: every picture that appears in it is captioned",
+        help="number of a camera or /dev/video…, csi:0 for a camera of a Jetson, GStreamer pipeline (in quotes), video "
+        "file, stream address such as rtsp://…: the newest frame is captioned; or a folder: every picture that appears "
+        "in it is captioned",
     )
     parser.add_argument(
         "--prompt", metavar="P", help="text that each caption continues (default: the model's own prompt)"
@@ -41,7 +55,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind=share_or_zero,
         metavar="X",
     )
+    add_number(
+        parser,
+        "--max-fps",
+        "caption at most X frames per second, which leaves time to other programs (default: no limit)",
+        0.0,
+        kind=positive_number,
+        metavar="X",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line for each frame")
+    group = parser.add_argument_group("receivers of captions, besides standard output; each may be given several times")
+    for flag, (metavar, text) in RECEIVERS.items():
+        group.add_argument(f"--{flag}", metavar=metavar, action="append", default=[], help=text)
+    group.add_argument(
+        "--post-header",
+        metavar="NAME:VALUE",
+        type=http_header,
+        action="append",
+        default=[],
+        help="header of the requests of --post, such as 'Authorization: Bearer KEY'",
+    )
     add_bundle_option(parser)
     add_generation(parser)
     add_limits(parser, Limits, FILE_LIMITS)
@@ -49,35 +82,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Caption the newest frame again and again, or each picture of a folder, until the source ends or Ctrl-C."""
-    from blip2edge.runtime.serving.watch import open_source
+    from blip2edge.runtime.serving.streams.sources import open_source
     from blip2edge.runtime.serving.watch import watch as live
 
-    frames = open_source(options.source, follow=not options.once)
-    captioner = load_captioner(options, open_bundle(options))
+    name = shown_address(options.source)
+    frames = open_source(options.source, follow=not options.once, report=print_note)
     flags = given_generation(options)
     dropped = failed = 0
-    for caption in live(
-        captioner,
-        frames,
-        prompt=options.prompt,
-        every=options.once,
-        reuse_below=options.reuse_below,
-        **flags,
-    ):
-        dropped += caption.dropped
-        if caption.result is None:
-            print_note(f"error: {caption.error}")
-            failed += 1
-        elif options.json:
-            extra = {
-                "frame": caption.frame,
-                "dropped": caption.dropped,
-                "age_ms": round(caption.age_ms, 1),
-                "reused": caption.reused,
-            }
-            print(json.dumps({**caption.result.to_json(), **extra}), flush=True)
-        else:
-            print(f"{caption.frame}: {caption.result.text}", flush=True)
+    with ExitStack() as opened:
+        sinks = _open_sinks(options, opened)
+        captioner = load_captioner(options, open_bundle(options))
+        for caption in live(
+            captioner,
+            frames,
+            prompt=options.prompt,
+            every=options.once,
+            reuse_below=options.reuse_below,
+            max_fps=options.max_fps,
+            **flags,
+        ):
+            dropped += caption.dropped
+            if caption.result is None:
+                print_note(f"error: {caption.error}")
+                failed += 1
+                continue
+            values = {**caption.result.to_json(), **_about(caption)}
+            print(json.dumps(values) if options.json else f"{caption.frame}: {caption.result.text}", flush=True)
+            for sink in sinks:
+                sink.put(_event(name, caption, values))
     if dropped:
         print_note(f"{dropped} frames were dropped, because they came faster than captions")
     return 1 if failed and options.once else 0
+
+
+def _about(caption: WatchResult) -> dict[str, Any]:
+    """The keys of a frame in JSON, besides those of its caption."""
+    return {
+        "frame": caption.frame,
+        "dropped": caption.dropped,
+        "age_ms": round(caption.age_ms, 1),
+        "reused": caption.reused,
+    }
+
+
+def _event(source: str, caption: WatchResult, values: dict[str, Any]) -> CaptionEvent:
+    from blip2edge.runtime.serving.streams.sinks import CaptionEvent
+
+    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    return CaptionEvent({**values, "source": source, "time": now}, caption.image, caption.seconds)
+
+
+def _open_sinks(options: argparse.Namespace, opened: ExitStack) -> list[Sink]:
+    """The receivers that the flags name; they are closed with the stack."""
+    given = [(flag, value) for flag in RECEIVERS for value in getattr(options, flag)]
+    if not given:
+        return []
+    from blip2edge.runtime.serving.streams.sinks import SINKS, SinkOptions
+
+    sinks = []
+    for flag, value in given:
+        sinks.append(SINKS[flag](value, SinkOptions(print_note, dict(options.post_header))))
+        opened.callback(sinks[-1].close)
+    return sinks

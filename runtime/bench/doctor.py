@@ -31,6 +31,7 @@ from blip2edge.runtime.backends.probe import (
     nvidia_driver,
     processor,
 )
+from blip2edge.runtime.bench.board import board_checks, read_file
 
 MEASURED_PACKAGES = ("numpy", "pillow", "tokenizers", "safetensors", "huggingface-hub", "onnx", "onnxscript")
 TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-lean", "tensorrt-dispatch")
@@ -71,6 +72,7 @@ def diagnose() -> list[Check]:
         _platform(),
         _processor(),
         _memory(),
+        *board_checks(),
         _packages(),
         *(replace(check, required=check.required and required) for check in _onnxruntime()),
         openvino,
@@ -90,8 +92,8 @@ def _python() -> Check:
 
 
 def _platform() -> Check:
-    board = _read("/proc/device-tree/model").strip("\0 \n")
-    jetpack = _read("/etc/nv_tegra_release").split("\n")[0].lstrip("# ")
+    board = read_file(Path("/proc/device-tree/model"))
+    jetpack = read_file(Path("/etc/nv_tegra_release")).split("\n")[0].lstrip("# ")
     parts = [platform.platform(), platform.machine(), board, jetpack]
     return Check("platform", True, ", ".join(part for part in parts if part))
 
@@ -107,7 +109,7 @@ def _processor() -> Check:
 
 def _memory() -> Check:
     figures = {}  # name -> KiB
-    for line in _read("/proc/meminfo").splitlines():
+    for line in read_file(Path("/proc/meminfo")).splitlines():
         name, _, value = line.partition(":")
         if value.split()[:1] and value.split()[0].isdigit():
             figures[name] = int(value.split()[0])
@@ -116,7 +118,7 @@ def _memory() -> Check:
     total = figures["MemTotal"] * 1024 / 1e9
     free = figures.get("MemAvailable", 0) * 1024 / 1e9
     detail = f"{total:.1f} GB, {free:.1f} GB available"
-    limit = _read("/sys/fs/cgroup/memory.max").strip()
+    limit = read_file(Path("/sys/fs/cgroup/memory.max"))
     if limit.isdigit() and int(limit) / 1e9 < total:
         detail += f", limited to {int(limit) / 1e9:.1f} GB"
     return Check("memory", True, detail)
@@ -203,11 +205,3 @@ def _spec(module: str) -> object | None:
         return importlib.util.find_spec(module)
     except (ImportError, ValueError):  # a half-removed package: its __spec__ is None
         return None
-
-
-def _read(path: str) -> str:
-    """The text of a small system file; empty if it does not exist or cannot be read."""
-    try:
-        return Path(path).read_text(errors="replace")
-    except OSError:
-        return ""

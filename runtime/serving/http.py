@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -35,10 +36,11 @@ from blip2edge.runtime.captioning.restart import Backoff, RestartingCaptioner
 from blip2edge.runtime.captioning.scheduler import Scheduler
 from blip2edge.runtime.decoding.options import GenerationOptions, shown
 from blip2edge.runtime.serving.access import Access, AccessControl
-from blip2edge.runtime.serving.chat_keys import NAMES, RequestError, classified, error_json
+from blip2edge.runtime.serving.chat_keys import NAMES, RequestError, check_type, classified, error_json
+from blip2edge.runtime.serving.json_bodies import json_object
 from blip2edge.runtime.serving.metrics import Metrics
 from blip2edge.runtime.serving.openai_api import Answer, event_lines, read_request
-from blip2edge.runtime.serving.openapi import CHAT, ENDPOINTS, document, route_name
+from blip2edge.runtime.serving.openapi import CHAT, ENDPOINTS, EVENT_KEYS, document, route_name
 from blip2edge.runtime.serving.picture_forms import FORM_TYPE, JSON_TYPE, media_type, read_caption_request
 from blip2edge.runtime.serving.request_log import RequestLog
 from blip2edge.runtime.serving.transfer import BodyMemory, BodyShare, ClientGoneError, WaitingClient, read_body
@@ -48,6 +50,9 @@ PAGE = Path(__file__).with_name("page.html")
 
 CODES = {404: "not_found", 405: "method_not_allowed"}
 """``code`` of the errors that are found before a route is called."""
+
+RECENT, MAX_EVENT = 100, 64 << 10
+"""Posted captions that are kept, and the largest body of one in bytes."""
 
 SHARE = "blip2edge.body_share"
 """Key of the ASGI scope: the request's share of the memory for bodies."""
@@ -95,6 +100,7 @@ class Server:
             max_waiting=max_waiting,
             trace=self.metrics.add_span,
         )
+        self._events: deque[dict[str, str]] = deque(maxlen=RECENT)
         self._made = int((captioner.bundle.path / "bundle.json").stat().st_mtime)
         handlers: dict[Any, Any] = {
             Blip2EdgeError: self._refused,
@@ -222,6 +228,17 @@ class Server:
         headers = {"content-type": "text/event-stream", "cache-control": "no-cache"}
         return StreamingResponse(event_lines(first, chunks), headers=headers)
 
+    async def _recent(self, _request: HttpRequest) -> Response:
+        return JSONResponse({"data": list(self._events)})
+
+    async def _post(self, request: HttpRequest) -> Response:
+        values = json_object(await self._body(request, MAX_EVENT), self.limits)
+        kept = {name: values[name] for name in EVENT_KEYS if values.get(name) is not None}
+        for name in ("text", *kept):
+            check_type(name, kept.get(name, 0), str, "a text")
+        self._events.append(kept)
+        return JSONResponse(kept)
+
     # Captions
 
     def _submit(
@@ -267,9 +284,10 @@ class Server:
             return options
         return replace(options, max_new_tokens=most, min_new_tokens=min(options.min_new_tokens, most))
 
-    async def _body(self, request: HttpRequest) -> bytes:
+    async def _body(self, request: HttpRequest, most: int | None = None) -> bytes:
         share: BodyShare = request.scope[SHARE]
-        return await read_body(request.headers, request.receive, share, self.limits.body_bytes, self.connections)
+        most = self.limits.body_bytes if most is None else most
+        return await read_body(request.headers, request.receive, share, most, self.connections)
 
     async def _finished(self, client: WaitingClient) -> CaptionResult:
         while await client.next() is not None:

@@ -319,8 +319,8 @@ class Answer:
         return self._chunk([choice], None)
 
     def usage_chunk(self, result: CaptionResult) -> dict[str, Any]:
-        """The chunk after the last piece, for ``stream_options.include_usage``."""
-        return self._chunk([], usage(result))
+        """The chunk after the last piece, for ``stream_options.include_usage``; it has ``timings_ms`` as well."""
+        return {**self._chunk([], usage(result)), "timings_ms": result.timings_ms}
 
     def _chunk(self, choices: list[dict[str, Any]], counts: dict[str, int] | None) -> dict[str, Any]:
         whole = self._object("chat.completion.chunk", choices)

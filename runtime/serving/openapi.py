@@ -38,7 +38,8 @@ class Endpoint:
         summary: What it does.
         answers: Content types of an answer of status 200, and the name of the schema of each; empty for any text.
         errors: Statuses of errors, besides :data:`COMMON_ERRORS`.
-        body: Name of the key for the text of a picture's request (``prompt``, ``question``), ``chat``, or empty.
+        body: Name of the key for the text of a picture's request (``prompt``, ``question``), ``chat``, ``event``, or
+            empty.
     """
 
     method: str
@@ -85,7 +86,12 @@ ENDPOINTS = (
         BODY_ERRORS,
         "question",
     ),
+    Endpoint("GET", "/captions", "recent", "The last captions that were posted", ((JSON_TYPE, "Events"),)),
+    Endpoint("POST", "/captions", "post", "Adds a caption of `watch --post`", ((JSON_TYPE, "Event"),), (413,), "event"),
 )
+
+EVENT_KEYS = ("time", "source", "frame", "text")
+"""Keys of a posted caption that are kept."""
 
 ERRORS = {
     400: "The request is wrong; `param` is the key",
@@ -241,6 +247,8 @@ def _answer_schemas() -> dict[str, Schema]:
         "Model": _object(model, list(model)),
         "Models": _object({"object": {"const": "list"}, "data": {"type": "array", "items": reference}}, ["data"]),
         "Completion": _object(completion, list(completion)),
+        "Event": _object(dict.fromkeys(EVENT_KEYS, text), ["text"]),
+        "Events": _object({"data": {"type": "array", "items": {"$ref": "#/components/schemas/Event"}}}, ["data"]),
         "Error": _object({"error": _object(error, list(error))}, ["error"]),
     }
 
@@ -248,7 +256,7 @@ def _answer_schemas() -> dict[str, Schema]:
 def _parameters(endpoint: Endpoint, options: Mapping[str, Schema]) -> list[Schema]:
     if "{name}" in endpoint.path:
         return [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
-    if not endpoint.body or endpoint.body == "chat":
+    if endpoint.body in ("", "chat", "event"):
         return []
     names = (endpoint.body, *FORM_OPTIONS, "deadline_s")
     return [{"name": name, "in": "query", "required": False, "schema": options[name]} for name in names]
@@ -260,6 +268,8 @@ def _body(endpoint: Endpoint, options: Mapping[str, Schema]) -> Schema:
         parts = [{"type": "image_url", "image_url": {"url": EXAMPLE_URL}}, {"type": "text", "text": "a photo of"}]
         example = {"messages": [{"role": "user", "content": parts}], "max_tokens": 8}
         return {JSON_TYPE: {"schema": {"$ref": "#/components/schemas/ChatRequest"}, "example": example}}
+    if endpoint.body == "event":
+        return {JSON_TYPE: {"schema": _object({key: {"type": "string"} for key in EVENT_KEYS}, ["text"], more=True)}}
     names = (endpoint.body, *FORM_OPTIONS, "deadline_s")
     picture = {"anyOf": [DATA_URL, {"type": "array", "items": DATA_URL, "minItems": 1}]}
     values = {name: _nullable(options[name]) for name in names}

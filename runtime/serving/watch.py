@@ -7,41 +7,16 @@ pictures of a folder are kept by the file system, and all of them are captioned.
 
 from __future__ import annotations
 
-import stat
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from blip2edge.errors import BackendError, DataError, ImageError
-from blip2edge.packages import require
-from blip2edge.picture_files import PICTURE_SUFFIXES
+from blip2edge.errors import ImageError
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.request import CaptionResult
-from blip2edge.runtime.images.video import VIDEO_SUFFIXES
-
-POLL_S = 0.2  # between two listings of a folder
-SETTLED_POLLS = 10  # listings that show a broken picture unchanged before its error is reported
-
-
-@dataclass(frozen=True)
-class Frame:
-    """A picture.
-
-    Attributes:
-        name: A file's name, or seconds into the video.
-        image: The picture, or its path.
-        retry: Gives the frame back to its source, which tries it again: for a file that may still be written. None
-            if it is complete.
-    """
-
-    name: str
-    image: Any
-    retry: Callable[[], None] | None = None
+from blip2edge.runtime.serving.streams.sources import Frame, Source
 
 
 @dataclass(frozen=True)
@@ -56,6 +31,8 @@ class WatchResult:
         age_ms: Milliseconds from the frame's arrival to the end of its caption; for a folder, from the moment when the
             picture was taken from the queue.
         reused: Whether the last encoded frame's visual tokens were reused.
+        image: The frame's picture.
+        seconds: Time of the frame: in a video file, or since the start of the watch.
     """
 
     frame: str
@@ -64,164 +41,8 @@ class WatchResult:
     dropped: int
     age_ms: float
     reused: bool = False
-
-
-Frames = Generator[Frame, None, None]
-
-
-class Source(Iterator[Frame]):
-    """An iterator of frames. It ends with the frames, or when :meth:`close` is called from any thread.
-
-    Args:
-        make: Makes the frames; its event is set when the source is closed.
-        is_queue: Whether frames wait until they are taken, as the files of a folder do; a camera drops them.
-    """
-
-    def __init__(self, make: Callable[[threading.Event], Frames], *, is_queue: bool = False) -> None:
-        self.is_queue = is_queue
-        self._closed = threading.Event()
-        self._running = threading.Lock()
-        self._frames = make(self._closed)
-
-    def __next__(self) -> Frame:
-        """The next frame; waits for it."""
-        try:
-            with self._running:
-                if self._closed.is_set():
-                    raise StopIteration
-                return next(self._frames)
-        finally:
-            self._end_if_closed()
-
-    def close(self) -> None:
-        """Ends the frames, also for a thread that waits for one.
-
-        Files and cameras are closed at once, or when the frame that a thread waits for has arrived.
-        """
-        self._closed.set()
-        self._end_if_closed()
-
-    def _end_if_closed(self) -> None:
-        """Ends the generator after :meth:`close`; while it runs, the running thread does so afterwards."""
-        if self._closed.is_set() and self._running.acquire(blocking=False):
-            try:
-                self._frames.close()
-            finally:
-                self._running.release()
-
-
-def open_source(source: str, *, follow: bool = True) -> Source:
-    """Opens a camera, a video or a folder as a source of frames.
-
-    Args:
-        source: A number or ``/dev/video…`` for a camera, a video file, an address that FFmpeg reads (``rtsp:…``), or a
-            folder, in which new pictures appear.
-        follow: If True, wait for new pictures in a folder, and read a video file at its own speed; otherwise take the
-            present pictures only, and read the video as fast as possible.
-
-    Raises:
-        DataError: There is no such source.
-        BackendError: Videos and cameras need PyAV, which is not installed.
-    """
-    path = Path(source)
-    if path.is_dir():
-        return Source(partial(_folder, path, follow), is_queue=True)
-    if source.isdigit():
-        return _video(f"/dev/video{source}", "v4l2")
-    if source.startswith("/dev/"):
-        return _video(source, "v4l2")
-    if "://" in source:
-        return _video(source)
-    if path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES:
-        return _video(source, paced=follow)
-    raise DataError(
-        f"expected a folder, a video file or a camera, got {source}",
-        "give a folder of pictures, a video, a camera's number, or an address such as rtsp://…",
-    )
-
-
-def _folder(path: Path, follow: bool, closed: threading.Event) -> Frames:
-    """Yields the pictures of a folder, oldest first; with `follow`, once two listings show a file unchanged.
-
-    With `follow`, a frame can be given back: its file is tried again when it changes, and a last time when
-    :data:`SETTLED_POLLS` listings show it unchanged.
-    """
-    taken: set[_Version] = set()
-    before: set[_Version] = set()
-    broken: dict[_Version, int] = {}  # listings that showed each picture that was given back
-    while not closed.is_set():
-        found = _pictures(path)
-        ready = found & before if follow else found
-        for version in sorted(ready - taken):
-            taken.add(version)
-            retry = partial(broken.__setitem__, version, 0) if follow else None
-            yield Frame(version.name, path / version.name, retry)
-        if not follow:
-            return
-        for version in sorted(broken):
-            broken[version] += 1
-            if version not in found or broken[version] == SETTLED_POLLS:
-                del broken[version]
-                if version in found:
-                    yield Frame(version.name, path / version.name)
-        taken &= found
-        before = found
-        closed.wait(POLL_S)
-
-
-class _Version(NamedTuple):
-    """The state of a picture file in a listing; it changes when the file is written again."""
-
-    modified_ns: int
-    name: str
-    size: int
-
-
-def _pictures(folder: Path) -> set[_Version]:
-    """Lists the pictures of a folder; files that are removed during the listing are skipped."""
-    found = set()
-    try:
-        for path in folder.iterdir():
-            if path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith("."):
-                with suppress(FileNotFoundError):
-                    status = path.stat()
-                    if stat.S_ISREG(status.st_mode):
-                        found.add(_Version(status.st_mtime_ns, path.name, status.st_size))
-    except OSError as error:
-        raise DataError(
-            f"{folder} cannot be read any more ({error.strerror or error})", "check that the folder still exists"
-        ) from error
-    return found
-
-
-def _video(address: str, kind: str | None = None, *, paced: bool = False) -> Source:
-    av = require("av", "reading videos and cameras", BackendError)
-    return Source(partial(_decoded, av, address, kind, paced))
-
-
-def _decoded(av: Any, address: str, kind: str | None, paced: bool, closed: threading.Event) -> Frames:
-    """Yields the frames of a video; `kind` is FFmpeg's input format, `paced` means at the video's own speed."""
-    start, empty = time.perf_counter(), True
-    try:
-        with av.open(address, format=kind) as container:
-            stream = container.streams.video[0]
-            for frame in container.decode(stream):
-                at = float(frame.time or 0.0)
-                if paced:
-                    closed.wait(max(0.0, at - (time.perf_counter() - start)))
-                if closed.is_set():
-                    return
-                empty = False
-                yield Frame(f"{at:.2f} s", frame.to_ndarray(format="rgb24"))
-    except (av.error.FFmpegError, IndexError) as error:
-        raise DataError(
-            f"{address} cannot be read as a video ({error})",
-            "check the path, the camera or the address; convert a video file to MP4",
-        ) from error
-    if empty:
-        raise DataError(
-            f"{address}: expected a video with frames, found none that can be decoded", "copy or record the video again"
-        )
+    image: Any = None
+    seconds: float = 0.0
 
 
 class NewestFrame:
@@ -284,6 +105,7 @@ def watch(
     prompt: str | None = None,
     every: bool = False,
     reuse_below: float = 0.0,
+    max_fps: float = 0.0,
     on_piece: Callable[[str | None], None] | None = None,
     **options: Any,
 ) -> Iterator[WatchResult]:
@@ -296,6 +118,7 @@ def watch(
         every: Whether to caption every frame in order and drop none. A :class:`Source` with ``is_queue`` implies it.
         reuse_below: A frame that differs by less from the last encoded one is not encoded; 0 encodes every frame. See
             :class:`blip2edge.runtime.captioning.frame_reuse.ReusingEncoder`.
+        max_fps: Largest number of captions per second; 0 for no limit. A camera's frames in between are dropped.
         on_piece: Called with each piece of a text as it is generated, and with None at its end.
         **options: As ``Captioner.caption`` takes them.
 
@@ -308,6 +131,8 @@ def watch(
     """
     encoder = captioner.reusing(reuse_below) if reuse_below else None
     generation = captioner.options(**options)
+    interval = 1 / max_fps if max_fps else 0.0
+    start = time.monotonic()
     queued = every or (isinstance(frames, Source) and frames.is_queue)
     newest = None if queued else NewestFrame(frames)
 
@@ -319,7 +144,7 @@ def watch(
 
     with captioner.scheduler(max_batch=1, max_waiting=1, encoder=encoder) as scheduler:
         try:
-            for frame, arrived, dropped in coming():
+            for frame, arrived, dropped in _paced(coming(), interval):
                 request = scheduler.submit(frame.image, generation, prompt=prompt, on_piece=on_piece)
                 result, problem = None, ""
                 try:
@@ -331,9 +156,22 @@ def watch(
                     problem = str(error)
                 age_ms = (time.monotonic() - arrived) * 1e3
                 reused = encoder is not None and result is not None and encoder.reused
-                yield WatchResult(frame.name, result, problem, dropped, age_ms, reused)
+                seconds = arrived - start if frame.seconds is None else frame.seconds
+                yield WatchResult(frame.name, result, problem, dropped, age_ms, reused, frame.image, seconds)
         finally:
             if newest is not None:
                 newest.close()
             elif isinstance(frames, Source):
                 frames.close()
+
+
+def _paced(frames: Iterator[Any], interval: float) -> Iterator[Any]:
+    """Takes one frame in `interval` seconds at most. It waits before it takes a frame, so that the frame is new."""
+    due = 0.0
+    while True:
+        time.sleep(max(0.0, due - time.monotonic()))
+        due = time.monotonic() + interval
+        frame = next(frames, None)
+        if frame is None:
+            return
+        yield frame

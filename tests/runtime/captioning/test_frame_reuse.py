@@ -20,7 +20,8 @@ from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.frame_reuse import CELLS, cells_of
 from blip2edge.runtime.captioning.request import StageClock
-from blip2edge.runtime.serving.watch import Frame, WatchResult, watch
+from blip2edge.runtime.serving.streams.sources import Frame
+from blip2edge.runtime.serving.watch import WatchResult, watch
 from tests.drawing import draw_pictures
 from tests.families.drawing_blip import save_blip
 from tests.families.drawing_idefics import draw_idefics

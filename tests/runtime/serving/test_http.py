@@ -6,6 +6,7 @@ import asyncio
 import io
 import math
 import threading
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -236,12 +237,23 @@ def test_metrics_are_those_of_the_prometheus_format(server: Server, png: bytes) 
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
 
 
+def test_posted_captions_are_kept(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_events", deque(maxlen=2))
+    for number in range(3):
+        got(ask(server, "POST", "/captions", b'{"text": "%d", "frame": null, "tokens": [1]}' % number))
+    assert got(ask(server, "GET", "/captions")).json == {"data": [{"text": "1"}, {"text": "2"}]}
+    for wrong in (b"[]", b"{}", b'{"text": 1}', b'{"text": "a", "source": {}}'):
+        got(ask(server, "POST", "/captions", wrong), 400)
+    got(ask(server, "POST", "/captions", b'{"text": "' + b"a" * (64 << 10) + b'"}'), 413)
+
+
 def test_usage_at_the_end_of_a_stream(server: Server, png: bytes) -> None:
     whole = got(ask(server, "POST", "/v1/chat/completions", chat(png, "two", max_tokens=5))).json
     body = chat(png, "two", max_tokens=5, stream=True, stream_options={"include_usage": True})
     *chunks, last, done = got(ask(server, "POST", "/v1/chat/completions", body)).events
     assert done == "[DONE]"
     assert (last["choices"], last["usage"]) == ([], whole["usage"])
+    assert last["timings_ms"].keys() == whole["timings_ms"].keys()
     assert all(chunk["usage"] is None for chunk in chunks)
     plain = got(ask(server, "POST", "/v1/chat/completions", chat(png, "two", max_tokens=5, stream=True)))
     assert not any("usage" in event for event in plain.events)

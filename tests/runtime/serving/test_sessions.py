@@ -22,7 +22,7 @@ pytest.importorskip("cryptography", reason="the certificate needs the extra tls"
 
 from blip2edge.cli import main
 from blip2edge.cli.certificate import machine_names, self_signed
-from tests.browser import CHROMIUM, browser
+from tests.browser import Page
 from tests.http_calls import CHAT, chat, png_file
 
 KEY = "s3cret"
@@ -102,33 +102,24 @@ def test_a_session_of_curl(service: Service, tmp_path: Path) -> None:
     assert all(secret not in log for secret in (KEY, "secret words", "two", "iVBOR"))
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-def test_a_session_of_chromium(service: Service, tmp_path: Path) -> None:
+def test_a_session_of_chromium(service: Service, page: Page, tmp_path: Path) -> None:
     picture = tmp_path / "dog.png"
     picture.write_bytes(png_file())
-    with browser(tmp_path / "profile", "--ignore-certificate-errors") as page:
-        page.call("Page.navigate", url=service.address)
-        page.until("document.getElementById('login')?.hidden === false")
-        page.value("document.getElementById('key').value = 'wrong'; document.querySelector('#login button').click()")
-        page.until("!document.getElementById('login').hidden")
-        page.value(f"document.getElementById('key').value = '{KEY}'; document.querySelector('#login button').click()")
-        assert page.until("document.getElementById('model').textContent").startswith("· ")
-        assert page.value("document.getElementById('login').hidden")
+    page.open(service.address, "!document.getElementById('login').hidden")
+    page.value("$('key').value = 'wrong'; document.querySelector('#login button').click()")
+    page.until("!$('login').hidden && $('refused').textContent")
+    page.value(f"$('key').value = '{KEY}'; document.querySelector('#login button').click()")
+    assert page.until("$('model').textContent").startswith("· ")
+    assert page.value("$('login').hidden")
 
-        node = page.call("DOM.getDocument")["root"]["nodeId"]
-        field = page.call("DOM.querySelector", nodeId=node, selector="#file")["nodeId"]
-        page.call("DOM.setFileInputFiles", nodeId=field, files=[str(picture)])
-        page.until("document.getElementById('still').naturalWidth")
-        page.value("document.getElementById('form').requestSubmit()")
-        assert "ms" in page.until("document.getElementById('times').textContent")
-        assert page.value("document.getElementById('caption').textContent")
-        assert page.value("isSecureContext")  # or the camera could not be used
+    page.choose("#file", [picture])
+    assert "ms" in page.until("$('times').textContent")
+    assert page.value("$('caption').textContent")
+    assert page.value("isSecureContext && !$('camera').disabled")
 
-        page.call("Page.navigate", url=f"{service.address}/?again#key={KEY}")
-        page.until("location.search == '?again' && document.getElementById('model')?.textContent")
-        assert page.value("location.hash") == ""
-        page.call("Page.navigate", url=f"{service.address}/metrics")
-        page.until("document.body?.innerText.includes('invalid_api_key')")
+    page.open(f"{service.address}/?again#key={KEY}", "document.getElementById('model').textContent")
+    assert page.value("location.hash") == ""
+    page.open(f"{service.address}/metrics", "document.body.innerText.includes('invalid_api_key')")
 
 
 def test_a_certificate_is_kept_and_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,9 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 from blip2edge.cli import main
 from blip2edge.errors import DataError
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.serving import watch as watch_module
-from blip2edge.runtime.serving.watch import Frame, Frames, NewestFrame, Source, _folder, open_source, watch
+from blip2edge.runtime.serving.streams import sources
+from blip2edge.runtime.serving.streams.sources import Frame, Frames, Source, _folder, open_source
+from blip2edge.runtime.serving.watch import NewestFrame, watch
 from tests.drawing import draw_pictures
 
 
@@ -75,7 +76,7 @@ def test_a_broken_picture_does_not_end_it(captioner: Captioner, folder: Path) ->
 
 
 def test_new_pictures_appear(captioner: Captioner, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch_module, "POLL_S", 0.01)
+    monkeypatch.setattr(sources, "POLL_S", 0.01)
     frames = open_source(str(folder))
     names = {next(frames).name for _ in range(3)}
     draw_pictures(1, 9)[0].save(folder / "later.png")
@@ -84,7 +85,7 @@ def test_new_pictures_appear(captioner: Captioner, folder: Path, monkeypatch: py
 
 def test_folder_is_a_queue(captioner: Captioner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """40 pictures that arrive while others are captioned give 40 captions, in the order in which they arrived."""
-    monkeypatch.setattr(watch_module, "POLL_S", 0.01)
+    monkeypatch.setattr(sources, "POLL_S", 0.01)
     pictures = draw_pictures(4, 5)
     results = watch(captioner, open_source(str(tmp_path)), max_new_tokens=2)
     seen = []
@@ -106,7 +107,7 @@ def test_picture_is_taken_when_two_listings_show_it_unchanged(tmp_path: Path) ->
         """An event whose wait writes the file."""
 
         def wait(self, timeout: float | None = None) -> bool:
-            assert timeout == watch_module.POLL_S
+            assert timeout == sources.POLL_S
             size = next(sizes, None)
             if size is None:
                 self.set()
@@ -114,7 +115,7 @@ def test_picture_is_taken_when_two_listings_show_it_unchanged(tmp_path: Path) ->
                 path.write_bytes(bytes(size))
             return self.is_set()
 
-    taken = [frame.image.stat().st_size for frame in watch_module._folder(tmp_path, True, Closing())]
+    taken = [frame.image.stat().st_size for frame in _folder(str(tmp_path), True, Closing())]
     assert taken == [20, 30]  # 10 was never seen twice; a file that is written again is taken again
 
 
@@ -123,7 +124,7 @@ def test_a_half_written_picture_is_tried_again_and_a_broken_one_is_reported_once
 ) -> None:
     draw_pictures(1)[0].save(tmp_path / "whole.bin", format="PNG")
     whole = (tmp_path / "whole.bin").read_bytes()
-    writes = iter([0.3, 0.3, None, None, 0.6, None, None, None, 1.0, *[None] * (watch_module.SETTLED_POLLS + 4)])
+    writes = iter([0.3, 0.3, None, None, 0.6, None, None, None, 1.0, *[None] * (sources.SETTLED_POLLS + 4)])
 
     class Closing(threading.Event):
         """An event whose wait writes a part of the picture."""
@@ -138,7 +139,7 @@ def test_a_half_written_picture_is_tried_again_and_a_broken_one_is_reported_once
 
     (tmp_path / "broken.png").write_bytes(b"no picture")
     closing = Closing()
-    source = Source(lambda _: _folder(tmp_path, True, closing), is_queue=True)
+    source = Source(lambda _: _folder(str(tmp_path), True, closing), is_queue=True)
     seen = list(watch(captioner, source, max_new_tokens=2))
     assert [one.frame for one in seen] == ["slow.png", "broken.png"]
     assert [one.result is None for one in seen] == [False, True]
@@ -159,7 +160,7 @@ def test_a_picture_that_is_removed_while_it_is_looked_for(folder: Path, monkeypa
 
 
 def test_a_folder_that_is_removed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch_module, "POLL_S", 0.01)
+    monkeypatch.setattr(sources, "POLL_S", 0.01)
     frames = open_source(str(folder))
     for _ in range(3):
         next(frames)
@@ -174,11 +175,11 @@ def _readers() -> list[threading.Thread]:
 
 def test_no_thread_goes_on_polling(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder gets no picture more, and a look at it is due in a minute only."""
-    monkeypatch.setattr(watch_module, "POLL_S", 0.01)
+    monkeypatch.setattr(sources, "POLL_S", 0.01)
     before = set(_readers())
     newest = NewestFrame(open_source(str(folder)))
     assert newest.get() is not None
-    monkeypatch.setattr(watch_module, "POLL_S", 60.0)
+    monkeypatch.setattr(sources, "POLL_S", 60.0)
     (reader,) = set(_readers()) - before
     newest.close()
     reader.join(10)
@@ -190,13 +191,13 @@ def test_no_thread_goes_on_polling(folder: Path, monkeypatch: pytest.MonkeyPatch
 def test_who_stops_listening_ends_the_reader(
     captioner: Captioner, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch_module, "POLL_S", 0.01)
+    monkeypatch.setattr(sources, "POLL_S", 0.01)
     before = set(_readers())
     source = open_source(str(folder))
     source.is_queue = False  # as a camera
     results = watch(captioner, source, max_new_tokens=2)
     assert next(results).result is not None
-    monkeypatch.setattr(watch_module, "POLL_S", 60.0)
+    monkeypatch.setattr(sources, "POLL_S", 60.0)
     (reader,) = set(_readers()) - before
     results.close()  # type: ignore[attr-defined]  # a generator
     reader.join(10)

@@ -1,0 +1,74 @@
+"""Takes the pictures of the page of ``serve`` for docs/serving.md: docs/page.png and docs/page-phone.png.
+
+    blip2edge export examples/checkpoint -o /tmp/scenes
+    python benchmarks/page_pictures.py /tmp/scenes --output docs
+
+Needs Chromium. The pictures on the page are those of examples/pictures, eight times as large; one is the camera's.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from PIL import Image
+from reporting import ROOT, parser_of
+
+sys.path.insert(0, str(ROOT))
+
+from blip2edge.runtime.captioning.captioner import Captioner
+from tests.browser import Page, browser, fake_camera
+from tests.live_server import live
+
+SCALE = 8
+LOADED = "document.getElementById('model').textContent"
+
+
+def set_screen(page: Page, width: int, height: int, scheme: str) -> None:
+    """Sets the size of the screen in CSS pixels, and its colors (``light`` or ``dark``)."""
+    page.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+    page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+
+def save(page: Page, path: Path) -> None:
+    """Saves what the page shows, as a small file."""
+    path.write_bytes(page.screenshot())
+    with Image.open(path) as picture:
+        picture.convert("RGB").save(path, optimize=True)
+    print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
+
+
+def main() -> None:
+    """Takes the pictures."""
+    parser = parser_of(__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs")
+    options = parser.parse_args()
+    with TemporaryDirectory() as folder:
+        files = []
+        for path in sorted((ROOT / "examples" / "pictures").glob("*.png")):
+            with Image.open(path) as picture:
+                scaled = picture.convert("RGB").resize(
+                    [SCALE * side for side in picture.size], Image.Resampling.NEAREST
+                )
+            files.append(Path(folder, path.name))
+            scaled.save(files[-1])
+        camera = fake_camera(Path(folder, "camera.y4m"), scaled)
+        captioner = Captioner.load(options.bundle, threads=1)
+        with live(captioner) as (_, port), browser(Path(folder, "profile"), *camera) as page:
+            set_screen(page, 760, 980, "light")
+            page.open(f"http://127.0.0.1:{port}/", LOADED)
+            page.choose("#file", files[:3])
+            page.until("pictures.length === 3 && pictures.every(one => one.state === 'done') && !busy")
+            save(page, options.output / "page.png")
+            with page.another() as phone:
+                set_screen(phone, 390, 720, "dark")
+                phone.open(f"http://127.0.0.1:{port}/", LOADED)
+                phone.value("$('camera').click()")
+                phone.until("!$('video').hidden && $('times').textContent")
+                save(phone, options.output / "page-phone.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A ROS 2 node that captions the pictures of a topic."""

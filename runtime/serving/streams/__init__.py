@@ -1,0 +1,1 @@
+"""Where ``blip2edge watch`` reads frames from, and where it sends captions to."""

@@ -1,0 +1,399 @@
+"""The sources of ``blip2edge watch``: folders, video files, cameras, network streams and GStreamer pipelines.
+
+:data:`KINDS` lists the kinds of sources. Each matches its sources by their form, and makes frames. A live source that
+breaks off is opened again by :func:`_reconnecting`, which is the same for all of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from blip2edge.errors import BackendError, DataError, one_line, shown_address
+from blip2edge.packages import require
+from blip2edge.picture_files import PICTURE_SUFFIXES
+from blip2edge.runtime.images.preprocess import DeferredImage
+from blip2edge.runtime.images.video import VIDEO_SUFFIXES
+
+POLL_S = 0.2  # between two listings of a folder
+SETTLED_POLLS = 10  # listings that show a broken picture unchanged before its error is reported
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 5.0  # before a live source is opened again; doubled each time
+NETWORK_TIMEOUT_S = 5.0  # to connect, and between two packets; FFmpeg returns at the second timeout in a row
+
+AT_ONCE = {"fpsprobesize": "0"}
+"""Options of FFmpeg for live streams: do not measure the frame rate before the first frame, which takes 2 seconds."""
+
+LIVE_SCHEMES = frozenset(("rtsp", "rtsps", "rtmp", "rtmps", "rtp", "srt", "tcp", "udp"))
+"""Schemes of addresses whose streams have no end."""
+
+CSI = "nvarguscamerasrc sensor-id={} ! video/x-raw(memory:NVMM),width=1280,height=720,framerate=30/1 ! nvvidconv"
+"""The pipeline of a camera on the CSI connector of a Jetson."""
+
+APPSINK = re.compile(r"(\s*!\s*videoconvert[^!]*)?(\s*!\s*video/x-raw\s*,\s*format=\S*BGR\S*)?\s*!\s*appsink\b[^!]*$")
+"""The end of a pipeline as it is written for OpenCV."""
+
+Report = Callable[[str], None]  # takes a sentence for the user
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A picture.
+
+    Attributes:
+        name: A file's name, or seconds into the video.
+        image: The picture, or its path.
+        retry: Gives the frame back to its source, which tries it again: for a file that may still be written. None
+            if it is complete.
+        seconds: Its time in a video file; None for a frame that has none.
+    """
+
+    name: str
+    image: Any
+    retry: Callable[[], None] | None = None
+    seconds: float | None = None
+
+
+Frames = Generator[Frame, None, None]
+
+
+class Source(Iterator[Frame]):
+    """An iterator of frames. It ends with the frames, or when :meth:`close` is called from any thread.
+
+    Args:
+        make: Makes the frames; its event is set when the source is closed.
+        is_queue: Whether frames wait until they are taken, as the files of a folder do; a camera drops them.
+    """
+
+    def __init__(self, make: Callable[[threading.Event], Frames], *, is_queue: bool = False) -> None:
+        self.is_queue = is_queue
+        self._closed = threading.Event()
+        self._running = threading.Lock()
+        self._frames = make(self._closed)
+
+    def __next__(self) -> Frame:
+        """The next frame; waits for it."""
+        try:
+            with self._running:
+                if self._closed.is_set():
+                    raise StopIteration
+                return next(self._frames)
+        finally:
+            self._end_if_closed()
+
+    def close(self) -> None:
+        """Ends the frames: at once, or when the frame that a thread waits for has arrived."""
+        self._closed.set()
+        self._end_if_closed()
+
+    def _end_if_closed(self) -> None:
+        """Ends the generator after :meth:`close`; while it runs, the running thread does so afterwards."""
+        if self._closed.is_set() and self._running.acquire(blocking=False):
+            try:
+                self._frames.close()
+            finally:
+                self._running.release()
+
+
+@dataclass(frozen=True)
+class SourceKind:
+    """A kind of source.
+
+    Attributes:
+        form: How it is written, for errors.
+        matches: Whether a text names a source of this kind.
+        frames: Makes its frames: the text, whether to follow the source, and an event that ends the frames.
+        is_queue: As of :class:`Source`.
+        is_live: Whether it has no end: when it ends or fails after its first frame, it is opened again.
+        check: Raises BackendError if a package or a program that it needs is missing.
+    """
+
+    form: str
+    matches: Callable[[str], bool]
+    frames: Callable[[str, bool, threading.Event], Frames]
+    check: Callable[[], object]
+    is_queue: bool = False
+    is_live: bool = False
+
+
+def open_source(source: str, *, follow: bool = True, report: Report | None = None) -> Source:
+    """Opens a source of frames.
+
+    Args:
+        source: A folder, in which new pictures appear; a number or ``/dev/video…`` for a camera; ``csi:N`` for a camera
+            of a Jetson; a GStreamer pipeline (``v4l2src ! …``); an address that FFmpeg reads (``rtsp:…``); or a video
+            file.
+        follow: If True, wait for new pictures in a folder, read a video file at its own speed, and open a live source
+            again when it breaks off; otherwise take the present pictures only, and read as fast as possible to the end.
+        report: Called when a live source breaks off, and when its frames come again.
+
+    Raises:
+        DataError: There is no such source.
+        BackendError: The source needs a package or a program that is not installed.
+    """
+    kind = next((kind for kind in KINDS if kind.matches(source)), None)
+    if kind is None:
+        raise DataError(
+            f"expected a folder, a video file or a camera, got {source}", f"give {', '.join(one.form for one in KINDS)}"
+        )
+    kind.check()
+    make = partial(kind.frames, source, follow)
+    if kind.is_live and follow:
+        make = partial(_reconnecting, make, shown_address(source), report or (lambda _: None))
+    return Source(make, is_queue=kind.is_queue)
+
+
+def _reconnecting(
+    make: Callable[[threading.Event], Frames], name: str, report: Report, closed: threading.Event
+) -> Frames:
+    """Yields the frames of a live source. When it ends or fails after its first frame, it is opened again.
+
+    The loss and the return are reported once each. An error before the very first frame is raised.
+    """
+    wait, lost, any_frame = FIRST_WAIT_S, 0.0, False
+    while not closed.is_set():
+        problem = "it ended"
+        try:
+            with closing(make(closed)) as frames:
+                for frame in frames:
+                    if lost:
+                        report(f"{name}: frames come again, after {time.monotonic() - lost:.1f} s")
+                    wait, lost, any_frame = FIRST_WAIT_S, 0.0, True
+                    yield replace(frame, seconds=None)  # a stream's clock starts again
+        except DataError as error:
+            if not any_frame:
+                raise
+            problem = re.sub(r".* cannot be read as a video \((.*)\)", r"\1", error.problem)
+        if closed.is_set():
+            return
+        if not lost:
+            lost = time.monotonic()
+            report(f"{name}: the stream is lost: {problem}; trying to open it again until frames come")
+        closed.wait(wait)
+        wait = min(2 * wait, LONGEST_WAIT_S)
+
+
+def _folder(folder: str, follow: bool, closed: threading.Event) -> Frames:
+    """Yields the pictures of a folder, oldest first; with `follow`, once two listings show a file unchanged.
+
+    With `follow`, a frame can be given back: its file is tried again when it changes, and a last time when
+    :data:`SETTLED_POLLS` listings show it unchanged.
+    """
+    path = Path(folder)
+    taken: set[_Version] = set()
+    before: set[_Version] = set()
+    broken: dict[_Version, int] = {}  # listings that showed each picture that was given back
+    while not closed.is_set():
+        found = _pictures(path)
+        ready = found & before if follow else found
+        for version in sorted(ready - taken):
+            taken.add(version)
+            retry = partial(broken.__setitem__, version, 0) if follow else None
+            yield Frame(version.name, path / version.name, retry)
+        if not follow:
+            return
+        for version in sorted(broken):
+            broken[version] += 1
+            if version not in found or broken[version] == SETTLED_POLLS:
+                del broken[version]
+                if version in found:
+                    yield Frame(version.name, path / version.name)
+        taken &= found
+        before = found
+        closed.wait(POLL_S)
+
+
+class _Version(NamedTuple):
+    """The state of a picture file in a listing; it changes when the file is written again."""
+
+    modified_ns: int
+    name: str
+    size: int
+
+
+def _pictures(folder: Path) -> set[_Version]:
+    """Lists the pictures of a folder; files that are removed during the listing are skipped."""
+    found = set()
+    try:
+        for path in folder.iterdir():
+            if path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith("."):
+                with suppress(FileNotFoundError):
+                    status = path.stat()
+                    if stat.S_ISREG(status.st_mode):
+                        found.add(_Version(status.st_mtime_ns, path.name, status.st_size))
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be read any more ({error.strerror or error})", "check that the folder still exists"
+        ) from error
+    return found
+
+
+def _file(path: str, follow: bool, closed: threading.Event) -> Frames:
+    """Yields the frames of a video file; with `follow`, at the video's own speed."""
+    start = time.perf_counter()
+    for frame in _decoded(path, path, closed):
+        if follow:
+            closed.wait(max(0.0, (frame.seconds or 0.0) - (time.perf_counter() - start)))
+        if closed.is_set():
+            return
+        yield frame
+
+
+def _device(source: str, _follow: bool, closed: threading.Event) -> Frames:
+    """Yields the frames of a camera of Video4Linux, given as its number or its device."""
+    yield from _decoded(source, f"/dev/video{source}" if source.isdigit() else source, closed, format="v4l2")
+
+
+def _address(source: str, _follow: bool, closed: threading.Event) -> Frames:
+    """Yields the frames of a network stream. A server that sends nothing for a while counts as lost."""
+    options = AT_ONCE if _scheme(source) in LIVE_SCHEMES else {}
+    tcp = {"rtsp_transport": "tcp"} if _scheme(source).startswith("rtsp") else {}
+    yield from _decoded(source, source, closed, options={**options, **tcp}, timeout=NETWORK_TIMEOUT_S)
+
+
+def _pyav() -> Any:
+    return require("av", "reading videos and cameras", BackendError)
+
+
+def _decoded(source: str, file: Any, closed: threading.Event, **how: Any) -> Frames:
+    """Yields the frames that FFmpeg decodes; they are converted to RGB when they are captioned.
+
+    Args:
+        source: Name of the source in errors.
+        file: What PyAV opens: an address, or an open file.
+        closed: Ends the frames.
+        **how: Arguments of ``av.open``.
+    """
+    av = _pyav()
+    shown, empty = shown_address(source), True
+    try:
+        with av.open(file, **how) as container:
+            stream = container.streams.video[0]
+            for frame in container.decode(stream):
+                if closed.is_set():
+                    return
+                at, empty = float(frame.time or 0.0), False
+                name = f"{at:.2f} s"
+                yield Frame(name, DeferredImage(name, partial(frame.to_ndarray, format="rgb24")), seconds=at)
+    except (av.error.FFmpegError, IndexError) as error:
+        silent = isinstance(error, av.error.ExitError)  # PyAV's timeout
+        reason = f"nothing came for {NETWORK_TIMEOUT_S:g} s" if silent else shown_address(one_line(error))
+        raise DataError(
+            f"{shown} cannot be read as a video ({reason})",
+            "check the path, the camera or the address; convert a video file to MP4",
+        ) from error
+    if empty:
+        raise DataError(
+            f"{shown}: expected a video with frames, found none that can be decoded", "copy or record the video again"
+        )
+
+
+def _pipeline(source: str, _follow: bool, closed: threading.Event) -> Frames:
+    """Yields the frames of a GStreamer pipeline or of ``csi:N``.
+
+    OpenCV reads it if it is built with GStreamer, otherwise ``gst-launch-1.0`` runs it and PyAV reads its frames.
+    """
+    text = CSI.format(source[4:]) if _is_csi(source) else source
+    cv2 = _opencv_with_gstreamer()
+    return _by_launch(text, closed) if cv2 is None else _by_opencv(cv2, text, closed)
+
+
+def _check_gstreamer() -> None:
+    """Raises BackendError if nothing can read a pipeline."""
+    if _opencv_with_gstreamer() is None:
+        if shutil.which("gst-launch-1.0") is None:
+            raise BackendError(
+                "a pipeline needs gst-launch-1.0, or OpenCV with GStreamer; neither is installed",
+                "install GStreamer: sudo apt install gstreamer1.0-tools gstreamer1.0-plugins-{base,good,bad}",
+            )
+        _pyav()
+
+
+def _opencv_with_gstreamer() -> Any:
+    """OpenCV's module; None where it is not installed, or is built without GStreamer as the wheels of PyPI are."""
+    try:
+        cv2 = importlib.import_module("cv2")
+    except ImportError:
+        return None
+    return cv2 if re.search(r"GStreamer:\s+YES", cv2.getBuildInformation()) else None
+
+
+def _by_opencv(cv2: Any, text: str, closed: threading.Event) -> Frames:
+    """Yields the frames that OpenCV reads from a pipeline; an end for OpenCV is added to a pipeline without one."""
+    end = "" if APPSINK.search(text) else " ! videoconvert ! video/x-raw,format=BGR ! appsink drop=true max-buffers=1"
+    capture = cv2.VideoCapture(text + end, cv2.CAP_GSTREAMER)
+    start = time.perf_counter()
+    try:
+        if not capture.isOpened():
+            raise DataError(f"OpenCV cannot open the pipeline {text}", "try it with gst-launch-1.0")
+        while not closed.is_set():
+            is_read, picture = capture.read()
+            if not is_read:
+                return
+            yield Frame(f"{time.perf_counter() - start:.2f} s", picture[..., ::-1])  # BGR
+    finally:
+        capture.release()
+
+
+def _by_launch(text: str, closed: threading.Event) -> Frames:
+    """Yields the frames of a pipeline that ``gst-launch-1.0`` runs, which writes them uncompressed into a pipe."""
+    end = " ! videoconvert ! video/x-raw,format=I420 ! y4menc ! fdsink fd=1"
+    words = shlex.split(APPSINK.sub("", text) + end)
+    command = ["gst-launch-1.0", "-q", *words]
+    with (
+        tempfile.TemporaryFile() as messages,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages, bufsize=0) as process,
+    ):
+        try:
+            yield from _decoded("the pipeline", process.stdout, closed, format="yuv4mpegpipe")
+            failed = process.wait() != 0
+        except DataError:
+            failed = True
+        finally:
+            process.kill()
+        if failed:
+            messages.seek(0)
+            lines = messages.read().decode(errors="replace").strip().splitlines() or ["no message"]
+            said = next((line for line in lines if "ERROR" in line), lines[0])
+            raise DataError(f"the pipeline has failed: {one_line(ValueError(said))}", "try it with gst-launch-1.0")
+
+
+def _scheme(source: str) -> str:
+    return source.partition("://")[0].lower() if "://" in source else ""
+
+
+def _is_csi(source: str) -> bool:
+    return re.fullmatch(r"csi:\d+", source) is not None
+
+
+def _is_device(source: str) -> bool:
+    return source.isdigit() or source.startswith("/dev/")
+
+
+def _is_video(source: str) -> bool:
+    return Path(source).suffix.lower() in VIDEO_SUFFIXES and os.path.isfile(source)
+
+
+KINDS = (
+    SourceKind("a folder of pictures", os.path.isdir, _folder, lambda: None, is_queue=True),
+    SourceKind("csi:0 for a camera of a Jetson", _is_csi, _pipeline, _check_gstreamer),
+    SourceKind("a GStreamer pipeline", lambda text: " ! " in text, _pipeline, _check_gstreamer),
+    SourceKind("a camera's number", _is_device, _device, _pyav, is_live=True),
+    SourceKind("an address such as rtsp://…", lambda at: _scheme(at) in LIVE_SCHEMES, _address, _pyav, is_live=True),
+    SourceKind("the address of a video", lambda at: bool(_scheme(at)), _address, _pyav),
+    SourceKind("a video file", _is_video, _file, _pyav),
+)
+"""All kinds of sources; the first that matches is used."""
