@@ -20,7 +20,7 @@ from blip2edge.bulk.duplicates import DuplicateIndex
 from blip2edge.bulk.options import BulkOptions
 from blip2edge.bulk.ray_backend import Cluster, captions_on_ray
 from blip2edge.bulk.rows import Original, Row
-from blip2edge.bulk.sinks import Sink, copy_part, sink_of
+from blip2edge.bulk.sinks import RowFormat, copy_part, sink_of
 from blip2edge.bulk.sources import PictureSource
 from blip2edge.bulk.work import Plan, WorkDirectory, write_list
 from blip2edge.bundle.outputs.disk_errors import output_error
@@ -132,7 +132,7 @@ def run_bulk(
     }
 
 
-def _check_exists(output: Output, sink: Sink) -> None:
+def _check_exists(output: Output, sink: RowFormat) -> None:
     """Checks that the output's name is free, or that of an output of ``bulk``; before the bundle is loaded.
 
     Raises:
@@ -146,7 +146,7 @@ def _check_exists(output: Output, sink: Sink) -> None:
     check_target(target, output.force, REPORT_FILE)
 
 
-def _record_of(output: Output, sink: Sink) -> dict[str, Any] | None:
+def _record_of(output: Output, sink: RowFormat) -> dict[str, Any] | None:
     """The record in a complete output, with its plan and its counts; None if there is none."""
     path = output.target if output.single else output.target / REPORT_FILE
     if not path.is_file():
@@ -165,7 +165,7 @@ def _record_of(output: Output, sink: Sink) -> dict[str, Any] | None:
 class _Run:
     """One run: its output, its options, and its directories."""
 
-    def __init__(self, output: Output, options: BulkOptions, sink: Sink, part: Path) -> None:
+    def __init__(self, output: Output, options: BulkOptions, sink: RowFormat, part: Path) -> None:
         self._output, self._options, self._sink, self._part = output, options, sink, part
         self._size = options.chunk_size
         self.work = WorkDirectory(output.target, sink.suffix)

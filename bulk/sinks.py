@@ -24,7 +24,7 @@ RECORD_KEY = "blip2edge.bulk"
 """Key of the record of the run in the metadata of a file."""
 
 
-class Sink(Protocol):
+class RowFormat(Protocol):
     """A format of the output.
 
     Attributes:
@@ -145,7 +145,7 @@ class WebDatasetSink:
 _SINKS: dict[str, type[ParquetSink | WebDatasetSink]] = {"parquet": ParquetSink, "webdataset": WebDatasetSink}
 
 
-def sink_of(form: str) -> Sink:
+def sink_of(form: str) -> RowFormat:
     """The sink of a format, one of ``BULK_FORMATS``.
 
     Raises:
