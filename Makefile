@@ -8,7 +8,7 @@ START ?= 0
 MUTANTS ?= 100
 BIN := $(VENV)/bin
 
-.PHONY: help venv install check docs format test test-slow faults fuzz mutants fuzz-http soak endurance demo clean
+.PHONY: help venv install check docs format test test-slow faults fuzz mutants fuzz-http soak endurance bulk demo clean
 
 help:
 	@echo "make demo      install into $(VENV) and run the demo"
@@ -20,6 +20,7 @@ help:
 	@echo "make fuzz-http requests made from the OpenAPI document, for SECONDS (60)"
 	@echo "make soak      the server at twice its capacity, for MINUTES (10)"
 	@echo "make endurance CAPTIONS (100000) through one scheduler"
+	@echo "make bulk      kill bulk on 5,000 pictures, and measure its speed"
 	@echo "make check     ruff, mypy --strict, import-linter"
 	@echo "make docs      write the tables of docs/ that come from code"
 	@echo "make format    let ruff mend what it can"
@@ -74,6 +75,10 @@ soak: $(BUNDLE)
 
 endurance: $(BUNDLE)
 	$(BIN)/python benchmarks/soak.py endurance $(BUNDLE) --captions $(CAPTIONS) --json benchmarks/results/endurance.json
+
+bulk: $(BUNDLE)
+	$(BIN)/python benchmarks/bulk_kills.py $(BUNDLE) --json benchmarks/results/bulk-kills.json
+	$(BIN)/python benchmarks/bulk_speed.py $(BUNDLE) --json benchmarks/results/bulk-speed.json
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -43,3 +43,9 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 WEB, SYNTHETIC = "web", "synthetic"
 KEEP = {"both": (WEB, SYNTHETIC), WEB: (WEB,), SYNTHETIC: (SYNTHETIC,)}
 """Which captions CapFilt may keep, by their origin."""
+
+BULK_SOURCES = ("folder", "webdataset", "parquet", "csv")
+"""Kinds of sources of `bulk`."""
+
+BULK_FORMATS = ("parquet", "webdataset")
+"""Formats that `bulk` writes."""

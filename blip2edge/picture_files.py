@@ -1,10 +1,11 @@
-"""Endings of picture files, and reading of pictures from WebDataset shards: uncompressed tar files on a disk.
+"""Endings of picture files, and pictures in WebDataset shards, which are uncompressed tar files.
 
 Only the headers of a shard are read to list its files. A picture is read later, from its offset in the shard.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import tarfile
 from collections.abc import Callable, Iterator
@@ -130,12 +131,20 @@ class _Member(tarfile.TarInfo):
         return super()._proc_member(archive)  # type: ignore[misc,no-any-return]  # tarfile's own hook, not in its types
 
 
+def add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Adds a file to a shard. Its header has no time and no owner, so that equal data gives equal shards."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
 @contextmanager
-def open_shard(path: Path) -> Iterator[Iterator[tuple[ShardFile, Callable[[], bytes]]]]:
+def open_shard(path: Path, opened: BinaryIO | None = None) -> Iterator[Iterator[tuple[ShardFile, Callable[[], bytes]]]]:
     """Opens a shard to list its files.
 
     Args:
         path: An uncompressed tar file.
+        opened: The file if it is opened already, such as one of an object store; it is not closed.
 
     Yields:
         The files in the order of the shard, each with a function that reads its content while the shard is open.
@@ -147,7 +156,7 @@ def open_shard(path: Path) -> Iterator[Iterator[tuple[ShardFile, Callable[[], by
     """
     with ExitStack() as stack:
         with reading(path, _FORM, DataError, SHARD_FIX):
-            file = stack.enter_context(open(path, "rb"))
+            file = stack.enter_context(open(path, "rb")) if opened is None else opened
         with reading(path, _FORM, BrokenShardError, SHARD_FIX):
             archive = stack.enter_context(tarfile.open(fileobj=file, mode="r:", tarinfo=_Member))
         yield _files(path, archive, file)

@@ -59,13 +59,16 @@ class Progress:
     Args:
         stream: The stream to draw on.
         terminal: Whether to draw a bar on one line; by default, whether `stream` is a terminal.
+        unit: What is counted, to show how many are done in a second; empty to show no rate.
     """
 
-    def __init__(self, stream: TextIO | None = None, *, terminal: bool | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None, *, terminal: bool | None = None, unit: str = "") -> None:
         self._stream = sys.stderr if stream is None else stream
         self._terminal = self._stream.isatty() if terminal is None else terminal
         self._stage: str | None = None
+        self._unit = unit
         self._state = (0, 0)  # done, total
+        self._first = 0  # done when the stage began: what an earlier run did
         self._started = 0.0  # s, of the stage
         self._drawn = 0.0  # s, last drawing
         self._shown: tuple[int, int] | None = None  # the state last written
@@ -86,7 +89,7 @@ class Progress:
         fresh = stage != self._stage
         if fresh:
             self.close()
-            self._stage, self._started = stage, now
+            self._stage, self._started, self._first = stage, now, done
         self._state = (done, total)
         complete = 0 < total <= done
         wait = REDRAW_SECONDS if self._terminal else LINE_SECONDS
@@ -123,8 +126,11 @@ class Progress:
             return f"{self._stage}: {done}" if done else f"{self._stage} …"
         share = min(max(done / total, 0.0), 1.0)
         tail = f"{done}/{total}  {seconds:.1f} s"
-        if 0 < done < total and seconds >= ESTIMATE_AFTER:
-            tail += f", about {_duration(seconds * (total - done) / done)} left"
+        new = done - self._first
+        if self._unit and new > 0 and seconds > 0:
+            tail += f", {new / seconds:.3g} {self._unit}/s"
+        if new > 0 and done < total and seconds >= ESTIMATE_AFTER:
+            tail += f", about {_duration(seconds * (total - done) / new)} left"
         if not self._terminal:
             return f"{self._stage}: {tail}" if done else f"{self._stage}: 0/{total}"
         filled = round(share * BAR_WIDTH)

@@ -312,15 +312,16 @@ class Killer:
         self._root, self._chance = root, chance
         self._most: dict[tuple[str, str, bool, bool], float] = {}
 
-    def kill(self, way: str, key: tuple[str, bool, bool], work: Callable[[], object]) -> int:
+    def kill(self, way: str, key: tuple[str, bool, bool], work: Callable[[], object], share: float = 1.0) -> int:
         """Runs ``work``, and kills it in one of :data:`WAYS`; returns its status.
 
         Args:
             way: How it is killed.
             key: Identifies runs of the same length.
             work: The run; it restores what it changes.
+            share: Share of the run's length within which it is killed.
         """
-        at = self._chance.uniform(0.0, 1.0)
+        at = self._chance.uniform(0.0, share)
         most = self._most[(way, *key)]
         status: int = getattr(self, f"_{way}")(most * at, work)
         if status == 0 and at > 0.5:  # too late: the first run, which was measured, was longer

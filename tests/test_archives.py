@@ -160,6 +160,6 @@ def test_an_editable_install_without_links_names_the_remedy(copy: str, copies: d
     done = backend("editable", copies[copy], tmp_path)
     assert done.returncode == 1
     assert "git config core.symlinks true" in done.stderr
-    assert "blip2edge/ (calibration, engine, " in done.stderr
+    assert "blip2edge/ (bulk, calibration, engine, " in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())

@@ -43,6 +43,7 @@ COMMANDS = (
     "eval",
     "calibrate",
     "optimize",
+    "bulk",
     "capfilt",
     "watch",
     "serve",
@@ -457,7 +458,17 @@ def test_options_in_errors_are_flags() -> None:
             flags.update(name for parser in action.choices.values() for name in parser._option_string_actions)
     named = {
         call.args[0].value
-        for folder in ("blip2edge", "calibration", "engine", "export", "model", "optimization", "runtime", "training")
+        for folder in (
+            "blip2edge",
+            "bulk",
+            "calibration",
+            "engine",
+            "export",
+            "model",
+            "optimization",
+            "runtime",
+            "training",
+        )
         for path in (ROOT / folder).rglob("*.py")
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "option"

@@ -22,6 +22,7 @@ from blip2edge.cli import main, picture_arguments
 from blip2edge.cli.picture_arguments import find_pictures
 from blip2edge.errors import ImageError
 from blip2edge.limits import Limits
+from blip2edge.runtime.images import download
 from blip2edge.runtime.images.preprocess import load_image
 from blip2edge.runtime.images.video import load_frames
 from tests.drawing import draw_pictures
@@ -223,15 +224,15 @@ def test_web_addresses(
     assert errors[3].startswith(f"error: {site}/notes.txt: not a picture")
     assert errors[4] == "4 of 6 failed"
     assert asked.count("/%C3%A4%20b.png") == 2  # each address once, although others of the batch are broken
-    monkeypatch.setattr(picture_arguments, "MAX_DOWNLOAD", 100)
+    monkeypatch.setattr(download, "MAX_DOWNLOAD", 100)
     with pytest.raises(ImageError, match="expected at most"):
-        picture_arguments.download(good[0])
+        download.download(good[0])
 
 
 @pytest.mark.parametrize("address", ["http://", "http://127.0.0.1:1/x.png", "http://[/x.png", "https://127.0.0.1:1/x"])
 def test_address_that_cannot_be_reached(address: str) -> None:
     with pytest.raises(ImageError, match="cannot be downloaded"):
-        picture_arguments.download(address)
+        download.download(address)
 
 
 def test_nothing_is_downloaded_before_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,13 @@ def test_last_state_is_shown_when_the_work_stops_early() -> None:
     assert stream.getvalue().splitlines()[-1].startswith("decoder: 2/4")
 
 
+def test_the_rate_and_the_time_left_count_what_this_run_did() -> None:
+    progress = Progress(io.StringIO(), terminal=False, unit="pictures")
+    progress("captions", 500, 1000)
+    progress("captions", 600, 1000)
+    assert progress._text(10.0) == "captions: 600/1000  10.0 s, 10 pictures/s, about 40 s left"
+
+
 def test_unknown_total_counts_without_a_bar() -> None:
     stream = io.StringIO()
     with Progress(stream) as progress:

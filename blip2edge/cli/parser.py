@@ -22,6 +22,7 @@ COMMANDS = {
     "ask": "answer a question about a picture",
     "match": "score how well pictures and texts match",
     "embed": "print the vectors of pictures or of texts",
+    "bulk": "caption all pictures of folders, shards or tables, and go on after an interruption",
     "watch": "caption the newest picture of a camera or a video, again and again, or each new picture of a folder",
     "serve": "start an HTTP server that captions pictures",
     "inspect": "show the contents of a bundle",

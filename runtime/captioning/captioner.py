@@ -24,8 +24,17 @@ from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.captioning.assemble import LoadedBundle, load_pipeline
 from blip2edge.runtime.captioning.engine_check import KnownGoodRequest
 from blip2edge.runtime.captioning.frame_reuse import ReusingEncoder
-from blip2edge.runtime.captioning.pipeline import EncodeBatch, StageClock
-from blip2edge.runtime.captioning.request import STAGES, CaptionResult, Request, Span, check_text, listed, raising
+from blip2edge.runtime.captioning.pipeline import EncodeBatch
+from blip2edge.runtime.captioning.request import (
+    STAGES,
+    CaptionResult,
+    Request,
+    Span,
+    StageClock,
+    check_text,
+    listed,
+    raising,
+)
 from blip2edge.runtime.captioning.scheduler import Scheduler
 from blip2edge.runtime.decoding.logits_processors import check_ids, check_prompt_ids
 from blip2edge.runtime.decoding.options import CaptionOptions, GenerationOptions, check_integer, merged

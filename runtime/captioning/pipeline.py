@@ -3,15 +3,13 @@
     Encoder         images, prompts --preprocess--> pixel_values, token ids --vision, bridge--> EncodedBatch
     TextGenerator   EncodedBatch --prefill--> logits, KV cache --decode--> token ids
 
-A :class:`StageClock` measures each stage.
+A :class:`StageClock` (``request.py``) measures each stage.
 """
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +19,7 @@ from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import INTERLEAVED
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.backends.base import Session
-from blip2edge.runtime.captioning.request import STAGES, CaptionResult
+from blip2edge.runtime.captioning.request import CaptionResult, StageClock
 from blip2edge.runtime.decoding.beam_search import beam_search
 from blip2edge.runtime.decoding.draft_model import DraftSelector
 from blip2edge.runtime.decoding.generate import Generation, GenerationBatch, generate
@@ -38,40 +36,6 @@ from blip2edge.runtime.text.prompt import (
     pack_images,
 )
 from blip2edge.runtime.text.tokenizer import TextPieces, Tokenizer
-
-
-class StageClock:
-    """Measures the wall time of each stage.
-
-    Args:
-        lock: Held while a stage runs a graph, on backends that run one graph at a time; the time to acquire the lock
-            is not counted.
-
-    Attributes:
-        ms: Milliseconds by stage.
-        spans: Name, start and end (``time.perf_counter`` seconds) of each measured block.
-    """
-
-    def __init__(self, lock: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
-        self.ms = dict.fromkeys(STAGES, 0.0)
-        self.spans: list[tuple[str, float, float]] = []
-        self._lock = lock
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Adds the time of the ``with`` block to a stage."""
-        with nullcontext() if stage == "preprocess" else self._lock():
-            start = time.perf_counter()
-            try:
-                yield
-            finally:
-                end = time.perf_counter()
-                self.ms[stage] += (end - start) * 1e3
-                self.spans.append((stage, start, end))
-
-    def share(self, pictures: int) -> dict[str, float]:
-        """Returns the milliseconds of each stage divided by ``pictures``, the number of pictures in the batch."""
-        return {stage: ms / pictures for stage, ms in self.ms.items()}
 
 
 @dataclass(frozen=True)
@@ -198,12 +162,15 @@ class Encoder:
                 flat = [image for group in groups for image in group]
             elif spec.frames > 1 or any(isinstance(image, (list, tuple)) for image in images):
                 flat = pictures_of(images, spec.frames, self.images.limits)
-            filled = [self.text.prompts.with_default(text) for text in texts]
-            instruction = self.text.instructions(filled) if self.text.instructions is not None else {}
-            prompts = [self.text.prompts(text, count) for text, count in zip(filled, counts, strict=True)]
             pixels = self.images.preprocessing.batch(flat, self.images.limits)  # type: ignore[arg-type]
-            pixels = pixels.astype(self.images.pixels_dtype, copy=False)
-        return PreparedBatch(prompts, counts, pixels, instruction)
+            return self.prepared(texts, counts, pixels)
+
+    def prepared(self, texts: Sequence[PromptText | None], counts: list[int], pixels: Array) -> PreparedBatch:
+        """Makes the batch of pictures that are preprocessed: ``counts`` of each row, ``pixels`` of all of them."""
+        filled = [self.text.prompts.with_default(text) for text in texts]
+        instruction = self.text.instructions(filled) if self.text.instructions is not None else {}
+        prompts = [self.text.prompts(text, count) for text, count in zip(filled, counts, strict=True)]
+        return PreparedBatch(prompts, counts, pixels.astype(self.images.pixels_dtype, copy=False), instruction)
 
     def run_vision(self, pixels: Array, clock: StageClock) -> dict[str, Array]:
         """Runs the vision encoder on ``pixel_values [N, 3, H, W]``; returns its outputs by name."""
@@ -257,7 +224,14 @@ class TextGenerator:
         return replace(options, max_new_tokens=room, min_new_tokens=least)
 
     def begin(
-        self, batch: EncodedBatch, row: int, options: GenerationOptions, vocabulary: int, number: int
+        self,
+        batch: EncodedBatch,
+        row: int,
+        options: GenerationOptions,
+        vocabulary: int,
+        number: int,
+        *,
+        scored: bool = False,
     ) -> Generation:
         """Makes the row of a ``GenerationBatch`` for one text.
 
@@ -267,6 +241,7 @@ class TextGenerator:
             options: The text's options; ``num_beams`` is 1.
             vocabulary: V, the number of logits.
             number: Number that selects the text's random stream.
+            scored: Whether to compute the text's log-probability.
         """
         prompt = batch.prompts[row]
         return Generation(
@@ -277,27 +252,44 @@ class TextGenerator:
             stopped=self._stopped(options),
             number=number,
             speculator=self.drafts.speculator(options, prompt.ids, batch.pictures, row),
+            scored=scored,
         )
 
     def complete(
-        self, batch: EncodedBatch, options: GenerationOptions, numbers: Sequence[int], clock: StageClock
+        self,
+        batch: EncodedBatch,
+        options: GenerationOptions,
+        numbers: Sequence[int],
+        clock: StageClock,
+        *,
+        texts: int = 1,
+        scored: bool = False,
     ) -> list[Generated]:
         """Generates the texts of a batch.
 
         Args:
             batch: B rows.
             options: How to generate, the same for all rows.
-            numbers: For each row, the number that selects its random stream.
+            numbers: For each text, the number that selects its random stream.
             clock: Measures prefill and decode.
+            texts: N, the number of texts of each row: of a beam search the best ones, otherwise drawn one by one.
+            scored: Whether to compute the texts' log-probabilities; a beam search always does.
+
+        Returns:
+            ``B * N`` texts, row by row.
         """
         if options.num_beams > 1:
-            return self._search(batch, options, clock)
+            return self._search(batch, options, clock, texts)
         logits, state = self.prefill(batch, clock)
         with clock("decode"):
-            rows = [self.begin(batch, row, options, logits.shape[-1], number) for row, number in enumerate(numbers)]
-            return generate(logits, state, rows)
+            places = np.repeat(np.arange(len(batch.prompts)), texts)
+            if texts > 1:
+                state.select(places)
+            chosen = zip(places.tolist(), numbers, strict=True)
+            rows = [self.begin(batch, at, options, logits.shape[-1], number, scored=scored) for at, number in chosen]
+            return generate(logits[places], state, rows)
 
-    def _search(self, batch: EncodedBatch, options: GenerationOptions, clock: StageClock) -> list[Generated]:
+    def _search(self, batch: EncodedBatch, options: GenerationOptions, clock: StageClock, best: int) -> list[Generated]:
         """Beam search; rows whose texts reach the end of the context at different lengths are run separately."""
         limited = [self.limited(prompt, options) for prompt in batch.prompts]
         rows = range(len(batch.prompts))
@@ -315,6 +307,7 @@ class TextGenerator:
                     limited[group[0]],
                     initial=self.language.initial,
                     stopped=self._stopped(options),
+                    best=best,
                 )
         return texts
 
@@ -345,6 +338,13 @@ class TextGenerator:
 
         return stopped
 
+    def text(self, generated: Generated, options: GenerationOptions) -> str:
+        """The text of generated tokens: cut before the first stop string, without surrounding spaces."""
+        text = self.tokenizer.decode(generated.tokens)
+        for stop in options.stop:
+            text = text.partition(stop)[0]
+        return text.strip()
+
     def result(
         self,
         image: ItemSource,
@@ -364,16 +364,13 @@ class TextGenerator:
             options: The options of the request; the caption is cut before the first of their ``stop`` strings.
             stage_ms: Milliseconds by stage.
         """
-        text = self.tokenizer.decode(generated.tokens)
-        for stop in options.stop:
-            text = text.partition(stop)[0]
         seconds = (stage_ms["prefill"] + stage_ms["decode"]) / 1e3
         new_tokens = len(generated.tokens) - len(self.language.initial)
         timings = {**stage_ms, "total": sum(stage_ms.values())}
         return CaptionResult(
             image=_path(image),
             prompt=None if prompt is None else str(prompt),
-            text=text.strip(),
+            text=self.text(generated, options),
             tokens=generated.tokens,
             finish_reason=generated.finish_reason,
             timings_ms={stage: round(ms, 3) for stage, ms in timings.items()},

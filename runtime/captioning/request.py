@@ -1,4 +1,4 @@
-"""Requests (with cancellation and deadline), their results, the spans of a trace, and checks of arguments."""
+"""Requests (with cancellation and deadline), their results, clocks and traces of the stages, checks of arguments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -96,6 +96,40 @@ class Span:
     start: float
     end: float
     requests: tuple[int, ...]
+
+
+class StageClock:
+    """Measures the wall time of each stage.
+
+    Args:
+        lock: Held while a stage runs a graph, on backends that run one graph at a time; the time to acquire the lock
+            is not counted.
+
+    Attributes:
+        ms: Milliseconds by stage.
+        spans: Name, start and end (``time.perf_counter`` seconds) of each measured block.
+    """
+
+    def __init__(self, lock: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        self.ms = dict.fromkeys(STAGES, 0.0)
+        self.spans: list[tuple[str, float, float]] = []
+        self._lock = lock
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Adds the time of the ``with`` block to a stage."""
+        with nullcontext() if stage == "preprocess" else self._lock():
+            start = time.perf_counter()
+            try:
+                yield
+            finally:
+                end = time.perf_counter()
+                self.ms[stage] += (end - start) * 1e3
+                self.spans.append((stage, start, end))
+
+    def share(self, pictures: int) -> dict[str, float]:
+        """Returns the milliseconds of each stage divided by ``pictures``, the number of pictures in the batch."""
+        return {stage: ms / pictures for stage, ms in self.ms.items()}
 
 
 @dataclass(eq=False)

@@ -21,8 +21,8 @@ from functools import partial
 from blip2edge.errors import EngineFaultError, OverloadError, UsageError, option
 from blip2edge.runtime.captioning.engine_check import EngineCheck, KnownGoodRequest
 from blip2edge.runtime.captioning.fair_lock import FairLock
-from blip2edge.runtime.captioning.pipeline import EncodeBatch, EncodedBatch, StageClock, TextGenerator
-from blip2edge.runtime.captioning.request import Request, Span
+from blip2edge.runtime.captioning.pipeline import EncodeBatch, EncodedBatch, TextGenerator
+from blip2edge.runtime.captioning.request import Request, Span, StageClock
 from blip2edge.runtime.decoding.generate import GenerationBatch
 from blip2edge.runtime.decoding.options import Generated, GenerationOptions, check_number
 from blip2edge.runtime.images.video import Channels, ItemSource, in_rgb

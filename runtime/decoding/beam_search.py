@@ -29,8 +29,9 @@ def beam_search(
     *,
     stopped: Stopped | None = None,
     initial: Sequence[int] = (),
+    best: int = 1,
 ) -> list[Generated]:
-    """Finds the best text of every picture with `options.num_beams` beams.
+    """Finds the best texts of every picture with `options.num_beams` beams.
 
     Before the first step, `select` repeats each row of the state num_beams times.
 
@@ -41,6 +42,10 @@ def beam_search(
         options: How to generate, the same for all rows.
         stopped: Returns whether generated ids finish a text (stop strings); end tokens always finish a text.
         initial: Ids that the decoder was started with (encoder-decoder models).
+        best: Number of texts of each picture, at most `options.num_beams`.
+
+    Returns:
+        The `best` texts of the first picture, best first; then those of the second picture.
 
     Raises:
         BackendError: The decoder returned NaN.
@@ -57,7 +62,7 @@ def beam_search(
             picture.advance(beams)
         going = [position for position, picture in enumerate(active) if not picture.done]
         if not going:
-            return [picture.result(initial) for picture in pictures]
+            return [text for picture in pictures for text in picture.results(initial, best)]
         rows = np.concatenate([offsets[at] + spread * active[at].sources for at in going])
         active = [active[at] for at in going]
         if len(rows) != state.batch_size or not np.array_equal(rows, np.arange(len(rows))):
@@ -89,7 +94,8 @@ class _BeamGroup:
         self._running = np.zeros((width, options.max_new_tokens), np.int64)
         self._scores = np.full(width, _EXCLUDED, np.float32)
         self._scores[0] = 0.0  # all beams are equal at first: only one of them counts
-        self._finished: list[tuple[tuple[int, ...], str]] = [((), "")] * width
+        self._logprobs = np.zeros(width, np.float64)  # of the running beams, before the logits processors
+        self._finished: list[tuple[tuple[int, ...], str, float]] = [((), "", 0.0)] * width
         self._finished_scores = np.full(width, _EXCLUDED, np.float32)
         self._is_finished = np.zeros(width, bool)
         self._improvable = True
@@ -107,28 +113,33 @@ class _BeamGroup:
         Args:
             log_probs: [num_beams,V], of the running beams' next token; changed in place.
         """
+        plain = log_probs.copy()
         if self._processors.act(self._length):
             for beam, text in zip(log_probs, self._running, strict=True):
                 self._processors(beam, text[: self._length])
         log_probs += self._scores[:, None]
         scores, sources, texts = self._continuations(log_probs)
+        logprobs = self._logprobs[sources] + plain[sources, texts[:, self._length]]
         length = self._length + 1
         reasons = [finish_reason(text, length, self._options, self._stopped) for text in texts[:, :length].tolist()]
         ended = np.array([reason is not None for reason in reasons])
 
         continued = scores + ended.astype(np.float32) * _EXCLUDED
         chosen = np.argsort(-continued, kind="stable")[: self._options.num_beams]
-        self._collect(scores, texts[:, :length], reasons, ended)
+        self._collect(scores, texts[:, :length], reasons, ended, logprobs)
         self._running, self._scores, self.sources = texts[chosen], continued[chosen], sources[chosen]
+        self._logprobs = logprobs[chosen]
         self._length = length
         self._improvable = self._improvable and self._can_improve()
         full = self._options.early_stopping is True and bool(self._is_finished.all())
         self.done = full or not self._improvable or bool(ended.all())
 
-    def result(self, initial: Sequence[int]) -> Generated:
-        """The best finished text."""
-        tokens, reason = self._finished[0]
-        return Generated((*initial, *tokens), reason, float(self._finished_scores[0]))
+    def results(self, initial: Sequence[int], count: int) -> list[Generated]:
+        """The `count` best finished texts, best first."""
+        return [
+            Generated((*initial, *tokens), reason, float(score), logprob=logprob)
+            for score, (tokens, reason, logprob) in zip(self._finished_scores, self._finished, strict=True)
+        ][:count]
 
     def _continuations(
         self, log_probs: NDArray[np.float32]
@@ -148,6 +159,7 @@ class _BeamGroup:
         texts: NDArray[np.int64],
         reasons: Sequence[str | None],
         ended: NDArray[np.bool_],
+        logprobs: NDArray[np.float64],
     ) -> None:
         """Adds the texts that just ended to the finished ones, and keeps the num_beams best by penalised score."""
         width = self._options.num_beams
@@ -158,7 +170,7 @@ class _BeamGroup:
             penalised = scores / np.float32(texts.shape[1] ** self._options.length_penalty)
         entries = list(zip(self._finished_scores, self._finished, self._is_finished, strict=True))
         entries += [
-            (penalised[at], (tuple(texts[at].tolist()), reasons[at] or ""), np.True_)
+            (penalised[at], (tuple(texts[at].tolist()), reasons[at] or "", float(logprobs[at])), np.True_)
             for at in np.flatnonzero(ripe).tolist()
         ]
         entries.sort(key=lambda entry: -entry[0])

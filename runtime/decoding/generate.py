@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from blip2edge.runtime.decoding.logits_processors import LogitsProcessors, sampling_filters
 from blip2edge.runtime.decoding.options import Generated, GenerationOptions, Stopped, finish_reason
-from blip2edge.runtime.decoding.sampling import StepScores, broken_logits, draw, row_stream
+from blip2edge.runtime.decoding.sampling import StepScores, broken_logits, draw, log_probability, row_stream
 from blip2edge.runtime.decoding.speculative import Speculator
 from blip2edge.runtime.decoding.state import DecodeState, GreedyState, RowState
 
@@ -50,11 +50,13 @@ class Generation:
         stopped: Returns whether the generated ids finish the text (stop strings); end tokens always finish the text.
         number: Selects the row's random stream: with the same seed and number, a text does not depend on its batch.
         speculator: Speculative decoding while the row is decoded alone; None for plain decoding.
+        scored: Whether to sum the log-probabilities of the tokens.
 
     Attributes:
         generated: The generated ids so far.
         finish_reason: None until the text is finished.
         passes: Runs of the decoder for this text, prefill included.
+        logprob: The sum of the log-probabilities so far, by the model's logits; None if they are not summed.
     """
 
     def __init__(
@@ -67,10 +69,12 @@ class Generation:
         stopped: Stopped | None = None,
         number: int = 0,
         speculator: Speculator | None = None,
+        scored: bool = False,
     ) -> None:
         self.options = options
         self.speculator = speculator
         self.passes = 1
+        self.logprob = 0.0 if scored else None
         self.initial = tuple(initial)
         self.generated: list[int] = []
         self.finish_reason: str | None = None
@@ -82,7 +86,7 @@ class Generation:
     def result(self) -> Generated:
         """Returns the generated tokens and why the text ended; call it when the text is finished."""
         tokens = self.initial + tuple(self.generated)
-        return Generated(tokens, self.finish_reason or "", None, len(self.generated) / self.passes)
+        return Generated(tokens, self.finish_reason or "", None, len(self.generated) / self.passes, self.logprob)
 
     @property
     def remaining(self) -> int:
@@ -102,6 +106,12 @@ class Generation:
 
         If processors exclude every token, or make a score infinite, there are no probabilities: sampling is greedy.
         """
+        token = self._choose(logits)
+        if self.logprob is not None:
+            self.logprob += log_probability(logits, token)
+        return token
+
+    def _choose(self, logits: NDArray[np.float32]) -> int:
         scores = self.scores(logits)
         if self._random is None or (scores is not logits and not np.isfinite(scores.max())):
             return int(argmax(scores[None])[0])
@@ -111,7 +121,8 @@ class Generation:
     @property
     def is_chosen_on_device(self) -> bool:
         """Whether a :class:`GreedyState` can choose the next token."""
-        return self._random is None and self.speculator is None and self._processors.fit_device(len(self.generated))
+        plain = self._random is None and self.speculator is None and self.logprob is None
+        return plain and self._processors.fit_device(len(self.generated))
 
     def step_scores(self) -> StepScores:
         """How a :class:`GreedyState` changes the logits of the next steps."""

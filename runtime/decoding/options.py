@@ -366,12 +366,15 @@ class Generated:
         finish_reason: "eos", "length" or "stop".
         score: The length-penalised log-probability of the best beam; None without beam search.
         tokens_per_pass: Number of generated tokens divided by the decoder's passes for them; 1 without a draft model.
+        logprob: Sum of the log-probabilities that the model gives the generated tokens, before logits processors and
+            temperature; None if it was not computed.
     """
 
     tokens: tuple[int, ...]
     finish_reason: str
     score: float | None
     tokens_per_pass: float = 1.0
+    logprob: float | None = None
 
 
 def end_ids(options: GenerationOptions, vocabulary: int) -> NDArray[np.int64]:

@@ -7,6 +7,7 @@ Python, or sorts the whole vocabulary if a part is enough.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -185,6 +186,13 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
         raise broken_logits()
     shifted -= norm
     return shifted
+
+
+def log_probability(logits: NDArray[np.float32], token: int) -> float:
+    """Computes the log-probability of a token from logits ``[V]``."""
+    largest = logits.max()
+    total = np.exp(logits - largest).sum(dtype=np.float64)
+    return float(logits[token]) - float(largest) - math.log(total)
 
 
 def broken_logits() -> BackendError:

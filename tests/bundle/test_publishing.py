@@ -264,7 +264,7 @@ def kill_in(out: Path, call: str, *, in_one_step: bool) -> int:
     [
         ("_flush", True, "old"),
         ("_exchange", True, "old"),
-        ("_flush_names", True, "old"),  # while the files are written to the disk
+        ("flush_names", True, "old"),  # while the files are written to the disk
         ("remove", True, "new"),
         ("_rename_to_free", False, ""),  # between two renames
         ("remove", False, "new"),

@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from blip2edge.errors import UsageError, option
+from blip2edge.cluster.ray_data import check_ray, map_on_ray
+from blip2edge.errors import UsageError
 from blip2edge.training.capfilt.pipeline import Batch, CapFiltOptions, ScoredPicture, score_batch
 from blip2edge.training.data.entries import AnnotatedPicture, Entry, FilePicture, StoredPicture
 from blip2edge.training.data.shards import ShardPicture
 from blip2edge.training.evaluation.models import ModelOptions
 from blip2edge.training.evaluation.open_model import open_captioner, open_matcher
-
-_LOCAL = "local"
 
 
 def _picture_to_json(picture: StoredPicture) -> dict[str, Any]:
@@ -117,31 +116,14 @@ def score_on_ray(
     Raises:
         UsageError: Ray is not installed.
     """
-    try:
-        import ray
-        import ray.data
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"{option('ray')} needs Ray Data, which is not installed", "install it: pip install 'blip2edge[ray]'"
-        ) from error
+    check_ray()
 
     def score_batches(batches: Iterable[Batch], options: CapFiltOptions) -> Iterator[list[ScoredPicture]]:
         rows = [{"number": number, "batch": batch_to_json(batch)} for number, batch in enumerate(batches)]
-        started = not ray.is_initialized()
-        if started:
-            # A local Ray is started without its dashboard, which would open a port.
-            ray.init(address=address, include_dashboard=False if address == _LOCAL else None, log_to_driver=False)
-        try:
-            ray.data.DataContext.get_current().execution_options.preserve_order = True
-            data = ray.data.from_items(rows, override_num_blocks=max(1, min(len(rows), 4 * workers)))
-            judged = data.map(Worker, fn_constructor_args=(options_to_json(options),), concurrency=workers, num_cpus=1)
-            for row in judged.iter_rows():
-                yield [
-                    ScoredPicture(tuple((text, origin, value) for text, origin, value in captions), problem)
-                    for captions, problem in json.loads(row["judged"])
-                ]
-        finally:
-            if started:
-                ray.shutdown()
+        for row in map_on_ray(address, workers, Worker, (options_to_json(options),), rows):
+            yield [
+                ScoredPicture(tuple((text, origin, value) for text, origin, value in captions), problem)
+                for captions, problem in json.loads(row["judged"])
+            ]
 
     return score_batches

@@ -7,7 +7,6 @@ it is needed. Only the entries of the current block are in memory, so memory doe
 from __future__ import annotations
 
 import glob
-import io
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from PIL import Image
 
 from blip2edge.bundle.outputs.disk_errors import output_error
 from blip2edge.errors import DataError, ImageError
-from blip2edge.picture_files import SHARD_SUFFIX, BrokenShardError, ShardFile, open_shard
+from blip2edge.picture_files import SHARD_SUFFIX, BrokenShardError, ShardFile, add_member, open_shard
 from blip2edge.reading import parse_json, reading
 from blip2edge.runtime.images.preprocess import load_image
 from blip2edge.training.data.entries import BrokenSamples, Entry, answer_texts, file_identity, single_spaced
@@ -234,11 +233,8 @@ class ShardWriter:
         self._count = 0
 
     def _write(self, name: str, content: bytes) -> None:
-        """Adds one file. Its header has no time or owner, so equal data gives equal shards."""
-        member = tarfile.TarInfo(name)
-        member.size = len(content)
         if self._tar is not None:
-            self._tar.addfile(member, io.BytesIO(content))
+            add_member(self._tar, name, content)
 
     def close(self) -> None:
         """Closes the current shard."""

@@ -131,15 +131,38 @@ def publish(fresh: Path, target: Path, *, replace: bool, marker: str | None = No
             if not _replaceable(replaced, marker):
                 _give_back(replaced, target, fresh)
                 raise _not_replaced(target, marker)
-            _flush_names(target.parent)
+            flush_names(target.parent)
             remove(replaced)
             return
         try:
             _rename_to_free(fresh, target)
         except FileExistsError:  # another program has just made it
             continue
-        _flush_names(target.parent)
+        flush_names(target.parent)
         return
+
+
+def publish_file(fresh: Path, target: Path, *, replace: bool) -> None:
+    """Flushes a finished file to the disk and gives it its final name.
+
+    Args:
+        fresh: The finished file, in the directory that :func:`locked` made for ``target``.
+        target: The file's final name.
+        replace: Whether an existing file of that name is replaced.
+
+    Raises:
+        OutputError: ``target`` exists, and must not be replaced.
+        OSError: ``fresh`` cannot be renamed; ``target`` stays as it was.
+    """
+    flush_file(fresh)
+    try:
+        if replace:
+            os.replace(fresh, target)
+        else:
+            _rename_to_free(fresh, target)
+    except FileExistsError as error:
+        raise _exists(target) from error
+    flush_names(target.parent)
 
 
 def _check_around(target: Path) -> None:
@@ -175,13 +198,18 @@ def _flush(directory: Path) -> None:
     """Writes the files of a directory to the disk: after a power cut, a renamed directory then holds its files."""
     for path in directory.rglob("*"):
         if path.is_file() and not path.is_symlink():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            flush_file(path)
     for folder in (directory, *(path for path in directory.rglob("*") if path.is_dir())):
-        _flush_names(folder)
+        flush_names(folder)
 
 
-def _flush_names(directory: Path) -> None:
+def flush_file(path: Path) -> None:
+    """Writes a file to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def flush_names(directory: Path) -> None:
     """Writes the names in a directory to the disk, where the system can."""
     try:
         descriptor = os.open(directory, os.O_RDONLY)

@@ -19,7 +19,7 @@ from blip2edge.errors import UsageError
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.frame_reuse import CELLS, cells_of
-from blip2edge.runtime.captioning.pipeline import StageClock
+from blip2edge.runtime.captioning.request import StageClock
 from blip2edge.runtime.serving.streams.sources import Frame
 from blip2edge.runtime.serving.watch import WatchResult, watch
 from tests.drawing import draw_pictures

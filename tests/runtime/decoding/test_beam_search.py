@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from blip2edge.runtime.decoding.beam_search import beam_search
 from blip2edge.runtime.decoding.options import Generated, GenerationOptions
+from tests.runtime.conftest import generation_arguments, until_end
 from tests.runtime.decoding.generating import generate
 
 pytest.importorskip("transformers", reason="the oracle is transformers")
@@ -116,3 +118,37 @@ def test_wide_search_finds_what_trying_all_texts_finds() -> None:
     found = generate(table[:1], _Table(table), [[]], options)[0]
     assert found.tokens == best
     assert found.finish_reason == "length"
+
+
+def test_the_best_texts_are_those_that_transformers_returns(opt_oracle: Any) -> None:
+    oracle = opt_oracle(3, LENGTHS)
+    options = replace(PLAIN, num_beams=4, eos_token_ids=ends_of(oracle))
+    found = oracle.run(options, best=3)
+    ids, mask, embeds = oracle.inputs(range(len(LENGTHS)))
+    reference = oracle.model.generate(
+        inputs_embeds=embeds,
+        input_ids=ids,
+        attention_mask=mask,
+        num_return_sequences=3,
+        **generation_arguments(options),
+    )
+    rows = [until_end(row[ids.shape[1] :].tolist(), options) for row in reference.sequences]
+    assert [text.tokens for text in found] == rows
+    assert [text.score for text in found] == pytest.approx(reference.sequences_scores.tolist(), abs=2e-5, rel=1e-5)
+    assert [text.tokens for text in found[::3]] == [text.tokens for text in oracle.run(options)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"min_new_tokens": 9}, {"repetition_penalty": 1.4}], ids=str)
+def test_the_log_probability_is_the_models_own(opt_oracle: Any, changes: dict[str, Any]) -> None:
+    """With one beam, beam search finds the greedy text: two ways to the same sum."""
+    oracle = opt_oracle(4, LENGTHS)
+    options = replace(PLAIN, num_beams=1, length_penalty=0.0, eos_token_ids=ends_of(oracle), **changes)
+    greedy = oracle.run(options, scored=True)
+    first, state, prompts = oracle.start()
+    beams = beam_search(first, state, prompts, options)
+    for text, beam in zip(greedy, beams, strict=True):
+        assert text.tokens == beam.tokens
+        assert text.logprob == pytest.approx(beam.logprob, abs=1e-4)
+        if "repetition_penalty" not in changes:
+            assert beam.logprob == pytest.approx(beam.score, abs=1e-4)
+    assert [text.logprob for text in oracle.run(options)] == [None] * len(LENGTHS)

@@ -1,0 +1,89 @@
+"""Runs the same object on many machines with Ray Data (the extra `ray`), and gives back the results in order.
+
+All machines must see models and files under the same paths, as on a shared disk.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from blip2edge.errors import Blip2EdgeError, UsageError, option
+from blip2edge.packages import require
+
+LOCAL = "local"
+"""The address of a Ray that runs on this machine alone."""
+
+MOST_BLOCKS = 10_000  # a block is the unit of work: what is lost with a machine, and what is given back at once
+
+
+def check_ray() -> None:
+    """Raises UsageError if Ray Data is not installed."""
+    require("ray", option("ray"), UsageError)
+    require("ray.data", option("ray"), UsageError, extra="ray")
+
+
+def map_on_ray(
+    address: str,
+    workers: int,
+    worker: Any,
+    arguments: Sequence[Any],
+    rows: Sequence[dict[str, Any]],
+) -> Iterator[dict[str, Any]]:
+    """Maps rows on the machines of a Ray cluster.
+
+    A worker whose machine is lost starts on another one as soon as that has a free CPU, and its rows are mapped again.
+
+    Args:
+        address: Address of a Ray cluster, "auto" for the cluster of this machine, or :data:`LOCAL`.
+        workers: Number of workers. Each uses one CPU of the cluster.
+        worker: Class whose objects map one row.
+        arguments: The arguments that each object is made with.
+        rows: The rows.
+
+    Yields:
+        The mapped rows, in the order of ``rows``.
+
+    Raises:
+        UsageError: Ray is not installed.
+        Blip2EdgeError: A worker raised it.
+    """
+    check_ray()
+    import ray
+    import ray.data
+
+    started = not ray.is_initialized()
+    if started:
+        # A local Ray is started without its dashboard, which would open a port.
+        ray.init(address=address, include_dashboard=False if address == LOCAL else None, log_to_driver=False)
+    try:
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        data = ray.data.from_items(list(rows), override_num_blocks=max(1, min(len(rows), MOST_BLOCKS)))
+        mapped = data.map(
+            worker,
+            fn_constructor_args=tuple(arguments),
+            concurrency=workers,
+            num_cpus=1,
+        )
+        yield from mapped.iter_rows()
+    except ray.exceptions.RayError as error:
+        own = _own_error(error)
+        if own is None:
+            raise
+        raise own from error
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _own_error(error: BaseException | None) -> Blip2EdgeError | None:
+    """The error of this project that a worker raised, and Ray wrapped; None if there is none."""
+    while error is not None:
+        if isinstance(error, Blip2EdgeError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None

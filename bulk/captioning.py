@@ -1,0 +1,249 @@
+"""Captions the pictures of a part of the output.
+
+The result depends only on the part, never on time, on other parts or on the machine's load: batches are the pictures
+of the part that can be decoded, in their order, and the random stream of a sampled caption comes from the picture's
+name. So a part that is computed again, or on another machine of the same kind, has the same bytes.
+
+    threads: bytes --> picture --> pixel values  ──┐
+    this thread:                                   └─> batch --> vision, bridge --> duplicates --> captions
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blip2edge.bulk.duplicates import Embedder, Embeddings
+from blip2edge.bulk.listed import ListedPicture
+from blip2edge.bulk.options import DEFAULT_SEED, BulkOptions, check_captions
+from blip2edge.bulk.rows import DIGITS, Original, Row
+from blip2edge.bulk.work import Chunk
+from blip2edge.errors import DataError, ImageError, UsageError
+from blip2edge.picture_files import printable
+from blip2edge.runtime.captioning.captioner import Captioner
+from blip2edge.runtime.captioning.pipeline import EncodedBatch
+from blip2edge.runtime.captioning.request import StageClock
+from blip2edge.runtime.decoding.options import GenerationOptions
+from blip2edge.runtime.images.preprocess import DeferredImage, load_image
+
+AHEAD = 3  # batches of pictures that are decoded ahead
+
+Find = Callable[[Sequence[int], Embeddings], "list[Original | None]"]
+"""Finds the originals of the pictures of a batch: arguments are their numbers in the source, and their embeddings."""
+
+
+@dataclass(frozen=True)
+class DecodedPicture:
+    """A picture after reading, decoding and preprocessing.
+
+    Attributes:
+        number: Its number in the source.
+        item: The picture.
+        pixels: ``[3, H, W]`` float32; None if it is broken.
+        content: Bytes of the picture file, if the output has them.
+        error: Why it is broken; empty if it is not.
+    """
+
+    number: int
+    item: ListedPicture
+    pixels: NDArray[np.float32] | None
+    content: bytes = b""
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class ChunkResult:
+    """The result of a part.
+
+    Attributes:
+        rows: A row a picture. A duplicate of a picture in another part has no captions yet.
+        originals: The original of each duplicate, by the picture's number in the source.
+        pictures: Suffix and bytes of each picture, if the output has them.
+        numbers: Numbers of the pictures that are no duplicates, if duplicates are searched.
+        embeddings: Their embeddings.
+    """
+
+    rows: list[Row]
+    originals: dict[int, Original]
+    pictures: list[tuple[str, bytes]]
+    numbers: list[int]
+    embeddings: Embeddings
+
+
+class ChunkCaptioner:
+    """Loads a bundle, and captions parts with it; close it after use.
+
+    Args:
+        options: How to caption.
+        pictures: Whether the results have the bytes of the pictures.
+
+    Attributes:
+        generation: The resolved options of the generation.
+
+    Raises:
+        BackendError, BundleError, PromptError, UsageError: As ``Captioner.load`` and ``Captioner.caption``; or the
+            model takes videos.
+    """
+
+    def __init__(self, options: BulkOptions, pictures: bool) -> None:
+        self.captioner = Captioner.load(
+            options.bundle,
+            backend=options.backend,
+            threads=options.threads,
+            draft="none",
+            limits=options.limits,
+            require_signature=options.require_signature,
+        )
+        self._options, self._pictures, self._embed = options, pictures, Embedder()
+        self._preprocessing = self.captioner.encoder.images.preprocessing
+        most = self.captioner.generator.language.decoder.max_rows
+        self._batch_size = options.batch_size if most is None else min(options.batch_size, most)
+        if self._preprocessing.output_size is None:  # pictures of different sizes share no batch
+            self._batch_size = 1
+        with self.captioner.graphs.closed_on_error():
+            self.generation = self._checked()
+        self._threads = ThreadPoolExecutor(options.workers or os.cpu_count() or 1, "blip2edge-pictures")
+
+    def _checked(self) -> GenerationOptions:
+        """The options of the generation; raises the errors of options, prompt and kind of model."""
+        options, prompts = self._options, self.captioner.prompts
+        if prompts.spec.frames > 1:
+            raise UsageError(f"expected a model of pictures, but {options.bundle} is one of videos", "use caption")
+        prompts(prompts.with_default(options.prompt))
+        given = self.captioner.options(**options.generation)
+        generation = replace(given, seed=DEFAULT_SEED) if given.sampling and given.seed is None else given
+        check_captions(options.captions, generation)
+        return generation
+
+    def close(self) -> None:
+        """Releases the graphs; pictures that are not decoded yet are dropped."""
+        self._threads.shutdown(cancel_futures=True)
+        self.captioner.close()
+
+    def __enter__(self) -> ChunkCaptioner:  # noqa: PYI034 - typing.Self is of Python 3.11
+        """Returns the object itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes it."""
+        self.close()
+
+    def captions(self, chunks: Iterable[Chunk], find: Find | None) -> Iterator[ChunkResult]:
+        """Captions parts, one after the other; pictures of the next part are decoded meanwhile.
+
+        Args:
+            chunks: The parts.
+            find: Finds duplicates; None to look for none.
+        """
+        for _, group in groupby(self._decoded(chunks), key=lambda one: one[0]):
+            yield self._chunk((decoded for _, decoded in group), find)
+
+    def embeddings(self, chunk: Chunk) -> list[tuple[list[int], Embeddings]]:
+        """The embeddings of a part's pictures, batch by batch, each with the numbers of its pictures."""
+        decoded = (one for _, one in self._decoded([chunk]) if one.pixels is not None)
+        found = []
+        while batch := list(islice(decoded, self._batch_size)):
+            found.append(([one.number for one in batch], self._embed(self._encoded(batch).pictures)))
+        return found
+
+    def _decoded(self, chunks: Iterable[Chunk]) -> Iterator[tuple[int, DecodedPicture]]:
+        """Yields the pictures of the parts in order, each with its part's number; threads decode the next ones."""
+        coming: deque[tuple[int, Future[DecodedPicture]]] = deque()
+        for chunk in chunks:
+            for number, item in enumerate(chunk.items, chunk.first):
+                if len(coming) >= AHEAD * self._batch_size:
+                    chunk_number, future = coming.popleft()
+                    yield chunk_number, future.result()
+                coming.append((chunk.number, self._threads.submit(self._decode, number, item)))
+        for chunk_number, future in coming:
+            yield chunk_number, future.result()
+
+    def _decode(self, number: int, item: ListedPicture) -> DecodedPicture:
+        """Reads, decodes and preprocesses a picture."""
+        try:
+            content = item.read()
+            picture = load_image(DeferredImage(item.image, lambda: content), self._options.limits)
+            pixels = self._preprocessing(picture, self._options.limits)
+        except (ImageError, DataError) as error:
+            return DecodedPicture(number, item, None, error=error.problem)
+        return DecodedPicture(number, item, pixels, content if self._pictures else b"")
+
+    def _chunk(self, decoded: Iterator[DecodedPicture], find: Find | None) -> ChunkResult:
+        """Captions the pictures of one part."""
+        rows: dict[int, Row] = {}
+        contents: dict[int, tuple[str, bytes]] = {}
+        originals: dict[int, Original] = {}
+        kept: list[int] = []
+        vectors: list[Embeddings] = []
+
+        def usable() -> Iterator[DecodedPicture]:
+            for one in decoded:
+                name = printable(one.item.image)
+                rows[one.number] = Row(name, error=printable(one.error) if one.pixels is None else None)
+                if self._pictures:
+                    contents[one.number] = one.item.suffix(one.content), one.content
+                if one.pixels is not None:
+                    yield one
+
+        pictures = usable()
+        while batch := list(islice(pictures, self._batch_size)):
+            encoded = self._encoded(batch)
+            new = list(range(len(batch)))
+            if find is not None:
+                embeddings = self._embed(encoded.pictures)
+                found = find([one.number for one in batch], embeddings)
+                new = [at for at, original in enumerate(found) if original is None]
+                originals.update({batch[at].number: one for at, one in enumerate(found) if one is not None})
+                kept += [batch[at].number for at in new]
+                vectors.append(embeddings[new])
+            for at, (texts, logprobs) in zip(new, self._texts(encoded, batch, new), strict=True):
+                rows[batch[at].number] = replace(rows[batch[at].number], captions=texts, logprobs=logprobs)
+        numbers = sorted(rows)
+        return ChunkResult(
+            [rows[number] for number in numbers],
+            originals,
+            [contents[number] for number in numbers] if self._pictures else [],
+            kept,
+            np.concatenate(vectors) if vectors else np.zeros((0, 0), np.float16),
+        )
+
+    def _encoded(self, batch: Sequence[DecodedPicture]) -> EncodedBatch:
+        """Runs vision encoder and bridge on a batch."""
+        encoder, clock = self.captioner.encoder, StageClock()
+        pixels = np.stack([one.pixels for one in batch if one.pixels is not None])
+        prepared = encoder.prepared([self._options.prompt] * len(batch), [1] * len(batch), pixels)
+        return prepared.encoded(
+            encoder.run_bridge(encoder.run_vision(prepared.pixels, clock), prepared.instruction, clock)
+        )
+
+    def _texts(
+        self, encoded: EncodedBatch, batch: Sequence[DecodedPicture], places: list[int]
+    ) -> Iterator[tuple[tuple[str, ...], tuple[float, ...]]]:
+        """Yields captions and log-probabilities of the pictures at ``places`` of a batch."""
+        generator, count = self.captioner.generator, self._options.captions
+        most = generator.language.decoder.max_rows
+        size = len(batch) if most is None else max(1, most // max(count, self.generation.num_beams))
+        for first in range(0, len(places), size):
+            chosen = places[first : first + size]
+            streams = [_stream(batch[at].item.image, text) for at in chosen for text in range(count)]
+            generated = generator.complete(
+                encoded.part(chosen), self.generation, streams, StageClock(), texts=count, scored=True
+            )
+            for at in range(0, len(generated), count):
+                texts = [text for text in generated[at : at + count] if text.finish_reason]
+                written = tuple(self.captioner.generator.text(text, self.generation) for text in texts)
+                yield written, tuple(round(text.logprob or 0.0, DIGITS) for text in texts)
+
+
+def _stream(image: str, text: int) -> int:
+    """Number of the random stream of a picture's caption: 63 bits of a hash of the picture's name and the number."""
+    digest = hashlib.sha256(f"{text}\0{image}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -1,0 +1,106 @@
+"""Near-duplicates: pictures whose embeddings by the bridge have a cosine of at least a threshold.
+
+The embedding of a picture is the mean of its visual tokens, projected to 256 numbers by a fixed random matrix, which
+keeps distances within a few percent (Johnson and Lindenstrauss, 1984); a million pictures take 1 GB. A picture is
+compared with all earlier ones that are no duplicates themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blip2edge.bulk.rows import DIGITS, Original
+from blip2edge.bundle.dtypes import Array
+
+WIDTH = 256
+"""Numbers of an embedding."""
+
+BLOCK = 4096
+"""Embeddings that are compared in one product; its shape is constant, so that a resumed run rounds alike."""
+
+_SEED = 0
+_SOURCES = ("visual_tokens", "image_embeds")
+
+Embeddings = NDArray[np.float16]
+
+
+class Embedder:
+    """Computes embeddings from the outputs of vision encoder and bridge."""
+
+    def __init__(self) -> None:
+        self._matrix: NDArray[np.float32] | None = None
+
+    def __call__(self, pictures: Mapping[str, Array]) -> Embeddings:
+        """Embeddings of length 1, float16 ``[B, 256]``, of the outputs ``[B, …]`` by name."""
+        tokens = np.asarray(next(pictures[name] for name in _SOURCES if name in pictures), np.float32)
+        means = tokens.reshape(len(tokens), -1, tokens.shape[-1]).mean(axis=1)
+        if self._matrix is None:
+            random = np.random.default_rng(_SEED)
+            self._matrix = random.standard_normal((means.shape[1], WIDTH), dtype=np.float32)
+        projected = means @ self._matrix
+        norms = np.linalg.norm(projected, axis=1, keepdims=True)
+        embeddings: Embeddings = (projected / np.maximum(norms, np.float32(1e-12))).astype(np.float16)
+        return embeddings
+
+
+class DuplicateIndex:
+    """The embeddings of all pictures that are no duplicates, in their order.
+
+    Args:
+        threshold: The smallest cosine of a duplicate and its original.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        self._threshold = threshold
+        self._blocks: list[NDArray[np.float32]] = []
+        self._numbers: list[int] = []
+
+    def find(self, numbers: Sequence[int], embeddings: Embeddings) -> list[Original | None]:
+        """Finds the original of each picture, and adds the pictures that have none.
+
+        Args:
+            numbers: Numbers of the pictures in the source, ascending.
+            embeddings: ``[B, 256]``.
+
+        Returns:
+            For each picture the most similar earlier one, or None if none reaches the threshold.
+        """
+        vectors = embeddings.astype(np.float32)
+        best, places = np.full(len(vectors), -np.inf, np.float32), np.zeros(len(vectors), np.int64)
+        for block, values in enumerate(self._blocks):
+            cosines = values @ vectors.T  # rows without an embedding are zero
+            top = cosines.argmax(axis=0)
+            found = cosines[top, np.arange(len(vectors))]
+            better = found > best
+            best[better], places[better] = found[better], block * BLOCK + top[better]
+        earlier = len(self._numbers)
+        within = vectors @ vectors.T
+        originals: list[Original | None] = []
+        for at, number in enumerate(numbers):
+            candidates = [(float(best[at]), int(places[at]))] if earlier else []
+            candidates += [
+                (float(within[at, other]), earlier + place)
+                for place, other in enumerate(other for other in range(at) if originals[other] is None)
+            ]
+            similarity, place = max(candidates, key=lambda one: one[0], default=(-np.inf, 0))
+            similarity = round(similarity, DIGITS)
+            duplicate = similarity >= self._threshold
+            originals.append(Original(self._numbers[place], min(1.0, similarity)) if duplicate else None)
+            if not duplicate:
+                self._add(number, vectors[at])
+        return originals
+
+    def restore(self, numbers: Sequence[int], embeddings: Embeddings) -> None:
+        """Adds the originals of a part that an earlier run finished."""
+        for number, vector in zip(numbers, embeddings.astype(np.float32), strict=True):
+            self._add(number, vector)
+
+    def _add(self, number: int, vector: NDArray[np.float32]) -> None:
+        place = len(self._numbers) % BLOCK
+        if place == 0:
+            self._blocks.append(np.zeros((BLOCK, WIDTH), np.float32))
+        self._blocks[-1][place] = vector
+        self._numbers.append(number)

@@ -1,0 +1,163 @@
+"""The pictures of a source: where the bytes of each are, and how they are read.
+
+An item is small and has a JSON form, so that the list of a source is a file, and items can be sent to other machines.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import PurePosixPath
+from threading import Lock
+from typing import Any
+
+from blip2edge.bulk.stores import store_of
+from blip2edge.errors import DataError, ImageError, MissingPackageError
+from blip2edge.packages import require
+from blip2edge.picture_files import PICTURE_SUFFIXES
+from blip2edge.reading import parse_json, reading
+from blip2edge.runtime.images.download import download
+
+FILE, WEB, MEMBER, CELL, BROKEN = "file", "web", "member", "cell", "broken"
+"""Kinds of items: a file of a store, a web address, a file in a tar shard, a cell of a table, one without a picture."""
+
+ATTEMPTS = 3
+"""Attempts to download a picture from a web address."""
+
+PAUSE_S = 1.0  # before the second attempt, twice as long before the third
+GROUPS = 2  # row groups of tables that are kept in memory
+_MAGIC = (
+    (b"\xff\xd8\xff", ".jpg"),
+    (b"\x89PNG", ".png"),
+    (b"GIF8", ".gif"),
+    (b"BM", ".bmp"),
+    (b"II*\0", ".tif"),
+    (b"MM\0*", ".tif"),
+)  # the first bytes of a file, and its suffix
+
+
+@dataclass(frozen=True)
+class ListedPicture:
+    """A picture of a source.
+
+    Attributes:
+        image: Name of the picture in the source.
+        kind: Where its bytes are: :data:`FILE` and so on.
+        place: The place, by kind: path; address; path of the shard, offset, size; path of the table, row group, row,
+            column; the reason why there is no picture.
+        version: Changes with the picture's file.
+    """
+
+    image: str
+    kind: str
+    place: tuple[Any, ...]
+    version: str = ""
+
+    def to_json(self) -> str:
+        """The item as one line of JSON."""
+        return json.dumps([self.image, self.kind, list(self.place), self.version])
+
+    @classmethod
+    def from_json(cls, line: str) -> ListedPicture:
+        """Reads an item from the line that :meth:`to_json` made.
+
+        Raises:
+            DataError: The line is damaged.
+        """
+        with reading("the list of pictures", "JSON", DataError):
+            image, kind, place, version = parse_json(line)
+            return cls(image, kind, tuple(place), version)
+
+    def read(self) -> bytes:
+        """Reads the bytes of the picture file.
+
+        Raises:
+            ImageError: There is none, or it cannot be read.
+        """
+        return _READERS[self.kind](*self.place)
+
+    def suffix(self, content: bytes) -> str:
+        """Suffix of a file with the picture: that of its name, or the usual one of its format; ``.img`` if unknown."""
+        suffix = PurePosixPath(self.image).suffix.lower()
+        if suffix in PICTURE_SUFFIXES:
+            return suffix
+        if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+            return ".webp"
+        return next((known for magic, known in _MAGIC if content.startswith(magic)), ".img")
+
+
+def parquet_package(purpose: str) -> Any:
+    """Imports ``pyarrow.parquet``; ``purpose`` begins the error if pyarrow is not installed (MissingPackageError)."""
+    require("pyarrow", purpose, MissingPackageError)
+    return import_module("pyarrow.parquet")
+
+
+def _read_file(path: str) -> bytes:
+    return store_of(path).read(path)
+
+
+def _read_web(address: str) -> bytes:
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return download(address)
+        except ImageError:
+            time.sleep(PAUSE_S * attempt)
+    return download(address)
+
+
+def _read_member(shard: str, offset: int, size: int) -> bytes:
+    return store_of(shard).read(shard, offset, size)
+
+
+def _refuse(reason: str) -> bytes:
+    raise ImageError(reason)
+
+
+class RowGroups:
+    """Reads cells of Parquet files, and keeps the last row groups: neighbouring pictures share one."""
+
+    def __init__(self) -> None:
+        self._groups: OrderedDict[tuple[str, int, str], Any] = OrderedDict()
+        self._lock = Lock()
+
+    def cell(self, path: str, group: int, row: int, column: str) -> bytes:
+        """Reads the bytes in a cell.
+
+        Raises:
+            ImageError: The cell is empty, has no bytes, or cannot be read.
+        """
+        with reading(path, "a Parquet file", ImageError):
+            with self._lock:
+                key = path, group, column
+                if key not in self._groups:
+                    self._groups[key] = self._read(path, group, column)
+                    while len(self._groups) > GROUPS:
+                        self._groups.popitem(last=False)
+                self._groups.move_to_end(key)
+                values = self._groups[key]
+            value = values[row].as_py()
+        if isinstance(value, dict):  # the form of Hugging Face's datasets: {"bytes": …, "path": …}
+            value = value.get("bytes")
+        if not isinstance(value, bytes) or not value:
+            raise ImageError(f"{path}: the column {column} has no bytes in row {row} of row group {group}")
+        return value
+
+    @staticmethod
+    def _read(path: str, group: int, column: str) -> Any:
+        parquet = parquet_package(f"reading {path}")
+        with store_of(path).open(path) as file:
+            return parquet.ParquetFile(file).read_row_group(group, columns=[column]).column(0)
+
+
+_ROW_GROUPS = RowGroups()
+_READERS: dict[str, Callable[..., bytes]] = {
+    FILE: _read_file,
+    WEB: _read_web,
+    MEMBER: _read_member,
+    CELL: _ROW_GROUPS.cell,
+    BROKEN: _refuse,
+}

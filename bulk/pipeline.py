@@ -1,0 +1,299 @@
+"""Captions all pictures of a source, and writes the result as Parquet or as WebDataset shards.
+
+The output is made in parts of fixed content. A run that is killed at any moment leaves its finished parts in
+``OUT.run``; the same command makes the others, and the output is byte for byte that of a run that was not killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from blip2edge import __version__
+from blip2edge.bulk.captioning import ChunkCaptioner, ChunkResult, Find
+from blip2edge.bulk.duplicates import DuplicateIndex
+from blip2edge.bulk.options import BulkOptions
+from blip2edge.bulk.ray_backend import Cluster, captions_on_ray
+from blip2edge.bulk.rows import Original, Row
+from blip2edge.bulk.sinks import RowFormat, copy_part, sink_of
+from blip2edge.bulk.sources import PictureSource
+from blip2edge.bulk.work import Plan, WorkDirectory, write_list
+from blip2edge.bundle.outputs.disk_errors import output_error
+from blip2edge.bundle.outputs.locks import NEW, check_name, locked
+from blip2edge.bundle.outputs.publishing import check_target, publish, publish_file
+from blip2edge.choices import BULK_FORMATS
+from blip2edge.cluster.ray_data import check_ray
+from blip2edge.errors import OutputError, UsageError, option
+from blip2edge.packages import installed
+from blip2edge.progress import ProgressCallback
+from blip2edge.reading import parse_json, read_json, reading
+
+REPORT_FILE = "_bulk.json"
+"""In a directory of parts: the plan and the counts. Readers of Parquet skip names that begin with ``_``."""
+
+VERSIONED = ("numpy", "pillow", "onnxruntime", "openvino", "pyarrow")
+"""Packages whose version is in the plan: another one may round otherwise, or write other bytes."""
+
+COUNTS = ("pictures", "broken", "duplicates", "parts")
+
+_SUFFIXES = {".parquet": "parquet", ".tar": "webdataset"}
+
+
+@dataclass(frozen=True)
+class Output:
+    """The output: one file, or a directory with a file a part.
+
+    Attributes:
+        target: Its path.
+        form: Format, one of ``BULK_FORMATS``.
+        single: Whether it is one file.
+        force: Whether to replace what has its name, and to start again.
+    """
+
+    target: Path
+    form: str
+    single: bool
+    force: bool = False
+
+    @classmethod
+    def named(cls, target: Path, form: str | None, force: bool) -> Output:
+        """Chooses the format: ``NAME.parquet`` and ``NAME.tar`` are files, other names directories.
+
+        Raises:
+            UsageError: The format contradicts the name, or there is no format of that name.
+        """
+        check_name(target)
+        by_name = _SUFFIXES.get(target.suffix.lower())
+        if form is not None and form not in BULK_FORMATS:
+            raise UsageError(f"expected {option('format')} to be one of {', '.join(BULK_FORMATS)}, got {form}")
+        if form is not None and by_name is not None and form != by_name:
+            raise UsageError(
+                f"expected {option('format')} {by_name} for {target.name}, got {form}",
+                f"leave {option('format')} out, or give an output without {target.suffix}",
+            )
+        return cls(target, form or by_name or BULK_FORMATS[0], by_name is not None, force)
+
+
+def run_bulk(
+    source: PictureSource,
+    output: Output,
+    options: BulkOptions,
+    *,
+    cluster: Cluster | None = None,
+    progress: ProgressCallback = lambda stage, done, total: None,
+) -> dict[str, Any]:
+    """Captions all pictures of a source.
+
+    The output appears when it is complete. Until then its parts are in ``OUT.run``, from which the same call goes on.
+    If the output is complete already, nothing is computed.
+
+    Args:
+        source: The pictures.
+        output: The output.
+        options: How to caption.
+        cluster: A Ray cluster; None to compute in this process.
+        progress: Called with (stage, pictures done, pictures in all).
+
+    Returns:
+        The counts ``pictures``, ``broken``, ``duplicates`` and ``parts`` of the output; ``computed`` (pictures of this
+        run), ``seconds``, ``pictures_per_s``.
+
+    Raises:
+        DataError: The source cannot be read, has no picture, or was changed since the killed run began.
+        OutputError: The output exists, another run writes it, the killed run had another plan, or the disk is full.
+        BundleError, BackendError, PromptError, UsageError: As ``Captioner.load`` and ``Captioner.caption``.
+        MissingPackageError: A package for this source or output is not installed.
+    """
+    if cluster is not None:
+        check_ray()
+    sink, start = sink_of(output.form), time.monotonic()
+    _check_exists(output, sink)
+    computed = 0
+    with ExitStack() as stack:
+        part = stack.enter_context(locked(output.target))
+        captioner = stack.enter_context(ChunkCaptioner(options, sink.pictures))
+        run = _Run(output, options, sink, part)
+        counts = run.begin(source, captioner, progress)
+        if counts is None:
+            computed = run.compute(captioner, cluster, progress)
+            counts = run.publish()
+        run.work.clear()
+    seconds = time.monotonic() - start
+    return {
+        **counts,
+        "computed": computed,
+        "seconds": round(seconds, 1),
+        "pictures_per_s": round(computed / seconds, 2) if seconds > 0 else 0.0,
+    }
+
+
+def _check_exists(output: Output, sink: RowFormat) -> None:
+    """Checks that the output's name is free, or that of an output of ``bulk``; before the bundle is loaded.
+
+    Raises:
+        OutputError: Something else has the name.
+    """
+    target = output.target
+    if not os.path.lexists(target) or _record_of(output, sink) is not None:
+        return
+    if output.single and output.force:
+        raise OutputError(f"{target} exists, and was not made by bulk", "give another output")
+    check_target(target, output.force, REPORT_FILE)
+
+
+def _record_of(output: Output, sink: RowFormat) -> dict[str, Any] | None:
+    """The record in a complete output, with its plan and its counts; None if there is none."""
+    path = output.target if output.single else output.target / REPORT_FILE
+    if not path.is_file():
+        return None
+    try:
+        if not output.single:
+            return read_json(path, OutputError)
+        text = sink.record(path)
+        with reading(path, "the record of a run", OutputError):
+            values = None if text is None else parse_json(text)
+    except OutputError:
+        return None
+    return values if isinstance(values, dict) else None
+
+
+class _Run:
+    """One run: its output, its options, and its directories."""
+
+    def __init__(self, output: Output, options: BulkOptions, sink: RowFormat, part: Path) -> None:
+        self._output, self._options, self._sink, self._part = output, options, sink, part
+        self._size = options.chunk_size
+        self.work = WorkDirectory(output.target, sink.suffix)
+        self._plan = Plan({})
+        self._taken: tuple[int, list[Row]] = (-1, [])  # the last part from which captions were taken
+
+    def begin(
+        self, source: PictureSource, captioner: ChunkCaptioner, progress: ProgressCallback
+    ) -> dict[str, Any] | None:
+        """Lists the source, and finds what an earlier run did.
+
+        Returns:
+            The counts of the output if it is complete already, else None.
+        """
+        listed = self._part / "pictures"
+        digest, count = write_list(source.items(), listed, lambda done: progress("listing", done, 0))
+        loaded = captioner.captioner
+        self._plan = Plan(
+            {
+                "source": source.path,
+                "list": digest,
+                "pictures": count,
+                "format": self._output.form,
+                "bundle": loaded.bundle.sha256,
+                "backend": loaded.graphs.backend,
+                "optimized": sorted(loaded.graphs.copied),
+                **self._options.plan(captioner.generation),
+                "versions": {"blip2edge": __version__, **{name: installed(name) for name in VERSIONED}},
+            }
+        )
+        target = self._output.target
+        if self._output.force:
+            self.work.clear()
+        elif os.path.lexists(target):
+            record = _record_of(self._output, self._sink) or {}
+            difference = self._plan.difference(record.get("plan", {}))
+            if difference:
+                raise OutputError(
+                    f"{target} exists, and is of another run: {difference}",
+                    f"give another output, or replace it with {option('force', on=True)}",
+                )
+            return {name: record.get(name) for name in COUNTS}
+        self.work.begin(self._plan, listed)
+        return None
+
+    def compute(self, captioner: ChunkCaptioner, cluster: Cluster | None, progress: ProgressCallback) -> int:
+        """Makes the parts that are missing; returns their number of pictures."""
+        finished, pictures = self.work.finished(), int(self._plan.values["pictures"])
+        before = done = min(finished * self._size, pictures)
+        find = self._finder(finished)
+        chunks = self.work.chunks(self._size, finished)
+        if cluster is None:
+            results = captioner.captions(chunks, find)
+        else:
+            captioner.close()  # the workers load it
+            results = captions_on_ray(chunks, self._options, self._sink.pictures, find, cluster)
+        progress("captions", done, pictures)
+        for number, result in enumerate(results, finished):
+            self._write(number, result)
+            done += len(result.rows)
+            progress("captions", done, pictures)
+        return done - before
+
+    def _finder(self, finished: int) -> Find | None:
+        """The search for duplicates, with the embeddings of the finished parts; None if they are not searched."""
+        if self._options.duplicates is None:
+            return None
+        index = DuplicateIndex(self._options.duplicates)
+        for number in range(finished):
+            index.restore(*self.work.read_embeddings(number))
+        return index.find
+
+    def _write(self, number: int, result: ChunkResult) -> None:
+        """Writes a part, and its embeddings before it."""
+        first, rows = number * self._size, list(result.rows)
+        for place, row in enumerate(rows):
+            original = result.originals.get(first + place)
+            if original is not None:
+                rows[place] = self._duplicate(row, original, number, rows)
+        if self._options.duplicates is not None:
+            self.work.write_embeddings(number, result.numbers, result.embeddings)
+        self.work.publish(
+            self.work.part(number).name, lambda path: self._sink.write(path, first, rows, result.pictures)
+        )
+
+    def _duplicate(self, row: Row, original: Original, number: int, rows: list[Row]) -> Row:
+        """The row of a duplicate, with the captions of its original, which is in this part or an earlier one."""
+        part, place = divmod(original.number, self._size)
+        if part != number:
+            if self._taken[0] != part:
+                self._taken = part, self._sink.rows(self.work.part(part))
+            rows = self._taken[1]
+        known = rows[place]
+        return replace(
+            row,
+            captions=known.captions,
+            logprobs=known.logprobs,
+            duplicate_of=known.image,
+            similarity=original.similarity,
+        )
+
+    def publish(self) -> dict[str, Any]:
+        """Makes the output of the parts; returns the counts."""
+        parts = self.work.parts(self.work.finished())
+        counts = self._counts(parts)
+        record = json.dumps(
+            {"plan": self._plan.values, **counts}, sort_keys=True, indent=None if self._output.single else 2
+        )
+        fresh, target, replaces = self._part / NEW, self._output.target, self._output.force
+        try:
+            if self._output.single:
+                self._sink.join(parts, fresh, record)
+                publish_file(fresh, target, replace=replaces)
+            else:
+                fresh.mkdir()
+                for part in parts:
+                    copy_part(part, fresh / part.name)
+                (fresh / REPORT_FILE).write_text(f"{record}\n", encoding="utf-8")
+                publish(fresh, target, replace=replaces, marker=REPORT_FILE)
+        except OSError as error:
+            raise output_error(target, error) from error
+        return counts
+
+    def _counts(self, parts: list[Path]) -> dict[str, Any]:
+        counts = dict.fromkeys(COUNTS, 0)
+        for part in parts:
+            for row in self._sink.rows(part):
+                counts["pictures"] += 1
+                counts["broken"] += row.error is not None
+                counts["duplicates"] += row.duplicate_of is not None
+        return {**counts, "parts": len(parts)}

@@ -1,0 +1,127 @@
+"""Captions the parts of the output on many machines with Ray Data, by the same function as on one.
+
+Parts are computed in any order and on any machine, and are written here, in their order. Whether a picture is a
+duplicate depends on all earlier ones. So with duplicates there are two passes: the first computes the embeddings, this
+process compares them, and the second pass captions the pictures that are no duplicates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from blip2edge.bulk.captioning import ChunkCaptioner, ChunkResult, Find
+from blip2edge.bulk.duplicates import Embeddings
+from blip2edge.bulk.listed import ListedPicture
+from blip2edge.bulk.options import BulkOptions
+from blip2edge.bulk.rows import Original, Row
+from blip2edge.bulk.work import Chunk
+from blip2edge.cluster.ray_data import map_on_ray
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster: its address (see :func:`map_on_ray`), and the number of processes that load the bundle."""
+
+    address: str
+    workers: int = 1
+
+
+class _Worker:
+    """Holds a bundle on a machine of the cluster."""
+
+    def __init__(self, options: str, pictures: bool) -> None:
+        self._captioner = ChunkCaptioner(BulkOptions.from_json(options), pictures)
+
+
+class CaptionWorker(_Worker):
+    """Captions parts on a machine of the cluster."""
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Captions one part.
+
+        Args:
+            row: The part, and ``originals``: null, or number and similarity of the original of each duplicate.
+
+        Returns:
+            The rows as JSON, and the pictures' suffixes and bytes.
+        """
+        known = json.loads(row["originals"])
+
+        def find(numbers: Sequence[int], _: Embeddings) -> list[Original | None]:
+            return [Original(*known[str(number)]) if str(number) in known else None for number in numbers]
+
+        (result,) = self._captioner.captions([_chunk(row)], None if known is None else find)
+        return {
+            "rows": json.dumps([one.to_json() for one in result.rows]),
+            "suffixes": json.dumps([suffix for suffix, _ in result.pictures]),
+            "contents": [content for _, content in result.pictures],
+        }
+
+
+class EmbeddingWorker(_Worker):
+    """Computes embeddings on a machine of the cluster."""
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The embeddings of one part's batches, and the numbers of their pictures."""
+        found = self._captioner.embeddings(_chunk(row))
+        return {
+            "numbers": json.dumps([numbers for numbers, _ in found]),
+            "embeddings": [values.tobytes() for _, values in found],
+        }
+
+
+def captions_on_ray(
+    chunks: Iterable[Chunk], options: BulkOptions, pictures: bool, find: Find | None, cluster: Cluster
+) -> Iterator[ChunkResult]:
+    """Captions parts on a cluster; yields their results in order.
+
+    Args:
+        chunks: The parts.
+        options: How to caption.
+        pictures: Whether the results have the bytes of the pictures.
+        find: Finds duplicates; None to look for none.
+        cluster: Where to compute.
+    """
+    rows = [
+        {"number": chunk.number, "first": chunk.first, "items": json.dumps([item.to_json() for item in chunk.items])}
+        for chunk in chunks
+    ]
+    if not rows:
+        return
+    arguments = options.to_json(), pictures
+    found: list[dict[int, Original] | None] = [None] * len(rows)
+    kept: list[tuple[list[int], list[Embeddings]]] = [([], []) for _ in rows]
+    if find is not None:
+        for at, row in enumerate(map_on_ray(cluster.address, cluster.workers, EmbeddingWorker, arguments, rows)):
+            originals_of: dict[int, Original] = {}
+            for numbers, content in zip(json.loads(row["numbers"]), row["embeddings"], strict=True):
+                values = np.frombuffer(content, np.float16).reshape(len(numbers), -1)
+                originals = find(numbers, values)
+                new = [place for place, one in enumerate(originals) if one is None]
+                kept[at][0].extend(numbers[place] for place in new)
+                kept[at][1].append(values[new])
+                originals_of |= {number: one for number, one in zip(numbers, originals, strict=True) if one is not None}
+            found[at] = originals_of
+    for row, known in zip(rows, found, strict=True):
+        row["originals"] = json.dumps(
+            None if known is None else {number: (one.number, one.similarity) for number, one in known.items()}
+        )
+    for at, row in enumerate(map_on_ray(cluster.address, cluster.workers, CaptionWorker, arguments, rows)):
+        numbers, parts = kept[at]
+        yield ChunkResult(
+            [Row.from_json(values) for values in json.loads(row["rows"])],
+            found[at] or {},
+            list(zip(json.loads(row["suffixes"]), row["contents"], strict=True)),
+            numbers,
+            np.concatenate(parts) if parts else np.zeros((0, 0), np.float16),
+        )
+
+
+def _chunk(row: dict[str, Any]) -> Chunk:
+    items = tuple(map(ListedPicture.from_json, json.loads(row["items"])))
+    return Chunk(int(row["number"]), int(row["first"]), items)

@@ -1,0 +1,52 @@
+"""The result of one picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+DIGITS = 6
+"""Decimals of log-probabilities and similarities."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The result of one picture: a row of a table, or the JSON file of a sample.
+
+    Attributes:
+        image: Name of the picture in the source.
+        captions: Its captions; empty if the picture is broken. Those of a duplicate are its original's.
+        logprobs: The log-probability of each caption: the sum over its tokens, by the model, natural logarithm.
+        duplicate_of: Name of the earlier picture that this one resembles; None without one.
+        similarity: Cosine of the two pictures' embeddings; None without such a picture.
+        error: Why there is no caption; None if there is one.
+    """
+
+    image: str
+    captions: tuple[str, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    duplicate_of: str | None = None
+    similarity: float | None = None
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as a JSON object."""
+        return {**vars(self), "captions": list(self.captions), "logprobs": list(self.logprobs)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Row:
+        """Makes the row from the object that :meth:`to_json` returned."""
+        return cls(**{**values, "captions": tuple(values["captions"]), "logprobs": tuple(values["logprobs"])})
+
+
+@dataclass(frozen=True)
+class Original:
+    """The picture that a duplicate resembles.
+
+    Attributes:
+        number: Its number in the source.
+        similarity: Cosine of the embeddings.
+    """
+
+    number: int
+    similarity: float

@@ -1,0 +1,228 @@
+"""Lists the pictures of a source, in one order: a folder, WebDataset shards, Parquet tables, or tables as text.
+
+    folder        every picture in it and in its subfolders, sorted by name
+    shards        a tar file, a folder of tar files, or a range such as part-{000..127}.tar
+    parquet       a file or a folder of files; a column of bytes, of paths or of addresses
+    csv           a .csv or .tsv file; a column of paths or of addresses
+
+Each may be on the local disk or in an object store, and a table may name pictures anywhere.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import chain, islice
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from blip2edge.bulk.listed import BROKEN, CELL, FILE, MEMBER, WEB, ListedPicture, parquet_package
+from blip2edge.bulk.stores import StoredFile, folder_of, is_address, is_web, joined, store_of
+from blip2edge.choices import BULK_SOURCES
+from blip2edge.errors import DataError, UsageError, option
+from blip2edge.picture_files import PICTURE_SUFFIXES, BrokenShardError, open_shard, printable
+from blip2edge.reading import reading
+
+COLUMNS = ("image", "image_path", "img", "path", "file_path", "file", "filename", "file_name", "url", "image_url")
+"""Names of the column of pictures, in the order in which they are tried."""
+
+_FOLDER, _SHARDS, _PARQUET, _CSV = BULK_SOURCES
+_SUFFIXES = {".tar": _SHARDS, ".parquet": _PARQUET, ".csv": _CSV, ".tsv": _CSV}
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+@dataclass(frozen=True)
+class PictureSource:
+    """Where pictures come from.
+
+    Attributes:
+        path: A path or an address.
+        kind: One of ``BULK_SOURCES``; ``auto`` to choose by the name and by what a folder contains.
+        column: The column of a table; None for the first of :data:`COLUMNS` that it has.
+    """
+
+    path: str
+    kind: str = "auto"
+    column: str | None = None
+
+    def __post_init__(self) -> None:
+        if not is_address(self.path):  # for workers that run in another directory
+            object.__setattr__(self, "path", os.path.abspath(self.path))
+
+    def items(self) -> Iterator[ListedPicture]:
+        """Lists the pictures.
+
+        Raises:
+            DataError: There is nothing of that name, it cannot be read, or it has no picture.
+            MissingPackageError: A package for this kind of source is not installed.
+            UsageError: A column is given for a source without columns.
+        """
+        kind = self._kind()
+        if self.column is not None and kind not in (_PARQUET, _CSV):
+            raise UsageError(
+                f"expected {option('column')} with a table, got {self.path} ({kind})", f"leave {option('column')} out"
+            )
+        items = _LISTS[kind](self)
+        first = next(items, None)
+        if first is None:
+            raise DataError(
+                f"{self.path}: expected at least one picture, got none ({kind})",
+                f"check the path, or name the kind with {option('source_format')}",
+            )
+        return chain((first,), items)
+
+    def files(self, suffix: str) -> list[StoredFile]:
+        """The shards or tables: the files of a folder, those of a range in braces, or the file itself.
+
+        Raises:
+            DataError: There is none, or one of the range is missing.
+        """
+        store = store_of(self.path)
+        if store.is_folder(self.path):
+            return [one for one in store.files(self.path, deep=False) if one.name.lower().endswith(suffix)]
+        span = _BRACES.search(self.path)
+        paths = [self.path]
+        if span is not None:
+            first, last = span.groups()
+            numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+            paths = [f"{self.path[: span.start()]}{number}{self.path[span.end() :]}" for number in numbers]
+        found = [(path, store.file(path)) for path in paths]
+        missing = [path for path, file in found if file is None]
+        if missing:
+            raise DataError(
+                f"{missing[0]}: no such file ({len(missing)} of {len(found)} are missing)", "check the path"
+            )
+        return [file for _, file in found if file is not None]
+
+    def _kind(self) -> str:
+        if self.kind != "auto":
+            return self.kind
+        by_name = _SUFFIXES.get(PurePosixPath(self.path).suffix.lower())
+        store = store_of(self.path)
+        if not store.is_folder(self.path):
+            if by_name is None:
+                what = "is no folder" if store.file(self.path) is not None else "does not exist"
+                raise DataError(
+                    f"expected a folder, a .tar, .parquet, .csv or .tsv file, got {self.path}, which {what}",
+                    f"check the path, or name the kind with {option('source_format')}",
+                )
+            return by_name
+        suffixes = {PurePosixPath(one.name).suffix.lower() for one in store.files(self.path, deep=False)}
+        if not suffixes & PICTURE_SUFFIXES:
+            return next((_SUFFIXES[suffix] for suffix in (".tar", ".parquet") if suffix in suffixes), _FOLDER)
+        return _FOLDER
+
+
+def _of_folder(source: PictureSource) -> Iterator[ListedPicture]:
+    store = store_of(source.path)
+    if not store.is_folder(source.path):
+        raise DataError(f"{source.path}: no such folder", "check the path")
+    for file in store.files(source.path):
+        if PurePosixPath(file.name).suffix.lower() in PICTURE_SUFFIXES:
+            yield ListedPicture(file.name, FILE, (file.path,), file.version)
+
+
+def _of_shards(source: PictureSource) -> Iterator[ListedPicture]:
+    """The pictures of tar shards. A shard that is cut off has one item more, which says so."""
+    for shard in source.files(".tar"):
+        name, store = printable(shard.name), store_of(shard.path)
+        with ExitStack() as stack:
+            with reading(shard.path, "a shard", DataError):
+                file = stack.enter_context(store.open(shard.path))
+            try:
+                files = stack.enter_context(open_shard(Path(shard.path), file))
+                for member, _ in files:
+                    base = PurePosixPath(member.name).name
+                    if base.startswith(".") or not member.is_picture:
+                        continue
+                    image = f"{name}:{member.name}"
+                    if member.sparse:
+                        yield ListedPicture(
+                            image, BROKEN, (f"{image} is a sparse file, which is not read",), shard.version
+                        )
+                    else:
+                        yield ListedPicture(image, MEMBER, (shard.path, member.offset, member.size), shard.version)
+            except BrokenShardError as error:
+                yield ListedPicture(
+                    name, BROKEN, (f"the shard cannot be read further: {error.problem}",), shard.version
+                )
+
+
+def _of_parquet(source: PictureSource) -> Iterator[ListedPicture]:
+    parquet = parquet_package(f"reading {source.path}")
+    types = import_module("pyarrow.types")
+    for table in source.files(".parquet"):
+        with reading(table.path, "a Parquet file", DataError), store_of(table.path).open(table.path) as file:
+            opened = parquet.ParquetFile(file)
+            column = _column(source.column, list(opened.schema_arrow.names), table.path)
+            kind = opened.schema_arrow.field(column).type
+            if types.is_string(kind) or types.is_large_string(kind):
+                batches = opened.iter_batches(columns=[column])
+                values = (value for batch in batches for value in batch.column(0).to_pylist())
+                yield from _named(values, table)
+                continue
+            number = 0
+            for group in range(opened.metadata.num_row_groups):
+                for row in range(opened.metadata.row_group(group).num_rows):
+                    place = table.path, group, row, column
+                    yield ListedPicture(f"{table.name}#{number}", CELL, place, table.version)
+                    number += 1
+
+
+def _of_csv(source: PictureSource) -> Iterator[ListedPicture]:
+    for table in source.files(""):
+        with reading(table.path, "a table", DataError), store_of(table.path).open(table.path) as file:
+            text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+            rows = csv.reader(text, delimiter="\t" if table.path.lower().endswith(".tsv") else ",")
+            head = next(rows, [])
+            place = head.index(_column(source.column, head, table.path))
+            yield from _named((row[place] if place < len(row) else None for row in rows if row), table)
+
+
+def _named(values: Iterator[Any], table: StoredFile) -> Iterator[ListedPicture]:
+    """Items of the paths and addresses in a table; paths are relative to the folder of the table."""
+    folder = folder_of(table.path)
+    for number, value in enumerate(values):
+        name = (value or "").strip()
+        path = joined(folder, name)
+        if not name:
+            yield ListedPicture(
+                f"{table.name}#{number}", BROKEN, ("the table names no picture in this row",), table.version
+            )
+        elif is_web(path):
+            yield ListedPicture(name, WEB, (path,))
+        elif is_address(path):
+            yield ListedPicture(name, FILE, (path,))
+        else:
+            file = store_of(path).file(path)
+            yield ListedPicture(name, FILE, (path,), "" if file is None else file.version)
+
+
+def _column(given: str | None, names: list[str], path: str) -> str:
+    """The column of pictures.
+
+    Raises:
+        DataError: The table does not have it.
+    """
+    found = [name for name in ((given,) if given is not None else COLUMNS) if name in names]
+    if not found:
+        shown = ", ".join(printable(name) for name in islice(names, 20))
+        expected = given if given is not None else f"one of {', '.join(COLUMNS)}"
+        raise DataError(
+            f"{path}: expected a column {expected}, got {shown or 'no column'}", f"name it with {option('column')}"
+        )
+    return found[0]
+
+
+_LISTS: dict[str, Callable[[PictureSource], Iterator[ListedPicture]]] = {
+    _FOLDER: _of_folder,
+    _SHARDS: _of_shards,
+    _PARQUET: _of_parquet,
+    _CSV: _of_csv,
+}

@@ -1,0 +1,226 @@
+"""Places of files: the local disk, and object stores (``s3://``, ``gs://``, ``memory://``) by fsspec.
+
+Both list files in one order and give each file a version, by which a later run notices that the file was changed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, cast
+
+from blip2edge.errors import DataError, ImageError, MissingPackageError
+from blip2edge.packages import require
+from blip2edge.picture_files import MAX_FILE_BYTES
+from blip2edge.reading import read_bytes, reading
+from blip2edge.runtime.images.download import WEB
+from blip2edge.special_files import open_file
+
+VERSION_KEYS = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "updated", "last_modified", "created")
+"""What an object store may say about the version of a file; the first that it has counts."""
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of a store.
+
+    Attributes:
+        path: Path or address, for :meth:`Store.open`.
+        name: Path relative to the listed folder, with ``/`` between its parts.
+        version: Size and time of change, or what the store has in their place.
+    """
+
+    path: str
+    name: str
+    version: str
+
+
+class Store(Protocol):
+    """A place of files."""
+
+    def files(self, folder: str, *, deep: bool = True) -> Iterator[StoredFile]:
+        """Lists the files of a folder, with those of its subfolders if ``deep``, sorted by the parts of their names.
+
+        Files and folders whose name begins with a dot are skipped.
+
+        Raises:
+            DataError: The folder cannot be read.
+        """
+
+    def file(self, path: str) -> StoredFile | None:
+        """Describes a file; None if there is no file of that name."""
+
+    def is_folder(self, path: str) -> bool:
+        """Whether there is a folder of that name."""
+
+    def open(self, path: str) -> BinaryIO:
+        """Opens a file for reading at any position; use it inside ``reading``."""
+
+    def read(self, path: str, start: int = 0, size: int | None = None) -> bytes:
+        """Reads a file, or ``size`` bytes from ``start``.
+
+        Raises:
+            ImageError: The file cannot be read, is larger than ``MAX_FILE_BYTES``, or ends before.
+        """
+
+
+class LocalStore:
+    """The local disk; a :class:`Store`."""
+
+    def files(self, folder: str, *, deep: bool = True) -> Iterator[StoredFile]:
+        """Lists the files of a folder; links to folders are not followed."""
+        yield from self._files(folder, "", deep)
+
+    def _files(self, folder: str, prefix: str, deep: bool) -> Iterator[StoredFile]:
+        with reading(folder, "a folder", DataError), os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                if deep:
+                    yield from self._files(entry.path, f"{prefix}{entry.name}/", deep)
+            elif entry.is_file():
+                with reading(entry.path, "a file", DataError):
+                    yield StoredFile(entry.path, f"{prefix}{entry.name}", _version(entry.stat()))
+
+    def file(self, path: str) -> StoredFile | None:
+        """Describes a file."""
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):
+            return None
+        return None if os.path.isdir(path) else StoredFile(path, os.path.basename(path), _version(status))
+
+    def is_folder(self, path: str) -> bool:
+        """Whether there is a folder of that name."""
+        return os.path.isdir(path)
+
+    def open(self, path: str) -> BinaryIO:
+        """Opens a file for reading."""
+        return open_file(path)
+
+    def read(self, path: str, start: int = 0, size: int | None = None) -> bytes:
+        """Reads a file, or a part of it."""
+        with reading(path, "a picture", ImageError):
+            if size is None:
+                return read_bytes(Path(path), MAX_FILE_BYTES)
+            with open(path, "rb") as file:
+                file.seek(start)
+                return _whole(file.read(min(size, MAX_FILE_BYTES)), size)
+
+
+class RemoteStore:
+    """An object store of fsspec; a :class:`Store`.
+
+    Args:
+        protocol: The beginning of the addresses, such as ``s3``.
+
+    Raises:
+        MissingPackageError: fsspec, or the package for this protocol, is not installed.
+        DataError: fsspec does not know the protocol.
+    """
+
+    def __init__(self, protocol: str) -> None:
+        fsspec = require("fsspec", f"reading {protocol}://", MissingPackageError)
+        self._protocol = protocol
+        try:
+            with reading(f"{protocol}://", "an object store", DataError):
+                self._system: Any = fsspec.filesystem(protocol)
+        except DataError as error:
+            if isinstance(error.__cause__, ImportError):
+                raise MissingPackageError(error.problem, "install the package that it names with pip") from error
+            raise
+
+    def files(self, folder: str, *, deep: bool = True) -> Iterator[StoredFile]:
+        """Lists the files of a folder."""
+        root = self._system._strip_protocol(folder).rstrip("/")
+        with reading(folder, "a folder", DataError):
+            found = self._system.find(root, maxdepth=None if deep else 1, detail=True)
+        named = [(path[len(root) :].lstrip("/").split("/"), path) for path in found]
+        for parts, path in sorted(named):
+            if not any(part.startswith(".") for part in parts):
+                yield StoredFile(f"{self._protocol}://{path.lstrip('/')}", "/".join(parts), _described(found[path]))
+
+    def file(self, path: str) -> StoredFile | None:
+        """Describes a file."""
+        with reading(path, "a file", DataError):
+            try:
+                values = self._system.info(path)
+            except FileNotFoundError:
+                return None
+        if values.get("type") == "directory":
+            return None
+        return StoredFile(path, path.rpartition("/")[2], _described(values))
+
+    def is_folder(self, path: str) -> bool:
+        """Whether there is a folder of that name."""
+        with reading(path, "a folder", DataError):
+            return bool(self._system.isdir(path))
+
+    def open(self, path: str) -> BinaryIO:
+        """Opens a file for reading."""
+        return cast("BinaryIO", self._system.open(path, "rb"))
+
+    def read(self, path: str, start: int = 0, size: int | None = None) -> bytes:
+        """Reads a file, or a part of it."""
+        with reading(path, "a picture", ImageError):
+            if size is None:
+                size = int(self._system.size(path) or 0)
+            if size > MAX_FILE_BYTES:
+                raise ValueError(f"expected at most {MAX_FILE_BYTES} bytes, got {size}")
+            return _whole(self._system.cat_file(path, start=start, end=start + size), size)
+
+
+def _whole(content: bytes, size: int) -> bytes:
+    """The content; raises ValueError if the file ends before ``size`` bytes."""
+    if len(content) != size:
+        raise ValueError(f"expected {size} bytes, got {len(content)}: the file is cut off")
+    return content
+
+
+def _version(status: os.stat_result) -> str:
+    return f"{status.st_size}/{status.st_mtime_ns}"
+
+
+def _described(values: dict[str, Any]) -> str:
+    mark = next((str(values[key]) for key in VERSION_KEYS if values.get(key)), "")
+    return f"{values.get('size', '')}/{mark}"
+
+
+def is_address(path: str) -> bool:
+    """Whether a path is an address, such as ``s3://bucket/pictures`` or ``https://host/cat.jpg``."""
+    return "://" in path
+
+
+def is_web(path: str) -> bool:
+    """Whether a path is a web address."""
+    return path.lower().startswith(WEB)
+
+
+@cache
+def _remote(protocol: str) -> RemoteStore:
+    return RemoteStore(protocol)
+
+
+_LOCAL = LocalStore()
+
+
+def store_of(path: str) -> Store:
+    """The store that a path or address belongs to; the errors of :class:`RemoteStore`."""
+    return _remote(path.partition("://")[0].lower()) if is_address(path) else _LOCAL
+
+
+def joined(folder: str, name: str) -> str:
+    """A name inside a folder, where ``folder`` may be an address."""
+    if is_address(name) or os.path.isabs(name):
+        return name
+    return f"{folder.rstrip('/')}/{name}" if is_address(folder) else os.path.join(folder, name)
+
+
+def folder_of(path: str) -> str:
+    """The folder of a file."""
+    return path.rpartition("/")[0] if is_address(path) else os.path.dirname(path) or "."

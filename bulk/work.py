@@ -1,0 +1,257 @@
+"""The files of a run that is not finished: the plan, the list of pictures, and the finished parts.
+
+    OUT.run/plan.json            what decides the output: source, bundle, options, versions
+    OUT.run/pictures.jsonl       the source's pictures, one item a line
+    OUT.run/part-000012.parquet  the rows of pictures 12 * N to 13 * N - 1
+    OUT.run/part-000012.npz      their embeddings, where duplicates are searched
+
+A file appears under its name when it is complete and on the disk (fsync). So a killed run leaves whole parts only, and
+the next run of the same command makes the missing ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count, islice, zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blip2edge.bulk.listed import ListedPicture
+from blip2edge.bundle.outputs.disk_errors import output_error
+from blip2edge.bundle.outputs.publishing import flush_file, flush_names
+from blip2edge.errors import DataError, OutputError, option
+from blip2edge.picture_files import printable
+from blip2edge.reading import read_json, reading
+
+PLAN, PICTURES = "plan.json", "pictures.jsonl"
+RUN_SUFFIX = ".run"  # added to the output's name, as for training
+_FRESH = ".fresh"  # begins the name of a file that is being written
+_PART = "part-"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides the output, byte for byte.
+
+    Attributes:
+        values: JSON values by name: ``source``, ``list`` (hash of the list of pictures), ``pictures``, ``bundle`` (its
+            hash), the options by their names, and ``versions`` of the packages that compute.
+    """
+
+    values: Mapping[str, Any]
+
+    def to_json(self) -> str:
+        """The plan as one line of JSON, in a fixed order."""
+        return json.dumps(self.values, sort_keys=True)
+
+    def difference(self, other: Mapping[str, Any]) -> str:
+        """Describes the first difference from the values of another plan; empty if there is none."""
+        mine = json.loads(self.to_json())
+        for name in sorted({*mine, *other}):
+            if name == "list" and mine.get(name) != other.get(name):
+                return f"the pictures of {mine.get('source')} were added to, removed or changed"
+            if mine.get(name) != other.get(name):
+                return f"{name} was {json.dumps(other.get(name))}, and is {json.dumps(mine.get(name))} now"
+        return ""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The pictures of one part of the output.
+
+    Attributes:
+        number: Number of the part.
+        first: Number of its first picture in the source.
+        items: Its pictures.
+    """
+
+    number: int
+    first: int
+    items: tuple[ListedPicture, ...]
+
+
+class WorkDirectory:
+    """The directory of a run, ``OUT.run``.
+
+    Args:
+        target: The output.
+        suffix: Suffix of the parts.
+    """
+
+    def __init__(self, target: Path, suffix: str) -> None:
+        self.path = target.with_name(f"{target.name}{RUN_SUFFIX}")
+        self._target, self._suffix = target, suffix
+
+    def begin(self, plan: Plan, pictures: Path) -> bool:
+        """Prepares the directory for a run, or checks that it belongs to the same one.
+
+        Args:
+            plan: The plan of this run.
+            pictures: The list of pictures that was made for it; it is moved.
+
+        Returns:
+            Whether an earlier run is resumed.
+
+        Raises:
+            DataError: The source was changed since the earlier run began, or its files are damaged.
+            OutputError: The earlier run had another plan, or the directory cannot be written.
+        """
+        if (self.path / PLAN).is_file():
+            self._check(plan, pictures)
+            for left in self.path.glob(f"{_FRESH}*"):
+                left.unlink()
+            return True
+        if self.path.exists() and not self._is_ours():
+            raise OutputError(f"{self.path} exists, and was not made by bulk", "move it away, or give another output")
+        self.clear()
+        self._writing(lambda: self.path.mkdir(parents=True))
+        self.publish(PICTURES, lambda path: os.replace(pictures, path))
+        self.publish(PLAN, lambda path: path.write_text(plan.to_json() + "\n", encoding="utf-8"))
+        return False
+
+    def _is_ours(self) -> bool:
+        """Whether the directory has nothing but files of a run that was killed as it began or ended."""
+        names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else [""]
+        return all(name == PICTURES or name.startswith((_FRESH, _PART)) for name in names)
+
+    def _check(self, plan: Plan, pictures: Path) -> None:
+        fix = f"restore it, or start again with {option('force', on=True)}, or give another output"
+        old = read_json(self.path / PLAN, DataError, fix)
+        if old.get("list") != plan.values["list"] and old.get("source") == plan.values["source"]:
+            raise DataError(
+                f"{plan.values['source']} was changed since the run of {self._target} began: "
+                f"{_first_change(self.path / PICTURES, pictures)}",
+                fix,
+            )
+        difference = plan.difference(old)
+        if difference:
+            raise OutputError(
+                f"{self.path} is of a run with another plan: {difference}",
+                f"give the same flags to resume it, start again with {option('force', on=True)}, "
+                "or give another output",
+            )
+
+    def finished(self) -> int:
+        """Number of finished parts. Parts are made in order: one behind a missing part does not count."""
+        number = 0
+        while self.part(number).exists():
+            number += 1
+        return number
+
+    def chunks(self, size: int, first: int) -> Iterator[Chunk]:
+        """Yields the parts from ``first`` on, of ``size`` pictures each; raises DataError if the list is damaged."""
+        path = self.path / PICTURES
+        with reading(path, "the list of pictures", DataError), open(path, encoding="utf-8") as file:
+            lines = islice(file, first * size, None)
+            for number in count(first):
+                items = tuple(map(ListedPicture.from_json, islice(lines, size)))
+                if not items:
+                    return
+                yield Chunk(number, number * size, items)
+
+    def part(self, number: int) -> Path:
+        """The file of a part."""
+        return self.path / f"{_PART}{number:06d}{self._suffix}"
+
+    def parts(self, number: int) -> list[Path]:
+        """The files of the first parts."""
+        return [self.part(each) for each in range(number)]
+
+    def publish(self, name: str, write: Callable[[Path], Any]) -> None:
+        """Writes a file, flushes it to the disk, and gives it its name.
+
+        Raises:
+            OutputError: The disk is full, or the file cannot be written.
+        """
+        fresh = self.path / f"{_FRESH}-{name}"
+
+        def publish() -> None:
+            write(fresh)
+            flush_file(fresh)
+            os.replace(fresh, self.path / name)
+            flush_names(self.path)
+
+        self._writing(publish)
+
+    def write_embeddings(self, number: int, numbers: list[int], embeddings: NDArray[np.float16]) -> None:
+        """Writes the numbers and the embeddings of a part's originals, before the part itself."""
+
+        def write(path: Path) -> None:
+            with open(path, "wb") as file:
+                np.savez(file, numbers=np.array(numbers, np.int64), embeddings=embeddings)
+
+        self.publish(self._embeddings(number).name, write)
+
+    def read_embeddings(self, number: int) -> tuple[list[int], NDArray[np.float16]]:
+        """Reads what :meth:`write_embeddings` wrote."""
+        path = self._embeddings(number)
+        fix = f"start again with {option('force', on=True)}"
+        with reading(path, "embeddings", DataError, fix), np.load(path, allow_pickle=False) as values:
+            return values["numbers"].tolist(), values["embeddings"]
+
+    def _embeddings(self, number: int) -> Path:
+        return self.path / f"{_PART}{number:06d}.npz"
+
+    def clear(self) -> None:
+        """Removes the directory. The plan goes first: what a killed removal leaves is of no run."""
+        for name in (PLAN, PICTURES):
+            with suppress(FileNotFoundError):
+                (self.path / name).rename(self.path / f"{_FRESH}-{name}")
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _writing(self, write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except OSError as error:
+            problem = output_error(self.path, error)
+            raise OutputError(problem.problem, "mend it and run the command again: it goes on from here") from error
+
+
+def write_list(items: Iterable[ListedPicture], path: Path, progress: Callable[[int], None]) -> tuple[str, int]:
+    """Writes the list of a source's pictures.
+
+    Args:
+        items: The pictures.
+        path: The file.
+        progress: Called with the number of pictures found so far.
+
+    Returns:
+        The hash of the list, and the number of pictures.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    digest, found = hashlib.sha256(), 0
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            for item in items:
+                line = f"{item.to_json()}\n"
+                file.write(line)
+                digest.update(line.encode())
+                found += 1
+                progress(found)
+    except OSError as error:
+        raise output_error(path, error) from error
+    return digest.hexdigest(), found
+
+
+def _first_change(old: Path, new: Path) -> str:
+    """The first picture in which two lists differ, and how."""
+    with open(old, encoding="utf-8") as before, open(new, encoding="utf-8") as now:
+        for one, other in zip_longest(before, now):
+            if one == other:
+                continue
+            was, now_there = (ListedPicture.from_json(line).image if line else None for line in (one, other))
+            if was is not None and (now_there is None or was < now_there):
+                return f"{printable(was)} was removed"
+            return f"{printable(now_there or '')} was {'changed' if was == now_there else 'added'}"
+    return "its order"

@@ -1,0 +1,141 @@
+"""Lists of pictures: folders, shards, tables, object stores, and what is wrong with them."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from blip2edge.bulk.listed import ListedPicture
+from blip2edge.bulk.sources import PictureSource
+from blip2edge.errors import DataError, ImageError, MissingPackageError, UsageError
+
+
+def png(colour: int) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (4, 4), (colour, 0, 0)).save(content, "PNG")
+    return content.getvalue()
+
+
+def shard(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "pictures"
+    for number, name in enumerate(("b.png", "a/z.png", "a.png", "a/b/c.jpg")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(png(number))
+    for name in (".hidden.png", "notes.txt"):
+        (root / name).write_bytes(b"x")
+    return root
+
+
+def names(source: PictureSource) -> list[str]:
+    return [item.image for item in source.items()]
+
+
+def test_a_folder_is_sorted_by_the_parts_of_its_paths(folder: Path) -> None:
+    items = list(PictureSource(str(folder)).items())
+    assert [item.image for item in items] == ["a/b/c.jpg", "a/z.png", "a.png", "b.png"]
+    assert [item.read() for item in items] == [png(3), png(1), png(2), png(0)]
+    assert [ListedPicture.from_json(item.to_json()) for item in items] == items
+    (folder / "b.png").write_bytes(png(9) + b"more")
+    assert list(PictureSource(str(folder)).items()) != items  # its version is another one
+
+
+def test_shards_give_their_pictures_and_say_where_they_are_cut(tmp_path: Path) -> None:
+    shard(tmp_path / "0.tar", {"x.png": png(1), "x.txt": b"words", "d/.y.png": b"", "d/y.jpg": png(2)})
+    shard(tmp_path / "1.tar", {"x.png": png(3), "z.png": b"0" * 5000})
+    whole = (tmp_path / "1.tar").read_bytes()
+    (tmp_path / "1.tar").write_bytes(whole[:3000])
+    items = list(PictureSource(str(tmp_path)).items())
+    assert [item.image for item in items] == ["0.tar:x.png", "0.tar:d/y.jpg", "1.tar:x.png", "1.tar:z.png", "1.tar"]
+    assert [item.read() for item in items[:3]] == [png(1), png(2), png(3)]
+    for item, reason in zip(items[3:], ("is cut off", "cannot be read further"), strict=True):
+        with pytest.raises(ImageError, match=reason):
+            item.read()
+    assert names(PictureSource(str(tmp_path / "{0..1}.tar"))) == [item.image for item in items]
+    with pytest.raises(DataError, match=r"2\.tar: no such file \(1 of 3 are missing\)"):
+        names(PictureSource(str(tmp_path / "{0..2}.tar")))
+
+
+def test_a_table_of_paths_may_name_anything(folder: Path) -> None:
+    table = folder / "list.csv"
+    table.write_text(f"id,path\n1,a.png\n2,\n3,{folder}/b.png\n4,https://localhost/x.png\n5,missing.png\n6\n")
+    items = list(PictureSource(str(table)).items())
+    assert [item.kind for item in items] == ["file", "broken", "file", "web", "file", "broken"]
+    assert [items[0].read(), items[2].read()] == [png(2), png(0)]
+    with pytest.raises(ImageError, match="names no picture"):
+        items[1].read()
+    with pytest.raises(ImageError, match="No such file"):
+        items[4].read()
+    assert names(PictureSource(str(table), column="id"))[0] == "1"
+    with pytest.raises(DataError, match="expected a column url, got id, path; name it with column"):
+        names(PictureSource(str(table), column="url"))
+    with pytest.raises(UsageError, match="expected column with a table"):
+        names(PictureSource(str(folder), column="url"))
+
+
+def test_a_table_in_parquet_has_bytes_or_paths(folder: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    values = [png(5), None, png(6)]
+    parquet.write_table(arrow.table({"image": values}), folder / "bytes.parquet", row_group_size=2)
+    nested = [{"bytes": value, "path": None} for value in values]
+    parquet.write_table(arrow.table({"image": nested}), folder / "nested.parquet")
+    parquet.write_table(arrow.table({"file_name": ["a.png"]}), folder / "paths.parquet")
+    for name in ("bytes", "nested"):
+        items = list(PictureSource(str(folder / f"{name}.parquet")).items())
+        assert [item.image for item in items] == [f"{name}.parquet#{number}" for number in range(3)]
+        assert [items[0].read(), items[2].read()] == [png(5), png(6)]
+        with pytest.raises(ImageError, match="has no bytes"):
+            items[1].read()
+    assert [item.read() for item in PictureSource(str(folder / "paths.parquet")).items()] == [png(2)]
+    (folder / "bytes.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(DataError, match="cannot be read as a Parquet file"):
+        names(PictureSource(str(folder / "bytes.parquet")))
+
+
+def test_an_object_store_is_read_as_the_disk_is(folder: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    store = fsspec.filesystem("memory")
+    for path in folder.rglob("*"):
+        if path.is_file():
+            store.pipe_file(f"/bulk/pictures/{path.relative_to(folder)}", path.read_bytes())
+    shard(folder / "s.tar", {"x.png": png(1)})
+    store.pipe_file("/bulk/s.tar", (folder / "s.tar").read_bytes())
+    store.pipe_file("/bulk/list.csv", b"path\npictures/a.png\n")
+    there = list(PictureSource("memory://bulk/pictures").items())
+    assert [(item.image, item.read()) for item in there] == [
+        (item.image, item.read()) for item in PictureSource(str(folder), "folder").items()
+    ]
+    assert [item.read() for item in PictureSource("memory://bulk/s.tar").items()] == [png(1)]
+    assert [item.read() for item in PictureSource("memory://bulk/list.csv").items()] == [png(2)]
+    store.rm("/bulk", recursive=True)
+
+
+def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path, problem in (
+        (str(tmp_path / "nothing"), "which does not exist"),
+        (str(tmp_path), "expected at least one picture, got none"),
+        (str(tmp_path / "x.tar"), "no such file"),
+    ):
+        with pytest.raises(DataError, match=problem):
+            names(PictureSource(path))
+    with pytest.raises(DataError, match="nowhere:// cannot be read as an object store"):
+        names(PictureSource("nowhere://bucket"))
+    monkeypatch.setitem(__import__("sys").modules, "fsspec", None)
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    (tmp_path / "x.parquet").write_bytes(b"")
+    for path in ("gs://bucket/pictures", str(tmp_path / "x.parquet")):
+        with pytest.raises(MissingPackageError, match=r"pip install 'blip2edge\[bulk\]'"):
+            names(PictureSource(path))
