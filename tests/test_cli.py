@@ -36,6 +36,7 @@ COMMANDS = (
     "sign",
     "verify",
     "doctor",
+    "completion",
     "build",
     "demo",
     "train",
