@@ -69,7 +69,7 @@ def flags_of(parser: Parser) -> str:
         lines += ["", f"## {title[:1].upper()}{title[1:]}"]
         if group.description:
             lines += ["", f"{group.description[:1].upper()}{group.description[1:]}."]
-        lines += ["", "| | |", "|---|---|"]
+        lines += ["", f"| {'argument' if title == 'arguments' else 'flag'} | meaning |", "|---|---|"]
         lines += [f"| {flag_cell(action)} | {help_cell(parser, action)} |" for action in actions]
     common = "`--debug` shows the traceback of an error; `-h` or `--help` prints these flags."
     return "\n".join([*lines, "", common, ""])
@@ -102,7 +102,7 @@ def navigation(text: str) -> str:
 def list_of_commands() -> str:
     """The table of all commands."""
     rows = "".join(f"| [{name}]({name}.md) | {summary} |\n" for name, summary in COMMANDS.items())
-    return f"| command | |\n|---|---|\n{rows}"
+    return f"| command | what it does |\n|---|---|\n{rows}"
 
 
 def documents() -> dict[Path, str]:

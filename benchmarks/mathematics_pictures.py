@@ -132,7 +132,9 @@ def blocks() -> str:
         (0.9 if at < size else 0.14) * math.sin(2.1 * at + 0.4) * (0.6 + 0.4 * math.cos(0.7 * at))
         for at in range(2 * size)
     ]
-    plot = Plot((-1.0, 2.0 * size), (-1.0, 1.0), ((0, 8, 16, 24), (-1, 0, 1)), ("input k", "weight and its 4-bit value"))
+    plot = Plot(
+        (-1.0, 2.0 * size), (-1.0, 1.0), ((0, 8, 16, 24), (-1, 0, 1)), ("input k", "weight and its 4-bit value")
+    )
     whole = max(map(abs, weights)) / high
     error = {"one scale": 0.0, "a scale a block": 0.0}
     for at, weight in enumerate(weights):
