@@ -21,7 +21,7 @@ PAGES = ROOT / "docs" / "commands"
 SITE = ROOT / "mkdocs.yml"
 BEGIN = "<!-- flags: made by benchmarks/command_pages.py -->\n"
 TITLES = {"positional arguments": "arguments", "options": "flags"}
-NAVIGATION = re.compile(r"(# commands: made by .*\n).*?( *# end of commands\n)", re.DOTALL)
+NAVIGATION = re.compile(r"(# commands: made by [^\n]*\n).*?( *# end of commands\n)", re.DOTALL)
 
 
 def parsers() -> dict[str, Parser]:

@@ -26,9 +26,9 @@ def pages(monkeypatch: pytest.MonkeyPatch) -> Any:
 def commands_of(text: str) -> list[str]:
     """The lines of a page's shell blocks that run blip2edge, with continued lines joined."""
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
-    lines = (re.sub(r"^\w+ <\(|\)$", "", line.strip()) for line in blocks.splitlines())
-    found = (re.search(r"(?:^|&& |\()(blip2edge [^|&>]*)", line) for line in lines)
-    return [each[1].rstrip(')"') if "$(" in each.string else each[1] for each in found if each is not None]
+    inside, alone = re.compile(r"\$\((blip2edge [^)]*)\)"), re.compile(r"^(?:.*&& )?(blip2edge [^|&>]*)")
+    found = (inside.search(line) or alone.match(line) for line in blocks.splitlines())
+    return [each[1] for each in found if each is not None]
 
 
 def test_pages_have_the_flags_of_the_parsers(pages: Any) -> None:
