@@ -89,4 +89,4 @@ def test_scripts_load_from_outside_only_what_no_page_has(site: Path) -> None:
     for path in site.rglob("*.html"):
         text = path.read_text(encoding="utf-8")
         assert 'class="mermaid"' not in text
-        assert "data-md-component=\"source\"" not in text
+        assert 'data-md-component="source"' not in text
