@@ -34,7 +34,7 @@ def written(node: ast.AST) -> str | None:
 
 
 def messages() -> Iterator[tuple[str, str]]:
-    """Every text in the package, and the error class that is called with it as its first argument; else an empty name."""
+    """Every text in the package, with the error class whose first argument it is, or an empty name."""
     for folder, _, files in os.walk(ROOT / "blip2edge", followlinks=True):
         for file in files:
             if not file.endswith(".py"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -45,14 +44,14 @@ def loads(html: str) -> list[str]:
 
 
 @pytest.fixture(scope="module", name="site")
-def _site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def _site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("material", reason="mkdocs-material is not installed")
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 
     target = tmp_path_factory.mktemp("site")
     build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(target), strict=True))  # a warning is an error
-    yield target
+    return target
 
 
 @pytest.mark.parametrize(

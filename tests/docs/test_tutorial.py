@@ -68,7 +68,7 @@ def test_the_tutorial_runs_from_training_to_the_device(tmp_path: Path) -> None:
         text=True,
         cwd=work,
         env=environment,
-        timeout=900,
+        timeout=1100,
         check=False,
     )
     seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
