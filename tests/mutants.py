@@ -36,10 +36,16 @@ MODULES: dict[str, tuple[str, ...]] = {
     "blip2edge.bundle.schema": ("tests/bundle/test_manifest.py",),
     "blip2edge.calibration.activations.histogram": ("tests/calibration/activations",),
     "blip2edge.calibration.activations.choose_ranges": ("tests/calibration/activations",),
-    "blip2edge.runtime.decoding.beam_search": ("tests/runtime/decoding/test_beam_search.py",),
+    "blip2edge.runtime.decoding.beam_search": (
+        "tests/runtime/decoding/test_beam_search.py",
+        "tests/runtime/decoding/test_logits_processors.py",
+    ),
     "blip2edge.runtime.decoding.logits_processors": ("tests/runtime/decoding/test_logits_processors.py",),
     "blip2edge.runtime.decoding.sampling": ("tests/runtime/decoding/test_generate.py",),
-    "blip2edge.runtime.decoding.state": ("tests/runtime/decoding/test_state.py",),
+    "blip2edge.runtime.decoding.state": (
+        "tests/runtime/decoding/test_state.py",
+        "tests/runtime/decoding/test_growing.py",
+    ),
 }
 """The tests of each module."""
 

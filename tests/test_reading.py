@@ -73,6 +73,22 @@ def test_a_fault_of_the_system_is_told_as_one(tmp_path: Path) -> None:
         read_text(tmp_path, DataError)
 
 
+def test_a_better_error_of_some_exceptions() -> None:
+    def explain(fault: Exception) -> DataError | None:
+        return DataError("explained") if isinstance(fault, (KeyError, FileNotFoundError)) else None
+
+    for fault, missing, told in (
+        (KeyError("a"), None, "explained"),
+        (KeyError("a"), DataError("missing here"), "explained"),
+        (FileNotFoundError(2, "none"), None, "explained"),
+        (FileNotFoundError(2, "none"), DataError("missing here"), "missing here"),
+        (IndexError("a"), None, "cannot be read as a shard"),
+    ):
+        guard = reading("a", "a shard", DataError, missing=missing, explain=explain)
+        with pytest.raises(DataError, match=told), guard:
+            raise fault
+
+
 def test_bytes_up_to_the_limit(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"x" * 10)

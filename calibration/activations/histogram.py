@@ -126,7 +126,7 @@ def _divergence(counts: NDArray[np.float64], bins: int, levels: int) -> float:
     members = np.bincount(level, weights=occupied, minlength=levels)
     spread = np.where(occupied, (sums / np.maximum(members, 1))[level], 0.0)
     total, spread_total = reference.sum(), spread.sum()
-    if not total or not spread_total:
+    if not spread_total:  # no value is inside
         return np.inf
     p, q = reference / total, spread / spread_total
     both = (p > 0) & (q > 0)

@@ -71,6 +71,13 @@ def test_a_manifest_within_all_ranges(tmp_path: Path) -> None:
     assert again == found
 
 
+@pytest.mark.parametrize("resample", range(6))
+def test_every_filter_of_pillow(resample: int, tmp_path: Path) -> None:
+    values = document()
+    values["preprocessing"]["resample"] = resample
+    assert read(values, tmp_path).preprocessing["resample"] == resample
+
+
 Change = Callable[[dict[str, Any]], Any]
 RANGES: dict[str, tuple[Change, str]] = {
     "negative tokens": (
@@ -84,6 +91,16 @@ RANGES: dict[str, tuple[Change, str]] = {
     "no vocabulary": (lambda v: v.update(vocab_size=0), "vocab_size: expected a whole number"),
     "infinite": (lambda v: v["preprocessing"].update(mean=[0.5, 1e999, 0.5]), "expected a (finite )?number"),
     "two channels": (lambda v: v["preprocessing"].update(mean=[0.5, 0.5]), "preprocessing.mean: expected a list of 3"),
+    "four channels": (lambda v: v["preprocessing"].update(std=[0.5] * 4), "preprocessing.std: expected a list of 3"),
+    "a filter": (lambda v: v["preprocessing"].update(resample=6), "preprocessing.resample: expected a whole number"),
+    "a token of placeholders": (
+        lambda v: v["prompt"].update(kind="segments", image_token="<image>"),
+        "a prompt of kind segments has no token of placeholder",
+    ),
+    "no token of placeholders": (
+        lambda v: v["prompt"].update(kind="placeholder"),
+        "a prompt of kind placeholder needs a token of placeholder",
+    ),
     "a huge picture": (
         lambda v: v["preprocessing"].update(size={"height": 10**6, "width": 1}),
         r"preprocessing.size.height: expected a whole number from 1 to 65535, got 1000000",
@@ -113,6 +130,14 @@ RANGES: dict[str, tuple[Change, str]] = {
     "an engine's bundle": (lambda v: v.update(engines_of="abc"), "engines_of: expected a SHA-256"),
     "a calibration": (lambda v: v.update(calibration={"method": "minmax"}), "calibration.pictures is missing"),
 }
+CLOSED: dict[str, dict[str, Any]] = {
+    "cross": {"num_layers": 1, "num_heads": 2, "head_dim": 4, "source_dim": 8},
+    "draft": {"num_layers": 1, "num_heads": 2, "head_dim": 4, "dec_token_id": 1, "end_token_id": 2, "max_positions": 9},
+    "merging": {"merge_tokens": 4, "embeds": 17, "embeds_before": 21},
+    "tokenizer": {"split_special_tokens": True},
+}
+"""Objects whose keys are all known."""
+
 FITS: dict[str, tuple[Change, str]] = {
     "no graph": (lambda v: v.update(graphs={}), "graphs: expected at least one graph"),
     "double inputs": (
@@ -158,6 +183,13 @@ def test_a_value_outside_its_range(name: str, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=told) as caught:
         read(values, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_an_unknown_key_of_a_known_object(name: str, tmp_path: Path) -> None:
+    read({**document(), name: CLOSED[name]}, tmp_path)
+    with pytest.raises(BundleError, match=rf"{name}.*'blur' is no known key"):
+        read({**document(), name: {**CLOSED[name], "blur": 1}}, tmp_path)
 
 
 @pytest.mark.parametrize("name", FITS)

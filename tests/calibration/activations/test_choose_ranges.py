@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from blip2edge.calibration.activations.choose_ranges import choose_ranges
+from blip2edge.calibration.activations.choose_ranges import COLUMNS, _divisors, _some_columns, choose_ranges
 from blip2edge.calibration.activations.folding import EVERYTHING, find_fold
 from blip2edge.calibration.activations.observer import LARGEST_TOKENS, SAMPLED_TOKENS, Observation, Observer
 from blip2edge.calibration.activations.qdq import ActivationPlan, insert_qdq
@@ -190,3 +190,23 @@ def test_an_observer_keeps_the_rows_that_matter_and_no_more() -> None:
     assert largest[0, 9] == 500.0
     assert np.abs(largest[0]).max() == seen.histogram.maximum
     assert seen.histogram.counts.sum() == 400 * TOKENS * WIDTH
+
+
+def test_divisions_are_scaled_to_the_median_of_one() -> None:
+    random = np.random.default_rng(2)
+    largest, weight = random.uniform(0.5, 30, 33).astype(np.float32), random.normal(size=(33, 8)).astype(np.float32)
+    largest[5], weight[9] = 0.0, 0.0
+    unused = [5, 9]
+    for divisor in _divisors(largest, weight):
+        assert np.median(np.delete(divisor, unused)) == pytest.approx(1.0, rel=1e-6)
+        assert divisor[unused].tolist() == [1.0, 1.0]
+
+
+def test_the_columns_of_a_wide_layer_are_spread() -> None:
+    weight = np.arange(1000, dtype=np.float32)[None]
+    chosen = _some_columns(weight, COLUMNS)[0]
+    assert len(set(chosen)) == COLUMNS
+    assert chosen[0] == 0
+    assert chosen[-1] > 990
+    assert np.diff(chosen).max() <= 3
+    assert _some_columns(weight[:, :COLUMNS], COLUMNS).shape == (1, COLUMNS)

@@ -48,10 +48,61 @@ def test_a_bin_holds_what_lies_in_it(parts: int) -> None:
     assert moved <= 0.002 * values.size  # a value on the edge of a merged bin may round to its neighbour
 
 
+def test_centres_are_in_the_middle_of_their_bins() -> None:
+    histogram = filled(np.array([4.0], np.float32))
+    assert histogram.centres[:2].tolist() == [histogram.width / 2, histogram.width * 1.5]
+    assert len(histogram.centres) == BINS
+
+
 def test_zeros_alone_have_no_range() -> None:
     histogram = filled(np.zeros(50, np.float32), 5)
     assert histogram.counts[0] == 50
     assert {name: method(histogram) for name, method in THRESHOLDS.items()} == dict.fromkeys(THRESHOLDS, 0.0)
+
+
+def naive_entropy(histogram: Histogram) -> float:
+    """The threshold of least KL divergence, by loops over the bins: P saturated, Q in 128 levels and spread."""
+    counts = histogram.counts.astype(np.float64)
+    filled_bins = max(np.flatnonzero(counts)) + 1
+    levels, best = LEVELS + 1, (np.inf, filled_bins)
+    for bins in range(levels, filled_bins + 1, max(1, filled_bins // 256)):
+        p = counts[:bins].copy()
+        p[-1] += counts[bins:].sum()
+        q = np.zeros(bins)
+        for level in range(levels):
+            members = [at for at in range(bins) if at * levels // bins == level and counts[at] > 0]
+            for at in members:
+                q[at] = sum(counts[member] for member in members) / len(members)
+        if not q.sum():
+            continue
+        p, q = p / p.sum(), q / q.sum()
+        divergence = sum(a * np.log(a / (b or 1e-12 * a)) for a, b in zip(p, q, strict=True) if a)
+        best = min(best, (divergence, bins), key=lambda pair: pair[0])
+    return min(histogram.maximum, best[1] * histogram.width)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_entropy_is_the_threshold_of_least_divergence(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    tail = np.concatenate([rng.standard_t(2 + seed, 3000), rng.normal(scale=20, size=5)]).astype(np.float32)
+    histogram = filled(tail)
+    assert entropy(histogram) == pytest.approx(naive_entropy(histogram), rel=1e-9)
+    assert entropy(histogram) < histogram.maximum
+
+
+def test_a_histogram_without_values() -> None:
+    assert {name: method(Histogram()) for name, method in THRESHOLDS.items()} == dict.fromkeys(THRESHOLDS, 0.0)
+
+
+def test_no_threshold_is_above_the_largest_value() -> None:
+    histogram = filled(np.random.default_rng(0).uniform(0, 1, 2000).astype(np.float32))
+    assert max(method(histogram) for method in THRESHOLDS.values()) <= histogram.maximum
+
+
+def test_a_threshold_below_all_values_is_no_choice() -> None:
+    """With empty bins from zero on, the smallest thresholds leave no value inside."""
+    values = np.random.default_rng(3).uniform(0.9, 1.0, 5000).astype(np.float32)
+    assert entropy(filled(values)) == pytest.approx(1.0, rel=1e-2)
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf])

@@ -207,13 +207,14 @@ def test_ids_of_an_encoder_decoder_equal_generate(t5_oracle: Any, search: dict[s
     assert all(row.tokens[1] == 33 for row in oracle.run(replace(free, **search, **forced)))
 
 
-def test_never_stops_later(opt_oracle: Any) -> None:
+@pytest.mark.parametrize("penalty", [1.0, 2.0])
+def test_never_stops_later(penalty: float, opt_oracle: Any) -> None:
     """`early_stopping="never"` goes on where a longer text may still be better."""
     different = 0
     for seed in range(5):
         oracle = opt_oracle(seed, (4,))
         end = oracle.run(GenerationOptions(max_new_tokens=4))[0].tokens[3]
-        search = GenerationOptions(max_new_tokens=14, num_beams=3, length_penalty=2.0, eos_token_ids=(end,))
+        search = GenerationOptions(max_new_tokens=14, num_beams=3, length_penalty=penalty, eos_token_ids=(end,))
         never = replace(search, early_stopping="never")
         assert [row.tokens for row in oracle.run(never)] == [ids for ids, _ in oracle.reference(never)]
         different += oracle.run(never) != oracle.run(search)
