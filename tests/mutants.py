@@ -190,19 +190,25 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", action="append", metavar="MODULE")
     parser.add_argument("--seconds", type=float, default=120, help="longest time of the tests of one change")
+    parser.add_argument("--again", type=Path, metavar="JSON", help="run the survivors of an earlier run again")
     parser.add_argument("--json", type=Path, help="write the outcome to this file")
     options = parser.parse_args()
     import numpy  # noqa: F401 - what the tests import is imported once
     import pytest  # noqa: F401
 
     found: list[tuple[str, str, int, str, ast.Module]] = []
-    for name in options.only or MODULES:
+    earlier = [] if options.again is None else json.loads(options.again.read_text())
+    survivors = {(one["module"], one["change"]) for one in earlier if one["outcome"] == "survived"}
+    for name in options.only or dict.fromkeys(module for module, _ in survivors) or MODULES:
         path = ROOT / (name.replace(".", "/") + ".py")
         source = path.read_text(encoding="utf-8")
         if _survives(name, ast.parse(source), str(path), MODULES[name], 10 * options.seconds) != "survived":
             raise SystemExit(f"the tests of {name} fail without a change")
         found += [(name, str(path), *each) for each in mutants(source)]
-    chosen = random.Random(options.seed).sample(found, min(options.mutants, len(found)))
+    if survivors:
+        chosen = [one for one in found if (one[0], one[3]) in survivors]
+    else:
+        chosen = random.Random(options.seed).sample(found, min(options.mutants, len(found)))
     done: list[Mutant] = []
     for name, file, line, change, tree in chosen:
         outcome = _survives(name, tree, file, MODULES[name], options.seconds)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from blip2edge.bundle.manifest import MANIFEST, Manifest, read_manifest
+from blip2edge.bundle.schema import Axis
 from blip2edge.errors import BundleError
 
 HASH = {"sha256": "0" * 64, "size": 5}
@@ -119,6 +120,10 @@ RANGES: dict[str, tuple[Change, str]] = {
         lambda v: v["graphs"]["bridge"]["inputs"][0]["axes"].append({"size": 0}),
         r"axes\[3\].size: expected a whole number from 1",
     ),
+    "a list in place of an axis": (
+        lambda v: v["graphs"]["bridge"]["inputs"][0]["axes"].append(["size"]),
+        r"axes\[3\]: expected an object",
+    ),
     "an order": (
         lambda v: v["graphs"]["bridge"]["inputs"][0]["axes"][0].update(min=2, max=1),
         "does not hold",
@@ -226,3 +231,9 @@ def test_every_value_replaced_is_refused_or_read_again_as_it_was(value: Any) -> 
         except ValueError:
             continue
         assert Manifest.from_json(found.to_json()) == found, path
+
+
+def test_the_sum_of_two_axes_has_the_sum_of_their_ranges() -> None:
+    whole = Axis("past", 1, 3, 9) + Axis("steps", 2, 4, 5)
+    assert whole == Axis("past + steps", 3, 7, 14)
+    assert whole.value({"past": 4, "steps": 2}) == 6

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from blip2edge.calibration.activations.choose_ranges import COLUMNS, _divisors, _some_columns, choose_ranges
+from blip2edge.calibration.activations.choose_ranges import ALPHAS, COLUMNS, _divisors, _some_columns, choose_ranges
 from blip2edge.calibration.activations.folding import EVERYTHING, find_fold
 from blip2edge.calibration.activations.observer import LARGEST_TOKENS, SAMPLED_TOKENS, Observation, Observer
 from blip2edge.calibration.activations.qdq import ActivationPlan, insert_qdq
@@ -197,7 +197,10 @@ def test_divisions_are_scaled_to_the_median_of_one() -> None:
     largest, weight = random.uniform(0.5, 30, 33).astype(np.float32), random.normal(size=(33, 8)).astype(np.float32)
     largest[5], weight[9] = 0.0, 0.0
     unused = [5, 9]
-    for divisor in _divisors(largest, weight):
+    used = np.delete(np.arange(33), unused)
+    for alpha, divisor in zip(ALPHAS, _divisors(largest, weight), strict=True):
+        wanted = largest[used] ** alpha / np.abs(weight[used]).max(axis=1) ** (1 - alpha)  # SmoothQuant, equation 4
+        np.testing.assert_allclose(divisor[used], wanted / np.median(wanted), rtol=1e-5)
         assert np.median(np.delete(divisor, unused)) == pytest.approx(1.0, rel=1e-6)
         assert divisor[unused].tolist() == [1.0, 1.0]
 
