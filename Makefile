@@ -8,7 +8,7 @@ START ?= 0
 MUTANTS ?= 100
 BIN := $(VENV)/bin
 
-.PHONY: help venv install check docs format test test-slow faults fuzz mutants fuzz-http soak endurance bulk demo clean
+.PHONY: help venv install check docs site format test test-slow faults fuzz mutants fuzz-http soak endurance bulk demo clean
 
 help:
 	@echo "make demo      install into $(VENV) and run the demo"
@@ -22,7 +22,8 @@ help:
 	@echo "make endurance CAPTIONS (100000) through one scheduler"
 	@echo "make bulk      kill bulk on 5,000 pictures, and measure its speed"
 	@echo "make check     ruff, mypy --strict, import-linter"
-	@echo "make docs      write the tables of docs/ that come from code"
+	@echo "make docs      write the tables, pages and pictures of docs/ that come from code"
+	@echo "make site      build docs/ as a site in site/"
 	@echo "make format    let ruff mend what it can"
 	@echo "make install   install everything for development into $(VENV)"
 	@echo "make clean     remove $(VENV) and the caches"
@@ -92,10 +93,15 @@ docs: $(VENV)/.installed
 	$(BIN)/python benchmarks/recipe_keys.py --write docs/training.md
 	$(BIN)/python benchmarks/chat_keys.py --write docs/serving.md
 	$(BIN)/python benchmarks/plan_page.py --write docs/plan.md
+	$(BIN)/python benchmarks/command_pages.py --write
+	$(BIN)/python benchmarks/mathematics_pictures.py --write
+
+site: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage

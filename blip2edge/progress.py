@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, Protocol, TextIO, TypeVar
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 REDRAW_SECONDS = 0.1  # at most ten updates a second, so that a terminal over ssh keeps up
 LINE_SECONDS = 10.0  # without a terminal: at most one line in ten seconds, for a log
+TICK_SECONDS = 1.0  # the time of a stage moves at least once a second, also while nothing is reported
 ESTIMATE_AFTER = 2.0  # seconds of a stage before the remaining time is estimated
 BAR_WIDTH = 24  # characters between the brackets
 
@@ -50,8 +52,8 @@ def counted(items: Iterable[Item], total: int, progress: Callable[[int, int], No
 class Progress:
     """Shows progress on a text stream, by default standard error.
 
-    A new stage name ends the line of the previous stage. Use it as a context manager, so that the last line is ended
-    after an error too:
+    A new stage name ends the line of the previous stage. Use it as a context manager: then the last line is ended after
+    an error too, and the time of a stage moves while nothing is reported, such as during the tracing of a graph:
 
         with Progress() as progress:
             export_checkpoint(source, target, progress=progress)
@@ -72,44 +74,67 @@ class Progress:
         self._started = 0.0  # s, of the stage
         self._drawn = 0.0  # s, last drawing
         self._shown: tuple[int, int] | None = None  # the state last written
+        self._lock = threading.RLock()
+        self._ended = threading.Event()
 
     def __enter__(self) -> Self:
         """Return the reporter itself."""
+        threading.Thread(target=self._tick, name="progress", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End the last line."""
+        self._ended.set()
         self.close()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Report that `done` of `total` units of `stage` are finished (total 0: not known)."""
-        now = time.monotonic()
-        fresh = stage != self._stage
-        if fresh:
-            self.close()
-            self._stage, self._started, self._first = stage, now, done
-        self._state = (done, total)
-        complete = 0 < total <= done
-        wait = REDRAW_SECONDS if self._terminal else LINE_SECONDS
-        if fresh or complete or now - self._drawn >= wait:
-            self._draw(now)
+        with self._lock:
+            now = time.monotonic()
+            fresh = stage != self._stage
+            if fresh:
+                self.close()
+                self._stage, self._started, self._first = stage, now, done
+            self._state = (done, total)
+            complete = 0 < total <= done
+            if self._shown != self._state and (fresh or complete or self._due(now)):
+                self._draw(now)
+
+    def note(self, line: str) -> None:
+        """Write a line of its own above the bar, such as the loss of a training step."""
+        with self._lock:
+            self._stream.write(f"\r{line}\x1b[K\n" if self._terminal else f"{line}\n")
+            if self._terminal and self._stage is not None:
+                self._draw(time.monotonic())
+            self._stream.flush()
 
     def close(self) -> None:
         """Write the last state if it is not shown yet, and end the line; harmless when called twice."""
-        if self._stage is None:
-            return
-        if self._shown != self._state:
-            self._draw(time.monotonic())
-        if self._terminal:
-            self._stream.write("\n")
-            self._stream.flush()
-        self._stage, self._shown = None, None
+        with self._lock:
+            if self._stage is None:
+                return
+            if self._shown != self._state:
+                self._draw(time.monotonic())
+            if self._terminal:
+                self._stream.write("\n")
+                self._stream.flush()
+            self._stage, self._shown = None, None
+
+    def _due(self, now: float) -> bool:
+        """Whether the last drawing is old enough for the next one."""
+        return now - self._drawn >= (REDRAW_SECONDS if self._terminal else LINE_SECONDS)
+
+    def _tick(self) -> None:
+        """Draw the present stage again, with its new time, until the work has ended."""
+        while not self._ended.wait(TICK_SECONDS):
+            with self._lock:
+                now, (done, total) = time.monotonic(), self._state
+                if self._stage is not None and not 0 < total <= done and self._due(now):
+                    self._draw(now)
 
     def _draw(self, now: float) -> None:
-        if self._shown == self._state:
-            return
         self._shown, self._drawn = self._state, now
         text = self._text(now - self._started)
         if self._terminal:
@@ -132,7 +157,7 @@ class Progress:
         if new > 0 and done < total and seconds >= ESTIMATE_AFTER:
             tail += f", about {_duration(seconds * (total - done) / new)} left"
         if not self._terminal:
-            return f"{self._stage}: {tail}" if done else f"{self._stage}: 0/{total}"
+            return f"{self._stage}: {tail}" if done or seconds >= TICK_SECONDS else f"{self._stage}: 0/{total}"
         filled = round(share * BAR_WIDTH)
         return f"{self._stage}  [{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {tail}"
 

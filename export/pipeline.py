@@ -186,6 +186,7 @@ def _write_graphs(source: Checkpoint, staging: Path, precision: str, report: Pro
         with torch.device("meta"):
             module = definition.wrap(build_model(source.config).eval())
         traced = trace(module, definition.spec(source.config))
+        report(f"{name}: trace", 1, 1)
         exceptions = convert(traced, precision, exceptions_of(source.config))
         data = staging / f"{name}.onnx.data"
         weights = write_weights(

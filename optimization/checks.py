@@ -62,10 +62,14 @@ class CopyTask:
 def agreement(
     result: probe.ProbeResult, portable: probe.ProbeResult, tolerance: float
 ) -> tuple[tuple[Parity, ...], float]:
-    """Compares a copy's outputs with the portable graph's: the parity of each, and the smallest cosine."""
+    """Compares a copy's outputs with the portable graph's: the parity of each, and the smallest cosine.
+
+    With an infinite tolerance there is no parity, because such outputs are compared by cosine only.
+    """
     parity = tuple(
         Parity(output, *probe.relative(result.outputs[output], wanted), tolerance, ("probe",))
         for output, wanted in portable.outputs.items()
+        if math.isfinite(tolerance)
     )
     return parity, probe.worst_cosine(result.outputs, portable.outputs)
 

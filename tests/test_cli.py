@@ -37,6 +37,7 @@ COMMANDS = (
     "verify",
     "certify",
     "doctor",
+    "completion",
     "build",
     "demo",
     "train",
@@ -307,7 +308,10 @@ def test_every_command_that_reads_a_bundle_takes_the_flag() -> None:
         if isinstance(action, argparse._SubParsersAction):
             parsers.update(action.choices)
     without = {name for name, parser in parsers.items() if "--bundle" not in parser._option_string_actions}
-    assert without == {"export", "doctor", "demo", "train", "capfilt"}  # capfilt: --captioner and --matcher
+    assert without == {
+        *("export", "doctor", "completion", "demo", "train"),
+        "capfilt",  # --captioner and --matcher
+    }
 
 
 def test_stream_writes_the_pieces_of_a_caption(captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]) -> None:

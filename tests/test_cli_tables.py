@@ -96,6 +96,36 @@ def test_merged_patches_are_told_with_what_they_change() -> None:
     assert merging_line(MergingRecord(4, 53, 65)).startswith(counts + "not compared")
 
 
+@pytest.mark.parametrize(
+    ("flags", "step", "expected"),
+    [
+        ([], 40, "the snapshot of step 40 is in out.run; resume with: blip2edge train stage2 -c r.toml -o out"),
+        (["--force"], 40, "resume with: blip2edge train stage2 -c r.toml -o out --force --resume"),
+        ([], None, "no snapshot was written yet, so the same command starts from the beginning"),
+    ],
+)
+def test_interrupted_train_says_how_to_go_on(
+    flags: list[str],
+    step: int | None,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def train(stage: str, config: Path, out: Path, **options: Any) -> None:
+        options["log"]("stage2: step 20/300 loss 1.2500 rate 8.0e-04")
+        raise KeyboardInterrupt
+
+    module = ModuleType("blip2edge.training.run")
+    snapshots = SimpleNamespace(steps=step, directory=Path("out.run"))
+    vars(module).update(train=train, snapshots_of=lambda out: snapshots)
+    monkeypatch.setitem(sys.modules, "blip2edge.training.run", module)
+    assert main(["train", "stage2", "-c", "r.toml", "-o", "out", *flags]) == 130
+    loss, hint, end = capsys.readouterr().err.splitlines()
+    assert loss == "stage2: step 20/300 loss 1.2500 rate 8.0e-04"
+    assert expected in hint
+    assert end == "interrupted"
+
+
 def test_train_tells_the_scores(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[dict[str, Any]] = []
 

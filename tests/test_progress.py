@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 
 import pytest
 
@@ -82,3 +83,44 @@ def test_counted_reports_before_each_item_and_at_the_end() -> None:
     assert list(counted("ab", 2, lambda done, total: seen.append((done, total)))) == ["a", "b"]
     assert seen == [(0, 2), (1, 2), (2, 2)]
     assert list(counted("ab", 2, None)) == ["a", "b"]
+
+
+def test_a_note_is_a_line_above_the_bar() -> None:
+    stream = io.StringIO()
+    with Progress(stream, terminal=True) as progress:
+        progress.note("before")
+        progress("stage2", 1, 4)
+        progress.note("stage2: step 1/4 loss 0.5")
+    before, bar, rest = stream.getvalue().split("\n", 1)[0], *stream.getvalue().split("\n", 1)[1].split("\x1b[K", 1)
+    assert before == "\rbefore\x1b[K"
+    assert bar.startswith("\rstage2  [######")
+    assert rest.startswith("\rstage2: step 1/4 loss 0.5\x1b[K\n\rstage2  [######")
+    log = io.StringIO()
+    with Progress(log) as progress:
+        progress.note("stage2: step 1/4 loss 0.5")
+    assert log.getvalue() == "stage2: step 1/4 loss 0.5\n"
+
+
+class Signalling(io.StringIO):
+    """A stream that sets an event when something is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = threading.Event()
+
+    def write(self, text: str) -> int:
+        count = super().write(text)
+        self.written.set()
+        return count
+
+
+def test_time_moves_while_nothing_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blip2edge.progress.TICK_SECONDS", 0.001)
+    monkeypatch.setattr("blip2edge.progress.REDRAW_SECONDS", 0.0)
+    stream = Signalling()
+    with Progress(stream, terminal=True) as progress:
+        progress("decoder: trace", 0, 1)
+        stream.written.clear()
+        assert stream.written.wait(60)
+    assert stream.getvalue().count("decoder: trace  [........................] 0/1") >= 2
+    assert stream.getvalue().count("\n") == 1

@@ -41,6 +41,12 @@ _RUN_SUFFIX = ".run"  # added to the output's name: the directory of log and sna
 _AUTOCAST = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
+def snapshots_of(out_dir: str | Path) -> Snapshots:
+    """The snapshots of the run that writes ``out_dir``; they are in ``OUT.run`` until the run has succeeded."""
+    target = Path(out_dir)
+    return Snapshots(target.with_name(f"{target.name}{_RUN_SUFFIX}"))
+
+
 def train(
     stage: str,
     config_path: str | Path,
@@ -112,7 +118,7 @@ def _train(
 ) -> dict[str, Any]:
     """Runs the phases and publishes the checkpoint."""
     first, target, config_path = accelerator.is_main_process, options.target, options.config_path
-    snapshots = Snapshots(target.with_name(f"{target.name}{_RUN_SUFFIX}"))
+    snapshots = snapshots_of(target)
     snapshot = _snapshot_to_resume(snapshots, stage, config, resume=options.resume, force=options.force, first=first)
     accelerator.wait_for_everyone()
     journal = Journal(snapshots.directory if first else None, tensorboard=config.loop.tensorboard)
@@ -121,6 +127,8 @@ def _train(
     run = TrainingRun(stage, config, base, accelerator, build_parts(stage, config, base), journal, snapshots)
     if first:
         run.log, run.progress = log or run.log, progress
+    if snapshot is not None:
+        run.log(f"resumes from the snapshot of step {snapshots.steps} in {snapshots.directory}")
     start, cpu_start = time.monotonic(), time.process_time()
     if config.validation.every and stage == "stage1":
         run.log("stage1: [validation] is not used: stage 1 generates no captions")

@@ -33,6 +33,7 @@ COMMANDS = {
     "plan": "compute whether a model fits a board, how fast it is, and which bridge suits it",
     "bench": "measure the speed and memory of a bundle on this machine",
     "doctor": "check which backends run on this machine",
+    "completion": "print a script that completes commands, flags and values in bash, zsh or fish",
     "demo": "export, calibrate and caption with the example checkpoint",
     "train": "train the bridge between a frozen vision encoder and a frozen language model",
     "eval": "compute the metrics of a checkpoint or a bundle on a data set",

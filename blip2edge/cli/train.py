@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge.choices import TRAINING_STAGES
+from blip2edge.cli import interrupt
 from blip2edge.cli.flag_groups import add_output
+from blip2edge.cli.messages import print_note
 from blip2edge.cli.next_steps import print_next, quoted
 from blip2edge.progress import Progress
 
@@ -46,16 +48,23 @@ def run(options: argparse.Namespace) -> int:
     from blip2edge.training.run import train
 
     output = options.output or Path("runs") / options.config.stem
-    with Progress() as progress:
-        record = train(
-            options.stage,
-            options.config,
-            output,
-            resume=options.resume,
-            force=options.force,
-            progress=progress,
-        )
-    if int(os.environ.get("RANK", "0")):  # of several processes, only the first prints
+    first = not int(os.environ.get("RANK", "0"))  # of several processes, only the first prints
+    try:
+        with Progress() as progress:
+            record = train(
+                options.stage,
+                options.config,
+                output,
+                resume=options.resume,
+                force=options.force,
+                log=progress.note,
+                progress=progress,
+            )
+    except (KeyboardInterrupt, interrupt.Interrupted):
+        if first:
+            print_note(_how_to_go_on(options, output))
+        raise
+    if not first:
         return 0
     print(f"{output}: {record['parameters']} parameters, trained in {record['seconds']:.0f} s")
     for phase, figures in record["phases"].items():
@@ -66,3 +75,15 @@ def run(options: argparse.Namespace) -> int:
         print(f"{scores['n']} held-out scenes: {scores['exact_match']:.2%} exact captions")
     print_next(f"blip2edge export {quoted(output)} -o BUNDLE")
     return 0
+
+
+def _how_to_go_on(options: argparse.Namespace, output: Path) -> str:
+    """Says from which step the training resumes, and by which command."""
+    from blip2edge.training.run import snapshots_of
+
+    snapshots = snapshots_of(output)
+    if snapshots.steps is None:
+        return "no snapshot was written yet, so the same command starts from the beginning; see loop.snapshot_every"
+    flags = " --force --resume" if options.force else " --resume" if options.resume else ""
+    command = f"blip2edge train {options.stage} -c {quoted(options.config)} -o {quoted(output)}{flags}"
+    return f"the snapshot of step {snapshots.steps} is in {snapshots.directory}; resume with: {command}"

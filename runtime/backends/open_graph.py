@@ -57,7 +57,8 @@ class OptimizedGraph:
         passes: Names of the optimization passes that rewrote the graph.
         one_by_one: Whether to run the rows of a batch separately; see :class:`open_graph.RowByRow`.
         layout: Whether ONNX Runtime prepacks the weights for the processor when it loads the file.
-        parity: Difference between the outputs of this graph and those of the portable graph.
+        parity: Difference between the outputs of this graph and those of the portable graph; empty if they are compared
+            by cosine only, as those of quantized graphs are.
         cosine: The smallest cosine similarity between outputs of this graph and of the portable graph.
         milliseconds: CPU time of the portable graph and of this graph, on the machine that made the copy: of one run,
             or of opening the file if the graph is compiled; None if nothing was measured.
@@ -137,7 +138,7 @@ class OptimizedRecord:
 
     def write(self, directory: Path) -> None:
         """Writes ``optimized.json`` into ``directory``."""
-        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         (directory / RECORD).write_text(text, encoding="utf-8")
 
 

@@ -19,11 +19,12 @@ from blip2edge.errors import BundleIntegrityError, UsageError
 from blip2edge.optimization import recipes
 from blip2edge.optimization.pipeline import OptimizedReport, optimize
 from blip2edge.optimization.recipes import Recipe
-from blip2edge.runtime.backends.open_graph import RECORD
+from blip2edge.runtime.backends.open_graph import RECORD, read_copy
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.decoding.kv.in_place import InPlaceDecoder, InPlaceState
 from blip2edge.runtime.decoding.language_model import DecoderOnly
 from tests.drawing import draw_pictures
+from tests.engine.conftest import BundleOf
 from tests.runtime.decoding.test_growing import TAIL, TEXTS, alone, close
 
 OPTIONS: tuple[dict[str, Any], ...] = (
@@ -133,6 +134,15 @@ def test_a_copy_by_another_version_is_passed_over(bundle: Path, tmp_path: Path) 
     values["versions"]["onnxruntime"] = "0.1"
     record.write_text(json.dumps(values))
     assert not Captioner.load(other, threads=1).graphs.copied
+
+
+def test_the_copy_of_a_quantized_bundle_is_read(bundle_of: BundleOf, tmp_path: Path) -> None:
+    """Quantized graphs are compared by cosine only: without a tolerance, which has no finite value to record."""
+    bundle = Path(shutil.copytree(bundle_of("blip2-opt", "int8"), tmp_path / "bundle"))
+    report = optimize(bundle)
+    assert report.record.graphs
+    assert all(graph.cosine > 0 and graph.parity == () for graph in report.record.graphs.values())
+    assert read_copy(Bundle.open(bundle), "cpu") == (report.directory, report.record)
 
 
 def test_a_copy_that_was_changed_is_refused(bundle: Path, tmp_path: Path) -> None:

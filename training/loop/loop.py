@@ -200,7 +200,7 @@ def _not_finite(run: TrainingRun, phase: Phase, batches: Sequence[PhaseBatch], s
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     samples = f" on the samples {', '.join(names[:_NAMED])}{more}" if names else ""
     fix = "lower the learning rate of this phase, or raise its warmup_steps"
-    if run.snapshots.any:
+    if run.snapshots.steps is not None:
         fix += f", and continue from {run.snapshots.directory} with {option('resume', on=True)}"
     return DataError(f"{phase.name}: at step {step}{samples} the {what}, expected a finite number", fix)
 

@@ -66,9 +66,10 @@ class Snapshots:
             return Snapshot(load_file(path / _TENSORS), facts)
 
     @property
-    def any(self) -> bool:
-        """Whether the directory has a complete snapshot."""
-        return bool(self._whole())
+    def steps(self) -> int | None:
+        """Optimiser steps of the whole run in the newest complete snapshot; None if there is no snapshot."""
+        found = self._whole()
+        return int(found[-1].name.removeprefix(_PREFIX).rstrip("+")) if found else None
 
     def write(self, step: int, snapshot: Snapshot) -> None:
         """Writes a snapshot and removes the previous ones.

@@ -1,0 +1,179 @@
+"""``blip2edge completion``: prints a script that completes commands, flags and values in a shell.
+
+The script is generated from the parsers, so that it has all flags of this version. It starts no Python when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+SHELLS = ("bash", "zsh", "fish")
+FILE_NAMES = ("IMAGE", "SOURCE", "CHECKPOINT", "DATA", "DIR", "DIRECTORY", "FILE")
+"""Placeholders of arguments that are read as text but may be a file or a directory."""
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument as completion needs it.
+
+    Attributes:
+        flags: ``--output`` and its short forms; empty for a positional argument.
+        values: Allowed values; empty if they are not fixed.
+        takes_value: Whether a value follows the flag.
+        is_file: Whether the value may be a file or a directory.
+        repeats: Whether more than one value may follow, or the positional argument may be repeated.
+        text: One short line of help.
+        name: Placeholder of the value.
+    """
+
+    flags: tuple[str, ...]
+    values: tuple[str, ...]
+    takes_value: bool
+    is_file: bool
+    repeats: bool
+    text: str
+    name: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``completion``."""
+    parser.add_argument("shell", choices=SHELLS, help="shell that reads the script")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the script of one shell."""
+    from blip2edge.cli.parser import COMMANDS, build_parser
+
+    parser = build_parser()
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    arguments = {"": _arguments(parser), **{name: _arguments(one) for name, one in commands.choices.items()}}
+    write = {"bash": bash_script, "zsh": zsh_script, "fish": fish_script}[options.shell]
+    print(write(arguments, COMMANDS), end="")
+    return 0
+
+
+def _arguments(parser: argparse.ArgumentParser) -> list[Argument]:
+    """The arguments of one parser, without the argument that names the command."""
+    return [
+        _argument(action)
+        for action in parser._actions
+        if action.help != argparse.SUPPRESS and not isinstance(action, argparse._SubParsersAction)
+    ]
+
+
+def _argument(action: argparse.Action) -> Argument:
+    name = action.metavar if isinstance(action.metavar, str) else action.dest
+    return Argument(
+        flags=tuple(action.option_strings),
+        values=tuple(map(str, action.choices or ())),
+        takes_value=action.nargs != 0,
+        is_file=action.type is Path or name in FILE_NAMES,
+        repeats=action.nargs in ("+", "*"),
+        text=re.split(r"[;:.] | \(", " ".join((action.help or "").split()), maxsplit=1)[0].replace("`", ""),
+        name=name.lower(),
+    )
+
+
+def bash_script(arguments: dict[str, list[Argument]], commands: dict[str, str]) -> str:
+    """The script for bash.
+
+    Args:
+        arguments: Arguments by command; those of the key ``""`` come before the command.
+        commands: The summary of each command.
+    """
+    after, flags, words = [], [], [f'        "") words="{" ".join(commands)}" ;;']
+    for command, found in arguments.items():
+        for one in found:
+            patterns = "|".join(f'"{command} {flag}"' for flag in one.flags)
+            values = " ".join(one.values)
+            if not one.flags and values:
+                words.append(f'        "{command}") words="{values}" ;;')
+            elif values:
+                after.append(f'        {patterns}) words="{values}" ;;')
+            elif one.flags and one.takes_value:  # no words: bash's own completion of files, unless it is switched off
+                after.append(f"        {patterns}) {'' if one.is_file else 'compopt +o default; '}return ;;")
+        flags.append(f'        "{command}") words="{" ".join(flag for one in found for flag in one.flags)}" ;;')
+    lines = [
+        '# Completion of blip2edge for bash. Use it with:  eval "$(blip2edge completion bash)"',
+        "_blip2edge() {",
+        '    local word="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}" command="" words="" item',
+        '    if [[ $word == "=" ]]; then word=""',
+        '    elif [[ $before == "=" ]]; then before="${COMP_WORDS[COMP_CWORD-2]}"; fi',
+        '    for item in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do',
+        f'        case " {" ".join(commands)} " in *" $item "*) command="$item"; break ;; esac',
+        "    done",
+        '    case "$command $before" in',
+        *after,
+        "    esac",
+        '    if [[ -z $words && $word == -* ]]; then case "$command" in',
+        *flags,
+        '    esac; elif [[ -z $words ]]; then case "$command" in',
+        *words,
+        "    esac; fi",
+        '    COMPREPLY=($(compgen -W "$words" -- "$word"))',
+        "}",
+        "complete -o default -F _blip2edge blip2edge",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def zsh_script(arguments: dict[str, list[Argument]], commands: dict[str, str]) -> str:
+    """The script for zsh; the arguments are those of :func:`bash_script`."""
+
+    def specs(one: Argument) -> list[str]:
+        values = f"({' '.join(one.values)})" if one.values else "_files" if one.is_file else " "
+        value = f":{one.name}:{values}" if one.takes_value else ""
+        help_text = re.sub(r"[\[\]:]", "", one.text)
+        named = [f"*{flag}[{help_text}]{value}" for flag in one.flags]
+        return [_quoted(spec) for spec in named or ["*" + value if one.repeats else value]]
+
+    def listed(command: str) -> str:
+        return " ".join(spec for one in arguments[command] for spec in specs(one))
+
+    lines = [
+        "#compdef blip2edge",
+        '# Completion of blip2edge for zsh. Use it with:  eval "$(blip2edge completion zsh)"',
+        "_blip2edge() {",
+        '    local curcontext="$curcontext" state line',
+        "    local -a commands=(",
+        *(f"        {_quoted(f'{name}:{text}')}" for name, text in commands.items()),
+        "    )",
+        f"    _arguments -C {listed('')} ':command:->command' '*::argument:->argument'",
+        "    case $state in",
+        "        command) _describe command commands ;;",
+        "        argument) case $words[1] in",
+        *(f"            {name}) _arguments {listed(name)} ;;" for name in commands),
+        "        esac ;;",
+        "    esac",
+        "}",
+        'if [[ $funcstack[1] == _blip2edge ]]; then _blip2edge "$@"; else compdef _blip2edge blip2edge; fi',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def fish_script(arguments: dict[str, list[Argument]], commands: dict[str, str]) -> str:
+    """The script for fish; the arguments are those of :func:`bash_script`."""
+    lines = ["# Completion of blip2edge for fish. Use it with:  blip2edge completion fish | source"]
+    for name, text in commands.items():
+        lines.append(f"complete -c blip2edge -f -n __fish_use_subcommand -a {name} -d {_quoted(text)}")
+    for command, found in arguments.items():
+        where = f"'__fish_seen_subcommand_from {command}'" if command else "__fish_use_subcommand"
+        for one in found:
+            line = f"complete -c blip2edge -n {where}"
+            for flag in one.flags:
+                line += f" {'-l' if flag.startswith('--') else '-s'} {flag.lstrip('-')}"
+            if one.values:
+                line += f" {'-x' if one.flags else '-f'} -a {_quoted(' '.join(one.values))}"
+            elif one.flags and one.takes_value:
+                line += " -r" if one.is_file else " -x"
+            if one.flags or one.values:
+                lines.append(f"{line} -d {_quoted(one.text)}")
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """A text in single quotes, without single quotes inside, so that each shell reads it in the same way."""
+    return "'" + text.replace("'", "’").replace("\\", "") + "'"
