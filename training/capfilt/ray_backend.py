@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.errors import UsageError, option
+from blip2edge.packages import install_command
 from blip2edge.training.capfilt.pipeline import Batch, CapFiltOptions, ScoredPicture, score_batch
 from blip2edge.training.data.entries import AnnotatedPicture, Entry, FilePicture, StoredPicture
 from blip2edge.training.data.shards import ShardPicture
@@ -121,9 +122,7 @@ def score_on_ray(
         import ray
         import ray.data
     except ModuleNotFoundError as error:
-        raise UsageError(
-            f"{option('ray')} needs Ray Data, which is not installed", "install it: pip install 'blip2edge[ray]'"
-        ) from error
+        raise UsageError(f"{option('ray')} needs Ray Data, which is not installed", install_command("ray")) from error
 
     def score_batches(batches: Iterable[Batch], options: CapFiltOptions) -> Iterator[list[ScoredPicture]]:
         rows = [{"number": number, "batch": batch_to_json(batch)} for number, batch in enumerate(batches)]
