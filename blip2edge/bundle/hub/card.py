@@ -91,7 +91,7 @@ def _summary(manifest: Manifest) -> str:
 
 
 def _commands(name: HubName, words: str) -> str:
-    lines = ["```bash", "pip install 'blip2edge[cpu,hub]'", f"blip2edge {words} -b {name}", "```"]
+    lines = ["With blip2edge and its extras `cpu` and `hub`:", "", "```bash", f"blip2edge {words} -b {name}", "```"]
     if words.startswith("caption"):
         revision = "" if name.revision == MAIN else f', revision="{name.revision}"'
         lines += [
