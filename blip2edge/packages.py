@@ -40,6 +40,10 @@ EXTRAS = {
 """The extra by the name that a package is imported under."""
 
 
+CLONE: Path | None = Path(__file__).resolve().parents[1]
+"""The clone that this package is in, if it holds ``hatch_build.py``; else a directory of installed packages."""
+
+
 def pip_command(extra: str = "", upgrade: bool = False) -> str:
     """Returns the command that installs blip2edge from where it was installed, with an extra such as ``serve``.
 
@@ -60,9 +64,8 @@ def pip_command(extra: str = "", upgrade: bool = False) -> str:
 
 def _requirement(extras: str) -> str:
     """What pip installs: ``-e CLONE``, a directory, or a requirement; quoted for the shell."""
-    clone = Path(__file__).resolve().parents[1]
-    if (clone / "pyproject.toml").is_file() and (clone / "constraints.txt").is_file():
-        return f"-e {shlex.quote(f'{clone}{extras}')}"
+    if CLONE is not None and (CLONE / "hatch_build.py").is_file():
+        return f"-e {shlex.quote(f'{CLONE}{extras}')}"
     found = _direct_url()
     url = str(found.get("url", ""))
     if "vcs_info" in found:
