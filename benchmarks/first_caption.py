@@ -3,13 +3,15 @@
     python benchmarks/first_caption.py --json benchmarks/results/first_caption.json
 
 Draws a checkpoint with random weights, the sizes and the vocabulary of Salesforce/blip-image-captioning-base (224
-million parameters), and pictures to calibrate on. Then it exports, calibrates and captions, each command in a process of
-its own, and samples RssAnon + RssShmem of that process and its children. Nothing is downloaded. The captions of random
-weights say nothing, and are longer than real ones.
+million parameters), and pictures to calibrate on. Then it exports, calibrates and captions, each command in a process
+of its own, and samples RssAnon + RssShmem of that process and its children. Nothing is downloaded. The captions of
+random weights say nothing, and are longer than real ones.
 """
 
 from __future__ import annotations
 
+import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -44,7 +46,7 @@ def write_tokenizer(directory: Path, size: int) -> None:
 
 def run(name: str, words: list[str], made: Path | None = None) -> dict[str, Any]:
     """Runs one command; returns its seconds, its peak memory, and the size of the bundle that it made, in bytes."""
-    start, peak = time.perf_counter(), 0
+    start, peak, before = time.perf_counter(), 0, resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen([sys.executable, "-m", "blip2edge", *words], stdout=subprocess.PIPE, text=True)
     while process.poll() is None:
         peak = max(peak, tree_bytes(process.pid))
@@ -53,12 +55,15 @@ def run(name: str, words: list[str], made: Path | None = None) -> dict[str, Any]
     if process.returncode:
         raise SystemExit(process.returncode)
     text = process.stdout.read() if process.stdout is not None else ""
-    figures: dict[str, Any] = {"command": name, "seconds": round(seconds, 1), "peak_bytes": peak}
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
+    figures: dict[str, Any] = {"command": name, "seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1)}
+    figures["peak_bytes"] = peak
     if made is not None:
         figures["bundle_bytes"] = sum(path.stat().st_size for path in made.iterdir() if path.is_file())
     else:
         figures["text"] = text.strip().splitlines()[-1]
-    print(f"{name}: {seconds:.1f} s, peak {peak / 1e9:.2f} GB", flush=True)
+    print(f"{name}: {seconds:.1f} s ({cpu:.1f} s of CPU time), peak {peak / 1e9:.2f} GB", flush=True)
     return figures
 
 
@@ -89,6 +94,7 @@ def main() -> None:
         model=MODEL,
         weight_bytes=weights,
         pictures=options.pictures,
+        load=os.getloadavg()[1],
         versions=python("torch", "onnx", "onnxruntime"),
         steps=steps,
         seconds=round(sum(step["seconds"] for step in steps[:3]), 1),

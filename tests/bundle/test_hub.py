@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -233,6 +236,18 @@ def test_a_full_disk(published: HubServer, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(file_download, "http_get", full)
     with pytest.raises(OutputError, match=r"the disk is full: .*hub could not be written"):
         Bundle.open(HUB)
+
+
+def test_in_a_process_of_its_own(published: HubServer, tmp_path: Path) -> None:
+    """As a user sets it: by variables, which the hub's client reads when it is imported."""
+    variables = {"HF_ENDPOINT": published.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    switches = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
+    words = [sys.executable, "-m", "blip2edge", "inspect", HUB]
+    done = subprocess.run(
+        words, env={**os.environ, **variables, **switches}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"next: blip2edge caption IMAGE -b {HUB}"
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

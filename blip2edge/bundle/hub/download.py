@@ -15,6 +15,7 @@ before it gets its name. Optimized copies and engines go to the user's cache.
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 from pathlib import Path
@@ -59,8 +60,11 @@ def find_bundle(name: str | Path, *, public_key: str | Path | None = None) -> Pa
 
 
 def hub_client(name: HubName | str) -> Any:
-    """Imports ``huggingface_hub``; raises MissingPackageError without it."""
-    return require("huggingface_hub", str(name), MissingPackageError)
+    """Imports ``huggingface_hub`` with the modules that are used here; raises MissingPackageError without it."""
+    package = require("huggingface_hub", str(name), MissingPackageError)
+    for module in ("constants", "errors", "file_download", "utils"):
+        importlib.import_module(f"huggingface_hub.{module}")
+    return package
 
 
 class _Download:
