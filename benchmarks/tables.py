@@ -216,7 +216,6 @@ def _where(document: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
-    "first-caption": ("first_caption.json", first_caption),
     "captions": ("peers-cpu.json", captions),
     "captions-batch": ("peers-batch-cpu.json", captions),
     "vision": ("peers-vision-cpu.json", vision),
