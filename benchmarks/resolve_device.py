@@ -1,8 +1,8 @@
 """Checks that the extras for a device have wheels there: ``.venv310/bin/python benchmarks/resolve_device.py``.
 
 pip resolves the runtime with each extra, with the versions of ``constraints.txt``, for 64-bit Arm and the Python that
-runs this script; nothing is installed. Run it with Python 3.10 for JetPack 6 (`make resolve`), and with 3.12 for JetPack
-7: pip evaluates markers for the running interpreter. Needs a network.
+runs this script; nothing is installed. Run it with Python 3.10 for JetPack 6 (`make resolve`), with 3.12 for JetPack 7:
+pip evaluates markers for the running interpreter. Needs a network.
 """
 
 from __future__ import annotations
