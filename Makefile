@@ -8,12 +8,14 @@ START ?= 0
 MUTANTS ?= 100
 BIN := $(VENV)/bin
 
-.PHONY: help venv install check docs site format test test-slow faults fuzz mutants fuzz-http soak endurance bulk demo clean
+.PHONY: help venv install check docs site format test test-slow test-runtime resolve faults fuzz mutants fuzz-http soak endurance bulk demo clean
 
 help:
 	@echo "make demo      install into $(VENV) and run the demo"
 	@echo "make test      install into $(VENV) and run the fast tests"
 	@echo "make test-slow install into $(VENV) and run the slow tests"
+	@echo "make test-runtime  the runtime and its tests on Python 3.10 (PYTHON310), in $(VENV310)"
+	@echo "make resolve   do the extras for a device have wheels for 64-bit Arm and Python 3.10? needs a network"
 	@echo "make faults    install into $(VENV), kill every command that writes 300 times, and check what is left"
 	@echo "make fuzz      read N mutated files with every reader (N=1000000 SEED=0 START=0), hours"
 	@echo "make mutants   change the code at MUTANTS places, and count what no test notices"
@@ -46,6 +48,26 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(BIN)/pytest -n 2 --dist loadfile -m slow
+
+# The runtime and its tests on the Python of JetPack 6. Their bundles are exported there too, with the versions of torch
+# and transformers that still run on it.
+PYTHON310 ?= python3.10
+VENV310 ?= .venv310
+BIN310 := $(VENV310)/bin
+
+$(VENV310)/.installed: pyproject.toml constraints.txt
+	$(PYTHON310) -m venv $(VENV310)
+	$(BIN310)/pip install -c constraints.txt -e '.[test]'
+	$(BIN310)/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+	$(BIN310)/pip install -c constraints.txt transformers==5.20.2 onnx==1.23.2 onnxscript==0.7.2 safetensors==0.8.0
+	touch $@
+
+# The comparisons with transformers need 5.21, which runs on 3.11 and newer.
+test-runtime: $(VENV310)/.installed
+	$(BIN310)/pytest -n 2 --dist loadfile -m "not slow" -k "not transformers and not no_torch" tests/runtime tests/bundle tests/test_cli.py tests/test_public_face.py
+
+resolve: $(VENV310)/.installed
+	$(BIN310)/python benchmarks/resolve_device.py
 
 # KILLS and SEED choose other runs; they take about an hour on two cores.
 KILLS ?= 300
@@ -104,4 +126,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage
+	rm -rf $(VENV) $(VENV310) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage

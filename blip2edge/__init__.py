@@ -136,7 +136,7 @@ def __getattr__(name: str) -> Any:
 def _placeholder(name: str, package: str, extra: str) -> Callable[..., Any]:
     """Replaces a name whose module cannot be imported: calling it raises MissingPackageError."""
     problem = f"blip2edge.{name} needs the package {package!r}, which is not installed"
-    fix = install_command(extra) if extra else "install it: pip install blip2edge"
+    fix = install_command(extra)
 
     def placeholder(*_arguments: Any, **_options: Any) -> Any:
         raise MissingPackageError(problem, fix)

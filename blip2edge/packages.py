@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
+import shlex
+import shutil
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,13 +19,14 @@ if TYPE_CHECKING:
 
 EXTRAS = {
     **dict.fromkeys(
-        ("huggingface_hub", "onnx", "onnxscript", "safetensors", "torch", "transformers"),
+        ("onnx", "onnxscript", "safetensors", "torch", "transformers"),
         "export",
     ),
     "accelerate": "train",
     "av": "video",
     "fsspec": "bulk",
     "cryptography": "tls",
+    "huggingface_hub": "hub",
     "model_signing": "sign",
     "onnx_ir": "build",
     "onnxruntime": "cpu",
@@ -37,9 +42,61 @@ EXTRAS = {
 """The extra by the name that a package is imported under."""
 
 
-def pip_command(extra: str) -> str:
-    """Returns the pip command that installs an extra of blip2edge, such as ``serve``."""
-    return f"pip install 'blip2edge[{extra}]'"
+CLONE: Path | None = Path(__file__).resolve().parents[1]
+"""The clone that this package is in, if it holds ``hatch_build.py``; else a directory of installed packages."""
+
+
+def pip_command(extra: str = "", upgrade: bool = False) -> str:
+    """Returns the command that installs blip2edge from where it was installed, with an extra such as ``serve``.
+
+    From a clone it is ``pip install -e 'CLONE[serve]'``, from git ``pip install 'blip2edge[serve] @ git+URL'``, else
+    ``pip install 'blip2edge[serve]'``. If the shell's ``pip`` belongs to another environment than this Python, the
+    command names this Python.
+
+    Args:
+        extra: One extra, several joined by commas, or none.
+        upgrade: Whether the command updates what is installed.
+    """
+    extras = f"[{extra}]" if extra else ""
+    word, update = _requirement(extras), " --upgrade" if upgrade else ""
+    if word.startswith("-e ") and upgrade:
+        return f"git -C {word.removeprefix('-e ')} pull"
+    return f"{_pip()} install{update} {word}"
+
+
+def _requirement(extras: str) -> str:
+    """What pip installs: ``-e CLONE``, a directory, or a requirement; quoted for the shell."""
+    if CLONE is not None and (CLONE / "hatch_build.py").is_file():
+        return f"-e {shlex.quote(f'{CLONE}{extras}')}"
+    found = _direct_url()
+    url = str(found.get("url", ""))
+    if "vcs_info" in found:
+        revision = found["vcs_info"].get("requested_revision")
+        url = f"{found['vcs_info']['vcs']}+{url}" + (f"@{revision}" if revision else "")
+    elif "dir_info" in found:
+        from urllib.parse import urlsplit
+        from urllib.request import url2pathname  # slow to import, so not at every start
+
+        return shlex.quote(f"{url2pathname(urlsplit(url).path)}{extras}")
+    return shlex.quote(f"blip2edge{extras}" + (f" @ {url}" if url else "")) if extras or url else "blip2edge"
+
+
+def _direct_url() -> dict[str, Any]:
+    """Where pip installed blip2edge from, if not from an index (PEP 610); empty if it is not known."""
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        text = distribution("blip2edge").read_text("direct_url.json")
+    except PackageNotFoundError:
+        return {}
+    return dict(json.loads(text)) if text else {}
+
+
+def _pip() -> str:
+    """``pip`` if the shell finds that of this environment, else ``PYTHON -m pip``."""
+    pip = shutil.which("pip")
+    here = Path(sys.executable).absolute().parent
+    return "pip" if pip is not None and Path(pip).absolute().parent == here else f"{shlex.quote(sys.executable)} -m pip"
 
 
 TELEMETRY = {"openvino": "openvino_telemetry"}
@@ -62,8 +119,8 @@ def _hidden(package: str) -> Iterator[None]:
         del sys.modules[package]
 
 
-def install_command(extra: str) -> str:
-    """The advice of an error: how to install an extra."""
+def install_command(extra: str = "") -> str:
+    """The advice of an error: how to install blip2edge, or an extra."""
     return f"install it: {pip_command(extra)}"
 
 

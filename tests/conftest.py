@@ -65,6 +65,16 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
 
 
+@pytest.fixture(autouse=True)
+def _hints_of_a_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hints name PyPI's packages, and not this clone and its environment (tests/test_packages.py tests those)."""
+    from blip2edge import packages
+
+    monkeypatch.setattr(packages, "CLONE", None)
+    monkeypatch.setattr(packages, "_direct_url", dict)
+    monkeypatch.setattr(packages, "_pip", lambda: "pip")
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
     """A random tiny BLIP-2 checkpoint with its processor, saved by transformers; not to be changed."""

@@ -36,6 +36,7 @@ COMMANDS = (
     "sign",
     "verify",
     "certify",
+    "push",
     "doctor",
     "completion",
     "build",

@@ -112,11 +112,11 @@ def test_public_names_without_the_extras() -> None:
     told = json.loads(python(f"BLOCKED = {BLOCKED!r}\n{BLOCKER}\n{WITHOUT_EXTRAS}"))
     assert told.pop("evaluate")[0] == "BundleError"  # a bundle is scored without torch
     assert {kind for kind, _ in told.values()} == {"MissingPackageError"}
-    assert told["build"][1] == (
-        "blip2edge.build needs the package 'onnx_ir', which is not installed; "
-        "install it: pip install 'blip2edge[build]'"
+    assert told["build"][1].startswith(
+        "blip2edge.build needs the package 'onnx_ir', which is not installed; install it: "
     )
-    assert told["export_checkpoint"][1].endswith("pip install 'blip2edge[cpu,export]'")
+    assert told["build"][1].endswith("[build]'")
+    assert told["export_checkpoint"][1].endswith("[cpu,export]'")
 
 
 def test_a_name_is_looked_up_again_after_an_installation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import gc
+import inspect
 import io
 import json
 import pickle
@@ -28,6 +29,7 @@ from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.limits import Limits
 from blip2edge.runtime.backends.base import BACKENDS
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
+from blip2edge.runtime.captioning.captioner import CaptionerOptions
 from blip2edge.runtime.decoding.options import CaptionOptions, GenerationOptions
 from blip2edge.runtime.serving.http import Server
 from tests.drawing import draw_pictures
@@ -59,6 +61,7 @@ def test_types_list_what_there_is() -> None:
     assert list(CaptionOptions.__annotations__) == list(GenerationOptions.__dataclass_fields__)
     assert get_args(BackendName) == ("auto", *BACKENDS)
     assert DRAFTS[0] == "auto"
+    assert {*CaptionerOptions.__annotations__} == {*inspect.signature(Captioner.load).parameters} - {"bundle"}
 
 
 def test_limits_of_a_matcher(clip: Path) -> None:

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
+from blip2edge.bundle.hub.download import find_bundle
+from blip2edge.bundle.hub.names import is_downloaded
 from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest, read_manifest
 from blip2edge.bundle.outputs.locks import recover, recover_in
 from blip2edge.bundle.schema import DERIVED
@@ -66,17 +68,19 @@ class Bundle:
         required, every file is hashed.
 
         Args:
-            path: The directory of the bundle.
+            path: The directory of the bundle; or ``hub:ORG/NAME[@REVISION]``, a bundle on the Hugging Face hub, to
+                download it into the hub's cache.
             require_signature: A public key in PEM format. The bundle must have a signature of its private key; files
                 that the signature does not list are not used. None: no signature is required.
             signature: The signature; None for ``model.sig`` in the bundle, or else ``BUNDLE.sig`` beside it.
 
         Raises:
-            BundleError: The directory is not a bundle, or its manifest cannot be read.
+            BundleError: The directory is not a bundle, its manifest cannot be read, or it cannot be downloaded.
             BundleVersionError: A newer version of blip2edge wrote the bundle.
             BundleIntegrityError: A file is missing or was changed.
             BundleSignatureError: The required signature is missing, is of another key, or lists other files.
-            MissingPackageError: A signature is required, and the package ``model-signing`` is not installed.
+            MissingPackageError: The package ``model-signing`` is not installed, and a signature is required; or
+                ``huggingface_hub`` is not installed, and a bundle of the hub is named.
             UsageError: ``path`` is not a str or a path object, or ``require_signature`` is not a public key.
         """
         return load_whole(path, lambda bundle: bundle, require_signature=require_signature, signature=signature)
@@ -143,6 +147,8 @@ class Bundle:
 
     def _check(self, *, use_stamps: bool, progress: ProgressCallback | None = None) -> None:
         fix = f"copy the bundle again, or export the checkpoint again with {option('force', on=True)}"
+        if is_downloaded(self.path):
+            fix = "remove this file, and run the command again: it downloads the file again"
         listing = Listing(self.path, self.manifest.files, MANIFEST, fix)
         self.checked.check(listing, use_stamps=use_stamps, progress=progress)
 
@@ -201,7 +207,7 @@ class Bundle:
     def derive(self, kind: str) -> Path:
         """Makes the directory to write engines or optimized copies to.
 
-        The directory is in the bundle, or in the user's cache if the bundle is read-only.
+        The directory is in the bundle, or in the user's cache if the bundle is read-only or in the hub's cache.
 
         Args:
             kind: Kind of the derived files, ``engines`` or ``optimized``.
@@ -210,7 +216,7 @@ class Bundle:
             OutputError: Neither the bundle nor the cache can be written.
         """
         places = self._derived(kind)
-        for place in places:
+        for place in places[1:] if is_downloaded(self.path) else places:
             try:
                 place.mkdir(parents=True, exist_ok=True)
             except OSError:
@@ -254,7 +260,7 @@ def load_whole(
     """Opens a bundle and loads from it: all of it from one bundle, also if a run replaces it meanwhile.
 
     Args:
-        path: The directory of the bundle.
+        path: The directory of the bundle, or its name on the hub, as for :meth:`Bundle.open`.
         load: Function that loads something from the opened bundle. It is called again if the bundle was replaced.
         require_signature: As for :meth:`Bundle.open`.
         signature: As for :meth:`Bundle.open`.
@@ -264,7 +270,7 @@ def load_whole(
             ``load``.
     """
     _check_path(path)
-    directory = Path(path)
+    directory = find_bundle(path, public_key=require_signature)
     recover(directory)
     if require_signature is not None:
         directory = directory.resolve()  # so that a link to the bundle can change without effect

@@ -20,6 +20,7 @@ from blip2edge.bundle.schema import (
 )
 from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.errors import BundleError, BundleVersionError, one_line, option
+from blip2edge.packages import pip_command
 from blip2edge.reading import checking, read_json
 
 MANIFEST = "bundle.json"
@@ -233,7 +234,7 @@ def read_manifest(directory: Path) -> Manifest:
     if version > SCHEMA_VERSION:
         raise BundleVersionError(
             f"{path} has schema version {version}, but this version of blip2edge reads up to {SCHEMA_VERSION}",
-            "upgrade blip2edge: pip install --upgrade blip2edge",
+            f"upgrade blip2edge: {pip_command(upgrade=True)}",
         )
 
     def unfit(error: Exception) -> BundleError:

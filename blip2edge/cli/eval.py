@@ -95,6 +95,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Score a checkpoint or a bundle on scenes or on data from files, and print the figures."""
+    from blip2edge.bundle.hub.names import is_hub_name
     from blip2edge.bundle.manifest import MANIFEST
     from blip2edge.training.evaluation.pipeline import evaluate
 
@@ -125,7 +126,7 @@ def run(options: argparse.Namespace) -> int:
     print(json.dumps(figures) if options.json else text_of(figures))
     if not options.json:
         path = quoted(options.model)
-        is_bundle = (options.model / MANIFEST).is_file()
+        is_bundle = is_hub_name(options.model) or (options.model / MANIFEST).is_file()
         print_next(f"blip2edge bench {path}" if is_bundle else f"blip2edge export {path} -o BUNDLE")
     return 0
 

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 LimitsClass = TypeVar("LimitsClass", Limits, ConnectionLimits)
 
 MAX_BROKEN = 100
-BUNDLE = "bundle directory, written by `blip2edge export` or `calibrate`"
+BUNDLE = (
+    "bundle directory, written by `blip2edge export` or `calibrate`; or hub:ORG/NAME[@REVISION], which is downloaded"
+)
 DATA = (
     "a COCO JSON file of captions or VQA questions, a folder of pictures and .txt files, tar shards, or a recipe "
     "(its section [data])"

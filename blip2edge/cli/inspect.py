@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     if options.verify:
         print(f"\nverified: every one of the {count} files has the recorded SHA-256")
         print("\n".join(_proof(bundle)))
-    print_next(try_command(bundle.path, manifest))
+    print_next(try_command(options.bundle, manifest))
     return 0
 
 

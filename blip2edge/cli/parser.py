@@ -28,6 +28,7 @@ COMMANDS = {
     "inspect": "show the contents of a bundle",
     "sign": "sign the files of a bundle with a private key",
     "verify": "check the signature of a bundle with a public key",
+    "push": "upload a bundle with a model card to the Hugging Face hub",
     "build": "build TensorRT engines from the graphs of a bundle",
     "certify": "compare a bundle on this machine with the reference outputs in it",
     "plan": "compute whether a model fits a board, how fast it is, and which bridge suits it",

@@ -119,6 +119,7 @@ def run(options: argparse.Namespace) -> int:
     require("uvicorn", "serving", BackendError)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every broken form
     tls = _tls(options)
+    from blip2edge.bundle.hub.download import find_bundle
     from blip2edge.runtime.captioning.captioner import Captioner
     from blip2edge.runtime.serving.access import LOOPBACK, Access
     from blip2edge.runtime.serving.connections import allow_files
@@ -134,7 +135,7 @@ def run(options: argparse.Namespace) -> int:
         log = _open_log(options.access_log, opened)
         load = partial(
             Captioner.load,
-            options.bundle,
+            find_bundle(options.bundle, public_key=options.require_signature),  # the same revision at each load
             backend=options.backend,
             threads=options.threads,
             limits=limits,

@@ -112,7 +112,7 @@ class DivergenceMeter:
     ) -> None:
         self._parent = parent
         self._threads = threads
-        self._given = [(picture.read(), text) for picture, text in zip(pictures, texts, strict=True)]
+        self._given = list(zip(pictures, texts, strict=True))
         self._order = list(parent.manifest.graphs)
         self._sessions: dict[str, Session] = {
             name: OnnxRuntimeSession(parent.file(record.spec.file), threads)
@@ -152,8 +152,8 @@ class DivergenceMeter:
             return _all_logits(sessions[name], logits) if name == DECODER else sessions[name]
 
         run = PictureRunner(self._parent, open_graph, language=True)
-        for content, text in self._given:
-            run(content, text)
+        for picture, text in self._given:
+            run(picture.image(), text)
         return logits
 
 

@@ -19,7 +19,7 @@ from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import DECODER, Axis, GraphSpec
 from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import BackendError, BundleError, option
-from blip2edge.packages import require
+from blip2edge.packages import pip_command, require
 from blip2edge.runtime.backends.base import NO_GRAPH, RUN_FIX, DeviceArray, OptimizedFile, closed_graph
 from blip2edge.runtime.backends.onnxruntime_cpu import FLOATS, WEIGHTS_FOLDER, raised_as
 from blip2edge.runtime.backends.probe import (
@@ -163,7 +163,7 @@ def checked_package(provider: str) -> Any:
         names = ", ".join(onnxruntime.get_available_providers())
         raise BackendError(
             f"the installed onnxruntime has no {provider}, only {names}",
-            f"pip uninstall onnxruntime, then pip install 'blip2edge[gpu]'{JETSON}",
+            f"pip uninstall onnxruntime, then {pip_command('gpu')}{JETSON}",
         )
     check = check_provider(onnxruntime, provider)
     if not check.ok:

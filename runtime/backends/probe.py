@@ -20,6 +20,7 @@ import numpy as np
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import one_line
+from blip2edge.packages import pip_command
 
 ELEMENT_TYPES: Mapping[str, int] = {
     "float32": 1,
@@ -338,7 +339,7 @@ def check_provider(ort: ModuleType, name: str) -> Check:
     """
 
     def multiply(inputs: Mapping[str, Array]) -> Array:
-        if name in PROVIDER_FIXES:
+        if name in GPU_PROVIDERS:
             load_cuda_libraries(ort)
         options: Any = ort.SessionOptions()
         options.log_severity_level = 4  # fatal only: the reason of a failure is in the exception
@@ -351,13 +352,13 @@ def check_provider(ort: ModuleType, name: str) -> Check:
         product: Array = session.run(None, dict(inputs))[0]
         return product
 
-    return check_matmul(name, multiply, PROVIDER_FIXES.get(name), required=name == "CPUExecutionProvider")
+    fix = None
+    if name in GPU_PROVIDERS:
+        fix = f"install the NVIDIA driver, and {pip_command('gpu')}, which brings the CUDA libraries of onnxruntime-gpu"
+    return check_matmul(name, multiply, fix, required=name == "CPUExecutionProvider")
 
 
-PROVIDER_FIXES = dict.fromkeys(
-    ("CUDAExecutionProvider", "TensorrtExecutionProvider"),
-    "install the NVIDIA driver, and pip install 'blip2edge[gpu]', which brings the CUDA libraries of onnxruntime-gpu",
-)
+GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 
 COMPUTE = (
     *("MatMul", "Gemm", "Conv", "MatMulNBits", "FusedMatMul", "Softmax", "LayerNormalization", "Attention"),

@@ -19,7 +19,7 @@ from typing import Any
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import one_line
-from blip2edge.packages import installed
+from blip2edge.packages import installed, pip_command
 from blip2edge.runtime.backends.base import open_session
 from blip2edge.runtime.backends.probe import (
     MATMUL,
@@ -79,7 +79,7 @@ def diagnose() -> list[Check]:
         driver,
         tensorrt,
         rtx,
-        _installed("torch", ("torch",), "only export and training need it: pip install 'blip2edge[cpu,export]'"),
+        _installed("torch", ("torch",), f"only export and training need it: {pip_command('cpu,export')}"),
     ]
 
 
@@ -128,13 +128,13 @@ def _packages() -> Check:
     found = [f"{name} {version}" for name in MEASURED_PACKAGES if (version := installed(name))]
     missing = [name for name in ("numpy", "pillow", "tokenizers") if not installed(name)]
     if missing:
-        return Check("packages", False, f"{', '.join(missing)} missing", "pip install blip2edge", required=True)
+        return Check("packages", False, f"{', '.join(missing)} missing", pip_command(), required=True)
     return Check("packages", True, ", ".join(found))
 
 
 def _onnxruntime() -> list[Check]:
     """The package itself, then each provider that it lists, each after multiplying two matrices."""
-    fix = "pip install 'blip2edge[cpu]'; on a Jetson, NVIDIA's own wheel of onnxruntime-gpu"
+    fix = f"{pip_command('cpu')}; on a Jetson, NVIDIA's own wheel of onnxruntime-gpu"
     if _spec("onnxruntime") is None:
         return [Check("ONNX Runtime", False, "not installed", fix, required=True)]
     try:
@@ -161,7 +161,7 @@ def _installed(module: str, packages: tuple[str, ...], fix: str) -> Check:
 
 def _openvino() -> Check:
     """OpenVINO, after multiplying two matrices."""
-    check = _installed("openvino", ("openvino",), "pip install 'blip2edge[openvino]'")
+    check = _installed("openvino", ("openvino",), pip_command("openvino"))
     if not check.ok:
         return check
 
@@ -188,7 +188,7 @@ def _driver() -> Check:
 
 def _tensorrt(name: str, module: str, packages: tuple[str, ...], extra: str, driver: Check) -> Check:
     """Presence and version of a TensorRT, without importing it: without a driver, the import can end the process."""
-    fix = f"with an NVIDIA GPU: pip install 'blip2edge[{extra}]'"
+    fix = f"with an NVIDIA GPU: {pip_command(extra)}"
     if extra == "tensorrt":
         fix += "; on a Jetson it comes with JetPack: create the environment with --system-site-packages"
     versions = [version for package in packages if (version := installed(package))]

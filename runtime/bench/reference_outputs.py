@@ -103,11 +103,11 @@ class ReferenceOutputs:
             _FIELDS(values, "")
             if (values["schema_version"], values["bins"]) != (SCHEMA_VERSION, BINS):
                 raise ValueError(f"expected version {SCHEMA_VERSION} with {BINS} bins")
-            sketches = [
+            inputs, outputs = (
                 {key: _decoded(sketch) for key, sketch in values[name].items()} for name in ("inputs", "outputs")
-            ]
+            )
             tokens = [tuple(row) for row in values["tokens"]]
-            return cls(*sketches, values["prompt"], tokens, values["made_with"])
+            return cls(inputs, outputs, values["prompt"], tokens, values["made_with"])
 
 
 _TEXTS = mapped(text, text)

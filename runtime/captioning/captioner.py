@@ -14,9 +14,10 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar, overload
 
 from blip2edge.bundle.bundle import Bundle, load_whole
+from blip2edge.bundle.hub.names import MAIN, HubName
 from blip2edge.bundle.schema import BackendName, DraftName
 from blip2edge.errors import Blip2EdgeError, UsageError, option
 from blip2edge.limits import DEFAULT_LIMITS, Limits
@@ -48,6 +49,16 @@ __all__ = ["STAGES", "CaptionResult", "Captioner"]
 Item = TypeVar("Item")
 
 IN_FLIGHT = 3  # batches at once: one in the decoder, one in the encoder, one waiting
+
+
+class CaptionerOptions(TypedDict, total=False):
+    """The keywords of :meth:`Captioner.load`."""
+
+    backend: BackendName
+    threads: int | None
+    draft: DraftName
+    limits: Limits
+    require_signature: str | Path | None
 
 
 class Captioner(LoadedBundle):
@@ -88,7 +99,8 @@ class Captioner(LoadedBundle):
         """Opens a bundle and loads its graphs.
 
         Args:
-            bundle: The directory that ``blip2edge export`` made.
+            bundle: The directory that ``blip2edge export`` made, or ``hub:ORG/NAME[@REVISION]``; see
+                :meth:`Bundle.open`.
             backend: Name of the backend that runs the graphs; ``auto`` for the default.
             threads: CPU threads that one operator uses; None for as many as there are cores.
             draft: The draft model of speculative decoding for calls that do not set the option ``draft``; one of
@@ -106,6 +118,23 @@ class Captioner(LoadedBundle):
         return load_whole(
             bundle, lambda opened: cls(opened, backend, threads, draft, limits), require_signature=require_signature
         )
+
+    @classmethod
+    def from_pretrained(
+        cls, repository: str, *, revision: str | None = None, **options: Unpack[CaptionerOptions]
+    ) -> Captioner:
+        """Downloads a bundle from the Hugging Face hub into the hub's cache, if it is not there yet, and loads it.
+
+        Args:
+            repository: ``ORG/NAME``.
+            revision: A branch, a tag or a commit; None for ``main``.
+            **options: As for :meth:`load`.
+
+        Raises:
+            BundleError: The repository cannot be downloaded, or is not a bundle; and as :meth:`load`.
+            BackendError, UsageError: As :meth:`load`.
+        """
+        return cls.load(str(HubName(repository, revision or MAIN)), **options)
 
     def caption(
         self,

@@ -83,7 +83,8 @@ class Matcher(LoadedBundle):
         """Opens a bundle and loads its graphs.
 
         Args:
-            bundle: The directory that ``blip2edge export`` made.
+            bundle: The directory that ``blip2edge export`` made, or ``hub:ORG/NAME[@REVISION]``; see
+                :meth:`Bundle.open`.
             backend: Name of the backend that runs the graphs; ``auto`` for the default.
             threads: CPU threads that one operator uses; None for as many as there are cores.
             require_signature: A public key that the bundle must be signed for; see :meth:`Bundle.open`.

@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.hub.download import find_bundle
 from blip2edge.bundle.manifest import MANIFEST
 from blip2edge.errors import BundleError, UsageError, option
 from blip2edge.runtime.backends.base import check_threads
@@ -74,7 +75,7 @@ def open_model(model: Path, options: ModelOptions) -> EvaluatedModel:
     """Opens a model for evaluation.
 
     Args:
-        model: A bundle, or a checkpoint directory.
+        model: A bundle, also by its name on the hub, or a checkpoint directory.
         options: How the model is run.
 
     Raises:
@@ -83,6 +84,7 @@ def open_model(model: Path, options: ModelOptions) -> EvaluatedModel:
         CheckpointError: The checkpoint cannot be read.
         UsageError: The model does not support an option.
     """
+    model = find_bundle(model, public_key=options.require_signature)
     if (model / MANIFEST).is_file():
         check_threads(options.threads)
         bundle = Bundle.open(model, require_signature=options.require_signature)

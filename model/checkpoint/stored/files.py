@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge import reading
+from blip2edge.bundle.hub.download import hub_client
+from blip2edge.bundle.hub.errors import hub_errors
+from blip2edge.bundle.hub.names import HubName, is_hub_name
 from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE
-from blip2edge.errors import CheckpointError
+from blip2edge.errors import CheckpointError, UsageError
 
 SIDE_GROUPS = (
     (
@@ -77,10 +80,11 @@ def joined_side_files(first: Path, other: Path) -> dict[str, Path]:
 
 
 def find_checkpoint(checkpoint: str | Path) -> Path:
-    """A local directory, or a hub name that is fetched into the hub's cache.
+    """A local directory, or a hub name (``ORG/NAME`` or ``ORG/NAME@REVISION``) that is fetched into the hub's cache.
 
     Raises:
-        CheckpointError: ``checkpoint`` is neither.
+        CheckpointError: ``checkpoint`` is neither, or cannot be fetched.
+        OutputError: The disk is full.
     """
     path = Path(checkpoint)
     if path.is_dir():
@@ -91,18 +95,14 @@ def find_checkpoint(checkpoint: str | Path) -> Path:
             "give the directory that holds it",
         )
     name = str(checkpoint)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not is_hub_name(name) and (name.partition("@")[0].count("/") != 1 or name.startswith((".", "/", "~"))):
         raise CheckpointError(
             f"there is no directory {name}", "give a checkpoint directory, or a hub name as owner/name"
         )
-    try:
-        return _snapshot(name)
-    except Exception as error:  # the hub's client raises its own, requests', httpx' and OS errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{name} is no local directory and could not be fetched from the hub ({reason})",
-            "check the name and the network, or give a local directory",
-        ) from error
+    hub = hub_client(name)
+    what = f"{name} is no local directory and could not be fetched from the hub"
+    with hub_errors(what, name, CheckpointError, Path(hub.constants.HF_HUB_CACHE)):
+        return _snapshot(HubName.parse(name))
 
 
 def cached_checkpoint(name: str) -> Path | None:
@@ -110,18 +110,24 @@ def cached_checkpoint(name: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return _snapshot(name, local_files_only=True)
-    except (HFValidationError, LocalEntryNotFoundError):
+        return _snapshot(HubName.parse(name), local_files_only=True)
+    except (UsageError, HFValidationError, LocalEntryNotFoundError):
         return None
 
 
-def _snapshot(name: str, local_files_only: bool = False) -> Path:
+def _snapshot(name: HubName, local_files_only: bool = False) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = list(CHECKPOINT_FILES)
     ignored = ["*/*.safetensors", "*/adapter_model.bin"]
     return Path(
-        snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignored, local_files_only=local_files_only)
+        snapshot_download(
+            name.repository,
+            revision=name.revision,
+            allow_patterns=patterns,
+            ignore_patterns=ignored,
+            local_files_only=local_files_only,
+        )
     )
 
 

@@ -63,7 +63,7 @@ def test_zeros_alone_have_no_range() -> None:
 def naive_entropy(histogram: Histogram) -> float:
     """The threshold of least KL divergence, by loops over the bins: P saturated, Q in 128 levels and spread."""
     counts = histogram.counts.astype(np.float64)
-    filled_bins = max(np.flatnonzero(counts)) + 1
+    filled_bins = int(np.flatnonzero(counts).max()) + 1
     levels, best = LEVELS + 1, (np.inf, filled_bins)
     for bins in range(levels, filled_bins + 1, max(1, filled_bins // 256)):
         p = counts[:bins].copy()

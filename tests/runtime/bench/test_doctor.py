@@ -108,7 +108,7 @@ def test_with_no_backend_the_status_is_1() -> None:
     done = without(("onnxruntime", "openvino"), "doctor")
     assert done.returncode == 1, done.stderr
     assert "FAIL  ONNX Runtime" in done.stdout
-    assert "pip install 'blip2edge[cpu]'" in done.stdout
+    assert re.search(r"pip install .*\[cpu\]'", done.stdout)
 
 
 def test_openvino_alone_is_enough() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,6 +62,12 @@ class Rows(SlotState):
 
     def select_cache(self, rows: NDArray[np.int64]) -> None:
         pass
+
+    def join(self, other: Any) -> None:
+        raise NotImplementedError
+
+    def truncate(self, kept: NDArray[np.int64]) -> None:
+        raise NotImplementedError
 
     def run(self, embeds: Array, positions: NDArray[np.int64], wanted: int) -> NDArray[np.float32]:
         self.fed = self.inputs(embeds, positions, wanted)

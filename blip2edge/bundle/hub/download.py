@@ -1,0 +1,211 @@
+"""Finds the directory of a bundle by its name, and downloads a bundle of the Hugging Face hub.
+
+Everything is in the hub's own cache, in the directory of the repository, ``models--ORG--NAME``:
+
+    snapshots/COMMIT/FILE        links to blobs, made by the hub's client
+    blobs/ETAG                   links to the files of the bundle
+    blobs/ETAG.*.incomplete      a download that was cut off; the next run continues it
+    bundles/COMMIT/NAME/FILE     the bundle
+
+ONNX Runtime and ONNX refuse weights that are symbolic links to another directory or hard links, and a required
+signature does too. So the bundle is a directory of regular files, and the blobs are links to them. Only files that
+``bundle.json`` lists are downloaded, and those that a required signature lists. A file is compared with its SHA-256
+before it gets its name. Optimized copies and engines go to the user's cache.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from blip2edge.bundle.fields import is_file_name
+from blip2edge.bundle.hub.errors import hub_errors
+from blip2edge.bundle.hub.names import HubName, bundle_directory, is_hub_name
+from blip2edge.bundle.manifest import MANIFEST, read_manifest
+from blip2edge.bundle.schema import DERIVED
+from blip2edge.bundle.trust.integrity import sha256_of
+from blip2edge.bundle.trust.signature import SIGNATURE, read_signature
+from blip2edge.errors import BundleError, BundleIntegrityError, MissingPackageError, option
+from blip2edge.packages import require
+
+CONTINUES = "run the command again: it continues where this download ended"
+
+
+def find_bundle(name: str | Path, *, public_key: str | Path | None = None) -> Path:
+    """Returns the directory of a bundle.
+
+    Args:
+        name: A directory; or ``hub:ORG/NAME[@REVISION]``, which is downloaded if it is not in the hub's cache.
+        public_key: The key that a signature is required of. Optimized copies and engines of a repository are downloaded
+            only if this signature lists them.
+
+    Raises:
+        BundleError: The repository cannot be downloaded, or is not a bundle.
+        BundleIntegrityError: A downloaded file has another SHA-256 than the manifest or the signature lists.
+        BundleSignatureError: The signature is of another key.
+        MissingPackageError: The package ``huggingface_hub`` is not installed.
+        OutputError: The disk is full.
+        UsageError: The name of the repository has a wrong form.
+    """
+    if not is_hub_name(name):
+        return Path(name)
+    download = _Download(HubName.parse(os.fspath(name)))
+    download.files(engines=public_key is not None)
+    if public_key is not None:
+        download.signed_files(Path(public_key))
+    return download.finish()
+
+
+def hub_client(name: HubName | str) -> Any:
+    """Imports ``huggingface_hub`` with the modules that are used here; raises MissingPackageError without it."""
+    package = require("huggingface_hub", str(name), MissingPackageError)
+    for module in ("constants", "errors", "file_download", "utils"):
+        importlib.import_module(f"huggingface_hub.{module}")
+    return package
+
+
+class _Download:
+    """The download of one revision of a repository.
+
+    Attributes:
+        snapshot: The revision's directory in the hub's cache.
+        directory: The directory of the bundle.
+    """
+
+    def __init__(self, name: HubName) -> None:
+        self._hub, self._name = hub_client(name), name
+        with self._errors():
+            try:
+                found = self._hub.hf_hub_download(name.repository, MANIFEST, revision=name.revision)
+            except self._hub.errors.RemoteEntryNotFoundError as error:
+                raise self._no_bundle() from error
+        self.snapshot = Path(found).parent
+        self._storage = self.snapshot.parents[1]
+        self.directory = bundle_directory(self._storage, self.snapshot.name, name)
+
+    def files(self, *, engines: bool) -> None:
+        """Downloads the files that the manifest lists; ``engines``: whether it may be a bundle of engines only."""
+        manifest = read_manifest(self.snapshot)
+        if manifest.engines_of and not engines:
+            raise BundleError(
+                f"{self._name} contains engines only, which are programs, and no signature is required",
+                f"give the public key of its author ({option('require_signature')})",
+            )
+        for file, record in manifest.files.items():
+            if not is_file_name(file):
+                raise BundleIntegrityError(
+                    f"{MANIFEST} of {self._name} lists {file!r}, which is not the name of a file",
+                    "use another repository",
+                )
+            self._get(file, record.sha256, MANIFEST)
+
+    def signed_files(self, public_key: Path) -> None:
+        """Downloads the signature, and the derived files that it lists if it is of the key."""
+        with self._errors():
+            try:
+                found = Path(self._hub.hf_hub_download(self._name.repository, SIGNATURE, revision=self.snapshot.name))
+            except self._hub.errors.EntryNotFoundError:  # the error of a missing signature comes later
+                return
+        signature = read_signature(found, public_key)
+        for file, sha256 in signature.files.items():
+            kind, *names = file.split("/")
+            if kind in DERIVED and len(names) == 2 and all(map(is_file_name, names)):
+                self._get(file, sha256, SIGNATURE)
+        with self._errors():
+            _copy(found, self.directory / SIGNATURE)
+
+    def finish(self) -> Path:
+        """Adds the manifest, which makes the directory a bundle."""
+        with self._errors():
+            _copy(self.snapshot / MANIFEST, self.directory / MANIFEST)
+        return self.directory
+
+    def _errors(self) -> Any:
+        place = Path(self._hub.constants.HF_HUB_CACHE)
+        return hub_errors(f"{self._name} could not be downloaded", self._name.repository, BundleError, place, CONTINUES)
+
+    def _no_bundle(self) -> BundleError:
+        """The error of a repository without ``bundle.json``."""
+        name = self._name
+        if self._hub.HfApi().file_exists(name.repository, "config.json", revision=name.revision):
+            return BundleError(
+                f"{name} is a checkpoint, not a bundle: it has config.json and no {MANIFEST}",
+                f"export it: blip2edge export {name.repository} -o BUNDLE",
+            )
+        return BundleError(f"{name} is not a bundle: it has no {MANIFEST}", "check the name of the repository")
+
+    def _get(self, file: str, sha256: str, listing: str) -> None:
+        """Makes one file of the bundle: from the hub's cache, or downloaded.
+
+        Args:
+            file: Its path in the repository.
+            sha256: The SHA-256 that it must have.
+            listing: The file that lists it, for errors.
+        """
+        target = self.directory / file
+        if target.is_file():
+            return
+        with self._errors():
+            hub, commit = self._hub, self.snapshot.name
+            pointer = self.snapshot / file
+            if pointer.is_file() and sha256_of(pointer) == sha256:
+                _take(pointer.resolve(), target)
+                return
+            url = hub.hf_hub_url(self._name.repository, file, revision=commit)
+            metadata = hub.get_hf_file_metadata(url)
+            lock = self._storage.parent / ".locks" / self._storage.name / f"{metadata.etag}.lock"
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            with hub.utils.WeakFileLock(lock):  # the client's own lock: one process downloads a file
+                if not target.is_file():
+                    blob = self._storage / "blobs" / metadata.etag
+                    if not blob.is_file() or sha256_of(blob) != sha256:
+                        self._fetch(url, metadata.size, blob, sha256, f"{file} of {self._name}", listing)
+                    _take(blob, target)
+            hub.hf_hub_download(self._name.repository, file, revision=commit)  # makes the link in the snapshot
+
+    def _fetch(self, url: str, size: int | None, blob: Path, sha256: str, file: str, listing: str) -> None:
+        """Downloads one file to ``blob``; ``size`` is its size in bytes, None if it is not known."""
+        part = blob.with_name(f"{blob.name}.blip2edge.incomplete")
+        self._continue(url, part, size)
+        if sha256_of(part) != sha256:
+            part.unlink()
+            raise BundleIntegrityError(
+                f"{file} does not match its {listing}: expected the SHA-256 {sha256}, got another one; the file was "
+                "not kept",
+                "run the command again; if it fails again, the repository is damaged: tell its author",
+            )
+        part.replace(blob)
+
+    def _continue(self, url: str, part: Path, size: int | None) -> None:
+        """Downloads what a partial file lacks; ``size`` is that of the whole file in bytes, None if it is not known."""
+        if part.is_file() and (size is None or part.stat().st_size > size):
+            part.unlink()
+        headers = {**self._hub.utils.build_hf_headers(), "Accept-Encoding": "identity"}
+        with part.open("ab") as file:
+            self._hub.file_download.http_get(url, file, resume_size=file.tell(), headers=headers, expected_size=size)
+
+
+def _take(blob: Path, target: Path) -> None:
+    """Moves a file of ``blobs`` to the bundle and leaves a link; copies it if another bundle has it already."""
+    if blob.is_symlink() or blob.parent.name != "blobs":
+        _copy(blob, target)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    blob.replace(target)
+    try:
+        blob.symlink_to(os.path.relpath(target, blob.parent))
+    except OSError:  # a file system without links
+        _copy(target, blob)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copies a file; the target appears when it is complete."""
+    if target.is_file():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    shutil.copyfile(source, part)
+    part.replace(target)

@@ -1,0 +1,72 @@
+"""Names of bundles on the Hugging Face hub: ``hub:ORG/NAME`` or ``hub:ORG/NAME@REVISION``."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from blip2edge.errors import UsageError
+
+PREFIX = "hub:"
+MAIN = "main"
+FORM = f"{PREFIX}ORG/NAME or {PREFIX}ORG/NAME@REVISION"
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class HubName:
+    """A repository on the hub, and a revision of it.
+
+    Attributes:
+        repository: ``ORG/NAME``.
+        revision: A branch, a tag or a commit.
+    """
+
+    repository: str
+    revision: str = MAIN
+
+    def __str__(self) -> str:
+        return f"{PREFIX}{self.repository}" + (f"@{self.revision}" if self.revision != MAIN else "")
+
+    @classmethod
+    def parse(cls, text: str) -> HubName:
+        """Reads ``[hub:]ORG/NAME[@REVISION]``.
+
+        Raises:
+            UsageError: The text has another form.
+        """
+        repository, mark, revision = text.removeprefix(PREFIX).partition("@")
+        if not _REPOSITORY.fullmatch(repository) or (mark and not revision):
+            raise UsageError(f"expected the name of a repository on the hub as {FORM}, got {text}", "check the name")
+        return cls(repository, revision or MAIN)
+
+
+def is_hub_name(name: str | Path) -> bool:
+    """Whether a bundle is named by its repository on the hub, and not by a directory."""
+    return os.fspath(name).startswith(PREFIX)
+
+
+def bundle_directory(storage: Path, commit: str, name: HubName) -> Path:
+    """The directory of a downloaded bundle.
+
+    Args:
+        storage: The directory of the repository in the hub's cache, ``models--ORG--NAME``.
+        commit: The commit of the revision.
+        name: The name of the bundle.
+    """
+    return storage / "bundles" / commit / name.repository.partition("/")[2]
+
+
+def is_downloaded(directory: Path) -> bool:
+    """Whether a directory is a downloaded bundle, in the hub's cache."""
+    parents = directory.absolute().parents
+    return len(parents) > 2 and parents[1].name == "bundles" and parents[2].name.startswith("models--")
+
+
+def repository_of(snapshot: Path) -> str:
+    """``ORG/NAME`` of a directory ``models--ORG--NAME/snapshots/COMMIT`` of the hub's cache; empty for any other."""
+    parents = snapshot.absolute().parents
+    inside = len(parents) > 1 and parents[0].name == "snapshots" and parents[1].name.startswith("models--")
+    return "/".join(parents[1].name.split("--")[1:]) if inside else ""

@@ -1,0 +1,25 @@
+"""What ``pyproject.toml`` says, for tests; Python 3.10 has no TOML reader of its own."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@cache
+def project() -> dict[str, Any]:
+    """The table ``[project]``."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return dict(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"])
+
+
+def extras() -> dict[str, list[str]]:
+    """The requirements of each extra."""
+    return dict(project()["optional-dependencies"])
