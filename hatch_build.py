@@ -27,6 +27,7 @@ class CheckLinks(BuildHookInterface[Any]):
         """
         package = Path(self.root) / "blip2edge"
         folders = self.metadata.config["tool"]["hatch"]["build"]["targets"]["wheel"]["sources"]
-        missing = [name for name in folders if not (package / name).is_dir()]
+        linked = [name for name, target in folders.items() if target == f"{package.name}/{name}"]
+        missing = [name for name in linked if not (package / name).is_dir()]
         if version == "editable" and missing:
             raise SystemExit(MESSAGE.format(missing=", ".join(missing)))

@@ -1,4 +1,4 @@
-"""Writes the tables of a chat request's keys and of the limits in docs/serving.md, from the data that the server reads.
+"""Writes the tables of the keys of requests and of the limits in docs/serving.md, from the data that the server reads.
 
 python benchmarks/chat_keys.py --write docs/serving.md
 """
@@ -6,14 +6,15 @@ python benchmarks/chat_keys.py --write docs/serving.md
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from reporting import with_tables
 
 from blip2edge.limits import limit_table
-from blip2edge.runtime.serving.chat_keys import key_table
+from blip2edge.runtime.serving.chat_keys import EMBEDDING_KEYS, key_table
 
-TABLES = {"chat keys": key_table, "limits": limit_table}
+TABLES = {"chat keys": key_table, "embedding keys": partial(key_table, EMBEDDING_KEYS), "limits": limit_table}
 
 
 def placed(page: str) -> str:

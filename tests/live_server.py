@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,17 @@ from typing import Any
 from blip2edge.cli.serve import _listen, _serve
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.serving.http import Server
+from blip2edge.runtime.serving.models.served import ModelSource
 
 PATIENCE_S = 30.0  # that no test should need
 
 
 @contextmanager
-def live(captioner: Captioner, tls: tuple[Path, Path] | None = None, **options: Any) -> Iterator[tuple[Server, int]]:
+def live(
+    served: Captioner | Sequence[ModelSource], tls: tuple[Path, Path] | None = None, **options: Any
+) -> Iterator[tuple[Server, int]]:
     """The server and its port; options are those of ``Server``."""
-    server = Server(captioner, **options)
+    server = Server(served, **options)
     with _listen("127.0.0.1", 0) as listening:
         port = listening.getsockname()[1]
         thread = threading.Thread(target=_serve, args=(server, listening, tls))

@@ -49,6 +49,7 @@ COMMANDS = (
     "capfilt",
     "watch",
     "serve",
+    "triton",
     "bench",
     "plan",
 )

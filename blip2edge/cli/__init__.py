@@ -18,7 +18,7 @@ from blip2edge.cli.parser import build_parser
 from blip2edge.errors import Blip2EdgeError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 INTERRUPTED = 130  # 128 + SIGINT, where no handler of ours was installed
 BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -34,10 +34,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
-    try:
+
+    def run() -> int:
         options = build_parser(words).parse_args(words)
         status: int = options.run(options)
+        return status
+
+    return guarded(run, debug="--debug" in words)
+
+
+def guarded(run: Callable[[], int], *, debug: bool = False) -> int:
+    """Run a command, and turn every failure into one line and an exit status.
+
+    Args:
+        run: The command; returns its exit status.
+        debug: Whether the traceback of an error is shown as well.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        status = run()
         sys.stdout.flush()
         return status
     except SystemExit as request:  # argparse: --help, --version, wrong usage

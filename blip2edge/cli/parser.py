@@ -25,6 +25,7 @@ COMMANDS = {
     "bulk": "caption all pictures of folders, shards or tables, and go on after an interruption",
     "watch": "caption the newest picture of a camera or a video, again and again, or each new picture of a folder",
     "serve": "start an HTTP server that captions pictures",
+    "triton": "write a bundle as a model for Triton Inference Server",
     "inspect": "show the contents of a bundle",
     "sign": "sign the files of a bundle with a private key",
     "verify": "check the signature of a bundle with a public key",

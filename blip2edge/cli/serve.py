@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from blip2edge.cli.parser import Parser
     from blip2edge.runtime.serving.http import Server
+    from blip2edge.runtime.serving.models.served import ModelSource
 
 API_KEY = "BLIP2EDGE_API_KEY"
 """Environment variable with the API key."""
@@ -44,6 +45,12 @@ scheduler after each call of the system, which with Python's 5 ms would keep it 
 def add_arguments(parser: Parser) -> None:
     """Add the flags of ``serve``."""
     add_bundle(parser)
+    parser.add_argument(
+        "models",
+        metavar="NAME=BUNDLE",
+        nargs="*",
+        help="further bundles; the key `model` of a request chooses one by NAME (default: the directory's name)",
+    )
     add_backend(parser)
     parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="IP address or host name to listen on")
     add_number(parser, "--port", "TCP port to listen on; 0: any free port", 8000, kind=port)
@@ -119,8 +126,6 @@ def run(options: argparse.Namespace) -> int:
     require("uvicorn", "serving", BackendError)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every broken form
     tls = _tls(options)
-    from blip2edge.bundle.hub.download import find_bundle
-    from blip2edge.runtime.captioning.captioner import Captioner
     from blip2edge.runtime.serving.access import LOOPBACK, Access
     from blip2edge.runtime.serving.connections import allow_files
     from blip2edge.runtime.serving.http import Server
@@ -133,21 +138,11 @@ def run(options: argparse.Namespace) -> int:
     with ExitStack() as opened:
         listening = opened.enter_context(_listen(options.host, options.port))
         log = _open_log(options.access_log, opened)
-        load = partial(
-            Captioner.load,
-            find_bundle(options.bundle, public_key=options.require_signature),  # the same revision at each load
-            backend=options.backend,
-            threads=options.threads,
-            limits=limits,
-            require_signature=options.require_signature,
-        )
-        captioner = load()
-        print_unsigned(captioner.bundle)
+        sources = [_source(name, path, options, limits) for name, path in _bundles(options)]
         local, key = options.host in LOOPBACK, _api_key(options)
         hosts = (*LOOPBACK, *options.allowed_host) if local else tuple(options.allowed_host)
         server = Server(
-            captioner,
-            load=load,
+            sources,
             max_batch=options.max_batch,
             max_waiting=options.queue,
             deadline=options.deadline,
@@ -162,9 +157,48 @@ def run(options: argparse.Namespace) -> int:
         if not local and not key:
             print_note("warning: other machines can reach this server, and it has no --api-key")
         _serve(server, listening, tls)
-    if server.engine.state == "failed":
-        raise BackendError(f"the engine could not be loaded again ({server.engine.problem})", "start the server again")
+    for model in server.models:
+        if model.engine.state == "failed":
+            problem = model.engine.problem
+            raise BackendError(f"the engine could not be loaded again ({problem})", "start the server again")
     return 0
+
+
+def _bundles(options: argparse.Namespace) -> list[tuple[str, Path]]:
+    """The name and the directory of each bundle; an empty name for that of the directory.
+
+    Raises:
+        UsageError: Two bundles have the same name, or a name is empty.
+    """
+    bundles: list[tuple[str, Path]] = [("", options.bundle)]
+    for given in options.models:
+        name, equals, path = given.partition("=")
+        if equals and not (name and path):
+            raise UsageError(f"expected NAME=BUNDLE, got {given!r}", "name a further bundle as in: clip=bundles/clip")
+        bundles.append((name, Path(path)) if equals else ("", Path(given)))
+    names = [name or path.resolve().name for name, path in bundles]
+    for name in names:
+        if names.count(name) > 1:  # found here, before any bundle is loaded
+            raise UsageError(f"two bundles have the name {name!r}", f"name a further one as in: {name}-2=BUNDLE")
+    return bundles
+
+
+def _source(name: str, path: Path, options: argparse.Namespace, limits: Limits) -> ModelSource:
+    """Loads a bundle for the server."""
+    from blip2edge.bundle.hub.download import find_bundle
+    from blip2edge.runtime.serving.models.served import ModelSource, load_served
+
+    load = partial(
+        load_served,
+        find_bundle(path, public_key=options.require_signature),  # the same revision at each load
+        backend=options.backend,
+        threads=options.threads,
+        limits=limits,
+        require_signature=options.require_signature,
+    )
+    loaded = load()
+    print_unsigned(loaded.bundle)
+    return ModelSource(loaded, load, name)
 
 
 def _serve(server: Server, listening: socket.socket, tls: tuple[Path, Path] | None) -> None:
@@ -196,7 +230,8 @@ def _serve(server: Server, listening: socket.socket, tls: tuple[Path, Path] | No
     def give_up() -> None:
         running.should_exit = True
 
-    server.engine.gave_up = give_up
+    for model in server.models:
+        model.engine.gave_up = give_up
     loop = ServingLoop(table)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_S)

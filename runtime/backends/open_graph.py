@@ -283,7 +283,12 @@ class GraphOpener:
     @property
     def takes_all_cores(self) -> bool:
         """Whether two graphs that run at once would use more threads than there are cores."""
-        return self._host and 2 * (self.threads or cores()) > cores()
+        return 2 * self.host_threads > cores()
+
+    @property
+    def host_threads(self) -> int:
+        """CPU threads that a running graph uses; 0 for a backend of another device."""
+        return (self.threads or cores()) if self._host else 0
 
     def __call__(self, graph: str) -> Session:
         """Loads a graph by its name.

@@ -24,6 +24,7 @@ from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.captioning.assemble import LoadedBundle, load_pipeline
 from blip2edge.runtime.captioning.engine_check import KnownGoodRequest
+from blip2edge.runtime.captioning.fair_lock import FairLock
 from blip2edge.runtime.captioning.frame_reuse import ReusingEncoder
 from blip2edge.runtime.captioning.pipeline import EncodeBatch
 from blip2edge.runtime.captioning.request import (
@@ -284,6 +285,7 @@ class Captioner(LoadedBundle):
         max_waiting: int = 64,
         trace: Callable[[Span], None] | None = None,
         encoder: EncodeBatch | None = None,
+        graph_lock: FairLock | None = None,
         known_good: KnownGoodRequest | None = None,
         on_failure: Callable[[BaseException], None] | None = None,
     ) -> Scheduler:
@@ -294,6 +296,8 @@ class Captioner(LoadedBundle):
             max_waiting: Largest number of requests that wait to be encoded.
             trace: Called with every span of the trace; the function must return quickly.
             encoder: Used in place of the captioner's own encoder, for example one of :meth:`reusing`.
+            graph_lock: A lock that several schedulers share, so that their graphs run one at a time. None: a lock of
+                its own if two graphs at once would use more threads than there are cores, else no lock.
             known_good: See :class:`Scheduler`.
             on_failure: See :class:`Scheduler`.
         """
@@ -304,7 +308,7 @@ class Captioner(LoadedBundle):
             self.generator,
             max_batch=max_batch if most is None else min(max_batch, most),
             max_waiting=max_waiting,
-            one_at_a_time=self.graphs.takes_all_cores,
+            graph_lock=graph_lock or (FairLock() if self.graphs.takes_all_cores else None),
             trace=trace,
             known_good=known_good,
             on_failure=on_failure,

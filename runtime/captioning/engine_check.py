@@ -35,7 +35,7 @@ class KnownGoodRequest:
 
     def request(self, number: int) -> Request:
         """Makes the request."""
-        return Request(self.image, self.prompt, self.options, number, None, separate=True)
+        return Request(self.image, self.prompt, self.options, number, separate=True)
 
 
 def may_be_engine_fault(error: BaseException) -> bool:

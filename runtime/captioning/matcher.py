@@ -165,7 +165,7 @@ class Matcher(LoadedBundle):
         """
         self._check_open()
         pictures, sentences = _pictures(images, channels), listed("texts", texts)
-        ids = [self._ids(text) for text in sentences]
+        ids = [self.token_ids(text) for text in sentences]
         check_integer("batch_size", batch_size, 1)  # here, not when the first result is taken
         vectors = [self._embed([row])[0] for row in ids]
         results = _in_batches(lambda batch: self._compare(batch, sentences, ids, vectors), pictures, batch_size)
@@ -202,7 +202,7 @@ class Matcher(LoadedBundle):
                 "use a bundle of BLIP or BLIP-2, such as Salesforce/blip2-itm-vit-g",
             )
         self._check_open()
-        pairs = [(row, self._ids(text)) for row, own in enumerate(texts) for text in listed("texts", own)]
+        pairs = [(row, self.token_ids(text)) for row, own in enumerate(texts) for text in listed("texts", own)]
         found: list[list[float]] = [[] for _ in images]
         if not pairs:
             return found
@@ -277,7 +277,7 @@ class Matcher(LoadedBundle):
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 1) -> Vectors:
         """Computes the vectors of N texts, ``[N, F]``; see :meth:`embed_text`."""
         self._check_open()
-        ids = [self._ids(text) for text in listed("texts", texts)]
+        ids = [self.token_ids(text) for text in listed("texts", texts)]
         parts = [self._embed(ids[at : at + batch_size]) for at in _starts(len(ids), batch_size)]
         if not parts:
             raise UsageError("expected at least one text, got none")
@@ -328,7 +328,7 @@ class Matcher(LoadedBundle):
         text = _padded([ids] * len(image_embeds))
         return self.head.run({"image_embeds": image_embeds, **text}, ["probability"])["probability"]
 
-    def _ids(self, text: str) -> list[int]:
+    def token_ids(self, text: str) -> list[int]:
         """The text's token ids, with the special tokens of the tokenizer.
 
         Raises:

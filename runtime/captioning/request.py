@@ -10,14 +10,14 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from blip2edge.errors import Blip2EdgeError, DeadlineError, UsageError, option
 from blip2edge.runtime.decoding.generate import Generation
-from blip2edge.runtime.decoding.options import GenerationOptions, shown
+from blip2edge.runtime.decoding.options import GenerationOptions, check_number, shown
 from blip2edge.runtime.images.video import ItemSource
 from blip2edge.runtime.text.prompt import PromptText
 from blip2edge.runtime.text.tokenizer import TextPieces, Tokenizer
@@ -132,22 +132,98 @@ class StageClock:
         return {stage: ms / pictures for stage, ms in self.ms.items()}
 
 
+LONGEST_DEADLINE = 1e6
+"""Largest deadline in seconds (eleven days)."""
+
+
+def expiry(deadline: float | None) -> float | None:
+    """The time (``time.monotonic`` seconds) at which a deadline of so many seconds from now passes; None for none.
+
+    Raises:
+        UsageError: It is not above 0, or above :data:`LONGEST_DEADLINE`.
+    """
+    if deadline is None:
+        return None
+    check_number("deadline", deadline, 0.0, LONGEST_DEADLINE, above=True)
+    return time.monotonic() + deadline
+
+
+Outcome = TypeVar("Outcome")
+
+
+@dataclass(eq=False, kw_only=True)
+class Pending(Generic[Outcome]):
+    """Submitted work that can be canceled, and that fails when its deadline passes.
+
+    Attributes:
+        expires: The deadline (``time.monotonic`` seconds); None for no deadline.
+        future: Holds the result or the error.
+        submitted: When it was submitted (``time.perf_counter`` seconds).
+        queue_s: Seconds from then to its beginning; None until that.
+    """
+
+    expires: float | None = None
+    future: Future[Outcome] = field(default_factory=Future)
+    submitted: float = field(default_factory=time.perf_counter)
+    queue_s: float | None = None
+    _finishing: threading.RLock = field(default_factory=threading.RLock)  # several threads may finish it at once
+
+    def result(self, timeout: float | None = None) -> Outcome:
+        """Waits for the result.
+
+        Args:
+            timeout: Seconds to wait; None for no limit.
+
+        Raises:
+            DeadlineError: It was not finished within its deadline.
+            ImageError, PromptError: As in the method of ``Captioner`` or ``Matcher`` that it stands for.
+            concurrent.futures.CancelledError: It was cancelled.
+            TimeoutError: ``timeout`` has passed.
+        """
+        return self.future.result(timeout)
+
+    def cancel(self) -> None:
+        """Cancels it: the work ends at the next step, and :meth:`result` raises CancelledError."""
+        if self.future.cancel():
+            self.push(None)
+
+    @property
+    def over(self) -> bool:
+        """Whether it is finished, failed or cancelled. If its deadline has passed, it fails here."""
+        if not self.future.done() and self.expires is not None and time.monotonic() > self.expires:
+            self.fail(DeadlineError("the request was not finished before its deadline", "set a longer deadline"))
+        return self.future.done()
+
+    def push(self, piece: str | None) -> None:
+        """Publishes a piece of the result, or None for its end."""
+
+    def finish(self, result: Outcome) -> None:
+        """Sets the result, unless it is finished or cancelled already."""
+        with self._finishing:
+            if not self.future.done() and self.future.set_running_or_notify_cancel():
+                self.future.set_result(result)
+        self.push(None)
+
+    def fail(self, error: BaseException) -> None:
+        """Sets ``error`` as the result, unless it is finished or cancelled already."""
+        with self._finishing:
+            if not self.future.done() and self.future.set_running_or_notify_cancel():
+                self.future.set_exception(error)
+        self.push(None)
+
+
 @dataclass(eq=False)
-class Request:
+class Request(Pending[CaptionResult]):
     """A picture that was submitted to the scheduler by :meth:`Scheduler.submit`.
 
     Attributes:
         image, prompt, options: The arguments of ``submit``.
         number: Position of the request in the order of submission.
-        expires: The request's deadline (``time.monotonic`` seconds); None for no deadline.
         row: Number of the request's random stream.
         separate: Whether the request is encoded and decoded without other requests in its batch.
         prompt_tokens: Length of the prompt in tokens; 0 until the request is encoded.
-        future: Holds the result or the error.
         stage_ms: Milliseconds by stage so far.
-        submitted: When the request was submitted (``time.perf_counter`` seconds).
-        queue_s: Seconds from then to the beginning of its encoding; None until that.
-        first_token_s: Seconds from then to the first token (of a beam search: to the text); None until that.
+        first_token_s: Seconds from its submission to the first token (of a beam search: to the text); None until that.
         on_piece: Called by the decoder's thread with each piece of the text, and with None at the end. If it is set,
             :meth:`pieces` yields nothing.
     """
@@ -156,19 +232,14 @@ class Request:
     prompt: PromptText | None
     options: GenerationOptions
     number: int
-    expires: float | None
     row: int = 0
     separate: bool = False
     prompt_tokens: int = 0
-    future: Future[CaptionResult] = field(default_factory=Future)
     stage_ms: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     on_piece: Callable[[str | None], None] | None = None
-    submitted: float = field(default_factory=time.perf_counter)
-    queue_s: float | None = None
     first_token_s: float | None = None
     _pieces: queue.SimpleQueue[str | None] = field(default_factory=queue.SimpleQueue)
     _text: TextPieces | None = None
-    _finishing: threading.RLock = field(default_factory=threading.RLock)  # several threads may finish it at once
 
     def begin(self, tokenizer: Tokenizer) -> None:
         """Prepares the conversion of tokens to text; call it before the first :meth:`take`."""
@@ -184,37 +255,11 @@ class Request:
         if row.finish_reason is not None:
             self.push(self._text.flush())
 
-    def result(self, timeout: float | None = None) -> CaptionResult:
-        """Waits for the caption.
-
-        Args:
-            timeout: Seconds to wait; None for no limit.
-
-        Raises:
-            DeadlineError: The caption was not finished within its deadline.
-            ImageError, PromptError: As in ``Captioner.caption``.
-            concurrent.futures.CancelledError: The request was cancelled.
-            TimeoutError: ``timeout`` has passed.
-        """
-        return self.future.result(timeout)
-
     def pieces(self) -> Iterator[str]:
         """Yields the text piece by piece as it is generated (beam search: at the end); errors as in :meth:`result`."""
         while (piece := self._pieces.get()) is not None:
             yield piece
         self.future.result()
-
-    def cancel(self) -> None:
-        """Cancels the request: it leaves the batch at the next step, and :meth:`result` raises CancelledError."""
-        if self.future.cancel():
-            self.push(None)
-
-    @property
-    def over(self) -> bool:
-        """Whether the request is finished, failed or cancelled. If its deadline has passed, the request fails here."""
-        if not self.future.done() and self.expires is not None and time.monotonic() > self.expires:
-            self.fail(DeadlineError("the caption was not finished before its deadline", "set a longer deadline"))
-        return self.future.done()
 
     def push(self, piece: str | None) -> None:
         """Publishes a piece of the text, or None for the end, to :meth:`pieces` or ``on_piece``."""
@@ -225,17 +270,7 @@ class Request:
         """Sets the result, unless the request is finished or cancelled already."""
         if self.first_token_s is None:
             self.first_token_s = time.perf_counter() - self.submitted
-        with self._finishing:
-            if not self.future.done() and self.future.set_running_or_notify_cancel():
-                self.future.set_result(result)
-        self.push(None)
-
-    def fail(self, error: BaseException) -> None:
-        """Sets ``error`` as the result, unless the request is finished or cancelled already."""
-        with self._finishing:
-            if not self.future.done() and self.future.set_running_or_notify_cancel():
-                self.future.set_exception(error)
-        self.push(None)
+        super().finish(result)
 
 
 Item = TypeVar("Item")

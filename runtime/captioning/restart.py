@@ -155,7 +155,7 @@ class RestartingCaptioner:
         """
         try:
             test = known_good(captioner)
-            scheduler = captioner.scheduler(max_batch=1)
+            scheduler = captioner.scheduler(max_batch=1, graph_lock=self._scheduling.get("graph_lock"))
             request = scheduler.submit(test.image, test.options, prompt=test.prompt)
             wait([request.future], CHECK_S)
             if not _closed(scheduler, CHECK_S if request.future.done() else 0.0):

@@ -22,14 +22,11 @@ from blip2edge.errors import EngineFaultError, OverloadError, UsageError, option
 from blip2edge.runtime.captioning.engine_check import EngineCheck, KnownGoodRequest
 from blip2edge.runtime.captioning.fair_lock import FairLock
 from blip2edge.runtime.captioning.pipeline import EncodeBatch, EncodedBatch, TextGenerator
-from blip2edge.runtime.captioning.request import Request, Span, StageClock
+from blip2edge.runtime.captioning.request import Request, Span, StageClock, expiry
 from blip2edge.runtime.decoding.generate import GenerationBatch
-from blip2edge.runtime.decoding.options import Generated, GenerationOptions, check_number
+from blip2edge.runtime.decoding.options import Generated, GenerationOptions
 from blip2edge.runtime.images.video import Channels, ItemSource, in_rgb
 from blip2edge.runtime.text.prompt import PromptText
-
-LONGEST_DEADLINE = 1e6
-"""Largest deadline in seconds (eleven days)."""
 
 
 class Scheduler:
@@ -40,8 +37,8 @@ class Scheduler:
         generator: Generates the texts of encoded batches.
         max_batch: Largest number of rows that are decoded together.
         max_waiting: Largest number of requests that wait to be encoded; see :meth:`submit`.
-        one_at_a_time: Whether to run one graph at a time, encoding and decoding alternately. For backends whose graphs
-            use all cores: two graphs at once would cause thread oversubscription.
+        graph_lock: Held while a graph runs, so that one graph runs at a time, encoding and decoding alternately. For
+            backends whose graphs use all cores: two at once would cause thread oversubscription. None: no lock.
         trace: Called by both threads with every span; the function must return quickly.
         known_good: Tried after an unexpected exception; if it fails too, the scheduler closes itself. None: no check.
         on_failure: Called with the error when the scheduler has closed itself.
@@ -57,7 +54,7 @@ class Scheduler:
         *,
         max_batch: int = 8,
         max_waiting: int = 64,
-        one_at_a_time: bool = False,
+        graph_lock: FairLock | None = None,
         trace: Callable[[Span], None] | None = None,
         known_good: KnownGoodRequest | None = None,
         on_failure: Callable[[BaseException], None] | None = None,
@@ -69,10 +66,10 @@ class Scheduler:
         self._max_batch, self._max_waiting = max_batch, max_waiting
         self._full_text = f"the queue is full: {max_waiting} pictures are waiting"
         self._trace = trace or (lambda span: None)
-        self._one_at_a_time = one_at_a_time
         self._on_failure = on_failure or (lambda error: None)
         self._check = EngineCheck(known_good, self._push_front, self._end)
-        self._graph_lock = FairLock() if one_at_a_time else nullcontext
+        self._graph_lock = graph_lock or nullcontext
+        self._one_at_a_time = graph_lock is not None
         self._waiting: deque[Request] = deque()
         self._ready: deque[tuple[list[Request], EncodedBatch]] = deque()
         self._running: dict[int, Request] = {}  # by the id of their rows
@@ -125,13 +122,11 @@ class Scheduler:
 
         Raises:
             OverloadError: The queue is full, and ``wait`` is False.
-            UsageError: ``deadline`` is not above 0, or above :data:`LONGEST_DEADLINE`.
+            UsageError: As :func:`expiry`.
             RuntimeError: The scheduler is closed.
         """
         image = in_rgb(image, channels)
-        if deadline is not None:
-            check_number("deadline", deadline, 0.0, LONGEST_DEADLINE, above=True)
-        expires = None if deadline is None else time.monotonic() + deadline
+        expires = expiry(deadline)
         with self._changed:
             while self._is_full() and not self._closing:
                 if not wait:
@@ -142,7 +137,9 @@ class Scheduler:
             if self._closing:
                 raise RuntimeError("the scheduler is closed") from self._failure
             separate = row is None and options.seed is not None and options.sampling
-            request = Request(image, prompt, options, self._submitted, expires, row or 0, separate, on_piece=on_piece)
+            request = Request(
+                image, prompt, options, self._submitted, row or 0, separate, expires=expires, on_piece=on_piece
+            )
             self._waiting.append(self._opened(request))
             self._changed.notify_all()
         return request

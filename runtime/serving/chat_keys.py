@@ -7,7 +7,7 @@ default of every key. The keys of OpenAI's schema are those of ``openai.types.ch
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,7 +123,7 @@ class ChatKey:
 
 KEYS: tuple[ChatKey, ...] = (
     ChatKey("messages", "the picture and the texts, see below", is_read=True),
-    ChatKey("model", "the server has one bundle, whose name is in the answer", values=(ANY_TEXT,)),
+    ChatKey("model", "the bundle that answers; a server of one bundle accepts any text", is_read=True),
     ChatKey("max_completion_tokens", "length of the answer in tokens, the end token included", "max_new_tokens"),
     ChatKey("max_tokens", "the same under its older name; if both are given, they must be equal", "max_new_tokens"),
     ChatKey("temperature", "from 0 (greedy) to 1000; the default is greedy decoding, not 1", "temperature"),
@@ -179,8 +179,6 @@ KEYS: tuple[ChatKey, ...] = (
 )
 """All keys: those of OpenAI's schema first, then our own."""
 
-BY_NAME = {key.name: key for key in KEYS}
-
 NAMES = {**{key.option: key.name for key in reversed(KEYS) if key.option}, "deadline": "deadline_s"}
 """The key that an error names for each of the library's options, where the request does not say which it used."""
 
@@ -193,19 +191,44 @@ def is_same(value: Any, other: Any) -> bool:
     return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
 
 
-def check_chat_keys(values: Mapping[str, Any]) -> None:
-    """Checks the keys that are not read.
+EMBEDDING_KEYS: tuple[ChatKey, ...] = (
+    ChatKey(
+        "input",
+        'a text, or a list of texts and of objects `{"text": TEXT}` and `{"image": DATA_URL}`; no token ids',
+        is_read=True,
+    ),
+    ChatKey("model", "the bundle that answers; a server of one bundle accepts any text", is_read=True),
+    ChatKey("encoding_format", "`float`, or `base64` of float32 values, little-endian", is_read=True),
+    ChatKey("dimensions", "the vectors have the size that the model gives"),
+    ChatKey("user", "not used", values=(ANY_TEXT,)),
+    ChatKey(
+        "return_multivector",
+        "true: `embeddings`, a list of vectors, in place of `embedding`; required for pictures of BLIP-2, which have "
+        "one vector for each query",
+        is_read=True,
+        own=True,
+    ),
+    ChatKey("deadline_s", "seconds for the answer; later it is answered with 504", is_read=True, own=True),
+)
+"""The keys of ``POST /v1/embeddings``; OpenAI's are those of ``openai.types.EmbeddingCreateParams``."""
+
+
+def check_chat_keys(values: Mapping[str, Any], keys: Sequence[ChatKey] = KEYS) -> None:
+    """Checks the keys that are not read, and that the model's name is a text.
 
     Args:
         values: A request.
+        keys: The keys of its route.
 
     Raises:
         RequestError: A key is unknown, or its value would change something and cannot be honored.
     """
+    by_name = {key.name: key for key in keys}
+    check_type("model", values.get("model"), str, "a text")
     for name in sorted(values):
-        key, value = BY_NAME.get(name), values[name]
+        key, value = by_name.get(name), values[name]
         if key is None:
-            known = ", ".join(key.name for key in KEYS if key.option or key.is_read)
+            known = ", ".join(key.name for key in keys if key.option or key.is_read)
             raise RequestError(
                 f"there is no key {shown(name)}", f"keys are {known}", field=name, code="unknown_parameter"
             )
@@ -277,8 +300,8 @@ FORM_OPTIONS = tuple(
 """Options of ``POST /caption`` and ``/ask``, by the names that ``caption --json`` has."""
 
 
-def key_table() -> str:
-    """Makes the Markdown table of the JSON keys of a chat request, for ``docs/serving.md``."""
+def key_table(keys: Sequence[ChatKey] = KEYS) -> str:
+    """Makes the Markdown table of the JSON keys of a request, for ``docs/serving.md``."""
     rows = ["| key | | meaning |", "|---|---|---|"]
-    rows += [f"| `{key.name}`{' (own)' if key.own else ''} | {key.effect} | {key.meaning} |" for key in KEYS]
+    rows += [f"| `{key.name}`{' (own)' if key.own else ''} | {key.effect} | {key.meaning} |" for key in keys]
     return "\n".join(rows) + "\n"

@@ -1,4 +1,4 @@
-"""``blip2edge serve``: captions over HTTP, as a Starlette application on one scheduler.
+"""``blip2edge serve``: captions over HTTP, as a Starlette application on one scheduler for each bundle.
 
 The routes are in ``openapi.py``, as data. A request passes ``RequestLog`` (id, log line, time), ``AccessControl`` (key,
 names, origins) and the routes. Its body is read by ``transfer.py``, and parsed in a thread beside the event loop.
@@ -14,9 +14,8 @@ import asyncio
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,23 +27,37 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import Receive, Scope
 
-from blip2edge.errors import Blip2EdgeError, ImageError, PromptError, UsageError, option
+from blip2edge.bundle.schema import PromptSpec
+from blip2edge.errors import Blip2EdgeError, ImageError, PromptError
 from blip2edge.limits import ConnectionLimits, Limits
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.request import CaptionResult
+from blip2edge.runtime.captioning.matcher import Matcher
+from blip2edge.runtime.captioning.request import CaptionResult, Request
 from blip2edge.runtime.captioning.restart import Backoff, RestartingCaptioner
 from blip2edge.runtime.captioning.scheduler import Scheduler
-from blip2edge.runtime.decoding.options import GenerationOptions, shown
 from blip2edge.runtime.serving.access import Access, AccessControl
 from blip2edge.runtime.serving.chat_keys import NAMES, RequestError, check_type, classified, error_json
 from blip2edge.runtime.serving.json_bodies import json_object
-from blip2edge.runtime.serving.metrics import Metrics
+from blip2edge.runtime.serving.models.embeddings_api import (
+    check_pairs,
+    embed_steps,
+    embeddings_answer,
+    match_steps,
+    read_embeddings,
+)
+from blip2edge.runtime.serving.models.match_queue import MatchCall, Steps
+from blip2edge.runtime.serving.models.served import ModelSource, Queueing, ServedCaptioner, ServedMatcher, ServedModels
 from blip2edge.runtime.serving.openai_api import Answer, event_lines, read_request
-from blip2edge.runtime.serving.openapi import CHAT, ENDPOINTS, EVENT_KEYS, document, route_name
-from blip2edge.runtime.serving.picture_forms import FORM_TYPE, JSON_TYPE, media_type, read_caption_request
+from blip2edge.runtime.serving.openapi import CHAT, EMBEDDINGS, ENDPOINTS, EVENT_KEYS, MATCH, document, route_name
+from blip2edge.runtime.serving.picture_forms import (
+    FORM_TYPE,
+    JSON_TYPE,
+    media_type,
+    read_caption_request,
+    read_match_request,
+)
 from blip2edge.runtime.serving.request_log import RequestLog
 from blip2edge.runtime.serving.transfer import BodyMemory, BodyShare, ClientGoneError, WaitingClient, read_body
-from blip2edge.runtime.text.prompt import Dialog, PromptText
 
 PAGE = Path(__file__).with_name("page.html")
 
@@ -54,6 +67,9 @@ CODES = {404: "not_found", 405: "method_not_allowed"}
 RECENT, MAX_EVENT = 100, 64 << 10
 """Posted captions that are kept, and the largest body of one in bytes."""
 
+FIELDS = {CHAT: "messages", EMBEDDINGS: "input", MATCH: "image"}
+"""``param`` of an error of a picture or a text that names no other key, by route."""
+
 SHARE = "blip2edge.body_share"
 """Key of the ASGI scope: the request's share of the memory for bodies."""
 
@@ -62,8 +78,8 @@ class Server:
     """The ASGI application of ``blip2edge serve``.
 
     Args:
-        captioner: A loaded bundle.
-        load: Loads the bundle again if the engine is broken; None: a broken engine stays broken.
+        served: A loaded bundle, or the sources of several.
+        load: Loads the one bundle again if its engine is broken; None: a broken engine stays broken.
         max_batch, max_waiting: As of :class:`Scheduler`.
         deadline: Time limit in seconds for a caption, if the request gives none; None for no limit.
         access: Rules of access; None allows all clients except web pages of other origins.
@@ -75,9 +91,9 @@ class Server:
 
     def __init__(
         self,
-        captioner: Captioner,
+        served: Captioner | Matcher | Sequence[ModelSource],
         *,
-        load: Callable[[], Captioner] | None = None,
+        load: Callable[[], Captioner | Matcher] | None = None,
         max_batch: int = 8,
         max_waiting: int = 64,
         deadline: float | None = None,
@@ -87,21 +103,14 @@ class Server:
         backoff: Backoff | None = None,
         log: TextIO | None = None,
     ) -> None:
-        self.model = captioner.bundle.path.resolve().name
-        self.deadline, self.limits = deadline, limits or Limits()
+        self.limits = limits or Limits()
         self.connections = connections or ConnectionLimits()
         self.memory = BodyMemory(self.connections.memory_bytes)
-        self.metrics = Metrics(lambda: self.scheduler.load, lambda: self.engine.restarts, lambda: self.memory.used)
-        self.engine = RestartingCaptioner(
-            captioner,
-            load,
-            backoff or Backoff(),
-            max_batch=max_batch,
-            max_waiting=max_waiting,
-            trace=self.metrics.add_span,
-        )
+        sources = [ModelSource(served, load)] if isinstance(served, (Captioner, Matcher)) else served
+        queueing = Queueing(max_batch, max_waiting, deadline, self.limits, backoff or Backoff())
+        self.models = ServedModels(sources, queueing, lambda: self.memory.used)
+        self.metrics = self.models.metrics
         self._events: deque[dict[str, str]] = deque(maxlen=RECENT)
-        self._made = int((captioner.bundle.path / "bundle.json").stat().st_mtime)
         handlers: dict[Any, Any] = {
             Blip2EdgeError: self._refused,
             HTTPException: self._no_route,
@@ -117,6 +126,16 @@ class Server:
         self._needs_key = bool(access and access.api_key)
         guarded = AccessControl(app, access or Access(), PAGE.read_text(encoding="utf-8"))
         self._app = RequestLog(guarded, log, self._observe)
+
+    @property
+    def model(self) -> str:
+        """Name of the first bundle."""
+        return next(iter(self.models)).name
+
+    @property
+    def engine(self) -> RestartingCaptioner:
+        """The engine of the first bundle that captions."""
+        return self.models.captioner(None).engine
 
     @property
     def captioner(self) -> Captioner:
@@ -135,7 +154,7 @@ class Server:
 
     def close(self) -> None:
         """Cancels all open requests."""
-        self.engine.close()
+        self.models.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Callable[[Any], Awaitable[None]]) -> None:
         """One connection, by the ASGI specification, where ``headers`` may be missing."""
@@ -156,9 +175,8 @@ class Server:
         return HTMLResponse(PAGE.read_bytes())
 
     async def _health(self, _request: HttpRequest) -> Response:
-        state = self.engine.state
-        body = {"status": state, "model": self.model, "load": self.scheduler.load}
-        return JSONResponse(body, 200) if state == "ok" else JSONResponse(body, 503, {"retry-after": "1"})
+        body = self.models.health()
+        return JSONResponse(body, 200) if body["status"] == "ok" else JSONResponse(body, 503, {"retry-after": "1"})
 
     async def _metrics(self, request: HttpRequest) -> Response:
         content, kind = self.metrics.text(request.headers.get("accept", ""))
@@ -168,19 +186,10 @@ class Server:
         return JSONResponse(document(self.limits, needs_key=self._needs_key))
 
     async def _models(self, _request: HttpRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [self._described()]})
+        return JSONResponse({"object": "list", "data": [model.described() for model in self.models]})
 
     async def _model(self, request: HttpRequest) -> Response:
-        name = request.path_params["name"]
-        if name != self.model:
-            raise RequestError(
-                f"there is no model {name!r}",
-                f"this server has one: {self.model}",
-                field="model",
-                code="model_not_found",
-                status=404,
-            )
-        return JSONResponse(self._described())
+        return JSONResponse(self.models.by_name(request.path_params["name"]).described())
 
     async def _caption(self, request: HttpRequest) -> Response:
         return await self._captioned(request, "prompt")
@@ -189,41 +198,39 @@ class Server:
         return await self._captioned(request, "question")
 
     async def _captioned(self, request: HttpRequest, text: str) -> Response:
-        self.engine.ready().check_room()
-        body = await self._body(request)
+        body = await self._body(request, self.models.captioner)
         read = partial(read_caption_request, body, request.headers, request.query_params, text, self.limits)
         wanted = await asyncio.to_thread(read) if media_type(request.headers) in (FORM_TYPE, JSON_TYPE) else read()
+        model = request.state.model = self.models.captioner(wanted.model)
         prompt = wanted.text
         if text == "question":
             if prompt is None:
                 raise RequestError("the question is missing", "send one", field=text, code="missing_required_parameter")
-            prompt = self.captioner.prompts.question(prompt)
-        async with WaitingClient(request.receive) as client:
-            self._submit(client, wanted.pictures, prompt, wanted.options, wanted.deadline)
-            return JSONResponse((await self._finished(client)).to_json())
+            prompt = model.captioner.prompts.question(prompt)
+        client: WaitingClient[Request] = WaitingClient(request.receive)
+        async with client:
+            model.submit(client, wanted.pictures, prompt, wanted.options, wanted.deadline)
+            return JSONResponse((await self._finished(client, model)).to_json())
 
     async def _chat(self, request: HttpRequest) -> Response:
-        kind = media_type(request.headers)
-        if kind == FORM_TYPE or kind.startswith(("image/", "audio/", "video/")):
-            raise RequestError(
-                f"expected a body of the type application/json, got {kind}",
-                "send pictures as data: URLs in the messages, or use /caption",
-                code="unsupported_media_type",
-                status=415,
-            )
-        self.engine.ready().check_room()
-        body = await self._body(request)
-        wanted = await asyncio.to_thread(read_request, body, self.captioner.prompts.spec, self.limits)
+        _check_json(request, "send pictures as data: URLs in the messages, or use /caption")
+        body = await self._body(request, self.models.captioner)
+
+        def spec(name: str | None) -> PromptSpec:
+            return self.models.captioner(name).captioner.prompts.spec
+
+        wanted = await asyncio.to_thread(read_request, body, spec, self.limits)
         request.state.names = wanted.names
-        prompt = self.captioner.prompts.question(str(wanted.prompt)) if wanted.ask else wanted.prompt
-        answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), self.model, wanted.include_usage)
-        client = WaitingClient(request.receive)
-        submit = partial(self._submit, client, wanted.images, prompt, wanted.options, wanted.deadline)
+        model = request.state.model = self.models.captioner(wanted.model)
+        prompt = model.captioner.prompts.question(str(wanted.prompt)) if wanted.ask else wanted.prompt
+        answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model.name, wanted.include_usage)
+        client: WaitingClient[Request] = WaitingClient(request.receive)
+        submit = partial(model.submit, client, wanted.images, prompt, wanted.options, wanted.deadline)
         if not wanted.stream:
             async with client:
                 submit()
-                return JSONResponse(answer.completion(await self._finished(client)))
-        chunks = self._chunks(client, submit, answer, wanted.names)
+                return JSONResponse(answer.completion(await self._finished(client, model)))
+        chunks = self._chunks(client, model, submit, answer, wanted.names)
         first = await anext(chunks)  # an error before the first token has its own HTTP status
         headers = {"content-type": "text/event-stream", "cache-control": "no-cache"}
         return StreamingResponse(event_lines(first, chunks), headers=headers)
@@ -232,70 +239,78 @@ class Server:
         return JSONResponse({"data": list(self._events)})
 
     async def _post(self, request: HttpRequest) -> Response:
-        values = json_object(await self._body(request, MAX_EVENT), self.limits)
+        values = json_object(await self._body(request, None, MAX_EVENT), self.limits)
         kept = {name: values[name] for name in EVENT_KEYS if values.get(name) is not None}
         for name in ("text", *kept):
             check_type(name, kept.get(name, 0), str, "a text")
         self._events.append(kept)
         return JSONResponse(kept)
 
-    # Captions
+    async def _embeddings(self, request: HttpRequest) -> Response:
+        _check_json(request, 'send pictures as {"image": "data:image/...;base64,..."} in input')
+        body = await self._body(request, self.models.matcher)
+        wanted = await asyncio.to_thread(read_embeddings, body, self.limits)
+        model = request.state.model = self.models.matcher(wanted.model)
+        batch = model.queueing.max_batch
+        steps = partial(embed_steps, inputs=wanted.inputs, batch_size=batch)
+        results = await self._computed(request, model, steps, wanted.deadline)
+        return JSONResponse(await asyncio.to_thread(embeddings_answer, model.name, wanted, results))
 
-    def _submit(
+    async def _match(self, request: HttpRequest) -> Response:
+        body = await self._body(request, self.models.matcher)
+        read = partial(read_match_request, body, request.headers, request.query_params, self.limits)
+        wanted = await asyncio.to_thread(read)
+        model = request.state.model = self.models.matcher(wanted.model)
+        check_pairs(wanted, self.limits)
+        results = await self._computed(request, model, partial(match_steps, wanted=wanted), wanted.deadline)
+        return JSONResponse({"object": "list", "data": results, "model": model.name})
+
+    # Captions and calls
+
+    async def _computed(
+        self, request: HttpRequest, model: ServedMatcher, steps: Steps, deadline: float | None
+    ) -> list[Any]:
+        client: WaitingClient[MatchCall] = WaitingClient(request.receive)
+        async with client:
+            model.submit(client, steps, deadline)
+            await client.next()
+            results: list[Any] = client.outcome()
+            model.counted(client.work)
+            return results
+
+    async def _body(
         self,
-        client: WaitingClient,
-        pictures: tuple[bytes, ...],
-        prompt: PromptText | None,
-        options: Mapping[str, Any],
-        deadline: float | None,
-    ) -> None:
-        scheduler = self.engine.ready()
-        self._check_limits(pictures, prompt, options)
-        stop = options.get("stop")
-        if isinstance(stop, list):  # besides those of the bundle's template
-            options = {**options, "stop": [*self.captioner.options().stop, *stop]}
-        client.caption = scheduler.submit(
-            pictures[0] if len(pictures) == 1 else list(pictures),
-            self._limited(self.captioner.options(**options)),
-            prompt=prompt,
-            deadline=self.deadline if deadline is None else deadline,
-            wait=False,
-            on_piece=client.put,
-        )
+        request: HttpRequest,
+        find: Callable[[str | None], ServedCaptioner | ServedMatcher] | None,
+        most: int | None = None,
+    ) -> bytes:
+        """The body; it is not read if the only bundle that may answer has no room, or cannot answer.
 
-    def _check_limits(self, pictures: tuple[bytes, ...], prompt: PromptText | None, options: Mapping[str, Any]) -> None:
-        limits = self.limits
-        for name, most in (("num_beams", limits.beams), ("max_new_tokens", limits.new_tokens)):
-            value = options.get(name)
-            if isinstance(value, int) and value > most:
-                raise UsageError(f"expected {option(name)} of at most {most}, got {shown(value)}")
-        if len(pictures) > limits.pictures:
-            raise RequestError(f"expected at most {limits.pictures} pictures, got {len(pictures)}", "send fewer")
-        length = sum(map(len, prompt.texts if isinstance(prompt, Dialog) else [prompt or ""]))
-        if length > limits.prompt_chars:
-            raise PromptError(
-                f"expected a prompt of at most {limits.prompt_chars} characters, got {length}", "shorten the prompt"
-            )
-
-    def _limited(self, options: GenerationOptions) -> GenerationOptions:
-        """Limits the length that the bundle or ``min_new_tokens`` gives."""
-        most = self.limits.new_tokens
-        if options.max_new_tokens <= most:
-            return options
-        return replace(options, max_new_tokens=most, min_new_tokens=min(options.min_new_tokens, most))
-
-    async def _body(self, request: HttpRequest, most: int | None = None) -> bytes:
+        Args:
+            request: The request.
+            find: Finds the bundle that answers, by its name; None for a request that needs none.
+            most: Largest number of bytes; None for the limit of pictures.
+        """
+        name = request.query_params.get("model")
+        if find is not None and (len(self.models) == 1 or name is not None):
+            model = request.state.model = find(name)
+            model.engine.ready().check_room()
         share: BodyShare = request.scope[SHARE]
         most = self.limits.body_bytes if most is None else most
         return await read_body(request.headers, request.receive, share, most, self.connections)
 
-    async def _finished(self, client: WaitingClient) -> CaptionResult:
+    async def _finished(self, client: WaitingClient[Request], model: ServedCaptioner) -> CaptionResult:
         while await client.next() is not None:
             pass
-        return self._counted(client)
+        return _counted(client, model)
 
     async def _chunks(
-        self, client: WaitingClient, submit: Callable[[], None], answer: Answer, names: Mapping[str, str]
+        self,
+        client: WaitingClient[Request],
+        model: ServedCaptioner,
+        submit: Callable[[], None],
+        answer: Answer,
+        names: Mapping[str, str],
     ) -> AsyncGenerator[dict[str, Any]]:
         """The chunks of a streamed answer. A late error is an object as well, and the last one."""
         async with client:
@@ -310,7 +325,7 @@ class Server:
                     yield answer.chunk({"content": piece})
                     piece = await client.next()
                 outcome = "failed"
-                result = self._counted(client)
+                result = _counted(client, model)
                 outcome = ""
                 yield answer.chunk({}, result.finish_reason)
                 if answer.include_usage:
@@ -321,30 +336,26 @@ class Server:
                 pass
             finally:
                 if outcome:
-                    self.counts[outcome] += 1
-
-    def _counted(self, client: WaitingClient) -> CaptionResult:
-        result = client.outcome()
-        self.metrics.add_caption(client.caption)
-        self.engine.succeeded()
-        return result
-
-    def _described(self) -> dict[str, Any]:
-        return {"id": self.model, "object": "model", "created": self._made, "owned_by": "blip2edge"}
+                    model.metrics.counts[outcome] += 1
 
     # Errors
 
     async def _refused(self, request: HttpRequest, error: Blip2EdgeError) -> Response:
         status = classified(error)[0]
-        self.counts["failed" if status in (500, 504) else "refused"] += 1
-        chats = request.url.path == CHAT
-        content = error_json(error, getattr(request.state, "names", NAMES if chats else {"deadline": "deadline_s"}))
-        if chats and isinstance(error, (ImageError, PromptError)):
-            content["error"]["param"] = "messages"
+        self._count(request, "failed" if status in (500, 504) else "refused")
+        path = request.url.path
+        names = getattr(request.state, "names", NAMES if path == CHAT else {"deadline": "deadline_s"})
+        content = error_json(error, names)
+        if path in FIELDS and isinstance(error, (ImageError, PromptError)):
+            content["error"]["param"] = FIELDS[path] if path == CHAT else error.field or FIELDS[path]
         return JSONResponse(content, status, {"retry-after": "1"} if status == 503 else None)
 
-    async def _failed(self, _request: HttpRequest, error: Exception) -> Response:
-        self.counts["failed"] += 1
+    def _count(self, request: HttpRequest, outcome: str) -> None:
+        model = getattr(request.state, "model", None)
+        (self.counts if model is None else model.metrics.counts)[outcome] += 1
+
+    async def _failed(self, request: HttpRequest, error: Exception) -> Response:
+        self._count(request, "failed")
         return JSONResponse(error_json(Blip2EdgeError(f"the server failed ({type(error).__name__})")), 500)
 
     async def _no_route(self, request: HttpRequest, error: HTTPException) -> Response:
@@ -357,5 +368,20 @@ class Server:
         )
         return JSONResponse(error_json(what), error.status_code, error.headers)
 
-    async def _gone(self, _request: HttpRequest, _error: Exception) -> None:
-        self.counts["cancelled"] += 1
+    async def _gone(self, request: HttpRequest, _error: Exception) -> None:
+        self._count(request, "cancelled")
+
+
+def _check_json(request: HttpRequest, fix: str) -> None:
+    """Raises RequestError if the body's type is that of a form or a file."""
+    kind = media_type(request.headers)
+    if kind == FORM_TYPE or kind.startswith(("image/", "audio/", "video/")):
+        raise RequestError(
+            f"expected a body of the type application/json, got {kind}", fix, code="unsupported_media_type", status=415
+        )
+
+
+def _counted(client: WaitingClient[Request], model: ServedCaptioner) -> CaptionResult:
+    result: CaptionResult = client.outcome()
+    model.counted(client.work)
+    return result

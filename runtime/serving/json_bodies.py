@@ -1,16 +1,21 @@
-"""JSON bodies: nesting and size are bounded before any object is built."""
+"""JSON bodies, whose nesting and size are bounded before any object is built, and the pictures in them: data URLs."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import re
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from blip2edge.errors import one_line
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.reading import refuse_constant, unique_keys
+from blip2edge.runtime.decoding.options import shown
 from blip2edge.runtime.serving.chat_keys import RequestError
 
+_WHITE = re.compile(r"[\t\n\f\r ]+")
 _STRUCTURE = re.compile(r'["\[\]{},:]')
 
 
@@ -80,3 +85,41 @@ def _string_end(text: str, start: int, most: int) -> tuple[int, int]:
             return quote + 1, escaped
         at, escaped = quote + 1, escaped + 1
     return len(text), escaped
+
+
+def picture_bytes(url: Any, field: str) -> bytes:
+    """The file in a data URL (RFC 2397), read as browsers do (https://fetch.spec.whatwg.org/#data-urls).
+
+    Scheme and ``base64`` may be in upper case; media type and parameters may be left out or be any; the data may be
+    percent-encoded, with or without base64; base64 may contain white space and lack its padding.
+
+    Args:
+        url: The URL.
+        field: The request's key, for errors.
+
+    Raises:
+        RequestError: It is another kind of URL, or its base64 is broken.
+    """
+    text = url.strip() if isinstance(url, str) else ""
+    head, comma, data = text.partition(",")
+    if not comma or head[:5].lower() != "data:":
+        raise RequestError(
+            f"expected a picture as data:image/...;base64,..., got {shown(url)}",
+            "send the picture itself; this server fetches nothing",
+            field=field,
+            code="invalid_image_url",
+        )
+    content = unquote_to_bytes(data.partition("#")[0])
+    if head.rpartition(";")[2].strip().lower() != "base64":
+        return content
+    compact = _WHITE.sub("", content.decode("latin-1"))
+    if not compact.endswith("="):
+        compact += "=" * (-len(compact) % 4)
+    try:
+        return base64.b64decode(compact, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RequestError(
+            f"expected base64 after {shown(head)}, got something else ({error})",
+            field=field,
+            code="invalid_base64",
+        ) from error

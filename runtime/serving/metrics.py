@@ -1,18 +1,22 @@
-"""The metrics of the server in the Prometheus format: counters, loads and histograms."""
+"""The metrics of the server in the Prometheus format: counters, loads and histograms.
+
+A server of several bundles adds the label ``model`` to what is counted for each of them.
+"""
 
 from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from blip2edge.runtime.captioning.request import STAGES, Request, Span
+from blip2edge.runtime.captioning.request import STAGES, Pending, Request, Span
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 COUNTS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
@@ -55,37 +59,87 @@ class Distribution:
         return made
 
 
+OUTCOMES = ("done", "failed", "refused", "cancelled")
+
+
+class ModelMetrics:
+    """What is counted for one bundle.
+
+    Args:
+        shared: The metrics of the server, which have the histograms.
+        model: Value of the label ``model``; None for a server of one bundle, whose metrics lack that label.
+        load: Returns the requests in each queue.
+        restarts: Returns how often the engine was loaded again.
+
+    Attributes:
+        counts: Requests by their outcome; those of the server where it has one bundle.
+        tokens: Generated tokens.
+        stage_ms: Milliseconds by stage.
+    """
+
+    def __init__(
+        self, shared: Metrics, model: str | None, load: Callable[[], Mapping[str, int]], restarts: Callable[[], int]
+    ) -> None:
+        self.load, self.restarts = load, restarts
+        self.counts = shared.counts if model is None else dict.fromkeys(OUTCOMES, 0)
+        self.labels = () if model is None else (model,)
+        self.tokens, self.stage_ms = 0, dict.fromkeys(STAGES, 0.0)
+        self._shared = shared
+
+    def add_call(self, call: Pending[Any]) -> None:
+        """Counts a finished request."""
+        self.counts["done"] += 1
+        if call.queue_s is not None:
+            self._shared.queue.add(call.queue_s, *self.labels)
+
+    def add_caption(self, caption: Request) -> None:
+        """Counts a finished caption."""
+        self.add_call(caption)
+        result, shared = caption.result(0), self._shared
+        self.tokens += result.new_tokens
+        shared.lengths.add(result.new_tokens, *self.labels)
+        for stage in STAGES:
+            self.stage_ms[stage] += result.timings_ms[stage]
+            shared.stages.add(result.timings_ms[stage] / 1e3, stage, *self.labels)
+        if caption.first_token_s is not None:
+            shared.first.add(caption.first_token_s, *self.labels)
+
+    def add_span(self, span: Span) -> None:
+        """Counts the rows of a batch; called by the scheduler's threads."""
+        if span.stage in ("vision", "prefill", "decode"):
+            self._shared.rows.add(len(span.requests), span.stage, *self.labels)
+
+
 class Metrics(Collector):
     """All metrics of a server.
 
     Args:
-        load: Returns the requests in each queue.
-        restarts: Returns how often the engine was loaded again.
         bodies: Returns the bytes of the bodies of open requests.
+        several: Whether the server has several bundles.
 
     Attributes:
-        counts: Requests by their outcome.
+        counts: Requests by their outcome; with several bundles, those that were refused before one was chosen.
+        models: The metrics of each bundle.
         closed: Connections that the server closed, by the reason.
         open: Returns the number of open connections; set by the server of connections.
+        queue, stages, first, lengths, rows: Histograms of all bundles.
     """
 
-    def __init__(
-        self, load: Callable[[], Mapping[str, int]], restarts: Callable[[], int], bodies: Callable[[], int]
-    ) -> None:
-        self._load, self._restarts, self._bodies = load, restarts, bodies
-        self.counts = {"done": 0, "failed": 0, "refused": 0, "cancelled": 0}
+    def __init__(self, bodies: Callable[[], int], *, several: bool = False) -> None:
+        self._bodies, self._tail = bodies, ("model",) if several else ()
+        self.counts = dict.fromkeys(OUTCOMES, 0)
+        self.models: list[ModelMetrics] = []
         self.closed: dict[str, int] = {}
         self.open: Callable[[], int] = lambda: 0
-        self._tokens = 0
-        self._stage_ms = dict.fromkeys(STAGES, 0.0)
+        tail, staged = self._tail, ("stage", *self._tail)
         self._requests = Distribution(
             "blip2edge_request_seconds", "Time of a request by route and status", ("route", "status")
         )
-        self._queue = Distribution("blip2edge_queue_seconds", "Wait of a caption in the queue")
-        self._stages = Distribution("blip2edge_stage_latency_seconds", "Time of a caption's stage", ("stage",))
-        self._first = Distribution("blip2edge_first_token_seconds", "Time to the first token of a caption")
-        self._lengths = Distribution("blip2edge_caption_tokens", "Tokens of a caption", bounds=COUNTS)
-        self._rows = Distribution("blip2edge_batch_rows", "Rows of a batch", ("stage",), COUNTS)
+        self.queue = Distribution("blip2edge_queue_seconds", "Wait of a caption in the queue", tail)
+        self.stages = Distribution("blip2edge_stage_latency_seconds", "Time of a caption's stage", staged)
+        self.first = Distribution("blip2edge_first_token_seconds", "Time to the first token of a caption", tail)
+        self.lengths = Distribution("blip2edge_caption_tokens", "Tokens of a caption", tail, COUNTS)
+        self.rows = Distribution("blip2edge_batch_rows", "Rows of a batch", staged, COUNTS)
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -98,53 +152,38 @@ class Metrics(Collector):
         """Counts an answered request."""
         self._requests.add(seconds, route, str(status))
 
-    def add_caption(self, caption: Request) -> None:
-        """Counts a finished caption."""
-        result = caption.result(0)
-        self.counts["done"] += 1
-        self._tokens += result.new_tokens
-        self._lengths.add(result.new_tokens)
-        for stage in STAGES:
-            self._stage_ms[stage] += result.timings_ms[stage]
-            self._stages.add(result.timings_ms[stage] / 1e3, stage)
-        if caption.queue_s is not None:
-            self._queue.add(caption.queue_s)
-        if caption.first_token_s is not None:
-            self._first.add(caption.first_token_s)
-
-    def add_span(self, span: Span) -> None:
-        """Counts the rows of a batch; called by the scheduler's threads."""
-        if span.stage in ("vision", "prefill", "decode"):
-            self._rows.add(len(span.requests), span.stage)
-
     def add_closed(self, reason: str) -> None:
         """Counts a connection that the server has closed."""
         self.closed[reason] = self.closed.get(reason, 0) + 1
 
     def collect(self) -> Iterator[Metric]:
         """The metrics, as ``prometheus_client`` reads them."""
-        yield _counter("blip2edge_requests", "Requests by their outcome", "outcome", self.counts)
-        yield CounterMetricFamily("blip2edge_tokens", "Generated tokens", self._tokens)
-        seconds = {stage: ms / 1e3 for stage, ms in self._stage_ms.items()}
-        yield _counter("blip2edge_stage_seconds", "Seconds of each stage", "stage", seconds)
-        load = GaugeMetricFamily("blip2edge_load", "Requests in each queue", labels=["where"])
-        for where, count in self._load().items():
-            load.add_metric([where], count)
+        models, tail = self.models, self._tail
+        outcomes = [((name, *one.labels), n) for one in models for name, n in one.counts.items()]
+        outcomes += [((name, ""), n) for name, n in self.counts.items()] if tail else []
+        yield _counter("blip2edge_requests", "Requests by their outcome", ("outcome", *tail), outcomes)
+        yield _counter("blip2edge_tokens", "Generated tokens", tail, [(one.labels, one.tokens) for one in models])
+        seconds = [((stage, *one.labels), ms / 1e3) for one in models for stage, ms in one.stage_ms.items()]
+        yield _counter("blip2edge_stage_seconds", "Seconds of each stage", ("stage", *tail), seconds)
+        load = GaugeMetricFamily("blip2edge_load", "Requests in each queue", labels=["where", *tail])
+        for one in models:
+            for where, count in one.load().items():
+                load.add_metric([where, *one.labels], count)
         yield load
-        yield CounterMetricFamily("blip2edge_engine_restarts", "Times the engine was loaded again", self._restarts())
+        restarts = [(one.labels, one.restarts()) for one in models]
+        yield _counter("blip2edge_engine_restarts", "Times the engine was loaded again", tail, restarts)
         yield GaugeMetricFamily("blip2edge_connections", "Open connections", self.open())
-        yield _counter("blip2edge_connections_closed", "Connections closed by the server", "reason", self.closed)
+        closed = [((reason,), count) for reason, count in self.closed.items()]
+        yield _counter("blip2edge_connections_closed", "Connections closed by the server", ("reason",), closed)
         yield GaugeMetricFamily("blip2edge_body_bytes", "Bytes of the bodies of open requests", self._bodies())
-        shown: Sequence[Distribution] = (
-            *(self._requests, self._queue, self._stages),
-            *(self._first, self._lengths, self._rows),
-        )
-        for one in shown:
-            yield one.family()
+        for each in (self._requests, self.queue, self.stages, self.first, self.lengths, self.rows):
+            yield each.family()
 
 
-def _counter(name: str, text: str, label: str, values: Mapping[str, float]) -> CounterMetricFamily:
-    made = CounterMetricFamily(name, text, labels=[label])
-    for value, count in values.items():
-        made.add_metric([value], count)
+def _counter(
+    name: str, text: str, labels: tuple[str, ...], values: Iterable[tuple[tuple[str, ...], float]]
+) -> CounterMetricFamily:
+    made = CounterMetricFamily(name, text, labels=labels)
+    for of, count in values:
+        made.add_metric(of, count)
     return made

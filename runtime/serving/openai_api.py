@@ -9,7 +9,7 @@ are refused, so that no client can make the server fetch an address (server-side
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +26,7 @@ from blip2edge.runtime.serving.chat_keys import (
     generation_options,
     is_same,
 )
-from blip2edge.runtime.serving.json_bodies import json_object
-from blip2edge.runtime.serving.picture_forms import picture_bytes
+from blip2edge.runtime.serving.json_bodies import json_object, picture_bytes
 from blip2edge.runtime.text.prompt import Dialog
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -61,6 +60,7 @@ class ChatRequest:
         include_usage: Whether a stream ends with a chunk of ``usage``.
         ask: Whether the prompt is a question for the bundle's template.
         names: The request's key for each of its options, for errors.
+        model: Name of the bundle; None for the default.
     """
 
     images: tuple[bytes, ...]
@@ -71,6 +71,7 @@ class ChatRequest:
     include_usage: bool
     ask: bool
     names: dict[str, str]
+    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,17 @@ class Message:
         return [part for part in self.parts if isinstance(part, bytes)]
 
 
-def read_request(body: bytes, spec: PromptSpec | None = None, limits: Limits = DEFAULT_LIMITS) -> ChatRequest:
+SpecOf = Callable[[str | None], PromptSpec | None]
+"""Returns the prompt of the bundle that the key ``model`` names."""
+
+
+def read_request(body: bytes, spec: PromptSpec | SpecOf | None = None, limits: Limits = DEFAULT_LIMITS) -> ChatRequest:
     """Reads a request's JSON.
 
     Args:
         body: The request's body.
-        spec: The bundle's prompt; None for one that has a place for one user message only.
+        spec: The bundle's prompt, or a function of the bundle's name that returns it; None for a prompt that has a
+            place for one user message only.
         limits: Limits of the JSON.
 
     Raises:
@@ -114,7 +120,9 @@ def read_request(body: bytes, spec: PromptSpec | None = None, limits: Limits = D
         check_type(name, values.get(name), bool, "true or false")
     check_seconds(values.get("deadline_s"))
     include_usage = _stream_options(values.get("stream_options"))
-    images, prompt = _arranged(_messages(values.get("messages")), spec)
+    model = values.get("model")
+    chosen = spec if spec is None or isinstance(spec, PromptSpec) else spec(model)
+    images, prompt = _arranged(_messages(values.get("messages")), chosen)
     ask = bool(values.get("ask"))
     if ask and not (isinstance(prompt, str) and prompt):
         raise RequestError("expected one text, the question, for ask", field="messages")
@@ -127,6 +135,7 @@ def read_request(body: bytes, spec: PromptSpec | None = None, limits: Limits = D
         include_usage=include_usage,
         ask=ask,
         names=names,
+        model=model,
     )
 
 

@@ -12,17 +12,17 @@ from typing import Any
 
 from blip2edge.bundle.schema import DRAFTS
 from blip2edge.limits import Limits
-from blip2edge.runtime.captioning.request import NOT_IN_JSON, STAGES, CaptionResult
-from blip2edge.runtime.captioning.scheduler import LONGEST_DEADLINE
+from blip2edge.runtime.captioning.request import LONGEST_DEADLINE, NOT_IN_JSON, STAGES, CaptionResult
 from blip2edge.runtime.decoding.options import MAX_SEED, MAX_STOPS, MAX_TEMPERATURE, PENALTIES
 from blip2edge.runtime.serving.access import OPEN
-from blip2edge.runtime.serving.chat_keys import ANY_TEXT, FORM_OPTIONS, KEYS, MIN_SEED, ChatKey
+from blip2edge.runtime.serving.chat_keys import ANY_TEXT, EMBEDDING_KEYS, FORM_OPTIONS, KEYS, MIN_SEED, ChatKey
+from blip2edge.runtime.serving.models.embeddings_api import MOST_INPUTS
 from blip2edge.runtime.serving.picture_forms import FORM_TYPE, JSON_TYPE, PICTURES, TEXT_OPTIONS
 from blip2edge.version import __version__
 
 Schema = dict[str, Any]
 
-CHAT = "/v1/chat/completions"
+CHAT, EMBEDDINGS, MATCH = "/v1/chat/completions", "/v1/embeddings", "/match"
 TEXT, HTML, EVENTS = "text/plain", "text/html", "text/event-stream"
 OPEN_METRICS = "application/openmetrics-text"
 
@@ -38,8 +38,8 @@ class Endpoint:
         summary: What it does.
         answers: Content types of an answer of status 200, and the name of the schema of each; empty for any text.
         errors: Statuses of errors, besides :data:`COMMON_ERRORS`.
-        body: Name of the key for the text of a picture's request (``prompt``, ``question``), ``chat``, ``event``, or
-            empty.
+        body: Name of the key for the text of a picture's request (``prompt``, ``question``, ``text``), ``chat``,
+            ``embeddings``, ``event``, or empty.
     """
 
     method: str
@@ -56,7 +56,7 @@ class Endpoint:
         return self.path.replace("{name}", "{name:path}")
 
 
-BODY_ERRORS = (413, 415, 500, 504)
+BODY_ERRORS = (404, 413, 415, 500, 504)
 
 ENDPOINTS = (
     Endpoint("GET", "/", "page", "A page that captions the pictures of a camera or a file", ((HTML, ""),)),
@@ -88,6 +88,18 @@ ENDPOINTS = (
     ),
     Endpoint("GET", "/captions", "recent", "The last captions that were posted", ((JSON_TYPE, "Events"),)),
     Endpoint("POST", "/captions", "post", "Adds a caption of `watch --post`", ((JSON_TYPE, "Event"),), (413,), "event"),
+    Endpoint(
+        "POST",
+        EMBEDDINGS,
+        "embeddings",
+        "Vectors of texts and pictures, in OpenAI's format",
+        ((JSON_TYPE, "Embeddings"),),
+        BODY_ERRORS,
+        "embeddings",
+    ),
+    Endpoint(
+        "POST", MATCH, "match", "How well pictures and texts match", ((JSON_TYPE, "Matches"),), BODY_ERRORS, "text"
+    ),
 )
 
 EVENT_KEYS = ("time", "source", "frame", "text")
@@ -141,6 +153,8 @@ def option_schemas(limits: Limits) -> dict[str, Schema]:
         "deadline_s": {"type": "number", "exclusiveMinimum": 0, "maximum": LONGEST_DEADLINE},
         "prompt": {"type": "string", "maxLength": limits.prompt_chars},
         "question": {"type": "string", "minLength": 1, "maxLength": limits.prompt_chars},
+        "text": {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+        "model": {"type": "string"},
     }
 
 
@@ -161,8 +175,24 @@ DATA_URL: Schema = {
 }
 
 
+def _embeddings_keys(limits: Limits) -> Schema:
+    text: Schema = {"type": "string", "minLength": 1, "maxLength": limits.prompt_chars}
+    one = {"anyOf": [text, _object({"text": text}, ["text"]), _object({"image": DATA_URL}, ["image"])]}
+    read: dict[str, Schema] = {
+        "input": {"anyOf": [text, {"type": "array", "items": one, "minItems": 1, "maxItems": MOST_INPUTS}]},
+        "encoding_format": {"enum": ["float", "base64", None]},
+        "dimensions": {"type": "null"},
+        "return_multivector": _nullable({"type": "boolean"}),
+        "deadline_s": _nullable(option_schemas(limits)["deadline_s"]),
+    }
+    named: Schema = _nullable({"type": "string"})
+    properties = {key.name: {**read.get(key.name, named), "description": key.meaning} for key in EMBEDDING_KEYS}
+    return _object(properties, ["input"])
+
+
 def _chat_key(key: ChatKey, options: Mapping[str, Schema]) -> Schema:
     read: dict[str, Schema] = {
+        "model": options["model"],
         "messages": {"type": "array", "items": {"$ref": "#/components/schemas/Message"}, "minItems": 1},
         "stream": {"type": "boolean"},
         "ask": {"type": "boolean"},
@@ -249,16 +279,36 @@ def _answer_schemas() -> dict[str, Schema]:
         "Completion": _object(completion, list(completion)),
         "Event": _object(dict.fromkeys(EVENT_KEYS, text), ["text"]),
         "Events": _object({"data": {"type": "array", "items": {"$ref": "#/components/schemas/Event"}}}, ["data"]),
+        "Embeddings": _list_schema({"type": "object", "required": ["object", "index"]}, {"usage": {"type": "object"}}),
+        "Matches": _list_schema(
+            _object(
+                {"image": whole, "text": text, "probability": _nullable(number), "cosine": number},
+                ["image", "text", "probability", "cosine"],
+            ),
+            {},
+        ),
         "Error": _object({"error": _object(error, list(error))}, ["error"]),
     }
+
+
+def _list_schema(item: Schema, more: Mapping[str, Schema]) -> Schema:
+    """The schema of a list in OpenAI's form, with the name of the bundle."""
+    kind: Schema = {"const": "list"}
+    properties = {"object": kind, "data": {"type": "array", "items": item}, "model": {"type": "string"}, **more}
+    return _object(properties, list(properties))
+
+
+def _form_names(endpoint: Endpoint) -> tuple[str, ...]:
+    """Options of a picture's request."""
+    return (endpoint.body, *(FORM_OPTIONS if endpoint.body != "text" else ()), "deadline_s", "model")
 
 
 def _parameters(endpoint: Endpoint, options: Mapping[str, Schema]) -> list[Schema]:
     if "{name}" in endpoint.path:
         return [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
-    if endpoint.body in ("", "chat", "event"):
+    if endpoint.body in ("", "chat", "embeddings", "event"):
         return []
-    names = (endpoint.body, *FORM_OPTIONS, "deadline_s")
+    names = _form_names(endpoint)
     return [{"name": name, "in": "query", "required": False, "schema": options[name]} for name in names]
 
 
@@ -270,7 +320,10 @@ def _body(endpoint: Endpoint, options: Mapping[str, Schema]) -> Schema:
         return {JSON_TYPE: {"schema": {"$ref": "#/components/schemas/ChatRequest"}, "example": example}}
     if endpoint.body == "event":
         return {JSON_TYPE: {"schema": _object({key: {"type": "string"} for key in EVENT_KEYS}, ["text"], more=True)}}
-    names = (endpoint.body, *FORM_OPTIONS, "deadline_s")
+    if endpoint.body == "embeddings":
+        example = {"input": ["a dog", {"image": EXAMPLE_URL}], "return_multivector": True}
+        return {JSON_TYPE: {"schema": {"$ref": "#/components/schemas/EmbeddingsRequest"}, "example": example}}
+    names = _form_names(endpoint)
     picture = {"anyOf": [DATA_URL, {"type": "array", "items": DATA_URL, "minItems": 1}]}
     values = {name: _nullable(options[name]) for name in names}
     file: Schema = {"type": "string", "contentMediaType": "application/octet-stream"}
@@ -281,7 +334,7 @@ def _body(endpoint: Endpoint, options: Mapping[str, Schema]) -> Schema:
         FORM_TYPE: {"schema": _object({**dict.fromkeys(PICTURES, file), **fields}, [], more=True)},
         JSON_TYPE: {
             "schema": _object({"image": picture, **values}, ["image"]),
-            "example": {"image": EXAMPLE_URL, endpoint.body: "what is this"},
+            "example": {"image": EXAMPLE_URL, endpoint.body: ["a dog"] if endpoint.body == "text" else "what is this"},
         },
     }
 
@@ -320,6 +373,11 @@ def document(limits: Limits, *, needs_key: bool = False) -> Schema:
         "paths": paths,
         "components": {
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-            "schemas": {"ChatRequest": chat, **_message_schemas(), **_answer_schemas()},
+            "schemas": {
+                "ChatRequest": chat,
+                "EmbeddingsRequest": _embeddings_keys(limits),
+                **_message_schemas(),
+                **_answer_schemas(),
+            },
         },
     }

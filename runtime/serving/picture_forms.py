@@ -1,4 +1,4 @@
-"""Pictures in requests: data URLs, and the three forms of ``POST /caption`` and ``/ask``.
+"""Pictures in requests: data URLs, and the three forms of ``POST /caption``, ``/ask`` and ``/match``.
 
 - The body is a picture file; options are in the query.
 - ``multipart/form-data``: files named ``file`` or ``image``; options are fields of the form, or in the query.
@@ -8,14 +8,11 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import json
 import re
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote_to_bytes
 
 from starlette.datastructures import FormData, Headers, QueryParams, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -23,7 +20,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.decoding.options import shown
 from blip2edge.runtime.serving.chat_keys import FORM_OPTIONS, RequestError, check_seconds, check_type
-from blip2edge.runtime.serving.json_bodies import check_structure, json_object
+from blip2edge.runtime.serving.json_bodies import check_structure, json_object, picture_bytes
 
 JSON_TYPE, FORM_TYPE = "application/json", "multipart/form-data"
 FILE_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")
@@ -32,7 +29,7 @@ FILE_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded
 PICTURES = ("file", "image")
 """Names of pictures in a form, and of the picture in JSON."""
 
-TEXT_OPTIONS = ("prompt", "question", "draft", "stop")
+TEXT_OPTIONS = ("prompt", "question", "text", "model", "draft", "stop")
 """Options of a query or form that are texts; all others are numbers."""
 
 SEND = "curl --data-binary @dog.jpg URL, or curl -F file=@dog.jpg URL"
@@ -40,50 +37,10 @@ SEND = "curl --data-binary @dog.jpg URL, or curl -F file=@dog.jpg URL"
 _TEXT = re.compile(rb"(?!P[1-7]\s|#define|/\* XPM)[\t\n\r -~]+")
 """The beginning of a body that is a text; some formats of pictures are texts too."""
 
-_WHITE = re.compile(r"[\t\n\f\r ]+")
-
 
 def media_type(headers: Headers) -> str:
     """A body's type in lower case, without parameters."""
     return headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-def picture_bytes(url: Any, field: str) -> bytes:
-    """The file in a data URL (RFC 2397), read as browsers do (https://fetch.spec.whatwg.org/#data-urls).
-
-    Scheme and ``base64`` may be in upper case; media type and parameters may be left out or be any; the data may be
-    percent-encoded, with or without base64; base64 may contain white space and lack its padding.
-
-    Args:
-        url: The URL.
-        field: The request's key, for errors.
-
-    Raises:
-        RequestError: It is another kind of URL, or its base64 is broken.
-    """
-    text = url.strip() if isinstance(url, str) else ""
-    head, comma, data = text.partition(",")
-    if not comma or head[:5].lower() != "data:":
-        raise RequestError(
-            f"expected a picture as data:image/...;base64,..., got {shown(url)}",
-            "send the picture itself; this server fetches nothing",
-            field=field,
-            code="invalid_image_url",
-        )
-    content = unquote_to_bytes(data.partition("#")[0])
-    if head.rpartition(";")[2].strip().lower() != "base64":
-        return content
-    compact = _WHITE.sub("", content.decode("latin-1"))
-    if not compact.endswith("="):
-        compact += "=" * (-len(compact) % 4)
-    try:
-        return base64.b64decode(compact, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise RequestError(
-            f"expected base64 after {shown(head)}, got something else ({error})",
-            field=field,
-            code="invalid_base64",
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -95,12 +52,31 @@ class CaptionRequest:
         text: The prompt or the question; None where it is missing or empty.
         options: Fields of ``GenerationOptions``.
         deadline: Seconds for the answer (``deadline_s``); None for the server's default.
+        model: Name of the bundle; None for the default.
     """
 
     pictures: tuple[bytes, ...]
     text: str | None
     options: dict[str, Any]
     deadline: float | None
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class MatchRequest:
+    """A request of ``POST /match``.
+
+    Attributes:
+        pictures: Files, at least one.
+        texts: At least one.
+        deadline: Seconds for the answer (``deadline_s``); None for the server's default.
+        model: Name of the bundle; None for the default.
+    """
+
+    pictures: tuple[bytes, ...]
+    texts: tuple[str, ...]
+    deadline: float | None
+    model: str | None
 
 
 def read_caption_request(
@@ -118,6 +94,38 @@ def read_caption_request(
     Raises:
         RequestError: The body's type is another, there is no picture, or an option is unknown or given twice.
     """
+    pictures, options = _read(body, headers, query, (text, *FORM_OPTIONS, "deadline_s", "model"), "stop", limits)
+    prompt, deadline, model = (options.pop(name, None) for name in (text, "deadline_s", "model"))
+    check_type(text, prompt, str, "a text")
+    return CaptionRequest(pictures, prompt or None, options, deadline, model)
+
+
+def read_match_request(
+    body: bytes, headers: Headers, query: QueryParams, limits: Limits = DEFAULT_LIMITS
+) -> MatchRequest:
+    """Reads a request of ``/match``, as :func:`read_caption_request` does; ``text`` may be given several times.
+
+    Raises:
+        RequestError: As there; or there is no text.
+    """
+    pictures, options = _read(body, headers, query, ("text", "deadline_s", "model"), "text", limits)
+    texts: list[Any] = options.get("text", [])
+    if not texts:
+        raise RequestError(
+            "expected a text, got none", "send one or several", field="text", code="missing_required_parameter"
+        )
+    for text in texts:
+        if not isinstance(text, str):
+            raise RequestError(
+                f"expected text to be a text or a list of texts, got {shown(text)}", field="text", code="invalid_type"
+            )
+    return MatchRequest(pictures, tuple(texts), options.get("deadline_s"), options.get("model"))
+
+
+def _read(
+    body: bytes, headers: Headers, query: QueryParams, known: tuple[str, ...], several: str, limits: Limits
+) -> tuple[tuple[bytes, ...], dict[str, Any]]:
+    """The pictures and the options of a request; ``several`` is the option that may be given several times."""
     kind = media_type(headers)
     given = [(name, _value(name, value)) for name, value in query.multi_items()]
     pictures: list[bytes] = []
@@ -143,17 +151,16 @@ def read_caption_request(
             code="unsupported_media_type",
             status=415,
         )
-    options = _unique(given, text)
+    options = _unique(given, known, several)
     if not pictures:
         raise RequestError(
             "expected a picture, got none",
             f"send one: {SEND}",
             code="missing_picture",
         )
-    prompt, deadline = options.pop(text, None), options.pop("deadline_s", None)
-    check_type(text, prompt, str, "a text")
-    check_seconds(deadline)
-    return CaptionRequest(tuple(pictures), prompt or None, options, deadline)
+    check_type("model", options.get("model"), str, "a text")
+    check_seconds(options.get("deadline_s"))
+    return tuple(pictures), options
 
 
 class _FormParser(MultiPartParser):
@@ -231,9 +238,8 @@ def _value(name: str, text: str) -> Any:
         return text
 
 
-def _unique(given: list[tuple[str, Any]], text: str) -> dict[str, Any]:
-    """The options; texts of ``stop`` are collected."""
-    known = (text, *FORM_OPTIONS, "deadline_s")
+def _unique(given: list[tuple[str, Any]], known: tuple[str, ...], several: str) -> dict[str, Any]:
+    """The options; the values of the option ``several`` are collected in a list."""
     options: dict[str, Any] = {}
     for name, value in given:
         if name not in known:
@@ -245,7 +251,7 @@ def _unique(given: list[tuple[str, Any]], text: str) -> dict[str, Any]:
             )
         if value is None:
             continue
-        if name == "stop":
+        if name == several:
             options.setdefault(name, []).extend(value if isinstance(value, list) else [value])
         elif name in options:
             raise RequestError(f"expected {name} once, got it twice", "give it once", field=name)

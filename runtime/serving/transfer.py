@@ -7,14 +7,17 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
 
 from starlette.datastructures import Headers
 from starlette.types import Receive
 
 from blip2edge.errors import OverloadError
 from blip2edge.limits import BODY_GRACE_S, ConnectionLimits
-from blip2edge.runtime.captioning.request import CaptionResult, Request
+from blip2edge.runtime.captioning.request import Pending
 from blip2edge.runtime.serving.chat_keys import RequestError
+
+Work = TypeVar("Work", bound=Pending[Any])
 
 
 class ClientGoneError(Exception):
@@ -118,39 +121,39 @@ def _too_large(most: int, got: str) -> RequestError:
     )
 
 
-class WaitingClient:
-    """A waiting client: takes pieces of text from the scheduler's threads, and notices a closed connection.
+class WaitingClient(Generic[Work]):
+    """A waiting client: takes pieces of text from the threads of a queue, and notices a closed connection.
 
-    At the end of the ``async with`` block, its caption is canceled if it is not finished.
+    At the end of the ``async with`` block, its work is canceled if it is not finished.
 
     Attributes:
-        caption: The request, once it is submitted.
+        work: The caption or the call, once it is submitted.
     """
 
-    caption: Request
+    work: Work
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
 
-    async def __aenter__(self) -> WaitingClient:  # noqa: PYI034 - typing.Self is of Python 3.11
+    async def __aenter__(self) -> WaitingClient[Work]:
         """Begins to watch the connection."""
         self._gone = asyncio.ensure_future(self._disconnected())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Cancels the caption, if it is not finished."""
+        """Cancels the work, if it is not finished."""
         self._gone.cancel()
-        if hasattr(self, "caption"):
-            self.caption.cancel()
+        if hasattr(self, "work"):
+            self.work.cancel()
 
     async def _disconnected(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
     def put(self, piece: str | None) -> None:
-        """Adds a piece of the caption's text for the client; None: the caption is finished. Any thread may call it."""
+        """Adds a piece of the text for the client; None: the work is finished. Any thread may call it."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
@@ -163,8 +166,8 @@ class WaitingClient:
         try:
             while not pending.done():
                 left = None
-                if self.caption.expires is not None and not self.caption.over:  # its end is already queued otherwise
-                    left = max(0.0, self.caption.expires - time.monotonic())
+                if self.work.expires is not None and not self.work.over:  # its end is already queued otherwise
+                    left = max(0.0, self.work.expires - time.monotonic())
                 await asyncio.wait({self._gone, pending}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
                 if self._gone.done() and not pending.done():
                     raise ClientGoneError
@@ -172,9 +175,9 @@ class WaitingClient:
         finally:
             pending.cancel()
 
-    def outcome(self) -> CaptionResult:
-        """The result of the finished caption; raises its error."""
+    def outcome(self) -> Any:
+        """The result of the finished work; raises its error."""
         try:
-            return self.caption.result(0)
+            return self.work.result(0)
         except CancelledError as error:  # the server is closing
             raise OverloadError("the server is closing", "try again later") from error

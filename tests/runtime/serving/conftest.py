@@ -1,8 +1,9 @@
-"""One Chromium for all tests of pages, with a camera that shows a picture."""
+"""One Chromium for all tests of pages, with a camera that shows a picture; and a bundle for retrieval."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -31,3 +32,14 @@ def page(chromium: Page) -> Iterator[Page]:
     """A page with storage of its own."""
     with chromium.another() as other:
         yield other
+
+
+@pytest.fixture(scope="session")
+def blip_itm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a random tiny BLIP for retrieval; not to be changed."""
+    from blip2edge.export.pipeline import export_checkpoint
+    from tests.families import drawing_blip
+
+    folder = tmp_path_factory.mktemp("blip-itm")
+    drawing_blip.save_blip(folder / "checkpoint", "retrieval", 3)
+    return export_checkpoint(folder / "checkpoint", folder / "blip-itm", verify="sample").bundle

@@ -1,0 +1,1 @@
+"""The bundles of a server, and what a bundle for retrieval answers."""

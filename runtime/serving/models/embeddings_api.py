@@ -1,0 +1,231 @@
+"""``POST /v1/embeddings`` in OpenAI's format, and ``POST /match``: parses requests, computes and writes answers.
+
+OpenAI's schema has texts only. A picture is an object ``{"image": "data:image/...;base64,..."}`` in the list ``input``,
+as in the servers of other multimodal embeddings. Its vector and a text's are compared by the cosine.
+
+A picture of BLIP-2 has K vectors, one for each query, and its cosine with a text is the largest of them. OpenAI's
+``embedding`` has no place for them, so they are sent as ``embeddings``, if ``return_multivector`` is true.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blip2edge.errors import Blip2EdgeError, PromptError
+from blip2edge.limits import DEFAULT_LIMITS, Limits
+from blip2edge.runtime.captioning.matcher import Matcher
+from blip2edge.runtime.decoding.options import shown
+from blip2edge.runtime.serving.chat_keys import (
+    EMBEDDING_KEYS,
+    RequestError,
+    check_chat_keys,
+    check_seconds,
+    check_type,
+)
+from blip2edge.runtime.serving.json_bodies import json_object, picture_bytes
+from blip2edge.runtime.serving.picture_forms import MatchRequest
+
+Value = TypeVar("Value")
+
+MOST_INPUTS = 2048
+"""Largest number of inputs in a request; it is OpenAI's."""
+
+MOST_PAIRS = 1024
+"""Largest number of pairs of a picture and a text in a request of ``/match``: each pair is a run of the head."""
+
+
+@dataclass(frozen=True)
+class EmbeddingRequest:
+    """A parsed request.
+
+    Attributes:
+        inputs: Texts, and files of pictures.
+        model: Name of the bundle; None for the default.
+        base64: Whether vectors are sent as base64.
+        multivector: Whether each input gets a list of vectors.
+        deadline: Seconds for the answer (``deadline_s``); None for the server's default.
+    """
+
+    inputs: tuple[str | bytes, ...]
+    model: str | None = None
+    base64: bool = False
+    multivector: bool = False
+    deadline: float | None = None
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The vectors of an input, ``[F]`` or ``[K, F]`` float32, and its length in tokens; 0 for a picture."""
+
+    vectors: NDArray[np.float32]
+    tokens: int
+
+
+def read_embeddings(body: bytes, limits: Limits = DEFAULT_LIMITS) -> EmbeddingRequest:
+    """Reads a request's JSON.
+
+    Raises:
+        RequestError: It is no JSON object, has no input, has an unknown key or a value that cannot be honored, or
+            exceeds a limit.
+        PromptError: The texts are too long.
+    """
+    values = json_object(body, limits)
+    check_chat_keys(values, EMBEDDING_KEYS)
+    check_type("return_multivector", values.get("return_multivector"), bool, "true or false")
+    check_seconds(values.get("deadline_s"))
+    form = values.get("encoding_format")
+    if form not in (None, "float", "base64"):
+        raise RequestError(
+            f"expected encoding_format to be float or base64, got {shown(form)}",
+            field="encoding_format",
+            code="unsupported_value",
+        )
+    inputs = tuple(_inputs(values.get("input")))
+    pictures = sum(isinstance(one, bytes) for one in inputs)
+    if pictures > limits.pictures:
+        raise _wrong(f"expected at most {limits.pictures} pictures, got {pictures}", "send fewer in a request")
+    check_length([one for one in inputs if isinstance(one, str)], limits)
+    return EmbeddingRequest(
+        inputs, values.get("model"), form == "base64", bool(values.get("return_multivector")), values.get("deadline_s")
+    )
+
+
+def _inputs(value: Any) -> Iterator[str | bytes]:
+    if value is None:
+        raise _wrong("expected an input, got none", code="missing_required_parameter")
+    given = value if isinstance(value, list) else [value]
+    if not 1 <= len(given) <= MOST_INPUTS:
+        raise _wrong(f"expected 1 to {MOST_INPUTS} inputs, got {len(given)}")
+    for index, one in enumerate(given):
+        if isinstance(one, dict) and len(one) == 1:
+            ((key, content),) = one.items()
+            if key == "image":
+                yield picture_bytes(content, "input")
+                continue
+            one = content if key == "text" else one
+        if not isinstance(one, str):
+            raise _wrong(
+                f'expected input[{index}] to be a text, {{"text": TEXT}} or {{"image": "data:image/...;base64,..."}}, '
+                f"got {shown(one)}",
+                "token ids are not accepted: send the text" if isinstance(one, (int, list)) else None,
+                code="invalid_type",
+            )
+        yield one
+
+
+def check_length(texts: Sequence[str], limits: Limits) -> None:
+    """Raises PromptError if the texts of a request have more characters than a prompt may have."""
+    length = sum(map(len, texts))
+    if length > limits.prompt_chars:
+        raise PromptError(
+            f"expected texts of at most {limits.prompt_chars} characters, got {length}", "send fewer in a request"
+        )
+
+
+def check_pairs(wanted: MatchRequest, limits: Limits) -> None:
+    """Checks the size of a request of ``/match``.
+
+    Raises:
+        RequestError: There are too many pictures, or pairs.
+        PromptError: The texts are too long.
+    """
+    pictures, pairs = len(wanted.pictures), len(wanted.pictures) * len(wanted.texts)
+    if pictures > limits.pictures:
+        raise RequestError(f"expected at most {limits.pictures} pictures, got {pictures}", "send fewer", field="image")
+    if pairs > MOST_PAIRS:
+        raise RequestError(
+            f"expected at most {MOST_PAIRS} pairs of a picture and a text, got {pairs}", "send fewer", field="text"
+        )
+    check_length(wanted.texts, limits)
+
+
+def embed_steps(matcher: Matcher, inputs: Sequence[str | bytes], batch_size: int) -> Iterator[list[Embedded]]:
+    """Embeds inputs in batches of texts or of pictures; yields the vectors of each batch, in order.
+
+    Raises:
+        ImageError, PromptError: An input cannot be read; the error names it.
+    """
+    first = 0
+    while first < len(inputs):
+        kind = type(inputs[first])
+        end = first + 1
+        while end < min(len(inputs), first + batch_size) and type(inputs[end]) is kind:
+            end += 1
+        yield _embed(matcher, inputs[first:end], first)
+        first = end
+
+
+def _embed(matcher: Matcher, batch: Sequence[Any], first: int) -> list[Embedded]:
+    if isinstance(batch[0], str):
+        lengths = [len(_of_input(first + at, matcher.token_ids, text)) for at, text in enumerate(batch)]
+        vectors = matcher.embed_texts(batch, batch_size=len(batch))
+        return [Embedded(vector, tokens) for vector, tokens in zip(vectors, lengths, strict=True)]
+    results = matcher.embed_images_iter(batch, batch_size=len(batch), return_exceptions=True)
+    return [Embedded(_of_input(first + at, _unless_error, result), 0) for at, result in enumerate(results)]
+
+
+def _unless_error(result: Value | Blip2EdgeError) -> Value:
+    if isinstance(result, Blip2EdgeError):
+        raise result
+    return result
+
+
+def _of_input(index: int, compute: Callable[[Any], Value], argument: object) -> Value:
+    """Calls ``compute``; an error names the input."""
+    try:
+        return compute(argument)
+    except Blip2EdgeError as error:
+        error.field = f"input[{index}]"
+        raise
+
+
+def match_steps(matcher: Matcher, wanted: MatchRequest) -> Iterator[list[dict[str, Any]]]:
+    """Compares pictures with texts; yields the pairs of each picture, as ``blip2edge match --json`` prints them.
+
+    ``image`` is the picture's place in the request, from 0.
+    """
+    texts = list(wanted.texts)
+    results = matcher.match_many(wanted.pictures, texts)
+    for index in range(len(wanted.pictures)):
+        yield [{**next(results).to_json(), "image": index} for _ in texts]
+
+
+def embeddings_answer(model: str, wanted: EmbeddingRequest, results: Sequence[Embedded]) -> dict[str, Any]:
+    """Makes the answer of ``/v1/embeddings``.
+
+    Raises:
+        RequestError: A picture has several vectors, and ``return_multivector`` is not set.
+    """
+    data = []
+    for index, result in enumerate(results):
+        vectors = np.atleast_2d(result.vectors)
+        if not wanted.multivector and len(vectors) > 1:
+            raise RequestError(
+                f"the model {model!r} gives a picture {len(vectors)} vectors, and embedding has a place for one",
+                "send return_multivector: true; the cosine of a picture is the largest of its vectors",
+                field="return_multivector",
+                code="multivector_required",
+            )
+        written = [_written(vector, wanted.base64) for vector in vectors]
+        value = {"embeddings": written} if wanted.multivector else {"embedding": written[0]}
+        data.append({"object": "embedding", "index": index, **value})
+    tokens = sum(result.tokens for result in results)
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": data, "model": model, "usage": usage}
+
+
+def _written(vector: NDArray[np.float32], as_base64: bool) -> list[float] | str:
+    if as_base64:
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    values: list[float] = vector.tolist()
+    return values
+
+
+def _wrong(problem: str, fix: str | None = None, code: str = "invalid_value") -> RequestError:
+    return RequestError(problem, fix, field="input", code=code)

@@ -1,0 +1,1 @@
+"""A model of NVIDIA's Triton Inference Server that captions pictures with a bundle."""
