@@ -50,6 +50,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the model and print its directory."""
+    from blip2edge.bundle.hub.download import find_bundle
     from blip2edge.runtime.serving.triton.repository import TritonModel, write_model
 
     repository: Path = options.output
@@ -63,6 +64,6 @@ def run(options: argparse.Namespace) -> int:
         stream=options.stream,
         link=options.link,
     )
-    print(write_model(options.bundle, repository, model, force=options.force))
+    print(write_model(find_bundle(options.bundle), repository, model, force=options.force))
     print_next(f"tritonserver --model-repository {quoted(repository.resolve())}")
     return 0
