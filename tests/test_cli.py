@@ -296,7 +296,7 @@ def test_bundle_by_its_place_or_by_the_flag(command: str, rest: list[str], given
     ("words", "told"),
     [
         (["serve"], "the following arguments are required: BUNDLE (or -b BUNDLE)"),
-        (["serve", "a", "-b", "b"], "unrecognized arguments: a; BUNDLE is given by -b"),
+        (["inspect", "a", "-b", "b"], "unrecognized arguments: a; BUNDLE is given by -b"),
     ],
 )
 def test_bundle_missing_or_given_twice(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

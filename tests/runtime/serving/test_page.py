@@ -19,7 +19,7 @@ pytest.importorskip("uvicorn", reason="the server needs the extra serve")
 from blip2edge.cli import main
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.serving.access import Access
-from blip2edge.runtime.serving.http import Server
+from blip2edge.runtime.serving.models.served import ServedCaptioner
 from tests.browser import Page
 from tests.drawing import draw_pictures
 from tests.live_server import live
@@ -43,15 +43,15 @@ class Service(NamedTuple):
 @pytest.fixture(scope="module")
 def service(tiny_bundle: Path) -> Iterator[Service]:
     sent: Sent = []
-    submit = Server._submit
+    submit = ServedCaptioner.submit
 
-    def recording(server: Server, client: Any, pictures: tuple[bytes, ...], *rest: Any) -> None:
+    def recording(model: ServedCaptioner, client: Any, pictures: tuple[bytes, ...], *rest: Any) -> None:
         sent.append(pictures)
-        submit(server, client, pictures, *rest)
+        submit(model, client, pictures, *rest)
 
     captioner = Captioner.load(tiny_bundle, threads=1)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Server, "_submit", recording)
+        patched.setattr(ServedCaptioner, "submit", recording)
         with live(captioner) as (_, port), live(captioner, access=Access(api_key=KEY)) as (_, guarded):
             yield Service(port, guarded, sent)
 
