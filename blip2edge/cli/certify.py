@@ -86,6 +86,6 @@ def certificate_text(found: Certificate) -> str:
     if not found.faults:
         machine = found.machine["processor"]
         lines.append(
-            f"certified: {found.bundle} on the backend {found.backend} of {machine} gives the reference outputs"
+            f"certified: {found.bundle} gives the reference outputs with the backend {found.backend} on {machine}"
         )
     return "\n".join(lines)

@@ -63,11 +63,13 @@ class GraphCheck:
 
     Attributes:
         graph: Name of the graph.
-        outputs: Its outputs, in the order in which it computes them.
+        outputs: Its outputs that were compared, in the order in which it computes them.
+        not_compared: Recorded outputs that the backend does not return, such as a KV cache that it keeps itself.
     """
 
     graph: str
     outputs: Sequence[OutputCheck]
+    not_compared: Sequence[str] = ()
 
     @property
     def worst(self) -> OutputCheck:
@@ -202,8 +204,8 @@ def _graph_checks(
     checks = []
     for name, drawn, made in run_graphs(bundle, backend, threads, progress=progress):
         for key, array in drawn.items():
-            recorded = references.inputs.get(f"{name}/{key}")
-            if recorded is None or deviation(sketch(array), recorded) > 1e-5:
+            wanted = references.inputs.get(f"{name}/{key}")
+            if wanted is None or deviation(sketch(array), wanted) > 1e-5:
                 raise BundleError(
                     f"{bundle.path}: the seeded inputs of {name} are not those of the references, which were made with "
                     f"NumPy {references.made_with.get('numpy', 'unknown')}; here is {np.__version__}",
@@ -211,13 +213,19 @@ def _graph_checks(
                 )
         precision = bundle.graph(name).precision
         allowed = tolerance if tolerance is not None else TOLERANCES.get(precision, INTEGER_TOLERANCE)
-        wanted = {key: references.outputs.get(f"{name}/{key}") for key in made}
+        recorded = {
+            key.removeprefix(f"{name}/"): value
+            for key, value in references.outputs.items()
+            if key.startswith(f"{name}/")
+        }
         found = [
-            OutputCheck(key, deviation(sketch(made[key]), reference), allowed)
-            for key, reference in wanted.items()
-            if reference is not None
+            OutputCheck(key, deviation(sketch(array), recorded[key]), allowed)
+            for key, array in made.items()
+            if key in recorded
         ]
-        checks.append(GraphCheck(name, found))
+        if not found:
+            raise BundleError(f"{bundle.path} has no reference outputs of the graph {name}", "copy the bundle again")
+        checks.append(GraphCheck(name, found, tuple(key for key in recorded if key not in made)))
     return checks
 
 

@@ -151,7 +151,7 @@ def add_reference_outputs(
     """Records the references of a bundle that is being made, and lists them in its manifest.
 
     Args:
-        directory: The staging directory, with all files of the bundle. ReferenceOutputs of another bundle are replaced.
+        directory: The staging directory, with all files of the bundle; older reference outputs are replaced.
         threads: CPU threads; None for all cores.
         progress: Called with a stage's name, steps done and steps in all.
     """
