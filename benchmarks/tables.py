@@ -58,6 +58,20 @@ def language(document: dict[str, Any]) -> list[str]:
     return [*head, *rows, "", f"{_where(document)}, batch 1."]
 
 
+def first_caption(document: dict[str, Any]) -> list[str]:
+    """Table of the three commands of README.md (`first_caption.py`)."""
+    head = ["| | seconds | peak memory | bundle |", "|---|---:|---:|---:|"]
+    rows = [
+        f"| {step['command']} | {step['seconds']:.0f} | {step['peak_bytes'] / 1e9:.1f} GB | "
+        + (f"{step['bundle_bytes'] / 1e6:.0f} MB |" if "bundle_bytes" in step else "|")
+        for step in document["steps"][:3]
+    ]
+    machine = document["machine"]
+    weights, pictures = document["weight_bytes"] / 1e6, document["pictures"]
+    where = f"{machine['cpu']}, {machine['cores']} cores"
+    return [*head, *rows, "", f"Checkpoint of {weights:.0f} MB in fp32, {pictures} pictures. {where}."]
+
+
 def stages(document: dict[str, Any]) -> list[str]:
     """Table of the stages in the output of ``blip2edge bench --json``."""
     head = ["| stage | p50 ms | CPU ms | share of the roofline |", "|---|---:|---:|---:|"]
@@ -202,6 +216,7 @@ def _where(document: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
+    "first-caption": ("first_caption.json", first_caption),
     "captions": ("peers-cpu.json", captions),
     "captions-batch": ("peers-batch-cpu.json", captions),
     "vision": ("peers-vision-cpu.json", vision),
