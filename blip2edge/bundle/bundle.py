@@ -193,16 +193,24 @@ class Bundle:
         path = self.path / MANIFEST
         return self.manifest.engines_of or self.checked.sha256(path) or self.checked.hash(path)[0]
 
-    def derived(self, kind: str) -> Path:
-        """Returns the directory to read engines or optimized copies from: in the bundle, or in the user's cache.
+    def derived(self, kind: str) -> list[Path]:
+        """Returns the directories to read engines or optimized copies from: in the bundle, and in the user's cache.
+
+        The directory that :meth:`derive` writes to comes first, so that what the user makes is used before what came
+        with the bundle. If a signature is required, the bundle's directory comes first: the cache is not signed.
 
         Args:
             kind: Kind of the derived files, ``engines`` or ``optimized``.
         """
-        places = self._derived(kind)
+        inside, *cached = self._derived(kind)
+        if self.manifest.engines_of:  # its engines are all that it has
+            cached = []
+        written = inside if inside.is_dir() else self.path
+        to_cache = is_downloaded(self.path) or not os.access(written, os.W_OK)
+        places = [*cached, inside] if to_cache and self.signature is None else [inside, *cached]
         for place in places:
             recover_in(place)
-        return next((place for place in places if place.is_dir()), places[0])
+        return [place for place in places if place.is_dir()]
 
     def derive(self, kind: str) -> Path:
         """Makes the directory to write engines or optimized copies to.

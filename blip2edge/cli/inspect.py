@@ -95,7 +95,7 @@ def _copies(bundle: Bundle) -> list[str]:
 
     lines = []
     for backend in PACKAGES:
-        if not (bundle.derived(KIND) / backend).is_dir():
+        if not any((place / backend).is_dir() for place in bundle.derived(KIND)):
             continue
         found = read_copy(bundle, backend)
         if found is None:

@@ -312,14 +312,14 @@ def _plain(value: Any) -> str:
 
 def engine_folders(bundle: Bundle) -> list[Path]:
     """Returns the folders of engines of a bundle; :meth:`EngineSet.read` reads one."""
-    return sorted(path.parent for path in bundle.derived(KIND).glob(f"*/{RECORD}"))
+    return [path.parent for place in bundle.derived(KIND) for path in sorted(place.glob(f"*/{RECORD}"))]
 
 
 def find_engines(bundle: Bundle, here: Fingerprint) -> EngineSet:
     """Finds the engines of a bundle that this machine can run.
 
     Args:
-        bundle: The bundle whose ``engines/`` folder is searched.
+        bundle: The bundle whose engines are searched, in its folder ``engines/`` and in the user's cache.
         here: The fingerprint that engines would have if they were built now on this machine.
 
     Raises:

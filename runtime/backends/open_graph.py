@@ -146,14 +146,23 @@ def read_copy(bundle: Bundle, backend: str, *, use_stamps: bool = True) -> tuple
     """Finds a bundle's optimized copy for a backend, and checks the files of the copy; see :class:`CheckedFiles`.
 
     Returns:
-        Directory and record of the copy; None if there is no copy, if it was made from another bundle, by another
-        version of the backend's package or, for some backends, on another processor, or if a required signature does
-        not list it.
+        Directory and record of the first copy that can be used; None if there is none. A copy is not used if it was
+        made from another bundle, by another version of the backend's package or, for some backends, on another
+        processor, or if a required signature does not list it.
 
     Raises:
         BundleIntegrityError: A file of the copy is missing or was changed, or is not listed in ``optimized.json``.
     """
-    directory = bundle.derived(KIND) / backend
+    for directory in (place / backend for place in bundle.derived(KIND)):
+        record = _usable_record(bundle, directory, backend)
+        if record is not None:
+            _check_copy(bundle, directory, record, use_stamps)
+            return directory, record
+    return None
+
+
+def _usable_record(bundle: Bundle, directory: Path, backend: str) -> OptimizedRecord | None:
+    """Reads the record of a copy; None if the copy cannot be used, see :func:`read_copy`."""
     path = directory / RECORD
     if not path.is_file() or not bundle.admits(directory, RECORD):
         return None
@@ -172,7 +181,12 @@ def read_copy(bundle: Bundle, backend: str, *, use_stamps: bool = True) -> tuple
         return None
     if backend in OF_ONE_MACHINE and record.machine != exact_processor():
         return None
-    fix = f"make the copy again: blip2edge optimize {bundle.path} --backend {backend}"
+    return record
+
+
+def _check_copy(bundle: Bundle, directory: Path, record: OptimizedRecord, use_stamps: bool) -> None:
+    """Checks the files of a copy."""
+    fix = f"make the copy again: blip2edge optimize {bundle.path} --backend {record.backend}"
     for graph in record.graphs.values():
         if graph.file not in record.files:
             raise BundleIntegrityError(f"{directory / graph.file} is not listed in {RECORD}", fix)
@@ -180,7 +194,6 @@ def read_copy(bundle: Bundle, backend: str, *, use_stamps: bool = True) -> tuple
     bundle.checked.check(listing, use_stamps=use_stamps)
     if not use_stamps:
         check_unlisted(listing)
-    return directory, record
 
 
 def _weights(bundle: Bundle, directory: Path, record: OptimizedRecord) -> set[str]:

@@ -17,6 +17,7 @@ from blip2edge.bundle.schema import BRIDGE, Axis, CacheSpec, GraphSpec, Parity, 
 from blip2edge.bundle.trust import integrity
 from blip2edge.bundle.trust.integrity import STAMPS, FileRecord
 from blip2edge.errors import BundleError, BundleIntegrityError, BundleVersionError, OutputError
+from blip2edge.runtime.backends.engine_files import RECORD, engine_folders
 
 
 def make_manifest(directory: Path) -> Manifest:
@@ -199,19 +200,34 @@ def test_derived_files_go_beside_the_sources_or_to_the_cache(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     opened = Bundle.open(bundle)
-    assert opened.derived("engines") == bundle / "engines"
+    assert opened.derived("engines") == []
     blocked = bundle / "optimized"
     blocked.write_text("a file where the directory would be")
     cached = opened.derive("optimized")
     assert cached == tmp_path / "cache" / "blip2edge" / "optimized" / opened.sha256[:16]
     assert cached.is_dir()
-    assert opened.derived("optimized") == cached
-    assert opened.derive("engines") == bundle / "engines" == opened.derived("engines")
+    assert opened.derived("optimized") == [cached]
+    assert opened.derive("engines") == bundle / "engines"
+    assert opened.derived("engines") == [bundle / "engines"]
     cached.rmdir()
     cached.parent.rmdir()
     cached.parent.write_text("a file here as well")
     with pytest.raises(OutputError, match="XDG_CACHE_HOME"):
         opened.derive("optimized")
+
+
+def test_what_the_user_made_is_used_before_what_came_with_a_read_only_bundle(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    opened = Bundle.open(bundle)
+    cached = tmp_path / "cache" / "blip2edge" / "engines" / opened.sha256[:16]
+    for directory in (bundle / "engines", cached):
+        (directory / "x").mkdir(parents=True)
+        (directory / "x" / RECORD).touch()
+    assert engine_folders(opened) == [bundle / "engines" / "x", cached / "x"]
+    monkeypatch.setattr("os.access", lambda path, mode: not Path(path).is_relative_to(bundle))
+    assert engine_folders(opened) == [cached / "x", bundle / "engines" / "x"]
 
 
 def test_without_a_home_directory(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
