@@ -28,6 +28,7 @@ from blip2edge.bundle.trust.signing import sign_bundle
 from blip2edge.cli import main
 from blip2edge.errors import MissingPackageError
 from blip2edge.optimization.pipeline import optimize
+from blip2edge.runtime.backends.open_graph import read_copy
 from tests.bundle.test_signing import Key, make_keys
 from tests.drawing import draw_pictures
 from tests.hub_server import TOKEN, HubServer, plug_in
@@ -266,7 +267,7 @@ def test_derived_files_go_to_the_users_cache(published: HubServer, tmp_path: Pat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     directory = optimize(HUB).directory
     assert directory.is_relative_to(tmp_path / "cache" / "blip2edge" / "optimized")
-    assert Bundle.open(HUB).derived("optimized") == directory.parent
+    assert Bundle.open(HUB).derived("optimized") == [directory.parent]
     assert not list(Path(constants.HF_HUB_CACHE).rglob("optimized*"))
 
 
@@ -283,10 +284,22 @@ def test_a_signed_bundle(published: HubServer, tiny_bundle: Path, tmp_path: Path
     assert (bundle.path / "optimized" / "cpu" / "optimized.json").is_file()  # it is signed
     assert bundle.unsigned == []
     assert text_of("hub:org/signed") == text_of(tiny_bundle)
+    own = optimize("hub:org/signed").directory
+    assert _copy_of("hub:org/signed") == own
+    assert _copy_of("hub:org/signed", public) == bundle.path / "optimized" / "cpu"
+    (own / "optimized.json").write_text("{}")  # of another version
+    assert _copy_of("hub:org/signed") == bundle.path / "optimized" / "cpu"
     assert main(["verify", "hub:org/signed", "--key", str(public)]) == 0
     other = make_keys(tmp_path / "keys", "other", _curve())[1]
     with pytest.raises(BundleError, match="is not a signature of the key"):
         Bundle.open("hub:org/signed", require_signature=other)
+
+
+def _copy_of(bundle: str, public_key: Path | None = None) -> Path:
+    """The optimized copy for the CPU that a run of a bundle uses."""
+    found = read_copy(Bundle.open(bundle, require_signature=public_key), "cpu")
+    assert found is not None
+    return found[0]
 
 
 def _curve() -> Any:
@@ -340,6 +353,21 @@ def test_push_of_another_bundle_removes_old_files(hub: HubServer, tiny_bundle: P
     assert (kept["LICENSE"], kept["README.md"]) == (b"text", b"edited")
     assert hub.repositories[NAME].files("main") == files
     assert Bundle.open(f"{HUB}@next").sha256 == Bundle.open(bundle).sha256
+
+
+def test_push_keeps_an_edited_card_and_writes_its_own_again(hub: HubServer, tiny_bundle: Path) -> None:
+    from blip2edge.bundle.hub.upload import push_bundle
+
+    assert not push_bundle(tiny_bundle, NAME).card_kept
+    card = hub.repositories[NAME].files()["README.md"]
+    assert b'license: "mit"' not in card
+    assert not push_bundle(tiny_bundle, NAME, license_id="mit").card_kept
+    again = hub.repositories[NAME].files()["README.md"]
+    assert b'license: "mit"' in again
+    edited = again.replace(b"## Run it", b"Of my dogs.\n\n## Run it")
+    hub.add(NAME, {**hub.repositories[NAME].files(), "README.md": edited})
+    assert push_bundle(tiny_bundle, NAME).card_kept
+    assert hub.repositories[NAME].files()["README.md"] == edited
 
 
 def test_push_uploads_derived_files_when_asked(hub: HubServer, tiny_bundle: Path, tmp_path: Path, capsys: Any) -> None:

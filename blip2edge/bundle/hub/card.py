@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,10 @@ from blip2edge.bundle.hub.names import MAIN, HubName, repository_of
 from blip2edge.bundle.manifest import GraphRecord, Manifest
 from blip2edge.bundle.schema import DECODER
 
-MARK = "<!-- written by `blip2edge push`; without this line, the next push keeps the card -->"
+MARK = "<!-- written by `blip2edge push`, SHA-256 {}; the next push keeps the card if it was edited -->"
+_MARK = re.compile(re.escape(MARK).replace(r"\{\}", "([0-9a-f]{64})"))
+
+_UNKNOWN = "0" * 64
 
 # What the model does -> the hub's task, and the arguments of the command that does it.
 _CAPTION = ("image-to-text", "caption dog.jpg")
@@ -32,7 +37,7 @@ def model_card(manifest: Manifest, repository: str, revision: str = MAIN, licens
     task, words = _task(manifest)
     parts = [
         _yaml(manifest, task, license_id),
-        MARK,
+        MARK.format(_UNKNOWN),
         f"# {repository.partition('/')[2]}",
         _summary(manifest),
         "## Run it",
@@ -43,7 +48,20 @@ def model_card(manifest: Manifest, repository: str, revision: str = MAIN, licens
         "## Files",
         _files(manifest),
     ]
-    return "\n\n".join(parts) + "\n"
+    card = "\n\n".join(parts) + "\n"
+    return card.replace(_UNKNOWN, _sha256(card))
+
+
+def is_edited(card: str) -> bool:
+    """Whether a model card has another text than :func:`model_card` wrote, by the hash in its first comment."""
+    found = _MARK.search(card)
+    return found is None or found[1] != _sha256(card.replace(found[1], _UNKNOWN))
+
+
+def _sha256(card: str) -> str:
+    """The SHA-256 of a card that has ``_UNKNOWN`` in place of its hash; the ends of lines make no difference."""
+    lines = [line.rstrip() for line in card.strip().splitlines()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def base_model(manifest: Manifest) -> str:
@@ -63,7 +81,8 @@ def _yaml(manifest: Manifest, task: str, license_id: str) -> str:
     values: dict[str, Any] = {"library_name": "blip2edge", "pipeline_tag": task}
     if base := base_model(manifest):
         values["base_model"] = base
-        values["base_model_relation"] = "quantized" if manifest.calibration else "adapter"
+        if manifest.calibration:
+            values["base_model_relation"] = "quantized"
     if license_id:
         values["license"] = license_id
     values["tags"] = ["blip2edge", "onnx", "edge", manifest.family, *precisions]

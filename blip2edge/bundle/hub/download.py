@@ -175,7 +175,7 @@ class _Download:
             raise BundleIntegrityError(
                 f"{file} does not match its {listing}: expected the SHA-256 {sha256}, got another one; the file was "
                 "not kept",
-                "run the command again; if it fails again, the repository is damaged: tell its author",
+                "run the command again; if it fails again, the repository is damaged: report it to its owner",
             )
         part.replace(blob)
 

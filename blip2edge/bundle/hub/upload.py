@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.bundle.hub.card import MARK, base_model, model_card
+from blip2edge.bundle.hub.card import base_model, is_edited, model_card
 from blip2edge.bundle.hub.download import hub_client
 from blip2edge.bundle.hub.errors import LOG_IN, hub_errors
 from blip2edge.bundle.hub.names import MAIN, HubName
@@ -91,7 +91,7 @@ def push_bundle(
         found = set(api.list_repo_files(name.repository, revision=name.revision))
         if "config.json" in found and MANIFEST not in found:
             raise OutputError(f"{name} contains a checkpoint, which a bundle would mix with", "give another repository")
-        kept = CARD in found and MARK not in _remote_text(hub, name, CARD)
+        kept = CARD in found and is_edited(_remote_text(hub, name, CARD))
         removed = tuple(sorted(found & _listed(hub, name, found) - files.keys()))
         operations = [hub.CommitOperationAdd(file, str(path)) for file, path in files.items()]
         operations += [hub.CommitOperationDelete(file) for file in removed]
