@@ -50,8 +50,8 @@ def pip_command(extra: str = "", upgrade: bool = False) -> str:
     """Returns the command that installs blip2edge from where it was installed, with an extra such as ``serve``.
 
     From a clone it is ``pip install -e 'CLONE[serve]'``, from git ``pip install 'blip2edge[serve] @ git+URL'``, else
-    ``pip install 'blip2edge[serve]'``. If the shell's ``pip`` belongs to another environment than this Python, the
-    command names this Python.
+    ``pip install 'blip2edge[serve]'``, also if the file that it was installed from was removed. If the shell's ``pip``
+    belongs to another environment than this Python, the command names this Python.
 
     Args:
         extra: One extra, several joined by commas, or none.
@@ -70,15 +70,25 @@ def _requirement(extras: str) -> str:
         return f"-e {shlex.quote(f'{CLONE}{extras}')}"
     found = _direct_url()
     url = str(found.get("url", ""))
+    path = _local_path(url)
+    if path and not Path(path).exists():  # a wheel that was removed after the installation, as in the images
+        found, url = {}, ""
     if "vcs_info" in found:
         revision = found["vcs_info"].get("requested_revision")
         url = f"{found['vcs_info']['vcs']}+{url}" + (f"@{revision}" if revision else "")
     elif "dir_info" in found:
-        from urllib.parse import urlsplit
-        from urllib.request import url2pathname  # slow to import, so not at every start
-
-        return shlex.quote(f"{url2pathname(urlsplit(url).path)}{extras}")
+        return shlex.quote(f"{path}{extras}")
     return shlex.quote(f"blip2edge{extras}" + (f" @ {url}" if url else "")) if extras or url else "blip2edge"
+
+
+def _local_path(url: str) -> str:
+    """The path of a URL of a file or a directory; empty for any other URL."""
+    if not url.startswith("file:"):
+        return ""
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname  # slow to import, so not at every start
+
+    return url2pathname(urlsplit(url).path)
 
 
 def _direct_url() -> dict[str, Any]:

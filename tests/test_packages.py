@@ -41,7 +41,7 @@ def test_the_hint_of_a_clone(monkeypatch: pytest.MonkeyPatch) -> None:
     ("record", "hint"),
     [
         (None, "'blip2edge[cpu,serve]'"),
-        ({"url": "file:///tmp/my%20clone", "dir_info": {}}, "'/tmp/my clone[cpu,serve]'"),
+        ({"url": "file://TMP/my%20clone", "dir_info": {}}, "'TMP/my clone[cpu,serve]'"),
         (
             {"url": "https://example.org/b.git", "vcs_info": {"vcs": "git", "commit_id": "0" * 40}},
             "'blip2edge[cpu,serve] @ git+https://example.org/b.git'",
@@ -51,13 +51,21 @@ def test_the_hint_of_a_clone(monkeypatch: pytest.MonkeyPatch) -> None:
             "'blip2edge[cpu,serve] @ git+https://example.org/b.git@v1'",
         ),
         (
-            {"url": "file:///w/blip2edge-0.1.0-py3-none-any.whl", "archive_info": {}},
-            "'blip2edge[cpu,serve] @ file:///w/blip2edge-0.1.0-py3-none-any.whl'",
+            {"url": "file://TMP/blip2edge-0.1.0-py3-none-any.whl", "archive_info": {}},
+            "'blip2edge[cpu,serve] @ file://TMP/blip2edge-0.1.0-py3-none-any.whl'",
         ),
+        ({"url": "file://TMP/removed/blip2edge-0.1.0-py3-none-any.whl", "archive_info": {}}, "'blip2edge[cpu,serve]'"),
+        ({"url": "file://TMP/removed", "dir_info": {}}, "'blip2edge[cpu,serve]'"),
     ],
 )
-def test_the_hint_of_an_installed_package(record: dict[str, Any] | None, hint: str, installed: Any) -> None:
-    installed(record)
+def test_the_hint_of_an_installed_package(
+    record: dict[str, Any] | None, hint: str, installed: Any, tmp_path: Path
+) -> None:
+    """TMP is a directory that has a clone and a wheel, and no ``removed``."""
+    (tmp_path / "my clone").mkdir()
+    (tmp_path / "blip2edge-0.1.0-py3-none-any.whl").touch()
+    installed(record and {**record, "url": record["url"].replace("TMP", tmp_path.as_posix())})
+    hint = hint.replace("TMP", tmp_path.as_posix())
     assert pip_command("cpu,serve") == f"pip install {hint}"
     assert pip_command("cpu,serve", upgrade=True) == f"pip install --upgrade {hint}"
 
@@ -71,8 +79,7 @@ def test_the_hint_names_the_environment_of_this_python(monkeypatch: pytest.Monke
         assert packages._pip() == (word or f"{sys.executable} -m pip")
 
 
-def test_pip_takes_the_hint_of_a_clone() -> None:
-    """The command that a user gets, as far as the build of this clone; nothing is installed."""
+def test_a_process_in_this_clone_gives_the_hint_of_a_clone() -> None:
     code = "from blip2edge.packages import pip_command; print(pip_command('serve'))"
     hint = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
     assert hint.rstrip().endswith(f"install -e '{ROOT}[serve]'")

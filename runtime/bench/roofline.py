@@ -19,6 +19,7 @@ import numpy as np
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import BackendError
+from blip2edge.packages import pip_command
 from blip2edge.runtime.backends.base import BACKENDS, open_session
 from blip2edge.runtime.backends.probe import Node, cores, onnx_model, processor
 from blip2edge.runtime.bench.devices import CPU_EFFICIENCY, GB, THIS, Board
@@ -77,7 +78,7 @@ def this_device(threads: int | None = None, image_size: int = 224) -> Board:
     else:
         raise BackendError(
             "measuring this machine needs ONNX Runtime or OpenVINO, and neither is installed",
-            "install one: pip install 'blip2edge[cpu]'",
+            f"install one: {pip_command('cpu')}",
         )
     memory = machine_memory()
     total, free = (memory.total, memory.free) if memory is not None else (0, 0)

@@ -98,7 +98,7 @@ def write_model(bundle: str | Path, repository: Path, model: TritonModel, *, for
 
 MODEL_TEXT = f'''"""Captions pictures with the bundle beside this file. Written by blip2edge {__version__}.
 
-Triton's Python backend needs `pip install 'blip2edge[cpu]'` (or another backend's extra) in its environment.
+The Python of Triton's Python backend needs blip2edge with the extra `cpu`, or another backend's: docs/triton.md.
 """
 
 from blip2edge.runtime.serving.triton.python_model import TritonPythonModel
