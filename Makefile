@@ -8,7 +8,7 @@ START ?= 0
 MUTANTS ?= 100
 BIN := $(VENV)/bin
 
-.PHONY: help venv install check docs site format test test-slow test-runtime resolve faults fuzz mutants fuzz-http soak endurance bulk demo clean
+.PHONY: help venv install check docs site format test test-slow test-runtime resolve faults fuzz mutants fuzz-http soak endurance bulk images demo clean
 
 help:
 	@echo "make demo      install into $(VENV) and run the demo"
@@ -23,6 +23,7 @@ help:
 	@echo "make soak      the server at twice its capacity, for MINUTES (10)"
 	@echo "make endurance CAPTIONS (100000) through one scheduler"
 	@echo "make bulk      kill bulk on 5,000 pictures, and measure its speed"
+	@echo "make images    build the containers of IMAGES (cpu) with DOCKER (docker), and run doctor in each"
 	@echo "make check     ruff, mypy --strict, import-linter"
 	@echo "make docs      write the tables, pages and pictures of docs/ that come from code"
 	@echo "make site      build docs/ as a site in site/"
@@ -102,6 +103,15 @@ endurance: $(BUNDLE)
 bulk: $(BUNDLE)
 	$(BIN)/python benchmarks/bulk_kills.py $(BUNDLE) --json benchmarks/results/bulk-kills.json
 	$(BIN)/python benchmarks/bulk_speed.py $(BUNDLE) --json benchmarks/results/bulk-speed.json
+
+# Downloads the base images and the packages. DOCKER may be podman; IMAGES=l4t is for a Jetson.
+DOCKER ?= docker
+IMAGES ?= cpu
+images:
+	for image in $(IMAGES); do \
+	    $(DOCKER) build -f docker/Dockerfile.$$image -t blip2edge:$$image . && \
+	    $(DOCKER) run --rm blip2edge:$$image doctor || exit 1; \
+	done
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
