@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,8 @@ def test_what_the_user_made_is_used_before_what_came_with_a_read_only_bundle(
     assert engine_folders(opened) == [bundle / "engines" / "x", cached / "x"]
     monkeypatch.setattr("os.access", lambda path, mode: not Path(path).is_relative_to(bundle))
     assert engine_folders(opened) == [cached / "x", bundle / "engines" / "x"]
+    engines = Bundle(bundle, replace(opened.manifest, engines_of=opened.sha256))
+    assert engine_folders(engines) == [bundle / "engines" / "x"]  # it has no graphs to build others from
 
 
 def test_without_a_home_directory(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
