@@ -41,6 +41,12 @@ if TYPE_CHECKING:
 
 _OPTION = re.compile("\x02(\\w+)(=True)?\x03")
 _ESCAPE = re.compile("\x1b\\[[0-9;]*[A-Za-z]")  # colours of a terminal
+_USER_PASSWORD = re.compile(r"(://(?!\[)[^:/?#@\s]*):(?!\d*[/?#])[^@\s]*(?:@[^/?#@\s]*)*@")
+_SECRET = re.compile(
+    r"(?<![\w.-])((?:[\w-]*(?:pw|pwd|pass|passwd|password|passphrase)|token|secret|api[-_]?key|authorization)\s*=\s*)"
+    r"(?:\(string\)\s*)?(?:\"(?:\\.|[^\"\\])*\"|'[^']*'|\\.|[^\s\"'\\])+",
+    re.IGNORECASE,
+)
 
 
 def option(name: str, *, on: bool = False) -> str:
@@ -192,11 +198,18 @@ class EngineFaultError(BackendError):
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message in one plain line of at most 200 characters; its class where the message is empty."""
-    text = " ".join(_ESCAPE.sub("", str(error)).split()) or type(error).__name__
+    """An exception's message in one plain line of at most 200 characters; its class where the message is empty.
+
+    Passwords in it are replaced as by :func:`shown_address`.
+    """
+    text = shown_address(" ".join(_ESCAPE.sub("", str(error)).split())) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:199]}…"
 
 
 def shown_address(address: str) -> str:
-    """An address as it is printed: without its password."""
-    return re.sub(r"(://[^:/@\s]*):[^/@\s]*@", r"\1:***@", address)
+    """An address, a GStreamer pipeline or a message as it is printed: ``***`` in place of passwords.
+
+    Replaced are the password of ``scheme://user:password@host``, and the values of properties and parameters such as
+    ``user-pw=``, ``passphrase=``, ``password=`` and ``token=``.
+    """
+    return _SECRET.sub(r"\1***", _USER_PASSWORD.sub(r"\1:***@", address))

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 
 MAX_PORT = 65_535
+MAX_LATIN_1 = 255  # HTTP headers are encoded as Latin-1
 
 
 def number(text: str) -> float:
@@ -72,4 +73,6 @@ def http_header(text: str) -> tuple[str, str]:
     name, colon, value = text.partition(":")
     if not colon or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or not value.strip().isprintable():
         raise argparse.ArgumentTypeError(f"expected NAME:VALUE, got {text!r}")
+    if any(ord(character) > MAX_LATIN_1 for character in value):
+        raise argparse.ArgumentTypeError(f"expected the value of {name} to have characters of Latin-1 only")
     return name, value.strip()

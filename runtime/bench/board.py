@@ -38,31 +38,34 @@ def query_nvpmodel() -> str:
 
 
 RUNNERS = {
-    "TensorRT": "tensorrt",
-    "TensorRT-RTX": "rtx",
     "CUDAExecutionProvider": "cuda",
     "openvino": "openvino",
     "CPUExecutionProvider": "cpu",
 }
-"""The backend that runs where a check passes, by the check's name; the fastest first."""
+"""The backend of each check that multiplies matrices, by the check's name; the fastest first."""
+
+UNTRIED = {"TensorRT": "tensorrt", "TensorRT-RTX": "rtx"}
+"""The backend of each check that only finds the package and a driver."""
 
 
 def conclusion(checks: Sequence[Check]) -> str:
-    """One sentence: the backends that run here, the memory that is available, and the first thing to mend.
+    """One sentence: the backends that ran here, those that were not tried, the available memory, and what to mend.
 
     Args:
         checks: All checks of the doctor.
     """
     passed = {check.name: check for check in checks if check.ok}
     backends = [backend for name, backend in RUNNERS.items() if name in passed]
-    if not backends:
+    untried = [f"{backend} is installed, not tried" for name, backend in UNTRIED.items() if name in passed]
+    if not backends and not untried:
         broken = next((check for check in checks if check.required and not check.ok), None)
         return "nothing runs here yet" + (f": {broken.fix}" if broken and broken.fix else "")
     memory = passed.get("memory")
     free = re.search(r"[\d.]+ GB available", memory.detail) if memory else None
-    sentence = f"captions run here with --backend {' or '.join(backends)}" + (f", {free[0]}" if free else "")
+    runs = f"captions run here with --backend {' or '.join(backends)}" if backends else "no backend was tried here"
+    sentence = runs + (f", {free[0]}" if free else "")
     fixes = [check.fix for check in checks if check.name in BOARD and not check.ok and check.fix]
-    return "; ".join([sentence, *fixes])
+    return "; ".join([sentence, *untried, *fixes])
 
 
 BOARD = ("power mode", "clocks", "swap", "disk")

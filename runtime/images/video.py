@@ -1,6 +1,6 @@
 """Reads the frames of a video from a list, a folder of frames, a video file, or one picture that is repeated.
 
-Also puts the channels of arrays into the order R, G, B.
+Also puts the channels of arrays into the order R, G, B, and draws captions.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -21,11 +21,17 @@ from blip2edge.packages import require
 from blip2edge.reading import reading
 from blip2edge.runtime.images.preprocess import DeferredImage, ImageSource, check_pixels
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 ItemSource = ImageSource | Sequence[ImageSource]
 """A picture; for a model of videos, also several pictures or an array ``[F, H, W, 3]``."""
 
 Channels = Literal["rgb", "bgr"]
 """Order of an array's channels; ``bgr`` is OpenCV's."""
+
+LINE_SHARE = 22  # lines of text in the height of a picture
+LEAST_FONT = 12  # pixels
 
 VIDEO_SUFFIXES = frozenset((".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"))
 
@@ -186,3 +192,26 @@ def _pick(container: Any, wanted: set[int], limits: Limits) -> dict[int, ImageSo
         if index >= max(wanted):
             break
     return found
+
+
+def draw_caption(picture: Image.Image, text: str) -> Image.Image:
+    """A copy of an RGB picture with a text over its lower edge, in lines that fit its width."""
+    from PIL import ImageDraw, ImageFont
+
+    drawn = picture.copy()
+    draw = ImageDraw.Draw(drawn, "RGBA")
+    size = max(LEAST_FONT, picture.height // LINE_SHARE)
+    font = ImageFont.load_default(size)
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and draw.textlength(longer, font) > picture.width - size:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    height = round(1.3 * size)
+    top = picture.height - height * len(lines) - size // 2
+    draw.rectangle((0, top, picture.width, picture.height), (0, 0, 0, 160))
+    for number, line in enumerate(lines):
+        draw.text((size // 2, top + size // 4 + number * height), line, "white", font)
+    return drawn

@@ -196,15 +196,27 @@ def test_the_node_publishes_captions(ros: Any, tiny_bundle: Path, monkeypatch: p
     assert ros.calls == ["init", "spun", "shutdown"]
 
 
-def test_a_bundle_that_breaks_ends_the_node(ros: Any, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "first", "last"),
+    [
+        (BackendError("the GPU is gone"), "the GPU is gone", "the GPU is gone"),
+        (KeyError("text"), "captions end with an unexpected error:", "KeyError: 'text'"),
+    ],
+)
+def test_any_exception_ends_ros(
+    error: Exception, first: str, last: str, ros: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: Any, **__: Any) -> Iterator[Any]:
-        raise BackendError("the GPU is gone")
+        raise error
 
-    monkeypatch.setattr(FakeNode, "parameters", {"bundle": str(tiny_bundle), "threads": 1})
+    monkeypatch.setattr(FakeNode, "parameters", {"bundle": "BUNDLE", "threads": 1})
+    monkeypatch.setattr(ros.node, "Captioner", SimpleNamespace(load=lambda *_, **__: None))
     monkeypatch.setattr(ros.node, "watch", broken)
     node = ros.node.CaptionNode()
     node._thread.join(PATIENCE_S)
-    assert (node.errors, ros.calls) == (["the GPU is gone"], ["shutdown"])
+    assert ros.calls == ["shutdown"]
+    assert len(node.errors) == 1
+    assert [node.errors[0].splitlines()[line] for line in (0, -1)] == [first, last]
 
 
 def test_pictures_that_come_too_fast_are_dropped(ros: Any) -> None:

@@ -16,6 +16,7 @@ the executor, so that other callbacks of the process are not delayed.
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -168,12 +169,16 @@ class CaptionNode(Node):  # type: ignore[misc]  # rclpy has no types where it is
             yield Frame(f"{stamp.sec}.{stamp.nanosec:09d}", picture)
 
     def _run(self) -> None:
-        """Captions pictures until the node is destroyed; an error ends ROS in this process."""
+        """Captions pictures until the node is destroyed; any exception ends ROS in this process."""
         try:
             self._caption_all()
         except Blip2EdgeError as error:
             self.get_logger().error(str(error))
-            rclpy.try_shutdown()
+        except Exception:  # noqa: BLE001 - the executor would spin without captions
+            self.get_logger().error(f"captions end with an unexpected error:\n{traceback.format_exc()}")
+        else:
+            return
+        rclpy.try_shutdown()
 
     def _caption_all(self) -> None:
         tokens = self._parameter("max_new_tokens")

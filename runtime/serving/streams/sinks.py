@@ -7,25 +7,25 @@ absent receiver never delays a caption.
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, urlsplit
-
-from PIL import Image, ImageDraw, ImageFont
+from typing import Any, NoReturn
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from blip2edge.errors import BackendError, ImageError, OutputError, UsageError, one_line, option, shown_address
 from blip2edge.packages import require
 from blip2edge.runtime.images.preprocess import load_image
+from blip2edge.runtime.images.video import draw_caption
 from blip2edge.runtime.serving.streams.sources import Report
 
 CAPACITY = 64  # captions that wait for a receiver
@@ -70,19 +70,21 @@ class RefusedError(Exception):
 
 
 class QueuedSink(Sink):
-    """Delivers captions in a thread. If the queue is full, its oldest caption is dropped.
+    """Delivers captions in a thread. If the queue is full, the oldest caption that waits is dropped.
 
-    A caption is tried again until it is delivered. A failure and the recovery are reported once each.
+    A caption is tried again until it is delivered or refused. A failure and the recovery are reported once each.
 
     Args:
         name: The receiver, for messages.
-        deliver: Sends a caption. It raises an OSError if that can be tried again, and RefusedError if not.
+        deliver: Sends a caption. It raises an OSError if that can be tried again, and RefusedError, or any other
+            exception, if not.
         report: Called with a sentence for the user.
     """
 
     def __init__(self, name: str, deliver: Callable[[CaptionEvent], None], report: Report) -> None:
         self._name, self._deliver, self._report = name, deliver, report
         self._waiting: deque[CaptionEvent] = deque()
+        self._current: CaptionEvent | None = None  # taken from the queue, and not delivered yet
         self._changed = threading.Condition()
         self._ends = float("inf")  # time.monotonic
         self._dropped = 0
@@ -105,28 +107,24 @@ class QueuedSink(Sink):
             self._ends = time.monotonic() + CLOSE_S
             self._changed.notify()
         self._thread.join(CLOSE_S + TIMEOUT_S)
-        lost = self._dropped + len(self._waiting)
+        with self._changed:
+            lost = self._dropped + len(self._waiting) + (self._current is not None)
         if lost:
             self._report(f"{self._name}: {lost} captions were not delivered")
-
-    @property
-    def _is_over(self) -> bool:
-        return time.monotonic() >= self._ends
 
     def _run(self) -> None:
         wait = FIRST_WAIT_S
         while True:
             with self._changed:
-                while not self._waiting and self._ends == float("inf"):
+                while not (self._current or self._waiting) and self._ends == float("inf"):
                     self._changed.wait()
-                if not self._waiting or self._is_over:
+                if not (self._current or self._waiting) or time.monotonic() >= self._ends:
                     return
-                event = self._waiting[0]
+                event = self._current = self._current or self._waiting.popleft()
             if self._try(event):
                 wait = FIRST_WAIT_S
                 with self._changed:
-                    if self._waiting and self._waiting[0] is event:  # not dropped meanwhile
-                        self._waiting.popleft()
+                    self._current = None
                 continue
             with self._changed:
                 self._changed.wait_for(lambda: self._ends < float("inf"), wait)
@@ -136,18 +134,19 @@ class QueuedSink(Sink):
         """Delivers a caption; whether it is done with, delivered or refused."""
         try:
             self._deliver(event)
-        except RefusedError as error:
-            if not self._failing:
-                self._report(f"{self._name}: a caption was refused ({error})")
-            self._failing = True
-            with self._changed:
-                self._dropped += 1
-            return True
         except OSError as error:
             if not self._failing:
                 self._report(f"{self._name}: cannot be reached ({one_line(error)}); trying again")
             self._failing = True
             return False
+        except Exception as error:  # noqa: BLE001 - reported, and the thread goes on
+            if not self._failing:
+                kind = "" if isinstance(error, RefusedError) else f"{type(error).__name__}: "
+                self._report(f"{self._name}: a caption was refused ({kind}{one_line(error)})")
+            self._failing = True
+            with self._changed:
+                self._dropped += 1
+            return True
         if self._failing:
             self._report(f"{self._name}: captions are delivered again")
         self._failing = False
@@ -167,20 +166,56 @@ class SinkOptions:
     headers: Mapping[str, str]
 
 
+def _parts(flag: str, url: str, schemes: Collection[str], wanted: str, hint: str) -> SplitResult:
+    """The parts of a receiver's address.
+
+    Raises:
+        UsageError: It has another scheme, no host, a wrong port, or spaces before its path.
+    """
+    wrong = UsageError(f"expected {option(flag)} to be {wanted}, got {shown_address(url)}", hint)
+    try:
+        parts = urlsplit(url)
+        (parts.hostname or "").encode("idna")
+        if parts.scheme not in schemes or not parts.hostname or parts.port == 0 or re.search(r"\s", parts.netloc):
+            raise wrong
+    except ValueError as error:  # of the port, of brackets, or of the host's name
+        raise wrong from error
+    return parts
+
+
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Refuses redirects: they would become ``GET`` without the caption, and send the headers to another host."""
+
+    def redirect_request(self, _request: Any, answer: Any, code: int, _: Any, __: Any, to: str) -> NoReturn:
+        """Raises RefusedError."""
+        answer.close()
+        raise RefusedError(f"status {code}: the receiver redirects to {shown_address(to)}; give that address")
+
+
 def open_webhook(url: str, options: SinkOptions) -> Sink:
     """A sink that sends each caption as ``POST`` with a JSON body.
 
     Raises:
-        UsageError: It is no address of http or https.
+        UsageError: It is no address of http or https, has a user name, or characters that HTTP cannot send.
     """
-    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-        raise UsageError(f"expected {option('post')} to be an address http://… or https://…, got {url}")
+    parts = _parts("post", url, ("http", "https"), "an address http://… or https://…", "the port is 1 to 65535")
+    if "@" in parts.netloc:
+        raise UsageError(
+            f"expected {option('post')} to have no user name and no password, got {shown_address(url)}",
+            f"give them as a header: {option('post_header')} 'Authorization: …'",
+        )
+    if not re.fullmatch(r"[!-~]+", url):
+        raise UsageError(
+            f"expected {option('post')} to have ASCII characters and no spaces, got {shown_address(url)}",
+            "write other characters as %XX, and the host's name as xn--…",
+        )
+    opener = urllib.request.build_opener(NoRedirects)
 
     def deliver(event: CaptionEvent) -> None:
         body = json.dumps(event.values).encode()
         headers = {"Content-Type": "application/json", **options.headers}
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=TIMEOUT_S) as answer:
+            with opener.open(urllib.request.Request(url, body, headers), timeout=TIMEOUT_S) as answer:
                 answer.read()
         except urllib.error.HTTPError as error:  # an OSError as well
             with error:
@@ -200,18 +235,16 @@ class MqttPublisher:
         url: ``mqtt://[user:password@]host[:port]/topic``, or ``mqtts:`` for TLS.
 
     Raises:
-        UsageError: The address has no host or no topic, or another scheme.
+        UsageError: The address has no host or no topic, a wrong port, or another scheme.
         BackendError: The package paho-mqtt is not installed.
     """
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
+        wanted, hint = "mqtt://HOST[:PORT]/TOPIC", "the topic has no + and no #; mqtts:// uses TLS"
+        parts = _parts("mqtt", url, MQTT_PORTS, wanted, hint)
         topic = unquote(parts.path.lstrip("/"))
-        if parts.scheme not in MQTT_PORTS or not parts.hostname or not topic or set("+#") & set(topic):
-            raise UsageError(
-                f"expected {option('mqtt')} to be mqtt://HOST[:PORT]/TOPIC, got {shown_address(url)}",
-                "the topic has no + and no #; mqtts:// uses TLS",
-            )
+        if not topic or set("+#") & set(topic):
+            raise UsageError(f"expected {option('mqtt')} to be {wanted}, got {shown_address(url)}", hint)
         require("paho", "publishing by MQTT", BackendError)
         self._parts, self._topic = parts, topic
         self._client: Any = None
@@ -230,7 +263,9 @@ class MqttPublisher:
                 raise TimeoutError(f"no answer for {TIMEOUT_S:g} s")
         except (OSError, RuntimeError, ValueError) as error:
             self.close()
-            raise error if isinstance(error, OSError) else ConnectionError(one_line(error)) from error
+            if isinstance(error, RuntimeError):  # of paho: the connection is lost
+                raise ConnectionError(one_line(error)) from error
+            raise
 
     def close(self) -> None:
         """Closes the connection."""
@@ -278,31 +313,6 @@ class MqttSink(QueuedSink):
         """As of QueuedSink; then closes the connection."""
         super().close()
         self._publisher.close()
-
-
-LINE_SHARE = 22  # lines of text in the height of a picture
-LEAST_FONT = 12  # pixels
-
-
-def draw_caption(picture: Image.Image, text: str) -> Image.Image:
-    """A copy of an RGB picture with a text over its lower edge, in lines that fit its width."""
-    drawn = picture.copy()
-    draw = ImageDraw.Draw(drawn, "RGBA")
-    size = max(LEAST_FONT, picture.height // LINE_SHARE)
-    font = ImageFont.load_default(size)
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and draw.textlength(longer, font) > picture.width - size:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    height = round(1.3 * size)
-    top = picture.height - height * len(lines) - size // 2
-    draw.rectangle((0, top, picture.width, picture.height), (0, 0, 0, 160))
-    for number, line in enumerate(lines):
-        draw.text((size // 2, top + size // 4 + number * height), line, "white", font)
-    return drawn
 
 
 class AnnotatedVideo(Sink):

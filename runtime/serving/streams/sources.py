@@ -147,7 +147,8 @@ def open_source(source: str, *, follow: bool = True, report: Report | None = Non
     kind = next((kind for kind in KINDS if kind.matches(source)), None)
     if kind is None:
         raise DataError(
-            f"expected a folder, a video file or a camera, got {source}", f"give {', '.join(one.form for one in KINDS)}"
+            f"expected a folder, a video file or a camera, got {shown_address(source)}",
+            f"give {', '.join(one.form for one in KINDS)}",
         )
     kind.check()
     make = partial(kind.frames, source, follow)
@@ -290,7 +291,7 @@ def _decoded(source: str, file: Any, closed: threading.Event, **how: Any) -> Fra
                 yield Frame(name, DeferredImage(name, partial(frame.to_ndarray, format="rgb24")), seconds=at)
     except (av.error.FFmpegError, IndexError) as error:
         silent = isinstance(error, av.error.ExitError)  # PyAV's timeout
-        reason = f"nothing came for {NETWORK_TIMEOUT_S:g} s" if silent else shown_address(one_line(error))
+        reason = f"nothing came for {NETWORK_TIMEOUT_S:g} s" if silent else one_line(error)
         raise DataError(
             f"{shown} cannot be read as a video ({reason})",
             "check the path, the camera or the address; convert a video file to MP4",
@@ -338,7 +339,7 @@ def _by_opencv(cv2: Any, text: str, closed: threading.Event) -> Frames:
     start = time.perf_counter()
     try:
         if not capture.isOpened():
-            raise DataError(f"OpenCV cannot open the pipeline {text}", "try it with gst-launch-1.0")
+            raise DataError(f"OpenCV cannot open the pipeline {shown_address(text)}", "try it with gst-launch-1.0")
         while not closed.is_set():
             is_read, picture = capture.read()
             if not is_read:

@@ -110,9 +110,12 @@ def test_the_closing_sentence(tmp_path: Path) -> None:
     checks = [memory, *board_checks(jetson(tmp_path), lambda: ""), cpu, tensorrt]
     told = conclusion([check for check in checks if check.name != "disk"])
     assert told.startswith(
-        "captions run here with --backend tensorrt or cpu, 5.1 GB available; sudo nvpmodel -m 2; before"
+        "captions run here with --backend cpu, 5.1 GB available; tensorrt is installed, not tried; "
+        "sudo nvpmodel -m 2; before"
     )
     assert conclusion([memory, broken]) == "nothing runs here yet: pip install 'blip2edge[cpu]'"
+    rtx = Check("TensorRT-RTX", True, "1.2; no engine was run")
+    assert conclusion([broken, rtx]) == "no backend was tried here; rtx is installed, not tried"
     assert {check.name for check in checks} >= set(board.BOARD)
 
 

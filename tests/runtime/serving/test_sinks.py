@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,9 +21,11 @@ import pytest
 from PIL import Image
 
 from blip2edge.cli import main
+from blip2edge.cli.flag_types import http_header
 from blip2edge.errors import BackendError, OutputError, UsageError
+from blip2edge.runtime.images.video import draw_caption
 from blip2edge.runtime.serving.streams import sinks
-from blip2edge.runtime.serving.streams.sinks import SINKS, AnnotatedVideo, CaptionEvent, Sink, SinkOptions, draw_caption
+from blip2edge.runtime.serving.streams.sinks import SINKS, AnnotatedVideo, CaptionEvent, QueuedSink, Sink, SinkOptions
 
 PATIENCE_S = 30.0
 
@@ -67,6 +70,7 @@ class Receiver(ThreadingHTTPServer):
         self.statuses: list[int] = []
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
+        self.gets = 0
         self.may_answer = threading.Event()
         self.may_answer.set()
 
@@ -86,6 +90,14 @@ class Answering(BaseHTTPRequestHandler):
         if status == 200:
             self.server.bodies.append(body)
         self.send_response(status)
+        if 300 <= status < 400:
+            self.send_header("location", "/other?password=abc")
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.server.gets += 1
+        self.send_response(200)
         self.send_header("content-length", "0")
         self.end_headers()
 
@@ -147,6 +159,57 @@ def test_a_refused_caption_is_not_sent_again(
     ]
 
 
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_refused_and_never_followed(
+    status: int, receiver: Receiver, open_sink: Callable[..., Sink], reports: list[str]
+) -> None:
+    receiver.statuses = [status]
+    sink = open_sink("post", receiver.url, Authorization="Bearer key")
+    sink.put(event(0))
+    sink.put(event(1))
+    until(lambda: receiver.bodies)
+    sink.close()
+    assert (frames_of(receiver), receiver.gets) == (["1"], 0)
+    assert f"a caption was refused (status {status}" in reports[0]
+    assert reports[-1].endswith("1 captions were not delivered")
+    assert not any("abc" in report for report in reports)
+
+
+def test_a_caption_in_delivery_is_not_dropped_and_counted_once(
+    receiver: Receiver, open_sink: Callable[..., Sink], reports: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sinks, "CAPACITY", 2)
+    receiver.may_answer.clear()
+    sink = open_sink("post", receiver.url)
+    sink.put(event(0))
+    until(lambda: receiver.keys)  # it is in delivery
+    for number in (1, 2, 3):
+        sink.put(event(number))
+    receiver.may_answer.set()
+    until(lambda: len(receiver.bodies) == 3)
+    sink.close()
+    assert frames_of(receiver) == ["0", "2", "3"]
+    assert [report.partition(": ")[2] for report in reports] == ["1 captions were not delivered"]
+
+
+def test_an_unexpected_exception_refuses_one_caption(reports: list[str]) -> None:
+    delivered: list[str] = []
+
+    def deliver(one: CaptionEvent) -> None:
+        if one.values["frame"] == "0":
+            raise UnicodeEncodeError("ascii", "ü", 0, 1, "not in range")
+        delivered.append(one.values["frame"])
+
+    sink = QueuedSink("hook", deliver, reports.append)
+    sink.put(event(0))
+    sink.put(event(1))
+    until(lambda: delivered)
+    sink.close()
+    assert delivered == ["1"]
+    assert reports[0].startswith("hook: a caption was refused (UnicodeEncodeError: ")
+    assert reports[1:] == ["hook: captions are delivered again", "hook: 1 captions were not delivered"]
+
+
 def test_a_slow_receiver_never_blocks_and_the_newest_captions_are_kept(
     receiver: Receiver, open_sink: Callable[..., Sink], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,12 +226,23 @@ def test_a_slow_receiver_never_blocks_and_the_newest_captions_are_kept(
 def test_an_absent_receiver_does_not_keep_the_program(open_sink: Callable[..., Sink], reports: list[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    sink = open_sink("post", f"http://user:secret@127.0.0.1:{port}/")
+    sink = open_sink("post", f"http://127.0.0.1:{port}/")
     sink.put(event(0))
     until(lambda: reports)
     sink.close()
-    assert reports[-1] == f"http://user:***@127.0.0.1:{port}/: 1 captions were not delivered"
-    assert not any("secret" in report for report in reports)
+    assert reports[0].startswith(f"http://127.0.0.1:{port}/: cannot be reached (<urlopen error [Errno ")
+    assert reports[1:] == [f"http://127.0.0.1:{port}/: 1 captions were not delivered"]
+
+
+@pytest.mark.parametrize("user", ["me:s3cret", "me:s3@cret", "me:s3/cret", "me", ":s3cret"])
+def test_a_password_in_the_address_of_a_webhook_is_refused_and_not_shown(
+    user: str, open_sink: Callable[..., Sink]
+) -> None:
+    with pytest.raises(UsageError, match="expected post to ") as raised:
+        open_sink("post", f"http://{user}@host/hook")
+    assert "cret" not in str(raised.value)
+    if "/" not in user:
+        assert "give them as a header: post_header 'Authorization: …'" in str(raised.value)
 
 
 class Broker:
@@ -304,11 +378,21 @@ def test_a_real_broker_that_is_started_again(
 
 @pytest.mark.parametrize(
     ("kind", "address"),
-    [("post", "ftp://host/"), ("post", "host"), ("mqtt", "mqtt://host"), ("mqtt", "mqtt://host/#"), ("mqtt", "a/b")],
+    [
+        *(("post", address) for address in ("ftp://host/", "host", "http://host:abc/", "http://host:65536/")),
+        *(("post", address) for address in ("http://host/a b", "http://host/ü", "http://[::1/", "http://a..b/")),
+        *(("mqtt", address) for address in ("mqtt://host", "mqtt://host/#", "a/b", "mqtt://h:abc/t", "mqtt://a b/t")),
+    ],
 )
 def test_wrong_addresses(kind: str, address: str, open_sink: Callable[..., Sink]) -> None:
     with pytest.raises(UsageError, match=f"expected {kind}"):
         open_sink(kind, address)
+
+
+def test_headers_are_latin_1() -> None:
+    assert http_header("X-Key: größe") == ("X-Key", "größe")
+    with pytest.raises(ArgumentTypeError, match="expected the value of X-Key to have characters of Latin-1 only"):
+        http_header("X-Key: 5 €")
 
 
 def test_mqtt_without_its_package(open_sink: Callable[..., Sink], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +441,7 @@ def test_the_command_sends_what_it_prints(
 ) -> None:
     pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
     pytest.importorskip("av", reason="videos are written with PyAV")
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "pictures user-pw=s3cret"
     folder.mkdir()
     for number in range(2):
         Image.new("RGB", (64, 48), (90 * number, 40, 40)).save(folder / f"{number}.png")
@@ -368,7 +452,7 @@ def test_the_command_sends_what_it_prints(
     assert len(printed) == 2
     more = [{key: body.pop(key) for key in ("source", "time")} for body in receiver.bodies]
     assert receiver.bodies == printed
-    assert [one["source"] for one in more] == [str(folder)] * 2
+    assert [one["source"] for one in more] == [str(folder).replace("s3cret", "***")] * 2
     assert receiver.keys == ["k", "k"]
     assert video.stat().st_size > 0
     assert main([*words, "--post-header", "none"]) == 2

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip2edge.errors import BackendError, DataError, shown_address
+from blip2edge.errors import BackendError, DataError, one_line, shown_address
 from blip2edge.runtime.images.preprocess import load_image
 from blip2edge.runtime.serving.streams import sources
 from blip2edge.runtime.serving.streams.sources import (
@@ -53,9 +53,41 @@ def test_kinds(source: str, form: str | None) -> None:
 def test_passwords_are_not_shown() -> None:
     assert shown_address("rtsp://me:s3:c@cam:554/1?a=b@c") == "rtsp://me:***@cam:554/1?a=b@c"
     assert shown_address("rtsp://cam:554/1@2") == "rtsp://cam:554/1@2"
+    assert shown_address("http://[::1]:80/@me") == "http://[::1]:80/@me"
     with pytest.raises(DataError) as raised:
         next(open_source("rtsp://me:s3cret@127.0.0.1:1/"))
     assert "me:***@127.0.0.1:1" in str(raised.value)
+    assert "s3cret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("rtspsrc location=rtsp://me:s3cret@cam/1 ! decodebin", "rtspsrc location=rtsp://me:***@cam/1 ! decodebin"),
+        ("rtspsrc user-id=me user-pw=s3!cret&x latency=0 ! a", "rtspsrc user-id=me user-pw=*** latency=0 ! a"),
+        ('rtspsrc user-pw = "s3 \\" s3cret" ! a', "rtspsrc user-pw = *** ! a"),
+        ("rtspsrc user-pw=(string)'s3 cret' ! a", "rtspsrc user-pw=*** ! a"),
+        ("rtspsrc user-pw=s3\\ cret ! a", "rtspsrc user-pw=*** ! a"),
+        ("srtsrc uri=srt://cam:9 passphrase=s3cret ! a", "srtsrc uri=srt://cam:9 passphrase=*** ! a"),
+        ("rtsp://me:s3@cret@cam/1", "rtsp://me:***@cam/1"),
+        ("rtsp://me:s3/cret@cam/1", "rtsp://me:***@cam/1"),
+        ("http://cam/video?user=me&Password=s3cret", "http://cam/video?user=me&Password=***"),
+        ("v4l2src ! videoflip method=clockwise ! tokenizer.pad_token = 3", None),
+    ],
+)
+def test_passwords_of_pipelines_and_parameters_are_not_shown(source: str, shown: str | None) -> None:
+    assert shown_address(source) == (source if shown is None else shown)
+
+
+def test_no_message_has_the_password_of_a_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = "rtspsrc location=rtsp://me:s3cret@cam/1 user-pw=s3cret ! decodebin"
+    monkeypatch.setitem(sys.modules, "cv2", FakeOpenCv(opens=False))
+    with pytest.raises(DataError, match=r"pipeline rtspsrc location=rtsp://me:\*\*\*@cam/1 user-pw=\*\*\* !"):
+        next(open_source(pipeline))
+    long = f"{'x' * 185} rtsp://me:{'s3cret' * 9}@cam/1"
+    assert "s3cret" not in one_line(ValueError(long))  # the cut is after the password
+    with pytest.raises(DataError, match=r"got password=\*\*\*") as raised:
+        open_source("password=s3cret")
     assert "s3cret" not in str(raised.value)
 
 
