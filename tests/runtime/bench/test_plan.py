@@ -212,6 +212,39 @@ def test_a_model_whose_pictures_take_no_slots(capsys: pytest.CaptureFixture[str]
     assert "no bridge" in said(capsys, "blip-vqa-base", "--device", "raspberry-pi-5-8gb", "--explain")
 
 
+@pytest.mark.parametrize(
+    ("model", "checkpoint"),
+    [
+        ("idefics-9b", "HuggingFaceM4/idefics-9b"),
+        ("salesforce/BLIP2-OPT-2.7b", "Salesforce/blip2-opt-2.7b"),
+        ("minigpt4-vicuna-7b", None),  # published as a .pth
+        ("attention-pool-opt-2.7b", None),  # not published
+        ("my models/config.json", "'my models'"),
+        ("my models", "'my models'"),
+        ("my models/other.json", None),
+        ("no weights/config.json", None),
+    ],
+)
+def test_the_next_command_is_one_that_export_takes(
+    model: str,
+    checkpoint: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for folder, names in (("my models", ("config.json", "other.json")), ("no weights", ("config.json",))):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            shutil.copy(CONFIG, tmp_path / folder / name)
+    (tmp_path / "my models" / "model.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    commands = [line for line in said(capsys, model, "--device", "thor").splitlines() if line.startswith("next: ")]
+    expected = [] if checkpoint is None else [f"next: blip2edge export {checkpoint} -o bundle --precision fp16"]
+    assert commands == expected
+    quoted = f"'{model}'" if " " in model else model
+    assert said(capsys, model).endswith(f"next: blip2edge plan {quoted} --device NAME --explain\n")
+
+
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(said(capsys, str(CONFIG.parent), "--device", "thor", "--json"))
     assert list(found) == ["model", "origin", "family", "bridge", "parameters", "tokens", "devices"]
