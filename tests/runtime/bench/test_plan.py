@@ -122,7 +122,31 @@ def test_frames_of_a_video_model() -> None:
         ("llava-1.5-7b", "thor", PlanOptions(frames=60), "qformer", "34,560 tokens of an MLP do not fit the 4,058"),
         ("blip2-opt-2.7b", "thor", PlanOptions(), "mlp", "it keeps every patch"),
         ("blip2-opt-2.7b", "orin-nano-8gb", PlanOptions(), "qformer", "the 257 tokens of an MLP cost 3"),
-        ("blip2-opt-2.7b", "thor", PlanOptions(frames=500), "qformer", "at most 62 frames, or train a Q-Former of 4"),
+        (
+            "blip2-opt-2.7b",
+            "thor",
+            PlanOptions(frames=500),
+            "qformer",
+            "at most 62 frames, or train a Q-Former of at most 4 queries",
+        ),
+        (
+            "blip2-opt-2.7b",
+            "thor",
+            PlanOptions(new_tokens=2040),
+            "none",
+            "prompt and caption alone fill the 2,048 tokens",
+        ),
+        ("blip2-opt-2.7b", "thor", PlanOptions(new_tokens=2020), "qformer", "either: train a Q-Former of at most 20 q"),
+        (
+            "blip2-opt-2.7b",
+            "thor",
+            PlanOptions(frames=60, new_tokens=2020),
+            "qformer",
+            "either: take at most 20 frames, and train a Q-Former of fewer queries",
+        ),
+        ("blip2-opt-2.7b", "thor", PlanOptions(frames=60, new_tokens=2000), "qformer", "either: take at most 1 frame"),
+        ("blip2-opt-2.7b", "thor", PlanOptions(frames=2000), "none", "device with any bridge at 2,000 frames"),
+        ("blip2-opt-2.7b", "orin-nano-4gb", PlanOptions(), "none", "the model does not fit the device with any bridge"),
         ("idefics-9b", "thor", PlanOptions(), "perceiver", "cross-attends to 64 tokens of each picture"),
         ("blip-image-captioning-base", "thor", PlanOptions(), "none", "cross-attends to the patches"),
     ],
@@ -136,9 +160,12 @@ def test_the_pool_where_only_it_fits() -> None:
     shape, request = find_shape("blip2-opt-2.7b")[0], PlanOptions()
     rows = [replace(row, fits_memory=row.kind == "pool") for row in bridge_rows(shape, "int4", NANO, request)]
     bridge, reason = recommended(shape, rows, request)
-    assert (bridge, reason) == ("pool", "only the model with its 5 M parameters fits the device")
+    assert (bridge, reason) == (
+        "pool",
+        "the model fits the device with its 5 M parameters, and not with the 107 M of a Q-Former",
+    )
     none = [replace(row, fits_memory=False) for row in rows]
-    assert recommended(shape, none, request)[1].startswith("the device has too little memory for an MLP's tokens; a Q-")
+    assert recommended(shape, none, request) == ("none", "the model does not fit the device with any bridge")
 
 
 def test_what_fits() -> None:
