@@ -26,7 +26,8 @@ from blip2edge.shapes.cost import Roofline, StageCost
 from blip2edge.shapes.model_shape import FORMATS, ModelPart, ModelShape, TokenCounts
 
 HOST_S = {"preprocess": 2e-4, "vision": 5e-5, "bridge": 2e-4, "prefill": 5e-4, "decode": 3e-5}
-"""Seconds of Python by stage (a step for ``decode``), on one core of an AMD EPYC (``benchmarks/plan_check.py``)."""
+"""Seconds of Python by stage (a step for ``decode``), on one core of an AMD EPYC; not measured, but chosen so that the
+predictions come near ``benchmarks/results/plan.json``."""
 
 STAGE_OF = {VISION: "vision", BRIDGE: "bridge"}
 """Stage of each graph; all others run in the prefill."""
