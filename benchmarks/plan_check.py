@@ -1,5 +1,7 @@
 """Compares the times that ``plan`` predicts for this machine with those that ``bench`` measures.
 
+It fits nothing. The constants of ``plan`` were chosen on these models, so the comparison is no independent check.
+
     python benchmarks/plan_check.py --work DIR [--json benchmarks/results/plan.json]
 
 Three models in fp32, on one thread: the miniature of ``examples/checkpoint`` (BLIP-2), the shape of

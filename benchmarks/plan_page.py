@@ -24,6 +24,11 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)) + "\n"
 
 
+def tera(rate: float | None) -> str:
+    """A rate in tera-operations a second; a dash for a format that the board does not compute."""
+    return "–" if rate is None else f"{rate / 1e12:.3g}"
+
+
 def boards() -> str:
     """The boards, and what BLIP-2 with OPT-2.7b needs and takes there."""
     shape, _ = find_shape(MODEL)
@@ -37,7 +42,7 @@ def boards() -> str:
                 f"`{name}`",
                 f"{board.memory / 2**30:.0f} GiB",
                 f"{board.bytes_per_s / 1e9:.0f}",
-                " / ".join(f"{board.rates.get(kind, 0) / 1e12:.3g}" for kind in ("fp32", "fp16", "int8")),
+                " / ".join(tera(board.rates.get(kind)) for kind in ("fp32", "fp16", "int8")),
                 fits,
                 f"{row.ms['total']:,.0f}" if row.fits else "–",
                 f"{row.tokens_per_s:.0f}" if row.fits else "–",

@@ -160,7 +160,7 @@ def export_checkpoint(
         source.config = with_merged_tokens(source.config, merge_tokens)
         side = SideFiles.read(source.side_directory(), source.config)
         mode = verify or ("full" if source.num_bytes() <= FULL_UP_TO else "sample")
-        sizes = [math.prod(shape) for shape in source.shapes.values()]
+        sizes = [math.prod(shape) for shape in source.own_shapes().values()]
         check_memory(
             export_need(max(sizes), sum(sizes), full=mode == "full"), ExportError, anyway=anyway, notify=notify
         )

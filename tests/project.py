@@ -11,13 +11,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @cache
-def project() -> dict[str, Any]:
-    """The table ``[project]``."""
+def pyproject() -> dict[str, Any]:
+    """The whole file."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
-    return dict(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"])
+    return dict(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8")))
+
+
+def project() -> dict[str, Any]:
+    """The table ``[project]``."""
+    return dict(pyproject()["project"])
 
 
 def extras() -> dict[str, list[str]]:

@@ -10,6 +10,8 @@ import os
 from collections import Counter
 from pathlib import Path
 
+from tests.project import pyproject
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "blip2edge"
 MOST_LINES, MOST_FUNCTION_LINES = 400, 60
@@ -18,6 +20,10 @@ CROWDED = {"blip2edge.cli"}  # one file per command
 
 SHARED_NAMES = {"add_arguments", "run", "report_table", "open_graph"}
 """Functions that every command, or every backend, has by design."""
+
+EITHER_WAY = {"__main__", "cli", "examples", "export", "model", "training", "version", "graph_files"}
+NOT_ON = {"no-torch": EITHER_WAY, "no-onnx": EITHER_WAY | {"bulk", "calibration", "engine", "optimization"}}
+"""Modules that an import contract leaves out, by the contract's id."""
 
 Modules = dict[str, ast.Module]
 
@@ -95,6 +101,16 @@ def test_a_cycle_under_type_checking_or_in_a_function_is_found() -> None:
     }
     found = cycles(imports({name: ast.parse(text) for name, text in sources.items()}))
     assert found == {frozenset({"p.a", "p.b", "p.c"})}
+
+
+def test_the_contracts_name_every_module_of_the_device() -> None:
+    """A new module of the package is either one that may import torch or onnx, or in contracts 2 and 2b."""
+    contracts = {
+        one["id"]: set(one.get("source_modules", ())) for one in pyproject()["tool"]["importlinter"]["contracts"]
+    }
+    for contract, others in NOT_ON.items():
+        every = {name for name in MODULES if name.count(".") == 1} - {f"{PACKAGE}.{other}" for other in others}
+        assert contracts[contract] == every
 
 
 def test_modules_and_functions_are_short() -> None:

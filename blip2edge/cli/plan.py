@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip2edge.cli.flag_groups import add_number, add_threads
-from blip2edge.cli.next_steps import print_next
+from blip2edge.cli.next_steps import print_next, quoted
 
 if TYPE_CHECKING:
     import argparse
@@ -102,15 +102,32 @@ def _devices(names: list[str], request: PlanOptions, image_size: int) -> list[Bo
 
 
 def _next(model: str, plans: list[DevicePlan], *, all_boards: bool) -> list[str]:
-    from blip2edge.cli.next_steps import quoted
+    from blip2edge.bundle.manifest import MANIFEST
 
     if all_boards:
-        return [f"blip2edge plan {model} --device NAME --explain"]
+        return [f"blip2edge plan {quoted(Path(model))} --device NAME --explain"]
     chosen = plans[0].chosen
-    if (Path(model) / "bundle.json").is_file():
+    if (Path(model) / MANIFEST).is_file():
         return [f"blip2edge bench {quoted(Path(model))}"]
+    checkpoint = _checkpoint_of(model)
+    if checkpoint is None:
+        return []
     precision = "fp32" if chosen == "fp32" else "fp16"
-    commands = [f"blip2edge export {model} -o bundle --precision {precision}"]
+    commands = [f"blip2edge export {quoted(checkpoint)} -o bundle --precision {precision}"]
     if chosen in ("int8", "int4"):
         commands.append(f"blip2edge calibrate bundle -o bundle-{chosen} --images DIR --weights {chosen}")
     return commands
+
+
+def _checkpoint_of(model: str) -> Path | None:
+    """The directory or hub name that ``export`` takes for a planned model; None if there is none."""
+    from blip2edge.shapes.families import checkpoint_name
+    from blip2edge.shapes.sources import CONFIG
+
+    path = Path(model)
+    if not path.exists():
+        name = checkpoint_name(model)
+        return None if name is None else Path(name)
+    folder = path if path.is_dir() else path.parent
+    is_config = path.is_dir() or path.name == CONFIG
+    return folder if is_config and any(folder.glob("*.safetensors")) else None

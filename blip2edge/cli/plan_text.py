@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from blip2edge.bundle.schema import DECODER
 from blip2edge.cli.table import size, table
 from blip2edge.runtime.bench.memory import element_bytes, held_precision
 from blip2edge.runtime.bench.plan import HOST_S, effective, part_cost, part_seconds, step_cost, token_budget
@@ -205,9 +204,7 @@ def _part_lines(part: ModelPart, held: str, tokens: dict[str, int]) -> list[str]
 
 
 def _step_lines(shape: ModelShape, plan: DevicePlan, request: PlanOptions, tokens: dict[str, int]) -> list[str]:
-    decoder, device, precision = shape.part(DECODER), plan.device, plan.chosen
-    if decoder is None:
-        return []
+    device, precision = plan.device, plan.chosen
     middle = {**tokens, "steps": 1, "context": tokens["context"] + 1 + (request.new_tokens - 1) // 2}
     cost, share = step_cost(shape, precision, device, middle), device.efficiency
     rates = effective(device, FORMATS[held_precision(precision, device)]["language"])
@@ -216,8 +213,8 @@ def _step_lines(shape: ModelShape, plan: DevicePlan, request: PlanOptions, token
         (
             f"a token: {'max' if share.overlaps else 'sum'}({(cost.float_ops + cost.integer_ops) / 1e9:,.2f} G "
             f"operations, {cost.bytes / 1e9:,.3f} GB of weights, and of keys and values of {middle['context']:,} tokens"
-            f"{passes} / {rates.bytes_per_s / 1e9:,.1f} GB/s) + {decoder.calls} matrices x {share.call_s * 1e6:.1f} us "
-            f"+ Python {device.host * HOST_S['decode'] * 1e3:.2f} ms = "
+            f"{passes} / {rates.bytes_per_s / 1e9:,.1f} GB/s) + {shape.decoder.calls} matrices x "
+            f"{share.call_s * 1e6:.1f} us + Python {device.host * HOST_S['decode'] * 1e3:.2f} ms = "
             f"{plan.of(precision).ms['decode_per_token']:,.2f} ms"
         ),
     ]

@@ -58,6 +58,6 @@ class StageCost:
         reading = self.bytes / roofline.bytes_per_s
         return max(products, reading) if overlaps else products + reading
 
-    def bound(self, roofline: Roofline) -> str:
+    def limited_by(self, roofline: Roofline) -> str:
         """Returns what limits the stage: ``products`` if computing takes longer than reading memory, else ``bytes``."""
         return "bytes" if self.seconds(roofline) <= self.bytes / roofline.bytes_per_s else "products"

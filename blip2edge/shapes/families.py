@@ -45,6 +45,8 @@ PUBLISHED: Mapping[str, str] = {
 }
 """Published captioning models by their name on the hub, and the file of each configuration in ``published``."""
 
+WITHOUT_CHECKPOINT = ("Vision-CAIR/MiniGPT-4",)  # its hub repository holds a LAVIS .pth: export it with --base
+
 VIDEO_FRAMES = 4  # frames of an InstructBlipVideo's item
 
 
@@ -59,6 +61,17 @@ def published_config(name: str) -> dict[str, Any] | None:
     if "/" in path.stem or not path.is_file() or path.parent != CONFIGS:
         return None
     return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def checkpoint_name(name: str) -> str | None:
+    """The hub name of the checkpoint to export; None for a published configuration without one.
+
+    Args:
+        name: Name on the hub, or the name of a file in ``published``, as for :func:`published_config`.
+    """
+    of = {hub.lower(): hub for hub in PUBLISHED} | {file: hub for hub, file in PUBLISHED.items()}
+    known = of.get(name.lower()) or of.get(name) or (name if "/" in name else None)
+    return None if known in WITHOUT_CHECKPOINT else known
 
 
 def unknown_model(name: str) -> UsageError:

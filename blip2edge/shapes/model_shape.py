@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from blip2edge.bundle.schema import BRIDGE, CROSS_KV, DECODER, TEXT_ENCODER, VISION
+from blip2edge.bundle.schema import BRIDGE, DECODER, TEXT_ENCODER, VISION
 from blip2edge.shapes.cost import StageCost
 
 TokenCounts = Mapping[str, int]
@@ -248,6 +248,11 @@ class ModelShape:
         return next((part for part in self.parts if part.name == name), None)
 
     @property
+    def decoder(self) -> ModelPart:
+        """The decoder, which every captioning model has."""
+        return next(part for part in self.parts if part.name == DECODER)
+
+    @property
     def patches(self) -> int:
         """Positions of a picture in the vision encoder, the class token included."""
         return int((self.image_size // self.patch_size) ** 2 + 1)
@@ -316,7 +321,3 @@ class ModelShape:
         return replace(
             self, bridge=kind, parts=parts, queries=queries, slots=queries or self.embeds, text_side=0, unused=0
         )
-
-
-LANGUAGE_PARTS = (TEXT_ENCODER, CROSS_KV, DECODER)
-"""Parts that run in the prefill; the decoder runs in each step after it too."""

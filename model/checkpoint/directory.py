@@ -44,6 +44,8 @@ from blip2edge.model.models import Config, Model, build_model
 from blip2edge.model.weights.rules import WeightMap
 from blip2edge.model.weights.ties import Tie
 
+HEAD = "language.head.weight"
+
 
 class Checkpoint:
     """An open checkpoint: its config, its weight map and its tensors, which are not loaded yet.
@@ -119,6 +121,11 @@ class Checkpoint:
         with torch.device("meta"):
             return {source for ours in shapes_of(build_model(config)) for source in names.sources(ours)}
 
+    def own_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of our parameters without a tied head, which is the token table."""
+        tied = {HEAD} if ties_head(self.config) else set()
+        return {name: shape for name, shape in self.shapes.items() if name not in tied}
+
     def read(self, ours: str) -> Tensor:
         """Reads our parameter ``ours``, in the checkpoint's dtype; in float32 where an adapter changes it."""
         return self.files.read(self.map.sources(ours))
@@ -180,16 +187,11 @@ def load_model(source: str | Path | Checkpoint, dtype: torch.dtype = torch.float
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(find_checkpoint(source))
     with torch.device("meta"):
         model = build_model(checkpoint.config)
-    tied = ties_head(checkpoint.config)
-    tensors: dict[str, Tensor] = {}
-    for name in checkpoint.shapes:
-        if name == "language.head.weight" and tied:
-            continue
-        tensors[name] = checkpoint.read(name).to(dtype, copy=True)
+    tensors = {name: checkpoint.read(name).to(dtype, copy=True) for name in checkpoint.own_shapes()}
     if checkpoint is not source:
         checkpoint.files.close()
-    if tied:
-        tensors["language.head.weight"] = tensors["language.embed_tokens.weight"]
+    if ties_head(checkpoint.config):
+        tensors[HEAD] = tensors["language.embed_tokens.weight"]
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 

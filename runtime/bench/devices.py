@@ -49,8 +49,9 @@ CPU_EFFICIENCY = Efficiency(
     cache_passes=4,
     element_s=0.4e-9,
     call_s=2.5e-6,
-    source="ONNX Runtime on one core: fp32 by benchmarks/results/plan.json, integers by the shares of the roofline in "
-    "benchmarks/results/bench-int8-cpu.json",
+    source="assumed for ONNX Runtime on one core: fp32 chosen on the models of benchmarks/results/plan.json, integers "
+    "near the shares of the roofline in benchmarks/results/bench-int8-cpu.json (products: int8 0.66 and 0.77, "
+    "int8-weights 0.31; bytes: 0.57)",
 )
 GPU_EFFICIENCY = Efficiency(
     products={"fp32": 0.6, "fp16": 0.45, "int8": 0.35, "int8-weights": 0.4, "int4": 0.4},
@@ -60,7 +61,7 @@ GPU_EFFICIENCY = Efficiency(
     cache_passes=1,
     element_s=0.0,
     call_s=3e-6,
-    source="assumed: engines that others published reach 0.73 to 0.84 of the bandwidth of an Orin in decoding",
+    source="assumed, not measured",
 )
 
 
@@ -76,7 +77,7 @@ class Board:
         base: Bytes that a process of the runtime needs without any model: interpreter, libraries, driver context.
         bytes_per_s: Memory bandwidth.
         rates: Additions and multiplications per second by ``fp32``, ``fp16``, ``int8``; a CPU has no ``fp16``.
-        host: Time of Python and of preprocessing, relative to the CPU that ``plan.HOST_S`` was measured on.
+        host: Time of Python and of preprocessing, relative to the CPU that ``plan.HOST_S`` was chosen on.
         efficiency: Assumed shares of these rates.
         source: Where the figures come from.
         refuses: Precisions that do not run there, each with the reason.

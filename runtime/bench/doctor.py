@@ -32,6 +32,8 @@ from blip2edge.runtime.backends.probe import (
     processor,
 )
 from blip2edge.runtime.bench.board import board_checks, read_file
+from blip2edge.runtime.bench.devices import GB
+from blip2edge.runtime.bench.memory import machine_memory
 
 MEASURED_PACKAGES = ("numpy", "pillow", "tokenizers", "safetensors", "huggingface-hub", "onnx", "onnxscript")
 TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-lean", "tensorrt-dispatch")
@@ -108,19 +110,12 @@ def _processor() -> Check:
 
 
 def _memory() -> Check:
-    figures = {}  # name -> KiB
-    for line in read_file(Path("/proc/meminfo")).splitlines():
-        name, _, value = line.partition(":")
-        if value.split()[:1] and value.split()[0].isdigit():
-            figures[name] = int(value.split()[0])
-    if "MemTotal" not in figures:
+    memory = machine_memory()
+    if memory is None:
         return Check("memory", True, "not known on this platform")
-    total = figures["MemTotal"] * 1024 / 1e9
-    free = figures.get("MemAvailable", 0) * 1024 / 1e9
-    detail = f"{total:.1f} GB, {free:.1f} GB available"
-    limit = read_file(Path("/sys/fs/cgroup/memory.max"))
-    if limit.isdigit() and int(limit) / 1e9 < total:
-        detail += f", limited to {int(limit) / 1e9:.1f} GB"
+    detail = f"{memory.ram / GB:.1f} GB, {memory.available / GB:.1f} GB available"
+    if memory.limit is not None and memory.limit < memory.ram:
+        detail += f", limited to {memory.limit / GB:.1f} GB"
     return Check("memory", True, detail)
 
 

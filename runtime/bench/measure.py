@@ -347,7 +347,7 @@ def _times(
     least, share, bound = min(cpu), None, ""
     if cost is not None and roofline is not None:
         share = cost.seconds(roofline) * 1e3 / least if least > 0 else None
-        bound = cost.bound(roofline)
+        bound = cost.limited_by(roofline)
     return StageTimes(ms, float(np.median(cpu)), least, share, bound)
 
 

@@ -21,10 +21,10 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 TENSORRT_LIBRARIES = 1536 * MIB  # TensorRT, CUDA and the kernels that a process loads; a round estimate
 DEFAULT_SCRATCH = 1024 * MIB  # of a build without --workspace
-EXPORT_BASE = int(0.45 * GB)  # torch, onnx, ONNX Runtime, and the traces: benchmarks/results/export-memory-*.json
-SAMPLED = 2.2  # times the largest tensor in float32; the same measurements
-CPU_ARENA = 4  # ONNX Runtime keeps the buffers of several operators: benchmarks/results/plan.json
-CALIBRATION_BASE = int(0.25 * GB)
+EXPORT_BASE = int(0.45 * GB)  # torch, onnx, ONNX Runtime, and the traces
+SAMPLED = 2.2  # times the largest tensor in float32; both within 20 % of benchmarks/results/export-memory-*.json
+CPU_ARENA = 4  # assumed: ONNX Runtime keeps the buffers of several operators
+CALIBRATION_BASE = int(0.25 * GB)  # assumed
 
 Notify = Callable[[str], None]
 
@@ -34,12 +34,30 @@ class MachineMemory:
     """The memory of this machine in bytes.
 
     Attributes:
-        free: Memory and swap that no program uses.
-        total: All memory and swap, or the limit of the container if that is lower.
+        available: Memory that no program uses, without swap.
+        ram: All memory, without swap.
+        swap_free, swap: Swap that no program uses, and all swap.
+        limit: Most memory of the container; None without a limit.
     """
 
-    free: int
-    total: int
+    available: int
+    ram: int
+    swap_free: int = 0
+    swap: int = 0
+    limit: int | None = None
+
+    @property
+    def free(self) -> int:
+        """Memory and swap that no program uses, at most the limit."""
+        return self._limited(self.available + self.swap_free)
+
+    @property
+    def total(self) -> int:
+        """All memory and swap, at most the limit."""
+        return self._limited(self.ram + self.swap)
+
+    def _limited(self, size: int) -> int:
+        return size if self.limit is None else min(size, self.limit)
 
 
 def machine_memory(meminfo: Path = MEMINFO, limit: Path = CGROUP_LIMIT) -> MachineMemory | None:
@@ -52,13 +70,13 @@ def machine_memory(meminfo: Path = MEMINFO, limit: Path = CGROUP_LIMIT) -> Machi
     sizes = {name: int(parts[0]) * 1024 for name, parts in figures.items() if parts and parts[0].isdigit()}
     if "MemAvailable" not in sizes:
         return None
-    total = sizes.get("MemTotal", sizes["MemAvailable"]) + sizes.get("SwapTotal", 0)
-    free = sizes["MemAvailable"] + sizes.get("SwapFree", 0)
     try:
-        most = int(limit.read_text())
+        most: int | None = int(limit.read_text())
     except (OSError, ValueError):  # no limit: there is no such file, or it says "max"
-        most = total
-    return MachineMemory(min(free, most), min(total, most))
+        most = None
+    available = sizes["MemAvailable"]
+    swap = sizes.get("SwapFree", 0), sizes.get("SwapTotal", 0)
+    return MachineMemory(available, sizes.get("MemTotal", available), *swap, most)
 
 
 @dataclass(frozen=True)
@@ -96,8 +114,7 @@ def export_need(largest: int, total: int, *, full: bool) -> MemoryNeed:
 def calibration_need(largest: int) -> MemoryNeed:
     """The memory of a calibration; ``largest``: bytes of the largest graph's weights in the parent bundle.
 
-    ONNX Runtime holds the graph, and the weights are read and rounded beside it. A decoder of 748 MB (the small LLaVA
-    of ``benchmarks/plan_check.py``) took at most 1.6 GB until its weights were rounded.
+    An assumption, not a measurement: ONNX Runtime holds the graph, and the weights are read and rounded beside it.
     """
     mend = "calibrate on a machine with more memory, or export in fp16 first"
     return MemoryNeed("the calibration", largest, CALIBRATION_BASE + 2 * largest, mend)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from blip2edge.bundle.schema import BRIDGE, DECODER, VISION
+from blip2edge.bundle.schema import BRIDGE, VISION
 from blip2edge.errors import UsageError, option
 from blip2edge.runtime.bench.devices import GB, Board
 from blip2edge.runtime.bench.memory import (
@@ -26,7 +26,8 @@ from blip2edge.shapes.cost import Roofline, StageCost
 from blip2edge.shapes.model_shape import FORMATS, ModelPart, ModelShape, TokenCounts
 
 HOST_S = {"preprocess": 2e-4, "vision": 5e-5, "bridge": 2e-4, "prefill": 5e-4, "decode": 3e-5}
-"""Seconds of Python by stage (a step for ``decode``), on one core of an AMD EPYC (``benchmarks/plan_check.py``)."""
+"""Seconds of Python by stage (a step for ``decode``), on one core of an AMD EPYC; not measured, but chosen so that the
+predictions come near ``benchmarks/results/plan.json``."""
 
 STAGE_OF = {VISION: "vision", BRIDGE: "bridge"}
 """Stage of each graph; all others run in the prefill."""
@@ -137,7 +138,7 @@ class DevicePlan:
         chosen: The highest precision that fits; ``int4`` if none does. Not fp32 on a GPU, where fp16 is faster and the
             captions are the same; not fp16 on a CPU, which computes it in fp32.
         bridges: Empty for a decoder that cross-attends to the picture without slots.
-        bridge: Kind of the recommended bridge.
+        bridge: Kind of the recommended bridge; ``none`` without one.
         reason: Why.
     """
 
@@ -217,10 +218,7 @@ def part_seconds(
 
 def step_cost(shape: ModelShape, precision: str, device: Board, tokens: TokenCounts) -> StageCost:
     """Operations and bytes of a decode step: the decoder's weights, and the keys and values of its context."""
-    decoder = shape.part(DECODER)
-    if decoder is None:
-        return StageCost(0.0, 0.0, 0.0)
-    cost = part_cost(decoder, precision, device, tokens)
+    cost = part_cost(shape.decoder, precision, device, tokens)
     cache = shape.cache.bytes(tokens["context"], tokens["source"], element_bytes(precision, device))
     return cost + StageCost(0.0, 0.0, cache * device.efficiency.cache_passes)
 
@@ -236,12 +234,10 @@ def stage_ms(shape: ModelShape, precision: str, device: Board, options: PlanOpti
         times = frames if part.name in (VISION, BRIDGE) else 1
         cost = part_cost(part, precision, device, tokens, times)
         seconds[STAGE_OF.get(part.name, "prefill")] += part_seconds(part, cost, precision, device, tokens, times)
-    steps, decoder = options.new_tokens - 1, shape.part(DECODER)
-    step = device.host * HOST_S["decode"]
-    if decoder is not None:
-        middle = {**tokens, "steps": 1, "context": tokens["context"] + 1 + steps // 2}
-        cost = step_cost(shape, precision, device, middle)
-        step += part_seconds(decoder, cost, precision, device, middle)
+    steps = options.new_tokens - 1
+    middle = {**tokens, "steps": 1, "context": tokens["context"] + 1 + steps // 2}
+    cost = step_cost(shape, precision, device, middle)
+    step = device.host * HOST_S["decode"] + part_seconds(shape.decoder, cost, precision, device, middle)
     pixels = frames * reference_seconds(shape.image_size) + HOST_S["preprocess"]
     ms = {"preprocess": device.host * pixels * 1e3}
     ms |= {stage: value * 1e3 for stage, value in seconds.items()}
@@ -295,10 +291,12 @@ def recommended(shape: ModelShape, rows: Sequence[BridgeRow], options: PlanOptio
     """Chooses a bridge by the token budget against the quality for each token; returns its kind and the reason.
 
     1. A decoder that cross-attends to the picture keeps its bridge.
-    2. The MLP, where its tokens fit the context and cost little time: it loses nothing of the picture.
-    3. A Q-Former with fewer queries, where not even 32 tokens a picture fit the context.
-    4. The attention pool, where the device holds the model with it only.
-    5. The Q-Former.
+    2. ``none``, where prompt and caption alone fill the context, or the device holds the model with no bridge.
+    3. The MLP, where its tokens fit the context and cost little time: it loses nothing of the picture.
+    4. A Q-Former with fewer queries, where not even 32 tokens a picture fit the context.
+    5. Where the device does not hold the model with a Q-Former: the bridge with the fewest tokens that fits, which is
+       the attention pool if it fits.
+    6. The Q-Former.
     """
     if not rows:
         if shape.bridge == "none":
@@ -308,8 +306,17 @@ def recommended(shape: ModelShape, rows: Sequence[BridgeRow], options: PlanOptio
             "context"
         )
     by = {row.kind: row for row in rows}
-    few, all_patches, one_layer = by["qformer"], by["mlp"], by["pool"]
+    few, all_patches = by["qformer"], by["mlp"]
     room = shape.max_positions - options.prompt_tokens - options.new_tokens
+    if room < 1:
+        return "none", (
+            f"prompt and caption alone fill the {shape.max_positions:,} tokens of the context, so that no visual token "
+            "fits: shorten them"
+        )
+    frames = options.frames or shape.frames
+    fitting = [row for row in rows if row.fits_memory]
+    if not fitting:
+        return "none", f"the model does not fit the device with any bridge{f' at {frames:,} frames' * (frames > 1)}"
     extra = all_patches.total_ms - few.total_ms
     if all_patches.fits_context and all_patches.fits_memory and extra <= CHEAP_SHARE * few.total_ms:
         return "mlp", (
@@ -325,12 +332,27 @@ def recommended(shape: ModelShape, rows: Sequence[BridgeRow], options: PlanOptio
         else "the device has too little memory for an MLP's tokens"
     )
     if not few.fits_context:
-        frames = options.frames or shape.frames
-        most = max(room // frames, 0)
-        return "qformer", (
-            f"{few.tokens:,} tokens do not fit the {room:,} free slots either: take at most "
-            f"{room // few.tokens_per_picture} frames, or train a Q-Former of {most} queries"
+        mend = _fewer_tokens(room, few.tokens_per_picture, frames)
+        return "qformer", f"{few.tokens:,} tokens do not fit the {room:,} free slots either: {mend}"
+    if not few.fits_memory:
+        small = min(fitting, key=lambda row: (row.tokens, row.parameters))
+        return small.kind, (
+            f"the model fits the device with its {small.parameters / 1e6:.0f} M parameters, and not with the "
+            f"{few.parameters / 1e6:.0f} M of a Q-Former"
         )
-    if one_layer.fits_memory and not few.fits_memory:
-        return "pool", f"only the model with its {one_layer.parameters / 1e6:.0f} M parameters fits the device"
     return "qformer", f"{against}; a Q-Former needs {few.tokens:,} and has the most quality for each token"
+
+
+def _fewer_tokens(room: int, queries: int, frames: int) -> str:
+    """How the tokens of a Q-Former fit ``room`` free slots: fewer pictures, or fewer queries for each, or both."""
+    ways = []
+    if room >= queries:
+        ways.append(f"take at most {_counted(room // queries, 'frame', 'frames')}")
+    if room >= frames:
+        ways.append(f"train a Q-Former of at most {_counted(room // frames, 'query', 'queries')}")
+    fewer = f"take at most {_counted(room, 'frame', 'frames')}, and train a Q-Former of fewer queries"
+    return ", or ".join(ways) or fewer
+
+
+def _counted(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"

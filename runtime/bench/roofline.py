@@ -39,7 +39,7 @@ picture of 480 x 640 to 224 pixels in 3.1 ms, to 384 in 4.6 to 7.0 ms."""
 ELEMENTS = 1 << 16
 CALLS, OPERATORS = 10, 1.5
 """Calls of the smallest operator, and passes of a tanh over the outputs of a matrix, that take as long as the operators
-that follow a matrix; fitted by ``benchmarks/plan_check.py``."""
+that follow a matrix; chosen so that the predictions come near ``benchmarks/results/plan.json``."""
 
 
 def measure(backend: str, threads: int = 1) -> Roofline:

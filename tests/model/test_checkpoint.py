@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +113,17 @@ def test_side_files_come_along(tiny_checkpoint: Drawn, tmp_path: Path) -> None:
     save_checkpoint(load_checkpoint(tiny_checkpoint.directory), tmp_path, like=tiny_checkpoint.directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == (tiny_checkpoint.directory / name).read_bytes()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_counts_once(tied: bool, tmp_path: Path) -> None:
+    """As in the memory of the model, where the head is the token table."""
+    draw_model(Variant(seed=14, tied=tied)).save_pretrained(tmp_path)
+    with_head = sum(math.prod(shape) for shape in Checkpoint(tmp_path).shapes.values())
+    own = sum(math.prod(shape) for shape in Checkpoint(tmp_path).own_shapes().values())
+    model = load_checkpoint(tmp_path)
+    assert own == sum({one.data_ptr(): one.numel() for one in model.parameters()}.values())  # shared memory once
+    assert with_head - own == (model.state_dict()["language.head.weight"].numel() if tied else 0)
 
 
 def test_a_head_that_repeats_the_table_may_stand_in_a_tied_checkpoint(tmp_path: Path) -> None:

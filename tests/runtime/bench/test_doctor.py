@@ -16,6 +16,7 @@ from blip2edge.errors import BackendError
 from blip2edge.runtime.backends.probe import Check, check_provider
 from blip2edge.runtime.bench import doctor
 from blip2edge.runtime.bench.doctor import diagnose
+from blip2edge.runtime.bench.memory import MachineMemory
 from tests.runtime.bench.blocked import without
 
 
@@ -39,6 +40,20 @@ def test_findings_on_this_machine() -> None:
     for check in checks.values():
         assert "\n" not in check.detail
         assert check.ok or check.fix or check.required
+
+
+@pytest.mark.parametrize(
+    ("memory", "detail"),
+    [
+        (None, "not known on this platform"),
+        (MachineMemory(3 * 10**9, 8 * 10**9, 10**9, 2 * 10**9), "8.0 GB, 3.0 GB available"),  # swap does not count
+        (MachineMemory(3 * 10**9, 8 * 10**9, limit=4 * 10**9), "8.0 GB, 3.0 GB available, limited to 4.0 GB"),
+        (MachineMemory(3 * 10**9, 8 * 10**9, limit=9 * 10**9), "8.0 GB, 3.0 GB available"),
+    ],
+)
+def test_memory(memory: MachineMemory | None, detail: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "machine_memory", lambda: memory)
+    assert doctor._memory().detail == detail
 
 
 def test_cpu_provider_is_proven_by_a_kernel() -> None:

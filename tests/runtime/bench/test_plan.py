@@ -122,7 +122,31 @@ def test_frames_of_a_video_model() -> None:
         ("llava-1.5-7b", "thor", PlanOptions(frames=60), "qformer", "34,560 tokens of an MLP do not fit the 4,058"),
         ("blip2-opt-2.7b", "thor", PlanOptions(), "mlp", "it keeps every patch"),
         ("blip2-opt-2.7b", "orin-nano-8gb", PlanOptions(), "qformer", "the 257 tokens of an MLP cost 3"),
-        ("blip2-opt-2.7b", "thor", PlanOptions(frames=500), "qformer", "at most 62 frames, or train a Q-Former of 4"),
+        (
+            "blip2-opt-2.7b",
+            "thor",
+            PlanOptions(frames=500),
+            "qformer",
+            "at most 62 frames, or train a Q-Former of at most 4 queries",
+        ),
+        (
+            "blip2-opt-2.7b",
+            "thor",
+            PlanOptions(new_tokens=2040),
+            "none",
+            "prompt and caption alone fill the 2,048 tokens",
+        ),
+        ("blip2-opt-2.7b", "thor", PlanOptions(new_tokens=2020), "qformer", "either: train a Q-Former of at most 20 q"),
+        (
+            "blip2-opt-2.7b",
+            "thor",
+            PlanOptions(frames=60, new_tokens=2020),
+            "qformer",
+            "either: take at most 20 frames, and train a Q-Former of fewer queries",
+        ),
+        ("blip2-opt-2.7b", "thor", PlanOptions(frames=60, new_tokens=2000), "qformer", "either: take at most 1 frame"),
+        ("blip2-opt-2.7b", "thor", PlanOptions(frames=2000), "none", "device with any bridge at 2,000 frames"),
+        ("blip2-opt-2.7b", "orin-nano-4gb", PlanOptions(), "none", "the model does not fit the device with any bridge"),
         ("idefics-9b", "thor", PlanOptions(), "perceiver", "cross-attends to 64 tokens of each picture"),
         ("blip-image-captioning-base", "thor", PlanOptions(), "none", "cross-attends to the patches"),
     ],
@@ -136,9 +160,12 @@ def test_the_pool_where_only_it_fits() -> None:
     shape, request = find_shape("blip2-opt-2.7b")[0], PlanOptions()
     rows = [replace(row, fits_memory=row.kind == "pool") for row in bridge_rows(shape, "int4", NANO, request)]
     bridge, reason = recommended(shape, rows, request)
-    assert (bridge, reason) == ("pool", "only the model with its 5 M parameters fits the device")
+    assert (bridge, reason) == (
+        "pool",
+        "the model fits the device with its 5 M parameters, and not with the 107 M of a Q-Former",
+    )
     none = [replace(row, fits_memory=False) for row in rows]
-    assert recommended(shape, none, request)[1].startswith("the device has too little memory for an MLP's tokens; a Q-")
+    assert recommended(shape, none, request) == ("none", "the model does not fit the device with any bridge")
 
 
 def test_what_fits() -> None:
@@ -210,6 +237,39 @@ def test_a_model_whose_pictures_take_no_slots(capsys: pytest.CaptureFixture[str]
     assert "cross_kv: " in text
     assert "bridges in" not in text
     assert "no bridge" in said(capsys, "blip-vqa-base", "--device", "raspberry-pi-5-8gb", "--explain")
+
+
+@pytest.mark.parametrize(
+    ("model", "checkpoint"),
+    [
+        ("idefics-9b", "HuggingFaceM4/idefics-9b"),
+        ("salesforce/BLIP2-OPT-2.7b", "Salesforce/blip2-opt-2.7b"),
+        ("minigpt4-vicuna-7b", None),  # published as a .pth
+        ("attention-pool-opt-2.7b", None),  # not published
+        ("my models/config.json", "'my models'"),
+        ("my models", "'my models'"),
+        ("my models/other.json", None),
+        ("no weights/config.json", None),
+    ],
+)
+def test_the_next_command_is_one_that_export_takes(
+    model: str,
+    checkpoint: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for folder, names in (("my models", ("config.json", "other.json")), ("no weights", ("config.json",))):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            shutil.copy(CONFIG, tmp_path / folder / name)
+    (tmp_path / "my models" / "model.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    commands = [line for line in said(capsys, model, "--device", "thor").splitlines() if line.startswith("next: ")]
+    expected = [] if checkpoint is None else [f"next: blip2edge export {checkpoint} -o bundle --precision fp16"]
+    assert commands == expected
+    quoted = f"'{model}'" if " " in model else model
+    assert said(capsys, model).endswith(f"next: blip2edge plan {quoted} --device NAME --explain\n")
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:

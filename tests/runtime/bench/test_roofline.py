@@ -20,7 +20,7 @@ MACHINE = Roofline(bytes_per_s=1e9, float_ops_per_s=2e9, integer_ops_per_s=8e9)
 
 
 @pytest.mark.parametrize(
-    ("cost", "seconds", "bound"),
+    ("cost", "seconds", "limit"),
     [
         (StageCost(4e9, 0.0, 1e9), 2.0, "products"),
         (StageCost(4e9, 8e9, 1e9), 3.0, "products"),
@@ -28,9 +28,9 @@ MACHINE = Roofline(bytes_per_s=1e9, float_ops_per_s=2e9, integer_ops_per_s=8e9)
         (StageCost(2e9, 0.0, 1e9), 1.0, "bytes"),  # a tie: more products would not be free
     ],
 )
-def test_the_least_time(cost: StageCost, seconds: float, bound: str) -> None:
+def test_the_least_time(cost: StageCost, seconds: float, limit: str) -> None:
     assert cost.seconds(MACHINE) == pytest.approx(seconds)
-    assert cost.bound(MACHINE) == bound
+    assert cost.limited_by(MACHINE) == limit
 
 
 def test_costs_add_up() -> None:
