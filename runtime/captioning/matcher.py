@@ -10,7 +10,7 @@ The cosine of a picture and a text is the largest product of the text's vector w
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar, overload
 
@@ -32,7 +32,7 @@ from blip2edge.errors import Blip2EdgeError, BundleError, PromptError, UsageErro
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.captioning.assemble import LoadedBundle, image_parts
-from blip2edge.runtime.captioning.request import MatchResult, check_text, listed, raising
+from blip2edge.runtime.captioning.request import MatchResult, check_text, in_batches, listed, raising, starts
 from blip2edge.runtime.decoding.options import check_integer
 from blip2edge.runtime.images.preprocess import ImageSource
 from blip2edge.runtime.images.video import Channels, in_rgb
@@ -168,8 +168,31 @@ class Matcher(LoadedBundle):
         ids = [self.token_ids(text) for text in sentences]
         check_integer("batch_size", batch_size, 1)  # here, not when the first result is taken
         vectors = [self._embed([row])[0] for row in ids]
-        results = _in_batches(lambda batch: self._compare(batch, sentences, ids, vectors), pictures, batch_size)
+        results = in_batches(
+            lambda batch: self._compare(batch, self._encode(batch), sentences, ids, vectors), pictures, batch_size
+        )
         return results if return_exceptions else raising(results)
+
+    def match_in_steps(
+        self, images: Sequence[ImageSource], texts: Sequence[str], step: int
+    ) -> Iterator[list[MatchResult]]:
+        """Compares as :meth:`match_many` in short steps, so that other threads can run graphs in between.
+
+        Yields:
+            The results of a picture with up to ``step`` texts; an empty list after steps that only embed.
+        """
+        self._check_open()
+        ids = [self.token_ids(text) for text in texts]
+        parts = [slice(at, at + step) for at in starts(len(ids), step)]
+        vectors: list[Vectors] = []
+        for part in parts:
+            vectors += [self._embed([row])[0] for row in ids[part]]
+            yield []
+        for image in images:
+            encoded = self._encode([image])
+            yield []
+            for part in parts:
+                yield self._compare([image], encoded, texts[part], ids[part], vectors[part])
 
     def probabilities(
         self,
@@ -207,7 +230,7 @@ class Matcher(LoadedBundle):
         if not pairs:
             return found
         embeds = self._image_embeds(_pictures(images, channels))
-        for at in _starts(len(pairs), batch_size):
+        for at in starts(len(pairs), batch_size):
             part = pairs[at : at + batch_size]
             feeds = {"image_embeds": embeds[[row for row, _ in part]], **_padded([ids for _, ids in part])}
             output = "match_logits" if logits else "probability"
@@ -266,7 +289,7 @@ class Matcher(LoadedBundle):
         """Yields the vector of each picture; arguments as in :meth:`match_many`, see :meth:`embed_image`."""
         self._check_open()
         check_integer("batch_size", batch_size, 1)
-        results = _in_batches(self._embed_pictures, _pictures(images, channels), batch_size)
+        results = in_batches(self._embed_pictures, _pictures(images, channels), batch_size)
         return results if return_exceptions else raising(results)
 
     def embed_text(self, text: str) -> Vectors:
@@ -278,17 +301,22 @@ class Matcher(LoadedBundle):
         """Computes the vectors of N texts, ``[N, F]``; see :meth:`embed_text`."""
         self._check_open()
         ids = [self.token_ids(text) for text in listed("texts", texts)]
-        parts = [self._embed(ids[at : at + batch_size]) for at in _starts(len(ids), batch_size)]
+        parts = [self._embed(ids[at : at + batch_size]) for at in starts(len(ids), batch_size)]
         if not parts:
             raise UsageError("expected at least one text, got none")
         return np.concatenate(parts)
 
-    def _compare(
-        self, pictures: list[ImageSource], texts: list[str], ids: list[list[int]], vectors: list[Vectors]
-    ) -> list[MatchResult]:
-        """Compares the pictures of one batch with every text; ``ids`` and ``vectors`` are those of the texts."""
+    def _encode(self, pictures: list[ImageSource]) -> tuple[Array, Vectors]:
+        """``image_embeds`` and the vectors of the pictures of one batch."""
         embeds = self._image_embeds(pictures)
-        features = self._features(embeds)
+        return embeds, self._features(embeds)
+
+    def _compare(
+        self, pictures: list[ImageSource], encoded: tuple[Array, Vectors], texts: Sequence[str], ids: list[list[int]],
+        vectors: list[Vectors],
+    ) -> list[MatchResult]:  # fmt: skip
+        """Compares encoded pictures with texts, which have token ids and vectors."""
+        embeds, features = encoded
         cosines = [(features @ vector).max(axis=1) for vector in vectors]
         probabilities = [self._probabilities(embeds, row) for row in ids]
         return [
@@ -369,30 +397,3 @@ def _padded(rows: list[list[int]]) -> dict[str, Array]:
 def _pictures(images: Iterable[ImageSource], channels: Channels) -> list[ImageSource]:
     """Returns the pictures as a list, with the channels of arrays in the order R, G, B."""
     return [in_rgb(image, channels) for image in listed("images", images)]  # type: ignore[misc]  # no videos
-
-
-def _in_batches(
-    compute: Callable[[list[ImageSource]], list[Item]], pictures: list[ImageSource], batch_size: int
-) -> Generator[Item | Blip2EdgeError, None, None]:
-    """Yields the results of all pictures; in a batch with a broken picture, each picture is computed by itself."""
-    for at in _starts(len(pictures), batch_size):
-        batch = pictures[at : at + batch_size]
-        try:
-            results = compute(batch)
-        except Blip2EdgeError as error:
-            if len(batch) == 1:
-                yield error
-            else:
-                yield from _in_batches(compute, batch, 1)
-        else:
-            yield from results
-
-
-def _starts(count: int, batch_size: int) -> range:
-    """The index at which each batch begins.
-
-    Raises:
-        UsageError: ``batch_size`` is below 1.
-    """
-    check_integer("batch_size", batch_size, 1)
-    return range(0, count, batch_size)

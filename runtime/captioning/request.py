@@ -17,7 +17,7 @@ from PIL import Image
 
 from blip2edge.errors import Blip2EdgeError, DeadlineError, UsageError, option
 from blip2edge.runtime.decoding.generate import Generation
-from blip2edge.runtime.decoding.options import GenerationOptions, check_number, shown
+from blip2edge.runtime.decoding.options import GenerationOptions, check_integer, check_number, shown
 from blip2edge.runtime.images.video import ItemSource
 from blip2edge.runtime.text.prompt import PromptText
 from blip2edge.runtime.text.tokenizer import TextPieces, Tokenizer
@@ -274,6 +274,7 @@ class Request(Pending[CaptionResult]):
 
 
 Item = TypeVar("Item")
+Source = TypeVar("Source")
 
 
 def listed(name: str, values: Iterable[Item]) -> list[Item]:
@@ -312,3 +313,30 @@ def raising(results: Generator[Item | Blip2EdgeError, None, None]) -> Iterator[I
             if isinstance(result, Blip2EdgeError):
                 raise result
             yield result
+
+
+def in_batches(
+    compute: Callable[[list[Source]], list[Item]], pictures: list[Source], batch_size: int
+) -> Generator[Item | Blip2EdgeError, None, None]:
+    """Yields the results of all pictures; in a batch with a broken picture, each picture is computed by itself."""
+    for at in starts(len(pictures), batch_size):
+        batch = pictures[at : at + batch_size]
+        try:
+            results = compute(batch)
+        except Blip2EdgeError as error:
+            if len(batch) == 1:
+                yield error
+            else:
+                yield from in_batches(compute, batch, 1)
+        else:
+            yield from results
+
+
+def starts(count: int, batch_size: int) -> range:
+    """The index at which each batch begins.
+
+    Raises:
+        UsageError: ``batch_size`` is below 1.
+    """
+    check_integer("batch_size", batch_size, 1)
+    return range(0, count, batch_size)

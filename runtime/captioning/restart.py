@@ -1,16 +1,17 @@
-"""A captioner with its scheduler that is loaded again when the engine is broken."""
+"""Loads a bundle again when its engine is broken; and a captioner with its scheduler that does so."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from blip2edge.bundle.schema import INTERLEAVED
 from blip2edge.errors import EngineFaultError, one_line
+from blip2edge.runtime.captioning.assemble import LoadedBundle
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.engine_check import KnownGoodRequest
 from blip2edge.runtime.captioning.scheduler import Scheduler
@@ -19,10 +20,12 @@ from blip2edge.runtime.decoding.options import GenerationOptions
 log = logging.getLogger(__name__)
 
 CHECK_S = 120.0
-"""Seconds for the caption that shows that a loaded engine works, and for the end of a broken engine's threads."""
+"""Seconds for the request that shows that a loaded engine works, and for the end of a broken engine's threads."""
+
+Loaded = TypeVar("Loaded", bound=LoadedBundle)
 
 
-class _HangError(Exception):
+class HangError(Exception):
     """The engine neither answers nor fails; its threads cannot be ended."""
 
 
@@ -33,7 +36,7 @@ class Backoff:
     Attributes:
         first_s: Seconds before the first attempt; each further one waits twice as long.
         most_s: Longest wait in seconds.
-        attempts: Attempts in a row without a caption in between, after which the captioner gives up.
+        attempts: Attempts in a row without a result in between, after which the bundle is not loaded again.
     """
 
     first_s: float = 1.0
@@ -45,94 +48,59 @@ class Backoff:
         return min(self.first_s * 2.0**attempt, self.most_s)
 
 
-class RestartingCaptioner:
-    """A captioner and its scheduler; both are replaced when the scheduler finds the engine broken.
+class Restarting(Generic[Loaded]):
+    """Loads a bundle again when its engine is broken. Subclasses implement :meth:`_replace`.
 
     Args:
-        captioner: A loaded bundle.
         load: Loads the bundle again; None: a broken engine stays broken.
         backoff: Waits between attempts.
-        **scheduling: Arguments of ``Captioner.scheduler``.
 
     Attributes:
-        captioner, scheduler: Those in use; a new pair after each restart.
         state: ``ok``, ``restarting``, or ``failed`` after the last attempt.
         restarts: How often the engine was loaded again.
         problem: The last error of the engine in one line; empty if there was none.
-        gave_up: Called once if the state becomes ``failed``.
+        gave_up: Called once if the state becomes ``failed`` after attempts to load the engine.
     """
 
-    def __init__(
-        self, captioner: Captioner, load: Callable[[], Captioner] | None, backoff: Backoff, **scheduling: Any
-    ) -> None:
-        self._load, self._backoff, self._scheduling = load, backoff, scheduling
+    def __init__(self, load: Callable[[], Loaded] | None, backoff: Backoff) -> None:
+        self._load, self._backoff = load, backoff
         self._closed = threading.Event()
-        self._faults = 0  # in a row, without a caption in between
-        self._hung = False  # the scheduler's threads do not end
-        self._thread: threading.Thread | None = None
+        self._faults = 0  # in a row, without a result in between
         self.state, self.restarts, self.problem = "ok", 0, ""
         self.gave_up: Callable[[], None] = lambda: None
-        self.captioner, self.scheduler = captioner, self._scheduled(captioner)
-
-    def _scheduled(self, captioner: Captioner) -> Scheduler:
-        return captioner.scheduler(
-            known_good=None if self._load is None else known_good(captioner),
-            on_failure=self._failed,
-            **self._scheduling,
-        )
-
-    def ready(self) -> Scheduler:
-        """The scheduler.
-
-        Raises:
-            EngineFaultError: The engine is being loaded again.
-        """
-        if self.state == "restarting":
-            raise EngineFaultError
-        return self.scheduler
 
     def succeeded(self) -> None:
-        """Resets the count of faults in a row: the engine has made a caption."""
+        """Resets the count of faults in a row: the engine has made a result."""
         self._faults = 0
 
-    def close(self) -> None:
-        """Cancels open requests and ends a restart."""
-        self._closed.set()
-        if self._thread is not None:
-            self._thread.join()  # it may be putting another scheduler in place
-        if not self._hung:
-            self.scheduler.close()
+    def _check_state(self) -> None:
+        """Raises EngineFaultError if the engine is broken, or is being loaded again."""
+        if self.state != "ok":
+            raise EngineFaultError
 
-    def _failed(self, error: BaseException) -> None:
-        """Begins a restart; called by a thread of the scheduler, which has closed itself."""
-        cause = error.__cause__ if isinstance(error, EngineFaultError) and error.__cause__ is not None else error
-        self.problem = f"{type(cause).__name__}: {one_line(cause)}"
-        if self._load is None:
-            self.state = "failed"
-            return
-        self.state = "restarting"
-        log.warning("the engine failed (%s); it is loaded again", self.problem)
-        thread = threading.Thread(target=self._restart, args=(self._load,), name="blip2edge-restart", daemon=True)
-        thread.start()
-        self._thread = thread  # after its start: `close` joins it
+    def _broken(self, error: BaseException) -> None:
+        """Sets the state after a fault: ``restarting``, or ``failed`` if the bundle cannot be loaded again."""
+        self.problem = _problem(error)
+        self.state = "failed" if self._load is None else "restarting"
+        log.warning("the engine failed (%s)", self.problem)
 
-    def _restart(self, load: Callable[[], Captioner]) -> None:
-        if not _closed(self.scheduler, CHECK_S):
-            self._hung = True
-            self._give_up(f"the engine has not ended within {CHECK_S:g} s")
-            return
-        self.captioner.close()
+    def _load_again(self, load: Callable[[], Loaded], broken: Loaded) -> None:
+        """Closes the broken bundle and loads it again, until an engine works or all attempts have failed."""
+        try:
+            broken.close()
+        except Exception as error:  # noqa: BLE001 - the engine may fail in any way
+            log.warning("the broken engine could not be released (%s)", _problem(error))
         while self._faults < self._backoff.attempts:
             self._faults += 1
             if self._closed.wait(self._backoff.seconds(self._faults - 1)):
                 return
             try:
                 self._replace(load())
-            except _HangError as error:
+            except HangError as error:
                 self._give_up(str(error))
                 return
             except Exception as error:  # noqa: BLE001 - whatever it is, the next attempt may succeed
-                self.problem = f"{type(error).__name__}: {one_line(error)}"
+                self.problem = _problem(error)
                 log.warning("the engine could not be loaded (%s)", self.problem)
                 continue
             self.restarts += 1
@@ -147,26 +115,120 @@ class RestartingCaptioner:
         self.state = "failed"
         self.gave_up()
 
-    def _replace(self, captioner: Captioner) -> None:
-        """Makes a captioner the one in use, after it has captioned a picture.
+    def _replace(self, loaded: Loaded) -> None:
+        """Makes a loaded bundle the one in use, after it has answered a request that every healthy engine answers.
+
+        If it fails, it is closed.
 
         Raises:
-            _HangError: There is no caption after :data:`CHECK_S`. The captioner is not closed: its graph still runs.
+            HangError: There is no answer after :data:`CHECK_S`. The bundle is not closed: its graph still runs.
         """
+        raise NotImplementedError
+
+
+class RestartingCaptioner(Restarting[Captioner]):
+    """A captioner and its scheduler; both are replaced when the scheduler finds the engine broken.
+
+    Args:
+        captioner: A loaded bundle.
+        load, backoff: As of :class:`Restarting`.
+        **scheduling: Arguments of ``Captioner.scheduler``.
+
+    Attributes:
+        captioner, scheduler: Those in use; a new pair after each restart.
+    """
+
+    def __init__(
+        self, captioner: Captioner, load: Callable[[], Captioner] | None, backoff: Backoff, **scheduling: Any
+    ) -> None:
+        super().__init__(load, backoff)
+        self._scheduling = scheduling
+        self._hung = False  # the scheduler's threads do not end
+        self._thread: threading.Thread | None = None
+        self.captioner, self.scheduler = captioner, self._scheduled(captioner)
+
+    def _scheduled(self, captioner: Captioner) -> Scheduler:
+        return captioner.scheduler(
+            known_good=None if self._load is None else known_good(captioner),
+            on_failure=self._failed,
+            **self._scheduling,
+        )
+
+    def ready(self) -> Scheduler:
+        """The scheduler.
+
+        Raises:
+            EngineFaultError: The engine is broken, or is being loaded again.
+        """
+        self._check_state()
+        return self.scheduler
+
+    def close(self) -> None:
+        """Cancels open requests and ends a restart."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()  # it may be putting another scheduler in place
+        if not self._hung:
+            self.scheduler.close()
+
+    def _failed(self, error: BaseException) -> None:
+        """Begins a restart; called by a thread of the scheduler, which has closed itself."""
+        cause = error.__cause__ if isinstance(error, EngineFaultError) and error.__cause__ is not None else error
+        self._broken(cause)
+        if self._load is not None:
+            thread = threading.Thread(target=self._restart, args=(self._load,), name="blip2edge-restart", daemon=True)
+            thread.start()
+            self._thread = thread  # after its start: `close` joins it
+
+    def _restart(self, load: Callable[[], Captioner]) -> None:
+        if _closed(self.scheduler, CHECK_S):
+            self._load_again(load, self.captioner)
+        else:
+            self._hung = True
+            self._give_up(f"the engine has not ended within {CHECK_S:g} s")
+
+    def _replace(self, loaded: Captioner) -> None:
         try:
-            test = known_good(captioner)
-            scheduler = captioner.scheduler(max_batch=1, graph_lock=self._scheduling.get("graph_lock"))
+            test = known_good(loaded)
+            scheduler = loaded.scheduler(max_batch=1, graph_lock=self._scheduling.get("graph_lock"))
             request = scheduler.submit(test.image, test.options, prompt=test.prompt)
             wait([request.future], CHECK_S)
             if not _closed(scheduler, CHECK_S if request.future.done() else 0.0):
-                raise _HangError(f"the loaded engine gave no caption within {CHECK_S:g} s")
+                raise HangError(f"the loaded engine gave no caption within {CHECK_S:g} s")
             request.result()
-            self.captioner, self.scheduler = captioner, self._scheduled(captioner)
-        except _HangError:
+            self.captioner, self.scheduler = loaded, self._scheduled(loaded)
+        except HangError:
             raise
         except BaseException:
-            captioner.close()
+            loaded.close()
             raise
+
+
+def answers(compute: Callable[[], object]) -> None:
+    """Calls ``compute`` in a thread, and raises its error.
+
+    Raises:
+        HangError: It does not end within :data:`CHECK_S`.
+    """
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            compute()
+        except BaseException as error:  # noqa: BLE001 - the caller gets it
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    threading.Thread(target=run, name="blip2edge-check", daemon=True).start()
+    wait([future], CHECK_S)
+    if not future.done():
+        raise HangError(f"the engine gave no answer within {CHECK_S:g} s")
+    future.result()
+
+
+def _problem(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _closed(scheduler: Scheduler, seconds: float) -> bool:

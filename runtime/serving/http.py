@@ -40,6 +40,7 @@ from blip2edge.runtime.serving.chat_keys import NAMES, RequestError, check_type,
 from blip2edge.runtime.serving.json_bodies import json_object
 from blip2edge.runtime.serving.models.embeddings_api import (
     check_pairs,
+    check_vectors,
     embed_steps,
     embeddings_answer,
     match_steps,
@@ -241,8 +242,10 @@ class Server:
     async def _post(self, request: HttpRequest) -> Response:
         values = json_object(await self._body(request, None, MAX_EVENT), self.limits)
         kept = {name: values[name] for name in EVENT_KEYS if values.get(name) is not None}
-        for name in ("text", *kept):
-            check_type(name, kept.get(name, 0), str, "a text")
+        if "text" not in kept:
+            raise RequestError("the text is missing", "send one", field="text", code="missing_required_parameter")
+        for name, value in kept.items():
+            check_type(name, value, str, "a text")
         self._events.append(kept)
         return JSONResponse(kept)
 
@@ -251,10 +254,11 @@ class Server:
         body = await self._body(request, self.models.matcher)
         wanted = await asyncio.to_thread(read_embeddings, body, self.limits)
         model = request.state.model = self.models.matcher(wanted.model)
-        batch = model.queueing.max_batch
-        steps = partial(embed_steps, inputs=wanted.inputs, batch_size=batch)
-        results = await self._computed(request, model, steps, wanted.deadline)
-        return JSONResponse(await asyncio.to_thread(embeddings_answer, model.name, wanted, results))
+        check_vectors(model.name, wanted, model.engine.matcher)
+        steps = partial(embed_steps, inputs=wanted.inputs, batch_size=model.queueing.max_batch)
+        return await self._computed(
+            request, model, steps, wanted.deadline, partial(embeddings_answer, model.name, wanted)
+        )
 
     async def _match(self, request: HttpRequest) -> Response:
         body = await self._body(request, self.models.matcher)
@@ -262,21 +266,26 @@ class Server:
         wanted = await asyncio.to_thread(read)
         model = request.state.model = self.models.matcher(wanted.model)
         check_pairs(wanted, self.limits)
-        results = await self._computed(request, model, partial(match_steps, wanted=wanted), wanted.deadline)
-        return JSONResponse({"object": "list", "data": results, "model": model.name})
+        steps = partial(match_steps, wanted=wanted, batch_size=model.queueing.max_batch)
+
+        def answer(pairs: list[Any]) -> dict[str, Any]:
+            return {"object": "list", "data": pairs, "model": model.name}
+
+        return await self._computed(request, model, steps, wanted.deadline, answer)
 
     # Captions and calls
 
     async def _computed(
-        self, request: HttpRequest, model: ServedMatcher, steps: Steps, deadline: float | None
-    ) -> list[Any]:
+        self, request: HttpRequest, model: ServedMatcher, steps: Steps, deadline: float | None,
+        answer: Callable[[list[Any]], dict[str, Any]],
+    ) -> Response:  # fmt: skip
         client: WaitingClient[MatchCall] = WaitingClient(request.receive)
         async with client:
             model.submit(client, steps, deadline)
             await client.next()
-            results: list[Any] = client.outcome()
-            model.counted(client.work)
-            return results
+            response = await asyncio.to_thread(lambda: JSONResponse(answer(client.outcome())))
+            model.counted(client.pending)
+            return response
 
     async def _body(
         self,
@@ -383,5 +392,5 @@ def _check_json(request: HttpRequest, fix: str) -> None:
 
 def _counted(client: WaitingClient[Request], model: ServedCaptioner) -> CaptionResult:
     result: CaptionResult = client.outcome()
-    model.counted(client.work)
+    model.counted(client.pending)
     return result

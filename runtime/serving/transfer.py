@@ -17,7 +17,7 @@ from blip2edge.limits import BODY_GRACE_S, ConnectionLimits
 from blip2edge.runtime.captioning.request import Pending
 from blip2edge.runtime.serving.chat_keys import RequestError
 
-Work = TypeVar("Work", bound=Pending[Any])
+Submitted = TypeVar("Submitted", bound=Pending[Any])
 
 
 class ClientGoneError(Exception):
@@ -121,39 +121,39 @@ def _too_large(most: int, got: str) -> RequestError:
     )
 
 
-class WaitingClient(Generic[Work]):
+class WaitingClient(Generic[Submitted]):
     """A waiting client: takes pieces of text from the threads of a queue, and notices a closed connection.
 
-    At the end of the ``async with`` block, its work is canceled if it is not finished.
+    At the end of the ``async with`` block, its caption or call is canceled if it is not finished.
 
     Attributes:
-        work: The caption or the call, once it is submitted.
+        pending: The caption or the call, once it is submitted.
     """
 
-    work: Work
+    pending: Submitted
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
 
-    async def __aenter__(self) -> WaitingClient[Work]:
+    async def __aenter__(self) -> WaitingClient[Submitted]:
         """Begins to watch the connection."""
         self._gone = asyncio.ensure_future(self._disconnected())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Cancels the work, if it is not finished."""
+        """Cancels what is pending, if it is not finished."""
         self._gone.cancel()
-        if hasattr(self, "work"):
-            self.work.cancel()
+        if hasattr(self, "pending"):
+            self.pending.cancel()
 
     async def _disconnected(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
     def put(self, piece: str | None) -> None:
-        """Adds a piece of the text for the client; None: the work is finished. Any thread may call it."""
+        """Adds a piece of the text for the client; None: it was the last one. Any thread may call it."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
@@ -162,22 +162,22 @@ class WaitingClient(Generic[Work]):
 
         A deadline ends the wait when it passes, in whichever queue the request is.
         """
-        pending = asyncio.ensure_future(self._pieces.get())
+        piece = asyncio.ensure_future(self._pieces.get())
         try:
-            while not pending.done():
+            while not piece.done():
                 left = None
-                if self.work.expires is not None and not self.work.over:  # its end is already queued otherwise
-                    left = max(0.0, self.work.expires - time.monotonic())
-                await asyncio.wait({self._gone, pending}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-                if self._gone.done() and not pending.done():
+                if self.pending.expires is not None and not self.pending.over:  # its end is already queued otherwise
+                    left = max(0.0, self.pending.expires - time.monotonic())
+                await asyncio.wait({self._gone, piece}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                if self._gone.done() and not piece.done():
                     raise ClientGoneError
-            return pending.result()
+            return piece.result()
         finally:
-            pending.cancel()
+            piece.cancel()
 
     def outcome(self) -> Any:
-        """The result of the finished work; raises its error."""
+        """The result of the finished caption or call; raises its error."""
         try:
-            return self.work.result(0)
+            return self.pending.result(0)
         except CancelledError as error:  # the server is closing
             raise OverloadError("the server is closing", "try again later") from error

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from blip2edge.bundle.schema import IMAGE_FEATURES
 from blip2edge.errors import Blip2EdgeError, PromptError
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.captioning.matcher import Matcher
@@ -185,34 +186,50 @@ def _of_input(index: int, compute: Callable[[Any], Value], argument: object) -> 
         raise
 
 
-def match_steps(matcher: Matcher, wanted: MatchRequest) -> Iterator[list[dict[str, Any]]]:
-    """Compares pictures with texts; yields the pairs of each picture, as ``blip2edge match --json`` prints them.
+def match_steps(matcher: Matcher, wanted: MatchRequest, batch_size: int) -> Iterator[list[dict[str, Any]]]:
+    """Compares pictures with texts, ``batch_size`` texts at a time.
 
-    ``image`` is the picture's place in the request, from 0.
+    Yields the pairs as ``blip2edge match --json`` prints them; ``image`` is the picture's place in the request, from 0.
     """
-    texts = list(wanted.texts)
-    results = matcher.match_many(wanted.pictures, texts)
-    for index in range(len(wanted.pictures)):
-        yield [{**next(results).to_json(), "image": index} for _ in texts]
+    done = 0
+    for results in matcher.match_in_steps(wanted.pictures, wanted.texts, batch_size):
+        yield [{**result.to_json(), "image": (done + at) // len(wanted.texts)} for at, result in enumerate(results)]
+        done += len(results)
 
 
-def embeddings_answer(model: str, wanted: EmbeddingRequest, results: Sequence[Embedded]) -> dict[str, Any]:
-    """Makes the answer of ``/v1/embeddings``.
+def vectors_per_image(matcher: Matcher) -> int:
+    """Number of vectors that the matcher computes for a picture: K, or 1."""
+    (features,) = matcher.bundle.manifest.graphs[IMAGE_FEATURES].spec.outputs
+    queries = features.dims[1]
+    return queries if isinstance(queries, int) else queries.max
+
+
+def check_vectors(model: str, wanted: EmbeddingRequest, matcher: Matcher) -> None:
+    """Checks that the answer has a place for all vectors.
+
+    Args:
+        model: Name of the bundle.
+        wanted: The request.
+        matcher: The loaded bundle.
 
     Raises:
         RequestError: A picture has several vectors, and ``return_multivector`` is not set.
     """
+    vectors = vectors_per_image(matcher)
+    if vectors > 1 and not wanted.multivector and any(isinstance(one, bytes) for one in wanted.inputs):
+        raise RequestError(
+            f"the model {model!r} gives a picture {vectors} vectors, and embedding has a place for one",
+            "send return_multivector: true; the cosine of a picture is the largest of its vectors",
+            field="return_multivector",
+            code="multivector_required",
+        )
+
+
+def embeddings_answer(model: str, wanted: EmbeddingRequest, results: Sequence[Embedded]) -> dict[str, Any]:
+    """Makes the answer of ``/v1/embeddings``."""
     data = []
     for index, result in enumerate(results):
-        vectors = np.atleast_2d(result.vectors)
-        if not wanted.multivector and len(vectors) > 1:
-            raise RequestError(
-                f"the model {model!r} gives a picture {len(vectors)} vectors, and embedding has a place for one",
-                "send return_multivector: true; the cosine of a picture is the largest of its vectors",
-                field="return_multivector",
-                code="multivector_required",
-            )
-        written = [_written(vector, wanted.base64) for vector in vectors]
+        written = [_written(vector, wanted.base64) for vector in np.atleast_2d(result.vectors)]
         value = {"embeddings": written} if wanted.multivector else {"embedding": written[0]}
         data.append({"object": "embedding", "index": index, **value})
     tokens = sum(result.tokens for result in results)

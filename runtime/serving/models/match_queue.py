@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
@@ -11,17 +10,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from blip2edge.errors import Blip2EdgeError, EngineFaultError, OverloadError, one_line
+from blip2edge.errors import EngineFaultError, OverloadError
 from blip2edge.runtime.captioning.engine_check import may_be_engine_fault
 from blip2edge.runtime.captioning.fair_lock import FairLock
 from blip2edge.runtime.captioning.matcher import Matcher
 from blip2edge.runtime.captioning.request import Pending, expiry
-from blip2edge.runtime.captioning.restart import Backoff
-
-log = logging.getLogger(__name__)
+from blip2edge.runtime.captioning.restart import Backoff, HangError, Restarting, answers
 
 Steps = Callable[[Matcher], Iterator[list[Any]]]
-"""Makes the steps of a call: each item of the iterator is the results of one batch."""
+"""Makes the steps of a call: each item of the iterator is the results of one batch, and may be empty."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -29,31 +26,37 @@ class MatchCall(Pending[list[Any]]):
     """A submitted call; its result is a list of all results of its steps.
 
     Attributes:
-        steps: Computes it, batch by batch.
+        steps: Computes it, batch by batch; none after the call has ended, so that its pictures are freed.
         on_piece: Called with None when the call has ended.
+        on_end: Called with the call when it has ended.
     """
 
     steps: Steps
     on_piece: Callable[[str | None], None]
+    on_end: Callable[[MatchCall], None]
 
     def push(self, piece: str | None) -> None:
-        """Calls ``on_piece``."""
+        """Frees the pictures, and calls ``on_end`` and ``on_piece``."""
+        self.steps = _no_steps
+        self.on_end(self)
         self.on_piece(piece)
 
 
-class MatchQueue:
+def _no_steps(_: Matcher) -> Iterator[list[Any]]:
+    return iter(())
+
+
+class MatchQueue(Restarting[Matcher]):
     """Runs the calls on a matcher in the order of submission, in a thread of its own.
 
     Args:
         matcher: A loaded bundle.
-        load: Loads the bundle again; None: a broken engine stays broken.
-        backoff: Waits between attempts.
+        load, backoff: As of :class:`Restarting`.
         max_waiting: Largest number of calls that wait.
         graph_lock: Held during each step, where the graphs of several bundles run one at a time.
 
     Attributes:
         matcher: The one in use; a new one after each restart.
-        state, restarts, problem, gave_up: As of :class:`RestartingCaptioner`.
     """
 
     def __init__(
@@ -65,15 +68,12 @@ class MatchQueue:
         max_waiting: int = 64,
         graph_lock: FairLock | None = None,
     ) -> None:
-        self.matcher, self._load, self._backoff = matcher, load, backoff or Backoff()
-        self._max_waiting, self._graph_lock = max_waiting, graph_lock or nullcontext
-        self.state, self.restarts, self.problem = "ok", 0, ""
-        self.gave_up: Callable[[], None] = lambda: None
+        super().__init__(load, backoff or Backoff())
+        self.matcher, self._max_waiting, self._graph_lock = matcher, max_waiting, graph_lock or nullcontext
         self._waiting: deque[MatchCall] = deque()
         self._running: MatchCall | None = None
         self._changed = threading.Condition()
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="blip2edge-match", daemon=True)
+        self._thread = threading.Thread(target=self._run_calls, name="blip2edge-match", daemon=True)
         self._thread.start()
 
     def ready(self) -> MatchQueue:
@@ -82,16 +82,15 @@ class MatchQueue:
         Raises:
             EngineFaultError: The engine is broken, or is being loaded again.
         """
-        if self.state != "ok":
-            raise EngineFaultError
+        self._check_state()
         return self
 
     def check_room(self) -> None:
         """Raises OverloadError if the queue is full: then the pictures need not be read."""
         with self._changed:
-            if len(self._waiting) >= self._max_waiting:  # canceled and expired calls do not count
-                self._waiting = deque(call for call in self._waiting if not call.over)
-            if len(self._waiting) >= self._max_waiting:
+            full = len(self._waiting) >= self._max_waiting
+            # `over` ends expired calls, and so removes them
+            if full and sum(not call.over for call in list(self._waiting)) >= self._max_waiting:
                 raise OverloadError(f"the queue is full: {self._max_waiting} requests are waiting", "try again later")
 
     def submit(self, steps: Steps, *, deadline: float | None, on_piece: Callable[[str | None], None]) -> MatchCall:
@@ -107,7 +106,7 @@ class MatchQueue:
             OverloadError: The queue is full, or closed.
             UsageError: As :func:`expiry`.
         """
-        call = MatchCall(steps=steps, on_piece=on_piece, expires=expiry(deadline))
+        call = MatchCall(steps=steps, on_piece=on_piece, on_end=self._remove, expires=expiry(deadline))
         with self._changed:
             self.ready().check_room()
             if self._closed.is_set():
@@ -130,12 +129,17 @@ class MatchQueue:
             self._changed.notify_all()
         self._thread.join()
 
+    def _remove(self, call: MatchCall) -> None:
+        """Removes a call that has ended, if it waits."""
+        with self._changed:
+            if call in self._waiting:
+                self._waiting.remove(call)
+
     def _drop(self, finish: Callable[[MatchCall], None]) -> None:
         for call in [*self._waiting, *([] if self._running is None else [self._running])]:
             finish(call)
-        self._waiting.clear()
 
-    def _work(self) -> None:
+    def _run_calls(self) -> None:
         while not self._closed.is_set():
             with self._changed:
                 while not (self._waiting or self._closed.is_set()):
@@ -150,6 +154,7 @@ class MatchQueue:
                 self._failed(call, error)
             with self._changed:
                 self._running = None
+            del call  # an error in it may hold the pictures
 
     def _computed(self, call: MatchCall) -> list[Any]:
         """The results of a call; fewer if it was canceled or its deadline has passed."""
@@ -165,42 +170,40 @@ class MatchQueue:
 
     def _failed(self, call: MatchCall, error: Exception) -> None:
         """Fails a call. If a known good text fails too, the engine is broken, and the bundle is loaded again."""
-        if not may_be_engine_fault(error) or (fault := self._fault(self.matcher)) is None:
+        if not may_be_engine_fault(error) or (fault := self._fault()) is None:
             call.fail(error)
             return
-        self.problem = f"{type(fault).__name__}: {one_line(fault)}"
         with self._changed:
-            self.state = "failed" if self._load is None else "restarting"
+            self._broken(fault)
             self._drop(lambda one: one.fail(EngineFaultError()))
-        log.warning("the engine of a matcher failed (%s)", self.problem)
-        if self._load is not None:
-            self._restart(self._load)
+        if self._load is None:
+            return
+        if isinstance(fault, HangError):
+            self._give_up(str(fault))
+        else:
+            self._load_again(self._load, self.matcher)
 
-    def _fault(self, matcher: Matcher) -> Exception | None:
+    def _fault(self) -> Exception | None:
         """The error of a text that every healthy engine embeds; None if there is no error."""
         try:
-            with self._graph_lock():
-                matcher.embed_text("a")
+            self._check(self.matcher)
         except Exception as error:  # noqa: BLE001 - the engine may fail in any way
             return error
         return None
 
-    def _restart(self, load: Callable[[], Matcher]) -> None:
-        self.matcher.close()
-        for attempt in range(self._backoff.attempts):
-            if self._closed.wait(self._backoff.seconds(attempt)):
-                return
-            try:
-                self.matcher = load()
-            except (Blip2EdgeError, OSError, RuntimeError) as error:
-                fault: Exception | None = error
-            else:
-                fault = self._fault(self.matcher)
-                if fault is None:
-                    self.restarts, self.state = self.restarts + 1, "ok"
-                    return
-                self.matcher.close()
-            self.problem = f"{type(fault).__name__}: {one_line(fault)}" if fault is not None else ""
-            log.warning("the engine of a matcher could not be loaded (%s)", self.problem)
-        self.state = "failed"
-        self.gave_up()
+    def _check(self, matcher: Matcher) -> None:
+        def embed() -> None:
+            with self._graph_lock():
+                matcher.embed_text("a")
+
+        answers(embed)
+
+    def _replace(self, loaded: Matcher) -> None:
+        try:
+            self._check(loaded)
+        except HangError:
+            raise
+        except BaseException:
+            loaded.close()
+            raise
+        self.matcher = loaded

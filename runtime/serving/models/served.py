@@ -109,9 +109,13 @@ class ServedModel:
         """The object of ``/health``."""
         return {"status": self.engine.state, "model": self.name, "load": self.load}
 
-    def counted(self, work: Pending[Any]) -> None:
-        """Counts finished work."""
-        self.metrics.add_call(work)
+    def counted(self, pending: Pending[Any]) -> None:
+        """Counts a finished caption or call, which shows that the engine works."""
+        if isinstance(pending, Request):
+            self.metrics.add_caption(pending)
+        else:
+            self.metrics.add_call(pending)
+        self.engine.succeeded()
 
 
 class ServedCaptioner(ServedModel):
@@ -164,7 +168,7 @@ class ServedCaptioner(ServedModel):
         stop = options.get("stop")
         if isinstance(stop, list):  # besides those of the bundle's template
             options = {**options, "stop": [*self.captioner.options().stop, *stop]}
-        client.work = scheduler.submit(
+        client.pending = scheduler.submit(
             pictures[0] if len(pictures) == 1 else list(pictures),
             self._limited(self.captioner.options(**options)),
             prompt=prompt,
@@ -172,12 +176,6 @@ class ServedCaptioner(ServedModel):
             wait=False,
             on_piece=client.put,
         )
-
-    def counted(self, work: Pending[Any]) -> None:
-        """Counts a finished caption, which shows that the engine works."""
-        if isinstance(work, Request):
-            self.metrics.add_caption(work)
-        self.engine.succeeded()
 
     def _check_limits(self, pictures: tuple[bytes, ...], prompt: PromptText | None, options: Mapping[str, Any]) -> None:
         limits = self.queueing.limits
@@ -228,7 +226,7 @@ class ServedMatcher(ServedModel):
             EngineFaultError, OverloadError: It cannot be served now.
             UsageError: The deadline is outside its range.
         """
-        client.work = self.engine.ready().submit(
+        client.pending = self.engine.ready().submit(
             steps, deadline=self.queueing.deadline if deadline is None else deadline, on_piece=client.put
         )
 

@@ -7,12 +7,14 @@ Inputs and outputs are in ``repository.py``. A row is a picture: its file, or a 
 - In decoupled mode ``execute`` returns at once. The scheduler's thread sends each piece of the text as it is generated;
   later requests join the running batch. The last response has an empty ``text`` and the whole result as ``json``.
 
-Each request fails by itself: a broken picture is an error of its own request.
+Each request fails by itself: a broken picture is an error of its own request. A broken engine is loaded again. If that
+fails too often in a row, the process ends, so that Triton reports the instance as unhealthy.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError
@@ -25,7 +27,7 @@ import numpy as np
 
 from blip2edge.errors import Blip2EdgeError, EngineFaultError, OverloadError, python_option
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.request import Request
+from blip2edge.runtime.captioning.request import CaptionResult, Request
 from blip2edge.runtime.captioning.restart import Backoff, RestartingCaptioner
 from blip2edge.runtime.serving.json_bodies import picture_bytes
 
@@ -63,6 +65,7 @@ class TritonPythonModel:
             self._engine = RestartingCaptioner(
                 load(), load, Backoff(), max_batch=int(given.get("max_batch", "8")), max_waiting=MOST_WAITING
             )
+            self._engine.gave_up = end_process
         except (Blip2EdgeError, ValueError) as error:
             raise self.triton.TritonModelException(_text(error)) from error
 
@@ -101,7 +104,7 @@ class TritonPythonModel:
         try:
             if isinstance(submitted, Exception):
                 raise submitted
-            results = [row.result() for row in submitted]
+            results = [self.result(row) for row in submitted]
         except Exception as error:  # noqa: BLE001 - as above
             return self.failed(error)
         texts = [result.text for result in results]
@@ -135,6 +138,12 @@ class TritonPythonModel:
             )
             for image, prompt, length in zip(images, prompts, lengths, strict=True)
         ]
+
+    def result(self, row: Request, timeout: float | None = None) -> CaptionResult:
+        """Waits for the result of a row, which shows that the engine works; arguments as of :meth:`Request.result`."""
+        result = row.result(timeout)
+        self._engine.succeeded()
+        return result
 
     def answer(self, texts: list[str], objects: list[str]) -> Any:
         """A response with the outputs ``text`` and ``json``."""
@@ -172,7 +181,7 @@ class _Stream:
         self._begun.wait()
         if piece is None:
             try:
-                last = self._model.answer([""], [json.dumps(self._caption.result(0).to_json())])
+                last = self._model.answer([""], [json.dumps(self._model.result(self._caption, 0).to_json())])
             except (Exception, CancelledError) as error:  # noqa: BLE001 - the client gets it
                 last = self._model.failed(error)
             self.end(last)
@@ -186,6 +195,11 @@ class _Stream:
         if not self._ended:
             self._ended = True
             self._sender.send(response, flags=self._model.triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def end_process() -> None:
+    """Ends Triton's process for this model. ``sys.exit`` would end only the thread that calls it."""
+    os._exit(1)
 
 
 def _text(error: BaseException) -> str:

@@ -8,6 +8,7 @@ import importlib
 import json
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,16 +21,20 @@ pytest.importorskip("torch", reason="the bundle is exported here")
 pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 pytest.importorskip("starlette", reason="the server needs the extra serve")
 
+from blip2edge.errors import EngineFaultError
 from blip2edge.limits import Limits
+from blip2edge.runtime.captioning import restart
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.matcher import Matcher
 from blip2edge.runtime.captioning.restart import Backoff
 from blip2edge.runtime.serving.access import Access
 from blip2edge.runtime.serving.chat_keys import EMBEDDING_KEYS
 from blip2edge.runtime.serving.http import Server
-from blip2edge.runtime.serving.models.embeddings_api import MOST_INPUTS
+from blip2edge.runtime.serving.models import embeddings_api
+from blip2edge.runtime.serving.models.embeddings_api import MOST_INPUTS, match_steps, vectors_per_image
 from blip2edge.runtime.serving.models.match_queue import MatchQueue
 from blip2edge.runtime.serving.openapi import document
+from blip2edge.runtime.serving.picture_forms import MatchRequest
 from tests.http_calls import Answer, ask, data_url, got, png_file
 
 PNG = png_file()
@@ -100,13 +105,16 @@ def test_the_openai_client_reads_the_answer(server: Server, matcher: Matcher) ->
     assert (refused.value.param, refused.value.code) == ("dimensions", "unsupported_parameter")
 
 
-def test_pictures_of_several_vectors(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_of_several_vectors(server: Server, matcher: Matcher, monkeypatch: pytest.MonkeyPatch) -> None:
     """A picture of BLIP-2 has a vector for each query."""
+    assert vectors_per_image(matcher) == 1  # this one is of BLIP
     wanted = np.array([[1, 0], [0, 1], [0.6, 0.8]], np.float32)
-    monkeypatch.setattr(Matcher, "embed_images_iter", lambda self, batch, **_: iter([wanted] * len(batch)))
-    refused = embed(server, input=[PICTURE], status=400).json["error"]
+    monkeypatch.setattr(embeddings_api, "vectors_per_image", lambda matcher: 3)
+    refused = embed(server, input=[PICTURE], status=400).json["error"]  # before any vector is computed
     assert (refused["param"], refused["code"]) == ("return_multivector", "multivector_required")
     assert "3 vectors" in refused["message"]
+    assert {name: count for name, count in next(iter(server.models)).metrics.counts.items() if count} == {"refused": 1}
+    monkeypatch.setattr(Matcher, "embed_images_iter", lambda self, batch, **_: iter([wanted] * len(batch)))
     picture, text = embed(server, input=[PICTURE, "a"], return_multivector=True).json["data"]
     assert set(picture) == {"object", "index", "embeddings"}
     np.testing.assert_array_equal(np.array(picture["embeddings"], np.float32), wanted)
@@ -133,6 +141,24 @@ def test_pairs_of_several_pictures(server: Server) -> None:
     pairs = match(server, image=[data_url(PNG)] * 2, text=TEXTS[0]).json["data"]
     assert [pair["image"] for pair in pairs] == [0, 1]
     assert pairs[0]["cosine"] == pairs[1]["cosine"]
+
+
+def test_many_texts_are_compared_in_steps(matcher: Matcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two steps, the graphs of other bundles may run."""
+    texts, graphs, run = ["a", "b", "c", "d", "e"], [0], type(matcher.texts).run
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        graphs[0] += 1
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(type(matcher.texts), "run", counting)
+    longest, pairs = 0, []
+    for step in match_steps(matcher, MatchRequest((PNG, PNG), tuple(texts), None, None), batch_size=2):
+        longest, graphs[0] = max(longest, graphs[0]), 0
+        pairs += step
+    assert longest == 2  # a picture, or two texts
+    wanted = [result.to_json() for result in matcher.match_many([PNG, PNG], texts)]
+    assert pairs == [{**result, "image": at // 5} for at, result in enumerate(wanted)]
 
 
 REFUSED: list[tuple[dict[str, Any], str, str, str]] = [
@@ -243,7 +269,7 @@ def test_counted_and_documented(server: Server) -> None:
     assert any('route="/v1/embeddings",status="200"' in line for line in lines)
 
 
-def test_a_full_queue_and_a_deadline(matcher: Matcher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_queue_and_a_deadline(matcher: Matcher) -> None:
     queue, entered, go = MatchQueue(matcher, max_waiting=1), threading.Event(), threading.Event()
     ended: list[str | None] = []
 
@@ -255,7 +281,6 @@ def test_a_full_queue_and_a_deadline(matcher: Matcher, monkeypatch: pytest.Monke
     first = queue.submit(held, deadline=None, on_piece=ended.append)
     assert entered.wait(30)
     second = queue.submit(lambda _: iter([[2], [3]]), deadline=None, on_piece=ended.append)
-    monkeypatch.setattr(Server, "limits", Limits(), raising=False)
     with pytest.raises(Exception, match="the queue is full: 1 requests"):
         queue.submit(held, deadline=None, on_piece=ended.append)
     second.cancel()
@@ -267,6 +292,86 @@ def test_a_full_queue_and_a_deadline(matcher: Matcher, monkeypatch: pytest.Monke
         third.result(30)
     queue.close()
     assert ended.count(None) >= 3
+
+
+def test_a_canceled_call_frees_its_pictures_and_leaves_the_queue(matcher: Matcher) -> None:
+    queue, entered, go = MatchQueue(matcher), threading.Event(), threading.Event()
+
+    def held(_: Matcher) -> Iterator[list[int]]:
+        entered.set()
+        go.wait(30)
+        yield [1]
+
+    class Steps:
+        def __call__(self, _: Matcher) -> Iterator[list[int]]:
+            return iter([[2]])
+
+    try:
+        first = queue.submit(held, deadline=None, on_piece=lambda _: None)
+        assert entered.wait(30)
+        steps = Steps()
+        freed, call = weakref.ref(steps), queue.submit(steps, deadline=None, on_piece=lambda _: None)
+        del steps
+        assert (freed() is not None, queue.load["waiting"]) == (True, 1)
+        call.cancel()
+        assert (freed(), queue.load["waiting"]) == (None, 0)
+        go.set()
+        assert first.result(30) == [1]
+    finally:
+        go.set()
+        queue.close()
+
+
+def until_loaded(queue: MatchQueue) -> None:
+    """Waits for the end of a restart."""
+    for _ in range(3000):
+        if queue.state != "restarting":
+            break
+        time.sleep(0.01)
+
+
+def broken_queue(bundle: Path, load: Callable[[], Matcher], attempts: int = 3) -> tuple[MatchQueue, threading.Event]:
+    """A queue whose matcher is broken, and an event for its end."""
+    loaded, gave_up = Matcher.load(bundle, threads=1), threading.Event()
+    loaded.texts.close()
+    loaded.texts = None  # type: ignore[assignment]
+    queue = MatchQueue(loaded, load, Backoff(0.001, 0.001, attempts))
+    queue.gave_up = gave_up.set
+    broken = queue.submit(lambda one: iter([[one.embed_text("a")]]), deadline=None, on_piece=lambda _: None)
+    with pytest.raises(EngineFaultError):
+        broken.result(30)
+    return queue, gave_up
+
+
+@pytest.mark.parametrize("error", [MemoryError, ValueError])
+def test_a_load_that_fails_in_any_way_is_tried_again_and_then_given_up(blip_itm: Path, error: type[Exception]) -> None:
+    loads = []
+
+    def fails() -> Matcher:
+        loads.append(1)
+        raise error("no")
+
+    queue, gave_up = broken_queue(blip_itm, fails)
+    assert gave_up.wait(30)
+    assert (queue.state, queue.problem, len(loads)) == ("failed", f"{error.__name__}: no", 3)
+    with pytest.raises(EngineFaultError):
+        queue.ready()
+    queue.close()
+
+
+def test_a_matcher_that_hangs_is_given_up(blip_itm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+
+    class Hanging(Matcher):
+        def embed_text(self, text: str) -> Any:
+            go.wait(30)
+
+    monkeypatch.setattr(restart, "CHECK_S", 0.05)
+    queue, gave_up = broken_queue(blip_itm, lambda: Hanging.load(blip_itm, threads=1))
+    assert gave_up.wait(30)
+    assert (queue.state, queue.problem) == ("failed", "the engine gave no answer within 0.05 s")
+    go.set()
+    queue.close()
 
 
 def test_a_broken_engine_is_loaded_again(blip_itm: Path) -> None:
@@ -288,10 +393,7 @@ def test_a_broken_engine_is_loaded_again(blip_itm: Path) -> None:
     broken = queue.submit(lambda one: iter([[one.embed_text("a")]]), deadline=None, on_piece=lambda _: None)
     with pytest.raises(Exception, match="being loaded again"):
         broken.result(30)
-    for _ in range(3000):
-        if queue.state != "restarting":
-            break
-        time.sleep(0.01)
+    until_loaded(queue)
     assert (queue.state, queue.restarts, len(loads)) == ("ok", 1, 2)
     assert len(queue.submit(lambda one: iter([[one.embed_text("a")]]), deadline=None, on_piece=print).result(30)) == 1
     queue.close()

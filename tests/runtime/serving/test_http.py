@@ -244,6 +244,9 @@ def test_posted_captions_are_kept(server: Server, monkeypatch: pytest.MonkeyPatc
     assert got(ask(server, "GET", "/captions")).json == {"data": [{"text": "1"}, {"text": "2"}]}
     for wrong in (b"[]", b"{}", b'{"text": 1}', b'{"text": "a", "source": {}}'):
         got(ask(server, "POST", "/captions", wrong), 400)
+    error = got(ask(server, "POST", "/captions", b"{}"), 400).json["error"]
+    assert (error["param"], error["code"]) == ("text", "missing_required_parameter")
+    assert "the text is missing" in error["message"]
     got(ask(server, "POST", "/captions", b'{"text": "' + b"a" * (64 << 10) + b'"}'), 413)
 
 

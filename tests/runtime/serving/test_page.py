@@ -270,6 +270,46 @@ def test_the_last_captions_of_watch(opened: Page, service: Service) -> None:
     assert "rtsp://cam · 1.00 s" in second
 
 
+def test_the_list_is_polled_once_at_a_time_and_also_after_a_failure(opened: Page) -> None:
+    """Timers are recorded here and end when the test calls them."""
+    opened.value("""
+        window.timers = new Map(); window.asked = 0; window.failing = false;
+        window.setTimeout = (call, ms, ...rest) => {
+            timers.set(timers.size + 1, () => call(...rest));
+            return timers.size;
+        };
+        window.clearTimeout = id => { if (timers.has(id)) timers.set(id, null); };
+        const real = window.fetch;
+        window.fetch = async (...all) => {
+            asked += 1;
+            if (failing) throw new TypeError("Failed to fetch");
+            return real(...all);
+        };
+        window.pending = () => [...timers.values()].filter(Boolean).length;
+        window.toggle = open => new Promise(done => {
+            $("recent").addEventListener("toggle", done, {once: true}); $("recent").open = open;
+        });
+        window.elapse = () => { for (const [id, call] of [...timers]) { timers.set(id, null); call?.(); } };
+        true""")
+    for opens in (True, False, True, False, True):  # the last answers come when the list is open again
+        opened.value(f"toggle({json.dumps(opens)}).then(() => true)")
+    opened.until("pending() === 1")
+    opened.value("failing = true; asked = 0; elapse(); true")
+    opened.until("asked === 1 && pending() === 1")  # a failed request does not end it
+    opened.value("failing = false; elapse(); true")
+    opened.until("asked === 2 && pending() === 1")
+    opened.value("toggle(false).then(() => true)")
+    assert opened.value("[pending(), asked]") == [0, 2]
+
+
+def test_the_model_that_captions_is_shown(opened: Page, files: list[Path]) -> None:
+    name = opened.value("$('model').textContent")
+    opened.value("showModel('a matcher')")
+    opened.choose("#file", files[:1])
+    listed(opened)
+    assert opened.value("$('model').textContent") == name
+
+
 def test_a_narrow_screen(opened: Page, files: list[Path]) -> None:
     opened.call("Emulation.setDeviceMetricsOverride", width=320, height=640, deviceScaleFactor=1, mobile=True)
     opened.choose("#file", files)

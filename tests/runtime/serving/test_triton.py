@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +21,11 @@ pytest.importorskip("torch", reason="the bundle is exported here")
 pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 
 from blip2edge.cli import main
-from blip2edge.errors import BundleError
+from blip2edge.errors import BundleError, EngineFaultError
 from blip2edge.runtime.captioning.captioner import Captioner
+from blip2edge.runtime.captioning.pipeline import Encoder
+from blip2edge.runtime.captioning.restart import Backoff
+from blip2edge.runtime.serving.triton import python_model
 from blip2edge.runtime.serving.triton.repository import INPUTS, OUTPUTS, TritonModel, config_text, write_model
 from tests.drawing import draw_pictures
 from tests.http_calls import data_url, png_file
@@ -208,6 +212,58 @@ def test_a_canceled_stream_ends(tiny_bundle: Path, tmp_path: Path, load: Load) -
     assert request.sender.ended.wait(PATIENCE_S)
     assert len(request.sender.sent) == 1
     assert request.sender.sent[0].error is not None
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Waits until something is true."""
+    for _ in range(6000):
+        if true():
+            return
+        time.sleep(0.01)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("flags", [(), ("--stream",)])
+def test_only_faults_in_a_row_end_the_process(
+    flags: tuple[str, ...], tiny_bundle: Path, tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken, vision, ended = [False], Encoder.run_vision, threading.Event()
+
+    def run_vision(*arguments: Any) -> Any:
+        if broken[0]:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return vision(*arguments)
+
+    monkeypatch.setattr(Encoder, "run_vision", run_vision)
+    monkeypatch.setattr(os, "_exit", lambda status: ended.set() if status == 1 else None)
+    monkeypatch.setattr(python_model, "Backoff", lambda: Backoff(0.001, 0.001, 2))
+    model = load(written(tiny_bundle, tmp_path, "--link", *flags))
+    engine, load_bundle, loadable = model._engine, model._engine._load, threading.Event()
+    monkeypatch.setattr(engine, "_load", lambda: loadable.wait(PATIENCE_S) and load_bundle())
+
+    def answer() -> Any:
+        request = Request([PNG], max_new_tokens=[2])
+        if not flags:
+            return model.execute([request])[0]
+        model.execute([request])
+        assert request.sender.ended.wait(PATIENCE_S)
+        return request.sender.sent[-1]
+
+    for restarts in (1, 2, 3):  # more faults than attempts, with captions in between
+        loadable.clear()
+        broken[0] = True
+        assert answer().error.code == TritonError.UNAVAILABLE
+        broken[0] = False
+        loadable.set()
+        until(lambda: engine.restarts == restarts and engine.state == "ok")  # noqa: B023
+        assert answer().error is None
+    assert (engine.state, engine.restarts, ended.is_set()) == ("ok", 3, False)
+    broken[0] = True
+    assert answer().error.code == TritonError.UNAVAILABLE
+    assert ended.wait(PATIENCE_S)
+    assert answer().error.code == TritonError.UNAVAILABLE
+    with pytest.raises(EngineFaultError):
+        engine.ready()
 
 
 def test_a_config_that_triton_reads() -> None:
