@@ -52,7 +52,8 @@ class Output:
         target: Its path.
         form: Format, one of ``BULK_FORMATS``.
         single: Whether it is one file.
-        force: Whether to replace what has its name, and to start again.
+        force: Whether to replace an output of bulk that has its name, and to remove the parts of a killed run with
+            another plan. A killed run with this plan is resumed.
     """
 
     target: Path
@@ -198,7 +199,8 @@ class _Run:
         )
         target = self._output.target
         if self._output.force:
-            self.work.clear()
+            if not self.work.holds(self._plan):
+                self.work.clear()
         elif os.path.lexists(target):
             record = _record_of(self._output, self._sink) or {}
             difference = self._plan.difference(record.get("plan", {}))

@@ -235,6 +235,41 @@ def test_the_command(folder: Path, tiny_bundle: Path, tmp_path: Path, capsys: py
     assert "generation" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("complete", [False, True])
+def test_the_snapshots_of_a_training_are_kept(run: Run, tmp_path: Path, complete: bool) -> None:
+    """A training of the same name has its snapshots in ``OUT.run``."""
+    if complete:
+        run("out")
+    snapshots = tmp_path / "out.run"
+    snapshots.mkdir()
+    for name in ("plan.json", "part-000000", "snapshot-000100.safetensors"):
+        (snapshots / name).write_text("{}")
+    for force in (False, True):
+        with pytest.raises(OutputError, match=r"out\.run exists, and was not made by bulk"):
+            run("out", force=force)
+    assert len(os.listdir(snapshots)) == 3
+
+
+def test_a_killed_run_with_force_is_resumed_with_force(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = content(run("out", prompt="a photo"))
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "publish", lambda *_, **__: (_ for _ in ()).throw(KilledError()))
+        with pytest.raises(KilledError):
+            run("out", force=True)
+    assert content(tmp_path / "out") == old
+    written: list[int] = []
+    write = pipeline._Run._write
+    monkeypatch.setattr(
+        pipeline._Run, "_write", lambda self, number, part: [written.append(number), write(self, number, part)]
+    )
+    (tmp_path / "out.run" / "part-000002.parquet").unlink()
+    assert content(run("out", force=True)) == content(run("new"))
+    assert written == [2, 0, 1, 2]  # the missing part, and all of the new output
+    assert sorted(os.listdir(tmp_path)) == ["new", "out"]
+
+
 def test_a_directory_that_is_none_of_bulk_is_kept(run: Run, tmp_path: Path) -> None:
     (tmp_path / "out.parquet.run").mkdir()
     (tmp_path / "out.parquet.run" / "notes.txt").write_text("mine")
