@@ -26,7 +26,7 @@ from blip2edge.bulk.listed import ListedPicture
 from blip2edge.bulk.options import DEFAULT_SEED, BulkOptions, check_captions
 from blip2edge.bulk.rows import DIGITS, Original, Row
 from blip2edge.bulk.work import Chunk
-from blip2edge.errors import DataError, ImageError, UsageError
+from blip2edge.errors import ImageError, UsageError
 from blip2edge.picture_files import printable
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.pipeline import EncodedBatch
@@ -172,7 +172,7 @@ class ChunkCaptioner:
             content = item.read()
             picture = load_image(DeferredImage(item.image, lambda: content), self._options.limits)
             pixels = self._preprocessing(picture, self._options.limits)
-        except (ImageError, DataError) as error:
+        except ImageError as error:
             return DecodedPicture(number, item, None, error=error.problem)
         return DecodedPicture(number, item, pixels, content if self._pictures else b"")
 

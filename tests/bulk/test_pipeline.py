@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -18,12 +19,13 @@ pytest.importorskip("torch", reason="the bundle is exported here")
 pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 pytest.importorskip("pyarrow", reason="pip install 'blip2edge[bulk]'")
 
-from blip2edge.bulk import pipeline, work
+from blip2edge.bulk import pipeline, read_errors, work
 from blip2edge.bulk.options import BulkOptions
 from blip2edge.bulk.pipeline import REPORT_FILE, Output, run_bulk
 from blip2edge.bulk.rows import Row
 from blip2edge.bulk.sinks import sink_of
 from blip2edge.bulk.sources import PictureSource
+from blip2edge.bulk.stores import LocalStore
 from blip2edge.bundle.outputs.locks import BusyError, locked
 from blip2edge.cli import main
 from blip2edge.errors import DataError, OutputError, UsageError
@@ -233,6 +235,27 @@ def test_the_command(folder: Path, tiny_bundle: Path, tmp_path: Path, capsys: py
     assert "complete already" in capsys.readouterr().out
     assert main([*words, "--max-new-tokens", "4"]) == 1
     assert "generation" in capsys.readouterr().err
+
+
+def test_a_disk_that_fails_ends_the_run_and_its_parts_are_kept(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole, read = content(run("whole.parquet")), LocalStore.read
+
+    def fail(self: LocalStore, path: str, start: int = 0, size: int | None = None) -> bytes:
+        if path.endswith("08.png"):
+            raise OSError(errno.EIO, "Input/output error", path)
+        return read(self, path, start, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "read", fail)
+        patch.setattr(read_errors, "PAUSE_S", 0.0)
+        with pytest.raises(
+            DataError, match=r"08\.png cannot be read .*Input/output error.*; make the storage readable"
+        ):
+            run("out.parquet")
+    assert (tmp_path / "out.parquet.run" / "part-000000.parquet").is_file()
+    assert content(run("out.parquet"))["out.parquet"] == whole["whole.parquet"]
 
 
 @pytest.mark.parametrize("complete", [False, True])
