@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,6 +123,15 @@ class ChunkCaptioner:
         generation = replace(given, seed=DEFAULT_SEED) if given.sampling and given.seed is None else given
         check_captions(options.captions, generation)
         return generation
+
+    def loaded(self) -> dict[str, Any]:
+        """What this machine loaded, by the names of the plan: the bundle's hash, the backend, the optimized graphs."""
+        graphs = self.captioner.graphs
+        return {
+            "bundle": self.captioner.bundle.sha256,
+            "backend": graphs.backend,
+            "optimized": sorted(graphs.copied),
+        }
 
     def close(self) -> None:
         """Releases the graphs; pictures that are not decoded yet are dropped."""

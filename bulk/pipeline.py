@@ -183,16 +183,13 @@ class _Run:
         """
         listed = self._part / "pictures"
         digest, count = write_list(source.items(), listed, lambda done: progress("listing", done, 0))
-        loaded = captioner.captioner
         self._plan = Plan(
             {
                 "source": source.path,
                 "list": digest,
                 "pictures": count,
                 "format": self._output.form,
-                "bundle": loaded.bundle.sha256,
-                "backend": loaded.graphs.backend,
-                "optimized": sorted(loaded.graphs.copied),
+                **captioner.loaded(),
                 **self._options.plan(captioner.generation),
                 "versions": {"blip2edge": __version__, **{name: installed(name) for name in VERSIONED}},
             }
@@ -222,8 +219,9 @@ class _Run:
         if cluster is None:
             results = captioner.captions(chunks, find)
         else:
+            loaded = captioner.loaded()
             captioner.close()  # the workers load it
-            results = captions_on_ray(chunks, self._options, self._sink.pictures, find, cluster)
+            results = captions_on_ray(chunks, self._options, self._sink.pictures, loaded, find, cluster)
         progress("captions", done, pictures)
         for number, result in enumerate(results, finished):
             self._write(number, result)
@@ -245,7 +243,7 @@ class _Run:
         first, rows = number * self._size, list(result.rows)
         for place, row in enumerate(rows):
             original = result.originals.get(first + place)
-            if original is not None:
+            if original is not None and row.error is None:
                 rows[place] = self._duplicate(row, original, number, rows)
         if self._options.duplicates is not None:
             self.work.write_embeddings(number, result.numbers, result.embeddings)
@@ -254,7 +252,10 @@ class _Run:
         )
 
     def _duplicate(self, row: Row, original: Original, number: int, rows: list[Row]) -> Row:
-        """The row of a duplicate, with the captions of its original, which is in this part or an earlier one."""
+        """The row of a duplicate, with the captions of its original, which is in this part or an earlier one.
+
+        The original may have an error: on Ray it is read twice, and may be readable the first time only.
+        """
         part, place = divmod(original.number, self._size)
         if part != number:
             if self._taken[0] != part:
@@ -267,6 +268,7 @@ class _Run:
             logprobs=known.logprobs,
             duplicate_of=known.image,
             similarity=original.similarity,
+            error=None if known.error is None else f"the original {known.image} is broken: {known.error}",
         )
 
     def publish(self) -> dict[str, Any]:
