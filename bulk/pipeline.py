@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ VERSIONED = ("numpy", "pillow", "onnxruntime", "openvino", "pyarrow")
 
 COUNTS = ("pictures", "broken", "duplicates", "parts")
 
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path has one slash of ://, and C:/ is a drive
 _SUFFIXES = {".parquet": "parquet", ".tar": "webdataset"}
 
 
@@ -66,9 +68,14 @@ class Output:
         """Chooses the format: ``NAME.parquet`` and ``NAME.tar`` are files, other names directories.
 
         Raises:
-            UsageError: The format contradicts the name, or there is no format of that name.
+            UsageError: The output is an address, the format contradicts the name, or there is no format of that name.
         """
         check_name(target)
+        if _ADDRESS.match(str(target)):
+            raise UsageError(
+                f"expected an output on the local disk, got {target}",
+                "give a local path, and copy the output to the object store afterwards",
+            )
         by_name = _SUFFIXES.get(target.suffix.lower())
         if form is not None and form not in BULK_FORMATS:
             raise UsageError(f"expected {option('format')} to be one of {', '.join(BULK_FORMATS)}, got {form}")

@@ -219,6 +219,10 @@ def test_wrong_options_are_refused(run: Run, tmp_path: Path) -> None:
         run("out.parquet", captions=3, generation={"num_beams": 2})
     with pytest.raises(UsageError, match="expected format parquet"):
         Output.named(tmp_path / "out.parquet", "webdataset", False)
+    for address in ("s3://bucket/out.parquet", "memory://out"):
+        with pytest.raises(UsageError, match="expected an output on the local disk, got"):
+            Output.named(Path(address), None, True)
+    assert Output.named(Path("C:/out.parquet"), None, False).single
     assert os.listdir(tmp_path) == []
 
 

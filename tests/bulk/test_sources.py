@@ -129,6 +129,20 @@ def test_an_object_store_is_read_as_the_disk_is(folder: Path) -> None:
     store.rm("/bulk", recursive=True)
 
 
+@pytest.mark.parametrize("stray", ["x.tar", "x.parquet"])
+def test_a_folder_of_two_kinds_needs_the_kind(folder: Path, stray: str) -> None:
+    shard(folder / stray, {"x.png": png(1)})
+    for name in ("a.png", "b.png"):  # then pictures are in subfolders only
+        with pytest.raises(
+            DataError, match=r"expected one kind of source in .*, got .* and folder; name .*source_format"
+        ):
+            names(PictureSource(str(folder)))
+        (folder / name).unlink()
+    with pytest.raises(DataError, match=r"got .* and folder"):
+        names(PictureSource(str(folder)))
+    assert names(PictureSource(str(folder), "folder")) == ["a/b/c.jpg", "a/z.png"]
+
+
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path, problem in (
         (str(tmp_path / "nothing"), "which does not exist"),
