@@ -20,7 +20,7 @@ from blip2edge.bulk.duplicates import Embeddings
 from blip2edge.bulk.listed import ListedPicture
 from blip2edge.bulk.options import BulkOptions
 from blip2edge.bulk.rows import Original, Row
-from blip2edge.bulk.work import Chunk
+from blip2edge.bulk.run_files import Chunk
 from blip2edge.cluster.ray_data import map_on_ray
 from blip2edge.errors import BundleError
 

@@ -19,7 +19,7 @@ pytest.importorskip("torch", reason="the bundle is exported here")
 pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 pytest.importorskip("pyarrow", reason="pip install 'blip2edge[bulk]'")
 
-from blip2edge.bulk import pipeline, read_errors, work
+from blip2edge.bulk import pipeline, read_errors, run_files
 from blip2edge.bulk.options import BulkOptions
 from blip2edge.bulk.pipeline import REPORT_FILE, Output, run_bulk
 from blip2edge.bulk.rows import Row
@@ -167,7 +167,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 def test_a_complete_output_is_not_made_again(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     out = run("out.parquet")
     status = out.stat()
-    monkeypatch.setattr(pipeline._Run, "compute", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(pipeline._OutputWriter, "compute", lambda *_: pytest.fail("computed again"))
     assert run("out.parquet").stat() == status
     with pytest.raises(OutputError, match=re.escape("of another run: captions was 1, and is 2 now")):
         run("out.parquet", captions=2, generation={"num_beams": 2})
@@ -287,9 +287,9 @@ def test_a_killed_run_with_force_is_resumed_with_force(
             run("out", force=True)
     assert content(tmp_path / "out") == old
     written: list[int] = []
-    write = pipeline._Run._write
+    write = pipeline._OutputWriter._write
     monkeypatch.setattr(
-        pipeline._Run, "_write", lambda self, number, part: [written.append(number), write(self, number, part)]
+        pipeline._OutputWriter, "_write", lambda self, number, part: [written.append(number), write(self, number, part)]
     )
     (tmp_path / "out.run" / "part-000002.parquet").unlink()
     assert content(run("out", force=True)) == content(run("new"))
@@ -303,4 +303,4 @@ def test_a_directory_that_is_none_of_bulk_is_kept(run: Run, tmp_path: Path) -> N
     with pytest.raises(OutputError, match="was not made by bulk"):
         run("out.parquet")
     assert (tmp_path / "out.parquet.run" / "notes.txt").is_file()
-    assert work.RUN_SUFFIX == ".run"
+    assert run_files.RUN_SUFFIX == ".run"

@@ -82,7 +82,7 @@ class Chunk:
     items: tuple[ListedPicture, ...]
 
 
-class WorkDirectory:
+class RunDirectory:
     """The directory of a run, ``OUT.run``.
 
     Args:
