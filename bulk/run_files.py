@@ -141,7 +141,8 @@ class RunDirectory:
 
     def holds(self, plan: Plan) -> bool:
         """Whether the directory is of a run with this plan."""
-        return self._plan() == json.loads(_plan_text(plan))
+        expected: dict[str, Any] = json.loads(_plan_text(plan))
+        return self._plan() == expected
 
     def _check(self, plan: Plan, pictures: Path) -> None:
         fix = f"restore it, or start again with {option('force', on=True)}, or give another output"

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from blip2edge.bulk import read_errors
 from blip2edge.bulk.listed import CELL, FILE, WEB, ListedPicture
 from blip2edge.bulk.read_errors import ATTEMPTS, StorageError
 from blip2edge.bulk.sources import PictureSource
@@ -164,7 +163,7 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def attempts_to_read(item: ListedPicture, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> int:
     """Reads a picture that cannot be read; returns the number of attempts."""
     pauses: list[float] = []
-    monkeypatch.setattr(read_errors.time, "sleep", pauses.append)
+    monkeypatch.setattr("blip2edge.bulk.read_errors.time.sleep", pauses.append)
     with pytest.raises(error) as raised:
         item.read()
     assert type(raised.value) is error
