@@ -2,11 +2,12 @@
 
     python benchmarks/bulk_kills.py BUNDLE --json benchmarks/results/bulk-kills.json
 
-5,000 generated pictures (1 % broken, 2 % copies of others) are captioned to one Parquet file, and with search for
-duplicates to a directory of WebDataset shards. Each output is made once without a kill for each way of killing, and
-again by a run that is killed (SIGKILL) every few seconds, at a random moment, as it is about to change the disk, or as
-the system has just done so (`tests/faults.py`), and started again by the same call until it is complete. Expected: the
-bytes are equal, no picture is missing or there twice, and nothing is left beside the output.
+5,000 generated pictures (1 % broken, 2 % copies of others) are captioned to one Parquet file, with search for
+duplicates to a directory of WebDataset shards, and with `--force` to a file that replaces another one. Each output is
+made once without a kill for each way of killing, and again by a run that is killed (SIGKILL) every few seconds, at a
+random moment, as it is about to change the disk, or as the system has just done so (`tests/faults.py`), and started
+again by the same call until it is complete. Expected: the bytes are equal, no picture is missing or there twice, and
+nothing is left beside the output.
 
 Exit status 1 if one of the expectations is not met.
 """
@@ -44,17 +45,27 @@ BROKEN_EVERY, COPY_EVERY = 100, 50
 
 @dataclass(frozen=True)
 class Case:
-    """An output that is made: name, captions a picture, options of the generation, threshold of duplicates."""
+    """An output that is made.
+
+    Attributes:
+        name: Its name.
+        captions: Number of captions of a picture.
+        generation: Options of the generation.
+        duplicates: Threshold of duplicates; None to look for none.
+        force: Whether it replaces (``--force``) an output of one picture.
+    """
 
     name: str
     captions: int
     generation: dict[str, Any]
     duplicates: float | None
+    force: bool = False
 
 
 CASES = (
     Case("captions.parquet", 2, {"num_beams": 3}, None),
     Case("shards", 1, {"temperature": 0.7, "seed": 3}, 0.995),
+    Case("replaced.parquet", 1, {}, None, force=True),
 )
 
 
@@ -99,12 +110,24 @@ def killed_runs(root: Path, case: Case, arguments: Any, killer: Killer, ways: li
             chunk_size=100, threads=1,
         )  # fmt: skip
         form = None if out.suffix else "webdataset"
-        run_bulk(PictureSource(str(root / "pictures")), Output.named(out, form, False), options)
+        run_bulk(PictureSource(str(root / "pictures")), Output.named(out, form, case.force), options)
 
     def fresh() -> None:
         shutil.rmtree(out.parent, ignore_errors=True)
         out.parent.mkdir()
+        if case.force:
+            shutil.copyfile(other, out)
 
+    other = root / "other.parquet"
+
+    def make_other() -> None:
+        options = BulkOptions(arguments.bundle, threads=1, generation={"max_new_tokens": 1})
+        run_bulk(PictureSource(str(root / "one")), Output.named(other, None, False), options)
+
+    if case.force:
+        failed = killer.measure(ways[0], ("other", False, False), make_other)
+        if failed:
+            raise RuntimeError(failed)
     key, whole, start = (case.name, False, False), [], time.monotonic()
     for way in ways:
         fresh()
@@ -152,6 +175,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         draw(root / "pictures", arguments.pictures)
+        draw(root / "one", 1)
         killer = Killer(root, random.Random(arguments.seed))
         cases = []
         for case in CASES:

@@ -2,7 +2,8 @@
 
 The result depends only on the part, never on time, on other parts or on the machine's load: batches are the pictures
 of the part that can be decoded, in their order, and the random stream of a sampled caption comes from the picture's
-name. So a part that is computed again, or on another machine of the same kind, has the same bytes.
+name. So a part that is computed again, or on another machine of the same kind, has the same bytes. Exception: if
+duplicates are searched, a part also depends on the embeddings of the earlier parts.
 
     threads: bytes --> picture --> pixel values  ──┐
     this thread:                                   └─> batch --> vision, bridge --> duplicates --> captions
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +27,8 @@ from blip2edge.bulk.duplicates import Embedder, Embeddings
 from blip2edge.bulk.listed import ListedPicture
 from blip2edge.bulk.options import DEFAULT_SEED, BulkOptions, check_captions
 from blip2edge.bulk.rows import DIGITS, Original, Row
-from blip2edge.bulk.work import Chunk
-from blip2edge.errors import DataError, ImageError, UsageError
+from blip2edge.bulk.run_files import Chunk
+from blip2edge.errors import ImageError, UsageError
 from blip2edge.picture_files import printable
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.pipeline import EncodedBatch
@@ -34,7 +36,7 @@ from blip2edge.runtime.captioning.request import StageClock
 from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.images.preprocess import DeferredImage, load_image
 
-AHEAD = 3  # batches of pictures that are decoded ahead
+DECODED_BATCHES = 3  # batches of pictures that are decoded while others are captioned
 
 Find = Callable[[Sequence[int], Embeddings], "list[Original | None]"]
 """Finds the originals of the pictures of a batch: arguments are their numbers in the source, and their embeddings."""
@@ -64,7 +66,7 @@ class ChunkResult:
     """The result of a part.
 
     Attributes:
-        rows: A row a picture. A duplicate of a picture in another part has no captions yet.
+        rows: One row for each picture. A duplicate of a picture in another part has no captions yet.
         originals: The original of each duplicate, by the picture's number in the source.
         pictures: Suffix and bytes of each picture, if the output has them.
         numbers: Numbers of the pictures that are no duplicates, if duplicates are searched.
@@ -123,6 +125,15 @@ class ChunkCaptioner:
         check_captions(options.captions, generation)
         return generation
 
+    def loaded(self) -> dict[str, Any]:
+        """What this machine loaded, by the names of the plan: the bundle's hash, the backend, the optimized graphs."""
+        graphs = self.captioner.graphs
+        return {
+            "bundle": self.captioner.bundle.sha256,
+            "backend": graphs.backend,
+            "optimized": sorted(graphs.copied),
+        }
+
     def close(self) -> None:
         """Releases the graphs; pictures that are not decoded yet are dropped."""
         self._threads.shutdown(cancel_futures=True)
@@ -159,7 +170,7 @@ class ChunkCaptioner:
         coming: deque[tuple[int, Future[DecodedPicture]]] = deque()
         for chunk in chunks:
             for number, item in enumerate(chunk.items, chunk.first):
-                if len(coming) >= AHEAD * self._batch_size:
+                if len(coming) >= DECODED_BATCHES * self._batch_size:
                     chunk_number, future = coming.popleft()
                     yield chunk_number, future.result()
                 coming.append((chunk.number, self._threads.submit(self._decode, number, item)))
@@ -172,7 +183,7 @@ class ChunkCaptioner:
             content = item.read()
             picture = load_image(DeferredImage(item.image, lambda: content), self._options.limits)
             pixels = self._preprocessing(picture, self._options.limits)
-        except (ImageError, DataError) as error:
+        except ImageError as error:
             return DecodedPicture(number, item, None, error=error.problem)
         return DecodedPicture(number, item, pixels, content if self._pictures else b"")
 

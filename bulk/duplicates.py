@@ -50,7 +50,7 @@ class DuplicateIndex:
     """The embeddings of all pictures that are no duplicates, in their order.
 
     Args:
-        threshold: The smallest cosine of a duplicate and its original.
+        threshold: The smallest cosine of a duplicate and its original, above 0 and at most 1.
     """
 
     def __init__(self, threshold: float) -> None:
@@ -68,10 +68,11 @@ class DuplicateIndex:
         Returns:
             For each picture the most similar earlier one, or None if none reaches the threshold.
         """
-        vectors = embeddings.astype(np.float32)
+        vectors = _normalized(embeddings)
         best, places = np.full(len(vectors), -np.inf, np.float32), np.zeros(len(vectors), np.int64)
         for block, values in enumerate(self._blocks):
-            cosines = values @ vectors.T  # rows without an embedding are zero
+            used = len(self._numbers) - block * BLOCK
+            cosines = (values @ vectors.T)[:used]
             top = cosines.argmax(axis=0)
             found = cosines[top, np.arange(len(vectors))]
             better = found > best
@@ -95,7 +96,7 @@ class DuplicateIndex:
 
     def restore(self, numbers: Sequence[int], embeddings: Embeddings) -> None:
         """Adds the originals of a part that an earlier run finished."""
-        for number, vector in zip(numbers, embeddings.astype(np.float32), strict=True):
+        for number, vector in zip(numbers, _normalized(embeddings), strict=True):
             self._add(number, vector)
 
     def _add(self, number: int, vector: NDArray[np.float32]) -> None:
@@ -104,3 +105,11 @@ class DuplicateIndex:
             self._blocks.append(np.zeros((BLOCK, WIDTH), np.float32))
         self._blocks[-1][place] = vector
         self._numbers.append(number)
+
+
+def _normalized(embeddings: Embeddings) -> NDArray[np.float32]:
+    """Embeddings in float32, of length 1 again: rounding to float16 has changed it a little."""
+    values = embeddings.astype(np.float32)
+    norms: NDArray[np.float32] = np.linalg.norm(values, axis=1, keepdims=True)
+    normalized: NDArray[np.float32] = values / np.maximum(norms, np.float32(1e-12))
+    return normalized

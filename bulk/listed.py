@@ -6,7 +6,6 @@ An item is small and has a JSON form, so that the list of a source is a file, an
 from __future__ import annotations
 
 import json
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import PurePosixPath
 from threading import Lock
 from typing import Any
 
+from blip2edge.bulk.read_errors import reading_picture, with_attempts
 from blip2edge.bulk.stores import store_of
 from blip2edge.errors import DataError, ImageError, MissingPackageError
 from blip2edge.packages import require
@@ -25,10 +25,6 @@ from blip2edge.runtime.images.download import download
 FILE, WEB, MEMBER, CELL, BROKEN = "file", "web", "member", "cell", "broken"
 """Kinds of items: a file of a store, a web address, a file in a tar shard, a cell of a table, one without a picture."""
 
-ATTEMPTS = 3
-"""Attempts to download a picture from a web address."""
-
-PAUSE_S = 1.0  # before the second attempt, twice as long before the third
 GROUPS = 2  # row groups of tables that are kept in memory
 _MAGIC = (
     (b"\xff\xd8\xff", ".jpg"),
@@ -76,9 +72,10 @@ class ListedPicture:
         """Reads the bytes of the picture file.
 
         Raises:
-            ImageError: There is none, or it cannot be read.
+            ImageError: There is none, it is cut off, too large or damaged, or a web server does not give it.
+            StorageError: The disk or the object store fails.
         """
-        return _READERS[self.kind](*self.place)
+        return with_attempts(lambda: _READERS[self.kind](*self.place))
 
     def suffix(self, content: bytes) -> str:
         """Suffix of a file with the picture: that of its name, or the usual one of its format; ``.img`` if unknown."""
@@ -97,20 +94,19 @@ def parquet_package(purpose: str) -> Any:
 
 
 def _read_file(path: str) -> bytes:
-    return store_of(path).read(path)
-
-
-def _read_web(address: str) -> bytes:
-    for attempt in range(1, ATTEMPTS):
+    with reading_picture(path):
         try:
-            return download(address)
-        except ImageError:
-            time.sleep(PAUSE_S * attempt)
-    return download(address)
+            store = store_of(path)
+        except DataError as error:
+            if isinstance(error.__cause__, ValueError):  # no such protocol: a mistake in a table
+                raise ImageError(error.problem) from error
+            raise
+        return store.read(path)
 
 
 def _read_member(shard: str, offset: int, size: int) -> bytes:
-    return store_of(shard).read(shard, offset, size)
+    with reading_picture(shard):
+        return store_of(shard).read(shard, offset, size)
 
 
 def _refuse(reason: str) -> bytes:
@@ -128,9 +124,11 @@ class RowGroups:
         """Reads the bytes in a cell.
 
         Raises:
-            ImageError: The cell is empty, has no bytes, or cannot be read.
+            ImageError: The cell is empty, has no bytes, or is damaged.
+            StorageError: The disk or the object store fails.
         """
-        with reading(path, "a Parquet file", ImageError):
+        arrow = require("pyarrow", f"reading {path}", MissingPackageError)
+        with reading_picture(path, "a Parquet file", (IndexError, KeyError, arrow.ArrowException)):
             with self._lock:
                 key = path, group, column
                 if key not in self._groups:
@@ -156,7 +154,7 @@ class RowGroups:
 _ROW_GROUPS = RowGroups()
 _READERS: dict[str, Callable[..., bytes]] = {
     FILE: _read_file,
-    WEB: _read_web,
+    WEB: download,
     MEMBER: _read_member,
     CELL: _ROW_GROUPS.cell,
     BROKEN: _refuse,

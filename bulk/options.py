@@ -35,7 +35,7 @@ class BulkOptions:
         limits: The largest picture that is decoded.
 
     Raises:
-        UsageError: A number is below 1.
+        UsageError: A number is below 1, or ``duplicates`` is not above 0 and at most 1.
     """
 
     bundle: Path
@@ -60,6 +60,8 @@ class BulkOptions:
         ):
             if value is not None and value < 1:
                 raise UsageError(f"expected {option(name)} of at least 1, got {value}")
+        if self.duplicates is not None and not 0 < self.duplicates <= 1:
+            raise UsageError(f"expected {option('duplicates')} above 0 and at most 1, got {self.duplicates}")
 
     def to_json(self) -> str:
         """The options as JSON, with absolute paths."""

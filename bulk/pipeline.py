@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -20,9 +21,9 @@ from blip2edge.bulk.duplicates import DuplicateIndex
 from blip2edge.bulk.options import BulkOptions
 from blip2edge.bulk.ray_backend import Cluster, captions_on_ray
 from blip2edge.bulk.rows import Original, Row
+from blip2edge.bulk.run_files import Plan, RunDirectory, write_list
 from blip2edge.bulk.sinks import RowFormat, copy_part, sink_of
 from blip2edge.bulk.sources import PictureSource
-from blip2edge.bulk.work import Plan, WorkDirectory, write_list
 from blip2edge.bundle.outputs.disk_errors import output_error
 from blip2edge.bundle.outputs.locks import NEW, check_name, locked
 from blip2edge.bundle.outputs.publishing import check_target, publish, publish_file
@@ -37,22 +38,24 @@ REPORT_FILE = "_bulk.json"
 """In a directory of parts: the plan and the counts. Readers of Parquet skip names that begin with ``_``."""
 
 VERSIONED = ("numpy", "pillow", "onnxruntime", "openvino", "pyarrow")
-"""Packages whose version is in the plan: another one may round otherwise, or write other bytes."""
+"""Packages whose version is in the plan. Another version may give other bytes."""
 
 COUNTS = ("pictures", "broken", "duplicates", "parts")
 
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path has one slash of ://, and C:/ is a drive
 _SUFFIXES = {".parquet": "parquet", ".tar": "webdataset"}
 
 
 @dataclass(frozen=True)
 class Output:
-    """The output: one file, or a directory with a file a part.
+    """The output: one file, or a directory with a file for each part.
 
     Attributes:
         target: Its path.
         form: Format, one of ``BULK_FORMATS``.
         single: Whether it is one file.
-        force: Whether to replace what has its name, and to start again.
+        force: Whether to replace an output of bulk that has its name, and to remove the parts of a killed run with
+            another plan. A killed run with this plan is resumed.
     """
 
     target: Path
@@ -65,9 +68,14 @@ class Output:
         """Chooses the format: ``NAME.parquet`` and ``NAME.tar`` are files, other names directories.
 
         Raises:
-            UsageError: The format contradicts the name, or there is no format of that name.
+            UsageError: The output is an address, the format contradicts the name, or there is no format of that name.
         """
         check_name(target)
+        if _ADDRESS.match(str(target)):
+            raise UsageError(
+                f"expected an output on the local disk, got {target}",
+                "give a local path, and copy the output to the object store afterwards",
+            )
         by_name = _SUFFIXES.get(target.suffix.lower())
         if form is not None and form not in BULK_FORMATS:
             raise UsageError(f"expected {option('format')} to be one of {', '.join(BULK_FORMATS)}, got {form}")
@@ -104,7 +112,8 @@ def run_bulk(
         run), ``seconds``, ``pictures_per_s``.
 
     Raises:
-        DataError: The source cannot be read, has no picture, or was changed since the killed run began.
+        DataError: The source cannot be read, has no picture, or was changed since the killed run began; or a disk or
+            an object store fails.
         OutputError: The output exists, another run writes it, the killed run had another plan, or the disk is full.
         BundleError, BackendError, PromptError, UsageError: As ``Captioner.load`` and ``Captioner.caption``.
         MissingPackageError: A package for this source or output is not installed.
@@ -117,12 +126,12 @@ def run_bulk(
     with ExitStack() as stack:
         part = stack.enter_context(locked(output.target))
         captioner = stack.enter_context(ChunkCaptioner(options, sink.pictures))
-        run = _Run(output, options, sink, part)
-        counts = run.begin(source, captioner, progress)
+        writer = _OutputWriter(output, options, sink, part)
+        counts = writer.begin(source, captioner, progress)
         if counts is None:
-            computed = run.compute(captioner, cluster, progress)
-            counts = run.publish()
-        run.work.clear()
+            computed = writer.compute(captioner, cluster, progress)
+            counts = writer.publish()
+        writer.files.clear()
     seconds = time.monotonic() - start
     return {
         **counts,
@@ -162,13 +171,17 @@ def _record_of(output: Output, sink: RowFormat) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
-class _Run:
-    """One run: its output, its options, and its directories."""
+class _OutputWriter:
+    """Writes an output from the results of its parts.
+
+    Attributes:
+        files: The finished parts.
+    """
 
     def __init__(self, output: Output, options: BulkOptions, sink: RowFormat, part: Path) -> None:
         self._output, self._options, self._sink, self._part = output, options, sink, part
         self._size = options.chunk_size
-        self.work = WorkDirectory(output.target, sink.suffix)
+        self.files = RunDirectory(output.target, sink.suffix)
         self._plan = Plan({})
         self._taken: tuple[int, list[Row]] = (-1, [])  # the last part from which captions were taken
 
@@ -182,23 +195,21 @@ class _Run:
         """
         listed = self._part / "pictures"
         digest, count = write_list(source.items(), listed, lambda done: progress("listing", done, 0))
-        loaded = captioner.captioner
         self._plan = Plan(
             {
                 "source": source.path,
                 "list": digest,
                 "pictures": count,
                 "format": self._output.form,
-                "bundle": loaded.bundle.sha256,
-                "backend": loaded.graphs.backend,
-                "optimized": sorted(loaded.graphs.copied),
+                **captioner.loaded(),
                 **self._options.plan(captioner.generation),
                 "versions": {"blip2edge": __version__, **{name: installed(name) for name in VERSIONED}},
             }
         )
         target = self._output.target
         if self._output.force:
-            self.work.clear()
+            if not self.files.holds(self._plan):
+                self.files.clear()
         elif os.path.lexists(target):
             record = _record_of(self._output, self._sink) or {}
             difference = self._plan.difference(record.get("plan", {}))
@@ -208,20 +219,21 @@ class _Run:
                     f"give another output, or replace it with {option('force', on=True)}",
                 )
             return {name: record.get(name) for name in COUNTS}
-        self.work.begin(self._plan, listed)
+        self.files.begin(self._plan, listed)
         return None
 
     def compute(self, captioner: ChunkCaptioner, cluster: Cluster | None, progress: ProgressCallback) -> int:
         """Makes the parts that are missing; returns their number of pictures."""
-        finished, pictures = self.work.finished(), int(self._plan.values["pictures"])
+        finished, pictures = self.files.finished(), int(self._plan.values["pictures"])
         before = done = min(finished * self._size, pictures)
         find = self._finder(finished)
-        chunks = self.work.chunks(self._size, finished)
+        chunks = self.files.chunks(self._size, finished)
         if cluster is None:
             results = captioner.captions(chunks, find)
         else:
+            loaded = captioner.loaded()
             captioner.close()  # the workers load it
-            results = captions_on_ray(chunks, self._options, self._sink.pictures, find, cluster)
+            results = captions_on_ray(chunks, self._options, self._sink.pictures, loaded, find, cluster)
         progress("captions", done, pictures)
         for number, result in enumerate(results, finished):
             self._write(number, result)
@@ -235,7 +247,7 @@ class _Run:
             return None
         index = DuplicateIndex(self._options.duplicates)
         for number in range(finished):
-            index.restore(*self.work.read_embeddings(number))
+            index.restore(*self.files.read_embeddings(number))
         return index.find
 
     def _write(self, number: int, result: ChunkResult) -> None:
@@ -243,20 +255,23 @@ class _Run:
         first, rows = number * self._size, list(result.rows)
         for place, row in enumerate(rows):
             original = result.originals.get(first + place)
-            if original is not None:
+            if original is not None and row.error is None:
                 rows[place] = self._duplicate(row, original, number, rows)
         if self._options.duplicates is not None:
-            self.work.write_embeddings(number, result.numbers, result.embeddings)
-        self.work.publish(
-            self.work.part(number).name, lambda path: self._sink.write(path, first, rows, result.pictures)
+            self.files.write_embeddings(number, result.numbers, result.embeddings)
+        self.files.publish(
+            self.files.part(number).name, lambda path: self._sink.write(path, first, rows, result.pictures)
         )
 
     def _duplicate(self, row: Row, original: Original, number: int, rows: list[Row]) -> Row:
-        """The row of a duplicate, with the captions of its original, which is in this part or an earlier one."""
+        """The row of a duplicate, with the captions of its original, which is in this part or an earlier one.
+
+        The original may have an error: on Ray it is read twice, and may be readable the first time only.
+        """
         part, place = divmod(original.number, self._size)
         if part != number:
             if self._taken[0] != part:
-                self._taken = part, self._sink.rows(self.work.part(part))
+                self._taken = part, self._sink.rows(self.files.part(part))
             rows = self._taken[1]
         known = rows[place]
         return replace(
@@ -265,11 +280,12 @@ class _Run:
             logprobs=known.logprobs,
             duplicate_of=known.image,
             similarity=original.similarity,
+            error=None if known.error is None else f"the original {known.image} is broken: {known.error}",
         )
 
     def publish(self) -> dict[str, Any]:
         """Makes the output of the parts; returns the counts."""
-        parts = self.work.parts(self.work.finished())
+        parts = self.files.parts(self.files.finished())
         counts = self._counts(parts)
         record = json.dumps(
             {"plan": self._plan.values, **counts}, sort_keys=True, indent=None if self._output.single else 2

@@ -8,8 +8,9 @@ process compares them, and the second pass captions the pictures that are no dup
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from blip2edge.bulk.duplicates import Embeddings
 from blip2edge.bulk.listed import ListedPicture
 from blip2edge.bulk.options import BulkOptions
 from blip2edge.bulk.rows import Original, Row
-from blip2edge.bulk.work import Chunk
+from blip2edge.bulk.run_files import Chunk
 from blip2edge.cluster.ray_data import map_on_ray
+from blip2edge.errors import BundleError
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,28 @@ class Cluster:
 
 
 class _Worker:
-    """Holds a bundle on a machine of the cluster."""
+    """Holds a bundle on a machine of the cluster.
 
-    def __init__(self, options: str, pictures: bool) -> None:
+    Args:
+        options: JSON of the options, with the backend that the run's plan names.
+        pictures: Whether the results have the bytes of the pictures.
+        loaded: JSON of what the machine of the run loaded, see :meth:`ChunkCaptioner.loaded`.
+
+    Raises:
+        BundleError: This machine loads something else, which may give other captions.
+    """
+
+    def __init__(self, options: str, pictures: bool, loaded: str) -> None:
         self._captioner = ChunkCaptioner(BulkOptions.from_json(options), pictures)
+        here = self._captioner.loaded()
+        for name, value in json.loads(loaded).items():
+            if here[name] != value:
+                self._captioner.close()
+                raise BundleError(
+                    f"expected {name} {json.dumps(value)} on {platform.node()}, as in the plan of the run, "
+                    f"got {json.dumps(here[name])}",
+                    "give all machines the same bundle and the same packages",
+                )
 
 
 class CaptionWorker(_Worker):
@@ -76,7 +96,12 @@ class EmbeddingWorker(_Worker):
 
 
 def captions_on_ray(
-    chunks: Iterable[Chunk], options: BulkOptions, pictures: bool, find: Find | None, cluster: Cluster
+    chunks: Iterable[Chunk],
+    options: BulkOptions,
+    pictures: bool,
+    loaded: Mapping[str, Any],
+    find: Find | None,
+    cluster: Cluster,
 ) -> Iterator[ChunkResult]:
     """Captions parts on a cluster; yields their results in order.
 
@@ -84,8 +109,12 @@ def captions_on_ray(
         chunks: The parts.
         options: How to caption.
         pictures: Whether the results have the bytes of the pictures.
+        loaded: What this machine loaded; the workers must load the same.
         find: Finds duplicates; None to look for none.
         cluster: Where to compute.
+
+    Raises:
+        BundleError: A machine of the cluster loads another bundle, backend or other optimized graphs.
     """
     rows = [
         {"number": chunk.number, "first": chunk.first, "items": json.dumps([item.to_json() for item in chunk.items])}
@@ -93,7 +122,7 @@ def captions_on_ray(
     ]
     if not rows:
         return
-    arguments = options.to_json(), pictures
+    arguments = replace(options, backend=loaded["backend"]).to_json(), pictures, json.dumps(dict(loaded))
     found: list[dict[int, Original] | None] = [None] * len(rows)
     kept: list[tuple[list[int], list[Embeddings]]] = [([], []) for _ in rows]
     if find is not None:

@@ -56,7 +56,7 @@ class RowFormat(Protocol):
 
 
 class ParquetSink:
-    """Parquet tables: a row a picture."""
+    """Parquet tables with one row for each picture."""
 
     suffix, pictures = ".parquet", False
 

@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from blip2edge.bulk.listed import BROKEN, CELL, FILE, MEMBER, WEB, ListedPicture, parquet_package
-from blip2edge.bulk.stores import StoredFile, folder_of, is_address, is_web, joined, store_of
+from blip2edge.bulk.stores import Store, StoredFile, folder_of, is_address, is_web, joined, store_of
 from blip2edge.choices import BULK_SOURCES
 from blip2edge.errors import DataError, UsageError, option
 from blip2edge.picture_files import PICTURE_SUFFIXES, BrokenShardError, open_shard, printable
@@ -113,10 +113,28 @@ class PictureSource:
                     f"check the path, or name the kind with {option('source_format')}",
                 )
             return by_name
-        suffixes = {PurePosixPath(one.name).suffix.lower() for one in store.files(self.path, deep=False)}
-        if not suffixes & PICTURE_SUFFIXES:
-            return next((_SUFFIXES[suffix] for suffix in (".tar", ".parquet") if suffix in suffixes), _FOLDER)
-        return _FOLDER
+        return self._kind_of_folder(store)
+
+    def _kind_of_folder(self, store: Store) -> str:
+        """The kind of a folder by its files.
+
+        Raises:
+            DataError: It has more than one kind, of which only one would be captioned.
+        """
+        found = {_suffix(one) for one in store.files(self.path, deep=False)}
+        kinds = [_SUFFIXES[suffix] for suffix in (".tar", ".parquet") if suffix in found]
+        if kinds and any(_suffix(one) in PICTURE_SUFFIXES for one in store.files(self.path)):
+            kinds.append(_FOLDER)
+        if len(kinds) > 1:
+            raise DataError(
+                f"expected one kind of source in {self.path}, got {' and '.join(kinds)}",
+                f"name the one to caption with {option('source_format')}, or move the others away",
+            )
+        return kinds[0] if kinds else _FOLDER
+
+
+def _suffix(file: StoredFile) -> str:
+    return PurePosixPath(file.name).suffix.lower()
 
 
 def _of_folder(source: PictureSource) -> Iterator[ListedPicture]:
@@ -124,12 +142,12 @@ def _of_folder(source: PictureSource) -> Iterator[ListedPicture]:
     if not store.is_folder(source.path):
         raise DataError(f"{source.path}: no such folder", "check the path")
     for file in store.files(source.path):
-        if PurePosixPath(file.name).suffix.lower() in PICTURE_SUFFIXES:
+        if _suffix(file) in PICTURE_SUFFIXES:
             yield ListedPicture(file.name, FILE, (file.path,), file.version)
 
 
 def _of_shards(source: PictureSource) -> Iterator[ListedPicture]:
-    """The pictures of tar shards. A shard that is cut off has one item more, which says so."""
+    """The pictures of tar shards. A shard that is cut off gets one more item, a broken one with the reason."""
     for shard in source.files(".tar"):
         name, store = printable(shard.name), store_of(shard.path)
         with ExitStack() as stack:

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
-from blip2edge.errors import DataError, ImageError, MissingPackageError
+from blip2edge.errors import DataError, MissingPackageError
 from blip2edge.packages import require
 from blip2edge.picture_files import MAX_FILE_BYTES
 from blip2edge.reading import read_bytes, reading
@@ -20,7 +20,7 @@ from blip2edge.runtime.images.download import WEB
 from blip2edge.special_files import open_file
 
 VERSION_KEYS = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "updated", "last_modified", "created")
-"""What an object store may say about the version of a file; the first that it has counts."""
+"""Keys of a file's version in object stores; the first one present is used."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,11 @@ class Store(Protocol):
         """Opens a file for reading at any position; use it inside ``reading``."""
 
     def read(self, path: str, start: int = 0, size: int | None = None) -> bytes:
-        """Reads a file, or ``size`` bytes from ``start``.
+        """Reads a file, or ``size`` bytes from ``start``; use it inside :func:`reading_picture`.
 
         Raises:
-            ImageError: The file cannot be read, is larger than ``MAX_FILE_BYTES``, or ends before.
+            OSError: The file cannot be read; an object store raises errors of its own.
+            ValueError: It is larger than ``MAX_FILE_BYTES``, or ends before.
         """
 
 
@@ -105,12 +106,11 @@ class LocalStore:
 
     def read(self, path: str, start: int = 0, size: int | None = None) -> bytes:
         """Reads a file, or a part of it."""
-        with reading(path, "a picture", ImageError):
-            if size is None:
-                return read_bytes(Path(path), MAX_FILE_BYTES)
-            with open(path, "rb") as file:
-                file.seek(start)
-                return _whole(file.read(min(size, MAX_FILE_BYTES)), size)
+        if size is None:
+            return read_bytes(Path(path), MAX_FILE_BYTES)
+        with open(path, "rb") as file:
+            file.seek(start)
+            return _whole(file.read(min(size, MAX_FILE_BYTES)), size)
 
 
 class RemoteStore:
@@ -167,12 +167,11 @@ class RemoteStore:
 
     def read(self, path: str, start: int = 0, size: int | None = None) -> bytes:
         """Reads a file, or a part of it."""
-        with reading(path, "a picture", ImageError):
-            if size is None:
-                size = int(self._system.size(path) or 0)
-            if size > MAX_FILE_BYTES:
-                raise ValueError(f"expected at most {MAX_FILE_BYTES} bytes, got {size}")
-            return _whole(self._system.cat_file(path, start=start, end=start + size), size)
+        if size is None:
+            size = int(self._system.size(path) or 0)
+        if size > MAX_FILE_BYTES:
+            raise ValueError(f"expected at most {MAX_FILE_BYTES} bytes, got {size}")
+        return _whole(self._system.cat_file(path, start=start, end=start + size), size)
 
 
 def _whole(content: bytes, size: int) -> bytes:

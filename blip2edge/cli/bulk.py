@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "OUT",
         "NAME.parquet or NAME.tar for one file; any other name for a directory with a file for each part",
-        force="replace {} if bulk made it, and start again",
+        force="replace {} if bulk made it, and remove the parts of a killed run with other flags",
     )
     add_bundle_option(parser)
     parser.add_argument("--format", choices=BULK_FORMATS, help="format of OUT (default: by its name, else parquet)")
@@ -69,7 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind=share,
         metavar="X",
     )
-    add_number(parser, "--chunk-size", "number of pictures in a part; a killed run repeats at most one part", 500)
+    add_number(
+        parser,
+        "--chunk-size",
+        "number of pictures in a part; a killed run repeats at most one part (--ray: all parts not written)",
+        500,
+    )
     add_batch_size(parser, 16)
     add_number(parser, "--workers", "number of threads that read and decode pictures (default: all cores)")
     parser.add_argument(

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import numpy as np
+import pytest
 
 from blip2edge.bulk.duplicates import BLOCK, WIDTH, DuplicateIndex, Embedder
+from blip2edge.bulk.options import BulkOptions
+from blip2edge.errors import UsageError
 
 
 def vectors(*rows: tuple[float, ...]) -> np.ndarray:
@@ -20,7 +26,7 @@ def test_a_duplicate_names_the_most_similar_earlier_original() -> None:
     found = index.find([7, 8, 9], vectors((0.1, 1), (0, 0, 1), (1, 0.05)))
     assert [None if one is None else one.number for one in found] == [4, None, 3]
     assert found[0] is not None
-    assert found[0].similarity == np.round(1 / np.hypot(1, 0.1), 3) or abs(found[0].similarity - 0.995) < 1e-3
+    assert found[0].similarity == pytest.approx(1 / np.hypot(1, 0.1), abs=1e-4)
     (last,) = index.find([10], vectors((1, 0.1)))  # a duplicate is never an original: 5 is not named
     assert last is not None
     assert last.number == 3
@@ -56,3 +62,25 @@ def test_embeddings_have_length_one_and_keep_angles() -> None:
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-3)
     assert embeddings[0] @ embeddings[1] > 0.99
     assert abs(embeddings[0] @ embeddings[2]) < 0.6
+
+
+def test_identical_pictures_are_duplicates_at_the_threshold_1() -> None:
+    random = np.random.default_rng(2)
+    tokens = np.repeat(random.standard_normal((25, 1, 4, 64)).astype(np.float32), 2, axis=1).reshape(50, 4, 64)
+    embeddings, index, restored = Embedder()({"visual_tokens": tokens}), DuplicateIndex(1.0), DuplicateIndex(1.0)
+    found = index.find(range(50), embeddings)
+    assert [None if one is None else one.number for one in found] == [
+        number - 1 if number % 2 else None for number in range(50)
+    ]
+    restored.restore(range(0, 50, 2), embeddings[::2])
+    again = restored.find(range(50, 75), embeddings[1::2])
+    assert [one and (one.number, one.similarity) for one in again] == [(number, 1.0) for number in range(0, 50, 2)]
+
+
+def test_an_opposite_picture_is_not_compared_with_unused_rows() -> None:
+    index = DuplicateIndex(0.0)
+    index.find([0], vectors((1, 0)))
+    assert index.find([1], vectors((-1, 0))) == [None]  # its cosine with an unused row would be 0
+    for threshold in (0.0, -0.5, 1.5, math.nan):
+        with pytest.raises(UsageError, match="expected duplicates above 0 and at most 1"):
+            BulkOptions(Path("bundle"), duplicates=threshold)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -18,12 +19,13 @@ pytest.importorskip("torch", reason="the bundle is exported here")
 pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 pytest.importorskip("pyarrow", reason="pip install 'blip2edge[bulk]'")
 
-from blip2edge.bulk import pipeline, work
+from blip2edge.bulk import pipeline, read_errors, run_files
 from blip2edge.bulk.options import BulkOptions
 from blip2edge.bulk.pipeline import REPORT_FILE, Output, run_bulk
 from blip2edge.bulk.rows import Row
 from blip2edge.bulk.sinks import sink_of
 from blip2edge.bulk.sources import PictureSource
+from blip2edge.bulk.stores import LocalStore
 from blip2edge.bundle.outputs.locks import BusyError, locked
 from blip2edge.cli import main
 from blip2edge.errors import DataError, OutputError, UsageError
@@ -165,7 +167,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 def test_a_complete_output_is_not_made_again(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     out = run("out.parquet")
     status = out.stat()
-    monkeypatch.setattr(pipeline._Run, "compute", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(pipeline._OutputWriter, "compute", lambda *_: pytest.fail("computed again"))
     assert run("out.parquet").stat() == status
     with pytest.raises(OutputError, match=re.escape("of another run: captions was 1, and is 2 now")):
         run("out.parquet", captions=2, generation={"num_beams": 2})
@@ -217,6 +219,10 @@ def test_wrong_options_are_refused(run: Run, tmp_path: Path) -> None:
         run("out.parquet", captions=3, generation={"num_beams": 2})
     with pytest.raises(UsageError, match="expected format parquet"):
         Output.named(tmp_path / "out.parquet", "webdataset", False)
+    for address in ("s3://bucket/out.parquet", "memory://out"):
+        with pytest.raises(UsageError, match="expected an output on the local disk, got"):
+            Output.named(Path(address), None, True)
+    assert Output.named(Path("C:/out.parquet"), None, False).single
     assert os.listdir(tmp_path) == []
 
 
@@ -235,10 +241,66 @@ def test_the_command(folder: Path, tiny_bundle: Path, tmp_path: Path, capsys: py
     assert "generation" in capsys.readouterr().err
 
 
+def test_a_disk_that_fails_ends_the_run_and_its_parts_are_kept(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole, read = content(run("whole.parquet")), LocalStore.read
+
+    def fail(self: LocalStore, path: str, start: int = 0, size: int | None = None) -> bytes:
+        if path.endswith("08.png"):
+            raise OSError(errno.EIO, "Input/output error", path)
+        return read(self, path, start, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "read", fail)
+        patch.setattr(read_errors, "PAUSE_S", 0.0)
+        with pytest.raises(
+            DataError, match=r"08\.png cannot be read .*Input/output error.*; make the storage readable"
+        ):
+            run("out.parquet")
+    assert (tmp_path / "out.parquet.run" / "part-000000.parquet").is_file()
+    assert content(run("out.parquet"))["out.parquet"] == whole["whole.parquet"]
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_the_snapshots_of_a_training_are_kept(run: Run, tmp_path: Path, complete: bool) -> None:
+    """A training of the same name has its snapshots in ``OUT.run``."""
+    if complete:
+        run("out")
+    snapshots = tmp_path / "out.run"
+    snapshots.mkdir()
+    for name in ("plan.json", "part-000000", "snapshot-000100.safetensors"):
+        (snapshots / name).write_text("{}")
+    for force in (False, True):
+        with pytest.raises(OutputError, match=r"out\.run exists, and was not made by bulk"):
+            run("out", force=force)
+    assert len(os.listdir(snapshots)) == 3
+
+
+def test_a_killed_run_with_force_is_resumed_with_force(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = content(run("out", prompt="a photo"))
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "publish", lambda *_, **__: (_ for _ in ()).throw(KilledError()))
+        with pytest.raises(KilledError):
+            run("out", force=True)
+    assert content(tmp_path / "out") == old
+    written: list[int] = []
+    write = pipeline._OutputWriter._write
+    monkeypatch.setattr(
+        pipeline._OutputWriter, "_write", lambda self, number, part: [written.append(number), write(self, number, part)]
+    )
+    (tmp_path / "out.run" / "part-000002.parquet").unlink()
+    assert content(run("out", force=True)) == content(run("new"))
+    assert written == [2, 0, 1, 2]  # the missing part, and all of the new output
+    assert sorted(os.listdir(tmp_path)) == ["new", "out"]
+
+
 def test_a_directory_that_is_none_of_bulk_is_kept(run: Run, tmp_path: Path) -> None:
     (tmp_path / "out.parquet.run").mkdir()
     (tmp_path / "out.parquet.run" / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="was not made by bulk"):
         run("out.parquet")
     assert (tmp_path / "out.parquet.run" / "notes.txt").is_file()
-    assert work.RUN_SUFFIX == ".run"
+    assert run_files.RUN_SUFFIX == ".run"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import socket
 import tarfile
+import urllib.error
+from email.message import Message
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from blip2edge.bulk.listed import ListedPicture
+from blip2edge.bulk.listed import CELL, FILE, WEB, ListedPicture
+from blip2edge.bulk.read_errors import ATTEMPTS, StorageError
 from blip2edge.bulk.sources import PictureSource
 from blip2edge.errors import DataError, ImageError, MissingPackageError, UsageError
 
@@ -123,6 +128,20 @@ def test_an_object_store_is_read_as_the_disk_is(folder: Path) -> None:
     store.rm("/bulk", recursive=True)
 
 
+@pytest.mark.parametrize("stray", ["x.tar", "x.parquet"])
+def test_a_folder_of_two_kinds_needs_the_kind(folder: Path, stray: str) -> None:
+    shard(folder / stray, {"x.png": png(1)})
+    for name in ("a.png", "b.png"):  # then pictures are in subfolders only
+        with pytest.raises(
+            DataError, match=r"expected one kind of source in .*, got .* and folder; name .*source_format"
+        ):
+            names(PictureSource(str(folder)))
+        (folder / name).unlink()
+    with pytest.raises(DataError, match=r"got .* and folder"):
+        names(PictureSource(str(folder)))
+    assert names(PictureSource(str(folder), "folder")) == ["a/b/c.jpg", "a/z.png"]
+
+
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path, problem in (
         (str(tmp_path / "nothing"), "which does not exist"),
@@ -139,3 +158,82 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for path in ("gs://bucket/pictures", str(tmp_path / "x.parquet")):
         with pytest.raises(MissingPackageError, match=r"pip install 'blip2edge\[bulk\]'"):
             names(PictureSource(path))
+
+
+def attempts_to_read(item: ListedPicture, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Reads a picture that cannot be read; returns the number of attempts."""
+    pauses: list[float] = []
+    monkeypatch.setattr("blip2edge.bulk.read_errors.time.sleep", pauses.append)
+    with pytest.raises(error) as raised:
+        item.read()
+    assert type(raised.value) is error
+    return len(pauses) + 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (OSError(errno.EIO, "Input/output error"), StorageError),
+        (OSError(errno.ESTALE, "Stale file handle"), StorageError),
+        (OSError(errno.EMFILE, "Too many open files"), StorageError),
+        (PermissionError("the credentials are expired"), StorageError),
+        (TimeoutError(), StorageError),
+        (RuntimeError("an error of the client"), StorageError),
+        (FileNotFoundError("NoSuchKey"), ImageError),
+        (ValueError("the file is cut off"), ImageError),
+    ],
+)
+def test_a_storage_that_fails_is_no_broken_picture(
+    fault: Exception, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    pytest.importorskip("pyarrow")
+
+    def fail(*_: object, **__: object) -> None:
+        raise fault
+
+    monkeypatch.setattr("blip2edge.reading.open_file", fail)
+    monkeypatch.setattr(fsspec.filesystem("memory"), "cat_file", fail)
+    monkeypatch.setattr(fsspec.filesystem("memory"), "size", lambda _: 5)
+    monkeypatch.setattr(fsspec.filesystem("memory"), "open", fail)
+    for item in (
+        ListedPicture("x", FILE, ("x.png",)),
+        ListedPicture("x", FILE, ("memory://x.png",)),
+        ListedPicture("x", CELL, ("memory://x.parquet", 0, 0, "image")),
+    ):
+        assert attempts_to_read(item, error, monkeypatch) == (ATTEMPTS if error is StorageError else 1)
+
+
+def test_a_damaged_table_is_a_broken_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    path = tmp_path / "x.parquet"
+    pytest.importorskip("pyarrow.parquet").write_table(arrow.table({"image": [png(1) * 99]}), path)
+    content = bytearray(path.read_bytes())
+    content[4:80] = b"\xff" * 76
+    path.write_bytes(content)
+    assert attempts_to_read(ListedPicture("x", CELL, (str(path), 0, 0, "image")), ImageError, monkeypatch) == 1
+    assert attempts_to_read(ListedPicture("x", FILE, ("nowhere://x/y.png",)), ImageError, monkeypatch) == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "attempts"),
+    [
+        (404, 1),
+        (429, ATTEMPTS),
+        (503, ATTEMPTS),
+        (urllib.error.URLError(TimeoutError("timed out")), ATTEMPTS),
+        (urllib.error.URLError(ConnectionRefusedError(111, "refused")), ATTEMPTS),
+        (urllib.error.URLError(socket.gaierror(socket.EAI_NONAME, "unknown")), 1),
+        (urllib.error.URLError("the server redirects to file:///x"), 1),
+        (ValueError("no address"), 1),
+        (ConnectionResetError(), ATTEMPTS),
+    ],
+)
+def test_only_passing_web_errors_are_tried_again(
+    fault: Exception | int, attempts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise urllib.error.HTTPError("x", fault, "", Message(), None) if isinstance(fault, int) else fault
+
+    monkeypatch.setattr("urllib.request.OpenerDirector.open", fail)
+    assert attempts_to_read(ListedPicture("x", WEB, ("https://localhost/x.png",)), ImageError, monkeypatch) == attempts

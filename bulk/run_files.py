@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -36,6 +37,8 @@ PLAN, PICTURES = "plan.json", "pictures.jsonl"
 RUN_SUFFIX = ".run"  # added to the output's name, as for training
 _FRESH = ".fresh"  # begins the name of a file that is being written
 _PART = "part-"
+_NAMES = re.compile(rf"{_PART}\d{{6,}}\.(parquet|tar|npz)|{re.escape(_FRESH)}-.*|{re.escape(PICTURES)}")
+_MARKER = {"made_by": "blip2edge bulk"}  # in the plan's file: a training has a directory of the same name
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Chunk:
     items: tuple[ListedPicture, ...]
 
 
-class WorkDirectory:
+class RunDirectory:
     """The directory of a run, ``OUT.run``.
 
     Args:
@@ -90,6 +93,7 @@ class WorkDirectory:
     def __init__(self, target: Path, suffix: str) -> None:
         self.path = target.with_name(f"{target.name}{RUN_SUFFIX}")
         self._target, self._suffix = target, suffix
+        self._remove = f"remove {self.path}, and run the command again"
 
     def begin(self, plan: Plan, pictures: Path) -> bool:
         """Prepares the directory for a run, or checks that it belongs to the same one.
@@ -105,27 +109,44 @@ class WorkDirectory:
             DataError: The source was changed since the earlier run began, or its files are damaged.
             OutputError: The earlier run had another plan, or the directory cannot be written.
         """
+        self._check_made_by_bulk()
         if (self.path / PLAN).is_file():
             self._check(plan, pictures)
             for left in self.path.glob(f"{_FRESH}*"):
                 left.unlink()
             return True
-        if self.path.exists() and not self._is_ours():
-            raise OutputError(f"{self.path} exists, and was not made by bulk", "move it away, or give another output")
         self.clear()
         self._writing(lambda: self.path.mkdir(parents=True))
         self.publish(PICTURES, lambda path: os.replace(pictures, path))
-        self.publish(PLAN, lambda path: path.write_text(plan.to_json() + "\n", encoding="utf-8"))
+        self.publish(PLAN, lambda path: path.write_text(_plan_text(plan), encoding="utf-8"))
         return False
 
-    def _is_ours(self) -> bool:
-        """Whether the directory has nothing but files of a run that was killed as it began or ended."""
-        names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else [""]
-        return all(name == PICTURES or name.startswith((_FRESH, _PART)) for name in names)
+    def _check_made_by_bulk(self) -> None:
+        """Checks that the directory is free, has a plan of bulk, or only files that a killed run of bulk left.
+
+        Raises:
+            OutputError: It is another program's, such as that of a training.
+        """
+        if not os.path.lexists(self.path) or self._plan().items() >= _MARKER.items():
+            return
+        if not self.path.is_dir() or not all(_NAMES.fullmatch(path.name) for path in self.path.iterdir()):
+            raise OutputError(f"{self.path} exists, and was not made by bulk", "move it away, or give another output")
+
+    def _plan(self) -> dict[str, Any]:
+        """The values in the plan's file; empty if there is none, or if it is damaged."""
+        try:
+            return read_json(self.path / PLAN, DataError)
+        except DataError:
+            return {}
+
+    def holds(self, plan: Plan) -> bool:
+        """Whether the directory is of a run with this plan."""
+        expected: dict[str, Any] = json.loads(_plan_text(plan))
+        return self._plan() == expected
 
     def _check(self, plan: Plan, pictures: Path) -> None:
         fix = f"restore it, or start again with {option('force', on=True)}, or give another output"
-        old = read_json(self.path / PLAN, DataError, fix)
+        old = {name: value for name, value in self._plan().items() if name not in _MARKER}
         if old.get("list") != plan.values["list"] and old.get("source") == plan.values["source"]:
             raise DataError(
                 f"{plan.values['source']} was changed since the run of {self._target} began: "
@@ -150,7 +171,7 @@ class WorkDirectory:
     def chunks(self, size: int, first: int) -> Iterator[Chunk]:
         """Yields the parts from ``first`` on, of ``size`` pictures each; raises DataError if the list is damaged."""
         path = self.path / PICTURES
-        with reading(path, "the list of pictures", DataError), open(path, encoding="utf-8") as file:
+        with reading(path, "the list of pictures", DataError, self._remove), open(path, encoding="utf-8") as file:
             lines = islice(file, first * size, None)
             for number in count(first):
                 items = tuple(map(ListedPicture.from_json, islice(lines, size)))
@@ -194,15 +215,19 @@ class WorkDirectory:
     def read_embeddings(self, number: int) -> tuple[list[int], NDArray[np.float16]]:
         """Reads what :meth:`write_embeddings` wrote."""
         path = self._embeddings(number)
-        fix = f"start again with {option('force', on=True)}"
-        with reading(path, "embeddings", DataError, fix), np.load(path, allow_pickle=False) as values:
+        with reading(path, "embeddings", DataError, self._remove), np.load(path, allow_pickle=False) as values:
             return values["numbers"].tolist(), values["embeddings"]
 
     def _embeddings(self, number: int) -> Path:
         return self.path / f"{_PART}{number:06d}.npz"
 
     def clear(self) -> None:
-        """Removes the directory. The plan goes first: what a killed removal leaves is of no run."""
+        """Removes the directory. The plan is renamed first, so that a removal that is killed is not taken for a run.
+
+        Raises:
+            OutputError: The directory was not made by bulk.
+        """
+        self._check_made_by_bulk()
         for name in (PLAN, PICTURES):
             with suppress(FileNotFoundError):
                 (self.path / name).rename(self.path / f"{_FRESH}-{name}")
@@ -214,6 +239,11 @@ class WorkDirectory:
         except OSError as error:
             problem = output_error(self.path, error)
             raise OutputError(problem.problem, "mend it and run the command again: it goes on from here") from error
+
+
+def _plan_text(plan: Plan) -> str:
+    """Content of the plan's file."""
+    return f"{json.dumps({**plan.values, **_MARKER}, sort_keys=True)}\n"
 
 
 def write_list(items: Iterable[ListedPicture], path: Path, progress: Callable[[int], None]) -> tuple[str, int]:

@@ -1,0 +1,88 @@
+"""Decides what an error of reading means: a broken picture, or a storage that fails.
+
+A broken picture is a row with its reason. If a storage fails (a broken disk, too many open files, expired credentials),
+every picture would be such a row. So the storage is tried again, and then the run ends and can be resumed. A web server
+that fails does not end the run, as a list may name thousands of servers: after the last attempt its picture is broken.
+"""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import socket
+import ssl
+import time
+import urllib.error
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from blip2edge.errors import DataError, ImageError, one_line
+from blip2edge.reading import reading
+
+ATTEMPTS = 3
+"""Attempts to read a picture from a storage or a web server that fails."""
+
+PAUSE_S = 1.0  # before the second attempt, twice as long before the third
+_OF_THE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+_FIX = "make the storage readable, and run the same command again: it goes on from here"
+
+
+class StorageError(DataError):
+    """A storage fails; the picture may be whole."""
+
+
+@contextmanager
+def reading_picture(path: str, form: str = "a picture", faults: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turns every error in the block into a declared one.
+
+    Args:
+        path: The file, for the error.
+        form: What it should be, for the error.
+        faults: Exceptions of a parser that mean a damaged file, besides ValueError and an OSError without a number.
+
+    Raises:
+        ImageError: There is no such file, or it is cut off, too large or damaged.
+        StorageError: The storage fails.
+    """
+
+    def explain(error: Exception) -> StorageError | None:
+        if isinstance(error, OSError):
+            of_parser = bool(faults) and type(error) is OSError and error.errno is None
+            broken = of_parser or isinstance(error, FileNotFoundError) or error.errno in _OF_THE_FILE
+        else:
+            broken = isinstance(error, (ValueError, *faults))
+        return None if broken else StorageError(f"{path} cannot be read ({one_line(error)})", _FIX)
+
+    with reading(path, form, ImageError, explain=explain):
+        yield
+
+
+def with_attempts(read: Callable[[], bytes]) -> bytes:
+    """Reads a picture; tries again if the storage fails, or if a web server may answer later.
+
+    Raises:
+        ImageError: The picture is broken, or a web server does not give it.
+        StorageError: The storage still fails.
+    """
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return read()
+        except StorageError:
+            pass
+        except ImageError as error:
+            if not is_passing(error.__cause__):
+                raise
+        time.sleep(PAUSE_S * attempt)
+    return read()
+
+
+def is_passing(error: BaseException | None) -> bool:
+    """Whether the fault of a download may be gone later: a timeout, a connection error, a status of 429 or 5xx."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code == http.client.TOO_MANY_REQUESTS or error.code >= http.client.INTERNAL_SERVER_ERROR
+    if isinstance(error, urllib.error.URLError):
+        unknown_host = isinstance(error.reason, socket.gaierror) and error.reason.errno == socket.EAI_NONAME
+        wrong_certificate = isinstance(error.reason, ssl.SSLCertVerificationError)
+        return isinstance(error.reason, OSError) and not unknown_host and not wrong_certificate
+    cut_off = http.client.IncompleteRead, http.client.BadStatusLine
+    return isinstance(error, (TimeoutError, ConnectionError, ssl.SSLError, *cut_off))
