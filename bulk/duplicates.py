@@ -110,6 +110,6 @@ class DuplicateIndex:
 def _normalized(embeddings: Embeddings) -> NDArray[np.float32]:
     """Embeddings in float32, of length 1 again: rounding to float16 has changed it a little."""
     values = embeddings.astype(np.float32)
-    norms: NDArray[np.float32] = np.linalg.norm(values, axis=1, keepdims=True)
-    normalized: NDArray[np.float32] = values / np.maximum(norms, np.float32(1e-12))
+    norms = np.linalg.norm(values, axis=1, keepdims=True)
+    normalized: NDArray[np.float32] = (values / np.maximum(norms, 1e-12)).astype(np.float32)
     return normalized

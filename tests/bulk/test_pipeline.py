@@ -20,6 +20,7 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 pytest.importorskip("pyarrow", reason="pip install 'blip2edge[bulk]'")
 
 from blip2edge.bulk import pipeline, read_errors, run_files
+from blip2edge.bulk.captioning import ChunkResult
 from blip2edge.bulk.options import BulkOptions
 from blip2edge.bulk.pipeline import REPORT_FILE, Output, run_bulk
 from blip2edge.bulk.rows import Row
@@ -288,9 +289,12 @@ def test_a_killed_run_with_force_is_resumed_with_force(
     assert content(tmp_path / "out") == old
     written: list[int] = []
     write = pipeline._OutputWriter._write
-    monkeypatch.setattr(
-        pipeline._OutputWriter, "_write", lambda self, number, part: [written.append(number), write(self, number, part)]
-    )
+
+    def write_part(self: pipeline._OutputWriter, number: int, part: ChunkResult) -> None:
+        written.append(number)
+        write(self, number, part)
+
+    monkeypatch.setattr(pipeline._OutputWriter, "_write", write_part)
     (tmp_path / "out.run" / "part-000002.parquet").unlink()
     assert content(run("out", force=True)) == content(run("new"))
     assert written == [2, 0, 1, 2]  # the missing part, and all of the new output
