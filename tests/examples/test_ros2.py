@@ -6,7 +6,6 @@ import ast
 import importlib.util
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -23,6 +22,7 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 from blip2edge.errors import BackendError
 from blip2edge.runtime.captioning.captioner import Captioner
 from tests.drawing import draw_pictures
+from tests.waiting import until
 
 PACKAGE = Path(__file__).parents[2] / "examples" / "ros2"
 PATIENCE_S = 30.0
@@ -162,13 +162,6 @@ def test_what_cannot_be_read_is_named(ros: Any) -> None:
     empty.height = 0
     with pytest.raises(ValueError, match="expected 0 rows"):
         ros.node.to_rgb(empty)
-
-
-def until(is_true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not is_true():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_the_node_publishes_captions(ros: Any, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import json
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from blip2edge.runtime.serving.connections import (
 from blip2edge.runtime.serving.http import Server
 from tests.http_calls import png_file
 from tests.live_server import all_of, answered, connected, live, one_answer
+from tests.waiting import until
 
 LAST = b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 
@@ -179,7 +180,7 @@ def test_bodies_share_a_memory(strict: Live) -> None:
         slow = [opened.enter_context(connected(port)) for _ in range(2)]
         for connection in slow:
             connection.sendall(post(b"x" * 1400, "Content-Length: 1900"))
-        wait_until(lambda: server.memory.used == 2800)
+        until(lambda: server.memory.used == 2800)
         status, head, error = head_and_json(
             answered(port, post(b"x" * 1000, "Content-Length: 1000", "Connection: close"))
         )
@@ -195,20 +196,13 @@ def test_too_many_busy_connections(strict: Live) -> None:
         busy = [opened.enter_context(connected(port)) for _ in range(4)]
         for connection in busy:
             connection.sendall(post(b"x", "Content-Length: 100"))
-        wait_until(lambda: server.memory.used == 4)
+        until(lambda: server.memory.used == 4)
         answer = answered(port, LAST)
         status, head, error = head_and_json(answer)
         assert (status, error["code"]) == (503, "too_many_connections")
         assert b"retry-after" in head
-    wait_until(lambda: server.metrics.open() == 0)
+    until(lambda: server.metrics.open() == 0)
     assert answered(port, LAST).startswith(b"HTTP/1.1 200 ")
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_the_limit_of_open_files_is_raised() -> None:
@@ -229,7 +223,7 @@ def test_a_client_that_takes_nothing_is_closed(captioner: Captioner) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", port))
         connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n" * 1500)
-        wait_until(lambda: "write_timeout" in server.metrics.closed)
+        until(lambda: "write_timeout" in server.metrics.closed)
 
 
 @pytest.mark.parametrize("how", ["end", "close_gently", "timeout_keep_alive_handler"])

@@ -24,6 +24,7 @@ from blip2edge.runtime.decoding.generate import Generation, GenerationBatch
 from blip2edge.runtime.serving.http import Server
 from tests.drawing import draw_pictures
 from tests.http_calls import ask, call, chat, got, png_file
+from tests.waiting import until
 
 USER = b'{"messages": [{"role": "user", "content": [%s]}]}'
 
@@ -409,6 +410,7 @@ def test_health_reports_a_scheduler_that_failed(server: Server, png: bytes, monk
     monkeypatch.setattr(server.scheduler, "_encoded", mistake)
     with pytest.raises(ZeroDivisionError):
         ask(server, "POST", "/caption", png)
+    until(lambda: server.engine.state == "failed")  # the request fails first
     assert got(ask(server, "GET", "/health"), 503).json["status"] == "failed"
 
 

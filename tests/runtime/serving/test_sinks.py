@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,19 +25,13 @@ from blip2edge.errors import BackendError, OutputError, UsageError
 from blip2edge.runtime.images.video import draw_caption
 from blip2edge.runtime.serving.streams import sinks
 from blip2edge.runtime.serving.streams.sinks import SINKS, AnnotatedVideo, CaptionEvent, QueuedSink, Sink, SinkOptions
+from tests.waiting import until
 
 PATIENCE_S = 30.0
 
 
 def event(number: int, image: Any = None, seconds: float = 0.0) -> CaptionEvent:
     return CaptionEvent({"text": f"caption {number}", "frame": str(number)}, image, seconds)
-
-
-def until(is_true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not is_true():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.fixture

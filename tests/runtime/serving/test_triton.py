@@ -8,7 +8,6 @@ import os
 import re
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +28,7 @@ from blip2edge.runtime.serving.triton import python_model
 from blip2edge.runtime.serving.triton.repository import INPUTS, OUTPUTS, TritonModel, config_text, write_model
 from tests.drawing import draw_pictures
 from tests.http_calls import data_url, png_file
+from tests.waiting import until
 
 PNG = png_file()
 PATIENCE_S = 60.0
@@ -212,15 +212,6 @@ def test_a_canceled_stream_ends(tiny_bundle: Path, tmp_path: Path, load: Load) -
     assert request.sender.ended.wait(PATIENCE_S)
     assert len(request.sender.sent) == 1
     assert request.sender.sent[0].error is not None
-
-
-def until(true: Callable[[], bool]) -> None:
-    """Waits until something is true."""
-    for _ in range(6000):
-        if true():
-            return
-        time.sleep(0.01)
-    raise AssertionError
 
 
 @pytest.mark.parametrize("flags", [(), ("--stream",)])
