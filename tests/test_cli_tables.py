@@ -76,7 +76,7 @@ def test_export_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     ]
     assert output.err.startswith("decoder: 1/1")
     assert output.err.endswith("warning: config.json: not used: colour\n")
-    assert {**calls[0], "progress": None} == {
+    assert {**calls[0], "progress": None, "notify": None} == {
         "checkpoint": "some/name",
         "output": Path("out"),
         "precision": "fp16",
@@ -84,6 +84,8 @@ def test_export_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         "force": True,
         "base": None,
         "merge_tokens": 4,
+        "anyway": False,
+        "notify": None,
         "progress": None,
     }
 
