@@ -93,7 +93,8 @@ def expected(tracked: list[str], links: list[str]) -> dict[str, bytes]:
     examples = ("examples/checkpoint/", "examples/pictures/")
     packed = [name for name in packed if not name.startswith("examples/") or name.startswith(examples)]
     package = [name for name in tracked if name.startswith("blip2edge/") and not (ROOT / name).is_symlink()]
-    files = {f"blip2edge/{name}": name for name in packed} | {name: name for name in package}
+    plugins = {name.removeprefix("plugins/"): name for name in tracked if name.startswith("plugins/")}
+    files = {f"blip2edge/{name}": name for name in packed} | {name: name for name in package} | plugins
     return {name: (ROOT / source).read_bytes() for name, source in files.items()}
 
 
@@ -152,7 +153,7 @@ def test_an_editable_install_follows_the_links(copies: dict[str, Path], tmp_path
     files = contents(built("editable", copies["tar"], tmp_path))
     (pointer,) = (name for name in files if not name.startswith(f"{TOP}.dist-info/"))
     assert pointer.endswith(".pth")
-    assert files[pointer].decode().strip() == str(copies["tar"])
+    assert files[pointer].decode().split() == [str(copies["tar"]), str(copies["tar"] / "plugins")]
 
 
 @pytest.mark.parametrize("copy", ["zip", COPIES[2]])
