@@ -24,6 +24,7 @@ ATTEMPTS = 3
 
 PAUSE_S = 1.0  # before the second attempt, twice as long before the third
 _OF_THE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+_OF_A_LOCAL_FILE = {errno.EACCES, errno.EPERM}  # in an object store: credentials
 _FIX = "make the storage readable, and run the same command again: it goes on from here"
 
 
@@ -48,7 +49,8 @@ def reading_picture(path: str, form: str = "a picture", faults: tuple[type[Excep
     def explain(error: Exception) -> StorageError | None:
         if isinstance(error, OSError):
             of_parser = bool(faults) and type(error) is OSError and error.errno is None
-            broken = of_parser or isinstance(error, FileNotFoundError) or error.errno in _OF_THE_FILE
+            known = _OF_THE_FILE if "://" in path else _OF_THE_FILE | _OF_A_LOCAL_FILE
+            broken = of_parser or isinstance(error, FileNotFoundError) or error.errno in known
         else:
             broken = isinstance(error, (ValueError, *faults))
         return None if broken else StorageError(f"{path} cannot be read ({one_line(error)})", _FIX)

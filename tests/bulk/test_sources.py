@@ -204,6 +204,21 @@ def test_a_storage_that_fails_is_no_broken_picture(
         assert attempts_to_read(item, error, monkeypatch) == (ATTEMPTS if error is StorageError else 1)
 
 
+@pytest.mark.parametrize(("path", "error"), [("x.png", ImageError), ("memory://x.png", StorageError)])
+def test_a_file_without_permission(path: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the disk it is the file's own; an object store answers so if credentials are expired."""
+    fsspec = pytest.importorskip("fsspec")
+
+    def fail(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("blip2edge.reading.open_file", fail)
+    monkeypatch.setattr(fsspec.filesystem("memory"), "cat_file", fail)
+    monkeypatch.setattr(fsspec.filesystem("memory"), "size", lambda _: 5)
+    monkeypatch.setattr(fsspec.filesystem("memory"), "open", fail)
+    attempts_to_read(ListedPicture("x", FILE, (path,)), error, monkeypatch)
+
+
 def test_a_damaged_table_is_a_broken_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arrow = pytest.importorskip("pyarrow")
     path = tmp_path / "x.parquet"
