@@ -196,7 +196,7 @@ def test_a_wrong_layer_is_named(bundle: Path) -> None:
 
 
 def test_limits(bundle: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    plant(bundle, "decoder", 1.5)
+    plant(bundle, "decoder", 1.1)
     path = tmp_path / "certificate.json"
     words = ["certify", str(bundle), "--backend", "cpu", "--threads", "1", "--tolerance", "1"]
     assert main([*words, "--min-equal", "0", "--output", str(path)]) == 0
