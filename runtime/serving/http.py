@@ -368,6 +368,9 @@ class Server:
         return JSONResponse(error_json(Blip2EdgeError(f"the server failed ({type(error).__name__})")), 500)
 
     async def _no_route(self, request: HttpRequest, error: HTTPException) -> Response:
+        if error.headers and "Allow" in error.headers:  # of the first route with this path
+            methods = {one.method for one in ENDPOINTS if one.route == request.url.path}
+            error.headers = {"Allow": ", ".join(sorted({*error.headers["Allow"].split(", "), *methods}))}
         if request.method == "OPTIONS" and error.headers and "Allow" in error.headers:
             return Response(status_code=204, headers={"Allow": f"{error.headers['Allow']}, OPTIONS"})
         what = RequestError(

@@ -319,7 +319,15 @@ def _body(endpoint: Endpoint, options: Mapping[str, Schema]) -> Schema:
         example = {"messages": [{"role": "user", "content": parts}], "max_tokens": 8}
         return {JSON_TYPE: {"schema": {"$ref": "#/components/schemas/ChatRequest"}, "example": example}}
     if endpoint.body == "event":
-        return {JSON_TYPE: {"schema": _object({key: {"type": "string"} for key in EVENT_KEYS}, ["text"], more=True)}}
+        return {
+            JSON_TYPE: {
+                "schema": _object(
+                    {**dict.fromkeys(EVENT_KEYS, {"type": ["string", "null"]}), "text": {"type": "string"}},
+                    ["text"],
+                    more=True,
+                )
+            }
+        }
     if endpoint.body == "embeddings":
         example = {"input": ["a dog", {"image": EXAMPLE_URL}], "return_multivector": True}
         return {JSON_TYPE: {"schema": {"$ref": "#/components/schemas/EmbeddingsRequest"}, "example": example}}
