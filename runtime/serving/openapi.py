@@ -322,7 +322,7 @@ def _body(endpoint: Endpoint, options: Mapping[str, Schema]) -> Schema:
         return {
             JSON_TYPE: {
                 "schema": _object(
-                    {**dict.fromkeys(EVENT_KEYS, {"type": ["string", "null"]}), "text": {"type": "string"}},
+                    {**{key: {"type": ["string", "null"]} for key in EVENT_KEYS}, "text": {"type": "string"}},
                     ["text"],
                     more=True,
                 )
