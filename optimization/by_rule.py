@@ -18,8 +18,7 @@ from blip2edge.bundle.schema import DECODER, VISION
 from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.errors import BackendError
 from blip2edge.graph_files import load_graph
-from blip2edge.optimization import probe
-from blip2edge.optimization.checks import TOLERANCE, CopyTask, agreement, fault_of, probe_session
+from blip2edge.optimization.checks import TOLERANCE, CopyTask, agreement, fault_of, run_session
 from blip2edge.optimization.graph import prepare
 from blip2edge.optimization.passes.half import dequantize, halve, widen
 from blip2edge.optimization.recipes import CUDA, CUDA_DECODERS, HALF, Recipe, apply_recipe
@@ -27,6 +26,7 @@ from blip2edge.optimization.storage import SMALLEST, write_copy
 from blip2edge.runtime.backends.base import OptimizedFile
 from blip2edge.runtime.backends.onnxruntime_cuda import open_on_host
 from blip2edge.runtime.backends.open_graph import OptimizedGraph
+from blip2edge.runtime.bench.graph_inputs import Arrays
 
 FP16_TOLERANCE = 1e-1
 """Largest difference of a graph in FP16, as a share of the output's largest value: that of an FP16 export."""
@@ -46,7 +46,7 @@ def ruled(task: CopyTask, name: str) -> Copy | str:
     if name == VISION and task.bundle.manifest.merging is not None and record.precision != "fp16":
         return "the choice of merged patches needs FP32: export with --precision fp16, which keeps that part in FP32"
     portable = _run(task, name, parent, None)
-    task.upstream.update(portable.outputs)
+    task.upstream.update(portable)
     exact = _exact(task, name, parent, portable)
     fault = "no recipe applies to this graph"
     for number, recipe in enumerate(CUDA_DECODERS if name == DECODER else CUDA):
@@ -78,7 +78,7 @@ def ruled(task: CopyTask, name: str) -> Copy | str:
     return fault
 
 
-def _exact(task: CopyTask, name: str, parent: Path, portable: probe.ProbeResult) -> probe.ProbeResult | None:
+def _exact(task: CopyTask, name: str, parent: Path, portable: Arrays) -> Arrays | None:
     """Computes the portable graph's outputs in FP32, without rounded activations; None if the graph is too large."""
     model = load_graph(parent)
     prepare(model)
@@ -100,7 +100,7 @@ def _saved(task: CopyTask, model: ir.Model, name: str) -> Path:
     return file
 
 
-def _run(task: CopyTask, name: str, path: Path, weights: Path | None) -> probe.ProbeResult:
-    """Runs a graph with the CUDA backend's code on the CPU, without timing."""
+def _run(task: CopyTask, name: str, path: Path, weights: Path | None) -> Arrays:
+    """Runs a graph with the CUDA backend's code on the CPU."""
     session = open_on_host(path, None if weights is None else OptimizedFile(weights))
-    return probe_session(task, name, session, timed=False)
+    return run_session(task, name, session)

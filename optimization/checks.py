@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.schema import DECODER, TEXT_ENCODER, Parity
+from blip2edge.bundle.schema import BRIDGE, DECODER, MATCH, TEXT_ENCODER, VISION, Parity
 from blip2edge.graph_files import load_graph
 from blip2edge.optimization import probe
 from blip2edge.optimization.graph import prepare
@@ -20,7 +22,7 @@ from blip2edge.optimization.storage import SMALLEST
 from blip2edge.runtime.backends.base import OptimizedFile, Session
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.backends.open_graph import RowByRow
-from blip2edge.runtime.bench.graph_inputs import draw_cross_inputs, draw_inputs
+from blip2edge.runtime.bench.graph_inputs import Arrays, decode, draw_cross_inputs, draw_inputs
 from blip2edge.runtime.decoding.language_model import decoder_of
 
 TOLERANCE = 1e-4
@@ -28,6 +30,10 @@ TOLERANCE = 1e-4
 
 LEAST_COSINE = 0.995
 """Smallest cosine to the portable graph if weights or activations are integers: each form rounds differently."""
+
+
+PROBED_GRAPHS = (VISION, BRIDGE, DECODER, MATCH, "text_encoder", "cross_kv", "image_features", "text_embeds")
+"""Graphs whose inputs can be drawn here."""
 
 
 @dataclass
@@ -59,42 +65,57 @@ class CopyTask:
         return self.bundle.file(record.spec.file), TOLERANCE if record.precision == "fp32" else math.inf
 
 
-def agreement(
-    result: probe.ProbeResult, portable: probe.ProbeResult, tolerance: float
-) -> tuple[tuple[Parity, ...], float]:
+def agreement(result: Arrays, portable: Arrays, tolerance: float) -> tuple[tuple[Parity, ...], float]:
     """Compares a copy's outputs with the portable graph's: the parity of each, and the smallest cosine.
 
     With an infinite tolerance there is no parity, because such outputs are compared by cosine only.
     """
     parity = tuple(
-        Parity(output, *probe.relative(result.outputs[output], wanted), tolerance, ("probe",))
-        for output, wanted in portable.outputs.items()
+        Parity(output, *probe.relative(result[output], wanted), tolerance, ("probe",))
+        for output, wanted in portable.items()
         if math.isfinite(tolerance)
     )
-    return parity, probe.worst_cosine(result.outputs, portable.outputs)
+    return parity, probe.worst_cosine(result, portable)
 
 
-def run_graph(task: CopyTask, name: str, path: Path, recipe: Recipe | None = None) -> probe.ProbeResult:
-    """Runs a graph in ONNX Runtime; ``recipe`` is that of a rewritten graph, None for the portable one."""
-    opened = OnnxRuntimeSession(
-        path, 1, optimized=None if recipe is None else OptimizedFile(path.parent, recipe.layout)
-    )
-    return probe_session(task, name, opened, one_by_one=recipe is not None and recipe.one_by_one)
+@dataclass(frozen=True)
+class Form:
+    """A file that computes a graph in ONNX Runtime on the CPU.
+
+    Attributes:
+        file: The portable graph, or a rewritten one.
+        recipe: The passes that rewrote it; None for the portable graph.
+    """
+
+    file: Path
+    recipe: Recipe | None = None
+
+    def open(self) -> Session:
+        """Loads the graph, for one thread."""
+        if self.recipe is None:
+            return OnnxRuntimeSession(self.file, 1)
+        session = OnnxRuntimeSession(self.file, 1, optimized=OptimizedFile(self.file.parent, self.recipe.layout))
+        return RowByRow(session) if self.recipe.one_by_one else session
 
 
-def probe_session(
-    task: CopyTask, name: str, opened: Session, *, one_by_one: bool = False, timed: bool = True
-) -> probe.ProbeResult:
-    """Runs an opened graph, measures its time if ``timed``, and closes it."""
+def run_session(task: CopyTask, name: str, session: Session) -> Arrays:
+    """Runs an opened graph on two rows, closes it, and returns its outputs; a decoder's are logits of several steps."""
     try:
-        session = RowByRow(opened) if one_by_one else opened
-        manifest = task.bundle.manifest
-        if name != DECODER:
-            return probe.run_and_time(session, draw_inputs(task.bundle.graph(name).spec, task.upstream), timed=timed)
-        prompt = 1 if TEXT_ENCODER in manifest.graphs else min(probe.PROMPT, manifest.max_positions - 10)
-        return probe.decode_and_time(decoder_of(task.bundle, session), _cross_inputs(task), prompt, timed=timed)
+        if name == DECODER:
+            return decode(decoder_of(task.bundle, session), _cross_inputs(task))[0]
+        outputs = session.run(draw_inputs(task.bundle.graph(name).spec, task.upstream))
+        return {output: np.asarray(array) for output, array in outputs.items()}
     finally:
-        opened.close()
+        session.close()
+
+
+def timed_run(task: CopyTask, name: str, session: Session) -> Callable[[], object]:
+    """Returns a function that runs an opened graph on one row; for a decoder, a prefill and some decode steps."""
+    if name != DECODER:
+        return probe.run_of(session, draw_inputs(task.bundle.graph(name).spec, task.upstream))
+    manifest = task.bundle.manifest
+    prompt = 1 if TEXT_ENCODER in manifest.graphs else min(probe.PROMPT, manifest.max_positions - probe.STEPS)
+    return probe.decoding_of(decoder_of(task.bundle, session), _cross_inputs(task), max(prompt, 1))
 
 
 def _cross_inputs(task: CopyTask) -> dict[str, Array]:
@@ -102,25 +123,25 @@ def _cross_inputs(task: CopyTask) -> dict[str, Array]:
     return draw_cross_inputs(task.bundle.graph(DECODER).spec, task.upstream)
 
 
-def references(task: CopyTask, name: str) -> tuple[probe.ProbeResult, probe.ProbeResult]:
+def references(task: CopyTask, name: str) -> tuple[Arrays, Arrays]:
     """Runs the portable graph, and the same graph without rounding its activations (if it rounds any)."""
     parent, _ = task.parent(name)
-    portable = run_graph(task, name, parent)
+    portable = run_session(task, name, Form(parent).open())
     model = load_graph(parent)
     prepare(model)
     if not without_rounding(model):
         return portable, portable
     graph = task.scratch / f"{name}.exact.onnx"  # not optimized offline: ONNX Runtime would round activations
     ir.save(model, graph, external_data=f"{graph.name}.data", size_threshold_bytes=SMALLEST)
-    return portable, run_graph(task, name, graph, Recipe(()))
+    return portable, run_session(task, name, Form(graph, Recipe(())).open())
 
 
-def fault_of(result: probe.ProbeResult, portable: probe.ProbeResult, exact: probe.ProbeResult, tolerance: float) -> str:
+def fault_of(result: Arrays, portable: Arrays, exact: Arrays, tolerance: float) -> str:
     """Describes how a rewritten graph's outputs differ too much; empty if all are within the limits."""
-    for output, wanted in portable.outputs.items():
-        _, share = probe.relative(result.outputs[output], wanted)
+    for output, wanted in portable.items():
+        _, share = probe.relative(result[output], wanted)
         if share > tolerance:
             return f"{output} is off by {share:.1e} of its largest value, more than {tolerance:.0e}"
-    least = min(LEAST_COSINE, probe.worst_cosine(portable.outputs, exact.outputs))
-    found = probe.worst_cosine(result.outputs, exact.outputs)
+    least = min(LEAST_COSINE, probe.worst_cosine(portable, exact))
+    found = probe.worst_cosine(result, exact)
     return "" if found >= least else f"its cosine is {found:.5f}, less than {least:.5f}"

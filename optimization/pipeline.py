@@ -2,7 +2,7 @@
 
 1. Try: each graph is rewritten by several recipes, and ONNX Runtime optimizes the result offline.
 2. Check: the rewritten graph gives the outputs of the portable one, on images that pass through the whole bundle.
-3. Choose: the fastest is kept if it is faster than the portable graph; otherwise the portable graph stays in use.
+3. Choose: the forms are timed in turn (``race.py``); one that is slower than the portable graph is never kept.
 4. Publish: ``optimized.json`` lists the files with their hashes and names the bundle.
 
 For OpenVINO, the copy of a graph is the compiled model, which runs as fast as the portable graph and opens sooner. For
@@ -23,9 +23,9 @@ from blip2edge.bundle.schema import TEXT_ENCODER
 from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.errors import BackendError, BundleError, UsageError, option
 from blip2edge.graph_files import load_graph
-from blip2edge.optimization import probe
+from blip2edge.optimization import race
 from blip2edge.optimization.by_rule import RULED_PRECISIONS, ruled
-from blip2edge.optimization.checks import CopyTask, agreement, fault_of, probe_session, references, run_graph
+from blip2edge.optimization.checks import PROBED_GRAPHS, CopyTask, Form, agreement, fault_of, references, run_session
 from blip2edge.optimization.compiled import compile_to
 from blip2edge.optimization.recipes import PassContext, Recipe, apply_recipe, recipes_for
 from blip2edge.optimization.storage import optimize_offline, write_copy
@@ -34,16 +34,13 @@ from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends.open_graph import KIND, OptimizedGraph, OptimizedRecord
 from blip2edge.runtime.backends.openvino import OpenVinoSession
 from blip2edge.runtime.backends.probe import exact_processor
+from blip2edge.runtime.bench.graph_inputs import Arrays
 from blip2edge.version import __version__
 
-CLEARLY_FASTER = 0.95
-"""A later recipe is preferred to an earlier one if it takes less than this share of its time in two measurements."""
+SOONER = 0.95
+"""A compiled graph is kept if it opens in less than this share of the portable graph's time."""
 
-SLOWER_MOST = {False: 1.1, True: 1.0}
-"""Largest time of a rewritten graph as a multiple of the portable graph's, by whether its weights are prepacked at load
-time. A graph without prepacking opens faster, so that it may be slightly slower; measured times have an error too."""
-
-ONE_TRY_FROM = 1 << 30
+LARGE = 1 << 30
 """Bytes of a graph from which only the first recipe is tried that shares the bundle's weights: each try reads and
 writes the weights several times."""
 
@@ -64,21 +61,6 @@ class OptimizedReport:
     directory: Path
     record: OptimizedRecord
     seconds: float
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A graph rewritten by a recipe.
-
-    Attributes:
-        recipe: The passes that changed something.
-        file: The rewritten graph.
-        result: Its outputs and its time.
-    """
-
-    recipe: Recipe
-    file: Path
-    result: probe.ProbeResult
 
 
 def optimize(bundle: str | Path, backend: str = "cpu", *, progress: ProgressCallback | None = None) -> OptimizedReport:
@@ -132,7 +114,7 @@ def _record(task: CopyTask, backend: str, report: ProgressCallback) -> Optimized
         report(f"optimise {name}", done, len(manifest.graphs))
         if graph.precision not in maker.precisions:
             skipped[name] = f"it is in {graph.precision}, for which the CPU has no kernels of its own"
-        elif name not in probe.PROBED_GRAPHS:
+        elif name not in PROBED_GRAPHS:
             skipped[name] = "there is no recipe for it"
         else:
             found = maker.make(task, name)
@@ -156,23 +138,19 @@ def _record(task: CopyTask, backend: str, report: ProgressCallback) -> Optimized
 def _rewritten(task: CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, FileRecord]] | str:
     """Writes the fastest rewritten form of a graph that passes the check; or returns why there is none."""
     parent, tolerance = task.parent(name)
-    portable, exact = references(task, name)
-    candidates, fault = _candidates(task, name, portable, exact)
-    task.upstream.update(portable.outputs)
-    if not candidates:
+    outputs = references(task, name)
+    large = sum(task.bundle.manifest.files[data].size for data in task.bundle.graph(name).data_files) >= LARGE
+    checked, fault = _checked_forms(task, name, outputs, large)
+    portable = outputs[0]
+    task.upstream.update(portable)
+    if not checked:
         return fault or "no recipe applies to this graph"
-    candidates = [one for one in candidates if one.result.seconds <= portable.seconds * SLOWER_MOST[one.recipe.layout]]
-    if not candidates:
-        return f"the portable graph is faster here ({portable.seconds * 1e3:.1f} ms)"
-    best = candidates[0]
-    for one in candidates[1:]:
-        if _clearly_faster(one.result, best.result) and _clearly_faster(
-            *(run_graph(task, name, candidate.file, candidate.recipe) for candidate in (one, best))
-        ):
-            best = one
+    forms = [form for form, _ in checked]
+    best, milliseconds = race.fastest(task, name, Form(parent), forms, together=not large)
+    if best.recipe is None:
+        return f"the portable graph is faster here ({milliseconds[0]:.1f} ms)"
     files = write_copy(best.file, parent, task.target, name, task.within)
-    parity, cosine = agreement(best.result, portable, tolerance)
-    milliseconds = (round(portable.seconds * 1e3, 3), round(best.result.seconds * 1e3, 3))
+    parity, cosine = agreement(checked[forms.index(best)][1], portable, tolerance)
     recipe = best.recipe
     graph = OptimizedGraph(
         f"{name}.onnx", recipe.passes, recipe.one_by_one, recipe.layout, parity, cosine, milliseconds
@@ -180,42 +158,47 @@ def _rewritten(task: CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, Fil
     return graph, files
 
 
-def _clearly_faster(one: probe.ProbeResult, other: probe.ProbeResult) -> bool:
-    return one.seconds < other.seconds * CLEARLY_FASTER
+def _checked_forms(
+    task: CopyTask, name: str, outputs: tuple[Arrays, Arrays], large: bool
+) -> tuple[list[tuple[Form, Arrays]], str]:
+    """Rewrites a graph by each recipe and checks the outputs.
 
+    Args:
+        task: The copy that is made.
+        name: The graph.
+        outputs: What :func:`references` returned.
+        large: Whether only the first recipe is tried that shares the bundle's weights.
 
-def _candidates(
-    task: CopyTask, name: str, portable: probe.ProbeResult, exact: probe.ProbeResult
-) -> tuple[list[_Candidate], str]:
-    """The rewritten forms of a graph that pass the check, and what is wrong with one that does not."""
+    Returns:
+        The forms that passed the check with their outputs, and what is wrong with one that did not.
+    """
     parent, tolerance = task.parent(name)
-    size = sum(task.bundle.manifest.files[data].size for data in task.bundle.graph(name).data_files)
-    candidates: list[_Candidate] = []
+    found: list[tuple[Form, Arrays]] = []
     fault = ""
     for number, recipe in enumerate(recipes_for(name, load_graph(parent))):
         model = load_graph(parent)
         passes = apply_recipe(model, recipe, task.context)
-        if passes is None or any(one.recipe.passes == passes for one in candidates):
+        if passes is None or any(form.recipe == Recipe(passes) for form, _ in found):
             continue
         applied = Recipe(passes)
-        if applied.layout and size >= ONE_TRY_FROM:  # it writes its own weights, but a large copy shares all of them
+        if applied.layout and large:  # it writes its own weights, but a large copy shares all of them
             continue
         try:
-            file = optimize_offline(model, task.scratch, f"{name}.{number}")
-            result = run_graph(task, name, file, applied)
+            form = Form(optimize_offline(model, task.scratch, f"{name}.{number}"), applied)
+            result = run_session(task, name, form.open())
         except BackendError as error:  # a kernel that does not support these sizes
             if disk_is_full(error):
                 raise
             fault = f"{' + '.join(passes)}: {error}"
             continue
-        difference = fault_of(result, portable, exact, tolerance)
+        difference = fault_of(result, *outputs, tolerance)
         if difference:
             fault = f"{' + '.join(passes)}: {difference}"
             continue
-        candidates.append(_Candidate(applied, file, result))
-        if size >= ONE_TRY_FROM:
+        found.append((form, result))
+        if large:
             break
-    return candidates, fault
+    return found, fault
 
 
 def _compiled(task: CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, FileRecord]] | str:
@@ -225,16 +208,16 @@ def _compiled(task: CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, File
     """
     parent, tolerance = task.parent(name)
     portable, exact = references(task, name)
-    task.upstream.update(portable.outputs)
+    task.upstream.update(portable)
     blob = task.target / f"{name}.blob"
     try:
         milliseconds = compile_to(parent, blob)
-        result = probe_session(task, name, OpenVinoSession(blob, 1, compiled=True))
+        result = run_session(task, name, OpenVinoSession(blob, 1, compiled=True))
     except BundleError as error:
         blob.unlink(missing_ok=True)
         return error.problem
     fault = fault_of(result, portable, exact, tolerance)
-    if milliseconds[1] > milliseconds[0] * CLEARLY_FASTER:
+    if milliseconds[1] > milliseconds[0] * SOONER:
         fault = fault or f"the portable graph opens as fast here ({milliseconds[0]:.0f} ms)"
     if fault:
         blob.unlink()

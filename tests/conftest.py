@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.drawing import Drawn
@@ -35,16 +35,12 @@ def _shared_traces(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _equal_times() -> Iterator[None]:
-    """`optimize` keeps the fastest form of a graph. Here all take equal time: a copy does not depend on the machine."""
-    from blip2edge.optimization import probe
-
-    def seconds(run: Callable[[], object]) -> float:
-        run()
-        return 1e-3
+def _no_races() -> Iterator[None]:
+    """`optimize` keeps the fastest form of a graph; here the first: a copy does not depend on the machine."""
+    from blip2edge.optimization import race
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "least_cpu_seconds", seconds)
+        patch.setattr(race, "fastest", lambda task, name, portable, forms, **_: (forms[0], (2.0, 1.0)))
         yield
 
 

@@ -80,7 +80,7 @@ def test_the_ids_of_the_cpu_backend(bundle: Path) -> None:
 
 def test_the_ids_of_the_compiled_copy(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever opening takes here: the copy of every graph is taken."""
-    monkeypatch.setattr("blip2edge.optimization.pipeline.CLEARLY_FASTER", np.inf)
+    monkeypatch.setattr("blip2edge.optimization.pipeline.SOONER", np.inf)
     own = shutil.copytree(bundle, tmp_path / "bundle")
     report = optimize(own, "openvino")
     assert report.record.left == {}
@@ -116,7 +116,7 @@ def test_bf16_runs(tiny_checkpoint: Drawn, tiny_bundle: Path, tmp_path: Path) ->
 def copied(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     own = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("compiled") / "bundle")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("blip2edge.optimization.pipeline.CLEARLY_FASTER", np.inf)
+        patch.setattr("blip2edge.optimization.pipeline.SOONER", np.inf)
         optimize(own, "openvino")
     return own
 
@@ -188,7 +188,7 @@ def test_one_graph_that_it_cannot_load_is_left_alone(
     def broken(session: OpenVinoSession) -> bytes:
         return b"no blob" * 100 if "image_embeds" in session.input_names else export(session)
 
-    monkeypatch.setattr("blip2edge.optimization.pipeline.CLEARLY_FASTER", np.inf)
+    monkeypatch.setattr("blip2edge.optimization.pipeline.SOONER", np.inf)
     monkeypatch.setattr(OpenVinoSession, "export", broken)
     own = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     report = optimize(own, "openvino")

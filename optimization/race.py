@@ -1,0 +1,124 @@
+"""Chooses the fastest of several forms of a graph. Two forms are timed in turn, under the same conditions."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from blip2edge.optimization.checks import CopyTask, Form, timed_run
+
+FEWEST, MOST, ENOUGH_SECONDS = 5, 15, 1.5
+"""Rounds of a race: at least and at most so many; between the two, a race ends after so many seconds of CPU time."""
+
+CLEARLY_SLOWER = 1.05
+"""A form is replaced by a later one if it takes more than this multiple of its time. So small differences, which change
+from measurement to measurement, do not decide."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """The result of a race of two forms.
+
+    Attributes:
+        ratio: CPU time of the first over that of the second form, the median over rounds.
+        milliseconds: The least CPU time of each form.
+    """
+
+    ratio: float
+    milliseconds: tuple[float, float]
+
+
+def race(first: Callable[[], object], second: Callable[[], object]) -> Times:
+    """Times two functions in turn (A B A B).
+
+    The CPU time of the process is measured, and the ratio is taken within each round: other processes on the machine
+    slow both forms down.
+    """
+    first()
+    second()
+    rounds: list[tuple[float, float]] = []
+    while len(rounds) < FEWEST or (len(rounds) < MOST and sum(map(sum, rounds)) < ENOUGH_SECONDS):
+        rounds.append((_cpu_seconds(first), _cpu_seconds(second)))
+    ratio = statistics.median(one / max(other, 1e-9) for one, other in rounds)
+    one, other = (round(min(times) * 1e3, 3) for times in zip(*rounds, strict=True))
+    return Times(ratio, (one, other))
+
+
+def race_forms(task: CopyTask, name: str, first: Form, second: Form, *, together: bool = True) -> Times:
+    """Loads two forms of a graph and times them in turn.
+
+    Args:
+        task: The copy that is made.
+        name: The graph.
+        first: A form.
+        second: Another form.
+        together: Whether both may be in memory at the same time. If not, they are loaded and timed in turn, twice.
+    """
+    if not together:
+        alone = [_least_seconds(task, name, form) for form in (first, second, first, second)]
+        one, other = min(alone[::2]), min(alone[1::2])
+        return Times(one / other, (round(one * 1e3, 3), round(other * 1e3, 3)))
+    with ExitStack() as stack:
+        return race(*(stack.enter_context(_opened(task, name, form)) for form in (first, second)))
+
+
+def fastest(
+    task: CopyTask, name: str, portable: Form, forms: Sequence[Form], *, together: bool = True
+) -> tuple[Form, tuple[float, float]]:
+    """Chooses the form of a graph that is used.
+
+    A rewritten form replaces the portable graph if it is clearly faster. If its weights are not prepacked when it is
+    loaded, it opens sooner than the portable graph, and it is enough that it is not slower. A later form replaces an
+    earlier one only if it is clearly faster.
+
+    Args:
+        task: The copy that is made.
+        name: The graph.
+        portable: The portable graph.
+        forms: Rewritten graphs whose outputs were checked, the one that is fastest most often first.
+        together: See :func:`race_forms`.
+
+    Returns:
+        The form, and the CPU milliseconds of the portable graph and of this form (of the last form, if the portable
+        graph is used).
+    """
+    best, gained, milliseconds = portable, 0.0, (0.0, 0.0)
+    for form in forms:
+        found = race_forms(task, name, portable, form, together=together)
+        if found.ratio <= _least_gain(form):
+            milliseconds = milliseconds if gained else found.milliseconds
+        elif not gained or (
+            found.ratio > gained and race_forms(task, name, best, form, together=together).ratio > CLEARLY_SLOWER
+        ):
+            best, gained, milliseconds = form, found.ratio, found.milliseconds
+    return best, milliseconds
+
+
+def _least_gain(form: Form) -> float:
+    """Time of the portable graph over that of a form, above which the form may replace it."""
+    return CLEARLY_SLOWER if form.recipe is not None and form.recipe.layout else 1.0
+
+
+@contextmanager
+def _opened(task: CopyTask, name: str, form: Form) -> Iterator[Callable[[], object]]:
+    """Loads a form; gives the function that is timed."""
+    session = form.open()
+    try:
+        yield timed_run(task, name, session)
+    finally:
+        session.close()
+
+
+def _least_seconds(task: CopyTask, name: str, form: Form) -> float:
+    with _opened(task, name, form) as run:
+        run()
+        return min(_cpu_seconds(run) for _ in range(FEWEST))
+
+
+def _cpu_seconds(run: Callable[[], object]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
