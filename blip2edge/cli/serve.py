@@ -170,13 +170,15 @@ def _bundles(options: argparse.Namespace) -> list[tuple[str, Path]]:
     Raises:
         UsageError: Two bundles have the same name, or a name is empty.
     """
+    from blip2edge.bundle.hub.names import bundle_name
+
     bundles: list[tuple[str, Path]] = [("", options.bundle)]
     for given in options.models:
         name, equals, path = given.partition("=")
         if equals and not (name and path):
             raise UsageError(f"expected NAME=BUNDLE, got {given!r}", "name a further bundle as in: clip=bundles/clip")
         bundles.append((name, Path(path)) if equals else ("", Path(given)))
-    names = [name or path.resolve().name for name, path in bundles]
+    names = [name or bundle_name(path) for name, path in bundles]
     for name in names:
         if names.count(name) > 1:  # found here, before any bundle is loaded
             raise UsageError(f"two bundles have the name {name!r}", f"name a further one as in: {name}-2=BUNDLE")
