@@ -82,7 +82,9 @@ def bundle_of(name: str, precision: str, checkpoint: Path, work: Path) -> Path:
             export_checkpoint(checkpoint, bundle, verify="sample", notify=print)
         else:
             parent = bundle_of(name, "fp32", checkpoint, work)
-            calibrate(parent, bundle, images=CHECKPOINT.parent / "pictures", method="minmax", weights=precision, threads=1)
+            pictures = CHECKPOINT.parent / "pictures"
+            calibrate(parent, bundle, images=pictures, method="minmax", weights=precision, threads=1)
+    if not (bundle / "optimized" / "cpu").is_dir():
         optimized(bundle)
     return bundle
 
