@@ -62,6 +62,12 @@ def write_bert_tokenizer(directory: Path) -> None:
     (directory / "tokenizer_config.json").write_text(config)
 
 
+def remove_frame(directory: Path) -> None:
+    """Removes the special tokens around a text, which Idefics' prompts write themselves."""
+    file = directory / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "post_processor": None}))
+
+
 def checkpoint_of(name: str, work: Path) -> Path:
     """Draws the checkpoint of a model, unless it exists."""
     if name == "miniature":
@@ -71,6 +77,8 @@ def checkpoint_of(name: str, work: Path) -> Path:
         write_checkpoint(directory, SHAPES.get(name) or published(name))
         if name not in SHAPES:
             write_bert_tokenizer(directory)
+        elif name == "check-idefics":
+            remove_frame(directory)
     return directory
 
 

@@ -27,7 +27,7 @@ SMALL_LLAVA: dict[str, Any] = {
         "num_attention_heads": 16,
         "num_key_value_heads": 16,
         "max_position_embeddings": 2048,
-        "bos_token_id": 1,
+        "bos_token_id": 0,
         "eos_token_id": 2,
     },
 }
@@ -88,9 +88,9 @@ IDEFICS: dict[str, Any] = {
     "qk_layer_norms": True,
     "use_resampler": True,
     "alpha_type": "float",
-    "bos_token_id": 1,
+    "bos_token_id": 0,
     "eos_token_id": 2,
-    "pad_token_id": 0,
+    "pad_token_id": 1,
     "vision_config": {
         "model_type": "idefics_vision",
         "embed_dim": 512,
@@ -135,7 +135,7 @@ LLAVA: dict[str, Any] = {
         "num_attention_heads": 14,
         "num_key_value_heads": 2,
         "max_position_embeddings": 2048,
-        "bos_token_id": 1,
+        "bos_token_id": 0,
         "eos_token_id": 2,
     },
 }
