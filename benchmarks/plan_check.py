@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -36,12 +38,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from blip2edge.calibration.pipeline import calibrate
 from blip2edge.cli.optimize import optimized
 from blip2edge.export.pipeline import export_checkpoint
-from blip2edge.runtime.bench.measure import Bench, BenchOptions, bench
+from blip2edge.runtime.bench.measure import Bench, BenchOptions, CpuClock, bench
 from blip2edge.runtime.bench.memory import run_memory
 from blip2edge.runtime.bench.meters import MemoryMeter, resident_bytes
 from blip2edge.runtime.bench.plan import PlanOptions, stage_ms
 from blip2edge.runtime.bench.roofline import this_device
 from blip2edge.runtime.captioning.captioner import Captioner
+from blip2edge.runtime.decoding.generate import argmax
 from blip2edge.shapes.sources import find_shape
 
 TOKENS = 20
@@ -97,6 +100,23 @@ def bundle_of(name: str, precision: str, checkpoint: Path, work: Path) -> Path:
     return bundle
 
 
+def least_steps_ms(run: Bench, runs: int) -> float:
+    """CPU milliseconds of decoding: the sum of the least time of each step over several captions.
+
+    A step is about as long as a run of the rates of the machine, so both find moments in which other programs leave the
+    memory free; a whole caption does not.
+    """
+    least = [math.inf] * (TOKENS - 1)
+    for _ in range(runs):
+        encoded = run.captioner.encoder([run.picture], [run.prompt], CpuClock())
+        logits, state = run.captioner.generator.prefill(encoded, CpuClock())
+        for step in range(TOKENS - 1):
+            start = time.process_time()
+            logits = state.step(argmax(logits))
+            least[step] = min(least[step], time.process_time() - start)
+    return sum(least) * 1e3
+
+
 def compare(name: str, precision: str, work: Path, runs: int) -> dict[str, Any]:
     """Predicts and measures one model."""
     checkpoint = checkpoint_of(name, work)
@@ -111,7 +131,12 @@ def compare(name: str, precision: str, work: Path, runs: int) -> dict[str, Any]:
     options = BenchOptions(runs=runs, tokens=TOKENS, batches=(), prompts=(), lengths=())
     report = bench(captioner, options, start_s=0.0, start_bytes=loading.peak)
     predicted = stage_ms(shape, precision, device, request)
-    stages = {stage: row(predicted[stage], vars(report.stages[stage])) for stage in STAGES}
+    steps_ms = least_steps_ms(Bench(captioner), runs)
+    measured = {stage: vars(report.stages[stage]) for stage in STAGES}
+    saved = measured["decode"]["least_cpu_ms"] - steps_ms
+    for stage in ("decode", "total"):
+        measured[stage] = {**measured[stage], "least_cpu_ms": measured[stage]["least_cpu_ms"] - max(saved, 0.0)}
+    stages = {stage: row(predicted[stage], found) for stage, found in measured.items()}
     memory = run_memory(shape, precision, device, shape.frames, request.prompt_tokens, TOKENS)
     return {
         "name": name,
