@@ -44,9 +44,12 @@ _ESCAPE = re.compile("\x1b\\[[0-9;]*[A-Za-z]")  # colours of a terminal
 _USER_PASSWORD = re.compile(r"(://(?!\[)[^:/?#@\s]*):(?!\d*[/?#])[^@\s]*(?:@[^/?#@\s]*)*@")
 _SECRET = re.compile(
     r"(?<![\w.-])((?:[\w-]*(?:pw|pwd|pass|passwd|password|passphrase)|token|secret|api[-_]?key|authorization)\s*=\s*)"
-    r"(?:\(string\)\s*)?(?:\"(?:\\.|[^\"\\])*\"|'[^']*'|\\.|[^\s\"'\\])+",
+    r"(?:\(string\)\s*)?(?:\"(?:\\.|[^\"\\])*\"|'[^']*'|[\"'].*|\\.|[^\s\"'\\])+",
     re.IGNORECASE,
 )
+
+SHORTEST_HIDDEN = 4
+_HIDDEN: set[str] = set()
 
 
 def option(name: str, *, on: bool = False) -> str:
@@ -82,8 +85,8 @@ class Blip2EdgeError(Exception):
     exit_status = 1
 
     def __init__(self, problem: str, fix: str | None = None, *, field: str | None = None) -> None:
-        self._problem = " ".join(problem.split())
-        self._fix = " ".join(fix.split()) if fix else None
+        self._problem = hidden(" ".join(problem.split()))
+        self._fix = hidden(" ".join(fix.split())) if fix else None
         found = _OPTION.search(self._problem)
         self.field = field if field is not None or found is None else found[1]
         super().__init__(self.text())
@@ -209,7 +212,20 @@ def one_line(error: BaseException) -> str:
 def shown_address(address: str) -> str:
     """An address, a GStreamer pipeline or a message as it is printed: ``***`` in place of passwords.
 
-    Replaced are the password of ``scheme://user:password@host``, and the values of properties and parameters such as
-    ``user-pw=``, ``passphrase=``, ``password=`` and ``token=``.
+    Replaced are the password of ``scheme://user:password@host``, the values of properties and parameters such as
+    ``user-pw=``, ``passphrase=``, ``password=`` and ``token=``, and everything that was given to :func:`hide`.
     """
-    return _SECRET.sub(r"\1***", _USER_PASSWORD.sub(r"\1:***@", address))
+    return hidden(_SECRET.sub(r"\1***", _USER_PASSWORD.sub(r"\1:***@", address)))
+
+
+def hide(secret: str) -> None:
+    """Hides a text from now on in errors, addresses and messages. Fewer than four characters are not hidden."""
+    if len(secret) >= SHORTEST_HIDDEN:
+        _HIDDEN.add(secret)
+
+
+def hidden(text: str) -> str:
+    """A text with ``***`` in place of everything that was given to :func:`hide`."""
+    for secret in sorted(_HIDDEN, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return text

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from blip2edge.bundle.hub.names import is_repository
 from blip2edge.bundle.manifest_fields import MANIFEST_FIELDS, disagreements
 from blip2edge.bundle.schema import (
     CacheSpec,
@@ -220,9 +221,10 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     if not directory.is_dir():
+        hub = f"; a bundle on the hub is named hub:{directory}" if is_repository(str(directory)) else ""
         raise BundleError(
             f"{directory} is not a directory; expected the directory of a bundle",
-            "make a bundle: blip2edge export CHECKPOINT -o BUNDLE",
+            f"make a bundle: blip2edge export CHECKPOINT -o BUNDLE{hub}",
         )
     again = f"export the checkpoint again with {option('force', on=True)}"
     hint = "make a bundle: blip2edge export CHECKPOINT -o BUNDLE"

@@ -38,14 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT|BUNDLE",
         type=Path,
         required=True,
-        help="captioner that generates the synthetic captions",
+        help="captioner that generates the synthetic captions; a bundle also as hub:ORG/NAME",
     )
     parser.add_argument(
         "--matcher",
         metavar="CHECKPOINT|BUNDLE",
         type=Path,
         required=True,
-        help="model with a matching head (ITM), which scores all captions",
+        help="model with a matching head (ITM), which scores all captions; a bundle also as hub:ORG/NAME",
     )
     add_output(
         parser, "DIR", "directory of the new shards and report.json", force="replace {} if capfilt wrote it before"

@@ -35,7 +35,12 @@ _TEXTS = ("wrong", "broken_named")  # figures that are lists of texts
 def add_arguments(parser: Parser) -> None:
     """Add the flags of ``eval``."""
     parser.add_positional_or_flag(
-        "model", "-b", "--bundle", metavar="CHECKPOINT|BUNDLE", type=Path, help="directory of the model to score"
+        "model",
+        "-b",
+        "--bundle",
+        metavar="CHECKPOINT|BUNDLE",
+        type=Path,
+        help="directory of the model to score; or hub:ORG/NAME[@REVISION], a bundle on the hub",
     )
     parser.add_argument(
         "--data", metavar="DATA", default="scenes", help=f"data set: the word scenes for generated pictures, or {DATA}"

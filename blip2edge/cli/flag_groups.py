@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
+from blip2edge.bundle.hub.names import is_downloaded
 from blip2edge.bundle.schema import DRAFTS, BackendName
 from blip2edge.cli.flag_types import (
     non_negative_int,
@@ -108,9 +109,10 @@ def add_backend(parser: ArgumentParser) -> None:
 def print_unsigned(bundle: Bundle) -> None:
     """Prints which files of a bundle are not used because its required signature does not list them."""
     if bundle.unsigned:
+        again = f", or sign the bundle again: blip2edge sign {quoted(bundle.path)} --key KEY"
         print_note(
             f"note: not used, because the signature does not list it: {', '.join(bundle.unsigned)}; "
-            f"remove what is not yours, or sign the bundle again: blip2edge sign {quoted(bundle.path)} --key KEY"
+            f"remove what is not yours{'' if is_downloaded(bundle.path) else again}"
         )
 
 

@@ -16,6 +16,7 @@ from blip2edge.progress import Progress, ProgressCallback
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping
+    from pathlib import Path
 
     from blip2edge.bundle.bundle import Bundle
     from blip2edge.bundle.manifest import GraphRecord, Manifest
@@ -51,20 +52,18 @@ def run(options: argparse.Namespace) -> int:
     print("\n".join([*_copies(bundle), *_engines(bundle)]))
     if options.verify:
         print(f"\nverified: every one of the {count} files has the recorded SHA-256")
-        print("\n".join(_proof(bundle)))
+        print("\n".join(_proof(options.bundle, bundle)))
     print_next(try_command(options.bundle, manifest))
     return 0
 
 
-def _proof(bundle: Bundle) -> list[str]:
+def _proof(name: Path, bundle: Bundle) -> list[str]:
     """What the hashes prove, and what only a signature does."""
-    from blip2edge.bundle.trust.signature import SIGNATURE
+    from blip2edge.bundle.trust.signature import SIGNATURE, how_to_sign
 
-    path = quoted(bundle.path)
-    check = f"blip2edge verify {path} --key PUBLIC_KEY"
-    known = f"{SIGNATURE} was not checked: {check}"
+    known = f"{SIGNATURE} was not checked: blip2edge verify {quoted(name)} --key PUBLIC_KEY"
     if not (bundle.path / SIGNATURE).is_file():
-        known = f"the bundle has no {SIGNATURE}: blip2edge sign {path} --key KEY"
+        known = f"the bundle has no {SIGNATURE}: {how_to_sign(bundle.path)}"
     return [
         "the hashes show that the files are complete and unchanged since their records were written;",
         f"they do not show who wrote the files and the records, which a signature shows ({known})",

@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 from blip2edge.bundle.outputs.locks import LeftFilesWarning
-from blip2edge.errors import Blip2EdgeError
+from blip2edge.errors import Blip2EdgeError, hidden
 from blip2edge.packages import EXTRAS, install_command
 
 # Options whose flag has another name.
@@ -45,8 +45,8 @@ def print_error(error: Exception) -> None:
 
 
 def print_note(line: str) -> None:
-    """Prints a line to standard error, and flushes it."""
-    sys.stderr.write(f"{line}\n")
+    """Prints a line to standard error, and flushes it. Credentials are hidden."""
+    sys.stderr.write(f"{hidden(line)}\n")
     sys.stderr.flush()
 
 

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blip2edge.bundle.hub.names import HubName, is_hub_name
+from blip2edge.bundle.hub.names import bundle_name, is_hub_name
 from blip2edge.bundle.schema import DECODER
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def calibrate_command(path: Path, manifest: Manifest) -> str | None:
     """Returns the command that makes an INT8 bundle from a bundle; None if the bundle cannot be calibrated."""
     if manifest.calibration or manifest.engines_of or manifest.precision == "bf16":
         return None
-    whole = Path(HubName.parse(str(path)).repository.partition("/")[2]) if is_hub_name(path) else path
+    whole = Path(bundle_name(path)) if is_hub_name(path) else path
     if whole.name in ("", ".."):
         whole = whole.resolve()
     return f"blip2edge calibrate {quoted(path)} -o {quoted(whole.with_name(f'{whole.name}-int8'))} --images DIR"

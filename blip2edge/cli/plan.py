@@ -28,7 +28,8 @@ def add_arguments(parser: Parser) -> None:
         "--bundle",
         metavar="MODEL",
         nargs="?",
-        help=f"bundle, checkpoint directory, config.json, or name of a published model (default: {DEFAULT_MODEL})",
+        help="bundle (also hub:ORG/NAME[@REVISION]), checkpoint directory, config.json, or name of a published model "
+        f"(default: {DEFAULT_MODEL})",
     )
     parser.add_argument(
         "--device",
@@ -102,12 +103,13 @@ def _devices(names: list[str], request: PlanOptions, image_size: int) -> list[Bo
 
 
 def _next(model: str, plans: list[DevicePlan], *, all_boards: bool) -> list[str]:
+    from blip2edge.bundle.hub.names import is_hub_name
     from blip2edge.bundle.manifest import MANIFEST
 
     if all_boards:
         return [f"blip2edge plan {quoted(Path(model))} --device NAME --explain"]
     chosen = plans[0].chosen
-    if (Path(model) / MANIFEST).is_file():
+    if is_hub_name(model) or (Path(model) / MANIFEST).is_file():
         return [f"blip2edge bench {quoted(Path(model))}"]
     checkpoint = _checkpoint_of(model)
     if checkpoint is None:

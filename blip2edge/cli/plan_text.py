@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from blip2edge.cli.table import size, table
 from blip2edge.runtime.bench.memory import element_bytes, held_precision
-from blip2edge.runtime.bench.plan import HOST_S, effective, part_cost, part_seconds, step_cost, token_budget
+from blip2edge.runtime.bench.plan import HOST_S, effective, operators, part_cost, part_seconds, step_cost, token_budget
 from blip2edge.shapes.model_shape import FORMATS, WEIGHT_BYTES, tokens_of
 
 if TYPE_CHECKING:
@@ -170,7 +170,8 @@ def explanation(shape: ModelShape, plan: DevicePlan, request: PlanOptions) -> st
             f"{rates.float_ops_per_s / 1e9:,.0f} G/s + {cost.integer_ops / 1e9:,.2f} G / "
             f"{rates.integer_ops_per_s / 1e9:,.0f} G/s, {cost.bytes / 1e9:,.3f} GB / "
             f"{rates.bytes_per_s / 1e9:,.1f} GB/s) + {times * part.elements(tokens) / 1e6:,.2f} M elements x "
-            f"{share.element_s * 1e9:.2f} ns + {part.calls} matrices x {share.call_s * 1e6:.1f} us = {ms:,.2f} ms"
+            f"{share.element_s * 1e9:.2f} ns + {operators(part, device)} operators x {share.call_s * 1e6:.2f} us = "
+            f"{ms:,.2f} ms"
         )
     lines += ["", *_step_lines(shape, plan, request, tokens), "", *_memory_lines(shape, plan, tokens, request)]
     lines += [
@@ -213,8 +214,8 @@ def _step_lines(shape: ModelShape, plan: DevicePlan, request: PlanOptions, token
         (
             f"a token: {'max' if share.overlaps else 'sum'}({(cost.float_ops + cost.integer_ops) / 1e9:,.2f} G "
             f"operations, {cost.bytes / 1e9:,.3f} GB of weights, and of keys and values of {middle['context']:,} tokens"
-            f"{passes} / {rates.bytes_per_s / 1e9:,.1f} GB/s) + {shape.decoder.calls} matrices x "
-            f"{share.call_s * 1e6:.1f} us + Python {device.host * HOST_S['decode'] * 1e3:.2f} ms = "
+            f"{passes} / {rates.bytes_per_s / 1e9:,.1f} GB/s) + {operators(shape.decoder, device)} "
+            f"operators x {share.call_s * 1e6:.2f} us + Python {device.host * HOST_S['decode'] * 1e3:.2f} ms = "
             f"{plan.of(precision).ms['decode_per_token']:,.2f} ms"
         ),
     ]

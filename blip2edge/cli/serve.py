@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, cast
 
 from blip2edge.cli import interrupt
+from blip2edge.cli.credentials import FORM, filled_text
 from blip2edge.cli.flag_groups import (
     add_backend,
     add_bundle,
@@ -69,7 +70,7 @@ def add_arguments(parser: Parser) -> None:
         metavar="KEY",
         default=argparse.SUPPRESS,  # a default of the environment would be shown by --help
         help="key that requests must send as Authorization: Bearer KEY (default: the environment variable "
-        f"{API_KEY}, else none); other users of this machine can see a key on the command line",
+        f"{API_KEY}, else none). Other users of this machine can see a key on the command line, so write {FORM}",
     )
     access.add_argument(
         "--cors",
@@ -108,7 +109,8 @@ def _api_key(options: argparse.Namespace) -> str:
     """The API key, from the flag or the environment; empty for none.
 
     Raises:
-        UsageError: It is given, and empty: a script whose variable is not set would otherwise open the server.
+        UsageError: It is given, and empty: a script whose variable is not set would otherwise open the server. Or a
+            credential in it is missing.
     """
     given = getattr(options, "api_key", os.environ.get(API_KEY))
     if given is not None and not given.strip():
@@ -116,7 +118,7 @@ def _api_key(options: argparse.Namespace) -> str:
             f"the API key ({option('api_key')} or {API_KEY}) is empty",
             "give a key, or leave both out for a server without one",
         )
-    return given or ""
+    return filled_text(given or "")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -170,13 +172,15 @@ def _bundles(options: argparse.Namespace) -> list[tuple[str, Path]]:
     Raises:
         UsageError: Two bundles have the same name, or a name is empty.
     """
+    from blip2edge.bundle.hub.names import bundle_name
+
     bundles: list[tuple[str, Path]] = [("", options.bundle)]
     for given in options.models:
         name, equals, path = given.partition("=")
         if equals and not (name and path):
             raise UsageError(f"expected NAME=BUNDLE, got {given!r}", "name a further bundle as in: clip=bundles/clip")
         bundles.append((name, Path(path)) if equals else ("", Path(given)))
-    names = [name or path.resolve().name for name, path in bundles]
+    names = [name or bundle_name(path) for name, path in bundles]
     for name in names:
         if names.count(name) > 1:  # found here, before any bundle is loaded
             raise UsageError(f"two bundles have the name {name!r}", f"name a further one as in: {name}-2=BUNDLE")

@@ -8,10 +8,11 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from blip2edge.cli.caption import load_captioner, open_bundle
+from blip2edge.cli.credentials import FORM, filled_address, filled_text, has_credentials
 from blip2edge.cli.flag_groups import add_bundle_option, add_generation, add_limits, add_number, given_generation
-from blip2edge.cli.flag_types import http_header, positive_number, share_or_zero
+from blip2edge.cli.flag_types import http_header, non_negative_number, share_or_zero
 from blip2edge.cli.messages import print_note
-from blip2edge.errors import shown_address
+from blip2edge.errors import UsageError, shown_address
 from blip2edge.limits import FILE_LIMITS, Limits
 
 if TYPE_CHECKING:
@@ -58,13 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_number(
         parser,
         "--max-fps",
-        "caption at most X frames per second, which leaves time to other programs (default: no limit)",
+        "caption at most X frames per second, which leaves time to other programs; 0: no limit",
         0.0,
-        kind=positive_number,
+        kind=non_negative_number,
         metavar="X",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line for each frame")
-    group = parser.add_argument_group("receivers of captions, besides standard output; each may be given several times")
+    group = parser.add_argument_group(
+        "receivers of captions, besides standard output; each may be given several times",
+        f"write a password, here and in SOURCE, as {FORM}: other users of this machine can see the command line",
+    )
     for flag, (metavar, text) in RECEIVERS.items():
         group.add_argument(f"--{flag}", metavar=metavar, action="append", default=[], help=text)
     group.add_argument(
@@ -73,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=http_header,
         action="append",
         default=[],
-        help="header of the requests of --post, such as 'Authorization: Bearer KEY'",
+        help="header of the requests of --post, such as 'Authorization: Bearer {env:KEY}'",
     )
     add_bundle_option(parser)
     add_generation(parser)
@@ -85,8 +89,9 @@ def run(options: argparse.Namespace) -> int:
     from blip2edge.runtime.serving.streams.sources import open_source
     from blip2edge.runtime.serving.watch import watch as live
 
-    name = shown_address(options.source)
-    frames = open_source(options.source, follow=not options.once, report=print_note)
+    source = _source(options.source)
+    name = shown_address(source)
+    frames = open_source(source, follow=not options.once, report=print_note)
     flags = given_generation(options)
     dropped = failed = 0
     with ExitStack() as opened:
@@ -115,6 +120,20 @@ def run(options: argparse.Namespace) -> int:
     return 1 if failed and options.once else 0
 
 
+def _source(given: str) -> str:
+    """The source with its credentials.
+
+    Raises:
+        UsageError: A credential is missing, or a pipeline has one.
+    """
+    if " ! " in given and has_credentials(given):
+        raise UsageError(
+            "expected a pipeline without {env:…} and {file:…}: gst-launch-1.0 shows its passwords to other users",
+            "give the camera's address, such as rtsp://USER:{env:NAME}@HOST/PATH, in place of the pipeline",
+        )
+    return filled_address(given)
+
+
 def _about(caption: WatchResult) -> dict[str, Any]:
     """The keys of a frame in JSON, besides those of its caption."""
     return {
@@ -134,13 +153,14 @@ def _event(source: str, caption: WatchResult, values: dict[str, Any]) -> Caption
 
 def _open_sinks(options: argparse.Namespace, opened: ExitStack) -> list[Sink]:
     """The receivers that the flags name; they are closed with the stack."""
-    given = [(flag, value) for flag in RECEIVERS for value in getattr(options, flag)]
+    given = [(flag, filled_address(value)) for flag in RECEIVERS for value in getattr(options, flag)]
     if not given:
         return []
     from blip2edge.runtime.serving.streams.sinks import SINKS, SinkOptions
 
+    headers = {name: filled_text(value) for name, value in options.post_header}
     sinks = []
     for flag, value in given:
-        sinks.append(SINKS[flag](value, SinkOptions(print_note, dict(options.post_header))))
+        sinks.append(SINKS[flag](value, SinkOptions(print_note, headers)))
         opened.callback(sinks[-1].close)
     return sinks

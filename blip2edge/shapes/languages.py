@@ -93,7 +93,10 @@ def llama(values: Any, tied: bool | None = None, kind: str = "llama") -> Languag
 
 
 def t5(values: Any, _: bool | None = None) -> LanguageShape:
-    """T5 and Flan-T5: the text encoder, the cross-attention's keys and values, the decoder."""
+    """T5 and Flan-T5: the text encoder, the cross-attention's keys and values, the decoder.
+
+    Its attention has a relative bias, so the optimized copy fuses neither that nor the norms and gates around it.
+    """
     f = Sizes("text_config", values, T5)
     width, inner, heads, head, encoders = (f[key] for key in ("d_model", "d_ff", "num_heads", "d_kv", "num_layers"))
     layers, gated = f.get("num_decoder_layers", encoders), str(f.values.get("feed_forward_proj")).startswith("gated")
@@ -106,6 +109,7 @@ def t5(values: Any, _: bool | None = None) -> LanguageShape:
         ),
         (AttentionProducts(channels, heads, "encoder", "encoder", encoders),),
         bias_table + width * (2 * encoders + 1),
+        operators=8,
     )
     queries, keys, out = attention(layers, width, channels, "steps", keys=(width, "source"))
     decoder = ModelPart(
@@ -122,8 +126,9 @@ def t5(values: Any, _: bool | None = None) -> LanguageShape:
             AttentionProducts(channels, heads, "steps", "source", layers),
         ),
         bias_table + width * (3 * layers + 1),
+        operators=12,
     )
-    parts = (encoder, ModelPart(CROSS_KV, (keys,)), decoder)
+    parts = (encoder, ModelPart(CROSS_KV, (keys,), operators=5), decoder)
     cache = CacheShape(layers, heads, head, cross=layers * channels)
     tied = f.flag("tie_word_embeddings", True)
     return LanguageShape(parts, cache, T5_CONTEXT, (vocabulary, width), tied, width)

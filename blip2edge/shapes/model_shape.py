@@ -46,6 +46,11 @@ FORMATS: Mapping[str, Mapping[str, str]] = {
 """Formats of the weights of each part by precision: what ``export`` and ``calibrate --weights`` write."""
 
 
+FUSED_OPERATORS = 3
+"""Operators of an optimized graph for each product with weights, the product included: 2.8 to 3.2 in vision encoders,
+Q-Formers and decoders with one cache (counted in the graphs of ``benchmarks/plan_check.py``)."""
+
+
 @dataclass(frozen=True)
 class WeightMatrix:
     """Weight matrices of one size.
@@ -121,12 +126,15 @@ class ModelPart:
         matrices: Its weight matrices.
         attentions: Its products without weights.
         vectors: Number of all other parameters: norms, positions, learned queries.
+        operators: Operators of the CPU's optimized graph for each product with weights; :data:`FUSED_OPERATORS` where
+            attention, norms and activations are fused.
     """
 
     name: str
     matrices: tuple[WeightMatrix, ...]
     attentions: tuple[AttentionProducts, ...] = ()
     vectors: int = 0
+    operators: int = FUSED_OPERATORS
 
     @property
     def parameters(self) -> int:

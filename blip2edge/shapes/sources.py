@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from blip2edge.bundle.hub.download import find_manifest
 from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest, read_manifest
 from blip2edge.bundle.schema import BRIDGE, CROSS_KV, DECODER, EMBEDDINGS_FILE, TEXT_ENCODER, VISION
 from blip2edge.errors import BundleError, CheckpointError, one_line
@@ -30,7 +31,8 @@ def find_shape(model: str) -> tuple[ModelShape, str]:
     """Reads the shape of a model.
 
     Args:
-        model: A bundle, a checkpoint directory, a ``config.json``, or a name on the hub.
+        model: A bundle, also by its name on the hub (only its ``bundle.json`` is downloaded), a checkpoint directory, a
+            ``config.json``, or the name of a checkpoint on the hub.
 
     Returns:
         The shape, and where it comes from.
@@ -38,12 +40,13 @@ def find_shape(model: str) -> tuple[ModelShape, str]:
     Raises:
         UsageError: There is no such model.
         CheckpointError: The config cannot be read, or its model is not supported.
-        BundleError: The bundle cannot be read, or its model writes no captions.
+        BundleError: The bundle cannot be read or downloaded, or its model writes no captions.
+        MissingPackageError: A bundle on the hub is named, and ``huggingface_hub`` is not installed.
     """
-    path = Path(model)
+    path = find_manifest(model)
     if (path / MANIFEST).is_file():
         return bundle_shape(
-            read_manifest(path), path
+            read_manifest(path), Path(model)
         ), "estimated from the sizes of the bundle's files (a head that is the token table counts twice)"
     if path.is_dir() and not (path / CONFIG).is_file():
         raise CheckpointError(

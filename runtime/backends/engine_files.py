@@ -17,7 +17,7 @@ from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.manifest_fields import ENGINES_FIELDS
 from blip2edge.bundle.schema import DECODER, DERIVED, GraphSpec
 from blip2edge.bundle.trust.integrity import CheckedFiles, FileRecord, Listing, check_unlisted
-from blip2edge.bundle.trust.signature import SIGN
+from blip2edge.bundle.trust.signature import how_to_sign
 from blip2edge.errors import BackendError, EngineError, option
 from blip2edge.reading import checking, read_json
 from blip2edge.runtime.backends import probe
@@ -348,7 +348,7 @@ def find_engines(bundle: Bundle, here: Fingerprint) -> EngineSet:
 
 def unsigned_engines(bundle: Bundle, folder: Path) -> EngineError:
     """Makes the error of engines that a required signature does not list."""
-    return EngineError(f"the engines in {folder} are not signed", SIGN.format(bundle.path))
+    return EngineError(f"the engines in {folder} are not signed", how_to_sign(bundle.path))
 
 
 def no_engines(bundle: Bundle, target: str) -> EngineError:

@@ -27,7 +27,8 @@ class Efficiency:
         extra_rows: Rows that a product of several rows costs more than it has, because small products are slower.
         cache_passes: How often keys and values are read or copied in a step.
         element_s: Seconds of the operators between matrices for one number of their outputs.
-        call_s: Seconds of the calls of operators for each matrix, whatever the number of tokens.
+        call_s: Seconds of the call of an operator, whatever the number of tokens.
+        fuses: Whether all operators around a matrix are compiled into :data:`FUSED_OPERATORS`, whatever the graph has.
         source: What these figures come from.
     """
 
@@ -38,6 +39,7 @@ class Efficiency:
     cache_passes: int
     element_s: float
     call_s: float
+    fuses: bool
     source: str
 
 
@@ -48,7 +50,8 @@ CPU_EFFICIENCY = Efficiency(
     extra_rows=2,
     cache_passes=4,
     element_s=0.4e-9,
-    call_s=2.5e-6,
+    call_s=0.8e-6,
+    fuses=False,
     source="assumed for ONNX Runtime on one core: fp32 chosen on the models of benchmarks/results/plan.json, integers "
     "near the shares of the roofline in benchmarks/results/bench-int8-cpu.json (products: int8 0.66 and 0.77, "
     "int8-weights 0.31; bytes: 0.57)",
@@ -60,7 +63,8 @@ GPU_EFFICIENCY = Efficiency(
     extra_rows=0,
     cache_passes=1,
     element_s=0.0,
-    call_s=3e-6,
+    call_s=1e-6,
+    fuses=True,
     source="assumed, not measured",
 )
 

@@ -23,7 +23,7 @@ from blip2edge.runtime.bench.memory import (
 from blip2edge.runtime.bench.roofline import reference_seconds
 from blip2edge.shapes.bridges import TRADE_OFFS, with_bridges
 from blip2edge.shapes.cost import Roofline, StageCost
-from blip2edge.shapes.model_shape import FORMATS, ModelPart, ModelShape, TokenCounts
+from blip2edge.shapes.model_shape import FORMATS, FUSED_OPERATORS, ModelPart, ModelShape, TokenCounts
 
 HOST_S = {"preprocess": 2e-4, "vision": 5e-5, "bridge": 2e-4, "prefill": 5e-4, "decode": 3e-5}
 """Seconds of Python by stage (a step for ``decode``), on one core of an AMD EPYC; not measured, but chosen so that the
@@ -212,8 +212,13 @@ def part_seconds(
 ) -> float:
     """Seconds of a run of a part: products and bytes by the roofline, operators between them, calls of operators."""
     kind, share = FORMATS[held_precision(precision, device)][part.kind], device.efficiency
-    between = times * part.elements(tokens) * share.element_s + part.calls * share.call_s
+    between = times * part.elements(tokens) * share.element_s + operators(part, device) * share.call_s
     return cost.seconds(effective(device, kind), overlaps=share.overlaps) + between
+
+
+def operators(part: ModelPart, device: Board) -> int:
+    """Number of operators that are called in a run of a part."""
+    return part.calls * (FUSED_OPERATORS if device.efficiency.fuses else part.operators)
 
 
 def step_cost(shape: ModelShape, precision: str, device: Board, tokens: TokenCounts) -> StageCost:

@@ -37,9 +37,18 @@ INPUT_PIXEL_S, OUTPUT_PIXEL_S = 6.2e-9, 25e-9
 picture of 480 x 640 to 224 pixels in 3.1 ms, to 384 in 4.6 to 7.0 ms."""
 
 ELEMENTS = 1 << 16
-CALLS, OPERATORS = 10, 1.5
-"""Calls of the smallest operator, and passes of a tanh over the outputs of a matrix, that take as long as the operators
-that follow a matrix; chosen so that the predictions come near ``benchmarks/results/plan.json``."""
+OPERATORS = 1.5
+"""Passes of a tanh over the outputs of a matrix that take as long as the operators that follow a matrix; chosen so that
+the predictions come near ``benchmarks/results/plan.json``."""
+
+SMALL: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("Mul", ("{0}", "{0}")), ("ReduceMean", ("{1}",)), ("Sqrt", ("{2}",)), ("Reciprocal", ("{3}",)),
+    ("Mul", ("{0}", "{4}")), ("Reshape", ("{5}", "heads")), ("Transpose", ("{6}",)), ("Reshape", ("{7}", "flat")),
+)  # fmt: skip
+"""Operators as they stand between matrices: their inputs are the outputs of earlier ones, 0 the first input of all."""
+
+BLOCKS, WIDTH = 32, 256
+READ = (24, 1024)  # matrices and their sides, more than any cache holds: what a decode step reads
 
 
 def measure(backend: str, threads: int = 1) -> Roofline:
@@ -71,6 +80,7 @@ def this_device(threads: int | None = None, image_size: int = 224) -> Board:
         try:
             found = measure(backend, threads)
             call_s = call_seconds(backend)
+            read = min(1.0, read_bytes_per_s(backend, threads) / found.bytes_per_s)
             element_s = element_seconds(backend)
             break
         except BackendError:  # its package is not installed
@@ -83,7 +93,8 @@ def this_device(threads: int | None = None, image_size: int = 224) -> Board:
     memory = machine_memory()
     total, free = (memory.total, memory.free) if memory is not None else (0, 0)
     rates = {"fp32": found.float_ops_per_s, "int8": found.integer_ops_per_s}
-    efficiency = replace(CPU_EFFICIENCY, call_s=call_s, element_s=element_s)
+    shares = {**CPU_EFFICIENCY.bytes, "fp32": read, "fp16": read}
+    efficiency = replace(CPU_EFFICIENCY, bytes=shares, call_s=call_s, element_s=element_s)
     return Board(
         name=THIS,
         title=f"{processor()}, {threads} {'thread' if threads == 1 else 'threads'}, CPU",
@@ -105,12 +116,51 @@ def reference_seconds(size: int) -> float:
 
 
 def call_seconds(backend: str) -> float:
-    """Measures the seconds of the calls of operators for a matrix: as long as :data:`CALLS` of the smallest ones.
+    """Measures the seconds of a call: the mean of small operators, with caches that other data fills between two runs.
+
+    In a decode step the weights of all layers are read between two calls of the same operator.
 
     Raises:
         BackendError: The backend's package is not installed.
     """
-    return CALLS * _operator_seconds(backend, 256, 64)
+    nodes: list[Node] = []
+    name = "x"
+    for block in range(BLOCKS):
+        names = [name, *(f"v{block}_{number}" for number in range(len(SMALL)))]
+        for (operator, inputs), output in zip(SMALL, names[1:], strict=True):
+            nodes.append((operator, tuple(one.format(*names) for one in inputs), output))
+        name = names[-1]
+    shapes = {"heads": np.array([4, WIDTH // 4], np.int64), "flat": np.array([1, WIDTH], np.int64)}
+    kind = ("float32", (1, WIDTH))
+    model = onnx_model(nodes, {"x": kind}, (name, kind), shapes)
+    other = np.ones(STREAMED // 4, np.float32)
+    inputs = {"x": np.ones((1, WIDTH), np.float32)}
+    return _run_seconds(backend, model, inputs, 1, before=lambda: np.dot(other, other)) / len(nodes)
+
+
+def read_bytes_per_s(backend: str, threads: int = 1) -> float:
+    """Measures the bytes of float32 weights that products of one row read per second, as a decode step does.
+
+    Raises:
+        BackendError: The backend's package is not installed.
+    """
+    count, side = READ
+    rng = np.random.default_rng(0)
+    weights = {f"w{number}": rng.standard_normal((side, side), np.float32) for number in range(count)}
+    least = min(_read_seconds(backend, threads, weights, convolutions) for convolutions in (False, True))
+    return sum(one.nbytes for one in weights.values()) / least
+
+
+def _read_seconds(backend: str, threads: int, weights: dict[str, Array], convolutions: bool) -> float:
+    """The least time of products of one row, as matrix products or as convolutions; optimized copies have both."""
+    side = READ[1]
+    shape = (1, side, 1, 1) if convolutions else (1, side)
+    held = {name: one.reshape(side, side, 1, 1) if convolutions else one for name, one in weights.items()}
+    operator, kind = "Conv" if convolutions else "MatMul", ("float32", shape)
+    nodes: list[Node] = [(operator, ("x", name), f"y{name}") for name in held]
+    nodes.append(("Sum", [f"y{name}" for name in held], "y"))
+    model = onnx_model(nodes, {"x": kind}, ("y", kind), held)
+    return _run_seconds(backend, model, {"x": np.ones(shape, np.float32)}, threads)
 
 
 def element_seconds(backend: str) -> float:
@@ -166,24 +216,35 @@ def _seconds(backend: str, rows: int, inner: int, columns: int, threads: int = 1
     return _run_seconds(backend, product_graph(rows, second), {"a": first}, threads)
 
 
-def _run_seconds(backend: str, model: bytes, inputs: dict[str, Array], threads: int) -> float:
-    """The least time of one run of a model: CPU time in one thread, wall time in several."""
+def _run_seconds(
+    backend: str,
+    model: bytes,
+    inputs: dict[str, Array],
+    threads: int,
+    before: Callable[[], object] = lambda: None,
+) -> float:
+    """The least time of one run of a model: CPU time in one thread, wall time in several; ``before`` is not timed."""
     with TemporaryDirectory(prefix="blip2edge-roofline-") as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(model)
         session = open_session(path, backend, threads)
         clock = time.process_time if threads == 1 else time.perf_counter
-        least = _least(lambda: session.run(inputs), clock)
+        least = _least(lambda: session.run(inputs), clock, before)
         session.close()
     return least
 
 
-def _least(compute: Callable[[], Any], clock: Callable[[], float] | None = None) -> float:
+def _least(
+    compute: Callable[[], Any],
+    clock: Callable[[], float] | None = None,
+    before: Callable[[], object] = lambda: None,
+) -> float:
     """The least time of :data:`REPEATS` runs, after one that warms up; CPU time unless another clock is given."""
     clock = clock or time.process_time
     compute()
     times = []
     for _ in range(REPEATS):
+        before()
         start = clock()
         compute()
         times.append(clock() - start)

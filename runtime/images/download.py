@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from blip2edge.errors import ImageError
+from blip2edge.errors import ImageError, shown_address
 from blip2edge.version import __version__
 
 WEB = ("http://", "https://")
@@ -41,7 +41,9 @@ def download(address: str) -> bytes:
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise _not_downloaded(address, error) from error
     if len(content) > MAX_DOWNLOAD:
-        raise ImageError(f"{address}: expected at most {MAX_DOWNLOAD >> 20} MiB, got more", "use a smaller picture")
+        raise ImageError(
+            f"{shown_address(address)}: expected at most {MAX_DOWNLOAD >> 20} MiB, got more", "use a smaller picture"
+        )
     return content
 
 
@@ -58,4 +60,4 @@ def _encoded(address: str) -> str:
 
 
 def _not_downloaded(address: str, reason: object) -> ImageError:
-    return ImageError(f"{address}: cannot be downloaded ({reason})", "check the address")
+    return ImageError(f"{shown_address(address)}: cannot be downloaded ({reason})", "check the address")

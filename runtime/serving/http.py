@@ -255,9 +255,10 @@ class Server:
         wanted = await asyncio.to_thread(read_embeddings, body, self.limits)
         model = request.state.model = self.models.matcher(wanted.model)
         check_vectors(model.name, wanted, model.engine.matcher)
-        steps = partial(embed_steps, inputs=wanted.inputs, batch_size=model.queueing.max_batch)
+        inputs = list(wanted.inputs)
+        steps = partial(embed_steps, inputs=inputs, batch_size=model.queueing.max_batch)
         return await self._computed(
-            request, model, steps, wanted.deadline, partial(embeddings_answer, model.name, wanted)
+            request, model, steps, inputs, wanted.deadline, partial(embeddings_answer, model.name, wanted)
         )
 
     async def _match(self, request: HttpRequest) -> Response:
@@ -266,22 +267,23 @@ class Server:
         wanted = await asyncio.to_thread(read)
         model = request.state.model = self.models.matcher(wanted.model)
         check_pairs(wanted, self.limits)
-        steps = partial(match_steps, wanted=wanted, batch_size=model.queueing.max_batch)
+        pictures = list(wanted.pictures)
+        steps = partial(match_steps, pictures=pictures, texts=wanted.texts, batch_size=model.queueing.max_batch)
 
         def answer(pairs: list[Any]) -> dict[str, Any]:
             return {"object": "list", "data": pairs, "model": model.name}
 
-        return await self._computed(request, model, steps, wanted.deadline, answer)
+        return await self._computed(request, model, steps, pictures, wanted.deadline, answer)
 
     # Captions and calls
 
     async def _computed(
-        self, request: HttpRequest, model: ServedMatcher, steps: Steps, deadline: float | None,
+        self, request: HttpRequest, model: ServedMatcher, steps: Steps, inputs: list[Any], deadline: float | None,
         answer: Callable[[list[Any]], dict[str, Any]],
     ) -> Response:  # fmt: skip
         client: WaitingClient[MatchCall] = WaitingClient(request.receive)
         async with client:
-            model.submit(client, steps, deadline)
+            model.submit(client, steps, inputs, deadline)
             await client.next()
             response = await asyncio.to_thread(lambda: JSONResponse(answer(client.outcome())))
             model.counted(client.pending)

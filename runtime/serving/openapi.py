@@ -260,6 +260,7 @@ def _answer_schemas() -> dict[str, Schema]:
     }
     kept = [name for name in CaptionResult.__dataclass_fields__ if name not in NOT_IN_JSON]
     model: dict[str, Schema] = {"id": text, "object": {"const": "model"}, "created": whole, "owned_by": text}
+    model["captions"] = {"type": "boolean"}
     reference = {"$ref": "#/components/schemas/Model"}
     completion: dict[str, Schema] = {
         "id": text,

@@ -30,7 +30,7 @@ from blip2edge.errors import MissingPackageError
 from blip2edge.optimization.pipeline import optimize
 from blip2edge.runtime.backends.open_graph import read_copy
 from tests.bundle.test_signing import Key, make_keys
-from tests.drawing import draw_pictures
+from tests.drawing import Drawn, draw_pictures
 from tests.hub_server import TOKEN, HubServer, plug_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # the hub's client uploads so
@@ -421,3 +421,41 @@ def test_every_command_takes_a_name(
         out = capsys.readouterr().out
         assert "cache" not in "".join(line for line in out.splitlines() if line.startswith("next: ")), words
     assert Bundle.open("int8").manifest.calibration
+
+
+def test_plan_downloads_the_manifest_only(published: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", HUB, "--device", "thor"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"next: blip2edge bench {HUB}"
+    assert {line.rpartition("/")[2] for line in published.requests} == {MANIFEST}
+
+
+def test_nothing_is_written_to_the_hub_or_its_cache(
+    published: HubServer, small: Drawn, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    PICTURE.save("dog.png")
+    key, _ = make_keys(tmp_path, "own", _curve())
+    for words in (
+        ["calibrate", HUB, "-o", "hub:org/int8", "--images", "."],
+        ["export", str(small.directory), "-o", "hub:org/new"],
+        ["bulk", ".", "-o", "hub:org/captions", "-b", HUB],
+        ["triton", HUB, "-o", "hub:org/repository"],
+    ):
+        assert main(words) == 1, words
+        assert "the name of a bundle on the hub; give a directory or a file" in capsys.readouterr().err, words
+    assert main(["sign", HUB, "--key", str(key)]) == 2
+    assert "is in the hub's cache, where nothing is written; give --output, or sign your own" in capsys.readouterr().err
+    assert main(["sign", HUB, "--key", str(key), "-o", "model.sig"]) == 0
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("model.sig"))
+    assert not list(tmp_path.glob("hub:*"))
+
+
+def test_a_bundle_and_a_checkpoint_taken_for_the_other(
+    published: HubServer, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (NAME, HUB, str(tiny_bundle)):
+        assert main(["export", name, "-o", str(tmp_path / "new")]) == 1
+        error = capsys.readouterr().err
+        assert "bundle.json: a bundle, which is exported already; run it: blip2edge caption" in error
+    assert main(["inspect", NAME]) == 1
+    assert f"a bundle on the hub is named {HUB}" in capsys.readouterr().err

@@ -59,6 +59,15 @@ def find_bundle(name: str | Path, *, public_key: str | Path | None = None) -> Pa
     return download.finish()
 
 
+def find_manifest(name: str | Path) -> Path:
+    """Returns a directory with the ``bundle.json`` of a bundle; of a bundle on the hub, only this file is downloaded.
+
+    Raises:
+        BundleError, MissingPackageError, OutputError, UsageError: As :func:`find_bundle`.
+    """
+    return _Download(HubName.parse(os.fspath(name))).snapshot if is_hub_name(name) else Path(name)
+
+
 def hub_client(name: HubName | str) -> Any:
     """Imports ``huggingface_hub`` with the modules that are used here; raises MissingPackageError without it."""
     package = require("huggingface_hub", str(name), MissingPackageError)

@@ -38,14 +38,26 @@ class HubName:
             UsageError: The text has another form.
         """
         repository, mark, revision = text.removeprefix(PREFIX).partition("@")
-        if not _REPOSITORY.fullmatch(repository) or (mark and not revision):
+        if not is_repository(repository) or (mark and not revision):
             raise UsageError(f"expected the name of a repository on the hub as {FORM}, got {text}", "check the name")
         return cls(repository, revision or MAIN)
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name has the form ``ORG/NAME`` of a repository on the hub."""
+    return _REPOSITORY.fullmatch(name) is not None
 
 
 def is_hub_name(name: str | Path) -> bool:
     """Whether a bundle is named by its repository on the hub, and not by a directory."""
     return os.fspath(name).startswith(PREFIX)
+
+
+def bundle_name(bundle: Path) -> str:
+    """The name of a bundle: that of its directory, or of its repository on the hub."""
+    if is_hub_name(bundle):
+        return HubName.parse(os.fspath(bundle)).repository.partition("/")[2]
+    return bundle.name if bundle.name not in ("", "..") else bundle.resolve().name
 
 
 def bundle_directory(storage: Path, commit: str, name: HubName) -> Path:
@@ -56,7 +68,7 @@ def bundle_directory(storage: Path, commit: str, name: HubName) -> Path:
         commit: The commit of the revision.
         name: The name of the bundle.
     """
-    return storage / "bundles" / commit / name.repository.partition("/")[2]
+    return storage / "bundles" / commit / bundle_name(Path(str(name)))
 
 
 def is_downloaded(directory: Path) -> bool:

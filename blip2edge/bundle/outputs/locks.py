@@ -35,6 +35,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from blip2edge.bundle.hub.names import is_hub_name
 from blip2edge.bundle.outputs.disk_errors import output_error
 from blip2edge.bundle.outputs.machine import command, machine, on_network
 from blip2edge.errors import OutputError
@@ -94,9 +95,14 @@ def locked(target: Path) -> Iterator[Path]:
 
 
 def check_name(target: Path) -> None:
-    """Raises OutputError for a name that no file can have."""
+    """Raises OutputError for a name that no file can have, and for the name of a bundle on the hub."""
     if "\0" in str(target):
         raise OutputError(f"{str(target)!r} is not a usable file name: it contains a NUL", "give another name")
+    if is_hub_name(target):
+        raise OutputError(
+            f"expected an output on this machine, got {target}, the name of a bundle on the hub",
+            "give a directory or a file, and upload a bundle afterwards: blip2edge push BUNDLE ORG/NAME",
+        )
 
 
 def recover(target: Path) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from blip2edge.bundle.hub.names import is_downloaded
 from blip2edge.bundle.schema import DERIVED
 from blip2edge.bundle.trust.integrity import STAMPS
 from blip2edge.errors import BundleSignatureError, MissingPackageError, UsageError, one_line
@@ -23,12 +24,18 @@ from blip2edge.packages import require
 SIGNATURE = "model.sig"
 """Name of the signature in a bundle: the default of the command ``model_signing``."""
 
-SIGN = "sign it: blip2edge sign {} --key KEY"
 CURVES = "elliptic curve P-256, P-384 or P-521"
 MAKE_KEYS = (
     "make a pair of keys: openssl ecparam -name prime256v1 -genkey -noout -out KEY && "
     "openssl ec -in KEY -pubout -out PUBLIC_KEY"
 )
+
+
+def how_to_sign(bundle: Path) -> str:
+    """What to do about a bundle without a signature, for errors; a bundle in the hub's cache is not changed."""
+    if is_downloaded(bundle):
+        return "its author signs it with `blip2edge sign`, and pushes it again"
+    return f"sign it: blip2edge sign {bundle} --key KEY"
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ def find_signature(bundle: Path) -> Path:
         if place.is_file():
             return place
     raise BundleSignatureError(
-        f"{bundle} has no signature: neither {places[0]} nor {places[1]} is a file", SIGN.format(bundle)
+        f"{bundle} has no signature: neither {places[0]} nor {places[1]} is a file", how_to_sign(bundle)
     )
 
 

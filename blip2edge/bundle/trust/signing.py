@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.hub.names import is_downloaded
 from blip2edge.bundle.manifest import MANIFEST
 from blip2edge.bundle.outputs.disk_errors import output_error
 from blip2edge.bundle.outputs.locks import write_file
 from blip2edge.bundle.schema import DERIVED
 from blip2edge.bundle.trust.integrity import STAMPS
-from blip2edge.bundle.trust.signature import SIGN, SIGNATURE, Signature, model_signing, reading_key
-from blip2edge.errors import BundleError, BundleIntegrityError, BundleSignatureError
+from blip2edge.bundle.trust.signature import SIGNATURE, Signature, how_to_sign, model_signing, reading_key
+from blip2edge.errors import BundleError, BundleIntegrityError, BundleSignatureError, UsageError, option
 from blip2edge.progress import ProgressCallback
 from blip2edge.reading import read_json, reading
 
@@ -48,7 +49,8 @@ def sign_bundle(
     Args:
         bundle: The directory of the bundle.
         key: A private key in PEM format, of the elliptic curve P-256, P-384 or P-521.
-        output: The signature; None for ``model.sig`` in the bundle. An older signature is replaced.
+        output: The signature; None for ``model.sig`` in the bundle, which must not be in the hub's cache. An older
+            signature is replaced.
         ask_password: Returns the password of a protected key; None if the key needs none.
 
     Raises:
@@ -56,9 +58,14 @@ def sign_bundle(
         BundleIntegrityError: A file is missing or was changed; nothing is signed.
         MissingPackageError: The package ``model-signing`` is not installed.
         OutputError: The signature cannot be written.
-        UsageError: The key cannot be read.
+        UsageError: The key cannot be read, or the bundle is in the hub's cache and there is no ``output``.
     """
     opened, private = Bundle.open(bundle), Path(key)
+    if output is None and is_downloaded(opened.path):
+        raise UsageError(
+            f"{opened.path} is in the hub's cache, where nothing is written",
+            f"give {option('output')}, or sign your own copy of the bundle and upload it with `blip2edge push`",
+        )
     target = opened.path / SIGNATURE if output is None else Path(output)
     package = model_signing()
     hashing = _CheckedHashing(opened, package.hashing.Config().set_ignored_paths(paths=_left_out(opened.path, target)))
@@ -101,7 +108,7 @@ def verify_bundle(
     opened = Bundle.open(bundle, require_signature=key, signature=signature)
     signed = opened.signature
     if signed is None:  # never: it was required
-        raise BundleSignatureError(f"{bundle} has no signature", SIGN.format(bundle))
+        raise BundleSignatureError(f"{bundle} has no signature", how_to_sign(opened.path))
     if opened.unsigned:
         raise BundleSignatureError(
             f"{signed.path} does not list {', '.join(opened.unsigned)} of {opened.path}",

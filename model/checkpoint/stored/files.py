@@ -11,6 +11,7 @@ from blip2edge import reading
 from blip2edge.bundle.hub.download import hub_client
 from blip2edge.bundle.hub.errors import hub_errors
 from blip2edge.bundle.hub.names import HubName, is_hub_name
+from blip2edge.bundle.manifest import MANIFEST
 from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE
 from blip2edge.errors import CheckpointError, UsageError
 
@@ -118,7 +119,7 @@ def cached_checkpoint(name: str) -> Path | None:
 def _snapshot(name: HubName, local_files_only: bool = False) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = list(CHECKPOINT_FILES)
+    patterns = [*CHECKPOINT_FILES, MANIFEST]  # the last: so that the error can name a bundle
     ignored = ["*/*.safetensors", "*/adapter_model.bin"]
     return Path(
         snapshot_download(

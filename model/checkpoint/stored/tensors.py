@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from blip2edge.bundle.fields import is_file_name
+from blip2edge.bundle.manifest import MANIFEST
 from blip2edge.errors import CheckpointError
 from blip2edge.model.checkpoint.stored.files import read_checkpoint_json
 from blip2edge.model.weights.rules import some
@@ -28,6 +29,7 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 DTYPE_NAMES = {"I8": "int8", "U8": "uint8", "I16": "int16", "I32": "int32", "I64": "int64", "BOOL": "bool"}
 
 OTHER_LAYOUTS = (
+    (MANIFEST, "a bundle, which is exported already", "run it: blip2edge caption IMAGE -b BUNDLE"),
     ("adapter_model.*", "the weights of a PEFT adapter", "copy its adapter_config.json too"),
     (
         "pytorch_model*.bin",

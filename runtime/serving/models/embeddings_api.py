@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, TypeVar
 
 import numpy as np
@@ -149,17 +150,17 @@ def check_pairs(wanted: MatchRequest, limits: Limits) -> None:
 def embed_steps(matcher: Matcher, inputs: Sequence[str | bytes], batch_size: int) -> Iterator[list[Embedded]]:
     """Embeds inputs in batches of texts or of pictures; yields the vectors of each batch, in order.
 
+    Another thread may empty ``inputs`` to end the steps.
+
     Raises:
         ImageError, PromptError: An input cannot be read; the error names it.
     """
     first = 0
-    while first < len(inputs):
-        kind = type(inputs[first])
-        end = first + 1
-        while end < min(len(inputs), first + batch_size) and type(inputs[end]) is kind:
-            end += 1
-        yield _embed(matcher, inputs[first:end], first)
-        first = end
+    while batch := inputs[first : first + batch_size]:
+        kind = type(batch[0])
+        batch = list(takewhile(lambda one: type(one) is kind, batch))  # noqa: B023 - called at once
+        yield _embed(matcher, batch, first)
+        first += len(batch)
 
 
 def _embed(matcher: Matcher, batch: Sequence[Any], first: int) -> list[Embedded]:
@@ -186,14 +187,17 @@ def _of_input(index: int, compute: Callable[[Any], Value], argument: object) -> 
         raise
 
 
-def match_steps(matcher: Matcher, wanted: MatchRequest, batch_size: int) -> Iterator[list[dict[str, Any]]]:
+def match_steps(
+    matcher: Matcher, pictures: Sequence[bytes], texts: Sequence[str], batch_size: int
+) -> Iterator[list[dict[str, Any]]]:
     """Compares pictures with texts, ``batch_size`` texts at a time.
 
     Yields the pairs as ``blip2edge match --json`` prints them; ``image`` is the picture's place in the request, from 0.
+    Another thread may empty ``pictures`` to end the steps.
     """
     done = 0
-    for results in matcher.match_in_steps(wanted.pictures, wanted.texts, batch_size):
-        yield [{**result.to_json(), "image": (done + at) // len(wanted.texts)} for at, result in enumerate(results)]
+    for results in matcher.match_in_steps(pictures, texts, batch_size):
+        yield [{**result.to_json(), "image": (done + at) // len(texts)} for at, result in enumerate(results)]
         done += len(results)
 
 

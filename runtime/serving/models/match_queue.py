@@ -26,18 +26,22 @@ class MatchCall(Pending[list[Any]]):
     """A submitted call; its result is a list of all results of its steps.
 
     Attributes:
-        steps: Computes it, batch by batch; none after the call has ended, so that its pictures are freed.
+        steps: Computes it, batch by batch; none after the call has ended.
+        inputs: The list of pictures and texts that the steps read. It is emptied when the call has ended, so that all
+            but those of the current step are freed at once.
         on_piece: Called with None when the call has ended.
         on_end: Called with the call when it has ended.
     """
 
     steps: Steps
+    inputs: list[Any]
     on_piece: Callable[[str | None], None]
     on_end: Callable[[MatchCall], None]
 
     def push(self, piece: str | None) -> None:
         """Frees the pictures, and calls ``on_end`` and ``on_piece``."""
         self.steps = _no_steps
+        self.inputs.clear()
         self.on_end(self)
         self.on_piece(piece)
 
@@ -93,11 +97,14 @@ class MatchQueue(Restarting[Matcher]):
             if full and sum(not call.over for call in list(self._waiting)) >= self._max_waiting:
                 raise OverloadError(f"the queue is full: {self._max_waiting} requests are waiting", "try again later")
 
-    def submit(self, steps: Steps, *, deadline: float | None, on_piece: Callable[[str | None], None]) -> MatchCall:
+    def submit(
+        self, steps: Steps, inputs: list[Any], *, deadline: float | None, on_piece: Callable[[str | None], None]
+    ) -> MatchCall:
         """Adds a call.
 
         Args:
             steps: Computes it, batch by batch; called by the queue's thread.
+            inputs: The list of pictures and texts that the steps read; it is emptied when the call has ended.
             deadline: Seconds from now after which the call fails if it is not finished; None for no deadline.
             on_piece: Called with None when the call has ended.
 
@@ -106,7 +113,7 @@ class MatchQueue(Restarting[Matcher]):
             OverloadError: The queue is full, or closed.
             UsageError: As :func:`expiry`.
         """
-        call = MatchCall(steps=steps, on_piece=on_piece, on_end=self._remove, expires=expiry(deadline))
+        call = MatchCall(steps=steps, inputs=inputs, on_piece=on_piece, on_end=self._remove, expires=expiry(deadline))
         with self._changed:
             self.ready().check_room()
             if self._closed.is_set():

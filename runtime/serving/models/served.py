@@ -87,8 +87,10 @@ class ServedModel:
         name: Its name in requests.
         engine: Its queue; replaced by itself after a fault.
         metrics: What is counted for it.
+        captions: Whether it captions pictures.
     """
 
+    captions = False
     engine: RestartingCaptioner | MatchQueue
     metrics: ModelMetrics
 
@@ -103,7 +105,8 @@ class ServedModel:
 
     def described(self) -> dict[str, Any]:
         """The object of ``/v1/models``."""
-        return {"id": self.name, "object": "model", "created": self._written, "owned_by": "blip2edge"}
+        about = {"created": self._written, "owned_by": "blip2edge", "captions": self.captions}
+        return {"id": self.name, "object": "model", **about}
 
     def health(self) -> dict[str, Any]:
         """The object of ``/health``."""
@@ -121,6 +124,7 @@ class ServedModel:
 class ServedCaptioner(ServedModel):
     """A bundle that captions pictures."""
 
+    captions = True
     engine: RestartingCaptioner
 
     def __init__(
@@ -219,15 +223,15 @@ class ServedMatcher(ServedModel):
         """Requests in each queue."""
         return self.engine.load
 
-    def submit(self, client: WaitingClient[MatchCall], steps: Steps, deadline: float | None) -> None:
-        """Submits a client's call.
+    def submit(self, client: WaitingClient[MatchCall], steps: Steps, inputs: list[Any], deadline: float | None) -> None:
+        """Submits a client's call; ``inputs`` is the list that the steps read.
 
         Raises:
             EngineFaultError, OverloadError: It cannot be served now.
             UsageError: The deadline is outside its range.
         """
         client.pending = self.engine.ready().submit(
-            steps, deadline=self.queueing.deadline if deadline is None else deadline, on_piece=client.put
+            steps, inputs, deadline=self.queueing.deadline if deadline is None else deadline, on_piece=client.put
         )
 
 

@@ -352,8 +352,7 @@ def _by_opencv(cv2: Any, text: str, closed: threading.Event) -> Frames:
 def _by_launch(text: str, closed: threading.Event) -> Frames:
     """Yields the frames of a pipeline that ``gst-launch-1.0`` runs, which writes them uncompressed into a pipe."""
     end = " ! videoconvert ! video/x-raw,format=I420 ! y4menc ! fdsink fd=1"
-    words = shlex.split(APPSINK.sub("", text) + end)
-    command = ["gst-launch-1.0", "-q", *words]
+    command = ["gst-launch-1.0", "-q", *_words(text), *end.split()]
     with (
         tempfile.TemporaryFile() as messages,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages, bufsize=0) as process,
@@ -370,6 +369,18 @@ def _by_launch(text: str, closed: threading.Event) -> Frames:
             lines = messages.read().decode(errors="replace").strip().splitlines() or ["no message"]
             said = next((line for line in lines if "ERROR" in line), lines[0])
             raise DataError(f"the pipeline has failed: {one_line(ValueError(said))}", "try it with gst-launch-1.0")
+
+
+def _words(pipeline: str) -> list[str]:
+    """The words of a pipeline, without its end for OpenCV."""
+    try:
+        return shlex.split(APPSINK.sub("", pipeline))
+    except ValueError as error:
+        raise DataError(
+            f"expected a pipeline whose quotes are closed and whose last character is no backslash, got "
+            f"{shown_address(pipeline)} ({one_line(error)})",
+            'close the quotes: within the quotes of the shell, write values with spaces as name="a b"',
+        ) from error
 
 
 def _scheme(source: str) -> str:

@@ -19,6 +19,7 @@ from blip2edge.runtime.bench.plan import (
     bridge_rows,
     device_plan,
     effective,
+    operators,
     recommended,
     stage_ms,
     token_budget,
@@ -30,7 +31,7 @@ from blip2edge.shapes.sources import find_shape
 
 CONFIG = Path(__file__).resolve().parents[3] / "examples" / "checkpoint" / "config.json"
 ALL = ("fp32", "fp16", "int8", "int8-weights", "int4")
-SIMPLE = Efficiency(dict.fromkeys(ALL, 0.5), dict.fromkeys(ALL, 0.5), True, 0, 1, 0.0, 0.0, "a test")
+SIMPLE = Efficiency(dict.fromkeys(ALL, 0.5), dict.fromkeys(ALL, 0.5), True, 0, 1, 0.0, 0.0, False, "a test")
 NANO, PI = DEVICES["orin-nano-8gb"], DEVICES["raspberry-pi-5-8gb"]
 BOARD = replace(NANO, efficiency=SIMPLE, host=0.0, bytes_per_s=2e9, rates={"fp32": 1e12, "fp16": 2e12, "int8": 4e12})
 
@@ -68,7 +69,9 @@ def test_operators_between_matrices_and_python() -> None:
     plain = stage_ms(shape, "fp32", BOARD, PlanOptions())
     called = replace(BOARD, efficiency=replace(SIMPLE, call_s=1e-3))
     matrices = 3 * (1 + 2 + 1 + 1 + 1) + 1  # queries, keys and values, output, up, down; the patches
-    assert stage_ms(shape, "fp32", called, PlanOptions())["vision"] == pytest.approx(plain["vision"] + matrices)
+    assert stage_ms(shape, "fp32", called, PlanOptions())["vision"] == pytest.approx(plain["vision"] + 3 * matrices)
+    t5, fused = find_shape("blip2-flan-t5-xl")[0].decoder, replace(BOARD, efficiency=replace(SIMPLE, fuses=True))
+    assert [operators(t5, board) for board in (called, fused)] == [12 * (24 * 9 + 1), 3 * (24 * 9 + 1)]
     elements = 128 * 64 + 3 * 65 * (4 * 128 + 512 + 128) + 3 * 3 * 4 * 65 * 65
     between = replace(BOARD, efficiency=replace(SIMPLE, element_s=1e-6))
     expected = plain["vision"] + elements * 1e-3
@@ -321,6 +324,7 @@ def test_this_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     monkeypatch.setattr(f"{roofline}.measure", measured)
     monkeypatch.setattr(f"{roofline}.call_seconds", lambda backend: 2e-6)
     monkeypatch.setattr(f"{roofline}.element_seconds", lambda backend: 1e-9)
+    monkeypatch.setattr(f"{roofline}.read_bytes_per_s", lambda backend, threads: 27e9)
     monkeypatch.setattr(f"{roofline}.preprocess_seconds", lambda picture, size: 2 * reference_seconds(size))
     text = said(capsys, str(CONFIG), "--device", "this", "--threads", "1")
     assert asked == [("cpu", 1), ("openvino", 1)]
@@ -329,6 +333,7 @@ def test_this_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert "30 GB/s, tera-operations/s: fp32 0.1, int8 0.4" in text
     device = this_device(2)
     assert (device.host, device.efficiency.call_s, device.source) == (2.0, 2e-6, "measured with backend openvino")
+    assert device.efficiency.bytes["fp32"] == pytest.approx(0.9)
 
     def nothing(backend: str, threads: int) -> Roofline:
         raise BackendError("not installed")

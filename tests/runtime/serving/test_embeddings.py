@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,9 @@ from blip2edge.runtime.serving.access import Access
 from blip2edge.runtime.serving.chat_keys import EMBEDDING_KEYS
 from blip2edge.runtime.serving.http import Server
 from blip2edge.runtime.serving.models import embeddings_api
-from blip2edge.runtime.serving.models.embeddings_api import MOST_INPUTS, match_steps, vectors_per_image
+from blip2edge.runtime.serving.models.embeddings_api import MOST_INPUTS, embed_steps, match_steps, vectors_per_image
 from blip2edge.runtime.serving.models.match_queue import MatchQueue
 from blip2edge.runtime.serving.openapi import document
-from blip2edge.runtime.serving.picture_forms import MatchRequest
 from tests.http_calls import Answer, ask, data_url, got, png_file
 
 PNG = png_file()
@@ -153,7 +153,7 @@ def test_many_texts_are_compared_in_steps(matcher: Matcher, monkeypatch: pytest.
 
     monkeypatch.setattr(type(matcher.texts), "run", counting)
     longest, pairs = 0, []
-    for step in match_steps(matcher, MatchRequest((PNG, PNG), tuple(texts), None, None), batch_size=2):
+    for step in match_steps(matcher, (PNG, PNG), texts, batch_size=2):
         longest, graphs[0] = max(longest, graphs[0]), 0
         pairs += step
     assert longest == 2  # a picture, or two texts
@@ -278,13 +278,13 @@ def test_a_full_queue_and_a_deadline(matcher: Matcher) -> None:
         go.wait(30)
         yield [1]
 
-    first = queue.submit(held, deadline=None, on_piece=ended.append)
+    first = queue.submit(held, [], deadline=None, on_piece=ended.append)
     assert entered.wait(30)
-    second = queue.submit(lambda _: iter([[2], [3]]), deadline=None, on_piece=ended.append)
+    second = queue.submit(lambda _: iter([[2], [3]]), [], deadline=None, on_piece=ended.append)
     with pytest.raises(Exception, match="the queue is full: 1 requests"):
-        queue.submit(held, deadline=None, on_piece=ended.append)
+        queue.submit(held, [], deadline=None, on_piece=ended.append)
     second.cancel()
-    third = queue.submit(held, deadline=1e-6, on_piece=ended.append)  # the canceled call does not count
+    third = queue.submit(held, [], deadline=1e-6, on_piece=ended.append)  # the canceled call does not count
     assert queue.load == {"waiting": 1, "running": 1}
     go.set()
     assert first.result(30) == [1]
@@ -292,6 +292,16 @@ def test_a_full_queue_and_a_deadline(matcher: Matcher) -> None:
         third.result(30)
     queue.close()
     assert ended.count(None) >= 3
+
+
+def test_steps_end_when_the_inputs_are_emptied(matcher: Matcher) -> None:
+    inputs: list[Any]
+    for steps, inputs in ((embed_steps, [PNG, PNG, "a"]), (partial(match_steps, texts=["a", "b"]), [PNG, PNG])):
+        made: Iterator[list[Any]] = steps(matcher, inputs, batch_size=1)  # type: ignore[operator]
+        next(made)
+        next(made)
+        inputs.clear()
+        assert len(list(made)) <= 2  # those of the picture that was taken
 
 
 def test_a_canceled_call_frees_its_pictures_and_leaves_the_queue(matcher: Matcher) -> None:
@@ -307,16 +317,23 @@ def test_a_canceled_call_frees_its_pictures_and_leaves_the_queue(matcher: Matche
             return iter([[2]])
 
     try:
-        first = queue.submit(held, deadline=None, on_piece=lambda _: None)
+        first = queue.submit(held, [], deadline=None, on_piece=lambda _: None)
         assert entered.wait(30)
         steps = Steps()
-        freed, call = weakref.ref(steps), queue.submit(steps, deadline=None, on_piece=lambda _: None)
+        freed, call = weakref.ref(steps), queue.submit(steps, [], deadline=None, on_piece=lambda _: None)
         del steps
         assert (freed() is not None, queue.load["waiting"]) == (True, 1)
         call.cancel()
         assert (freed(), queue.load["waiting"]) == (None, 0)
         go.set()
         assert first.result(30) == [1]
+        entered.clear()
+        go.clear()
+        pictures: list[bytes] = [PNG] * 3
+        running = queue.submit(held, pictures, deadline=None, on_piece=lambda _: None)
+        assert entered.wait(30)
+        running.cancel()
+        assert not pictures  # though the step has not ended
     finally:
         go.set()
         queue.close()
@@ -337,7 +354,7 @@ def broken_queue(bundle: Path, load: Callable[[], Matcher], attempts: int = 3) -
     loaded.texts = None  # type: ignore[assignment]
     queue = MatchQueue(loaded, load, Backoff(0.001, 0.001, attempts))
     queue.gave_up = gave_up.set
-    broken = queue.submit(lambda one: iter([[one.embed_text("a")]]), deadline=None, on_piece=lambda _: None)
+    broken = queue.submit(lambda one: iter([[one.embed_text("a")]]), [], deadline=None, on_piece=lambda _: None)
     with pytest.raises(EngineFaultError):
         broken.result(30)
     return queue, gave_up
@@ -387,13 +404,15 @@ def test_a_broken_engine_is_loaded_again(blip_itm: Path) -> None:
         raise ZeroDivisionError("one call")
 
     with pytest.raises(ZeroDivisionError):  # the engine works: only the call fails
-        queue.submit(fails, deadline=None, on_piece=lambda _: None).result(30)
+        queue.submit(fails, [], deadline=None, on_piece=lambda _: None).result(30)
     loads[0].texts.close()
     loads[0].texts = None  # type: ignore[assignment]
-    broken = queue.submit(lambda one: iter([[one.embed_text("a")]]), deadline=None, on_piece=lambda _: None)
+    broken = queue.submit(lambda one: iter([[one.embed_text("a")]]), [], deadline=None, on_piece=lambda _: None)
     with pytest.raises(Exception, match="being loaded again"):
         broken.result(30)
     until_loaded(queue)
     assert (queue.state, queue.restarts, len(loads)) == ("ok", 1, 2)
-    assert len(queue.submit(lambda one: iter([[one.embed_text("a")]]), deadline=None, on_piece=print).result(30)) == 1
+    assert (
+        len(queue.submit(lambda one: iter([[one.embed_text("a")]]), [], deadline=None, on_piece=print).result(30)) == 1
+    )
     queue.close()

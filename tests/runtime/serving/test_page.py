@@ -18,8 +18,9 @@ pytest.importorskip("uvicorn", reason="the server needs the extra serve")
 
 from blip2edge.cli import main
 from blip2edge.runtime.captioning.captioner import Captioner
+from blip2edge.runtime.captioning.matcher import Matcher
 from blip2edge.runtime.serving.access import Access
-from blip2edge.runtime.serving.models.served import ServedCaptioner
+from blip2edge.runtime.serving.models.served import ModelSource, ServedCaptioner
 from tests.browser import Page
 from tests.drawing import draw_pictures
 from tests.live_server import live
@@ -308,6 +309,13 @@ def test_the_model_that_captions_is_shown(opened: Page, files: list[Path]) -> No
     opened.choose("#file", files[:1])
     listed(opened)
     assert opened.value("$('model').textContent") == name
+
+
+def test_the_first_model_that_captions_is_shown_before_a_caption(page: Page, tiny_bundle: Path, blip_itm: Path) -> None:
+    matcher, captioner = Matcher.load(blip_itm, threads=1), Captioner.load(tiny_bundle, threads=1)
+    with matcher, captioner, live([ModelSource(matcher), ModelSource(captioner, name="tiny")]) as (_, port):
+        page.open(f"http://127.0.0.1:{port}/", "document.getElementById('model').textContent")
+        assert page.value("$('model').textContent") == "· tiny"
 
 
 def test_a_narrow_screen(opened: Page, files: list[Path]) -> None:

@@ -108,7 +108,7 @@ def test_a_model_of_the_other_kind(server: Server) -> None:
 
 def test_listed(server: Server) -> None:
     listed = got(ask(server, "GET", "/v1/models")).json["data"]
-    assert [one["id"] for one in listed] == ["one", "two", "blip-itm"]
+    assert [(one["id"], one["captions"]) for one in listed] == [("one", True), ("two", True), ("blip-itm", False)]
     assert got(ask(server, "GET", "/v1/models/two")).json == listed[1]
     health = got(ask(server, "GET", "/health")).json
     assert health["status"] == "ok"

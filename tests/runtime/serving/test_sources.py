@@ -68,6 +68,7 @@ def test_passwords_are_not_shown() -> None:
         ('rtspsrc user-pw = "s3 \\" s3cret" ! a', "rtspsrc user-pw = *** ! a"),
         ("rtspsrc user-pw=(string)'s3 cret' ! a", "rtspsrc user-pw=*** ! a"),
         ("rtspsrc user-pw=s3\\ cret ! a", "rtspsrc user-pw=*** ! a"),
+        ("rtspsrc user-pw='s3 cret ! a", "rtspsrc user-pw=***"),  # the quote is not closed
         ("srtsrc uri=srt://cam:9 passphrase=s3cret ! a", "srtsrc uri=srt://cam:9 passphrase=*** ! a"),
         ("rtsp://me:s3@cret@cam/1", "rtsp://me:***@cam/1"),
         ("rtsp://me:s3/cret@cam/1", "rtsp://me:***@cam/1"),
@@ -205,6 +206,13 @@ def test_a_pipeline_that_is_wrong_or_fails(launch: None) -> None:
         next(open_source("nosuchthing ! fakesink"))
     with pytest.raises(DataError, match=r"the pipeline has failed: .*ERROR"):
         list(open_source("filesrc location=/nowhere ! decodebin ! videoconvert"))
+
+
+@pytest.mark.parametrize("pipeline", ["rtspsrc user-pw='s3cret ! decodebin", 'a name="b ! c', "a ! b \\"])
+def test_a_pipeline_with_an_open_quote(launch: None, pipeline: str) -> None:
+    with pytest.raises(DataError, match=r"expected a pipeline whose quotes are closed .*; close the quotes") as raised:
+        next(open_source(pipeline))
+    assert "s3cret" not in str(raised.value)
 
 
 def test_a_pipeline_is_ended_when_the_source_is_closed(launch: None) -> None:
