@@ -245,13 +245,11 @@ class ChunkCaptioner:
         for first in range(0, len(places), size):
             chosen = places[first : first + size]
             streams = [_stream(batch[at].item.image, text) for at in chosen for text in range(count)]
-            generated = generator.complete(
-                encoded.part(chosen), self.generation, streams, StageClock(), texts=count, scored=True
-            )
+            generated = generator.complete(encoded.part(chosen), self.generation, streams, StageClock(), texts=count)
             for at in range(0, len(generated), count):
                 texts = [text for text in generated[at : at + count] if text.finish_reason]
                 written = tuple(self.captioner.generator.text(text, self.generation) for text in texts)
-                yield written, tuple(round(text.logprob or 0.0, DIGITS) for text in texts)
+                yield written, tuple(round(text.logprob, DIGITS) for text in texts)
 
 
 def _stream(image: str, text: int) -> int:
