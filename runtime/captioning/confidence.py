@@ -43,7 +43,8 @@ def features(token_logprobs: Sequence[float]) -> Scores:
     """
     values = token_logprobs or (0.0,)
     raw = np.array([min(values), math.fsum(values) / len(values), math.fsum(values)])
-    return -np.log(FLOOR - np.minimum(raw, 0.0))
+    found: Scores = -np.log(FLOOR - np.minimum(raw, 0.0))
+    return found
 
 
 def decoding_options(options: GenerationOptions) -> dict[str, Any]:
@@ -96,7 +97,8 @@ class ConfidenceMap:
         """The probability of each row of features ``[N, 3]``, ``[N]``."""
         scores = self.offset + rows @ np.array(self.weights)
         found = np.interp(scores, *self.knots) if self.knots[0] else 0.5 * (1.0 + np.tanh(0.5 * scores))
-        return np.clip(found, *self.bounds)
+        bounded: Scores = np.clip(found, *self.bounds)
+        return bounded
 
     def confidence(self, token_logprobs: Sequence[float]) -> float:
         """The probability that a text is right."""

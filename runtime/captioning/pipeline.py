@@ -20,7 +20,7 @@ from blip2edge.bundle.schema import INTERLEAVED
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.captioning.confidence import Confidence
-from blip2edge.runtime.captioning.request import ABSTAINED, CaptionResult, StageClock
+from blip2edge.runtime.captioning.request import ABSTAINED, CaptionResult, StageClock, TextAnswer
 from blip2edge.runtime.decoding.beam_search import beam_search
 from blip2edge.runtime.decoding.draft_model import DraftSelector
 from blip2edge.runtime.decoding.generate import Generation, GenerationBatch, generate
@@ -348,6 +348,13 @@ class TextGenerator:
             text = text.partition(stop)[0]
         return text.strip()
 
+    def answer(self, generated: Generated, options: GenerationOptions, prompt: PromptText | None) -> TextAnswer:
+        """The text and its confidence; the text is empty if the confidence is below ``options.abstain_below``."""
+        confidence = self.confidence.of(generated, options, prompt)
+        if options.abstain_below is not None and (confidence is None or confidence < options.abstain_below):
+            return TextAnswer("", ABSTAINED, confidence)
+        return TextAnswer(self.text(generated, options), generated.finish_reason, confidence)
+
     def result(
         self,
         image: ItemSource,
@@ -369,22 +376,20 @@ class TextGenerator:
         """
         seconds = (stage_ms["prefill"] + stage_ms["decode"]) / 1e3
         new_tokens = len(generated.tokens) - len(self.language.initial)
-        timings = {**stage_ms, "total": sum(stage_ms.values())}
-        confidence = self.confidence.of(generated, options, prompt)
-        abstained = options.abstain_below is not None and (confidence is None or confidence < options.abstain_below)
+        answer, timings = self.answer(generated, options, prompt), {**stage_ms, "total": sum(stage_ms.values())}
         return CaptionResult(
             image=_path(image),
             prompt=None if prompt is None else str(prompt),
-            text="" if abstained else self.text(generated, options),
+            text=answer.text,
             tokens=generated.tokens,
-            finish_reason=ABSTAINED if abstained else generated.finish_reason,
+            finish_reason=answer.finish_reason,
             timings_ms={stage: round(ms, 3) for stage, ms in timings.items()},
             tokens_per_s=round(new_tokens / seconds, 1) if seconds > 0 else 0.0,
             tokens_per_pass=round(generated.tokens_per_pass, 3),
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             token_logprobs=generated.token_logprobs,
-            confidence=confidence,
+            confidence=answer.confidence,
             likeliest=generated.likeliest,
         )
 

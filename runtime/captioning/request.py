@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -30,6 +30,9 @@ STAGES = ("preprocess", "vision", "bridge", "prefill", "decode")
 
 NOT_IN_JSON = ("tokens_per_pass", "prompt_tokens", "new_tokens", "token_logprobs", "likeliest")
 """Attributes of a result that ``bench`` and the chat format report, and ``caption --json`` does not."""
+
+DIGITS = 6
+"""Decimals of log-probabilities in JSON."""
 
 ABSTAINED = "abstained"
 """``finish_reason`` of a text whose confidence is below ``abstain_below``."""
@@ -81,7 +84,15 @@ class CaptionResult:
     def to_json(self) -> dict[str, Any]:
         """A JSON object: the attributes except :data:`NOT_IN_JSON`, and ``logprob``."""
         values = {key: value for key, value in vars(self).items() if key not in NOT_IN_JSON}
-        return {**values, "tokens": list(self.tokens), "logprob": round(self.logprob, 6)}
+        return {**values, "tokens": list(self.tokens), "logprob": round(self.logprob, DIGITS)}
+
+
+class TextAnswer(NamedTuple):
+    """A text, its finish reason and its confidence; see :class:`CaptionResult`."""
+
+    text: str
+    finish_reason: str
+    confidence: float | None
 
 
 @dataclass(frozen=True)

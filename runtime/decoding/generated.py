@@ -93,3 +93,90 @@ def words(tokenizer: Tokenizer, tokens: Sequence[int], logprobs: Sequence[float]
                 found[-1] = Word(found[-1].text + part, min(found[-1].logprob, logprob))
         begins = text[-1].isspace() if text else begins
     return tuple(found)
+
+
+@dataclass(frozen=True)
+class TextToken:
+    """A token of a text: what it adds to the text, its log-probability, and the likeliest texts in its place."""
+
+    text: str
+    logprob: float
+    likeliest: tuple[tuple[str, float], ...] = ()
+
+
+class TextTokens:
+    """Finds the tokens of a text that is published in pieces; see :class:`blip2edge.runtime.text.tokenizer.TextPieces`.
+
+    A token belongs to the piece that completes it. Joined, the tokens of all pieces are the published text; tokens
+    after its end, such as the end token, are left out.
+
+    Args:
+        tokenizer: Decodes the tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._stream = tokenizer, TextStream(tokenizer)
+        self._texts: list[str] = []  # of the tokens that are not published yet
+        self._read = 0  # tokens whose text is known
+        self._room = 0  # characters that are published, without those of published tokens
+        self._begun = False
+
+    def take(
+        self, ids: Sequence[int], logprobs: Sequence[float], likeliest: Sequence[Likeliest], piece: str
+    ) -> list[TextToken]:
+        """Adds a piece of the text; returns the tokens that it completes.
+
+        Args:
+            ids: All tokens so far; more than the pieces have is no harm.
+            logprobs: The log-probability of each.
+            likeliest: The likeliest tokens at the place of each; may be empty.
+            piece: The next piece.
+        """
+        self._read_tokens(ids)
+        self._room += len(piece)
+        return self._completed(ids, logprobs, likeliest)
+
+    def rest(
+        self, ids: Sequence[int], logprobs: Sequence[float], likeliest: Sequence[Likeliest], piece: str = ""
+    ) -> list[TextToken]:
+        """As :meth:`take` for the last piece; the last token is cut where the text ends."""
+        self._read_tokens(ids)
+        if self._texts:
+            self._texts[-1] += self._stream.flush()
+        self._room += len(piece)
+        found = self._completed(ids, logprobs, likeliest)
+        if self._texts and self._room:
+            found.append(self._token(ids, logprobs, likeliest, self._texts[0][: self._room]))
+        return found
+
+    def _read_tokens(self, ids: Sequence[int]) -> None:
+        for token in ids[self._read :]:
+            text = self._stream.push(token)
+            self._texts.append(text if self._begun else text.lstrip())
+            self._begun = self._begun or bool(self._texts[-1])
+            self._read += 1
+
+    def _completed(
+        self, ids: Sequence[int], logprobs: Sequence[float], likeliest: Sequence[Likeliest]
+    ) -> list[TextToken]:
+        """The tokens whose whole text is published; they are removed."""
+        found = []
+        while self._texts and 0 < self._room >= len(self._texts[0]):
+            found.append(self._token(ids, logprobs, likeliest, self._texts[0]))
+        return found
+
+    def _token(
+        self, ids: Sequence[int], logprobs: Sequence[float], likeliest: Sequence[Likeliest], text: str
+    ) -> TextToken:
+        """The first token that is not published; it is removed."""
+        at = self._read - len(self._texts)
+        self._texts.pop(0)
+        self._room -= len(text)
+        others = likeliest[at] if at < len(likeliest) else ()
+        before = [ids[at - 1]] if at else []
+        return TextToken(text, logprobs[at], tuple((self._alone(before, other), value) for other, value in others))
+
+    def _alone(self, before: list[int], token: int) -> str:
+        """The text of a token after another; special tokens are written out."""
+        start = self._tokenizer.decode_raw(before, skip_special_tokens=False)
+        return self._tokenizer.decode_raw([*before, token], skip_special_tokens=False)[len(start) :]
