@@ -38,7 +38,7 @@ from blip2edge.runtime.captioning.request import (
     raising,
 )
 from blip2edge.runtime.captioning.scheduler import Scheduler
-from blip2edge.runtime.decoding.generated import Word, words
+from blip2edge.runtime.decoding.generated import TextPiece, Word, words
 from blip2edge.runtime.decoding.logits_processors import check_ids, check_prompt_ids
 from blip2edge.runtime.decoding.options import CaptionOptions, GenerationOptions, check_integer, merged
 from blip2edge.runtime.images.video import Channels, ItemSource, in_rgb
@@ -261,10 +261,10 @@ class Captioner(LoadedBundle):
         prompt: str | None = None,
         channels: Channels = "rgb",
         **options: Unpack[CaptionOptions],
-    ) -> Iterator[str]:
+    ) -> Iterator[TextPiece]:
         """Yields the caption of one picture piece by piece, as it is generated.
 
-        All pieces together are the text that :meth:`caption` returns. Arguments and
+        All pieces together are the text that :meth:`caption` returns; each has its ``tokens``. Arguments and
         errors are those of :meth:`caption`. Beam search and ``abstain_below`` cannot be streamed (UsageError).
         """
         self._check_open()

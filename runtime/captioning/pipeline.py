@@ -24,19 +24,13 @@ from blip2edge.runtime.captioning.request import ABSTAINED, CaptionResult, Stage
 from blip2edge.runtime.decoding.beam_search import beam_search
 from blip2edge.runtime.decoding.draft_model import DraftSelector
 from blip2edge.runtime.decoding.generate import Generation, GenerationBatch, generate
-from blip2edge.runtime.decoding.generated import Generated
+from blip2edge.runtime.decoding.generated import Generated, TextPiece, TextTokens
 from blip2edge.runtime.decoding.language_model import LanguageModel
 from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.decoding.state import RowState
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.runtime.images.video import ItemSource, images_of_each, pictures_of
-from blip2edge.runtime.text.prompt import (
-    InstructionTokenizer,
-    Prompt,
-    PromptBuilder,
-    PromptText,
-    pack_images,
-)
+from blip2edge.runtime.text.prompt import InstructionTokenizer, Prompt, PromptBuilder, PromptText, pack_images
 from blip2edge.runtime.text.tokenizer import TextPieces, Tokenizer
 
 
@@ -314,18 +308,19 @@ class TextGenerator:
                 )
         return texts
 
-    def pieces(self, batch: EncodedBatch, options: GenerationOptions) -> Iterator[str]:
+    def pieces(self, batch: EncodedBatch, options: GenerationOptions) -> Iterator[TextPiece]:
         """Yields the pieces of a text as they are generated; ``batch`` has one row."""
         logits, state = self.prefill(batch, StageClock())
         row, decoding = self.begin(batch, 0, options, logits.shape[-1], 0), GenerationBatch()
         decoding.join(logits, state, [row])
-        text = TextPieces(self.tokenizer, options.stop)
+        text, tokens = TextPieces(self.tokenizer, options.stop), TextTokens(self.tokenizer)
+        known = (row.generated, row.token_logprobs, row.likeliest)  # lists that grow
         while decoding.rows:
             decoding.step()
             if piece := text.push(row.generated[-1]):
-                yield piece
+                yield TextPiece(piece, tokens.take(*known, piece))
         if rest := text.flush():
-            yield rest
+            yield TextPiece(rest, tokens.rest(*known, rest))
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         """The prompt's ids that the decoder processes: none if a text encoder takes the prompt."""

@@ -28,8 +28,8 @@ STAGES = ("preprocess", "vision", "bridge", "prefill", "decode")
 """The stages of a caption, in order."""
 
 
-NOT_IN_JSON = ("tokens_per_pass", "prompt_tokens", "new_tokens", "token_logprobs", "likeliest")
-"""Attributes of a result that ``bench`` and the chat format report, and ``caption --json`` does not."""
+NOT_IN_JSON = ("tokens_per_pass", "prompt_tokens", "new_tokens", "token_logprobs", "likeliest", "confidence")
+"""Attributes of a result that ``caption --json`` does not have; ``confidence`` comes last there, after ``logprob``."""
 
 DIGITS = 6
 """Decimals of log-probabilities in JSON."""
@@ -84,7 +84,8 @@ class CaptionResult:
     def to_json(self) -> dict[str, Any]:
         """A JSON object: the attributes except :data:`NOT_IN_JSON`, and ``logprob``."""
         values = {key: value for key, value in vars(self).items() if key not in NOT_IN_JSON}
-        return {**values, "tokens": list(self.tokens), "logprob": round(self.logprob, DIGITS)}
+        sure = {"logprob": round(self.logprob, DIGITS), "confidence": self.confidence}
+        return {**values, "tokens": list(self.tokens), **sure}
 
 
 class TextAnswer(NamedTuple):

@@ -104,6 +104,24 @@ class TextToken:
     likeliest: tuple[tuple[str, float], ...] = ()
 
 
+class TextPiece(str):
+    """A piece of a streamed text: a str with its tokens.
+
+    Attributes:
+        tokens: The tokens that the piece completes, each with its log-probability.
+    """
+
+    __slots__ = ("tokens",)
+
+    tokens: tuple[TextToken, ...]
+
+    def __new__(cls, text: str, tokens: Sequence[TextToken]) -> TextPiece:  # noqa: PYI034 - typing.Self is of Python 3.11
+        """Makes a piece of its text and its tokens."""
+        piece = super().__new__(cls, text)
+        piece.tokens = tuple(tokens)
+        return piece
+
+
 class TextTokens:
     """Finds the tokens of a text that is published in pieces; see :class:`blip2edge.runtime.text.tokenizer.TextPieces`.
 

@@ -260,8 +260,8 @@ def _answer_schemas() -> dict[str, Schema]:
         "finish_reason": {"enum": ["eos", "length", "stop", ABSTAINED]},
         "timings_ms": times,
         "tokens_per_s": number,
-        "confidence": _nullable(number),
         "logprob": number,
+        "confidence": _nullable(number),
     }
     kept = list(result)
     model: dict[str, Schema] = {"id": text, "object": {"const": "model"}, "created": whole, "owned_by": text}

@@ -182,7 +182,8 @@ def test_log_probabilities_of_the_device_are_those_of_the_host(
 ) -> None:
     """Of engines without that output (version 0.1), the host chooses the tokens, with the same result."""
     expected, got = (Captioner.load(bundle, backend=name, threads=1) for name in ("cpu", "tensorrt"))
-    picture, options = draw_pictures(1)[0], {"max_new_tokens": 9, "repetition_penalty": 1.2}
+    picture = draw_pictures(1)[0]
+    options: dict[str, Any] = {"max_new_tokens": 9, "repetition_penalty": 1.2}
     host, device = (captioner.caption(picture, **options) for captioner in (expected, got))
     assert device.tokens == host.tokens
     assert device.token_logprobs == pytest.approx(host.token_logprobs, abs=1e-4)

@@ -159,10 +159,7 @@ def test_log_probabilities_are_those_of_transformers(opt_oracle: Any, changes: d
     reference = oracle.model.generate(inputs_embeds=embeds, input_ids=ids, attention_mask=mask, **arguments)
     beams = reference.beam_indices if options.num_beams > 1 else None
     expected = oracle.model.compute_transition_scores(
-        reference.sequences[:, ids.shape[1] :] if False else reference.sequences,
-        reference.logits,
-        beams,
-        normalize_logits=True,
+        reference.sequences, reference.logits, beams, normalize_logits=True
     )
     for text, row in zip(oracle.run(options), expected.tolist(), strict=True):
         assert len(text.token_logprobs) == len(text.tokens)
