@@ -38,7 +38,7 @@ from blip2edge.runtime.captioning.request import (
     raising,
 )
 from blip2edge.runtime.captioning.scheduler import Scheduler
-from blip2edge.runtime.decoding.generated import TextPiece, Word, words
+from blip2edge.runtime.decoding.generated import TextPiece, Word, words_of
 from blip2edge.runtime.decoding.logits_processors import check_ids, check_prompt_ids
 from blip2edge.runtime.decoding.options import CaptionOptions, GenerationOptions, check_integer, merged
 from blip2edge.runtime.images.video import Channels, ItemSource, in_rgb
@@ -277,7 +277,7 @@ class Captioner(LoadedBundle):
 
     def words(self, result: CaptionResult) -> tuple[Word, ...]:
         """Returns the words of a caption of this captioner, each with the lowest log-probability of its tokens."""
-        return words(self.tokenizer, result.tokens[-result.new_tokens :], result.token_logprobs)
+        return words_of(self.tokenizer, result.tokens[-result.new_tokens :], result.token_logprobs)
 
     def scheduler(
         self,

@@ -75,7 +75,7 @@ def token_texts(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
     return texts
 
 
-def words(tokenizer: Tokenizer, tokens: Sequence[int], logprobs: Sequence[float]) -> tuple[Word, ...]:
+def words_of(tokenizer: Tokenizer, tokens: Sequence[int], logprobs: Sequence[float]) -> tuple[Word, ...]:
     """Returns the words of a text, which are separated by spaces; see :class:`Word`.
 
     Args:

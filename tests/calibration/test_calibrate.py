@@ -20,9 +20,10 @@ from blip2edge.bundle.manifest import MANIFEST
 from blip2edge.bundle.schema import BRIDGE, DECODER, VISION
 from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.calibration.activations.cache import FOLDER
+from blip2edge.calibration.advice import difference_warnings
 from blip2edge.calibration.batches import Feeds, collect
 from blip2edge.calibration.pictures import ADVISED, choose_pictures
-from blip2edge.calibration.pipeline import calibrate, difference_warnings
+from blip2edge.calibration.pipeline import calibrate
 from blip2edge.calibration.results import CalibrationReport
 from blip2edge.cli import main
 from blip2edge.errors import BundleError, DataError, OutputError, UsageError
