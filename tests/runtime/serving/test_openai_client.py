@@ -23,7 +23,7 @@ import uvicorn
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.serving.http import Server
 from tests.drawing import draw_pictures
-from tests.http_calls import picture_part, png_file
+from tests.http_calls import ask, chat, got, picture_part, png_file
 
 PNG = png_file()
 IMAGE = picture_part(PNG)
@@ -269,3 +269,24 @@ def test_abstaining_without_a_confidence_is_refused(create: Callable[..., Any]) 
     with pytest.raises(openai.BadRequestError, match="calibrate BUNDLE -o OUT --references FILE") as refused:
         create(extra_body={"abstain_below": 0.5})
     assert refused.value.param == "abstain_below"
+
+
+def test_an_answer_that_is_not_sure(confident_bundle: Path) -> None:
+    """The chat API has a legal finish reason; what is below it has our own."""
+    with Captioner.load(confident_bundle, threads=1) as captioner:
+        server = Server(captioner, max_batch=2)
+        limits = {"abstain_below": 1.0, "max_tokens": 6}
+        answer = got(ask(server, "POST", "/v1/chat/completions", chat(PNG, **limits, logprobs=True))).json
+        (choice,) = answer["choices"]
+        assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", "")
+        assert choice["logprobs"] == {"content": [], "refusal": None}
+        assert answer["abstained"] is True
+        assert 0 < answer["confidence"] < 1
+        sure = got(ask(server, "POST", "/v1/chat/completions", chat(PNG, abstain_below=0.0, max_tokens=6))).json
+        assert (sure["abstained"], sure["confidence"]) == (False, pytest.approx(answer["confidence"], abs=0.02))
+        streamed = got(ask(server, "POST", "/v1/chat/completions", chat(PNG, **limits, stream=True)))
+        last = streamed.events[-2]
+        assert (last["choices"][0]["finish_reason"], last["abstained"]) == ("stop", True)
+        own = got(ask(server, "POST", "/caption", PNG, "abstain_below=1&max_new_tokens=6", kind="image/png")).json
+        assert (own["finish_reason"], own["text"]) == ("abstained", "")
+        server.close()
