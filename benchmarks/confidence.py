@@ -4,8 +4,9 @@
     python benchmarks/confidence.py --page docs/confidence.md          # the tables, from the written figures
 
 Scenes of held-out pairs of objects are disturbed as by a camera: no change, noise, blur, occlusion or JPEG, each with a
-drawn strength. Two maps are fitted by ``calibrate --references`` for each bundle, on pictures that no test has:
+drawn strength. Three maps are fitted by ``calibrate --references`` for each bundle, on pictures that no test has:
 
+- ``clean``: on undisturbed scenes, of which the miniature captions nearly all rightly. All else is a shift.
 - ``noise``: on noisy scenes alone. Blur, occlusion and JPEG are then shifts that the fit has not seen.
 - ``mixed``: on all five kinds in equal parts.
 
@@ -82,7 +83,7 @@ KINDS: dict[str, Change] = {
     "jpeg": jpeg,
 }
 TESTS = {**KINDS, "strong noise": noise(60, 120)}
-FITS = {"noise": ("noise",), "mixed": tuple(KINDS)}
+FITS = {"clean": ("clean",), "noise": ("noise",), "mixed": tuple(KINDS)}
 
 
 def disturbed(kinds: tuple[str, ...], count: int, seed: int) -> Iterator[tuple[Picture, str]]:
@@ -154,8 +155,15 @@ def captioned(captioner: Captioner, pairs: list[tuple[Picture, str]]) -> tuple[A
     return np.array([row for row, _ in found]), np.array([right for _, right in found])
 
 
+def error_if_true(confidences: Any, draws: int = 200) -> float:
+    """Mean calibration error if each confidence were exactly the chance of being right: what chance alone gives."""
+    rng = np.random.default_rng(0)
+    found = [calibration_error(confidences, rng.random(len(confidences)) < confidences) for _ in range(draws)]
+    return round(float(np.mean(found)), 4)
+
+
 def rejected(confidences: Any, right: Any, empty_confidences: Any) -> dict[str, Any]:
-    """How surely pictures without content are told from right captions, and their share below one in two."""
+    """How well pictures without content are separated from right captions, and their share below one in two."""
     values = np.concatenate([confidences[right], empty_confidences])
     good = np.arange(len(values)) < right.sum()
     return {
@@ -180,12 +188,12 @@ def measure(bundle: Path, precision: str, options: argparse.Namespace) -> dict[s
         if not folder.is_dir():
             write_references(folder, kinds, options.fit)
         fitted, about = fitted_map(bundle, folder, options.work / f"{precision}-{name}")
-        same = mixed if name == "mixed" else tests["noise"]
+        same = tests.get(name, mixed)
         own = fitted.probabilities(same[0])
         noisy = fitted.probabilities(tests["noise"][0])
         found[name] = {
             "fit": about,
-            "same_distribution": figures(own, same[1]),
+            "same_distribution": {**figures(own, same[1]), "calibration_error_if_true": error_if_true(own)},
             "calibration_error": {
                 kind: round(calibration_error(fitted.probabilities(rows), right), 4)
                 for kind, (rows, right) in tests.items()
@@ -194,7 +202,10 @@ def measure(bundle: Path, precision: str, options: argparse.Namespace) -> dict[s
                 kind: round(accuracy_at(fitted.probabilities(rows), right, 0.5), 4)
                 for kind, (rows, right) in tests.items()
             },
-            "without_content": rejected(noisy, tests["noise"][1], fitted.probabilities(nothing)),
+            "without_content": {
+                kind: rejected(fitted.probabilities(tests[kind][0]), tests[kind][1], fitted.probabilities(nothing))
+                for kind in ("clean", "noise")
+            },
         }
         right = tests["noise"][1]
         gain = accuracy_at(noisy, right, 0.5) - right.mean()
@@ -219,13 +230,19 @@ def tables(found: dict[str, Any]) -> str:
     columns = [found["bundles"][precision][name] for precision in found["bundles"] for name in FITS]
     same: list[Callable[[dict[str, Any]], float]] = [
         lambda one: one["same_distribution"]["calibration_error"],
+        lambda one: one["same_distribution"]["calibration_error_if_true"],
         lambda one: one["same_distribution"]["accuracy"],
         lambda one: dict(map(tuple, one["same_distribution"]["coverage"]))[0.5],
     ]
     rows = [
         (title, [f"{100 * value(one):.1f} %" for one in columns])
         for title, value in zip(
-            ("calibration error, same distribution", "right, same distribution", "right in the surer half"),
+            (
+                "calibration error, same distribution",
+                "the same by chance alone",
+                "right, same distribution",
+                "right in the surer half",
+            ),
             same,
             strict=True,
         )
@@ -235,13 +252,14 @@ def tables(found: dict[str, Any]) -> str:
         for kind in TESTS
     ]
     empty_rows = [one["without_content"] for one in columns]
+    auroc = [f"{one['clean']['auroc']:.4f} / {one['noise']['auroc']:.4f}" for one in empty_rows]
     rows += [
         (
             "points that the surer half gains on noise",
             [f"{100 * one['gain_at_half_coverage_on_noise']:.1f}" for one in columns],
         ),
-        ("without content: confidence below 0.5", [f"{100 * one['below_half']:.1f} %" for one in empty_rows]),
-        ("without content: AUROC", [f"{one['auroc']:.4f}" for one in empty_rows]),
+        ("without content: confidence below 0.5", [f"{100 * one['clean']['below_half']:.1f} %" for one in empty_rows]),
+        ("without content: AUROC to right clean / noisy captions", auroc),
         ("chosen map", [one["fit"]["kind"] for one in columns]),
     ]
     lines = [f"| | {' | '.join(head)} |", "|---|" + "---:|" * len(head)]
@@ -254,7 +272,7 @@ def main() -> None:
     parser.add_argument("--page", metavar="FILE", type=Path, help="write the tables of the results into FILE, and stop")
     parser.add_argument("--write", metavar="FILE", type=Path, help="write the figures to FILE")
     parser.add_argument("--fit", type=int, default=2000, help="pictures that a map is fitted on (2000)")
-    parser.add_argument("--scenes", type=int, default=1000, help="pictures of each test (1000)")
+    parser.add_argument("--scenes", type=int, default=2000, help="pictures of each test (2000)")
     parser.add_argument("--empty", type=int, default=300, help="pictures without content (300)")
     options = parser.parse_args()
     if options.page is not None:
