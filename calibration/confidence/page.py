@@ -51,16 +51,16 @@ def _task(task: str, record: Mapping[str, Any]) -> str:
     )
     return (
         f"<section><h2>Confidence: {escape(task)}</h2><div class=tiles>{cards}</div>"
-        "<p>Left: share of right texts by confidence; on the dashed line, the confidence is true. Right: share of "
-        "right texts among the surest ones, by the share that is answered. Every picture was left out of the fit that "
-        f"gave its confidence.</p><div class=wide>{charts}</div>{brier}</section>"
+        "<p class=note>Left: share of right texts by confidence; on the dashed line, the confidence is true. Right: share "
+        "of right texts among the surest ones, by the share that is answered. Every picture was left out of the fit "
+        f"that gave its confidence.</p><div class=wide style='display:flex;flex-wrap:wrap'>{charts}</div>{brier}</section>"
     )
 
 
 def _frame(across: str, up: str) -> list[str]:
     """Axes from 0 to 1 with their titles."""
     bottom = TOP + SIDE
-    shapes = [element("path", class_="axisline", d=f"M{LEFT} {TOP}V{bottom}H{LEFT + SIDE}")]
+    shapes = [element("path", class_="axisline", fill="none", d=f"M{LEFT} {TOP}V{bottom}H{LEFT + SIDE}")]
     for value in (0.0, 0.5, 1.0):
         shapes += [
             label(f"{value:g}", LEFT + value * SIDE, bottom + 16, anchor="middle"),
