@@ -123,6 +123,7 @@ class ChunkCaptioner:
         given = self.captioner.options(**options.generation)
         generation = replace(given, seed=DEFAULT_SEED) if given.sampling and given.seed is None else given
         check_captions(options.captions, generation)
+        self.captioner.generator.confidence.check(generation, options.prompt)
         return generation
 
     def loaded(self) -> dict[str, Any]:
@@ -215,8 +216,9 @@ class ChunkCaptioner:
                 originals.update({batch[at].number: one for at, one in enumerate(found) if one is not None})
                 kept += [batch[at].number for at in new]
                 vectors.append(embeddings[new])
-            for at, (texts, logprobs) in zip(new, self._texts(encoded, batch, new), strict=True):
-                rows[batch[at].number] = replace(rows[batch[at].number], captions=texts, logprobs=logprobs)
+            for at, (texts, logprobs, sure) in zip(new, self._texts(encoded, batch, new), strict=True):
+                row = rows[batch[at].number]
+                rows[batch[at].number] = replace(row, captions=texts, logprobs=logprobs, confidences=sure)
         numbers = sorted(rows)
         return ChunkResult(
             [rows[number] for number in numbers],
@@ -237,21 +239,23 @@ class ChunkCaptioner:
 
     def _texts(
         self, encoded: EncodedBatch, batch: Sequence[DecodedPicture], places: list[int]
-    ) -> Iterator[tuple[tuple[str, ...], tuple[float, ...]]]:
-        """Yields captions and log-probabilities of the pictures at ``places`` of a batch."""
+    ) -> Iterator[tuple[tuple[str, ...], tuple[float, ...], tuple[float | None, ...]]]:
+        """Yields captions, log-probabilities and confidences of the pictures at ``places`` of a batch."""
         generator, count = self.captioner.generator, self._options.captions
         most = generator.language.decoder.max_rows
         size = len(batch) if most is None else max(1, most // max(count, self.generation.num_beams))
         for first in range(0, len(places), size):
             chosen = places[first : first + size]
             streams = [_stream(batch[at].item.image, text) for at in chosen for text in range(count)]
-            generated = generator.complete(
-                encoded.part(chosen), self.generation, streams, StageClock(), texts=count, scored=True
-            )
+            generated = generator.complete(encoded.part(chosen), self.generation, streams, StageClock(), texts=count)
             for at in range(0, len(generated), count):
                 texts = [text for text in generated[at : at + count] if text.finish_reason]
-                written = tuple(self.captioner.generator.text(text, self.generation) for text in texts)
-                yield written, tuple(round(text.logprob or 0.0, DIGITS) for text in texts)
+                given = [generator.answer(text, self.generation, self._options.prompt) for text in texts]
+                yield (
+                    tuple(answer.text for answer in given),
+                    tuple(round(text.logprob, DIGITS) for text in texts),
+                    tuple(answer.confidence for answer in given),
+                )
 
 
 def _stream(image: str, text: int) -> int:

@@ -278,6 +278,7 @@ class _OutputWriter:
             row,
             captions=known.captions,
             logprobs=known.logprobs,
+            confidences=known.confidences,
             duplicate_of=known.image,
             similarity=original.similarity,
             error=None if known.error is None else f"the original {known.image} is broken: {known.error}",

@@ -8,6 +8,9 @@ from typing import Any
 DIGITS = 6
 """Decimals of log-probabilities and similarities."""
 
+LISTS = ("captions", "logprobs", "confidences")
+"""Fields with a value for each caption."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -17,6 +20,8 @@ class Row:
         image: Name of the picture in the source.
         captions: Its captions; empty if the picture is broken. Those of a duplicate are its original's.
         logprobs: The log-probability of each caption: the sum over its tokens, by the model, natural logarithm.
+        confidences: The confidence of each caption; None where the bundle has none. A caption is empty if its
+            confidence is below ``abstain_below``.
         duplicate_of: Name of the earlier picture that this one resembles; None without one.
         similarity: Cosine of the two pictures' embeddings; None without such a picture.
         error: Why there is no caption; None if there is one.
@@ -25,18 +30,19 @@ class Row:
     image: str
     captions: tuple[str, ...] = ()
     logprobs: tuple[float, ...] = ()
+    confidences: tuple[float | None, ...] = ()
     duplicate_of: str | None = None
     similarity: float | None = None
     error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The row as a JSON object."""
-        return {**vars(self), "captions": list(self.captions), "logprobs": list(self.logprobs)}
+        return {**vars(self), **{name: list(getattr(self, name)) for name in LISTS}}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Row:
         """Makes the row from the object that :meth:`to_json` returned."""
-        return cls(**{**values, "captions": tuple(values["captions"]), "logprobs": tuple(values["logprobs"])})
+        return cls(**{**values, **{name: tuple(values.get(name, ())) for name in LISTS}})
 
 
 @dataclass(frozen=True)

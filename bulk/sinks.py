@@ -68,6 +68,7 @@ class ParquetSink:
                 arrow.field("image", arrow.string(), nullable=False),
                 arrow.field("captions", arrow.list_(arrow.string()), nullable=False),
                 arrow.field("logprobs", arrow.list_(arrow.float64()), nullable=False),
+                arrow.field("confidences", arrow.list_(arrow.float64()), nullable=False),
                 arrow.field("duplicate_of", arrow.string()),
                 arrow.field("similarity", arrow.float64()),
                 arrow.field("error", arrow.string()),

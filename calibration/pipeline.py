@@ -24,6 +24,7 @@ from blip2edge.bundle.schema import BRIDGE, VISION
 from blip2edge.bundle.trust.integrity import STAMPS, FileRecord
 from blip2edge.calibration.activations.headroom import headroom_json, measure_headroom
 from blip2edge.calibration.activations.quantize import quantize_activations
+from blip2edge.calibration.advice import difference_warnings, picture_warnings
 from blip2edge.calibration.agreement import (
     RUNS,
     CaptionAgreement,
@@ -31,10 +32,11 @@ from blip2edge.calibration.agreement import (
     compare_captions,
 )
 from blip2edge.calibration.batches import Feeds, collect
+from blip2edge.calibration.confidence.pipeline import add_confidence, copy_with_confidence
+from blip2edge.calibration.confidence.references import References
 from blip2edge.calibration.context import CalibrationContext
-from blip2edge.calibration.pictures import ADVISED, DEFAULT_COUNT, PictureSet, choose_pictures
+from blip2edge.calibration.pictures import DEFAULT_COUNT, PictureSet, choose_pictures
 from blip2edge.calibration.report.document import write_reports
-from blip2edge.calibration.report.page import REPORT_PAGE
 from blip2edge.calibration.results import CalibratedGraph, CalibrationReport, StagedGraph
 from blip2edge.calibration.search.drop_limit import (
     CaptionScore,
@@ -61,12 +63,6 @@ from blip2edge.version import __version__
 BITS_WITHOUT_INPUTS = 8
 """Bits of the weights of a graph without recorded inputs (texts that are compared, a draft): INT4 needs inputs."""
 
-LEAST_AGREEMENT = 0.9
-"""Share of captions that are the same as the parent's; below it, a calibration warns."""
-
-LEAST_COSINE = 0.99
-"""Mean cosine to the parent's outputs; below it, the calibration of a model without captions warns."""
-
 W8A8 = (VISION, BRIDGE)
 """Graphs whose activations become INT8 by default."""
 
@@ -75,12 +71,13 @@ def calibrate(
     bundle: str | Path,
     output: str | Path,
     *,
-    images: str | Path,
+    images: str | Path | None = None,
     method: str = "smooth",
     activations: Sequence[str] = W8A8,
     weights: str | None = "int8",
     drop_limit: float | None = None,
     cider: CaptionScore | None = None,
+    references: References | None = None,
     count: int = DEFAULT_COUNT,
     force: bool = False,
     anyway: bool = False,
@@ -89,12 +86,12 @@ def calibrate(
     progress: ProgressCallback | None = None,
     notify: Notify | None = None,
 ) -> CalibrationReport:
-    """Makes an INT8 or INT4 bundle from a bundle in floating point, the parent.
+    """Makes an INT8 or INT4 bundle from a bundle in floating point, the parent; or fits a confidence, or both.
 
     Args:
-        bundle: The directory of the parent, in fp32 or fp16.
+        bundle: The directory of the parent, in fp32 or fp16; without ``images``, a bundle of any precision.
         output: The directory of the new bundle.
-        images: A folder of pictures or ``.tar`` shards.
+        images: A folder of pictures or ``.tar`` shards; None to quantize nothing, and to fit a confidence only.
         method: How activation ranges are chosen, one of :data:`blip2edge.choices.RANGE_METHODS`.
         activations: Names of the graphs whose activations become INT8. Those of :data:`W8A8` that the parent lacks have
             no effect.
@@ -103,6 +100,7 @@ def calibrate(
         drop_limit: Percentage points of the captions that may differ from the parent's: the most sensitive layers are
             kept in floating point until the limit holds. None for no limit.
         cider: Scores captions. With it, and a ``.txt`` of references for every picture, the limit is on CIDEr.
+        references: Pictures with known captions, on which the confidence of the new bundle is fitted; None for none.
         count: Largest number of pictures.
         force: Whether to replace an existing bundle at ``output``.
         anyway: Whether to go on if this machine has too little memory.
@@ -115,11 +113,13 @@ def calibrate(
         UsageError: ``method``, ``weights`` or a graph in ``activations`` is unknown, or ``drop_limit`` does not apply
             to this model.
         BundleError: The parent is not a bundle, is in bf16, or was calibrated before.
-        DataError: No picture can be read.
+        DataError: No picture can be read, or there are too few references.
         OutputError: ``output`` exists, or cannot be written.
         BackendError: onnxruntime is not installed.
     """
     target, start = Path(output), time.perf_counter()
+    if images is None:
+        return _copied_bundle(bundle, target, references, force=force, threads=threads, progress=progress)
     parent = _open_parent(bundle, method, weights)
     check_not_source(target, parent.path)
     unknown = sorted(set(activations) - set(W8A8) - set(parent.manifest.graphs))
@@ -132,17 +132,43 @@ def calibrate(
     report = progress or (lambda stage, done, total: None)
     with MemoryMeter() as meter, staged(target, force) as staging:
         pictures = choose_pictures(images, count, partial(report, "read the pictures"), limits)
-        warnings = _warnings(pictures)
+        warnings = picture_warnings(pictures)
         feeds = Feeds(scratch(staging, "feeds"))
         context = CalibrationContext(parent, staging, feeds, method, threads, report, warnings.append, pictures.sha256)
         limit = None if drop_limit is None else DropLimit(drop_limit, cider)
         title = target.resolve().name
         graphs, agreement = _fill_staging(context, pictures, activations, weights, limit, title)
+        fitted = None
+        if references is not None:
+            fitted = add_confidence(staging, references, title=title, threads=threads, progress=progress)
         parent.check_unchanged()
     summaries = {name: graph.summary for name, graph in graphs.items()}
-    warnings += _difference_warnings(summaries, agreement, limited=drop_limit is not None)
+    warnings += difference_warnings(summaries, agreement, limited=drop_limit is not None)
     seconds = time.perf_counter() - start
-    return CalibrationReport(target, summaries, agreement, len(pictures), tuple(warnings), seconds, meter.peak)
+    warnings += fitted.warnings if fitted is not None else ()
+    return CalibrationReport(target, summaries, agreement, len(pictures), tuple(warnings), seconds, meter.peak, fitted)
+
+
+def _copied_bundle(
+    bundle: str | Path,
+    target: Path,
+    references: References | None,
+    *,
+    force: bool,
+    threads: int | None,
+    progress: ProgressCallback | None,
+) -> CalibrationReport:
+    """Copies a bundle and fits its confidence."""
+    if references is None:
+        raise UsageError(
+            f"expected {option('images')}, {option('references')} or both, got neither",
+            "give pictures to quantize with, or pictures with known captions to fit a confidence on",
+        )
+    with MemoryMeter() as meter:
+        fitted, seconds = copy_with_confidence(
+            bundle, target, references, force=force, threads=threads, progress=progress
+        )
+    return CalibrationReport(target, {}, None, 0, fitted.warnings, seconds, meter.peak, fitted)
 
 
 def _fill_staging(
@@ -276,44 +302,6 @@ def _open_parent(bundle: str | Path, method: str, weights: str | None) -> Bundle
     return parent
 
 
-def _warnings(pictures: PictureSet) -> list[str]:
-    warnings = []
-    if len(pictures) < ADVISED:
-        warnings.append(
-            f"at least {ADVISED} calibration pictures are advised, got {len(pictures)}: "
-            "larger values on other pictures will saturate"
-        )
-    if pictures.skipped:
-        warnings.append(f"{len(pictures.skipped)} pictures cannot be read; the first is {pictures.skipped[0]}")
-    return warnings
-
-
-def _difference_warnings(
-    graphs: Mapping[str, CalibratedGraph], agreement: CaptionAgreement | None, *, limited: bool
-) -> list[str]:
-    """Returns warnings if the bundle differs much from its parent; ``limited``: whether a drop limit was set."""
-    warnings = []
-    if agreement is not None and agreement.same < LEAST_AGREEMENT:
-        advice = "calibrate on more pictures like those of the application"
-        if not limited:
-            advice += ", or set a drop limit (--drop-limit), which keeps the most sensitive layers in floating point"
-        warnings.append(
-            f"only {agreement.same:.1%} of {agreement.pictures} captions are the same as the parent's; {REPORT_PAGE} "
-            f"shows the others; {advice}"
-        )
-    if agreement is None:
-        low = {
-            f"{name}: {output}": value.mean
-            for name, graph in graphs.items()
-            for output, value in graph.cosine.items()
-            if value.mean < LEAST_COSINE
-        }
-        if low:
-            listed = ", ".join(f"{name} {value:.4f}" for name, value in low.items())
-            warnings.append(f"the cosine to the parent's outputs is below {LEAST_COSINE}: {listed}")
-    return warnings
-
-
 def _captions(
     context: CalibrationContext, bundle: Path, pictures: PictureSet, stage: str
 ) -> list[CaptionResult] | None:
@@ -355,6 +343,7 @@ def _seal(context: CalibrationContext, graphs: Mapping[str, StagedGraph]) -> Man
         graphs={name: graph.record for name, graph in graphs.items()},
         files=seals,
         versions={**manifest.versions, "calibrated_by": __version__},
+        confidence={},  # it was fitted on the parent
     )
 
 

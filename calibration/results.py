@@ -14,6 +14,7 @@ from blip2edge.bundle.manifest import GraphRecord
 from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.calibration.activations.qdq import ActivationPlan
 from blip2edge.calibration.agreement import CaptionAgreement, Cosine
+from blip2edge.calibration.confidence.pipeline import ConfidenceReport
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class CalibrationReport:
         warnings: Warnings, one line each.
         seconds: Wall time of the calibration.
         peak_memory_bytes: Largest anonymous and shared memory of this process; 0 if it cannot be measured.
+        confidence: The fitted confidence; None without references.
     """
 
     bundle: Path
@@ -103,6 +105,7 @@ class CalibrationReport:
     warnings: tuple[str, ...]
     seconds: float
     peak_memory_bytes: int
+    confidence: ConfidenceReport | None = None
 
 
 @dataclass(frozen=True)

@@ -97,3 +97,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
 
     directory = tmp_path_factory.mktemp("small") / "checkpoint"
     return drawing.save(directory, seed=3, vision_layers=1, qformer_layers=1, layers=1)
+
+
+@pytest.fixture(scope="session")
+def confident_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same bundle with a confidence, fitted where the surer half of its captions is right; not to be changed."""
+    pytest.importorskip("onnxruntime", reason="the confidence is fitted on captions of the cpu backend")
+    from tests.confident import fit_on_drawings
+
+    output = tmp_path_factory.mktemp("confident") / "bundle"
+    fit_on_drawings(tiny_bundle, output)
+    return output

@@ -54,7 +54,17 @@ COMMANDS = (
     "plan",
 )
 ROOT = Path(__file__).resolve().parent.parent
-JSON_KEYS = ["image", "prompt", "text", "tokens", "finish_reason", "timings_ms", "tokens_per_s"]
+JSON_KEYS = [
+    "image",
+    "prompt",
+    "text",
+    "tokens",
+    "finish_reason",
+    "timings_ms",
+    "tokens_per_s",
+    "logprob",
+    "confidence",
+]
 
 
 def test_a_key_of_the_environment_is_not_in_the_help(

@@ -100,6 +100,8 @@ class Manifest:
         merging: Patches that the vision encoder merges; None without token merging.
         tokenizer: Settings that ``tokenizer.json`` cannot hold: arguments of
             :class:`~blip2edge.runtime.text.tokenizer.Tokenizer` that are true.
+        confidence: The map of each task from log-probabilities to confidence, which ``calibrate --references`` fitted
+            (docs/confidence.md); empty without one.
         engines_of: Hash of the ``bundle.json`` that the engines were built from, in a bundle that holds engines instead
             of graphs; empty in any other bundle.
     """
@@ -122,6 +124,7 @@ class Manifest:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     merging: MergingRecord | None = None
     tokenizer: Mapping[str, bool] = field(default_factory=dict)
+    confidence: Mapping[str, Any] = field(default_factory=dict)
     engines_of: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -146,6 +149,7 @@ class Manifest:
             "calibration": dict(self.calibration),
             **({"merging": dict(vars(self.merging))} if self.merging is not None else {}),
             **({"tokenizer": dict(self.tokenizer)} if self.tokenizer else {}),
+            **({"confidence": dict(self.confidence)} if self.confidence else {}),
             **({"engines_of": self.engines_of} if self.engines_of else {}),
         }
 
@@ -176,6 +180,7 @@ class Manifest:
             calibration=values.get("calibration", {}),
             merging=MergingRecord(**values["merging"]) if values.get("merging") else None,
             tokenizer=values.get("tokenizer", {}),
+            confidence=values.get("confidence", {}),
             engines_of=values.get("engines_of", ""),
         )
         specs = {name: graph.spec for name, graph in manifest.graphs.items()}

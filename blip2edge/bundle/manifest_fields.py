@@ -12,6 +12,7 @@ from blip2edge.bundle.fields import (
     MAX_BYTES,
     Check,
     any_object,
+    check_that,
     either,
     file_name,
     finite_number,
@@ -41,6 +42,9 @@ from blip2edge.bundle.schema import (
     TensorSpec,
 )
 from blip2edge.limits import MAX_SIDE
+
+CAPTION, ASK = "caption", "ask"
+"""Tasks that a confidence is fitted for (docs/confidence.md): captions, and answers to questions."""
 
 MAX_LENGTH = 1 << 31  # of an axis: ONNX Runtime and TensorRT count with 32 bits in places
 MAX_TOKENS = 1 << 24  # of a vocabulary or a context; the largest vocabularies have 2^18, the longest contexts 2^23
@@ -138,6 +142,26 @@ _AGREEMENT = record({"same": finite_number(0, 1), "pictures": _TOKEN})
 CALIBRATION = record({"method": text, "pictures": _TOKEN, "cosine": _COSINES}, {"captions": nullable(_AGREEMENT)})
 """What `inspect` shows of a calibration."""
 
+_SHARE = finite_number(0, 1)
+_MAP = record(
+    {
+        "task": one_of_texts(CAPTION, ASK),
+        "prompt": nullable(text),
+        "options": any_object,
+        "precisions": mapped(text, precision),
+        "max_new_tokens": whole(1, MAX_LENGTH),
+        "offset": finite_number(),
+        "weights": list_of(finite_number(), 3, 3),
+        "knots": list_of(list_of(finite_number(), 0, 4096), 2, 2),
+        "bounds": list_of(_SHARE, 2, 2),
+    },
+    rules=(
+        check_that(lambda value: len(value["knots"][0]) == len(value["knots"][1]), "knots of equal number"),
+        check_that(lambda value: all(list(side) == sorted(side) for side in value["knots"]), "ascending knots"),
+    ),
+)
+"""A map of `calibrate --references`; the figures of its fit are not checked."""
+
 MANIFEST_FIELDS = record(
     {
         "family": name,
@@ -177,6 +201,7 @@ MANIFEST_FIELDS = record(
             )
         ),
         "tokenizer": record({}, {"clean_up_tokenization_spaces": flag, "split_special_tokens": flag}, closed=True),
+        "confidence": mapped(one_of_texts(CAPTION, ASK), _MAP),
         "engines_of": full_match("|[0-9a-f]{64}", "a SHA-256, or an empty text"),
     },
 )  # fmt: skip

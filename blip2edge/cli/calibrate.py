@@ -8,27 +8,38 @@ from typing import TYPE_CHECKING
 
 from blip2edge.choices import RANGE_METHODS, WEIGHT_BITS
 from blip2edge.cli.flag_groups import (
+    DATA,
+    DECODING,
+    MAX_BROKEN,
     add_anyway,
     add_limits,
     add_no_optimize,
     add_number,
     add_output,
+    add_some_generation,
     add_threads,
     given_limits,
 )
+from blip2edge.cli.flag_types import share
 from blip2edge.cli.messages import print_note
 from blip2edge.cli.next_steps import print_next, quoted, try_command
 from blip2edge.cli.optimize import optimized
 from blip2edge.cli.optimize import report_table as copy_table
 from blip2edge.cli.table import size, table
+from blip2edge.errors import UsageError, option
 from blip2edge.limits import PICTURE_LIMITS, Limits
 from blip2edge.progress import Progress
 
 if TYPE_CHECKING:
     import argparse
 
+    from blip2edge.calibration.confidence.pipeline import ConfidenceReport
+    from blip2edge.calibration.confidence.references import References
     from blip2edge.calibration.results import CalibrationReport
     from blip2edge.cli.parser import Parser
+
+CONFIDENT = (*DECODING[2], "repetition_penalty")
+"""Generation flags of the captions that a confidence is fitted on."""
 
 HEADER = (
     "graph",
@@ -46,16 +57,20 @@ HEADER = (
 def add_arguments(parser: Parser) -> None:
     """Add the flags of ``calibrate``."""
     parser.add_positional_or_flag(
-        "bundle", "-b", "--bundle", metavar="BUNDLE", type=Path, help="bundle to calibrate, in fp32 or fp16"
+        "bundle",
+        "-b",
+        "--bundle",
+        metavar="BUNDLE",
+        type=Path,
+        help="bundle to calibrate, in fp32 or fp16; without --images, a bundle of any precision",
     )
     add_output(parser, "BUNDLE8", "directory of the new INT8 bundle")
     parser.add_argument(
         "--images",
         metavar="DIR",
         type=Path,
-        required=True,
-        help="folder of calibration pictures, or of .tar shards with pictures; "
-        "use pictures like those of the application",
+        help="folder of calibration pictures, or of .tar shards with pictures; use pictures like those of the "
+        "application. Without it nothing is quantised, and --references is needed",
     )
     parser.add_argument(
         "--method",
@@ -88,10 +103,58 @@ def add_arguments(parser: Parser) -> None:
         "the flag for several graphs",
     )
     add_number(parser, "--count", "largest number of calibration pictures", 512)
+    _add_references(parser)
     add_threads(parser)
     add_limits(parser, Limits, PICTURE_LIMITS)
     add_no_optimize(parser)
     add_anyway(parser)
+
+
+def _add_references(parser: Parser) -> None:
+    """The flags of the confidence."""
+    group = parser.add_argument_group(
+        "confidence", "a confidence holds for the bundle, the prompt and the generation flags that it is fitted with"
+    )
+    group.add_argument(
+        "--references",
+        metavar="FILE",
+        help="fit the confidence of the new bundle on pictures with known captions or answers, which the model was not "
+        f"trained on, like those of the application: {DATA}",
+    )
+    add_number(
+        group,
+        "--right-at",
+        "a caption is right if its ROUGE-L to the references is at least X (0 to 1), an answer if its VQA accuracy is "
+        "(default: captions equal to a reference apart from case and punctuation; answers 0.5)",
+        kind=share,
+        metavar="X",
+    )
+    group.add_argument(
+        "--annotations", metavar="FILE", help="JSON file with the answers to VQA questions (default: beside them)"
+    )
+    group.add_argument(
+        "--prompt", metavar="P", help="text that the captions continue (default: the model's own prompt)"
+    )
+    add_some_generation(parser, "generation", "of the captions of --references", CONFIDENT)
+
+
+def _references(options: argparse.Namespace) -> References | None:
+    """The pictures of ``--references``, if it is given."""
+    given = {name: getattr(options, name) for name in CONFIDENT if getattr(options, name) is not None}
+    if options.references is None:
+        needless = [
+            name for name in ("right_at", "annotations", "prompt", *given) if getattr(options, name) is not None
+        ]
+        if needless:
+            raise UsageError(f"{option(needless[0])} needs {option('references')}", f"give {option('references')} FILE")
+        return None
+    from blip2edge.calibration.confidence.references import References
+    from blip2edge.training.evaluation.references import read_references
+
+    items, rule = read_references(
+        options.references, annotations=options.annotations, max_broken=MAX_BROKEN, right_at=options.right_at
+    )
+    return References(items, rule, options.prompt, given)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -110,6 +173,7 @@ def run(options: argparse.Namespace) -> int:
             weights=None if options.weights == "none" else options.weights,
             drop_limit=options.drop_limit,
             cider=cider_d,
+            references=_references(options),
             count=options.count,
             force=options.force,
             anyway=options.anyway,
@@ -130,7 +194,7 @@ def run(options: argparse.Namespace) -> int:
 
 def report_table(report: CalibrationReport) -> str:
     """A line for each graph, and how many captions are the same as the parent's."""
-    from blip2edge.calibration.report.page import REPORT_PAGE
+    from blip2edge.calibration.report.files import REPORT_PAGE
 
     rows = []
     for name, graph in report.graphs.items():
@@ -148,11 +212,27 @@ def report_table(report: CalibrationReport) -> str:
                 f"{graph.seconds:.1f}",
             ]
         )
-    lines = [table(HEADER, rows, right=range(2, len(HEADER)))]
+    lines = [table(HEADER, rows, right=range(2, len(HEADER)))] if rows else []
     if report.captions is not None:
         same, pictures = report.captions.same, report.captions.pictures
         lines.append(f"\nsame caption as the parent: {same:.1%} of {pictures} pictures")
     peak = f", peak memory {size(report.peak_memory_bytes)}" if report.peak_memory_bytes else ""
-    lines.append(f"{report.bundle}: calibrated on {report.pictures} pictures, {report.seconds:.1f} s{peak}")
-    lines.append(f"{report.bundle / REPORT_PAGE}: every layer and the captions that differ")
+    if report.confidence is not None:
+        lines.append(confidence_line(report.confidence))
+    if rows:
+        lines.append(f"{report.bundle}: calibrated on {report.pictures} pictures, {report.seconds:.1f} s{peak}")
+        lines.append(f"{report.bundle / REPORT_PAGE}: every layer and the captions that differ")
+    else:
+        lines.append(f"{report.bundle}: a copy with a confidence, {report.seconds:.1f} s{peak}")
+        lines.append(f"{report.bundle / REPORT_PAGE}: reliability diagram and coverage")
     return "\n".join(lines)
+
+
+def confidence_line(fitted: ConfidenceReport) -> str:
+    """The figures of a fitted confidence in one line."""
+    found = fitted.figures
+    half = dict(map(tuple, found["coverage"]))[0.5]
+    return (
+        f"confidence ({fitted.task}): {fitted.kind}, on {fitted.pictures} pictures of which {found['accuracy']:.1%} "
+        f"are right; held out: calibration error {found['calibration_error']:.2%}, {half:.1%} right in the surer half"
+    )

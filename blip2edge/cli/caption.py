@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import sys
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -29,8 +32,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from blip2edge.bundle.bundle import Bundle
-    from blip2edge.runtime.captioning.captioner import Captioner
+    from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
     from blip2edge.runtime.images.video import ItemSource
+
+
+UNSURE = math.log(0.5)
+"""Log-probability below which a word is underlined on a terminal."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +131,20 @@ def print_captions(
         elif options.json:
             print(json.dumps({**result.to_json(), "image": item.name}), flush=True)
         else:
-            print(f"{item.label if labelled else ''}{result.text.strip()}", flush=True)
+            print(f"{item.label if labelled else ''}{shown_text(captioner, result)}", flush=True)
         item.release()
     return failures.exit_status(len(items))
+
+
+def shown_text(captioner: Captioner, result: CaptionResult) -> str:
+    """The caption for standard output; on a terminal, words with a token less likely than one in two are underlined."""
+    if result.finish_reason == "abstained":
+        return "(not sure)" if sys.stdout.isatty() else ""
+    text = result.text.strip()
+    if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
+        return text
+    marked = [f"\x1b[4m{word.text}\x1b[24m" if word.logprob < UNSURE else word.text for word in captioner.words(result)]
+    return " ".join(marked)
 
 
 def assign(pictures: list[PictureArgument], given: list[str] | None) -> tuple[list[Item], list[str] | None]:
@@ -173,7 +191,7 @@ def check(options: argparse.Namespace) -> None:
     """Check for flags that cannot be combined, before the bundle is loaded.
 
     Raises:
-        UsageError: Beam search with streaming, or a smallest length above the largest.
+        UsageError: Beam search or a confidence with streaming, or a smallest length above the largest.
     """
     beams = options.num_beams is not None and options.num_beams > 1
     if options.stream and beams:
@@ -181,6 +199,11 @@ def check(options: argparse.Namespace) -> None:
             f"{option('stream')} and {option('num_beams')} cannot be combined: beam search chooses the words at the "
             "end",
             f"leave {option('stream')} or {option('num_beams')} out",
+        )
+    if options.stream and options.abstain_below is not None:
+        raise UsageError(
+            f"{option('stream')} and {option('abstain_below')} cannot be combined: the confidence is known at the end",
+            f"leave {option('stream')} or {option('abstain_below')} out",
         )
     least, most = options.min_new_tokens, options.max_new_tokens
     if least is not None and most is not None and least > most:

@@ -49,6 +49,11 @@ GENERATION: dict[str, tuple[str, Callable[[str], float], str]] = {
     "top_p": ("P", share, "sample from the most likely tokens whose probabilities sum up to P (0 to 1)"),
     "top_k": ("K", non_negative_int, "sample from the K most likely tokens; 0: from all"),
     "seed": ("S", non_negative_int, "seed of sampling"),
+    "abstain_below": (
+        "P",
+        share,
+        "give no text if its confidence is below P (0 to 1); the bundle needs one: `calibrate --references`",
+    ),
 }
 # Groups of generation flags: title, description, and which. Published evaluations use those of the first.
 DECODING = (

@@ -17,12 +17,10 @@ from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.calibration.agreement import CaptionAgreement
 from blip2edge.calibration.context import CalibrationContext
 from blip2edge.calibration.pictures import CalibrationPicture
-from blip2edge.calibration.report.page import REPORT_PAGE, report_page, shown_pictures, thumbnail
+from blip2edge.calibration.report.files import REPORT, REPORT_PAGE, SCHEMA
+from blip2edge.calibration.report.page import report_page, shown_pictures, thumbnail
 from blip2edge.calibration.results import StagedGraph
 from blip2edge.picture_files import printable
-
-REPORT = "report.json"
-SCHEMA = 1
 
 
 def write_reports(

@@ -18,7 +18,6 @@ from PIL import Image
 from blip2edge.calibration.activations.headroom import FP16_MAX, MIN_HEADROOM
 from blip2edge.charts import Bar, bars, grid, histogram, html_page, html_table, spread
 
-REPORT_PAGE = "report.html"
 SHOWN = 24  # pictures shown with their captions
 SIDE = 112  # px of a thumbnail
 ROWS = 12  # rows of a chart that shows the worst layers

@@ -2,11 +2,12 @@
 
     logits float32 [B, 1, V], position_ids int64 [B, 1], cache_position int64 [1] or [B],
     seen float32 [B, V], penalty float32 [B, 1], held float32 [B, V], held_steps int64 [B, 1]
-    -> token_ids int64 [B, 1], inputs_embeds [B, 1, D], and the next position_ids, cache_position, seen, held_steps
+    -> token_ids int64 [B, 1], inputs_embeds [B, 1, D], the next position_ids, cache_position, seen, held_steps,
+       and token_logprobs float32 [B, 1]
 
 Tokens that are marked in ``seen`` are penalised as by ``penalize_repetition``. Tokens that are marked in ``held`` (end
-tokens) are not chosen while ``held_steps`` is above 0. A row whose logits contain NaN gets the token −1, which the host
-reports as an error.
+tokens) are not chosen while ``held_steps`` is above 0. ``token_logprobs`` are the log-softmax of the unchanged logits
+at the chosen tokens. A row whose logits contain NaN gets the token −1, which the host reports as an error.
 
 The outputs are inputs of the next step, so the host can launch step after step on a GPU and read the tokens later. The
 token table is external data of the graph, at its offset in ``embed_tokens.safetensors``. A quantised table is first
@@ -29,7 +30,7 @@ from blip2edge.bundle.schema import DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR,
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.engine.profiles import with_rows
 from blip2edge.errors import EngineError
-from blip2edge.runtime.backends.engine_files import STEP
+from blip2edge.runtime.backends.engine_files import STEP, TOKEN_LOGPROBS
 from blip2edge.runtime.decoding.kv.fixed import CACHE_POSITION
 
 NEXT = "next_"
@@ -88,6 +89,7 @@ class StepSource:
             TensorSpec(f"{NEXT}{CACHE_POSITION}", "int64", place),
             TensorSpec(f"{NEXT}seen", "float32", (batch, vocabulary)),
             TensorSpec(f"{NEXT}held_steps", "int64", (batch, 1)),
+            TensorSpec(TOKEN_LOGPROBS, "float32", (batch, 1)),
         )
         return cls(bundle.file(EMBEDDINGS_FILE), with_rows(GraphSpec(STEP, inputs, outputs), most_rows))
 
@@ -106,7 +108,7 @@ def step_graph(source: StepSource) -> ir.Model:
     inputs = [_value(tensor) for tensor in source.spec.inputs]
     outputs = [_value(tensor) for tensor in source.spec.outputs]
     logits, position_ids, cache_position, seen, penalty, held, held_steps = inputs
-    tokens, embeds, next_ids, next_position, next_seen, next_steps = outputs
+    tokens, embeds, next_ids, next_position, next_seen, next_steps, logprobs = outputs
     stored = _external(source.table)
     table = ir.Value(name=EMBEDDINGS_TENSOR, shape=stored.shape, type=ir.TensorType(stored.dtype))
     table.const_value = stored
@@ -147,6 +149,10 @@ def step_graph(source: StepSource) -> ir.Model:
     marks = add("Expand", weights["mark"], add("Shape", best))
     add("ScatterElements", seen, best, marks, out=next_seen, axis=1)
     add("Sub", held_steps, weights["one"], out=next_steps)
+    largest = add("ReduceMax", flat, weights["axis"], keepdims=1)  # [B, 1]
+    total = add("ReduceSum", add("Exp", add("Sub", flat, largest)), weights["axis"], keepdims=1)
+    shifted = add("Sub", add("GatherElements", flat, best, axis=1), largest)
+    add("Sub", shifted, add("Log", total), out=logprobs)
     initializers = [table, *weights.values()]
     graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=initializers, opset_imports={"": OPSET}, name=STEP)
     return ir.Model(graph, ir_version=10, producer_name="blip2edge")

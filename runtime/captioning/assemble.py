@@ -21,6 +21,7 @@ from blip2edge.errors import BundleError, UsageError, option
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.backends.open_graph import GraphOpener
+from blip2edge.runtime.captioning.confidence import Confidence
 from blip2edge.runtime.captioning.pipeline import Encoder, ImageParts, TextGenerator, TextParts
 from blip2edge.runtime.decoding.draft_model import DraftSelector
 from blip2edge.runtime.decoding.language_model import load_language_model, token_table
@@ -146,5 +147,7 @@ def load_pipeline(
     drafts = DraftSelector.load(bundle, open_graph, text.tokenizer, draft, backend)
     # The text head needs the queries' keys and values as well.
     needed = None if drafts.head is not None else ["visual_tokens"]
-    generator = TextGenerator(language, text.tokenizer, bundle.manifest.max_positions, drafts)
+    generator = TextGenerator(
+        language, text.tokenizer, bundle.manifest.max_positions, drafts, Confidence(bundle.manifest)
+    )
     return Encoder(images, text, needed), generator

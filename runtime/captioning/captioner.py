@@ -38,6 +38,7 @@ from blip2edge.runtime.captioning.request import (
     raising,
 )
 from blip2edge.runtime.captioning.scheduler import Scheduler
+from blip2edge.runtime.decoding.generated import TextPiece, Word, words_of
 from blip2edge.runtime.decoding.logits_processors import check_ids, check_prompt_ids
 from blip2edge.runtime.decoding.options import CaptionOptions, GenerationOptions, check_integer, merged
 from blip2edge.runtime.images.video import Channels, ItemSource, in_rgb
@@ -243,11 +244,12 @@ class Captioner(LoadedBundle):
                 f"expected one prompt for each of the {len(pictures)} pictures, got {len(texts)}",
                 field="prompts",
             )
+        check_integer("batch_size", batch_size, 1)
+        generation = self.options(**options)
         for text in texts:
             if text is not None:
                 check_text("prompt", text)
-        check_integer("batch_size", batch_size, 1)
-        generation = self.options(**options)
+            self.generator.confidence.check(generation, text)
         compute = self._scheduled if len(pictures) > batch_size and (os.cpu_count() or 1) > 1 else self._in_turn
         results = self._while_open(compute(pictures, texts, generation, batch_size))
         return results if return_exceptions else raising(results)
@@ -259,24 +261,23 @@ class Captioner(LoadedBundle):
         prompt: str | None = None,
         channels: Channels = "rgb",
         **options: Unpack[CaptionOptions],
-    ) -> Iterator[str]:
+    ) -> Iterator[TextPiece]:
         """Yields the caption of one picture piece by piece, as it is generated.
 
-        All pieces together are the text that :meth:`caption` returns. Arguments and
-        errors are those of :meth:`caption`. Beam search cannot be streamed (UsageError).
+        All pieces together are the text that :meth:`caption` returns; each has its ``tokens``. Arguments and
+        errors are those of :meth:`caption`. Beam search and ``abstain_below`` cannot be streamed (UsageError).
         """
         self._check_open()
         if prompt is not None:
             check_text("prompt", prompt)
         generation = self.options(**options)
-        if generation.num_beams > 1:
-            raise UsageError(
-                f"{option('stream')} and {option('num_beams')} above 1 cannot be combined: "
-                "beam search chooses the words at the end",
-                f"leave {option('stream')} or {option('num_beams')} out",
-            )
+        generation.check_stream()
         batch = self.encoder([in_rgb(image, channels)], [prompt], StageClock())
         return self._while_open(self.generator.pieces(batch, generation))
+
+    def words(self, result: CaptionResult) -> tuple[Word, ...]:
+        """Returns the words of a caption of this captioner, each with the lowest log-probability of its tokens."""
+        return words_of(self.tokenizer, result.tokens[-result.new_tokens :], result.token_logprobs)
 
     def scheduler(
         self,
@@ -384,15 +385,7 @@ class Captioner(LoadedBundle):
             coming: deque[Request] = deque()
             for row, (image, text) in enumerate(zip(images, texts, strict=True)):
                 if len(coming) == IN_FLIGHT * batch_size:
-                    yield _outcome(coming.popleft())
+                    yield coming.popleft().outcome()
                 coming.append(scheduler.submit(image, options, prompt=text, row=row))
             while coming:
-                yield _outcome(coming.popleft())
-
-
-def _outcome(request: Request) -> CaptionResult | Blip2EdgeError:
-    """Waits for a request; returns its result or its error."""
-    try:
-        return request.result()
-    except Blip2EdgeError as error:
-        return error
+                yield coming.popleft().outcome()

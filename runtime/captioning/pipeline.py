@@ -19,22 +19,18 @@ from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import INTERLEAVED
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.backends.base import Session
-from blip2edge.runtime.captioning.request import CaptionResult, StageClock
+from blip2edge.runtime.captioning.confidence import Confidence
+from blip2edge.runtime.captioning.request import ABSTAINED, CaptionResult, StageClock, TextAnswer
 from blip2edge.runtime.decoding.beam_search import beam_search
 from blip2edge.runtime.decoding.draft_model import DraftSelector
 from blip2edge.runtime.decoding.generate import Generation, GenerationBatch, generate
+from blip2edge.runtime.decoding.generated import Generated, TextPiece, TextTokens
 from blip2edge.runtime.decoding.language_model import LanguageModel
-from blip2edge.runtime.decoding.options import Generated, GenerationOptions
+from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.decoding.state import RowState
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.runtime.images.video import ItemSource, images_of_each, pictures_of
-from blip2edge.runtime.text.prompt import (
-    InstructionTokenizer,
-    Prompt,
-    PromptBuilder,
-    PromptText,
-    pack_images,
-)
+from blip2edge.runtime.text.prompt import InstructionTokenizer, Prompt, PromptBuilder, PromptText, pack_images
 from blip2edge.runtime.text.tokenizer import TextPieces, Tokenizer
 
 
@@ -200,15 +196,22 @@ class TextGenerator:
         tokenizer: The language model's tokenizer.
         max_positions: Longest context of the language model, in tokens.
         drafts: Chooses the draft model of each text.
+        confidence: Computes how sure a text is.
     """
 
     def __init__(
-        self, language: LanguageModel, tokenizer: Tokenizer, max_positions: int, drafts: DraftSelector
+        self,
+        language: LanguageModel,
+        tokenizer: Tokenizer,
+        max_positions: int,
+        drafts: DraftSelector,
+        confidence: Confidence,
     ) -> None:
         self.language = language
         self.tokenizer = tokenizer
         self.max_positions = max_positions
         self.drafts = drafts
+        self.confidence = confidence
 
     def prefill(self, batch: EncodedBatch, clock: StageClock) -> tuple[NDArray[np.float32], RowState]:
         """Runs the prompts; returns logits ``[B, V]`` of the first token, and the decoder's state."""
@@ -230,8 +233,6 @@ class TextGenerator:
         options: GenerationOptions,
         vocabulary: int,
         number: int,
-        *,
-        scored: bool = False,
     ) -> Generation:
         """Makes the row of a ``GenerationBatch`` for one text.
 
@@ -241,7 +242,6 @@ class TextGenerator:
             options: The text's options; ``num_beams`` is 1.
             vocabulary: V, the number of logits.
             number: Number that selects the text's random stream.
-            scored: Whether to compute the text's log-probability.
         """
         prompt = batch.prompts[row]
         return Generation(
@@ -252,7 +252,6 @@ class TextGenerator:
             stopped=self._stopped(options),
             number=number,
             speculator=self.drafts.speculator(options, prompt.ids, batch.pictures, row),
-            scored=scored,
         )
 
     def complete(
@@ -263,7 +262,6 @@ class TextGenerator:
         clock: StageClock,
         *,
         texts: int = 1,
-        scored: bool = False,
     ) -> list[Generated]:
         """Generates the texts of a batch.
 
@@ -273,7 +271,6 @@ class TextGenerator:
             numbers: For each text, the number that selects its random stream.
             clock: Measures prefill and decode.
             texts: N, the number of texts of each row: of a beam search the best ones, otherwise drawn one by one.
-            scored: Whether to compute the texts' log-probabilities; a beam search always does.
 
         Returns:
             ``B * N`` texts, row by row.
@@ -286,7 +283,7 @@ class TextGenerator:
             if texts > 1:
                 state.select(places)
             chosen = zip(places.tolist(), numbers, strict=True)
-            rows = [self.begin(batch, at, options, logits.shape[-1], number, scored=scored) for at, number in chosen]
+            rows = [self.begin(batch, at, options, logits.shape[-1], number) for at, number in chosen]
             return generate(logits[places], state, rows)
 
     def _search(self, batch: EncodedBatch, options: GenerationOptions, clock: StageClock, best: int) -> list[Generated]:
@@ -311,18 +308,19 @@ class TextGenerator:
                 )
         return texts
 
-    def pieces(self, batch: EncodedBatch, options: GenerationOptions) -> Iterator[str]:
+    def pieces(self, batch: EncodedBatch, options: GenerationOptions) -> Iterator[TextPiece]:
         """Yields the pieces of a text as they are generated; ``batch`` has one row."""
         logits, state = self.prefill(batch, StageClock())
         row, decoding = self.begin(batch, 0, options, logits.shape[-1], 0), GenerationBatch()
         decoding.join(logits, state, [row])
-        text = TextPieces(self.tokenizer, options.stop)
+        text, tokens = TextPieces(self.tokenizer, options.stop), TextTokens(self.tokenizer)
+        known = (row.generated, row.token_logprobs, row.likeliest)  # lists that grow
         while decoding.rows:
             decoding.step()
             if piece := text.push(row.generated[-1]):
-                yield piece
+                yield TextPiece(piece, tokens.take(*known, piece))
         if rest := text.flush():
-            yield rest
+            yield TextPiece(rest, tokens.rest(*known, rest))
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         """The prompt's ids that the decoder processes: none if a text encoder takes the prompt."""
@@ -345,6 +343,13 @@ class TextGenerator:
             text = text.partition(stop)[0]
         return text.strip()
 
+    def answer(self, generated: Generated, options: GenerationOptions, prompt: PromptText | None) -> TextAnswer:
+        """The text and its confidence; the text is empty if the confidence is below ``options.abstain_below``."""
+        confidence = self.confidence.of(generated, options, prompt)
+        if options.abstain_below is not None and (confidence is None or confidence < options.abstain_below):
+            return TextAnswer("", ABSTAINED, confidence)
+        return TextAnswer(self.text(generated, options), generated.finish_reason, confidence)
+
     def result(
         self,
         image: ItemSource,
@@ -366,18 +371,21 @@ class TextGenerator:
         """
         seconds = (stage_ms["prefill"] + stage_ms["decode"]) / 1e3
         new_tokens = len(generated.tokens) - len(self.language.initial)
-        timings = {**stage_ms, "total": sum(stage_ms.values())}
+        answer, timings = self.answer(generated, options, prompt), {**stage_ms, "total": sum(stage_ms.values())}
         return CaptionResult(
             image=_path(image),
             prompt=None if prompt is None else str(prompt),
-            text=self.text(generated, options),
+            text=answer.text,
             tokens=generated.tokens,
-            finish_reason=generated.finish_reason,
+            finish_reason=answer.finish_reason,
             timings_ms={stage: round(ms, 3) for stage, ms in timings.items()},
             tokens_per_s=round(new_tokens / seconds, 1) if seconds > 0 else 0.0,
             tokens_per_pass=round(generated.tokens_per_pass, 3),
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
+            token_logprobs=generated.token_logprobs,
+            confidence=answer.confidence,
+            likeliest=generated.likeliest,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import threading
@@ -10,13 +11,14 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from blip2edge.errors import Blip2EdgeError, DeadlineError, UsageError, option
 from blip2edge.runtime.decoding.generate import Generation
+from blip2edge.runtime.decoding.generated import Likeliest
 from blip2edge.runtime.decoding.options import GenerationOptions, check_integer, check_number, shown
 from blip2edge.runtime.images.video import ItemSource
 from blip2edge.runtime.text.prompt import PromptText
@@ -26,8 +28,14 @@ STAGES = ("preprocess", "vision", "bridge", "prefill", "decode")
 """The stages of a caption, in order."""
 
 
-NOT_IN_JSON = ("tokens_per_pass", "prompt_tokens", "new_tokens")
-"""Attributes of a result that ``bench`` and the chat format report, and ``caption --json`` does not."""
+NOT_IN_JSON = ("tokens_per_pass", "prompt_tokens", "new_tokens", "token_logprobs", "likeliest", "confidence")
+"""Attributes of a result that ``caption --json`` does not have; ``confidence`` comes last there, after ``logprob``."""
+
+DIGITS = 6
+"""Decimals of log-probabilities in JSON."""
+
+ABSTAINED = "abstained"
+"""``finish_reason`` of a text whose confidence is below ``abstain_below``."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,8 @@ class CaptionResult:
         prompt: The prompt as given; None if none was given.
         text: The caption, without special tokens and surrounding spaces.
         tokens: Generated token ids, the end token included.
-        finish_reason: Why generation ended: ``eos`` (end token), ``length`` (limit) or ``stop`` (stop string).
+        finish_reason: Why generation ended: ``eos`` (end token), ``length`` (limit) or ``stop`` (stop string); or
+            ``abstained``: the confidence is below ``abstain_below``, and ``text`` is empty.
         timings_ms: Milliseconds of each of :data:`STAGES` and ``total``, their sum. The time of a batch is divided
             equally among its pictures. Encoding overlaps with decoding, so that many pictures take less wall time than
             the sum of their totals.
@@ -47,6 +56,10 @@ class CaptionResult:
         tokens_per_pass: Generated tokens per pass of the language model; 1 without a draft model.
         prompt_tokens: Length of the prompt in tokens, visual tokens included.
         new_tokens: Number of generated tokens: ``tokens`` without the decoder's start token.
+        token_logprobs: The log-probability of each generated token; see :class:`Generated`.
+        confidence: Estimated probability that the text is right, by the map that ``calibrate --references`` fitted;
+            None if the bundle has no map for these options and this prompt (docs/confidence.md).
+        likeliest: For each generated token, the likeliest tokens of its place; empty without ``top_logprobs``.
     """
 
     image: str | list[str | None] | None
@@ -59,11 +72,28 @@ class CaptionResult:
     tokens_per_pass: float = 1.0
     prompt_tokens: int = 0
     new_tokens: int = 0
+    token_logprobs: tuple[float, ...] = ()
+    confidence: float | None = None
+    likeliest: tuple[Likeliest, ...] = ()
+
+    @property
+    def logprob(self) -> float:
+        """Log-probability of the text (natural logarithm): the sum over its tokens; it is not calibrated."""
+        return math.fsum(self.token_logprobs)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object with the attributes as keys, up to ``tokens_per_s``."""
-        values = {**vars(self), "tokens": list(self.tokens)}
-        return {key: value for key, value in values.items() if key not in NOT_IN_JSON}
+        """A JSON object: the attributes except :data:`NOT_IN_JSON`, and ``logprob``."""
+        values = {key: value for key, value in vars(self).items() if key not in NOT_IN_JSON}
+        sure = {"logprob": round(self.logprob, DIGITS), "confidence": self.confidence}
+        return {**values, "tokens": list(self.tokens), **sure}
+
+
+class TextAnswer(NamedTuple):
+    """A text, its finish reason and its confidence; see :class:`CaptionResult`."""
+
+    text: str
+    finish_reason: str
+    confidence: float | None
 
 
 @dataclass(frozen=True)
@@ -224,6 +254,7 @@ class Request(Pending[CaptionResult]):
         prompt_tokens: Length of the prompt in tokens; 0 until the request is encoded.
         stage_ms: Milliseconds by stage so far.
         first_token_s: Seconds from its submission to the first token (of a beam search: to the text); None until that.
+        generation: The request's row of the batch, once it is decoded; None for a beam search.
         on_piece: Called by the decoder's thread with each piece of the text, and with None at the end. If it is set,
             :meth:`pieces` yields nothing.
     """
@@ -238,25 +269,38 @@ class Request(Pending[CaptionResult]):
     stage_ms: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     on_piece: Callable[[str | None], None] | None = None
     first_token_s: float | None = None
+    generation: Generation | None = None
     _pieces: queue.SimpleQueue[str | None] = field(default_factory=queue.SimpleQueue)
     _text: TextPieces | None = None
 
-    def begin(self, tokenizer: Tokenizer) -> None:
-        """Prepares the conversion of tokens to text; call it before the first :meth:`take`."""
-        self._text = TextPieces(tokenizer, self.options.stop)
+    def begin(self, tokenizer: Tokenizer, row: Generation) -> None:
+        """Sets the request's row of the batch, and prepares the conversion of its tokens to text."""
+        self.generation = row
+        if self.options.abstain_below is None:  # else the text is published at the end, if at all
+            self._text = TextPieces(tokenizer, self.options.stop)
 
     def take(self, row: Generation) -> None:
         """Publishes the text of the last token that was generated for ``row``, the request's row of the batch."""
-        if self._text is None:
-            return
         if self.first_token_s is None:
             self.first_token_s = time.perf_counter() - self.submitted
+        if self._text is None:
+            return
         self.push(self._text.push(row.generated[-1]))
         if row.finish_reason is not None:
             self.push(self._text.flush())
 
+    def outcome(self) -> CaptionResult | Blip2EdgeError:
+        """Waits for the result; returns it, or its error."""
+        try:
+            return self.result()
+        except Blip2EdgeError as error:
+            return error
+
     def pieces(self) -> Iterator[str]:
-        """Yields the text piece by piece as it is generated (beam search: at the end); errors as in :meth:`result`."""
+        """Yields the text piece by piece as it is generated; errors as in :meth:`result`.
+
+        With beam search or ``abstain_below``, the whole text comes at the end.
+        """
         while (piece := self._pieces.get()) is not None:
             yield piece
         self.future.result()

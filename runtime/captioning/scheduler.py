@@ -24,7 +24,8 @@ from blip2edge.runtime.captioning.fair_lock import FairLock
 from blip2edge.runtime.captioning.pipeline import EncodeBatch, EncodedBatch, TextGenerator
 from blip2edge.runtime.captioning.request import Request, Span, StageClock, expiry
 from blip2edge.runtime.decoding.generate import GenerationBatch
-from blip2edge.runtime.decoding.options import Generated, GenerationOptions
+from blip2edge.runtime.decoding.generated import Generated
+from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.images.video import Channels, ItemSource, in_rgb
 from blip2edge.runtime.text.prompt import PromptText
 
@@ -122,9 +123,10 @@ class Scheduler:
 
         Raises:
             OverloadError: The queue is full, and ``wait`` is False.
-            UsageError: As :func:`expiry`.
+            UsageError: As :func:`expiry`; or ``abstain_below`` is given, and there is no confidence.
             RuntimeError: The scheduler is closed.
         """
+        self._generator.confidence.check(options, prompt)
         image = in_rgb(image, channels)
         expires = expiry(deadline)
         with self._changed:
@@ -345,7 +347,7 @@ class Scheduler:
         batch = self._batches[-1 if requests[0].separate else 0]
         batch.join(logits, state, rows)
         for row, request in zip(rows, requests, strict=True):
-            request.begin(self._generator.tokenizer)
+            request.begin(self._generator.tokenizer, row)
             self._running[id(row)] = request
 
     def _search(self, requests: list[Request], part: EncodedBatch) -> None:
@@ -381,7 +383,7 @@ class Scheduler:
         result = self._generator.result(
             request.image, request.prompt, request.prompt_tokens, generated, request.options, request.stage_ms
         )
-        if generated.score is not None:
+        if generated.score is not None or request.options.abstain_below is not None:
             request.push(result.text)
         request.finish(result)
 

@@ -13,10 +13,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from blip2edge.runtime.decoding.generated import Generated, Stopped, finish_reason
 from blip2edge.runtime.decoding.logits_processors import LogitsProcessors
-from blip2edge.runtime.decoding.options import Generated, GenerationOptions, Stopped, finish_reason
-from blip2edge.runtime.decoding.sampling import log_softmax, top_k_indices
+from blip2edge.runtime.decoding.options import GenerationOptions
+from blip2edge.runtime.decoding.sampling import LOWEST, log_softmax, top_k_indices
 from blip2edge.runtime.decoding.state import DecodeState
+
+_Finished = tuple[tuple[int, ...], str, tuple[float, ...]]
+"""Tokens of a finished text, why it ended, and the log-probability of each token."""
 
 _EXCLUDED = np.float32(-1e9)  # added to a score that must not be chosen, as in transformers
 
@@ -94,8 +98,9 @@ class _BeamGroup:
         self._running = np.zeros((width, options.max_new_tokens), np.int64)
         self._scores = np.full(width, _EXCLUDED, np.float32)
         self._scores[0] = 0.0  # all beams are equal at first: only one of them counts
-        self._logprobs = np.zeros(width, np.float64)  # of the running beams, before the logits processors
-        self._finished: list[tuple[tuple[int, ...], str, float]] = [((), "", 0.0)] * width
+        # Of each token of the running beams, before the logits processors.
+        self._logprobs = np.zeros((width, options.max_new_tokens), np.float32)
+        self._finished: list[_Finished] = [((), "", ())] * width
         self._finished_scores = np.full(width, _EXCLUDED, np.float32)
         self._is_finished = np.zeros(width, bool)
         self._improvable = True
@@ -119,14 +124,15 @@ class _BeamGroup:
                 self._processors(beam, text[: self._length])
         log_probs += self._scores[:, None]
         scores, sources, texts = self._continuations(log_probs)
-        logprobs = self._logprobs[sources] + plain[sources, texts[:, self._length]]
+        logprobs = self._logprobs[sources]
+        logprobs[:, self._length] = plain[sources, texts[:, self._length]]
         length = self._length + 1
         reasons = [finish_reason(text, length, self._options, self._stopped) for text in texts[:, :length].tolist()]
         ended = np.array([reason is not None for reason in reasons])
 
         continued = scores + ended.astype(np.float32) * _EXCLUDED
         chosen = np.argsort(-continued, kind="stable")[: self._options.num_beams]
-        self._collect(scores, texts[:, :length], reasons, ended, logprobs)
+        self._collect(scores, texts[:, :length], reasons, ended, logprobs[:, :length])
         self._running, self._scores, self.sources = texts[chosen], continued[chosen], sources[chosen]
         self._logprobs = logprobs[chosen]
         self._length = length
@@ -137,8 +143,8 @@ class _BeamGroup:
     def results(self, initial: Sequence[int], count: int) -> list[Generated]:
         """The `count` best finished texts, best first."""
         return [
-            Generated((*initial, *tokens), reason, float(score), logprob=logprob)
-            for score, (tokens, reason, logprob) in zip(self._finished_scores, self._finished, strict=True)
+            Generated((*initial, *tokens), reason, float(score), token_logprobs=logprobs)
+            for score, (tokens, reason, logprobs) in zip(self._finished_scores, self._finished, strict=True)
         ][:count]
 
     def _continuations(
@@ -159,7 +165,7 @@ class _BeamGroup:
         texts: NDArray[np.int64],
         reasons: Sequence[str | None],
         ended: NDArray[np.bool_],
-        logprobs: NDArray[np.float64],
+        logprobs: NDArray[np.float32],
     ) -> None:
         """Adds the texts that just ended to the finished ones, and keeps the num_beams best by penalised score."""
         width = self._options.num_beams
@@ -170,7 +176,7 @@ class _BeamGroup:
             penalised = scores / np.float32(texts.shape[1] ** self._options.length_penalty)
         entries = list(zip(self._finished_scores, self._finished, self._is_finished, strict=True))
         entries += [
-            (penalised[at], (tuple(texts[at].tolist()), reasons[at] or "", float(logprobs[at])), np.True_)
+            (penalised[at], (tuple(texts[at].tolist()), reasons[at] or "", _floored(logprobs[at])), np.True_)
             for at in np.flatnonzero(ripe).tolist()
         ]
         entries.sort(key=lambda entry: -entry[0])
@@ -190,3 +196,8 @@ class _BeamGroup:
         best = self._scores[0] / np.float32(length**penalty)
         worst = np.where(self._is_finished, self._finished_scores.min(), _EXCLUDED)
         return bool((best > worst).any())
+
+
+def _floored(logprobs: NDArray[np.float32]) -> tuple[float, ...]:
+    """Log-probabilities of the tokens of a text, without minus infinity."""
+    return tuple(np.maximum(logprobs, np.float32(LOWEST)).tolist())

@@ -12,11 +12,20 @@ from collections.abc import Generator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from blip2edge.runtime.decoding.generated import Generated, Likeliest, Stopped, finish_reason
 from blip2edge.runtime.decoding.logits_processors import LogitsProcessors, sampling_filters
-from blip2edge.runtime.decoding.options import Generated, GenerationOptions, Stopped, finish_reason
-from blip2edge.runtime.decoding.sampling import StepScores, broken_logits, draw, log_probability, row_stream
+from blip2edge.runtime.decoding.options import GenerationOptions
+from blip2edge.runtime.decoding.sampling import (
+    LOWEST,
+    StepScores,
+    broken_logits,
+    draw,
+    likeliest_tokens,
+    log_probability,
+    row_stream,
+)
 from blip2edge.runtime.decoding.speculative import Speculator
-from blip2edge.runtime.decoding.state import DecodeState, GreedyState, RowState
+from blip2edge.runtime.decoding.state import DecodeState, GreedyState, GreedyStep, RowState
 
 
 def generate(first_logits: NDArray[np.float32], state: DecodeState, rows: Sequence[Generation]) -> list[Generated]:
@@ -50,13 +59,13 @@ class Generation:
         stopped: Returns whether the generated ids finish the text (stop strings); end tokens always finish the text.
         number: Selects the row's random stream: with the same seed and number, a text does not depend on its batch.
         speculator: Speculative decoding while the row is decoded alone; None for plain decoding.
-        scored: Whether to sum the log-probabilities of the tokens.
 
     Attributes:
         generated: The generated ids so far.
         finish_reason: None until the text is finished.
         passes: Runs of the decoder for this text, prefill included.
-        logprob: The sum of the log-probabilities so far, by the model's logits; None if they are not summed.
+        token_logprobs: The log-probability of each generated token, by the decoder's logits; see :class:`Generated`.
+        likeliest: The likeliest tokens at the place of each, if the options ask for them.
     """
 
     def __init__(
@@ -69,12 +78,12 @@ class Generation:
         stopped: Stopped | None = None,
         number: int = 0,
         speculator: Speculator | None = None,
-        scored: bool = False,
     ) -> None:
         self.options = options
         self.speculator = speculator
         self.passes = 1
-        self.logprob = 0.0 if scored else None
+        self.token_logprobs: list[float] = []
+        self.likeliest: list[Likeliest] = []
         self.initial = tuple(initial)
         self.generated: list[int] = []
         self.finish_reason: str | None = None
@@ -86,7 +95,14 @@ class Generation:
     def result(self) -> Generated:
         """Returns the generated tokens and why the text ended; call it when the text is finished."""
         tokens = self.initial + tuple(self.generated)
-        return Generated(tokens, self.finish_reason or "", None, len(self.generated) / self.passes, self.logprob)
+        return Generated(
+            tokens,
+            self.finish_reason or "",
+            None,
+            len(self.generated) / self.passes,
+            tuple(self.token_logprobs),
+            tuple(self.likeliest),
+        )
 
     @property
     def remaining(self) -> int:
@@ -107,8 +123,9 @@ class Generation:
         If processors exclude every token, or make a score infinite, there are no probabilities: sampling is greedy.
         """
         token = self._choose(logits)
-        if self.logprob is not None:
-            self.logprob += log_probability(logits, token)
+        self.token_logprobs.append(log_probability(logits, token))
+        if self.options.top_logprobs:
+            self.likeliest.append(likeliest_tokens(logits, self.options.top_logprobs))
         return token
 
     def _choose(self, logits: NDArray[np.float32]) -> int:
@@ -121,7 +138,7 @@ class Generation:
     @property
     def is_chosen_on_device(self) -> bool:
         """Whether a :class:`GreedyState` can choose the next token."""
-        plain = self._random is None and self.speculator is None and self.logprob is None
+        plain = self._random is None and self.speculator is None and not self.options.top_logprobs
         return plain and self._processors.fit_device(len(self.generated))
 
     def step_scores(self) -> StepScores:
@@ -147,7 +164,7 @@ class GenerationBatch:
         self._logits: NDArray[np.float32] | None = None
         self._last: NDArray[np.int64] | None = None  # tokens that are chosen, and not processed by the decoder yet
         # Tokens that a GreedyState chooses itself.
-        self._greedy: Generator[NDArray[np.int64], None, None] | None = None
+        self._greedy: Generator[GreedyStep, None, None] | None = None
 
     def join(self, first_logits: NDArray[np.float32], state: DecodeState, rows: Sequence[Generation]) -> None:
         """Adds texts to the batch, after their prefill.
@@ -189,15 +206,18 @@ class GenerationBatch:
 
     def _chosen(self, state: DecodeState) -> list[int]:
         """The next token of each row."""
-        on_device = all(row.is_chosen_on_device for row in self.rows)
+        on_device = isinstance(state, GreedyState) and state.gives_logprobs
+        on_device = on_device and all(row.is_chosen_on_device for row in self.rows)
         if self._last is None or not on_device or not isinstance(state, GreedyState):
             logits = self._advanced(state)
             return [row.choose(scores) for row, scores in zip(self.rows, logits, strict=True)]
         if self._greedy is None:
             self._greedy = state.greedy(self._last, [row.step_scores() for row in self.rows])
-        for row in self.rows:
+        tokens, logprobs = next(self._greedy)
+        for row, logprob in zip(self.rows, logprobs, strict=True):
             row.passes += 1
-        return [int(token) for token in next(self._greedy)]
+            row.token_logprobs.append(max(LOWEST, float(logprob)))
+        return [int(token) for token in tokens]
 
     def _halt(self) -> None:
         """Stops the state's own greedy decoding; the state then holds all tokens except the last ones."""

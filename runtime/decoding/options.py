@@ -1,4 +1,4 @@
-"""Options and results of text generation, and the test whether a text is finished."""
+"""Options of text generation, and the checks of their values."""
 
 from __future__ import annotations
 
@@ -40,12 +40,13 @@ MAX_BIAS = 1e6
 BELOW_ONE = 1 - 1e-6
 """Largest probability that a cutoff of sampling may have."""
 
+MAX_TOP_LOGPROBS = 20
+"""Largest number of likeliest tokens at each token, as in OpenAI's chat format."""
+
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Options that act in sampling alone."""
 
 _SAMPLING = f"{option('temperature')}, {option('top_p')} or {option('top_k')}"
-
-Stopped = Callable[[Sequence[int]], bool]
 
 
 class CaptionOptions(TypedDict, total=False):
@@ -81,6 +82,8 @@ class CaptionOptions(TypedDict, total=False):
     typical_p: float | None
     epsilon_cutoff: float | None
     eta_cutoff: float | None
+    top_logprobs: int
+    abstain_below: float | None
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,9 @@ class GenerationOptions:
         typical_p: Sample from the most typical tokens whose probabilities reach this sum; 1: from all.
         epsilon_cutoff: Sample from tokens of at least this probability.
         eta_cutoff: As `epsilon_cutoff`, but lower where the entropy is large.
+        top_logprobs: Number of likeliest tokens whose log-probabilities the result has at each token, at most
+            :data:`MAX_TOP_LOGPROBS`; not with beam search.
+        abstain_below: The text is empty if its confidence is below this (docs/confidence.md); None: never.
 
     Raises:
         UsageError: A value is outside its range, or two contradict each other.
@@ -160,6 +166,8 @@ class GenerationOptions:
     typical_p: float | None = None
     epsilon_cutoff: float | None = None
     eta_cutoff: float | None = None
+    top_logprobs: int = 0
+    abstain_below: float | None = None
 
     def __post_init__(self) -> None:
         for name, checked in _CHECKED.items():
@@ -193,6 +201,25 @@ class GenerationOptions:
                 f"expected either {option('num_beams')} or sampling, got {self.num_beams} beams and {_SAMPLING}",
                 f"leave {option('num_beams')} or the sampling options out",
             )
+        if self.num_beams > 1 and self.top_logprobs:
+            raise UsageError(
+                f"expected {option('top_logprobs')} 0 with {option('num_beams')} {self.num_beams}, got "
+                f"{self.top_logprobs}",
+                f"leave {option('num_beams')} or {option('top_logprobs')} out",
+            )
+
+    def check_stream(self) -> None:
+        """Raises UsageError if the text cannot be given word by word: it is not known before its end."""
+        for name, used, why in (
+            ("num_beams", self.num_beams > 1, "beam search chooses the words at the end"),
+            ("abstain_below", self.abstain_below is not None, "the confidence is known at the end"),
+        ):
+            if used:
+                above = " above 1" if name == "num_beams" else ""
+                raise UsageError(
+                    f"{option('stream')} and {option(name)}{above} cannot be combined: {why}",
+                    f"leave {option('stream')} or {option(name)} out",
+                )
 
     @property
     def sampling(self) -> bool:
@@ -351,43 +378,14 @@ _CHECKED: Mapping[str, Callable[[str, Any], Any]] = {
     "typical_p": partial(check_number, low=0.0, high=1.0, above=True),
     "epsilon_cutoff": partial(check_number, low=0.0, high=BELOW_ONE),
     "eta_cutoff": partial(check_number, low=0.0, high=BELOW_ONE),
+    "top_logprobs": partial(check_integer, least=0, most=MAX_TOP_LOGPROBS),
+    "abstain_below": partial(check_number, low=0.0, high=1.0),
 }
 """By field: the function that checks a value, and returns it as it is stored."""
 
 _NONE_IS_OFF = tuple(_CHECKED)[tuple(_CHECKED).index("min_length") :]
 
 
-@dataclass(frozen=True)
-class Generated:
-    """The generated text of one row.
-
-    Attributes:
-        tokens: The ids that the decoder was started with, then the generated ids with the end token; no padding.
-        finish_reason: "eos", "length" or "stop".
-        score: The length-penalised log-probability of the best beam; None without beam search.
-        tokens_per_pass: Number of generated tokens divided by the decoder's passes for them; 1 without a draft model.
-        logprob: Sum of the log-probabilities that the model gives the generated tokens, before logits processors and
-            temperature; None if it was not computed.
-    """
-
-    tokens: tuple[int, ...]
-    finish_reason: str
-    score: float | None
-    tokens_per_pass: float = 1.0
-    logprob: float | None = None
-
-
 def end_ids(options: GenerationOptions, vocabulary: int) -> NDArray[np.int64]:
     """Returns the end tokens with ids below ``vocabulary``, which the model can generate, int64."""
     return np.array([token for token in options.eos_token_ids if token < vocabulary], np.int64)
-
-
-def finish_reason(
-    generated: Sequence[int], length: int, options: GenerationOptions, stopped: Stopped | None
-) -> str | None:
-    """Returns why a text of `length` generated tokens is finished: "eos", "stop" or "length"; None if not finished."""
-    if generated[-1] in options.eos_token_ids:
-        return "eos"
-    if stopped is not None and stopped(generated):
-        return "stop"
-    return "length" if length >= options.max_new_tokens else None

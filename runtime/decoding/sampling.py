@@ -188,11 +188,31 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return shifted
 
 
+LOWEST = -9999.0
+"""Log-probability of a token whose logit is minus infinity or NaN, as in OpenAI's chat format; JSON has no infinity."""
+
+
 def log_probability(logits: NDArray[np.float32], token: int) -> float:
-    """Computes the log-probability of a token from logits ``[V]``."""
-    largest = logits.max()
-    total = np.exp(logits - largest).sum(dtype=np.float64)
-    return float(logits[token]) - float(largest) - math.log(total)
+    """Computes the log-probability of a token from logits ``[V]``; :data:`LOWEST` if it is not finite."""
+    largest, value = float(logits.max()), float(logits[token])
+    if not (math.isfinite(largest) and math.isfinite(value)):
+        return 0.0 if value == largest == math.inf else LOWEST
+    weights = np.subtract(logits, np.float32(largest))
+    np.exp(weights, out=weights)  # in place: new memory for the result would double the time
+    return value - largest - math.log(float(weights.sum()))
+
+
+def likeliest_tokens(logits: NDArray[np.float32], count: int) -> tuple[tuple[int, float], ...]:
+    """Returns the ``count`` likeliest tokens of logits ``[V]`` with their log-probabilities, likeliest first.
+
+    Empty if the logits hold NaN.
+    """
+    if np.isnan(logits.max()):
+        return ()
+    tokens = top_k_indices(np.asarray(logits, np.float32), min(count, len(logits))).tolist()
+    highest = log_probability(logits, tokens[0])
+    shift = highest - float(logits[tokens[0]])
+    return tuple((token, max(LOWEST, float(logits[token]) + shift)) for token in tokens)
 
 
 def broken_logits() -> BackendError:

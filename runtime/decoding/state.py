@@ -34,13 +34,19 @@ class DecodeState(Protocol):
         """Adds the rows of ``other``, a state of the same decoder; ``other`` must not be used afterwards."""
 
 
+GreedyStep = tuple[NDArray[np.int64], NDArray[np.float32]]
+"""The tokens ``[B]`` of a step that a device chose, and their log-probabilities ``[B]``."""
+
+
 @runtime_checkable
 class GreedyState(Protocol):
     """A state that chooses the likeliest tokens itself; a GPU then starts the next step without the host."""
 
-    def greedy(
-        self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]
-    ) -> Generator[NDArray[np.int64], None, None]:
+    @property
+    def gives_logprobs(self) -> bool:
+        """Whether :meth:`greedy` can be used: engines of an older version give no log-probabilities."""
+
+    def greedy(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[GreedyStep, None, None]:
         """Appends tokens ``[B]``, then yields the likeliest next tokens ``[B]`` step by step, and appends them.
 
         When the generator is closed, the state holds all tokens except the last ones that were yielded.

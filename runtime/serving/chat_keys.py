@@ -137,8 +137,10 @@ KEYS: tuple[ChatKey, ...] = (
         is_read=True,
     ),
     ChatKey("n", "one answer", values=(1,)),
-    ChatKey("logprobs", "not returned", values=(False,)),
-    ChatKey("top_logprobs", "not returned", values=(0,)),
+    ChatKey("logprobs", "log-probability of each token of the answer, before penalties and temperature", is_read=True),
+    ChatKey(
+        "top_logprobs", "with `logprobs`: the 0 to 20 likeliest tokens at each place; no beam search", is_read=True
+    ),
     ChatKey("logit_bias", "", values=({},)),
     ChatKey("frequency_penalty", "use `repetition_penalty`", values=(0,)),
     ChatKey("presence_penalty", "use `repetition_penalty`", values=(0,)),
@@ -173,6 +175,9 @@ KEYS: tuple[ChatKey, ...] = (
     ChatKey("length_penalty", "beam scores are divided by length to this power", "length_penalty", own=True),
     ChatKey("repetition_penalty", "above 1: fewer repetitions", "repetition_penalty", own=True),
     ChatKey("top_k", "sample from this many tokens; 0: from all", "top_k", own=True),
+    ChatKey(
+        "abstain_below", "no text if its confidence is lower; the bundle needs a confidence", "abstain_below", own=True
+    ),
     ChatKey("draft", "draft model of speculative decoding; the text stays the same", "draft", own=True),
     ChatKey("ask", "true: the text is a question for the bundle's question template", is_read=True, own=True),
     ChatKey("deadline_s", "seconds for the answer; later it is answered with 504", is_read=True, own=True),

@@ -11,8 +11,6 @@ loaded again, are answered with 503; a missed deadline with 504.
 from __future__ import annotations
 
 import asyncio
-import time
-import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -48,7 +46,7 @@ from blip2edge.runtime.serving.models.embeddings_api import (
 )
 from blip2edge.runtime.serving.models.match_queue import MatchCall, Steps
 from blip2edge.runtime.serving.models.served import ModelSource, Queueing, ServedCaptioner, ServedMatcher, ServedModels
-from blip2edge.runtime.serving.openai_api import Answer, event_lines, read_request
+from blip2edge.runtime.serving.openai_api import Answer, read_request
 from blip2edge.runtime.serving.openapi import CHAT, EMBEDDINGS, ENDPOINTS, EVENT_KEYS, MATCH, document, route_name
 from blip2edge.runtime.serving.picture_forms import (
     FORM_TYPE,
@@ -58,7 +56,7 @@ from blip2edge.runtime.serving.picture_forms import (
     read_match_request,
 )
 from blip2edge.runtime.serving.request_log import RequestLog
-from blip2edge.runtime.serving.transfer import BodyMemory, BodyShare, ClientGoneError, WaitingClient, read_body
+from blip2edge.runtime.serving.transfer import BodyMemory, ClientGoneError, WaitingClient, event_lines, read_body
 
 PAGE = Path(__file__).with_name("page.html")
 
@@ -224,7 +222,7 @@ class Server:
         request.state.names = wanted.names
         model = request.state.model = self.models.captioner(wanted.model)
         prompt = model.captioner.prompts.question(str(wanted.prompt)) if wanted.ask else wanted.prompt
-        answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model.name, wanted.include_usage)
+        answer = Answer.to(wanted, model.name, model.captioner.tokenizer)
         client: WaitingClient[Request] = WaitingClient(request.receive)
         submit = partial(model.submit, client, wanted.images, prompt, wanted.options, wanted.deadline)
         if not wanted.stream:
@@ -306,9 +304,8 @@ class Server:
         if find is not None and (len(self.models) == 1 or name is not None):
             model = request.state.model = find(name)
             model.engine.ready().check_room()
-        share: BodyShare = request.scope[SHARE]
         most = self.limits.body_bytes if most is None else most
-        return await read_body(request.headers, request.receive, share, most, self.connections)
+        return await read_body(request.headers, request.receive, request.scope[SHARE], most, self.connections)
 
     async def _finished(self, client: WaitingClient[Request], model: ServedCaptioner) -> CaptionResult:
         while await client.next() is not None:
@@ -331,14 +328,14 @@ class Server:
                 client.outcome()
             outcome = "cancelled"
             try:
-                yield answer.chunk({"role": "assistant", "content": ""})
+                yield answer.chunk("", role=True)
                 while piece is not None:
-                    yield answer.chunk({"content": piece})
+                    yield answer.chunk(piece, client.pending.generation)
                     piece = await client.next()
                 outcome = "failed"
                 result = _counted(client, model)
                 outcome = ""
-                yield answer.chunk({}, result.finish_reason)
+                yield answer.last_chunk(result)
                 if answer.include_usage:
                     yield answer.usage_chunk(result)
             except Blip2EdgeError as error:

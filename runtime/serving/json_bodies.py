@@ -1,4 +1,4 @@
-"""JSON bodies, whose nesting and size are bounded before any object is built, and the pictures in them: data URLs."""
+"""JSON bodies of requests, of bounded size, with the pictures in them (data URLs); and parts of answers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import base64
 import binascii
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from blip2edge.errors import one_line
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.reading import refuse_constant, unique_keys
+from blip2edge.runtime.captioning.request import ABSTAINED, DIGITS, CaptionResult
+from blip2edge.runtime.decoding.generated import TextToken
 from blip2edge.runtime.decoding.options import shown
 from blip2edge.runtime.serving.chat_keys import RequestError
 
@@ -123,3 +126,34 @@ def picture_bytes(url: Any, field: str) -> bytes:
             field=field,
             code="invalid_base64",
         ) from error
+
+
+def usage(result: CaptionResult) -> dict[str, int]:
+    """Counts of tokens; visual tokens are tokens of the prompt, and the decoder's start token is not counted."""
+    return {
+        "prompt_tokens": result.prompt_tokens,
+        "completion_tokens": result.new_tokens,
+        "total_tokens": result.prompt_tokens + result.new_tokens,
+    }
+
+
+def about(result: CaptionResult) -> dict[str, Any]:
+    """How sure the answer is: log-probability, confidence, and whether the text is empty because it is not sure."""
+    return {
+        "logprob": round(result.logprob, DIGITS),
+        "confidence": result.confidence,
+        "abstained": result.finish_reason == ABSTAINED,
+    }
+
+
+def logprobs_json(tokens: Sequence[TextToken]) -> dict[str, Any]:
+    """OpenAI's object of a choice's log-probabilities."""
+
+    def one(text: str, logprob: float) -> dict[str, Any]:
+        return {"token": text, "logprob": round(logprob, DIGITS), "bytes": list(text.encode("utf-8", "replace"))}
+
+    content = [
+        {**one(token.text, token.logprob), "top_logprobs": [one(*other) for other in token.likeliest]}
+        for token in tokens
+    ]
+    return {"content": content, "refusal": None}

@@ -8,15 +8,17 @@ are refused, so that no client can make the server fetch an address (server-side
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from blip2edge.bundle.schema import INTERLEAVED, MARKERS, PromptSpec
 from blip2edge.limits import DEFAULT_LIMITS, Limits
-from blip2edge.runtime.captioning.request import CaptionResult
+from blip2edge.runtime.captioning.request import ABSTAINED, CaptionResult
+from blip2edge.runtime.decoding.generate import Generation
+from blip2edge.runtime.decoding.generated import TextTokens
 from blip2edge.runtime.decoding.options import shown
 from blip2edge.runtime.serving.chat_keys import (
     RequestError,
@@ -26,8 +28,9 @@ from blip2edge.runtime.serving.chat_keys import (
     generation_options,
     is_same,
 )
-from blip2edge.runtime.serving.json_bodies import json_object, picture_bytes
+from blip2edge.runtime.serving.json_bodies import about, json_object, logprobs_json, picture_bytes, usage
 from blip2edge.runtime.text.prompt import Dialog
+from blip2edge.runtime.text.tokenizer import Tokenizer
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 """Roles that are read, and the role that each has in a prompt."""
@@ -61,6 +64,7 @@ class ChatRequest:
         ask: Whether the prompt is a question for the bundle's template.
         names: The request's key for each of its options, for errors.
         model: Name of the bundle; None for the default.
+        logprobs: Whether the answer has the log-probabilities of its tokens.
     """
 
     images: tuple[bytes, ...]
@@ -72,6 +76,7 @@ class ChatRequest:
     ask: bool
     names: dict[str, str]
     model: str | None = None
+    logprobs: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,8 +121,17 @@ def read_request(body: bytes, spec: PromptSpec | SpecOf | None = None, limits: L
     values = json_object(body, limits)
     check_chat_keys(values)
     options, names = generation_options(values)
-    for name in ("stream", "ask"):
+    for name in ("stream", "ask", "logprobs"):
         check_type(name, values.get(name), bool, "true or false")
+    if values.get("top_logprobs"):
+        if not values.get("logprobs"):
+            raise RequestError(
+                "expected logprobs to be true with top_logprobs",
+                "send both",
+                field="top_logprobs",
+                code="unsupported_value",
+            )
+        options["top_logprobs"] = values["top_logprobs"]
     check_seconds(values.get("deadline_s"))
     include_usage = _stream_options(values.get("stream_options"))
     model = values.get("model")
@@ -136,6 +150,7 @@ def read_request(body: bytes, spec: PromptSpec | SpecOf | None = None, limits: L
         ask=ask,
         names=names,
         model=model,
+        logprobs=bool(values.get("logprobs")),
     )
 
 
@@ -288,7 +303,7 @@ def _in_order(message: Message, spec: PromptSpec | None) -> str:
     return written
 
 
-_REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
+_REASONS = {"eos": "stop", "stop": "stop", "length": "length", ABSTAINED: "stop"}
 
 
 @dataclass(frozen=True)
@@ -300,32 +315,64 @@ class Answer:
         created: Unix time in seconds.
         model: Name of the bundle.
         include_usage: Whether the last chunk gives ``usage``; all others then have null there.
+        tokens: Finds the tokens of the text; None if the request asks for no log-probabilities.
     """
 
     id: str
     created: int
     model: str
     include_usage: bool = False
+    tokens: TextTokens | None = None
 
     def completion(self, result: CaptionResult) -> dict[str, Any]:
-        """A complete answer; ``timings_ms`` is added to OpenAI's keys."""
+        """A complete answer; ``timings_ms`` and the keys of :func:`about` are added to OpenAI's keys."""
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": result.text, "refusal": None},
-            "logprobs": None,
+            "logprobs": self._logprobs(result, result.text),
             "finish_reason": _REASONS[result.finish_reason],
         }
         return {
             **self._object("chat.completion", [choice]),
             "usage": usage(result),
             "timings_ms": result.timings_ms,
+            **about(result),
         }
 
-    def chunk(self, delta: Mapping[str, str], reason: str | None = None) -> dict[str, Any]:
-        """A piece of an answer; the last one has a finish reason and an empty ``delta``."""
-        finish = None if reason is None else _REASONS[reason]
-        choice = {"index": 0, "delta": dict(delta), "logprobs": None, "finish_reason": finish}
+    @classmethod
+    def to(cls, wanted: ChatRequest, model: str, tokenizer: Tokenizer) -> Answer:
+        """Begins the answer of the bundle ``model`` to a request."""
+        tokens = TextTokens(tokenizer) if wanted.logprobs else None
+        return cls(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model, wanted.include_usage, tokens)
+
+    def chunk(self, piece: str, row: Generation | None = None, *, role: bool = False) -> dict[str, Any]:
+        """A piece of an answer.
+
+        Args:
+            piece: The text.
+            row: The tokens so far; None where they are known at the end only.
+            role: Whether it is the first chunk, which has the role and no text.
+        """
+        logprobs = None
+        if self.tokens is not None and not role:
+            known = ([], [], []) if row is None else (row.generated, row.token_logprobs, row.likeliest)
+            logprobs = logprobs_json(self.tokens.take(*known, piece))
+        delta = {**({"role": "assistant"} if role else {}), "content": piece}
+        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": None}
         return self._chunk([choice], None)
+
+    def last_chunk(self, result: CaptionResult) -> dict[str, Any]:
+        """The chunk with the finish reason; it has the keys of :func:`about`, and tokens that no other chunk has."""
+        reason = _REASONS[result.finish_reason]
+        choice = {"index": 0, "delta": {}, "logprobs": self._logprobs(result, ""), "finish_reason": reason}
+        return {**self._chunk([choice], None), **about(result)}
+
+    def _logprobs(self, result: CaptionResult, piece: str) -> dict[str, Any] | None:
+        """The tokens of the last piece; None if the request does not ask for them."""
+        if self.tokens is None:
+            return None
+        ids = result.tokens[len(result.tokens) - result.new_tokens :]
+        return logprobs_json(self.tokens.rest(ids, result.token_logprobs, result.likeliest, piece))
 
     def usage_chunk(self, result: CaptionResult) -> dict[str, Any]:
         """The chunk after the last piece, for ``stream_options.include_usage``; it has ``timings_ms`` as well."""
@@ -337,27 +384,3 @@ class Answer:
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
-
-
-def usage(result: CaptionResult) -> dict[str, int]:
-    """Counts of tokens; visual tokens are tokens of the prompt, and the decoder's start token is not counted."""
-    return {
-        "prompt_tokens": result.prompt_tokens,
-        "completion_tokens": result.new_tokens,
-        "total_tokens": result.prompt_tokens + result.new_tokens,
-    }
-
-
-async def event_lines(first: dict[str, Any], events: AsyncGenerator[dict[str, Any]]) -> AsyncIterator[str]:
-    """Server-sent events; ``[DONE]`` follows the last one, unless it is an error."""
-    event = first
-    yield _line(event)
-    async with aclosing(events):
-        async for event in events:
-            yield _line(event)
-    if "error" not in event:
-        yield "data: [DONE]\n\n"
-
-
-def _line(event: dict[str, Any]) -> str:
-    return f"data: {json.dumps(event)}\n\n"

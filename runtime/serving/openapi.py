@@ -12,8 +12,8 @@ from typing import Any
 
 from blip2edge.bundle.schema import DRAFTS
 from blip2edge.limits import Limits
-from blip2edge.runtime.captioning.request import LONGEST_DEADLINE, NOT_IN_JSON, STAGES, CaptionResult
-from blip2edge.runtime.decoding.options import MAX_SEED, MAX_STOPS, MAX_TEMPERATURE, PENALTIES
+from blip2edge.runtime.captioning.request import ABSTAINED, LONGEST_DEADLINE, STAGES
+from blip2edge.runtime.decoding.options import MAX_SEED, MAX_STOPS, MAX_TEMPERATURE, MAX_TOP_LOGPROBS, PENALTIES
 from blip2edge.runtime.serving.access import OPEN
 from blip2edge.runtime.serving.chat_keys import ANY_TEXT, EMBEDDING_KEYS, FORM_OPTIONS, KEYS, MIN_SEED, ChatKey
 from blip2edge.runtime.serving.models.embeddings_api import MOST_INPUTS
@@ -150,6 +150,7 @@ def option_schemas(limits: Limits) -> dict[str, Schema]:
         "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED},
         "stop": {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": MAX_STOPS},
         "draft": {"enum": list(DRAFTS)},
+        "abstain_below": {"type": "number", "minimum": 0, "maximum": 1},
         "deadline_s": {"type": "number", "exclusiveMinimum": 0, "maximum": LONGEST_DEADLINE},
         "prompt": {"type": "string", "maxLength": limits.prompt_chars},
         "question": {"type": "string", "minLength": 1, "maxLength": limits.prompt_chars},
@@ -196,6 +197,8 @@ def _chat_key(key: ChatKey, options: Mapping[str, Schema]) -> Schema:
         "messages": {"type": "array", "items": {"$ref": "#/components/schemas/Message"}, "minItems": 1},
         "stream": {"type": "boolean"},
         "ask": {"type": "boolean"},
+        "logprobs": {"type": "boolean"},
+        "top_logprobs": {"type": "integer", "minimum": 0, "maximum": MAX_TOP_LOGPROBS},
         "deadline_s": options["deadline_s"],
         "stream_options": {
             "type": "object",
@@ -254,11 +257,13 @@ def _answer_schemas() -> dict[str, Schema]:
         "prompt": _nullable(text),
         "text": text,
         "tokens": {"type": "array", "items": whole},
-        "finish_reason": {"enum": ["eos", "length", "stop"]},
+        "finish_reason": {"enum": ["eos", "length", "stop", ABSTAINED]},
         "timings_ms": times,
         "tokens_per_s": number,
+        "logprob": number,
+        "confidence": _nullable(number),
     }
-    kept = [name for name in CaptionResult.__dataclass_fields__ if name not in NOT_IN_JSON]
+    kept = list(result)
     model: dict[str, Schema] = {"id": text, "object": {"const": "model"}, "created": whole, "owned_by": text}
     model["captions"] = {"type": "boolean"}
     reference = {"$ref": "#/components/schemas/Model"}
@@ -270,6 +275,9 @@ def _answer_schemas() -> dict[str, Schema]:
         "choices": {"type": "array", "items": {"type": "object"}},
         "usage": {"type": "object"},
         "timings_ms": times,
+        "logprob": number,
+        "confidence": _nullable(number),
+        "abstained": {"type": "boolean"},
     }
     error: dict[str, Schema] = {"message": text, "type": text, "param": _nullable(text), "code": _nullable(text)}
     return {

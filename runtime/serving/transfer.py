@@ -1,12 +1,13 @@
-"""Bodies and clients of requests: bounded reading of a body, and pieces of text for a client that may be gone."""
+"""Bodies and clients of requests: bounded reading of a body, pieces of text for a client that may be gone, events."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from concurrent.futures import CancelledError
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from typing import Any, Generic, TypeVar
 
 from starlette.datastructures import Headers
@@ -181,3 +182,18 @@ class WaitingClient(Generic[Submitted]):
             return self.pending.result(0)
         except CancelledError as error:  # the server is closing
             raise OverloadError("the server is closing", "try again later") from error
+
+
+async def event_lines(first: dict[str, Any], events: AsyncGenerator[dict[str, Any]]) -> AsyncIterator[str]:
+    """Server-sent events; ``[DONE]`` follows the last one, unless it is an error."""
+    event = first
+    yield _line(event)
+    async with aclosing(events):
+        async for event in events:
+            yield _line(event)
+    if "error" not in event:
+        yield "data: [DONE]\n\n"
+
+
+def _line(event: dict[str, Any]) -> str:
+    return f"data: {json.dumps(event)}\n\n"

@@ -24,10 +24,10 @@ from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
 from blip2edge.bundle.schema import CROSS_MASK
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.errors import BackendError, EngineError, option
-from blip2edge.runtime.backends.engine_files import CONSTANT
+from blip2edge.runtime.backends.engine_files import CONSTANT, TOKEN_LOGPROBS
 from blip2edge.runtime.decoding.kv.fixed import CACHE_POSITION, FixedDecoder, FixedState
 from blip2edge.runtime.decoding.sampling import StepScores, broken_logits
-from blip2edge.runtime.decoding.state import stacked
+from blip2edge.runtime.decoding.state import GreedyStep, stacked
 from blip2edge.runtime.tensorrt.cuda import Mirror
 from blip2edge.runtime.tensorrt.workspace import TOKENS_IN_FLIGHT, WIDE, Engines, Workspace, is_cross
 
@@ -160,10 +160,15 @@ class DeviceState(FixedState):
 
     cache: DeviceCache
 
-    def greedy(
-        self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]
-    ) -> Generator[NDArray[np.int64], None, None]:
-        """Yields the likeliest next tokens ``[B]`` step by step; the next step already runs on the GPU meanwhile.
+    @property
+    def gives_logprobs(self) -> bool:
+        """Whether the step engine computes log-probabilities; see :class:`GreedyState`."""
+        return self.cache.engines.gives_logprobs
+
+    def greedy(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[GreedyStep, None, None]:
+        """Yields the likeliest next tokens ``[B]`` and their log-probabilities ``[B]`` step by step.
+
+        The next step already runs on the GPU meanwhile.
 
         A step is launched before the previous token is read. When the caller stops, the state holds all tokens except
         the last ones that were yielded, as after :meth:`step`.
@@ -178,16 +183,14 @@ class DeviceState(FixedState):
         scores = _RowScores(rules, self.cache.workspace.vocabulary)
         while True:
             self.make_room(1)
-            for tokens in self._greedy_until_full(token_ids, scores):
+            for tokens, logprobs in self._greedy_until_full(token_ids, scores):
                 if tokens.min() < 0:
                     raise broken_logits()
                 scores.add(tokens)
                 token_ids = tokens
-                yield tokens
+                yield tokens, logprobs
 
-    def _greedy_until_full(
-        self, token_ids: NDArray[np.int64], scores: _RowScores
-    ) -> Generator[NDArray[np.int64], None, None]:
+    def _greedy_until_full(self, token_ids: NDArray[np.int64], scores: _RowScores) -> Generator[GreedyStep, None, None]:
         """Yields tokens until the last position of the cache is written; −1 for a row whose logits contain NaN."""
         cache, lane = self.cache, self.cache.lane
         space, cuda = cache.workspace, cache.cuda
@@ -202,10 +205,11 @@ class DeviceState(FixedState):
                         self._launch(launched)
                         launched += 1
                 cuda.wait(space.events[given % TOKENS_IN_FLIGHT])
-                tokens = space.ring[given % TOKENS_IN_FLIGHT].view((space.rows, 1))[:, 0].copy()
+                rings = (ring[given % TOKENS_IN_FLIGHT] for ring in (space.ring, space.logprobs_ring))
+                tokens, logprobs = (ring.view((space.rows, 1))[:, 0].copy() for ring in rings)
                 given += 1
                 self.slot, self.positions = first + given, start + given
-                yield tokens
+                yield tokens, logprobs
         finally:
             with lane.lock:
                 lane.synchronize()
@@ -223,7 +227,7 @@ class DeviceState(FixedState):
         self._rules = {name: array.shape for name, array in scores.arrays().items()}
 
     def _launch(self, number: int) -> None:
-        """Launches a step (decoder, choice of the token, its row of the table), and copies its token to the host."""
+        """Launches a step (decoder, choice of the token, its row of the table); copies its results to the host."""
         cache, lane, cuda = self.cache, self.cache.lane, self.cache.cuda
         space, half = cache.workspace, cache.half
         if half in space.graphs:
@@ -234,9 +238,10 @@ class DeviceState(FixedState):
         else:
             self._enqueue(half)
             space.warm.add(half)
-        ring = space.ring[number % TOKENS_IN_FLIGHT]
-        cuda.copy(ring.address, space.tokens[1 - half].address, ring.dtype.itemsize * space.rows, lane.stream)
-        ring.fetch((space.rows, 1), lane.stream)
+        for rings, written in ((space.ring, space.tokens), (space.logprobs_ring, space.logprobs)):
+            ring = rings[number % TOKENS_IN_FLIGHT]
+            cuda.copy(ring.address, written[1 - half].address, ring.dtype.itemsize * space.rows, lane.stream)
+            ring.fetch((space.rows, 1), lane.stream)
         cuda.record(space.events[number % TOKENS_IN_FLIGHT], lane.stream)
         cache.half = space.after(half)
 
@@ -258,6 +263,7 @@ class DeviceState(FixedState):
             choice.bind(f"{NEXT}{name}", space.mirror(name, 1 - half, shapes[name]).address)
         choice.bind("inputs_embeds", space.mirror("inputs_embeds", 1 - half, shapes["inputs_embeds"]).address)
         choice.bind("token_ids", space.tokens[1 - half].address)
+        choice.bind(TOKEN_LOGPROBS, space.logprobs[1 - half].address)
         choice.enqueue()
         if space.after(half) == half:
             for name in GREEDY:

@@ -9,7 +9,7 @@ import numpy as np
 
 from blip2edge.bundle.dtypes import NUMPY_DTYPES
 from blip2edge.bundle.schema import CacheSpec, TensorSpec
-from blip2edge.runtime.backends.engine_files import IN_PLACE, EngineRecord
+from blip2edge.runtime.backends.engine_files import IN_PLACE, TOKEN_LOGPROBS, EngineRecord
 from blip2edge.runtime.tensorrt.cuda import DeviceBuffer, Mirror
 from blip2edge.runtime.tensorrt.session import Context, Device, Lane
 
@@ -54,6 +54,11 @@ class Engines:
     def in_place(self) -> bool:
         """Whether the decoder updates its KV cache in place: ``past`` and ``present`` have one address."""
         return self.decoder_record.cache == IN_PLACE
+
+    @property
+    def gives_logprobs(self) -> bool:
+        """Whether the step engine computes the log-probabilities of the tokens that it chooses."""
+        return any(tensor.name == TOKEN_LOGPROBS for tensor in self.step_record.spec.outputs)
 
     @property
     def lane(self) -> Lane:
@@ -117,6 +122,8 @@ class Workspace:
         self.tokens = [Mirror(cuda, (rows, 1), np.dtype(np.int64)) for _ in range(2)]
         self.events = [cuda.event() for _ in range(TOKENS_IN_FLIGHT)]
         self.ring = [Mirror(cuda, (rows, 1), np.dtype(np.int64)) for _ in range(TOKENS_IN_FLIGHT)]
+        self.logprobs = [Mirror(cuda, (rows, 1), np.dtype(np.float32)) for _ in range(2)]
+        self.logprobs_ring = [Mirror(cuda, (rows, 1), np.dtype(np.float32)) for _ in range(TOKENS_IN_FLIGHT)]
         self.graphs: dict[int, int] = {}
         self.warm: set[int] = set()
         self.contexts = {
@@ -136,7 +143,8 @@ class Workspace:
             cuda.destroy_event(event)
         for buffer in (*self.halves, self.spare):
             buffer.free()
-        for mirror in (*self.cross.values(), *self.mirrors.values(), *self.tokens, *self.ring):
+        small = (*self.tokens, *self.ring, *self.logprobs, *self.logprobs_ring)
+        for mirror in (*self.cross.values(), *self.mirrors.values(), *small):
             mirror.free()
         self.graphs.clear()
         self.contexts.clear()

@@ -20,9 +20,10 @@ from blip2edge.bundle.manifest import MANIFEST
 from blip2edge.bundle.schema import BRIDGE, DECODER, VISION
 from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.calibration.activations.cache import FOLDER
+from blip2edge.calibration.advice import difference_warnings
 from blip2edge.calibration.batches import Feeds, collect
 from blip2edge.calibration.pictures import ADVISED, choose_pictures
-from blip2edge.calibration.pipeline import _difference_warnings, calibrate
+from blip2edge.calibration.pipeline import calibrate
 from blip2edge.calibration.results import CalibrationReport
 from blip2edge.cli import main
 from blip2edge.errors import BundleError, DataError, OutputError, UsageError
@@ -147,16 +148,16 @@ def test_few_pictures_are_told_with_their_number(report: CalibrationReport) -> N
 def test_large_difference_from_the_parent_is_a_warning(report: CalibrationReport) -> None:
     assert report.captions is not None
     low, high = replace(report.captions, same=0.5), replace(report.captions, same=0.95)
-    (warning,) = _difference_warnings(report.graphs, low, limited=False)
+    (warning,) = difference_warnings(report.graphs, low, limited=False)
     assert warning.startswith(f"only 50.0% of {PICTURES} captions are the same as the parent's; report.html shows")
     assert "drop limit" in warning
-    assert "drop limit" not in _difference_warnings(report.graphs, low, limited=True)[0]
-    assert _difference_warnings(report.graphs, high, limited=False) == []
+    assert "drop limit" not in difference_warnings(report.graphs, low, limited=True)[0]
+    assert difference_warnings(report.graphs, high, limited=False) == []
     graph = report.graphs[VISION]
     far = {"image_embeds": replace(graph.cosine["image_embeds"], mean=0.9)}
-    (warning,) = _difference_warnings({VISION: replace(graph, cosine=far)}, None, limited=False)
+    (warning,) = difference_warnings({VISION: replace(graph, cosine=far)}, None, limited=False)
     assert warning.endswith("below 0.99: vision_encoder: image_embeds 0.9000")
-    assert _difference_warnings({VISION: graph}, None, limited=False) == []
+    assert difference_warnings({VISION: graph}, None, limited=False) == []
 
 
 def test_graphs_whose_activations_cannot_become_int8(tiny_bundle: Path, images: Path, tmp_path: Path) -> None:

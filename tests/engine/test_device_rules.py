@@ -34,10 +34,10 @@ from blip2edge.runtime.backends.engine_files import KIND
 from blip2edge.runtime.backends.open_graph import choose_backend
 from blip2edge.runtime.backends.probe import Check, Driver, Gpu
 from blip2edge.runtime.decoding.options import GenerationOptions
-from blip2edge.runtime.decoding.sampling import penalize_repetition
+from blip2edge.runtime.decoding.sampling import log_softmax, penalize_repetition
 from blip2edge.runtime.tensorrt.cuda import Cuda, Mirror
 from blip2edge.runtime.tensorrt.session import PIECE, _reader
-from blip2edge.runtime.tensorrt.workspace import MOST_IDLE
+from blip2edge.runtime.tensorrt.workspace import MOST_IDLE, Engines
 from tests.drafted import add_draft
 from tests.drawing import Drawn, draw_pictures
 from tests.engine.fake_engines import plug_in, write_engines
@@ -177,6 +177,24 @@ def test_nan_logits_are_an_error(
         captioner.caption(draw_pictures(1)[0], max_new_tokens=12, eos_token_ids=(), **options)
 
 
+def test_log_probabilities_of_the_device_are_those_of_the_host(
+    gpu: tuple[FakeCuda, Any], bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of engines without that output (version 0.1), the host chooses the tokens, with the same result."""
+    expected, got = (Captioner.load(bundle, backend=name, threads=1) for name in ("cpu", "tensorrt"))
+    picture = draw_pictures(1)[0]
+    options: dict[str, Any] = {"max_new_tokens": 9, "repetition_penalty": 1.2}
+    host, device = (captioner.caption(picture, **options) for captioner in (expected, got))
+    assert device.tokens == host.tokens
+    assert device.token_logprobs == pytest.approx(host.token_logprobs, abs=1e-4)
+    monkeypatch.setattr(Engines, "gives_logprobs", property(lambda _: False))
+    before = gpu[0].asked.count("replay")
+    older = got.caption(picture, **options)
+    assert older.tokens == host.tokens
+    assert older.token_logprobs == pytest.approx(host.token_logprobs, abs=1e-4)
+    assert gpu[0].asked.count("replay") == before
+
+
 def test_step_graph_follows_the_rules_of_the_host(tiny_bundle: Path, tmp_path: Path) -> None:
     source = StepSource.of(Bundle.open(tiny_bundle), None)
     model = step_graph(source)
@@ -211,6 +229,8 @@ def test_step_graph_follows_the_rules_of_the_host(tiny_bundle: Path, tmp_path: P
     assert (got["next_position_ids"] == 5).all()
     assert got["next_cache_position"].tolist() == [7]
     assert (got["next_held_steps"] == steps - 1).all()
+    likely = np.take_along_axis(log_softmax(logits[:3, 0]), got["token_ids"][:3], axis=1)
+    np.testing.assert_allclose(got["token_logprobs"][:3], likely, atol=1e-5)
     after = seen.copy()
     for row in range(3):
         after[row, expected[row]] = 1

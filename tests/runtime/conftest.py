@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from blip2edge.runtime.decoding.options import Generated, GenerationOptions
+from blip2edge.runtime.decoding.generated import Generated
+from blip2edge.runtime.decoding.options import GenerationOptions
 from tests.runtime.decoding.generating import generate
 
 if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):

@@ -85,6 +85,8 @@ def test_a_result_as_json(captioner: Captioner, files: list[Path]) -> None:
         "finish_reason",
         "timings_ms",
         "tokens_per_s",
+        "logprob",
+        "confidence",
     ]
     assert list(values["timings_ms"]) == [*STAGES, "total"]
     assert all(value > 0 for value in values["timings_ms"].values())
@@ -428,3 +430,36 @@ def test_a_table_shorter_than_its_header_says(copy: Path) -> None:
     reseal(copy)
     with pytest.raises(BundleError, match=r"embed_tokens\.safetensors"):
         Captioner.load(copy)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"temperature": 0.8, "seed": 2}, {"draft": "lookup"}, {"stop": ("o",)}],
+    ids=lambda options: next(iter(options), "greedy"),
+)
+def test_every_path_gives_the_log_probability_of_each_token(
+    captioner: Captioner, files: list[Path], options: dict[str, Any]
+) -> None:
+    """Batches, single pictures and streams; the values are of the same order for all rows."""
+    together = list(captioner.caption_many(files, max_new_tokens=NEW, batch_size=3, **options))
+    assert all(len(result.token_logprobs) == result.new_tokens for result in together)
+    assert all(value <= 0 for result in together for value in result.token_logprobs)
+    alone = captioner.caption(files[0], max_new_tokens=NEW, **options)
+    assert alone.token_logprobs == pytest.approx(together[0].token_logprobs, abs=1e-3)
+    assert alone.logprob == pytest.approx(sum(alone.token_logprobs))
+    if "num_beams" not in options:
+        pieces = list(captioner.stream(files[0], max_new_tokens=NEW, **options))
+        tokens = [token for piece in pieces for token in piece.tokens]
+        assert "".join(token.text for token in tokens) == "".join(pieces) == alone.text
+        shown = alone.token_logprobs[: len(tokens)]
+        assert [token.logprob for token in tokens] == pytest.approx(shown, abs=1e-3)
+
+
+def test_the_likeliest_tokens_of_each_place(captioner: Captioner, files: list[Path]) -> None:
+    result = captioner.caption(files[0], max_new_tokens=NEW, top_logprobs=4)
+    assert [len(place) for place in result.likeliest] == [4] * result.new_tokens
+    for token, logprob, place in zip(result.tokens, result.token_logprobs, result.likeliest, strict=True):
+        assert place[0] == (token, pytest.approx(logprob, abs=1e-5))  # greedy decoding takes the likeliest
+        assert [value for _, value in place] == sorted((value for _, value in place), reverse=True)
+    with pytest.raises(UsageError, match="top_logprobs"):
+        captioner.options(top_logprobs=2, num_beams=2)

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from blip2edge.runtime.decoding import generate as module
 from blip2edge.runtime.decoding.beam_search import beam_search
 from blip2edge.runtime.decoding.generate import Generation, GenerationBatch
-from blip2edge.runtime.decoding.options import Generated, GenerationOptions
+from blip2edge.runtime.decoding.generated import Generated
+from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.decoding.speculative import Speculator
 
 

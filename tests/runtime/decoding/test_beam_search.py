@@ -10,7 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from blip2edge.runtime.decoding.beam_search import beam_search
-from blip2edge.runtime.decoding.options import Generated, GenerationOptions
+from blip2edge.runtime.decoding.generated import Generated
+from blip2edge.runtime.decoding.options import GenerationOptions
 from tests.runtime.conftest import generation_arguments, until_end
 from tests.runtime.decoding.generating import generate
 
@@ -138,17 +139,43 @@ def test_the_best_texts_are_those_that_transformers_returns(opt_oracle: Any) -> 
     assert [text.tokens for text in found[::3]] == [text.tokens for text in oracle.run(options)]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"min_new_tokens": 9},
+        {"repetition_penalty": 1.4},
+        {"num_beams": 1},
+        {"num_beams": 1, "repetition_penalty": 1.4},
+    ],
+    ids=str,
+)
+def test_log_probabilities_are_those_of_transformers(opt_oracle: Any, changes: dict[str, Any]) -> None:
+    """The log-softmax of the decoder's logits, as `compute_transition_scores` takes them from `output_logits`."""
+    oracle = opt_oracle(4, LENGTHS)
+    options = replace(PLAIN, **{"num_beams": 4, "eos_token_ids": ends_of(oracle), **changes})
+    ids, mask, embeds = oracle.inputs(range(len(LENGTHS)))
+    arguments = {**generation_arguments(options), "output_logits": True, "output_scores": True}
+    reference = oracle.model.generate(inputs_embeds=embeds, input_ids=ids, attention_mask=mask, **arguments)
+    beams = reference.beam_indices if options.num_beams > 1 else None
+    expected = oracle.model.compute_transition_scores(
+        reference.sequences, reference.logits, beams, normalize_logits=True
+    )
+    for text, row in zip(oracle.run(options), expected.tolist(), strict=True):
+        assert len(text.token_logprobs) == len(text.tokens)
+        assert list(text.token_logprobs) == pytest.approx(row[: len(text.tokens)], abs=1e-4)
+        assert text.logprob == pytest.approx(sum(text.token_logprobs), abs=1e-9)
+
+
 @pytest.mark.parametrize("changes", [{}, {"min_new_tokens": 9}, {"repetition_penalty": 1.4}], ids=str)
 def test_the_log_probability_is_the_models_own(opt_oracle: Any, changes: dict[str, Any]) -> None:
-    """With one beam, beam search finds the greedy text: two ways to the same sum."""
+    """With one beam, beam search finds the greedy text: two ways to the same values."""
     oracle = opt_oracle(4, LENGTHS)
     options = replace(PLAIN, num_beams=1, length_penalty=0.0, eos_token_ids=ends_of(oracle), **changes)
-    greedy = oracle.run(options, scored=True)
     first, state, prompts = oracle.start()
     beams = beam_search(first, state, prompts, options)
-    for text, beam in zip(greedy, beams, strict=True):
+    for text, beam in zip(oracle.run(options), beams, strict=True):
         assert text.tokens == beam.tokens
-        assert text.logprob == pytest.approx(beam.logprob, abs=1e-4)
+        assert list(text.token_logprobs) == pytest.approx(beam.token_logprobs, abs=1e-4)
         if "repetition_penalty" not in changes:
             assert beam.logprob == pytest.approx(beam.score, abs=1e-4)
-    assert [text.logprob for text in oracle.run(options)] == [None] * len(LENGTHS)

@@ -18,6 +18,7 @@ from blip2edge.errors import UsageError
 from blip2edge.runtime.decoding.logits_processors import FILTERS, PROCESSORS, LogitsProcessors, sampling_filters
 from blip2edge.runtime.decoding.options import SAMPLING, GenerationOptions, merged
 from blip2edge.runtime.decoding.sampling import StepScores, filter_scores, log_softmax, penalize_repetition
+from blip2edge.runtime.decoding.state import GreedyStep
 from tests.runtime.conftest import generation_arguments
 from tests.runtime.decoding.generating import generate
 
@@ -226,6 +227,8 @@ class DeviceState:
 
     batch_size = 1
 
+    gives_logprobs = True
+
     def __init__(self) -> None:
         self.on_host = self.on_device = 0
 
@@ -237,9 +240,7 @@ class DeviceState:
         self.on_host += 1
         return self.logits(int(token_ids[0]))
 
-    def greedy(
-        self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]
-    ) -> Generator[NDArray[np.int64], None, None]:
+    def greedy(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[GreedyStep, None, None]:
         (rule,) = rules
         seen, steps = set(rule.seen.tolist()), rule.held_steps
         while True:
@@ -250,7 +251,7 @@ class DeviceState:
             token_ids, steps = scores.argmax(keepdims=True), steps - 1
             seen |= {int(token_ids[0])} if rule.penalty != 1 else set()
             self.on_device += 1
-            yield token_ids
+            yield token_ids, np.full(1, -0.5, np.float32)
 
     def select(self, rows: NDArray[np.int64]) -> None:
         raise AssertionError("one row")

@@ -23,7 +23,7 @@ import uvicorn
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.serving.http import Server
 from tests.drawing import draw_pictures
-from tests.http_calls import picture_part, png_file
+from tests.http_calls import ask, chat, got, picture_part, png_file
 
 PNG = png_file()
 IMAGE = picture_part(PNG)
@@ -109,7 +109,7 @@ ERRORS: list[tuple[dict[str, Any], str, str]] = [
     (url("data:image/png;base64,AAAA"), "messages", "invalid_image"),
     ({"messages": [user(IMAGE, text("two </s> cats"))]}, "messages", "invalid_prompt"),
     ({"n": 2}, "n", "unsupported_value"),
-    ({"logprobs": True, "top_logprobs": 2}, "logprobs", "unsupported_value"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_value"),
     ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_value"),
     ({"max_completion_tokens": 0}, "max_completion_tokens", "invalid_value"),
@@ -222,3 +222,71 @@ def test_questions(create: Callable[..., Any], captioner: Captioner) -> None:
     alone = captioner.ask(draw_pictures(1, 4)[0], "what is it?", max_new_tokens=6)
     asked = create(messages=[user(IMAGE, text("what is it?"))], extra_body={"ask": True})
     assert asked.choices[0].message.content == alone.text
+
+
+@pytest.mark.parametrize(
+    ("more", "options"),
+    [({}, {}), ({"stop": "o"}, {"stop": ("o",)}), ({"extra_body": {"draft": "lookup"}}, {"draft": "lookup"})],
+    ids=str,
+)
+def test_log_probabilities_are_those_of_the_caption(
+    create: Callable[..., Any], captioner: Captioner, more: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Their tokens, joined, are the text; in a stream they come with the pieces that they complete."""
+    whole = create(logprobs=True, top_logprobs=3, **more)
+    (choice,) = whole.choices
+    content = choice.logprobs.content
+    assert "".join(token.token for token in content) == choice.message.content
+    assert all(token.bytes == list(token.token.encode()) for token in content)
+    given = {"prompt": "a photo of", "max_new_tokens": 6, "top_logprobs": 3, **options}
+    caption = captioner.caption(draw_pictures(1, 4)[0], **given)
+    assert [token.logprob for token in content] == pytest.approx(caption.token_logprobs[: len(content)], abs=1e-4)
+    for token, likeliest in zip(content, caption.likeliest, strict=False):
+        assert [one.logprob for one in token.top_logprobs] == pytest.approx([value for _, value in likeliest], abs=1e-4)
+        assert token.top_logprobs[0].logprob == pytest.approx(token.logprob, abs=1e-4)  # greedy: the likeliest one
+    assert whole.logprob == pytest.approx(caption.logprob, abs=1e-4)
+    assert (whole.confidence, whole.abstained) == (None, False)
+    chunks = list(create(logprobs=True, stream=True, **more))
+    parts = [chunk.choices[0].logprobs for chunk in chunks]
+    streamed = [token for one in parts if one is not None for token in one.content]
+    assert [token.token for token in streamed] == [token.token for token in content]
+    assert [token.logprob for token in streamed] == pytest.approx([token.logprob for token in content], abs=1e-4)
+    assert chunks[0].choices[0].logprobs is None
+    assert chunks[-1].logprob == pytest.approx(whole.logprob, abs=1e-4)
+
+
+def test_beam_search_gives_its_log_probabilities_at_the_end(create: Callable[..., Any]) -> None:
+    search = {"num_beams": 2}
+    content = create(logprobs=True, extra_body=search).choices[0].logprobs.content
+    chunks = list(create(logprobs=True, stream=True, extra_body=search))
+    assert [token.token for token in chunks[-1].choices[0].logprobs.content] == [token.token for token in content]
+    with pytest.raises(openai.BadRequestError) as refused:
+        create(logprobs=True, top_logprobs=2, extra_body=search)
+    assert refused.value.param == "top_logprobs"
+
+
+def test_abstaining_without_a_confidence_is_refused(create: Callable[..., Any]) -> None:
+    with pytest.raises(openai.BadRequestError, match="calibrate BUNDLE -o OUT --references FILE") as refused:
+        create(extra_body={"abstain_below": 0.5})
+    assert refused.value.param == "abstain_below"
+
+
+def test_an_answer_that_is_not_sure(confident_bundle: Path) -> None:
+    """The chat API has a legal finish reason; what is below it has our own."""
+    with Captioner.load(confident_bundle, threads=1) as captioner:
+        server = Server(captioner, max_batch=2)
+        limits = {"abstain_below": 1.0, "max_tokens": 6}
+        answer = got(ask(server, "POST", "/v1/chat/completions", chat(PNG, **limits, logprobs=True))).json
+        (choice,) = answer["choices"]
+        assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", "")
+        assert choice["logprobs"] == {"content": [], "refusal": None}
+        assert answer["abstained"] is True
+        assert 0 < answer["confidence"] < 1
+        sure = got(ask(server, "POST", "/v1/chat/completions", chat(PNG, abstain_below=0.0, max_tokens=6))).json
+        assert (sure["abstained"], sure["confidence"]) == (False, pytest.approx(answer["confidence"], abs=0.02))
+        streamed = got(ask(server, "POST", "/v1/chat/completions", chat(PNG, **limits, stream=True)))
+        last = streamed.events[-2]
+        assert (last["choices"][0]["finish_reason"], last["abstained"]) == ("stop", True)
+        own = got(ask(server, "POST", "/caption", PNG, "abstain_below=1&max_new_tokens=6", kind="image/png")).json
+        assert (own["finish_reason"], own["text"]) == ("abstained", "")
+        server.close()

@@ -1,0 +1,55 @@
+"""Warnings of a calibration: too few pictures, and large differences from the parent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from blip2edge.calibration.agreement import CaptionAgreement
+from blip2edge.calibration.pictures import ADVISED, PictureSet
+from blip2edge.calibration.report.files import REPORT_PAGE
+from blip2edge.calibration.results import CalibratedGraph
+
+LEAST_AGREEMENT = 0.9
+"""Share of captions that are the same as the parent's; below it, a calibration warns."""
+
+LEAST_COSINE = 0.99
+"""Mean cosine to the parent's outputs; below it, the calibration of a model without captions warns."""
+
+
+def picture_warnings(pictures: PictureSet) -> list[str]:
+    """Returns warnings about the pictures of a calibration."""
+    warnings = []
+    if len(pictures) < ADVISED:
+        warnings.append(
+            f"at least {ADVISED} calibration pictures are advised, got {len(pictures)}: "
+            "larger values on other pictures will saturate"
+        )
+    if pictures.skipped:
+        warnings.append(f"{len(pictures.skipped)} pictures cannot be read; the first is {pictures.skipped[0]}")
+    return warnings
+
+
+def difference_warnings(
+    graphs: Mapping[str, CalibratedGraph], agreement: CaptionAgreement | None, *, limited: bool
+) -> list[str]:
+    """Returns warnings if the bundle differs much from its parent; ``limited``: whether a drop limit was set."""
+    warnings = []
+    if agreement is not None and agreement.same < LEAST_AGREEMENT:
+        advice = "calibrate on more pictures like those of the application"
+        if not limited:
+            advice += ", or set a drop limit (--drop-limit), which keeps the most sensitive layers in floating point"
+        warnings.append(
+            f"only {agreement.same:.1%} of {agreement.pictures} captions are the same as the parent's; {REPORT_PAGE} "
+            f"shows the others; {advice}"
+        )
+    if agreement is None:
+        low = {
+            f"{name}: {output}": value.mean
+            for name, graph in graphs.items()
+            for output, value in graph.cosine.items()
+            if value.mean < LEAST_COSINE
+        }
+        if low:
+            listed = ", ".join(f"{name} {value:.4f}" for name, value in low.items())
+            warnings.append(f"the cosine to the parent's outputs is below {LEAST_COSINE}: {listed}")
+    return warnings

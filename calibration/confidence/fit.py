@@ -1,0 +1,144 @@
+"""Fits maps from the features of a text to the probability that it is right, and chooses one by cross-validation.
+
+Candidates: the logistic function of one or of all features (Platt, 1999), and isotonic regression, a rising step
+function (Zadrozny and Elkan, KDD 2002), over one feature or over the logistic's score. The lowest Brier score of the
+held-out tenths wins: the mean square of (probability - right), which punishes wrong order and wrong probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blip2edge.runtime.captioning.confidence import FEATURES, ConfidenceMap
+
+FOLDS = 10
+RIDGE = 1.0  # on the weights of standardised features: keeps them finite where right and wrong texts do not overlap
+ITERATIONS = 100
+MOST_KNOTS = 256
+
+Rows = NDArray[np.float64]
+Right = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A fitted candidate: the fields ``offset``, ``weights`` and ``knots`` of a map."""
+
+    offset: float
+    weights: tuple[float, ...]
+    knots: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
+
+
+Fit = Callable[[Rows, Right], Score]
+
+
+@dataclass(frozen=True)
+class FittedMap:
+    """The chosen candidate.
+
+    Attributes:
+        kind: Its name.
+        score: The candidate, fitted on all pictures.
+        bounds: Lowest and highest probability: half a picture of those of the fit.
+        held_out: Probability of each picture by the fit without its tenth, ``[N]``.
+        brier: Brier score of each candidate on held-out tenths, by name.
+    """
+
+    kind: str
+    score: Score
+    bounds: tuple[float, float]
+    held_out: Rows
+    brier: Mapping[str, float]
+
+
+def fit_map(rows: Rows, right: Right) -> FittedMap:
+    """Fits all candidates and chooses one.
+
+    Args:
+        rows: Features of N texts, ``[N, 3]``.
+        right: Whether each is right, ``[N]``.
+    """
+    count = len(right)
+    bounds = (0.5 / (count + 1), 1 - 0.5 / (count + 1))
+    fold = np.random.default_rng(0).permutation(count) % FOLDS
+    held_out: dict[str, Rows] = {}
+    for kind, fit in CANDIDATES.items():
+        held_out[kind] = np.empty(count)
+        for number in range(min(FOLDS, count)):
+            left_out = fold == number
+            score = fit(rows[~left_out], right[~left_out])
+            held_out[kind][left_out] = probabilities(score, rows[left_out], bounds)
+    brier = {kind: round(float(np.mean((values - right) ** 2)), 6) for kind, values in held_out.items()}
+    best = min(brier, key=brier.__getitem__)  # of equal ones the first, which is simpler
+    return FittedMap(best, CANDIDATES[best](rows, right), bounds, held_out[best], brier)
+
+
+def probabilities(score: Score, rows: Rows, bounds: tuple[float, float]) -> Rows:
+    """The probabilities ``[N]`` of rows of features ``[N, 3]``, as the runtime computes them."""
+    found = ConfidenceMap("", None, {}, {}, 0, score.offset, score.weights, score.knots, bounds)
+    return found.probabilities(rows)
+
+
+def logistic(columns: tuple[int, ...]) -> Fit:
+    """Makes a logistic regression on some features, by Newton's method.
+
+    Its targets are Platt's: not 0 and 1 but the means of a uniform prior, so that few pictures give no certainty.
+    """
+
+    def fit(rows: Rows, right: Right) -> Score:
+        chosen = rows[:, columns]
+        middle, spread = chosen.mean(axis=0), chosen.std(axis=0)
+        spread = np.where(spread > 1e-9, spread, 1.0)
+        inputs = np.column_stack([np.ones(len(chosen)), (chosen - middle) / spread])
+        target = np.where(right, (right.sum() + 1) / (right.sum() + 2), 1 / ((~right).sum() + 2))
+        penalty = np.diag([1e-9, *[RIDGE] * len(columns)])
+        found = np.zeros(inputs.shape[1])
+        for _ in range(ITERATIONS):
+            chances = 0.5 * (1.0 + np.tanh(0.5 * (inputs @ found)))
+            slope = inputs.T @ (chances - target) + penalty @ found
+            curve = (inputs * np.maximum(chances * (1 - chances), 1e-9)[:, None]).T @ inputs + penalty
+            step = np.linalg.solve(curve, slope)
+            found -= np.clip(step, -2.0, 2.0)
+            if np.abs(step).max() < 1e-9:
+                break
+        weights = np.zeros(len(FEATURES))
+        weights[list(columns)] = found[1:] / spread
+        return Score(float(found[0] - weights[list(columns)] @ middle), tuple(weights.tolist()))
+
+    return fit
+
+
+def isotonic(under: Fit) -> Fit:
+    """Makes an isotonic regression over the score of another fit, by pooling adjacent violators."""
+
+    def fit(rows: Rows, right: Right) -> Score:
+        first = under(rows, right)
+        scores = first.offset + rows @ np.array(first.weights)
+        order = np.argsort(scores, kind="stable")
+        blocks: list[list[float]] = []  # sum of scores, right texts, texts
+        for at in order.tolist():
+            blocks.append([float(scores[at]), float(right[at]), 1.0])
+            while len(blocks) > 1 and blocks[-2][1] * blocks[-1][2] >= blocks[-1][1] * blocks[-2][2]:
+                last = blocks.pop()
+                blocks[-1] = [one + other for one, other in zip(blocks[-1], last, strict=True)]
+        kept = blocks[:: max(1, -(-len(blocks) // MOST_KNOTS))]
+        places = tuple(total / count for total, _, count in kept)
+        return Score(first.offset, first.weights, (places, tuple(good / count for _, good, count in kept)))
+
+    return fit
+
+
+_LOWEST, _SUM, _ALL = logistic((0,)), logistic((2,)), logistic((0, 1, 2))
+CANDIDATES: dict[str, Fit] = {
+    "logistic, sum": _SUM,
+    "logistic, lowest": _LOWEST,
+    "logistic, lowest + mean + sum": _ALL,
+    "isotonic, sum": isotonic(_SUM),
+    "isotonic, lowest": isotonic(_LOWEST),
+    "isotonic, lowest + mean + sum": isotonic(_ALL),
+}
+"""Fits that are compared, simple ones first."""

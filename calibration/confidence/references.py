@@ -1,0 +1,50 @@
+"""Pictures with known captions or answers, on which a confidence is fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from PIL import Image
+
+
+class Reference(Protocol):
+    """A picture whose right captions, or right answers to a question, are known."""
+
+    @property
+    def name(self) -> str:
+        """Name in messages."""
+
+    @property
+    def question(self) -> str:
+        """The question; empty for a caption."""
+
+    def open(self) -> Image.Image:
+        """Decodes the picture.
+
+        Raises:
+            ImageError: It cannot be read.
+        """
+
+    def is_right(self, text: str) -> bool:
+        """Whether a generated text is right."""
+
+
+@dataclass(frozen=True)
+class References:
+    """The pictures of a fit, and how their texts are generated.
+
+    Attributes:
+        items: The pictures: all with a question, or all without.
+        rule: When a text is right, as a sentence for the report.
+        prompt: Prompt of the captions; None for the bundle's default.
+        options: Fields of ``GenerationOptions``; the bundle's defaults replace missing ones.
+        batch_size: Number of pictures that are captioned together.
+    """
+
+    items: Sequence[Reference]
+    rule: str
+    prompt: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int = 16

@@ -1,0 +1,176 @@
+"""Confidence: the estimated probability that a text is right, from the log-probabilities of its tokens.
+
+A log-probability says how likely the model finds its own text, not how often such texts are right. So ``calibrate
+--references`` fits a map from one to the other on pictures with known captions, and keeps it in ``bundle.json``. A map
+holds for the bundle, the prompt and the decoding options that it was fitted with; for others there is no confidence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blip2edge.bundle.manifest import Manifest
+from blip2edge.bundle.manifest_fields import ASK, CAPTION
+from blip2edge.bundle.schema import PromptSpec
+from blip2edge.errors import UsageError, option
+from blip2edge.runtime.decoding.generated import Generated
+from blip2edge.runtime.decoding.options import GenerationOptions
+from blip2edge.runtime.text.prompt import PromptText
+
+FEATURES = ("lowest", "mean", "sum")
+"""Features of a text: the lowest log-probability of a token, the mean one, and the sum."""
+
+FLOOR = 1e-4
+"""Added to the size of a log-probability before its logarithm is taken."""
+
+FREE_OPTIONS = ("max_new_tokens", "seed", "draft", "top_logprobs", "abstain_below")
+"""Options that may differ from those of the fit: they do not change a text that ends before the limit of length."""
+
+Scores = NDArray[np.float64]
+
+
+def features(token_logprobs: Sequence[float]) -> Scores:
+    """Returns the features of a text ``[3]``: ``-log(FLOOR - x)`` of each of :data:`FEATURES`, larger for surer texts.
+
+    The logarithm spreads the log-probabilities near 0, where most texts are.
+    """
+    values = token_logprobs or (0.0,)
+    raw = np.array([min(values), math.fsum(values) / len(values), math.fsum(values)])
+    found: Scores = -np.log(FLOOR - np.minimum(raw, 0.0))
+    return found
+
+
+def decoding_options(options: GenerationOptions) -> dict[str, Any]:
+    """The options that a map depends on, as JSON: those that differ from the defaults, without FREE_OPTIONS."""
+    defaults = asdict(GenerationOptions())
+    given = {name: value for name, value in asdict(options).items() if name not in FREE_OPTIONS}
+    changed: dict[str, Any] = json.loads(
+        json.dumps({name: value for name, value in given.items() if value != defaults[name]})
+    )
+    return changed
+
+
+def task_of(prompt: PromptText | None, spec: PromptSpec) -> str:
+    """Returns :data:`ASK` if a prompt is a question in the bundle's template, else :data:`CAPTION`."""
+    start, found, end = spec.question.partition("{question}")
+    asked = isinstance(prompt, str) and bool(found) and (bool(start + end) or spec.required)
+    return ASK if asked and str(prompt).startswith(start) and str(prompt).endswith(end) else CAPTION
+
+
+@dataclass(frozen=True)
+class ConfidenceMap:
+    """A fitted map from features to the probability that a text is right.
+
+    ``score = offset + weights @ features``; without knots the probability is the logistic function of the score (Platt,
+    1999), else it is interpolated between the knots (isotonic regression).
+
+    Attributes:
+        task: :data:`CAPTION` or :data:`ASK`.
+        prompt: The prompt of the pictures, with the bundle's default filled in; None for none, and for questions.
+        options: :func:`decoding_options` of the fit.
+        precisions: Precision of each graph of the bundle that the map was fitted on.
+        max_new_tokens: Limit of length of the fit.
+        offset: See above.
+        weights: One for each of :data:`FEATURES`.
+        knots: Scores and their probabilities, both ascending; empty for the logistic function.
+        bounds: Lowest and highest probability that the map gives.
+    """
+
+    task: str
+    prompt: str | None
+    options: Mapping[str, Any]
+    precisions: Mapping[str, str]
+    max_new_tokens: int
+    offset: float
+    weights: tuple[float, ...]
+    knots: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
+    bounds: tuple[float, float] = (0.0, 1.0)
+
+    def probabilities(self, rows: Scores) -> Scores:
+        """The probability of each row of features ``[N, 3]``, ``[N]``."""
+        scores = self.offset + rows @ np.array(self.weights)
+        found = np.interp(scores, *self.knots) if self.knots[0] else 0.5 * (1.0 + np.tanh(0.5 * scores))
+        bounded: Scores = np.clip(found, *self.bounds)
+        return bounded
+
+    def confidence(self, token_logprobs: Sequence[float]) -> float:
+        """The probability that a text is right."""
+        return float(self.probabilities(features(token_logprobs)[None])[0])
+
+    def to_json(self) -> dict[str, Any]:
+        """The map as a JSON object."""
+        return {**vars(self), "weights": list(self.weights), "knots": [list(side) for side in self.knots],
+                "bounds": list(self.bounds)}  # fmt: skip
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ConfidenceMap:
+        """Reads a map from the object that :meth:`to_json` made; other keys are ignored."""
+        known = {name: values[name] for name in cls.__dataclass_fields__}
+        lists = {"weights": tuple(known["weights"]), "bounds": tuple(known["bounds"])}
+        return cls(**{**known, **lists, "knots": tuple(map(tuple, known["knots"]))})
+
+
+class Confidence:
+    """The maps of a bundle, one for each task.
+
+    Args:
+        manifest: The bundle's manifest. Maps of other precisions than its graphs have are not used.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._spec = manifest.prompt
+        precisions = {name: graph.precision for name, graph in manifest.graphs.items()}
+        maps = [ConfidenceMap.from_json(values) for values in manifest.confidence.values()]
+        self._maps = {one.task: one for one in maps if dict(one.precisions) == precisions}
+
+    def check(self, options: GenerationOptions, prompt: PromptText | None) -> None:
+        """Checks that ``abstain_below`` can be used.
+
+        Raises:
+            UsageError: It is given, and the bundle has no map for these options and this prompt.
+        """
+        if options.abstain_below is None or self._problem(options, prompt) is None:
+            return
+        raise UsageError(
+            f"{option('abstain_below')} needs a confidence: {self._problem(options, prompt)}",
+            "fit it on pictures with known captions: blip2edge calibrate BUNDLE -o OUT --references FILE",
+        )
+
+    def of(self, generated: Generated, options: GenerationOptions, prompt: PromptText | None) -> float | None:
+        """The confidence of a text; None if there is no map for these options and this prompt.
+
+        Args:
+            generated: The text.
+            options: How it was generated.
+            prompt: The prompt as given; None for the bundle's default.
+        """
+        if self._problem(options, prompt) is not None or self._spec is None:
+            return None
+        fitted = self._maps[task_of(prompt, self._spec)]
+        if generated.finish_reason == "length" and options.max_new_tokens != fitted.max_new_tokens:
+            return None  # the text was cut at another length than those of the fit
+        return round(fitted.confidence(generated.token_logprobs), 4)
+
+    def _problem(self, options: GenerationOptions, prompt: PromptText | None) -> str | None:
+        """Why there is no confidence; None if there is one."""
+        if self._spec is None or not self._maps:
+            return "the bundle has no fitted confidence"
+        task = task_of(prompt, self._spec)
+        fitted = self._maps.get(task)
+        if fitted is None:
+            return f"the bundle has no fitted confidence for {task}"
+        filled = self._spec.default if prompt is None else prompt
+        if task == CAPTION and filled != fitted.prompt:
+            return f"it was fitted with the prompt {fitted.prompt!r}"
+        given = decoding_options(options)
+        if given != dict(fitted.options):
+            names = sorted(name for name in {**given, **fitted.options} if given.get(name) != fitted.options.get(name))
+            return f"it was fitted with other values of {', '.join(map(option, names))}"
+        return None

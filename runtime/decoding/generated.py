@@ -1,0 +1,200 @@
+"""The text that was generated for a row, with the log-probability of each token and word; when a text is finished."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from blip2edge.runtime.decoding.options import GenerationOptions
+from blip2edge.runtime.text.tokenizer import TextStream, Tokenizer
+
+Stopped = Callable[[Sequence[int]], bool]
+
+Likeliest = tuple[tuple[int, float], ...]
+"""The likeliest tokens at one place of a text, each with its log-probability, likeliest first."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The generated text of one row.
+
+    Attributes:
+        tokens: The ids that the decoder was started with, then the generated ids with the end token; no padding.
+        finish_reason: "eos", "length" or "stop".
+        score: The length-penalised log-probability of the best beam; None without beam search.
+        tokens_per_pass: Number of generated tokens divided by the decoder's passes for them; 1 without a draft model.
+        token_logprobs: Log-probability (natural logarithm) that the model gives each generated token: the log-softmax
+            of the decoder's logits, before logits processors and temperature.
+        likeliest: For each generated token, the likeliest tokens of its place; empty without
+            ``GenerationOptions.top_logprobs``.
+    """
+
+    tokens: tuple[int, ...]
+    finish_reason: str
+    score: float | None
+    tokens_per_pass: float = 1.0
+    # Not compared: their last digits depend on the batch, as those of the logits do.
+    token_logprobs: tuple[float, ...] = field(default=(), compare=False)
+    likeliest: tuple[Likeliest, ...] = field(default=(), compare=False)
+
+    @property
+    def logprob(self) -> float:
+        """Log-probability of the text: the sum over its tokens."""
+        return math.fsum(self.token_logprobs)
+
+
+def finish_reason(
+    generated: Sequence[int], length: int, options: GenerationOptions, stopped: Stopped | None
+) -> str | None:
+    """Returns why a text of `length` generated tokens is finished: "eos", "stop" or "length"; None if not finished."""
+    if generated[-1] in options.eos_token_ids:
+        return "eos"
+    if stopped is not None and stopped(generated):
+        return "stop"
+    return "length" if length >= options.max_new_tokens else None
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of a text, and the lowest log-probability of its tokens."""
+
+    text: str
+    logprob: float
+
+
+def token_texts(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
+    """Returns the text that each token adds; joined, they are the text of all tokens.
+
+    A character of several tokens belongs to the last of them. Special tokens have no text.
+    """
+    stream = TextStream(tokenizer)
+    texts = [stream.push(token) for token in tokens]
+    if texts:
+        texts[-1] += stream.flush()
+    return texts
+
+
+def words_of(tokenizer: Tokenizer, tokens: Sequence[int], logprobs: Sequence[float]) -> tuple[Word, ...]:
+    """Returns the words of a text, which are separated by spaces; see :class:`Word`.
+
+    Args:
+        tokenizer: Decodes the tokens.
+        tokens: The generated ids.
+        logprobs: The log-probability of each.
+    """
+    found: list[Word] = []
+    begins = True
+    for text, logprob in zip(token_texts(tokenizer, tokens), logprobs, strict=True):
+        for at, part in enumerate(text.split()):
+            if at or begins or text[0].isspace():
+                found.append(Word(part, logprob))
+            else:
+                found[-1] = Word(found[-1].text + part, min(found[-1].logprob, logprob))
+        begins = text[-1].isspace() if text else begins
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class TextToken:
+    """A token of a text: what it adds to the text, its log-probability, and the likeliest texts in its place."""
+
+    text: str
+    logprob: float
+    likeliest: tuple[tuple[str, float], ...] = ()
+
+
+class TextPiece(str):
+    """A piece of a streamed text: a str with its tokens.
+
+    Attributes:
+        tokens: The tokens that the piece completes, each with its log-probability.
+    """
+
+    __slots__ = ("tokens",)
+
+    tokens: tuple[TextToken, ...]
+
+    def __new__(cls, text: str, tokens: Sequence[TextToken]) -> TextPiece:  # noqa: PYI034 - typing.Self is of Python 3.11
+        """Makes a piece of its text and its tokens."""
+        piece = super().__new__(cls, text)
+        piece.tokens = tuple(tokens)
+        return piece
+
+
+class TextTokens:
+    """Finds the tokens of a text that is published in pieces; see :class:`blip2edge.runtime.text.tokenizer.TextPieces`.
+
+    A token belongs to the piece that completes it. Joined, the tokens of all pieces are the published text; tokens
+    after its end, such as the end token, are left out.
+
+    Args:
+        tokenizer: Decodes the tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._stream = tokenizer, TextStream(tokenizer)
+        self._texts: list[str] = []  # of the tokens that are not published yet
+        self._read = 0  # tokens whose text is known
+        self._room = 0  # characters that are published, without those of published tokens
+        self._begun = False
+
+    def take(
+        self, ids: Sequence[int], logprobs: Sequence[float], likeliest: Sequence[Likeliest], piece: str
+    ) -> list[TextToken]:
+        """Adds a piece of the text; returns the tokens that it completes.
+
+        Args:
+            ids: All tokens so far; more than the pieces have is no harm.
+            logprobs: The log-probability of each.
+            likeliest: The likeliest tokens at the place of each; may be empty.
+            piece: The next piece.
+        """
+        self._read_tokens(ids)
+        self._room += len(piece)
+        return self._completed(ids, logprobs, likeliest)
+
+    def rest(
+        self, ids: Sequence[int], logprobs: Sequence[float], likeliest: Sequence[Likeliest], piece: str = ""
+    ) -> list[TextToken]:
+        """As :meth:`take` for the last piece; the last token is cut where the text ends."""
+        self._read_tokens(ids)
+        if self._texts:
+            self._texts[-1] += self._stream.flush()
+        self._room += len(piece)
+        found = self._completed(ids, logprobs, likeliest)
+        if self._texts and self._room:
+            found.append(self._token(ids, logprobs, likeliest, self._texts[0][: self._room]))
+        return found
+
+    def _read_tokens(self, ids: Sequence[int]) -> None:
+        for token in ids[self._read :]:
+            text = self._stream.push(token)
+            self._texts.append(text if self._begun else text.lstrip())
+            self._begun = self._begun or bool(self._texts[-1])
+            self._read += 1
+
+    def _completed(
+        self, ids: Sequence[int], logprobs: Sequence[float], likeliest: Sequence[Likeliest]
+    ) -> list[TextToken]:
+        """The tokens whose whole text is published; they are removed."""
+        found = []
+        while self._texts and 0 < self._room >= len(self._texts[0]):
+            found.append(self._token(ids, logprobs, likeliest, self._texts[0]))
+        return found
+
+    def _token(
+        self, ids: Sequence[int], logprobs: Sequence[float], likeliest: Sequence[Likeliest], text: str
+    ) -> TextToken:
+        """The first token that is not published; it is removed."""
+        at = self._read - len(self._texts)
+        self._texts.pop(0)
+        self._room -= len(text)
+        others = likeliest[at] if at < len(likeliest) else ()
+        before = [ids[at - 1]] if at else []
+        return TextToken(text, logprobs[at], tuple((self._alone(before, other), value) for other, value in others))
+
+    def _alone(self, before: list[int], token: int) -> str:
+        """The text of a token after another; special tokens are written out."""
+        start = self._tokenizer.decode_raw(before, skip_special_tokens=False)
+        return self._tokenizer.decode_raw([*before, token], skip_special_tokens=False)[len(start) :]

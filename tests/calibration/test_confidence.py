@@ -1,0 +1,301 @@
+"""Confidence: the fit, its figures, and how a fitted bundle answers on each path."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnxruntime", reason="captions of the cpu backend")
+pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
+
+from blip2edge import Captioner
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.manifest import Manifest, read_manifest
+from blip2edge.calibration.confidence.figures import accuracy_at, calibration_error, reliability, separation
+from blip2edge.calibration.confidence.fit import CANDIDATES, fit_map, isotonic, logistic, probabilities
+from blip2edge.calibration.confidence.page import BEGIN, with_section
+from blip2edge.calibration.confidence.pipeline import LEAST, copy_with_confidence
+from blip2edge.calibration.pipeline import _seal, calibrate
+from blip2edge.cli import main
+from blip2edge.errors import BundleError, DataError, UsageError
+from blip2edge.runtime.captioning.confidence import Confidence, ConfidenceMap, features
+from blip2edge.runtime.decoding.generated import Generated
+from blip2edge.runtime.decoding.options import GenerationOptions
+from tests.confident import NEW, drawn_references, fit_on_drawings, pictures
+from tests.drawing import draw_pictures
+
+RNG = np.random.default_rng(0)
+
+
+def drawn_rows(count: int, sharpness: float = 1.0) -> tuple[Any, Any]:
+    """Features of texts whose chance of being right is the logistic function of the sum's feature."""
+    rows = RNG.normal(0, 2, (count, 3))
+    return rows, RNG.random(count) < 1 / (1 + np.exp(-sharpness * rows[:, 2]))
+
+
+# The fit
+
+
+def test_logistic_regression_finds_the_weights_of_its_data() -> None:
+    rows, right = drawn_rows(20000, 1.5)
+    score = logistic((2,))(rows, right)
+    assert score.weights[:2] == (0.0, 0.0)
+    assert score.weights[2] == pytest.approx(1.5, abs=0.1)
+    assert score.offset == pytest.approx(0.0, abs=0.1)
+
+
+def test_isotonic_regression_pools_what_falls() -> None:
+    """Right 0, 1, 0, 1, 1 in the order of the score: the falling pair becomes its mean."""
+    rows = np.zeros((5, 3))
+    rows[:, 2] = [1, 2, 3, 4, 5]
+    found = isotonic(logistic((2,)))(rows, np.array([False, True, False, True, True]))
+    assert found.knots[1] == (0.0, 0.5, 1.0)
+    assert list(found.knots[0]) == sorted(found.knots[0])
+
+
+@pytest.mark.parametrize("right", [np.ones(50, bool), np.zeros(50, bool)], ids=["all right", "all wrong"])
+def test_one_kind_of_text_gives_no_certainty(right: Any) -> None:
+    rows = RNG.normal(0, 1, (50, 3))
+    fitted = fit_map(rows, right)
+    found = probabilities(fitted.score, rows, fitted.bounds)
+    assert ((found > 0) & (found < 1)).all()
+    assert (found > 0.5).all() == bool(right[0])
+
+
+def test_the_chosen_map_has_the_least_brier_score_and_is_true() -> None:
+    rows, right = drawn_rows(4000)
+    fitted = fit_map(rows, right)
+    assert set(fitted.brier) == set(CANDIDATES)
+    assert fitted.brier[fitted.kind] == min(fitted.brier.values())
+    more, truth = drawn_rows(4000)
+    assert calibration_error(probabilities(fitted.score, more, fitted.bounds), truth) < 0.04
+    order = np.argsort(more[:, 2])
+    if fitted.kind.endswith("sum"):
+        assert (np.diff(probabilities(fitted.score, more[order], fitted.bounds)) >= -0.05).all()
+
+
+def test_figures() -> None:
+    confidences, right = np.array([0.1, 0.2, 0.8, 0.9]), np.array([False, True, True, True])
+    assert accuracy_at(confidences, right, 0.5) == 1.0
+    assert accuracy_at(confidences, right, 1.0) == 0.75
+    assert calibration_error(confidences, right) == pytest.approx((0.1 + 0.8 + 0.2 + 0.1) / 4)
+    assert [row["texts"] for row in reliability(confidences, right, 2)] == [2, 2]
+    assert separation(confidences, right) == 1.0
+    assert separation(confidences, np.ones(4, bool)) is None
+    values, truth = RNG.integers(0, 5, 60).astype(float), RNG.random(60) < 0.5
+    pairs = [(one > other) + 0.5 * (one == other) for one in values[truth] for other in values[~truth]]
+    assert separation(values, truth) == pytest.approx(float(np.mean(pairs)))
+
+
+def test_features_rise_with_the_log_probabilities() -> None:
+    assert (features([-0.1, -0.2]) > features([-0.1, -0.3])).all()
+    assert np.isfinite(features([-9999.0, 0.0])).all()
+    assert np.isfinite(features([])).all()
+
+
+# A fitted bundle
+
+
+@pytest.fixture(scope="module")
+def captioner(confident_bundle: Path) -> Captioner:
+    return Captioner.load(confident_bundle, backend="cpu", threads=1)
+
+
+def test_the_copy_has_the_parents_files_and_a_report(confident_bundle: Path, tiny_bundle: Path) -> None:
+    ours, parent = Bundle.open(confident_bundle).manifest, Bundle.open(tiny_bundle).manifest
+    assert {name: ours.files[name] for name in parent.files} == dict(parent.files)
+    assert set(ours.files) - set(parent.files) == {"report.json", "report.html"}
+    record = ours.confidence["caption"]
+    assert (record["pictures"], record["right"], record["right_if"]) == (32, 16, "surer than half of all")
+    assert record["figures"]["accuracy"] == 0.5
+    assert json.loads((confident_bundle / "report.json").read_text())["confidence"]["caption"] == record
+    page = (confident_bundle / "report.html").read_text()
+    assert "expected calibration error" in page
+    assert page.count("<svg") == 2
+    assert with_section(page, "x", ours.confidence).count(BEGIN) == 1  # an older part is replaced
+
+
+def test_surer_captions_have_a_higher_confidence(captioner: Captioner) -> None:
+    results = list(captioner.caption_many(pictures(12), max_new_tokens=NEW, batch_size=4))
+    assert all(result.confidence is not None for result in results)
+    ordered = sorted(results, key=lambda result: result.logprob)
+    assert (ordered[-1].confidence or 0) > (ordered[0].confidence or 1)
+    values = json.loads(json.dumps(results[0].to_json()))
+    assert (values["logprob"], values["confidence"]) == (round(results[0].logprob, 6), results[0].confidence)
+
+
+def test_abstaining_gives_no_text(captioner: Captioner) -> None:
+    drawn = pictures(12)
+    plain = list(captioner.caption_many(drawn, max_new_tokens=NEW, batch_size=4))
+    limit = sorted(result.confidence or 0 for result in plain)[6]
+    found = list(captioner.caption_many(drawn, max_new_tokens=NEW, batch_size=4, abstain_below=limit))
+    for result, before in zip(found, plain, strict=True):
+        assert result.tokens == before.tokens
+        assert result.confidence == pytest.approx(before.confidence, abs=0.02)
+        abstained = (result.confidence or 0) < limit
+        assert (result.text, result.finish_reason) == (
+            ("", "abstained") if abstained else (before.text, before.finish_reason)
+        )
+    assert {result.finish_reason for result in found} > {"abstained"}
+
+
+def test_a_scheduler_publishes_no_text_before_it_is_sure(captioner: Captioner) -> None:
+    options = captioner.options(max_new_tokens=NEW, abstain_below=1.0)
+    with captioner.scheduler(max_batch=2) as scheduler:
+        requests = [scheduler.submit(picture, options) for picture in pictures(2)]
+        assert [list(request.pieces()) for request in requests] == [[], []]
+        assert [request.result().finish_reason for request in requests] == ["abstained"] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"num_beams": 2}, "num_beams"),
+        ({"temperature": 0.7, "seed": 1}, "temperature"),
+        ({"repetition_penalty": 1.5}, "repetition_penalty"),
+        ({"prompt": "a photo of"}, "prompt"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_other_options_or_prompts_have_no_confidence(captioner: Captioner, options: dict[str, Any], named: str) -> None:
+    picture = draw_pictures(1)[0]
+    assert captioner.caption(picture, max_new_tokens=NEW, **options).confidence is None
+    with pytest.raises(UsageError, match="calibrate BUNDLE -o OUT --references FILE") as refused:
+        captioner.caption(picture, max_new_tokens=NEW, abstain_below=0.5, **options)
+    assert named in str(refused.value)
+
+
+def test_a_text_that_is_cut_elsewhere_has_no_confidence(captioner: Captioner) -> None:
+    result = captioner.caption(
+        draw_pictures(1)[0], max_new_tokens=NEW - 2, eos_token_ids=captioner.options().eos_token_ids
+    )
+    assert result.finish_reason == "length"
+    assert result.confidence is None
+
+
+def test_drafts_and_seeds_change_no_confidence(captioner: Captioner) -> None:
+    picture = draw_pictures(1)[0]
+    plain = captioner.caption(picture, max_new_tokens=NEW)
+    drafted = captioner.caption(picture, max_new_tokens=NEW, draft="lookup", seed=4)
+    assert drafted.token_logprobs == pytest.approx(plain.token_logprobs, abs=1e-4)
+    assert drafted.confidence == pytest.approx(plain.confidence, abs=0.02)
+
+
+def test_a_stream_cannot_abstain(captioner: Captioner) -> None:
+    with pytest.raises(UsageError, match="the confidence is known at the end"):
+        captioner.stream(draw_pictures(1)[0], abstain_below=0.5)
+
+
+def test_words_have_the_lowest_log_probability_of_their_tokens(captioner: Captioner) -> None:
+    result = captioner.caption(draw_pictures(1)[0], max_new_tokens=12)
+    words = captioner.words(result)
+    assert " ".join(word.text for word in words) == " ".join(result.text.split())
+    assert min(word.logprob for word in words) >= min(result.token_logprobs)
+    assert {word.logprob for word in words} <= set(result.token_logprobs)
+
+
+def test_questions_have_a_map_of_their_own(confident_bundle: Path, tmp_path: Path) -> None:
+    report = copy_with_confidence(
+        confident_bundle, tmp_path / "both", drawn_references(confident_bundle, 20, question="what is it?"), threads=1
+    )[0]
+    assert report.task == "ask"
+    manifest = read_manifest(tmp_path / "both")
+    assert set(manifest.confidence) == {"caption", "ask"}
+    with Captioner.load(tmp_path / "both", backend="cpu", threads=1) as captioner:
+        picture = draw_pictures(1)[0]
+        assert captioner.ask(picture, "which colour is it?", max_new_tokens=NEW).confidence is not None
+        assert captioner.caption(picture, max_new_tokens=NEW).confidence is not None
+
+
+def test_a_map_belongs_to_its_precision(confident_bundle: Path) -> None:
+    manifest = read_manifest(confident_bundle)
+    text = Generated((), "eos", None, token_logprobs=(-0.1,))
+    options = GenerationOptions(**{**manifest.confidence["caption"]["options"], "max_new_tokens": NEW})
+    assert Confidence(manifest).of(text, options, None) is not None
+    graphs = {name: replace(record, precision="int8") for name, record in manifest.graphs.items()}
+    assert Confidence(replace(manifest, graphs=graphs)).of(text, options, None) is None
+
+
+def test_a_quantised_bundle_has_no_map_of_its_parent(confident_bundle: Path, tmp_path: Path) -> None:
+    context: Any = type("Context", (), {"staging": tmp_path, "parent": Bundle.open(confident_bundle)})
+    sealed = _seal(context, {})
+    assert isinstance(sealed, Manifest)
+    assert sealed.confidence == {}
+
+
+def test_a_damaged_map_is_refused(confident_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(confident_bundle, tmp_path / "bundle")
+    path = tmp_path / "bundle" / "bundle.json"
+    values = json.loads(path.read_text())
+    for name, value in (("weights", [1.0]), ("knots", [[0.0], []]), ("bounds", [0.0, 2.0]), ("task", "guess")):
+        values["confidence"]["caption"], before = (
+            {**values["confidence"]["caption"], name: value},
+            dict(values["confidence"]["caption"]),
+        )
+        path.write_text(json.dumps(values))
+        with pytest.raises(BundleError, match=f"confidence.caption(.{name})?"):
+            read_manifest(tmp_path / "bundle")
+        values["confidence"]["caption"] = before
+
+
+def test_a_map_as_json() -> None:
+    found = ConfidenceMap("caption", None, {}, {"decoder": "fp32"}, 20, 0.5, (1.0, 0.0, 2.0), ((0.0, 1.0), (0.2, 0.7)))
+    assert ConfidenceMap.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert found.confidence([-9999.0]) == pytest.approx(0.2)
+
+
+# The command
+
+
+def written_references(folder: Path, bundle: Path, count: int = 24) -> Path:
+    """Pictures with their own caption, or another, beside them."""
+    folder.mkdir()
+    with Captioner.load(bundle, backend="cpu", threads=1) as captioner:
+        for at, picture in enumerate(pictures(count)):
+            text = captioner.caption(picture, max_new_tokens=NEW).text
+            picture.save(folder / f"{at:02d}.png")
+            (folder / f"{at:02d}.txt").write_text(f"{text.upper()}.\n" if at % 3 else "something else\n")
+    return folder
+
+
+def test_the_command_fits_and_caption_abstains(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, output = written_references(tmp_path / "refs", tiny_bundle), tmp_path / "out"
+    flags = ["--references", str(folder), "--max-new-tokens", str(NEW), "--threads", "1", "--no-optimize"]
+    assert main(["calibrate", str(tiny_bundle), "-o", str(output), *flags]) == 0
+    said = capsys.readouterr()
+    assert "confidence (caption): " in said.out
+    assert "on 24 pictures of which 66.7% are right" in said.out  # apart from case and the full stop
+    assert "at least 500 pictures with references are advised" in said.err
+    picture = str(folder / "00.png")
+    asked = ["caption", picture, "-b", str(output), "--json", "--max-new-tokens", str(NEW), "--threads", "1"]
+    assert main(asked) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert 0 < plain["confidence"] < 1
+    assert main([*asked, "--abstain-below", "1"]) == 0
+    abstained = json.loads(capsys.readouterr().out)
+    assert (abstained["text"], abstained["finish_reason"]) == ("", "abstained")
+    assert main(["caption", picture, "-b", str(tiny_bundle), "--abstain-below", "0.5"]) == 2
+    assert "blip2edge calibrate BUNDLE -o OUT --references FILE" in capsys.readouterr().err
+    assert main(["caption", picture, "-b", str(output), "--stream", "--abstain-below", "0.5"]) == 2
+    assert "cannot be combined: the confidence is known at the end" in capsys.readouterr().err
+
+
+def test_what_the_command_refuses(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["calibrate", str(tiny_bundle), "-o", str(tmp_path / "out")]) == 2
+    assert "expected --images, --references or both, got neither" in capsys.readouterr().err
+    flags = ["--images", str(tmp_path), "--right-at", "0.5"]
+    assert main(["calibrate", str(tiny_bundle), "-o", str(tmp_path / "out"), *flags]) == 2
+    assert "--right-at needs --references" in capsys.readouterr().err
+    with pytest.raises(DataError, match=f"expected at least {LEAST} pictures"):
+        fit_on_drawings(tiny_bundle, tmp_path / "out", count=LEAST - 1)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match="got neither"):
+        calibrate(tiny_bundle, tmp_path / "out")

@@ -1,0 +1,86 @@
+"""Pictures with known captions or answers, and when a generated text is right: for ``calibrate --references``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from blip2edge.errors import UsageError, option
+from blip2edge.training.data.detect import detect_data
+from blip2edge.training.data.entries import StoredPicture, by_picture
+from blip2edge.training.data.registry import read_entries
+from blip2edge.training.metrics.captions import rouge_l
+from blip2edge.training.metrics.tokens import words
+from blip2edge.training.metrics.vqa import answer_accuracy
+
+HALF = 0.5
+"""Smallest VQA accuracy of a right answer."""
+
+
+@dataclass(frozen=True)
+class KnownText:
+    """A picture with its right captions, or a question on it with its right answers.
+
+    Attributes:
+        name: Name in messages.
+        picture: The picture.
+        texts: The captions or answers.
+        question: The question; empty for captions.
+        right_at: Smallest score of a right text, see :func:`read_references`; None for the default rule.
+    """
+
+    name: str
+    picture: StoredPicture
+    texts: tuple[str, ...]
+    question: str = ""
+    right_at: float | None = None
+
+    def open(self) -> Image.Image:
+        """Decodes the picture; raises ImageError."""
+        return self.picture.open()
+
+    def is_right(self, text: str) -> bool:
+        """Whether a generated text is right."""
+        if self.question:
+            return answer_accuracy(text, self.texts) >= (HALF if self.right_at is None else self.right_at)
+        said, known = words(text), [words(one) for one in self.texts]
+        return said in known if self.right_at is None else rouge_l([said], [known]) >= self.right_at
+
+
+def read_references(
+    data: str, *, annotations: str | None, max_broken: int, right_at: float | None
+) -> tuple[Sequence[KnownText], str]:
+    """Reads references in the formats of ``eval --data``.
+
+    Args:
+        data: COCO's JSON of captions or of VQA questions, a folder of pictures with texts, tar shards, or a recipe.
+        annotations: File of the answers to VQA's questions; None for the file beside the questions.
+        max_broken: Largest number of missing or broken samples.
+        right_at: A caption is right if its ROUGE-L is at least this, an answer if its VQA accuracy is. None: a caption
+            must be equal to a reference, apart from case and punctuation; an answer's accuracy is at least
+            :data:`HALF`.
+
+    Returns:
+        The references, and the rule as a sentence.
+
+    Raises:
+        DataError: The data cannot be read, or has no usable sample.
+        UsageError: ``right_at`` is not above 0 and at most 1.
+    """
+    if right_at is not None and not 0 < right_at <= 1:
+        raise UsageError(f"expected {option('right_at')} above 0 and at most 1, got {right_at:g}")
+    config, base = detect_data(data, None, annotations, max_broken)
+    found, broken = read_entries(config, base=base)
+    entries = list(found)
+    if not entries:
+        raise broken.none_usable("picture with a text")
+    if entries[0].question:
+        asked = [
+            KnownText(one.sample_id, one.picture, one.answers, one.question, right_at) for one in entries if one.answers
+        ]
+        return asked, f"VQA accuracy of at least {HALF if right_at is None else right_at:g}"
+    rule = "equal to a reference" if right_at is None else f"ROUGE-L of at least {right_at:g}"
+    shown = [group for group in by_picture(entries) if group.captions]
+    return [KnownText(one.image_id, one.picture, tuple(one.captions), right_at=right_at) for one in shown], rule
