@@ -64,21 +64,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--prompt", metavar="P", help="text that the captions continue (default: the model's own prompt)"
     )
-    add_number(
-        parser,
-        "--top",
-        "retrieval: number of nearest candidates that the matching head ranks again; 0: none (default: 16, or 128 with "
-        "--ranking lavis)",
-        kind=non_negative_int,
-        metavar="K",
-    )
-    parser.add_argument(
-        "--ranking",
-        choices=RANKINGS,
-        default="probability",
-        help="retrieval: how the matching head ranks candidates: probability, or lavis: its logit plus the cosine, as "
-        "in BLIP-2's published figures (default: probability)",
-    )
+    _add_retrieval_flags(parser)
     parser.add_argument(
         "--ask",
         action="store_true",
@@ -96,6 +82,25 @@ def add_arguments(parser: Parser) -> None:
     add_backend(parser)
     add_some_generation(parser, *DECODING)
     parser.add_argument("--json", action="store_true", help="print the scores as one JSON object")
+
+
+def _add_retrieval_flags(parser: Parser) -> None:
+    """Add the flags of image-text retrieval."""
+    add_number(
+        parser,
+        "--top",
+        "retrieval: number of nearest candidates that the matching head ranks again; 0: none (default: 16, or 128 with "
+        "--ranking lavis)",
+        kind=non_negative_int,
+        metavar="K",
+    )
+    parser.add_argument(
+        "--ranking",
+        choices=RANKINGS,
+        default="probability",
+        help="retrieval: how the matching head ranks candidates: probability, or lavis: its logit plus the cosine, as "
+        "in BLIP-2's published figures (default: probability)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
