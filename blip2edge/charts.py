@@ -73,7 +73,7 @@ def element(tag: str, content: str = "", **attributes: str | float) -> str:
 
     Args:
         tag: Name of the element.
-        content: Its content, already escaped.
+        content: Content of the element, already escaped.
         **attributes: Its attributes. In their names, a final ``_`` is removed and any other becomes ``-``. Numbers are
             rounded to 0.1.
     """

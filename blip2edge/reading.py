@@ -61,7 +61,7 @@ def reading(
         explain: Makes a better error of some exceptions; it returns None for the others.
 
     Raises:
-        Blip2EdgeError: Of the class ``error``: the file cannot be opened, or is not of this form.
+        Blip2EdgeError: The class ``error``: the file cannot be opened, or is not of this form.
     """
     try:
         yield
@@ -101,7 +101,7 @@ def checking(
         explain: Makes a better error.
 
     Raises:
-        Blip2EdgeError: Of the class ``error``: a value does not pass.
+        Blip2EdgeError: The class ``error``: a value does not pass.
     """
     try:
         yield
@@ -224,7 +224,7 @@ def read_json(
         strict: See :func:`parse_json`.
 
     Raises:
-        Blip2EdgeError: Of the class ``error``: the file cannot be opened, is too large, is not JSON, or holds another
+        Blip2EdgeError: The class ``error``: the file cannot be opened, is too large, is not JSON, or holds another
             value than an object.
     """
     with reading(path, "JSON", error, fix, missing=missing, explain=explain):
@@ -238,7 +238,7 @@ def read_text(path: Path, error: type[Blip2EdgeError], fix: str | None = None, *
     """Reads a text file in UTF-8; a byte order mark is skipped.
 
     Raises:
-        Blip2EdgeError: Of the class ``error``: the file cannot be opened, is too large, or is not UTF-8.
+        Blip2EdgeError: The class ``error``: the file cannot be opened, is too large, or is not UTF-8.
     """
     with reading(path, "a text in UTF-8", error, fix):
         return read_bytes(path, limit).decode("utf-8-sig")

@@ -47,7 +47,7 @@ class DecodedPicture:
     """A picture after reading, decoding and preprocessing.
 
     Attributes:
-        number: Its number in the source.
+        number: Number of the picture in the source.
         item: The picture.
         pixels: ``[3, H, W]`` float32; None if it is broken.
         content: Bytes of the picture file, if the output has them.

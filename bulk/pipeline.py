@@ -51,7 +51,7 @@ class Output:
     """The output: one file, or a directory with a file for each part.
 
     Attributes:
-        target: Its path.
+        target: Path of the result.
         form: Format, one of ``BULK_FORMATS``.
         single: Whether it is one file.
         force: Whether to replace an output of bulk that has its name, and to remove the parts of a killed run with

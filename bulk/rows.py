@@ -18,7 +18,7 @@ class Row:
 
     Attributes:
         image: Name of the picture in the source.
-        captions: Its captions; empty if the picture is broken. Those of a duplicate are its original's.
+        captions: Captions of the picture; empty if it is broken. Those of a duplicate are its original's.
         logprobs: The log-probability of each caption: the sum over its tokens, by the model, natural logarithm.
         confidences: The confidence of each caption; None where the bundle has none. A caption is empty if its
             confidence is below ``abstain_below``.
@@ -50,7 +50,7 @@ class Original:
     """The picture that a duplicate resembles.
 
     Attributes:
-        number: Its number in the source.
+        number: Number of the picture in the source.
         similarity: Cosine of the embeddings.
     """
 

@@ -74,7 +74,7 @@ class Chunk:
     Attributes:
         number: Number of the part.
         first: Number of its first picture in the source.
-        items: Its pictures.
+        items: Pictures of the part.
     """
 
     number: int

@@ -51,7 +51,7 @@ def with_choices(graph: Path, spec: GraphSpec) -> Iterator[tuple[Path, tuple[str
 
     Args:
         graph: The ``.onnx`` file. A temporary file in its directory refers to the same weights.
-        spec: Its tensors.
+        spec: Inputs and outputs of the graph.
 
     Yields:
         The file to run and the added outputs, which are none where nothing is merged.
@@ -117,7 +117,10 @@ class GuidedMatching(TokenMatching):
         if not torch.equal(order.sort(dim=1).values, every):
             raise ParityError(f"{PAIRS}: the graph's order of {first} patches does not name each of them once", FIX)
         if partner.shape != order.shape or bool(((partner < 0) | (partner >= second)).any()):
-            raise ParityError(f"{PAIRS}: the graph merges into a patch that is none of {second}", FIX)
+            raise ParityError(
+                f"{PAIRS}: a patch was merged into another one than the patches {second}, which others may be merged into",
+                FIX,
+            )
         best = scores.amax(dim=-1)  # [B, A]
         taken = torch.gather(scores, 2, partner[:, :, None])[:, :, 0]
         ranked = torch.gather(best, 1, order)

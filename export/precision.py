@@ -32,7 +32,7 @@ class Fp32Exception:
     """A rule for nodes that stay in FP32.
 
     Attributes:
-        name: Its name in the manifest.
+        name: Name of the precision in the manifest.
         path: Regular expression that is searched in the path of a node's module.
         op_type: Regular expression that the whole operator name must match.
         reason: Why these nodes stay in FP32.

@@ -43,7 +43,7 @@ class Traced:
 
     Attributes:
         model: The graph.
-        spec: Its tensors.
+        spec: Inputs and outputs of the graph.
         slots: The parameter that fills each initializer, by the initializer's name.
     """
 

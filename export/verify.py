@@ -128,7 +128,7 @@ def compare(
     Args:
         make_module: Makes the module in float32, with the checkpoint's weights.
         graph: The ``.onnx`` file.
-        spec: Its tensors, in its precision.
+        spec: Inputs and outputs of the graph, in its precision.
         precision: Chooses the tolerance.
         sample: The part of the model that is compared; empty for the whole model.
 
@@ -222,7 +222,7 @@ def compare_whole(name: str, model: Model, directory: Path, traced: Traced, prec
         model: The checkpoint in float32.
         directory: Where the graph was written.
         traced: The graph.
-        precision: Of the graph.
+        precision: Precision of the graph.
 
     Raises:
         ParityError: See :func:`compare`.

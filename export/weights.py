@@ -150,7 +150,7 @@ def write_token_table(table: Tensor, parameter: str, path: Path, dtype: torch.dt
 
     Args:
         table: ``[V, D]``, as the checkpoint has it.
-        parameter: Its name, for errors.
+        parameter: Name of the parameter, for errors.
         path: The file.
         dtype: float32, float16 or bfloat16.
 

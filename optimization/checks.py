@@ -38,13 +38,13 @@ PROBED_GRAPHS = (VISION, BRIDGE, DECODER, MATCH, "text_encoder", "cross_kv", "im
 
 @dataclass
 class CopyTask:
-    """Data that all graphs of a copy share while the copy is made.
+    """Data that is shared while the optimized copies of a bundle's graphs are made.
 
     Attributes:
         bundle: The bundle.
         context: Facts about the model for the passes.
-        scratch: Directory of the rewritten graphs that are tried.
-        target: Directory of the copy.
+        scratch: Directory of rewritten graphs, of which only the fastest is kept.
+        target: Directory that the copies are written to.
         within: Path of the copy inside the bundle; None if the copy is in the user's cache.
         upstream: Outputs of the portable graphs that ran already, by name; they are inputs of later graphs.
     """

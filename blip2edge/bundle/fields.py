@@ -86,7 +86,7 @@ def full_match(pattern: str, expected: str) -> Check:
 
 
 def one_of_texts(*choices: str) -> Check:
-    """One of some texts."""
+    """Returns a check for one of some texts."""
     return check_that(lambda value: isinstance(value, str) and value in choices, f"one of {', '.join(choices)}")
 
 
@@ -94,12 +94,12 @@ sha256: Check = full_match("[0-9a-f]{64}", "a SHA-256, 64 hexadecimal digits")
 
 
 def nullable(check: Check) -> Check:
-    """The value of another check, or null."""
+    """Returns a check that also accepts null."""
     return lambda value, where: None if value is None else check(value, where)
 
 
 def list_of(item: Check, least: int = 0, most: int = MAX_ITEMS) -> Check:
-    """A list whose items pass a check."""
+    """Returns a check for a list of ``least`` to ``most`` items that each pass ``item``."""
     whole_list = check_that(
         lambda value: isinstance(value, (list, tuple)) and least <= len(value) <= most,
         f"a list of {least} to {most} items",
@@ -119,7 +119,7 @@ _object = check_that(
 
 
 def mapped(key: Check, value: Check) -> Check:
-    """An object whose keys and values each pass a check."""
+    """Returns a check for an object whose keys pass ``key`` and whose values pass ``value``."""
 
     def check(given: Any, where: str) -> None:
         _object(given, where)

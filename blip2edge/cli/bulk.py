@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "OUT",
         "NAME.parquet or NAME.tar for one file; any other name for a directory with a file for each part",
-        force="replace {} if bulk made it, and remove the parts of a killed run with other flags",
+        force="replace {} if bulk made it; also remove the files of an interrupted run that had other flags",
     )
     add_bundle_option(parser)
     parser.add_argument("--format", choices=BULK_FORMATS, help="format of OUT (default: by its name, else parquet)")

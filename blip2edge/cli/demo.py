@@ -37,7 +37,10 @@ STAGES = ("preprocess", "vision", "bridge", "prefill", "decode", "total")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``demo``."""
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="directory of the bundle (default: in the user's cache directory)"
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="directory that the bundle is written to (default: in the user's cache directory)",
     )
 
 

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle_option(parser)
     add_limits(parser, Limits, PICTURE_LIMITS)
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="print one JSON object per line for each vector (default)")
+    how.add_argument("--json", action="store_true", help="print one line of JSON for each vector (default)")
     how.add_argument("--output", metavar="FILE", type=Path, help="write all vectors to FILE as one .npy array")
 
 

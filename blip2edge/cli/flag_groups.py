@@ -148,7 +148,7 @@ def add_stream_or_json(parser: ArgumentParser) -> None:
     """How captions are printed."""
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--stream", action="store_true", help="print each caption while it is generated")
-    how.add_argument("--json", action="store_true", help="print one JSON object per line for each picture")
+    how.add_argument("--json", action="store_true", help="print one line of JSON for each picture")
 
 
 def add_generation(parser: ArgumentParser) -> None:

@@ -31,9 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_batch_size(parser, 1)
     add_bundle_option(parser)
     add_limits(parser, Limits, PICTURE_LIMITS)
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object per line for each pair of picture and text"
-    )
+    parser.add_argument("--json", action="store_true", help="print one line of JSON for each pair of picture and text")
 
 
 def run(options: argparse.Namespace) -> int:

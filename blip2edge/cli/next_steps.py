@@ -29,7 +29,7 @@ def try_command(path: Path, manifest: Manifest, backend: str = "") -> str:
 
     Args:
         path: The bundle's directory.
-        manifest: Its manifest.
+        manifest: Manifest of the bundle.
         backend: Value of ``--backend``; empty for the default, or the first that can run the bundle's precision.
     """
     from blip2edge.runtime.backends.base import BACKENDS

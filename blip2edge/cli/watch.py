@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind=non_negative_number,
         metavar="X",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line for each frame")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON for each frame")
     group = parser.add_argument_group(
         "receivers of captions, besides standard output; each may be given several times",
         f"write a password, here and in SOURCE, as {FORM}: other users of this machine can see the command line",

@@ -155,7 +155,7 @@ class _MatrixRounder:
     """Rounds matrices and writes them.
 
     Attributes:
-        initializers: Of the graph.
+        initializers: Initializers of the graph.
         data: The file of the weights.
         formats: Each matrix's format, by the initializer's name.
         writers: Writers of the matrices that do not go to ``data``, by the initializer's name.

@@ -46,7 +46,7 @@ def choose_form(wanted: str, path: Path, cache: CacheSpec, version: ParserVersio
     Args:
         wanted: The value of ``--decoder``; ``auto`` is the update in place where it is possible, else ``constant``.
         path: The exported decoder.
-        cache: Its KV cache.
+        cache: KV cache of the decoder.
         version: The TensorRT version that will parse the graph.
 
     Returns:

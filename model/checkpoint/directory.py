@@ -59,7 +59,7 @@ class Checkpoint:
     Attributes:
         directory: Where config and weights are: ``given``, or the base of the adapter in it.
         laid_over: The file with trained tensors that replace the directory's.
-        config: Its config. The head is tied where the tensors are.
+        config: Config of the model. The head is tied where the tensors are.
         ties: Tied tensors, as the config has them.
         map: Maps our parameters to its tensors.
         shapes: Shapes of our parameters.

@@ -115,7 +115,7 @@ class LoadedPreprocessing:
     Attributes:
         preprocessing: The settings.
         values: The JSON object that they were read from, with the class where it names none.
-        where: Its file, for errors.
+        where: File of the values, for errors.
         warnings: Keys that are not used, and other settings of the checkpoint that differ and are not used either.
     """
 

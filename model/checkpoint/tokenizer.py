@@ -25,7 +25,7 @@ class SerializedTokenizer:
     """A tokenizer as the runtime reads it.
 
     Attributes:
-        where: Its file, for errors.
+        where: File of the values, for errors.
         content: A ``tokenizer.json``.
         flags: Those of :data:`FLAGS` that are on: arguments of :class:`~blip2edge.runtime.text.tokenizer.Tokenizer`.
         bos_token_id: Id of the token that ``tokenizer_config.json`` names as BOS; None if it names none.

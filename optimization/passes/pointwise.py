@@ -38,7 +38,7 @@ class _Product:
 
     Attributes:
         source: ``[.., K]``.
-        weight: Its initializer, ``[K, N]``.
+        weight: Initializer of the product's weight, ``[K, N]``.
         matrix: float32 ``[K, N]``.
         bias: ``[N]``; None for none.
         last: The last node: the addition of the bias, or the MatMul.

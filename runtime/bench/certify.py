@@ -63,7 +63,7 @@ class GraphCheck:
 
     Attributes:
         graph: Name of the graph.
-        outputs: Its outputs that were compared, in the order in which it computes them.
+        outputs: Outputs of the graph that were compared, in the order in which the graph computes them.
         not_compared: Recorded outputs that the backend does not return, such as a KV cache that it keeps itself.
     """
 

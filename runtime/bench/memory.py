@@ -154,7 +154,7 @@ def check_memory(
         memory: The machine's memory; None to read it.
 
     Raises:
-        Blip2EdgeError: Of the class ``error``: the machine has less memory than ``need.least``.
+        Blip2EdgeError: An error of the class ``error``: the machine has less memory than ``need.least``.
     """
     memory = memory or machine_memory()
     if memory is None:

@@ -109,7 +109,7 @@ class BridgeRow:
 
     Attributes:
         kind: ``qformer``, ``mlp``, ``perceiver`` or ``pool``.
-        parameters: Its parameters.
+        parameters: Number of parameters of the part.
         tokens_per_picture, tokens: Visual tokens of a picture, and of the whole item.
         fits_context: Whether they fit the context with prompt and caption.
         ms: Predicted milliseconds of the bridge and the prefill together.

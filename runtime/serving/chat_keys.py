@@ -32,7 +32,7 @@ class RequestError(UsageError):
         fix: As of :class:`UsageError`.
         field: The wrong key.
         code: ``error.code`` of the answer.
-        status: Its HTTP status.
+        status: HTTP status of the answer.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ def error_json(error: Blip2EdgeError, names: Mapping[str, str] = {}) -> dict[str
     """An error as JSON.
 
     Args:
-        error: Its text names options by their Python names.
+        error: The error; its text names options by their Python names.
         names: The request's keys by those names, where they differ.
     """
     _, kind, code = classified(error)

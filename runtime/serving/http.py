@@ -241,7 +241,9 @@ class Server:
         values = json_object(await self._body(request, None, MAX_EVENT), self.limits)
         kept = {name: values[name] for name in EVENT_KEYS if values.get(name) is not None}
         if "text" not in kept:
-            raise RequestError("the text is missing", "send one", field="text", code="missing_required_parameter")
+            raise RequestError(
+                "the field text is missing", "add it to the request", field="text", code="missing_required_parameter"
+            )
         for name, value in kept.items():
             check_type(name, value, str, "a text")
         self._events.append(kept)

@@ -27,10 +27,10 @@ class Distribution:
     """A histogram that any thread may add to.
 
     Attributes:
-        name: Of the metric.
-        text: Its description.
-        labels: Names of its labels.
-        bounds: Upper bounds of its buckets.
+        name: Name of the metric.
+        text: Description of the metric.
+        labels: Names of the labels.
+        bounds: Upper bounds of the buckets.
     """
 
     name: str

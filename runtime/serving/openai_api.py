@@ -311,7 +311,7 @@ class Answer:
     """Makes the objects of an answer.
 
     Attributes:
-        id: Its id.
+        id: Id of the answer.
         created: Unix time in seconds.
         model: Name of the bundle.
         include_usage: Whether the last chunk gives ``usage``; all others then have null there.

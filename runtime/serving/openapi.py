@@ -33,7 +33,7 @@ class Endpoint:
 
     Attributes:
         method: ``GET`` (then ``HEAD`` as well) or ``POST``.
-        path: Its path in the OpenAPI document.
+        path: Path of the route in the OpenAPI document.
         name: Name of the method of ``Server`` that answers, without its underscore, and the ``operationId``.
         summary: What it does.
         answers: Content types of an answer of status 200, and the name of the schema of each; empty for any text.

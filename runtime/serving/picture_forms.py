@@ -86,8 +86,8 @@ def read_caption_request(
 
     Args:
         body: The body.
-        headers: Of the request.
-        query: Of the URL.
+        headers: Headers of the request.
+        query: Query of the URL.
         text: ``prompt`` or ``question``.
         limits: Limits of a JSON body.
 

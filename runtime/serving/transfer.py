@@ -75,8 +75,8 @@ async def read_body(headers: Headers, receive: Receive, share: BodyShare, most: 
     """Reads a request's body. A declared length is checked before any byte is read.
 
     Args:
-        headers: Of the request.
-        receive: Of the ASGI connection.
+        headers: Headers of the request.
+        receive: The ASGI connection's function ``receive``.
         share: Counts the bytes.
         most: Largest number of bytes.
         limits: Total time and rate.

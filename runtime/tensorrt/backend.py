@@ -93,7 +93,7 @@ class EngineOpener:
 
         Raises:
             EngineError: There is none, or TensorRT refuses it.
-            BundleIntegrityError: Its file was changed.
+            BundleIntegrityError: The engine's file was changed.
         """
         record = self._set.record(graph)
         engine = self._open(graph)

@@ -70,12 +70,12 @@ def parse_tokenizer(
 
     Args:
         content: The file.
-        path: Its path, for the error.
+        path: Path of the file, for the error.
         error: Class of the error.
         fix: What the user can do about a broken file.
 
     Raises:
-        Blip2EdgeError: Of the class ``error``: the content is no tokenizer.
+        Blip2EdgeError: An error of the class ``error``: the content is no tokenizer.
     """
     with reading(path, "a tokenizer.json", error, fix):
         parsed = tokenizers.Tokenizer.from_str(content.decode())

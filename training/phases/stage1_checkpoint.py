@@ -230,7 +230,7 @@ def _of_captioner(captioner: CaptionerModel, directory: Path) -> Stage1Model:
     """Builds a stage-1 model from a captioner's Q-Former and draft, the reverse of :func:`begin_stage2`.
 
     Raises:
-        CheckpointError: Its bridge is no plain Q-Former.
+        CheckpointError: The bridge of the checkpoint is no plain Q-Former.
     """
     bridge, draft = captioner.config.bridge, captioner.config.draft
     if type(bridge) is not QFormerConfig or draft is None or captioner.draft is None:

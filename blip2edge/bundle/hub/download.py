@@ -150,7 +150,7 @@ class _Download:
         """Makes one file of the bundle: from the hub's cache, or downloaded.
 
         Args:
-            file: Its path in the repository.
+            file: Path of the file in the repository.
             sha256: The SHA-256 that it must have.
             listing: The file that lists it, for errors.
         """

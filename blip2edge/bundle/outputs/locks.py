@@ -186,8 +186,8 @@ def write_file(path: Path, content: bytes | memoryview, mode: int | None = None)
 
     Args:
         path: The file.
-        content: Its new content.
-        mode: Its permissions, also while it is written; None for those of the old file, or the system's default.
+        content: New content of the file.
+        mode: Permissions of the file, also while it is written; None for those of the old file, or the default.
 
     Raises:
         BusyError: Another run writes the file.

@@ -56,7 +56,7 @@ class AdaptedLayer:
     """A layer with an adapter.
 
     Attributes:
-        path: Its path in transformers' model.
+        path: Path of the layer in transformers' model.
         layer: peft's layer. Its weights are empty, except while it is merged.
         readers: Read its weights, by the name of the parameter.
         names: The checkpoint's names of these parameters.

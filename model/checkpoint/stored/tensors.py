@@ -94,8 +94,8 @@ class TensorFiles:
         """Adds a tensor, or replaces the one of this name.
 
         Args:
-            name: Its name in the weight tables.
-            shape: Its shape.
+            name: Name of the tensor in the weight tables.
+            shape: Shape of the tensor.
             read: Returns it; called at each read.
         """
         self._readers[name] = read
@@ -114,7 +114,7 @@ class TensorFiles:
         """The tensor ``names[0]``, or several stacked along dimension 0; a view of the mapped file if possible.
 
         Raises:
-            CheckpointError: Its dtype is not one of a parameter.
+            CheckpointError: The tensor's dtype is not one of a parameter.
         """
         parts = [self._readers[name]() for name in names]
         return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -34,8 +34,8 @@ class ModelSource:
 
     Attributes:
         loaded: The loaded bundle.
-        load: Loads it again if its engine is broken; None: a broken engine stays broken.
-        name: Its name in requests; empty for the name of its directory.
+        load: Function that loads the bundle again after its engine broke. If None, it is not loaded again.
+        name: Name of the model in requests. If empty, the name of the bundle's directory is used.
     """
 
     loaded: Captioner | Matcher
@@ -84,8 +84,8 @@ class ServedModel:
     """A loaded bundle of a server.
 
     Attributes:
-        name: Its name in requests.
-        engine: Its queue; replaced by itself after a fault.
+        name: Name of the model in requests.
+        engine: Queue of the model's requests; a new one after a fault.
         metrics: What is counted for it.
         captions: Whether it captions pictures.
     """
@@ -297,7 +297,7 @@ class ServedModels:
         """The bundle that captions a request's pictures.
 
         Args:
-            name: Its name; None for the first bundle that captions. A server of one bundle accepts any name.
+            name: Name of the model; None for the first bundle that captions. A server of one bundle accepts any name.
 
         Raises:
             RequestError: There is no such bundle, or it captions no pictures.

@@ -45,7 +45,7 @@ class CaptionEvent:
     Attributes:
         values: What is sent, as a JSON object: that of ``watch --json`` with ``source`` and ``time``.
         image: The picture.
-        seconds: Its time in the video, or since the start.
+        seconds: Time of the frame in the video, or since the start.
     """
 
     values: Mapping[str, Any]
@@ -159,7 +159,7 @@ class SinkOptions:
 
     Attributes:
         report: Called with a sentence for the user.
-        headers: Of the requests of a webhook.
+        headers: HTTP headers of a webhook's requests.
     """
 
     report: Report

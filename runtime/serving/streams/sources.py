@@ -58,7 +58,7 @@ class Frame:
         image: The picture, or its path.
         retry: Gives the frame back to its source, which tries it again: for a file that may still be written. None
             if it is complete.
-        seconds: Its time in a video file; None for a frame that has none.
+        seconds: Time of the frame in a video file; None if it has none.
     """
 
     name: str

@@ -247,7 +247,7 @@ def test_posted_captions_are_kept(server: Server, monkeypatch: pytest.MonkeyPatc
         got(ask(server, "POST", "/captions", wrong), 400)
     error = got(ask(server, "POST", "/captions", b"{}"), 400).json["error"]
     assert (error["param"], error["code"]) == ("text", "missing_required_parameter")
-    assert "the text is missing" in error["message"]
+    assert "the field text is missing" in error["message"]
     got(ask(server, "POST", "/captions", b'{"text": "' + b"a" * (64 << 10) + b'"}'), 413)
 
 
