@@ -35,8 +35,8 @@ def add_arguments(parser: Parser) -> None:
         "--tolerance",
         metavar="X",
         type=number,
-        help="largest allowed deviation of an output from the recorded one, |output - recorded| / |recorded| (default: 0.001 in fp32, 0.03 in fp16, 0.1 in bf16, "
-        "0.15 with integers)",
+        help="largest allowed deviation of an output from the recorded one, |output - recorded| / |recorded| (default: "
+        "0.001 in fp32, 0.03 in fp16, 0.1 in bf16, 0.15 with integers)",
     )
     parser.add_argument("--json", action="store_true", help="print the certificate as one JSON object")
     parser.add_argument("--output", metavar="FILE", type=Path, help="also write the certificate to FILE, as JSON")

@@ -178,7 +178,7 @@ def test_a_gap_that_is_no_number_is_infinite(value: float) -> None:
     [
         ([[0, 0]], [[0, 0]], "order of 2 patches does not name each"),
         ([[1, 2]], [[0, 0]], "order of 2 patches does not name each"),
-        ([[0, 1]], [[0, 2]], "a patch was merged into another one than the patches 2"),
+        ([[0, 1]], [[0, 2]], "into the patches 0 to 1, got 0 to 2"),
     ],
 )
 def test_what_is_no_choice_is_refused(order: list[list[int]], partner: list[list[int]], told: str) -> None:
