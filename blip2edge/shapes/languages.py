@@ -169,8 +169,8 @@ def bert(values: Any, picture: int, *, reads_question: bool = False) -> Language
             1, True))  # fmt: skip
     rest = tuple(matrix for matrix in matrices if matrix.rows != "source")
     parts += [
-        ModelPart(CROSS_KV, keys),
-        ModelPart(DECODER, (*rest, *ends), products, positions * width + norms + 2 * width),
+        ModelPart(CROSS_KV, keys, operators=4),
+        ModelPart(DECODER, (*rest, *ends), products, positions * width + norms + 2 * width, operators=8),
     ]
     cache = CacheShape(layers, heads, width // heads, cross=layers * width)
     tied = f.flag("tie_word_embeddings", True)
@@ -195,9 +195,9 @@ def flamingo(values: Any, source: int) -> LanguageShape:
         *feed_forward(layers, width, f["intermediate_size"], "steps", gated=True),
     )
     products = (*decoder.attentions, AttentionProducts(channels, heads, "steps", "source", layers))
-    decoder = ModelPart(DECODER, matrices, products, decoder.vectors + layers * (gates + norms))
+    decoder = ModelPart(DECODER, matrices, products, decoder.vectors + layers * (gates + norms), operators=12)
     cache = CacheShape(plain.cache.layers, heads, plain.cache.head_dim, cross=layers * channels)
-    parts = (ModelPart(CROSS_KV, (keys,)), decoder)
+    parts = (ModelPart(CROSS_KV, (keys,), operators=6), decoder)
     return LanguageShape(parts, cache, plain.max_positions, (rows, width), plain.tied, width)
 
 

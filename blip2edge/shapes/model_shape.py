@@ -47,8 +47,9 @@ FORMATS: Mapping[str, Mapping[str, str]] = {
 
 
 FUSED_OPERATORS = 3
-"""Operators of an optimized graph for each product with weights, the product included: 2.8 to 3.2 in vision encoders,
-Q-Formers and decoders with one cache (counted in the graphs of ``benchmarks/plan_check.py``)."""
+"""Operators of an optimized graph for each product with weights, the product included: 2.7 to 3.2 in vision encoders,
+Q-Formers and OPT's decoder. A decoder that cross-attends has 8 to 12, because its attention is not one operator.
+Counted in the fp32 graphs of ``benchmarks/plan_check.py``."""
 
 
 @dataclass(frozen=True)
