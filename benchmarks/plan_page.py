@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from reporting import RESULTS, parser_of, with_tables
@@ -64,26 +65,32 @@ def efficiency() -> str:
     return f"{markdown(head, rows)}\nCPU: {CPU_EFFICIENCY.source}.\nGPU: {GPU_EFFICIENCY.source}.\n"
 
 
-def check() -> str:
-    """Predicted and measured times of the three models of ``plan_check.py``."""
-    found = json.loads((RESULTS / "plan.json").read_text(encoding="utf-8"))
+def compared(file: str) -> str:
+    """Predicted and measured times of a run of ``plan_check.py``."""
+    found = json.loads((RESULTS / file).read_text(encoding="utf-8"))
     rows = []
     for result in found["results"]:
+        title = f"{result['name']} {result['precision']}"
         for stage, row in result["stages"].items():
             rows.append(
-                (f"{result['name']}, {stage}", f"{row['predicted_ms']:,.2f}", f"{row['measured_cpu_ms']:,.2f}",
+                (f"{title}, {stage}", f"{row['predicted_ms']:,.2f}", f"{row['measured_cpu_ms']:,.2f}",
                  f"{row['ratio']:.2f}")
             )  # fmt: skip
         memory = result["memory"]
         values = [memory["predicted_without_workspace"], memory["measured_growth"]]
-        rows.append((f"{result['name']}, memory (MB)", *(f"{value / 1e6:,.0f}" for value in values),
+        rows.append((f"{title}, memory (MB)", *(f"{value / 1e6:,.0f}" for value in values),
                      f"{values[0] / values[1]:.2f}"))  # fmt: skip
     text = markdown(("", "predicted, ms", "measured, CPU ms", "ratio"), rows)
     within = f"{found['stages_within']} of {found['stages']} stages within {found['within']:.0%}"
-    return f"{text}\n{within}. {found['machine']['cpu']}, one thread, fp32.\n"
+    return f"{text}\n{within}. {found['machine']['cpu']}, one thread.\n"
 
 
-TABLES = {"boards": boards, "efficiency": efficiency, "check": check}
+TABLES = {
+    "boards": boards,
+    "efficiency": efficiency,
+    "check": partial(compared, "plan.json"),
+    "independent": partial(compared, "plan-independent.json"),
+}
 
 
 def placed(page: str) -> str:

@@ -63,7 +63,7 @@ def _proof(name: Path, bundle: Bundle) -> list[str]:
 
     known = f"{SIGNATURE} was not checked: blip2edge verify {quoted(name)} --key PUBLIC_KEY"
     if not (bundle.path / SIGNATURE).is_file():
-        known = f"the bundle has no {SIGNATURE}: {how_to_sign(bundle.path)}"
+        known = f"the bundle has no {SIGNATURE}: {how_to_sign(bundle.path).removeprefix('sign it: ')}"
     return [
         "the hashes show that the files are complete and unchanged since their records were written;",
         f"they do not show who wrote the files and the records, which a signature shows ({known})",

@@ -170,8 +170,8 @@ def explanation(shape: ModelShape, plan: DevicePlan, request: PlanOptions) -> st
             f"{rates.float_ops_per_s / 1e9:,.0f} G/s + {cost.integer_ops / 1e9:,.2f} G / "
             f"{rates.integer_ops_per_s / 1e9:,.0f} G/s, {cost.bytes / 1e9:,.3f} GB / "
             f"{rates.bytes_per_s / 1e9:,.1f} GB/s) + {times * part.elements(tokens) / 1e6:,.2f} M elements x "
-            f"{share.element_s * 1e9:.2f} ns + {operators(part, device)} operators x {share.call_s * 1e6:.2f} us = "
-            f"{ms:,.2f} ms"
+            f"{share.element_s * 1e9:.2f} ns + {operators(part, precision, device)} operators x "
+            f"{share.call_s * 1e6:.2f} us = {ms:,.2f} ms"
         )
     lines += ["", *_step_lines(shape, plan, request, tokens), "", *_memory_lines(shape, plan, tokens, request)]
     lines += [
@@ -214,7 +214,7 @@ def _step_lines(shape: ModelShape, plan: DevicePlan, request: PlanOptions, token
         (
             f"a token: {'max' if share.overlaps else 'sum'}({(cost.float_ops + cost.integer_ops) / 1e9:,.2f} G "
             f"operations, {cost.bytes / 1e9:,.3f} GB of weights, and of keys and values of {middle['context']:,} tokens"
-            f"{passes} / {rates.bytes_per_s / 1e9:,.1f} GB/s) + {operators(shape.decoder, device)} "
+            f"{passes} / {rates.bytes_per_s / 1e9:,.1f} GB/s) + {operators(shape.decoder, precision, device)} "
             f"operators x {share.call_s * 1e6:.2f} us + Python {device.host * HOST_S['decode'] * 1e3:.2f} ms = "
             f"{plan.of(precision).ms['decode_per_token']:,.2f} ms"
         ),

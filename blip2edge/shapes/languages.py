@@ -109,7 +109,7 @@ def t5(values: Any, _: bool | None = None) -> LanguageShape:
         ),
         (AttentionProducts(channels, heads, "encoder", "encoder", encoders),),
         bias_table + width * (2 * encoders + 1),
-        operators=8,
+        operators=6,
     )
     queries, keys, out = attention(layers, width, channels, "steps", keys=(width, "source"))
     decoder = ModelPart(
@@ -126,9 +126,9 @@ def t5(values: Any, _: bool | None = None) -> LanguageShape:
             AttentionProducts(channels, heads, "steps", "source", layers),
         ),
         bias_table + width * (3 * layers + 1),
-        operators=12,
+        operators=9,
     )
-    parts = (encoder, ModelPart(CROSS_KV, (keys,), operators=5), decoder)
+    parts = (encoder, ModelPart(CROSS_KV, (keys,), operators=4), decoder)
     cache = CacheShape(layers, heads, head, cross=layers * channels)
     tied = f.flag("tie_word_embeddings", True)
     return LanguageShape(parts, cache, T5_CONTEXT, (vocabulary, width), tied, width)
@@ -169,8 +169,8 @@ def bert(values: Any, picture: int, *, reads_question: bool = False) -> Language
             1, True))  # fmt: skip
     rest = tuple(matrix for matrix in matrices if matrix.rows != "source")
     parts += [
-        ModelPart(CROSS_KV, keys),
-        ModelPart(DECODER, (*rest, *ends), products, positions * width + norms + 2 * width),
+        ModelPart(CROSS_KV, keys, operators=4),
+        ModelPart(DECODER, (*rest, *ends), products, positions * width + norms + 2 * width, operators=5),
     ]
     cache = CacheShape(layers, heads, width // heads, cross=layers * width)
     tied = f.flag("tie_word_embeddings", True)
@@ -195,9 +195,9 @@ def flamingo(values: Any, source: int) -> LanguageShape:
         *feed_forward(layers, width, f["intermediate_size"], "steps", gated=True),
     )
     products = (*decoder.attentions, AttentionProducts(channels, heads, "steps", "source", layers))
-    decoder = ModelPart(DECODER, matrices, products, decoder.vectors + layers * (gates + norms))
+    decoder = ModelPart(DECODER, matrices, products, decoder.vectors + layers * (gates + norms), operators=8)
     cache = CacheShape(plain.cache.layers, heads, plain.cache.head_dim, cross=layers * channels)
-    parts = (ModelPart(CROSS_KV, (keys,)), decoder)
+    parts = (ModelPart(CROSS_KV, (keys,), operators=6), decoder)
     return LanguageShape(parts, cache, plain.max_positions, (rows, width), plain.tied, width)
 
 

@@ -47,8 +47,9 @@ FORMATS: Mapping[str, Mapping[str, str]] = {
 
 
 FUSED_OPERATORS = 3
-"""Operators of an optimized graph for each product with weights, the product included: 2.8 to 3.2 in vision encoders,
-Q-Formers and decoders with one cache (counted in the graphs of ``benchmarks/plan_check.py``)."""
+"""Operators of an optimized graph for each product with weights, the product included: 2.7 to 3.2 in vision encoders,
+Q-Formers and OPT's decoder. A decoder that cross-attends has 5 to 9, because its attention is not one operator. Counted
+in the graphs of ``benchmarks/plan_check.py``."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,16 @@ class WeightMatrix:
         """Number of weights and biases."""
         return self.weights + self.count * self.outputs * self.bias
 
-    def operations(self, tokens: TokenCounts, extra_rows: int = 0) -> float:
+    def operations(self, tokens: TokenCounts, extra_rows: int = 0, one_row: bool = True) -> float:
         """Additions and multiplications: two for each weight and token.
 
         Args:
             tokens: Numbers of tokens.
             extra_rows: Tokens that are added where there are several, for processors that are slower at few tokens.
+            one_row: Whether a product of a single token counts; not where it is part of the time to read the weights.
         """
         rows = tokens_of(self.rows, tokens)
-        return 2.0 * self.weights * (rows + extra_rows if rows > 1 else rows)
+        return 2.0 * self.weights * (rows + extra_rows if rows > 1 else rows * one_row)
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,8 @@ class ModelPart:
         matrices: Its weight matrices.
         attentions: Its products without weights.
         vectors: Number of all other parameters: norms, positions, learned queries.
-        operators: Operators of the CPU's optimized graph for each product with weights; :data:`FUSED_OPERATORS` where
-            attention, norms and activations are fused.
+        operators: Operators of the CPU's optimized graph for each product with weights, convolutions aside;
+            :data:`FUSED_OPERATORS` where attention, norms and activations are fused.
     """
 
     name: str
@@ -157,9 +159,9 @@ class ModelPart:
         """Number of products with weights in one run."""
         return sum(matrix.count for matrix in self.matrices)
 
-    def cost(self, precision: str, tokens: TokenCounts, extra_rows: int = 0) -> StageCost:
-        """Counts operations and bytes of one run of the part; ``extra_rows``: see :meth:`WeightMatrix.operations`."""
-        products = sum(matrix.operations(tokens, extra_rows) for matrix in self.matrices)
+    def cost(self, precision: str, tokens: TokenCounts, extra_rows: int = 0, one_row: bool = True) -> StageCost:
+        """Counts operations and bytes of a run; ``extra_rows`` and ``one_row``: see :meth:`WeightMatrix.operations`."""
+        products = sum(matrix.operations(tokens, extra_rows, one_row) for matrix in self.matrices)
         scores = sum(attention.operations(tokens) for attention in self.attentions)
         if FORMATS[precision][self.kind] in ("fp32", "fp16"):
             return StageCost(products + scores, 0.0, self.bytes(precision))

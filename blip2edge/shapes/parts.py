@@ -192,6 +192,7 @@ def perceiver(values: Any, width: int, output: int = 0) -> ModelPart:
         ),
         (AttentionProducts(inner, heads, "queries", "embeds+queries", layers),),
         latents * width + norms,
+        operators=5,
     )
 
 

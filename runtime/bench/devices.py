@@ -23,7 +23,8 @@ class Efficiency:
     Attributes:
         products: Share of the product rate that :meth:`Board.rate` chooses for the format.
         bytes: Share of the memory bandwidth while weights are read.
-        overlaps: Whether reading overlaps with computing: the longer one counts. If not, their sum counts.
+        overlaps: Whether reading overlaps with computing: the longer one counts. If not, their sum counts, and the
+            share of the bandwidth is that of products of one row, whose operations are part of the reading.
         extra_rows: Rows that a product of several rows costs more than it has, because small products are slower.
         cache_passes: How often keys and values are read or copied in a step.
         element_s: Seconds of the operators between matrices for one number of their outputs.
@@ -45,7 +46,7 @@ class Efficiency:
 
 CPU_EFFICIENCY = Efficiency(
     products={"fp32": 0.95, "fp16": 0.95, "int8": 0.8, "int8-weights": 0.35, "int4": 0.35},
-    bytes={"fp32": 1.0, "fp16": 1.0, "int8": 0.7, "int8-weights": 0.7, "int4": 0.6},
+    bytes={"fp32": 0.8, "fp16": 0.8, "int8": 0.7, "int8-weights": 0.7, "int4": 0.6},
     overlaps=False,
     extra_rows=2,
     cache_passes=4,

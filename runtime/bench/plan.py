@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from blip2edge.bundle.schema import BRIDGE, VISION
+from blip2edge.bundle.schema import BRIDGE, DECODER, VISION
 from blip2edge.errors import UsageError, option
 from blip2edge.runtime.bench.devices import GB, Board
 from blip2edge.runtime.bench.memory import (
@@ -31,6 +31,9 @@ predictions come near ``benchmarks/results/plan.json``."""
 
 STAGE_OF = {VISION: "vision", BRIDGE: "bridge"}
 """Stage of each graph; all others run in the prefill."""
+
+CONVOLUTION_OPERATORS, CACHE_BYTES = 3, 32 << 20
+"""Operators around a product as a convolution, and the bytes of weights from which optimized copies have them."""
 
 CHEAP_SHARE = 0.25
 """An MLP is recommended if its tokens cost at most this share of a caption with a Q-Former."""
@@ -203,7 +206,8 @@ def effective(device: Board, kind: str) -> Roofline:
 
 def part_cost(part: ModelPart, precision: str, device: Board, tokens: TokenCounts, times: int = 1) -> StageCost:
     """Operations and bytes of a run of a part; ``times``: pictures in a batch, which share the weights."""
-    one = part.cost(held_precision(precision, device), tokens, device.efficiency.extra_rows)
+    share = device.efficiency
+    one = part.cost(held_precision(precision, device), tokens, share.extra_rows, one_row=share.overlaps)
     return StageCost(one.float_ops * times, one.integer_ops * times, one.bytes)
 
 
@@ -212,13 +216,21 @@ def part_seconds(
 ) -> float:
     """Seconds of a run of a part: products and bytes by the roofline, operators between them, calls of operators."""
     kind, share = FORMATS[held_precision(precision, device)][part.kind], device.efficiency
-    between = times * part.elements(tokens) * share.element_s + operators(part, device) * share.call_s
+    between = times * part.elements(tokens) * share.element_s + operators(part, precision, device) * share.call_s
     return cost.seconds(effective(device, kind), overlaps=share.overlaps) + between
 
 
-def operators(part: ModelPart, device: Board) -> int:
-    """Number of operators that are called in a run of a part."""
-    return part.calls * (FUSED_OPERATORS if device.efficiency.fuses else part.operators)
+def operators(part: ModelPart, precision: str, device: Board) -> int:
+    """Number of operators that are called in a run of a part.
+
+    A CPU's optimized copy computes the products of a large decoder in floating point as convolutions, each between a
+    reshape and a transpose.
+    """
+    if device.efficiency.fuses:
+        return part.calls * FUSED_OPERATORS
+    held = held_precision(precision, device)
+    convolved = part.name == DECODER and precision in ("fp32", "fp16") and part.bytes(held) > CACHE_BYTES
+    return part.calls * (part.operators + convolved * CONVOLUTION_OPERATORS)
 
 
 def step_cost(shape: ModelShape, precision: str, device: Board, tokens: TokenCounts) -> StageCost:

@@ -116,7 +116,7 @@ def reference_seconds(size: int) -> float:
 
 
 def call_seconds(backend: str) -> float:
-    """Measures the seconds of a call: the mean of small operators, with caches that other data fills between two runs.
+    """Measures the seconds of a call: the mean of small operators, when other data has filled the caches.
 
     In a decode step the weights of all layers are read between two calls of the same operator.
 
@@ -127,8 +127,8 @@ def call_seconds(backend: str) -> float:
     name = "x"
     for block in range(BLOCKS):
         names = [name, *(f"v{block}_{number}" for number in range(len(SMALL)))]
-        for (operator, inputs), output in zip(SMALL, names[1:], strict=True):
-            nodes.append((operator, tuple(one.format(*names) for one in inputs), output))
+        for (operator, places), output in zip(SMALL, names[1:], strict=True):
+            nodes.append((operator, tuple(one.format(*names) for one in places), output))
         name = names[-1]
     shapes = {"heads": np.array([4, WIDTH // 4], np.int64), "flat": np.array([1, WIDTH], np.int64)}
     kind = ("float32", (1, WIDTH))
