@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from blip2edge.calibration.confidence.page import BEGIN, with_section
 from blip2edge.calibration.confidence.pipeline import LEAST, copy_with_confidence
 from blip2edge.calibration.pipeline import _seal, calibrate
 from blip2edge.cli import main
+from blip2edge.cli.caption import shown_text
 from blip2edge.errors import BundleError, DataError, UsageError
 from blip2edge.runtime.captioning.confidence import Confidence, ConfidenceMap, features
 from blip2edge.runtime.decoding.generated import Generated
@@ -299,3 +301,19 @@ def test_what_the_command_refuses(tiny_bundle: Path, tmp_path: Path, capsys: pyt
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="got neither"):
         calibrate(tiny_bundle, tmp_path / "out")
+
+
+def test_unsure_words_are_underlined_on_a_terminal(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = captioner.caption(draw_pictures(1)[0], max_new_tokens=12)
+    plain = " ".join(result.text.split())
+    assert shown_text(captioner, result) == result.text
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    marked = shown_text(captioner, result)
+    unsure = [word.text for word in captioner.words(result) if word.logprob < math.log(0.5)]
+    assert unsure
+    assert marked.count("\x1b[4m") == len(unsure)
+    assert marked.replace("\x1b[4m", "").replace("\x1b[24m", "") == plain
+    assert shown_text(captioner, replace(result, text="", finish_reason="abstained")) == "(not sure)"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert shown_text(captioner, result) == result.text
