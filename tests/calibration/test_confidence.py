@@ -109,7 +109,9 @@ def captioner(confident_bundle: Path) -> Captioner:
     return Captioner.load(confident_bundle, backend="cpu", threads=1)
 
 
-def test_the_copy_has_the_parents_files_and_a_report(confident_bundle: Path, tiny_bundle: Path) -> None:
+def test_the_copy_has_the_parents_files_and_a_report(
+    confident_bundle: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ours, parent = Bundle.open(confident_bundle).manifest, Bundle.open(tiny_bundle).manifest
     assert {name: ours.files[name] for name in parent.files} == dict(parent.files)
     assert set(ours.files) - set(parent.files) == {"report.json", "report.html"}
@@ -120,6 +122,8 @@ def test_the_copy_has_the_parents_files_and_a_report(confident_bundle: Path, tin
     page = (confident_bundle / "report.html").read_text()
     assert "expected calibration error" in page
     assert page.count("<svg") == 2
+    assert main(["inspect", str(confident_bundle)]) == 0
+    assert "on 32 pictures; right: surer than half of all" in capsys.readouterr().out
     assert with_section(page, "x", ours.confidence).count(BEGIN) == 1  # an older part is replaced
 
 
