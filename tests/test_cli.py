@@ -83,9 +83,10 @@ class FakeResult:
     image: str
     prompt: str | None
     text: str = " a red circle"
+    finish_reason: str = "eos"
 
     def to_json(self) -> dict[str, Any]:
-        values = (self.image, self.prompt, self.text, [5, 2], "eos", {"total": 1.0}, 2.0)
+        values = (self.image, self.prompt, self.text, [5, 2], self.finish_reason, {"total": 1.0}, 2.0, -0.1, None)
         return dict(zip(JSON_KEYS, values, strict=True))
 
 

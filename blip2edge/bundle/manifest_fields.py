@@ -154,6 +154,9 @@ _MAP = record(
         "weights": list_of(finite_number(), 3, 3),
         "knots": list_of(list_of(finite_number(), 0, 4096), 2, 2),
         "bounds": list_of(_SHARE, 2, 2),
+        "kind": text,
+        "right_if": text,
+        "pictures": whole(0, MAX_LENGTH),
     },
     rules=(
         check_that(lambda value: len(value["knots"][0]) == len(value["knots"][1]), "knots of equal number"),

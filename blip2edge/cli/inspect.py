@@ -156,6 +156,8 @@ def _head(manifest: Manifest) -> list[str]:
         }
     if manifest.calibration:
         facts |= _calibration(manifest.calibration)
+    for task, found in manifest.confidence.items():
+        facts[f"confidence, {task}"] = f"{found['kind']}, on {found['pictures']} pictures; right: {found['right_if']}"
     facts |= {"preprocessing": _pairs(manifest.preprocessing), "made by": _pairs(manifest.versions)}
     width = max(map(len, facts))
     return [f"{key.ljust(width)}  {value}" for key, value in facts.items()]

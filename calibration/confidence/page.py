@@ -51,9 +51,10 @@ def _task(task: str, record: Mapping[str, Any]) -> str:
     )
     return (
         f"<section><h2>Confidence: {escape(task)}</h2><div class=tiles>{cards}</div>"
-        "<p class=note>Left: share of right texts by confidence; on the dashed line, the confidence is true. Right: share "
-        "of right texts among the surest ones, by the share that is answered. Every picture was left out of the fit "
-        f"that gave its confidence.</p><div class=wide style='display:flex;flex-wrap:wrap'>{charts}</div>{brier}</section>"
+        "<p class=note>Left: share of right texts by confidence; on the dashed line, the confidence is true. Right: "
+        "share of right texts among the surest ones, by the share that is answered. Every picture was left out of the "
+        "fit that gave its confidence.</p>"
+        f"<div class=wide style='display:flex;flex-wrap:wrap'>{charts}</div>{brier}</section>"
     )
 
 

@@ -203,9 +203,9 @@ class GenerationOptions:
             )
         if self.num_beams > 1 and self.top_logprobs:
             raise UsageError(
-                f"expected {option('top_logprobs')} 0 with {option('num_beams')} {self.num_beams}, got "
-                f"{self.top_logprobs}",
-                f"leave {option('num_beams')} or {option('top_logprobs')} out",
+                f"expected top_logprobs 0 with {option('num_beams')} {self.num_beams}, got {self.top_logprobs}",
+                f"leave {option('num_beams')} or top_logprobs out",
+                field="top_logprobs",
             )
 
     def check_stream(self) -> None:

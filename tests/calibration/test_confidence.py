@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from blip2edge.calibration.confidence.page import BEGIN, with_section
 from blip2edge.calibration.confidence.pipeline import LEAST, copy_with_confidence
 from blip2edge.calibration.pipeline import _seal, calibrate
 from blip2edge.cli import main
+from blip2edge.cli.caption import shown_text
 from blip2edge.errors import BundleError, DataError, UsageError
 from blip2edge.runtime.captioning.confidence import Confidence, ConfidenceMap, features
 from blip2edge.runtime.decoding.generated import Generated
@@ -107,7 +109,9 @@ def captioner(confident_bundle: Path) -> Captioner:
     return Captioner.load(confident_bundle, backend="cpu", threads=1)
 
 
-def test_the_copy_has_the_parents_files_and_a_report(confident_bundle: Path, tiny_bundle: Path) -> None:
+def test_the_copy_has_the_parents_files_and_a_report(
+    confident_bundle: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ours, parent = Bundle.open(confident_bundle).manifest, Bundle.open(tiny_bundle).manifest
     assert {name: ours.files[name] for name in parent.files} == dict(parent.files)
     assert set(ours.files) - set(parent.files) == {"report.json", "report.html"}
@@ -118,6 +122,8 @@ def test_the_copy_has_the_parents_files_and_a_report(confident_bundle: Path, tin
     page = (confident_bundle / "report.html").read_text()
     assert "expected calibration error" in page
     assert page.count("<svg") == 2
+    assert main(["inspect", str(confident_bundle)]) == 0
+    assert "on 32 pictures; right: surer than half of all" in capsys.readouterr().out
     assert with_section(page, "x", ours.confidence).count(BEGIN) == 1  # an older part is replaced
 
 
@@ -299,3 +305,19 @@ def test_what_the_command_refuses(tiny_bundle: Path, tmp_path: Path, capsys: pyt
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="got neither"):
         calibrate(tiny_bundle, tmp_path / "out")
+
+
+def test_unsure_words_are_underlined_on_a_terminal(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = captioner.caption(draw_pictures(1)[0], max_new_tokens=12)
+    plain = " ".join(result.text.split())
+    assert shown_text(captioner, result) == result.text
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    marked = shown_text(captioner, result)
+    unsure = [word.text for word in captioner.words(result) if word.logprob < math.log(0.5)]
+    assert unsure
+    assert marked.count("\x1b[4m") == len(unsure)
+    assert marked.replace("\x1b[4m", "").replace("\x1b[24m", "") == plain
+    assert shown_text(captioner, replace(result, text="", finish_reason="abstained")) == "(not sure)"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert shown_text(captioner, result) == result.text

@@ -459,7 +459,8 @@ def test_the_likeliest_tokens_of_each_place(captioner: Captioner, files: list[Pa
     result = captioner.caption(files[0], max_new_tokens=NEW, top_logprobs=4)
     assert [len(place) for place in result.likeliest] == [4] * result.new_tokens
     for token, logprob, place in zip(result.tokens, result.token_logprobs, result.likeliest, strict=True):
-        assert place[0] == (token, pytest.approx(logprob, abs=1e-5))  # greedy decoding takes the likeliest
+        assert place[0][0] == token  # greedy decoding takes the likeliest
+        assert place[0][1] == pytest.approx(logprob, abs=1e-5)
         assert [value for _, value in place] == sorted((value for _, value in place), reverse=True)
     with pytest.raises(UsageError, match="top_logprobs"):
         captioner.options(top_logprobs=2, num_beams=2)

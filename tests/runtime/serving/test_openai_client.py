@@ -275,7 +275,7 @@ def test_an_answer_that_is_not_sure(confident_bundle: Path) -> None:
     """The chat API has a legal finish reason; what is below it has our own."""
     with Captioner.load(confident_bundle, threads=1) as captioner:
         server = Server(captioner, max_batch=2)
-        limits = {"abstain_below": 1.0, "max_tokens": 6}
+        limits: dict[str, Any] = {"abstain_below": 1.0, "max_tokens": 6}
         answer = got(ask(server, "POST", "/v1/chat/completions", chat(PNG, **limits, logprobs=True))).json
         (choice,) = answer["choices"]
         assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,7 +114,9 @@ def test_captions_equal_those_of_the_command_because_the_files_bytes_are_sent(
 
 def test_words_are_shown_as_they_come(opened: Page, files: list[Path]) -> None:
     opened.value("""window.texts = [];
-        new MutationObserver(all => all.forEach(one => one.addedNodes.forEach(node => texts.push(node.data))))
+        new MutationObserver(all => all.forEach(one => one.addedNodes.forEach(node => {
+            if (node.nodeType === Node.TEXT_NODE && node.data.trim()) texts.push(node.data);
+        })))
         .observe($('caption'), {childList: true})""")
     opened.choose("#file", files[:1])
     (text,) = listed(opened)
@@ -400,3 +403,14 @@ def test_contrast(page: Page, service: Service, files: list[Path], tmp_path: Pat
     ratios = page.value(LUMINANCE)
     assert len(ratios) > 12
     assert [one for one in ratios if one[1] < CONTRAST] == []
+
+
+def test_unsure_words_are_underlined_at_the_end(opened: Page, files: list[Path], tiny_bundle: Path) -> None:
+    opened.choose("#file", files[:1])
+    (text,) = listed(opened)
+    words = opened.value("[...document.querySelectorAll('#caption span')].map(one => [one.textContent, one.className])")
+    assert " ".join(word for word, _ in words) == " ".join(text.split())
+    with Captioner.load(tiny_bundle, threads=1) as captioner:
+        sure = [word.logprob >= math.log(0.5) for word in captioner.words(captioner.caption(files[0]))]
+    assert [kind for _, kind in words] == ["" if one else "unsure" for one in sure]
+    assert not all(sure)
