@@ -3,7 +3,7 @@
 All frames of the recording were encoded in full, so for every pair of thresholds it is known which captions would have
 been wrong. A *missed change* is a frame that got the caption of an earlier frame, and whose own caption is another one.
 The rate is missed changes / reused frames. A pair of thresholds is allowed if an upper confidence bound of its rate is
-at most the stated rate; of the allowed pairs, the one that saves most time is chosen (Learn then Test, Angelopoulos et
+at most the stated rate; of the allowed pairs, one that saves most time is chosen (Learn then Test, Angelopoulos et
 al., arXiv 2110.01052, with Bonferroni's correction for the number of pairs).
 
 The bound is that of Clopper and Pearson (Biometrika 26, 1934). It needs independent frames, but one overlooked change
@@ -32,8 +32,11 @@ AUDIT_EVERY = 50
 ALARM = 100.0
 """Likelihood ratio of the audits at which the thresholds are fitted again: a false alarm in 100 audits at most."""
 
-SKIP_STEPS, CAPTION_STEPS = 8, 16
-"""Number of thresholds that are tried for each of the two comparisons, zero included."""
+SKIP_STEPS, CAPTION_STEPS = 7, 8
+"""Number of quantiles of the distances that are tried as thresholds, for each of the two comparisons."""
+
+EQUAL = 0.02
+"""Pairs whose share of time saved differs by no more count as equal, and the one with the lowest bound is chosen."""
 
 LARGEST_SHARE = 0.75
 """Thresholds are quantiles of the distances in the recording, up to this one."""
@@ -170,8 +173,9 @@ def upper_bound(missed: float, frames: float, level: float) -> float:
     return high
 
 
-def frames_needed(rate: float, points: int = SKIP_STEPS * CAPTION_STEPS - 1) -> int:
+def frames_needed(rate: float) -> int:
     """Fewest independent reused frames, none of them wrong, with which the first fit can state a rate."""
+    points = 4 * SKIP_STEPS * CAPTION_STEPS - 1  # zero, the quantiles and the means between them
     return math.ceil(math.log(_level(1, points)) / math.log1p(-rate))
 
 
@@ -279,7 +283,8 @@ def fit_thresholds(recording: Recording, rate: float, attempt: int = 1) -> Reuse
     level = _level(attempt, max(len(pairs), 1))
     curve = tuple(_point(pair, replays, level, times, len(recording)) for pair in pairs)
     allowed = [point for point in curve if point.upper <= rate]
-    chosen = max(allowed, key=lambda point: (point.saved, -point.upper), default=None)
+    most = max((point.saved for point in allowed), default=0.0)
+    chosen = min((point for point in allowed if point.saved >= most - EQUAL), key=lambda one: one.upper, default=None)
     thresholds = Thresholds() if chosen is None else chosen.thresholds
     return ReuseFit(thresholds, chosen, curve, len(recording), recording.changes, times)
 
@@ -298,12 +303,17 @@ def _band(values: Sequence[Floats], distance: Callable[[Floats, Floats], Floats]
 
 
 def _grid(band: Floats, steps: int) -> list[float]:
-    """Zero, and quantiles of the distances."""
+    """Zero, the next numbers above quantiles of the distances, and the geometric means of neighbours.
+
+    A frame at the distance of a quantile is then reused. The means lie between noise and changes, where no distance is.
+    """
     known = band[np.isfinite(band)]
     if not known.size:
         return [0.0]
-    quantiles = np.quantile(known, np.arange(1, steps) / (steps - 1) * LARGEST_SHARE)
-    return sorted({0.0, *map(float, quantiles)})
+    quantiles = np.quantile(known, np.arange(1, steps + 1) / steps * LARGEST_SHARE).astype(np.float32)
+    above = np.nextafter(quantiles, np.float32(np.inf)).astype(np.float64)
+    between = np.sqrt(above[:-1] * above[1:])
+    return sorted({0.0, *map(float, above), *map(float, between)})
 
 
 class _Replay:
@@ -346,14 +356,14 @@ class _Replay:
 def _point(
     pair: Thresholds, replays: dict[Thresholds, _Replay], level: float, times: StageTimes, frames: int
 ) -> CurvePoint:
-    """The figures of a pair. Where nothing is missed, its design effect is that of the next looser pair."""
+    """The figures of a pair. Where nothing is missed, the design effect is that of a looser pair with fewest."""
     one = replays[pair]
     looser = (
-        other.design_effect
+        (sum(other.missed), other.design_effect)
         for other in replays.values()
-        if other.missed and other.thresholds.skip >= pair.skip and other.thresholds.caption >= pair.caption
+        if any(other.missed) and other.thresholds.skip >= pair.skip and other.thresholds.caption >= pair.caption
     )
-    effect = one.design_effect or next(filter(None, looser), float(AUDIT_EVERY))
+    effect = one.design_effect or min(looser, default=(0, float(AUDIT_EVERY)))[1]
     reused, missed = one.skipped + one.captions, sum(one.missed)
     skipped, captions = one.skipped / frames, one.captions / frames
     saved = skipped + captions * times.decode / ((times.encode + times.decode) or 1.0)
