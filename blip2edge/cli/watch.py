@@ -83,7 +83,7 @@ def _add_reuse(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="reuse the visual tokens of the last encoded frame if the new frame differs from it by less than X (mean "
         "difference of the pixels, 0 to 1); 0: encode every frame; auto: reuse captions too, with thresholds that are "
-        "fitted on the first frames to --miss-rate (default: 0)",
+        "fitted on the first frames to --miss-rate",
     )
     add_number(
         parser,
