@@ -104,8 +104,7 @@ def reuse(document: dict[str, Any]) -> list[str]:
 def reuse_auto(document: dict[str, Any]) -> list[str]:
     """Table of the missed changes and the time saved by ``watch --reuse-below auto``."""
     head = [
-        "| film | fitted on | stated | missed / reused | of all frames | overlooked changes | vision saved | "
-        "decoding saved | CPU ms a frame |",
+        "| film | fitted on | stated | missed / reused | of all | overlooked | no vision | no decoding | CPU ms a frame |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     rows = [

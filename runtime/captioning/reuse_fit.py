@@ -55,7 +55,7 @@ class Thresholds(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StageTimes:
+class FrameTimes:
     """Milliseconds of a frame: ``encode`` of vision encoder and bridge, ``decode`` of prefill and decoding."""
 
     encode: float
@@ -76,13 +76,13 @@ class Recording:
     cells: list[Floats] = field(default_factory=list)
     features: list[Floats] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
-    times: list[StageTimes] = field(default_factory=list)
+    times: list[FrameTimes] = field(default_factory=list)
 
     def __len__(self) -> int:
         """Number of frames."""
         return len(self.texts)
 
-    def add(self, cells: Floats, features: Floats, text: str, times: StageTimes) -> None:
+    def add(self, cells: Floats, features: Floats, text: str, times: FrameTimes) -> None:
         """Adds a frame. A frame of another shape than the ones before, which cannot be compared, starts again."""
         if self.cells and (self.cells[-1].shape, self.features[-1].shape) != (cells.shape, features.shape):
             self.keep_last(0)
@@ -101,10 +101,10 @@ class Recording:
         """Number of frames whose caption differs from that of the frame before."""
         return sum(one != other for one, other in zip(self.texts, self.texts[1:], strict=False))
 
-    def median_times(self) -> StageTimes:
+    def median_times(self) -> FrameTimes:
         """The median time of each part."""
         encode, decode = (np.median([getattr(one, key) for one in self.times]) for key in ("encode", "decode"))
-        return StageTimes(float(encode), float(decode))
+        return FrameTimes(float(encode), float(decode))
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class ReuseFit:
     curve: tuple[CurvePoint, ...]
     frames: int
     changes: int
-    times: StageTimes
+    times: FrameTimes
 
 
 def upper_bound(missed: float, frames: float, level: float) -> float:
@@ -354,7 +354,7 @@ class _Replay:
 
 
 def _point(
-    pair: Thresholds, replays: dict[Thresholds, _Replay], level: float, times: StageTimes, frames: int
+    pair: Thresholds, replays: dict[Thresholds, _Replay], level: float, times: FrameTimes, frames: int
 ) -> CurvePoint:
     """The figures of a pair. Where nothing is missed, the design effect is that of a looser pair with fewest."""
     one = replays[pair]

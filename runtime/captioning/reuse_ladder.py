@@ -45,9 +45,9 @@ from blip2edge.runtime.captioning.reuse_fit import (
     AuditClock,
     AuditMonitor,
     CurvePoint,
+    FrameTimes,
     Recording,
     ReuseFit,
-    StageTimes,
     Thresholds,
     fit_thresholds,
     frames_needed,
@@ -227,7 +227,7 @@ class ReuseLadder:
 
     def _record(self, shown: _Shown, clock: StageClock) -> None:
         """Records a frame, and fits the thresholds when there are enough."""
-        times = StageTimes(clock.ms["vision"] + clock.ms["bridge"], clock.ms["prefill"] + clock.ms["decode"])
+        times = FrameTimes(clock.ms["vision"] + clock.ms["bridge"], clock.ms["prefill"] + clock.ms["decode"])
         self.recording.add(shown.frame.cells.ravel(), shown.features, shown.text, times)
         self.recording.keep_last(LONGEST * self._plan.frames)
         self._since += 1
@@ -308,7 +308,7 @@ def read_fit(path: Path, key: Mapping[str, Any]) -> ReuseFit | None:
             )
     curve = tuple(map(_point, document["curve"]))
     chosen = None if document["chosen"] is None else _point(document["chosen"])
-    times = StageTimes(**{name: document["times"][name] for name in ("encode", "decode")})
+    times = FrameTimes(**{name: document["times"][name] for name in ("encode", "decode")})
     thresholds = Thresholds() if chosen is None else chosen.thresholds
     return ReuseFit(thresholds, chosen, curve, document["frames"], document["changes"], times)
 

@@ -22,6 +22,8 @@ from blip2edge.runtime.captioning.reuse_ladder import REUSED, ReuseLadder, Reuse
 from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.serving.streams.sources import Frame, Source
 
+CaptionFrame = Callable[[Any], tuple[CaptionResult, Step]]
+
 
 @dataclass(frozen=True)
 class WatchResult:
@@ -161,11 +163,12 @@ def watch(
             plan = reuse or ReusePlan()
             key = fit_key(captioner.bundle, prompt, generation, plan)
             ladder = ReuseLadder(captioner.encoder, captioner.generator, generation, plan, key)
-            caption = partial(_by_ladder, ladder, prompt, on_piece)
+            caption: CaptionFrame = partial(_by_ladder, ladder, prompt, on_piece)
         else:
             caption = _by_scheduler(captioner, reuse_below, generation, prompt, on_piece, opened)
         for frame, arrived, dropped in _paced(coming(), interval):
-            result, step, problem = None, "full", ""
+            result, problem = None, ""
+            step: Step = "full"
             try:
                 result, step = caption(frame.image)
             except ImageError as error:
@@ -187,9 +190,6 @@ def watch(
             )
         if ladder is not None:
             ladder.finish()
-
-
-CaptionFrame = Callable[[Any], tuple[CaptionResult, Step]]
 
 
 def _by_scheduler(

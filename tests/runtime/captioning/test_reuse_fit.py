@@ -21,9 +21,10 @@ from blip2edge.runtime.captioning.reuse_fit import (
     AUDIT_EVERY,
     AuditClock,
     AuditMonitor,
+    FrameTimes,
     Recording,
     ReuseFit,
-    StageTimes,
+    Thresholds,
     fit_thresholds,
     frames_needed,
     upper_bound,
@@ -111,7 +112,7 @@ def recorded(film: Sequence[Shot]) -> Recording:
     for shot in film:
         cells = np.full(48, shot.level, np.float32)
         features = features_of(np.array([[[shot.feature, shot.caption * 1e-6]]], np.float32))
-        found.add(cells, features, str(shot.caption), StageTimes(3.0, 1.0))
+        found.add(cells, features, str(shot.caption), FrameTimes(3.0, 1.0))
     return found
 
 
@@ -154,7 +155,7 @@ def test_the_bound_of_every_point_by_hand() -> None:
     film = [Shot(0.0, 1.0, 1 if at % 10 == 5 else 0) for at in range(500)]
     fit = fit_thresholds(recorded([*film, *scenes(5)]), 0.05)
     assert fit.chosen is None
-    assert fit.thresholds == (0, 0)
+    assert fit.thresholds == Thresholds()
     level = 0.05 / 2 / len(fit.curve)
     for point in fit.curve:
         effect = point.design_effect
@@ -247,7 +248,8 @@ def started(
 
 def kept() -> dict[str, Any]:
     """The document of a fit that chose thresholds."""
-    return json.loads(json.dumps(fit_document(_fit(), KEY)))  # type: ignore[no-any-return]
+    document: dict[str, Any] = json.loads(json.dumps(fit_document(_fit(), KEY)))
+    return document
 
 
 _FITS: list[ReuseFit] = []
@@ -267,7 +269,7 @@ def test_drift_is_caught_by_the_audits(tmp_path: Path) -> None:
         ladder(Shot(0.0, 1.0, 0))
     assert ladder.audits.missed == 0
     assert not ladder.is_fitting
-    steps = []
+    steps: list[str] = []
     while not ladder.is_fitting:
         steps.append(ladder(Shot(0.0, 1.0, len(steps) + 1))[1])
     assert len(steps) <= 5 * AUDIT_EVERY
@@ -324,7 +326,7 @@ def test_without_a_fit_it_is_tried_again_with_more_frames() -> None:
 
 def test_frames_of_another_shape_start_again() -> None:
     recording = recorded(scenes(2))
-    recording.add(np.zeros(12, np.float32), np.zeros((1, 64), np.float32), "x", StageTimes(1, 1))
+    recording.add(np.zeros(12, np.float32), np.zeros((1, 64), np.float32), "x", FrameTimes(1, 1))
     assert len(recording) == len(recording.cells) == 1
 
 

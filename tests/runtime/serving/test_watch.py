@@ -18,7 +18,7 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 from blip2edge.cli import main
 from blip2edge.errors import DataError
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.reuse_fit import CurvePoint, ReuseFit, StageTimes, Thresholds
+from blip2edge.runtime.captioning.reuse_fit import CurvePoint, FrameTimes, ReuseFit, Thresholds
 from blip2edge.runtime.captioning.reuse_ladder import ReusePlan, fit_document, fit_key
 from blip2edge.runtime.serving.streams import sources
 from blip2edge.runtime.serving.streams.sources import Frame, Frames, Source, _folder, open_source
@@ -343,7 +343,7 @@ def test_a_kept_fit_reuses_the_caption_at_once(captioner: Captioner, tmp_path: P
     plan = ReusePlan(path=tmp_path / "fit.json")
     key = fit_key(captioner.bundle, None, captioner.options(max_new_tokens=3), plan)
     point = CurvePoint(Thresholds(0.01, 0.0), 1.0, 0.0, 9, 0, 0.0, 1.0, 0.01, 1.0)
-    fit = ReuseFit(point.thresholds, point, (point,), 10, 1, StageTimes(1.0, 1.0))
+    fit = ReuseFit(point.thresholds, point, (point,), 10, 1, FrameTimes(1.0, 1.0))
     (tmp_path / "fit.json").write_text(json.dumps(fit_document(fit, key)))
     picture = draw_pictures(1, 4)[0]
     pieces: list[str | None] = []
