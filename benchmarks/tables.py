@@ -104,7 +104,7 @@ def reuse(document: dict[str, Any]) -> list[str]:
 def reuse_auto(document: dict[str, Any]) -> list[str]:
     """Table of the missed changes and the time saved by ``watch --reuse-below auto``."""
     head = [
-        "| film | fitted on | stated | missed / reused | of all | overlooked | no vision | no decoding | CPU ms a frame |",
+        "| film | fitted on | stated | missed / reused | of all | overlooked | no vision | no decoding | CPU ms |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     rows = [
@@ -113,7 +113,8 @@ def reuse_auto(document: dict[str, Any]) -> list[str]:
         f"{row['vision_saved']:.0%} | {row['decoding_saved']:.0%} | {row['cpu_ms_full']:.1f} → {row['cpu_ms']:.1f} |"
         for row in document["results"]
     ]
-    return [*head, *rows, "", f"{document['results'][0]['frames']} frames of each film. {_where(document)}."]
+    film = f"{document['results'][0]['frames']} frames of each film; CPU ms of a frame, encoded in full → with auto"
+    return [*head, *rows, "", f"{film}. {_where(document)}."]
 
 
 def opening(document: dict[str, Any]) -> list[str]:
