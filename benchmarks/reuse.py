@@ -18,28 +18,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from reporting import CHECKPOINT, cpu_model, in_turn, parser_of, write_json
+from reuse_films import Picture, recoloured, with_noise
 
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.serving.streams.sources import Frame
 from blip2edge.runtime.serving.watch import WatchResult, watch
-from blip2edge.training.data.scenes import Scene, scenes
+from blip2edge.training.data.scenes import scenes
 
 LIMITS = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05)
 STILL = 8  # frames of each of a scene's three parts
 NOISE = 3.0  # standard deviation of the camera's, in 255ths
 SEED = 77
-
-Picture = NDArray[np.float32]
-
-
-def recoloured(scene: Scene) -> Picture:
-    """The scene with the channels of its first object's box in another order; the grey background stays grey."""
-    picture = np.asarray(scene.picture, np.float32).copy()
-    thing = scene.first
-    rows, columns = (slice(max(0, int(at - thing.radius - 1)), int(at + thing.radius + 2)) for at in (thing.y, thing.x))
-    picture[rows, columns] = picture[rows, columns][..., [2, 0, 1]]
-    return picture
 
 
 def film(count: int) -> list[NDArray[np.uint8]]:
@@ -51,7 +41,7 @@ def film(count: int) -> list[NDArray[np.uint8]]:
         other, coming = recoloured(scene), np.asarray(following.picture, np.float32)
         frames += [np.asarray(scene.picture, np.float32)] * STILL + [other] * STILL
         frames += [other + (coming - other) * (step + 1) / STILL for step in range(STILL)]
-    return [np.clip(frame + rng.normal(0, NOISE, frame.shape), 0, 255).round().astype(np.uint8) for frame in frames]
+    return [with_noise(frame, rng, NOISE) for frame in frames]
 
 
 def watched(captioner: Captioner, frames: list[NDArray[np.uint8]], below: float) -> list[WatchResult]:

@@ -6,6 +6,7 @@ import argparse
 import math
 import re
 from collections.abc import Callable
+from typing import Literal
 
 MAX_PORT = 65_535
 MAX_LATIN_1 = 255  # HTTP headers are encoded as Latin-1
@@ -38,6 +39,16 @@ positive_number = _number("a number above 0", lambda value: value > 0)
 non_negative_number = _number("a number of at least 0", lambda value: value >= 0)
 share = _number("a number above 0 and at most 1", lambda value: 0 < value <= 1)
 share_or_zero = _number("a number from 0 to 1", lambda value: 0 <= value <= 1)
+
+
+def share_or_auto(text: str) -> float | Literal["auto"]:
+    """A number from 0 to 1, or ``auto``."""
+    if text == "auto":
+        return "auto"
+    try:
+        return share_or_zero(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"expected auto or a number from 0 to 1, got {text!r}") from error
 
 
 def positive_int(text: str) -> int:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blip2edge.bundle.outputs.locks import write_file
 from blip2edge.cli.caption import load_captioner, open_bundle
 from blip2edge.cli.credentials import FORM, filled_address, filled_text, has_credentials
 from blip2edge.cli.flag_groups import add_bundle_option, add_generation, add_limits, add_number, given_generation
-from blip2edge.cli.flag_types import http_header, non_negative_number, share_or_zero
+from blip2edge.cli.flag_types import http_header, non_negative_number, positive_number, share_or_auto
 from blip2edge.cli.messages import print_note
-from blip2edge.errors import UsageError, shown_address
+from blip2edge.errors import UsageError, option, shown_address
 from blip2edge.limits import FILE_LIMITS, Limits
 
 if TYPE_CHECKING:
     import argparse
 
+    from blip2edge.runtime.captioning.reuse_ladder import ReusePlan
     from blip2edge.runtime.serving.streams.sinks import CaptionEvent, Sink
     from blip2edge.runtime.serving.watch import WatchResult
 
@@ -47,15 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="caption every frame of a video in order, as fast as possible, not only the newest ones at the video's "
         "speed; for a folder: caption the pictures that it contains now, then stop",
     )
-    add_number(
-        parser,
-        "--reuse-below",
-        "reuse the visual tokens of the last encoded frame if the new frame differs from it by less than X (mean "
-        "difference of the pixels, 0 to 1); 0: encode every frame",
-        0.0,
-        kind=share_or_zero,
-        metavar="X",
-    )
+    _add_reuse(parser)
     add_number(
         parser,
         "--max-fps",
@@ -84,6 +79,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_limits(parser, Limits, FILE_LIMITS)
 
 
+def _add_reuse(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--reuse-below",
+        metavar="X",
+        type=share_or_auto,
+        default=0.0,
+        help="reuse the visual tokens of the last encoded frame if the new frame differs from it by less than X (mean "
+        "difference of the pixels, 0 to 1); 0: encode every frame; auto: reuse captions too, with thresholds that are "
+        "fitted on the first frames to --miss-rate",
+    )
+    add_number(
+        parser,
+        "--miss-rate",
+        "with --reuse-below auto: largest share of the reused frames whose caption may be another one than the frame's "
+        "own, with 95%% confidence (default: 0.05)",
+        kind=positive_number,
+        metavar="X",
+    )
+    add_number(
+        parser,
+        "--fit-frames",
+        "with --reuse-below auto: number of frames that are encoded in full for a fit (default: 2000)",
+    )
+    parser.add_argument(
+        "--reuse-fit",
+        metavar="FILE.json",
+        type=Path,
+        help="with --reuse-below auto: file that keeps the fit, so that the next start needs none; the report is "
+        "written beside it, as FILE.html",
+    )
+
+
+def _reuse_plan(options: argparse.Namespace) -> ReusePlan | None:
+    """The plan of ``--reuse-below auto``; None without ``auto``."""
+    from blip2edge.cli.reuse_page import reuse_page
+    from blip2edge.runtime.captioning.reuse_ladder import ReusePlan
+
+    given = {"rate": options.miss_rate, "frames": options.fit_frames, "path": options.reuse_fit}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.reuse_below != "auto":
+        if given:
+            names = {"rate": "miss_rate", "frames": "fit_frames", "path": "reuse_fit"}
+            wrong = names[next(iter(given))]
+            raise UsageError(f"{option(wrong)} needs {option('reuse_below')} auto", field=wrong)
+        return None
+
+    def on_fit(document: dict[str, Any]) -> None:
+        if options.reuse_fit is not None:
+            page = options.reuse_fit.with_suffix(".html")
+            write_file(page, reuse_page(document, shown_address(options.source)).encode())
+            print_note(f"report: {page}")
+
+    return ReusePlan(**given, on_fit=on_fit, report=print_note)
+
+
 def run(options: argparse.Namespace) -> int:
     """Caption the newest frame again and again, or each picture of a folder, until the source ends or Ctrl-C."""
     from blip2edge.runtime.serving.streams.sources import open_source
@@ -91,6 +141,7 @@ def run(options: argparse.Namespace) -> int:
 
     source = _source(options.source)
     name = shown_address(source)
+    plan = _reuse_plan(options)
     frames = open_source(source, follow=not options.once, report=print_note)
     flags = given_generation(options)
     dropped = failed = 0
@@ -103,6 +154,7 @@ def run(options: argparse.Namespace) -> int:
             prompt=options.prompt,
             every=options.once,
             reuse_below=options.reuse_below,
+            reuse=plan,
             max_fps=options.max_fps,
             **flags,
         ):
@@ -141,6 +193,8 @@ def _about(caption: WatchResult) -> dict[str, Any]:
         "dropped": caption.dropped,
         "age_ms": round(caption.age_ms, 1),
         "reused": caption.reused,
+        "step": caption.step,
+        **({} if caption.audit is None else {"audit": caption.audit}),
     }
 
 

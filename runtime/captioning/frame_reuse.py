@@ -6,6 +6,7 @@ again.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +25,16 @@ CELLS = 16
 """Cells per side. Pictures are compared by the mean of each cell, in which noise averages out and movement does not."""
 
 
+ROWS, WIDTH = 32, 64
+"""Largest size of a frame's features."""
+
+Floats = NDArray[np.float32]
+Context = Callable[[Mapping[str, Array]], dict[str, Array]]
+
+
 @dataclass(frozen=True)
-class _Reference:
-    """The last encoded row.
+class EncodedFrame:
+    """An encoded row.
 
     Attributes:
         cells: The means of :func:`cells_of`.
@@ -36,11 +44,15 @@ class _Reference:
         pictures: The language model's inputs.
     """
 
-    cells: NDArray[np.float32]
+    cells: Floats
     counts: list[int]
     vision: dict[str, Array]
     instruction: dict[str, Array]
     pictures: dict[str, Array]
+
+    def is_like(self, prepared: PreparedBatch, cells: Floats) -> bool:
+        """Whether a row has as many pictures of the same size, so that the two can be compared."""
+        return self.counts == prepared.counts and self.cells.shape == cells.shape
 
 
 class ReusingEncoder:
@@ -69,13 +81,13 @@ class ReusingEncoder:
         self,
         encoder: Encoder,
         below: float,
-        context: Callable[[Mapping[str, Array]], dict[str, Array]] = lambda pictures: {},
+        context: Context = lambda pictures: {},
     ) -> None:
         if not 0 <= below <= 1:
             raise UsageError(f"expected {option('reuse_below')} to be a number from 0 to 1, got {below!r}")
         self._encoder, self._below, self._context = encoder, below, context
         self._spans = encoder.images.preprocessing.spans
-        self._last: _Reference | None = None
+        self._last: EncodedFrame | None = None
         self.reused = False
         self.difference = math.inf
 
@@ -94,28 +106,53 @@ class ReusingEncoder:
         with clock("preprocess"):
             cells = cells_of(prepared.pixels, self._spans)
             self.difference = math.inf
-            if last is not None and last.counts == prepared.counts and last.cells.shape == cells.shape:
+            if last is not None and last.is_like(prepared, cells):
                 by_picture = np.abs(cells - last.cells).mean(axis=(1, 2, 3))
                 self.difference = float(by_picture.max(initial=0.0))
         self.reused = self.difference < self._below
         if last is None or not self.reused:
-            last = self._encode(prepared, cells, self._encoder.run_vision(prepared.pixels, clock), clock)
-        elif not _same(prepared.instruction, last.instruction):
-            last = self._encode(prepared, last.cells, last.vision, clock)
+            last = encode_frame(self._encoder, self._context, prepared, cells, clock)
+        else:
+            last = encode_again(self._encoder, self._context, prepared, last, clock)
         self._last = last
         return EncodedBatch(prepared.prompts, last.pictures, prepared.counts)
 
-    def _encode(
-        self, prepared: PreparedBatch, cells: NDArray[np.float32], vision: dict[str, Array], clock: StageClock
-    ) -> _Reference:
-        """Runs the bridge, and the prompt-independent part of the language model, on the vision encoder's outputs."""
-        pictures = prepared.encoded(self._encoder.run_bridge(vision, prepared.instruction, clock)).pictures
-        with clock("bridge"):
-            context = self._context(pictures)
-        return _Reference(cells, prepared.counts, vision, prepared.instruction, {**pictures, **context})
+
+def encode_frame(
+    encoder: Encoder,
+    context: Context,
+    prepared: PreparedBatch,
+    cells: Floats,
+    clock: StageClock,
+    vision: dict[str, Array] | None = None,
+) -> EncodedFrame:
+    """Runs the vision encoder, the bridge, and the prompt-independent part of the language model on a row.
+
+    Args:
+        encoder: Encodes the pictures.
+        context: As :class:`ReusingEncoder` takes it.
+        prepared: The row.
+        cells: Its cells.
+        clock: Measures the stages.
+        vision: The vision encoder's outputs, where they are known.
+    """
+    vision = encoder.run_vision(prepared.pixels, clock) if vision is None else vision
+    pictures = prepared.encoded(encoder.run_bridge(vision, prepared.instruction, clock)).pictures
+    with clock("bridge"):
+        pictures = {**pictures, **context(pictures)}
+    return EncodedFrame(cells, prepared.counts, vision, prepared.instruction, pictures)
 
 
-def cells_of(pixels: Array, spans: NDArray[np.float32]) -> NDArray[np.float32]:
+def encode_again(
+    encoder: Encoder, context: Context, prepared: PreparedBatch, last: EncodedFrame, clock: StageClock
+) -> EncodedFrame:
+    """Gives a row the visual tokens of ``last``; the bridge runs again if it takes another instruction now."""
+    if _same(prepared.instruction, last.instruction):
+        return last
+    return encode_frame(encoder, context, prepared, last.cells, clock, last.vision)
+
+
+def cells_of(pixels: Array, spans: Floats) -> Floats:
     """Divides pictures into a coarse grid; returns the mean pixel value of each cell as a share of the value range.
 
     Args:
@@ -133,8 +170,50 @@ def cells_of(pixels: Array, spans: NDArray[np.float32]) -> NDArray[np.float32]:
         sums = np.add.reduceat(sums, edges, axis=axis, dtype=np.float32)
         widths = np.diff(edges, append=length).astype(np.float32)
         area = area * (widths[None, :] if axis == 3 else widths[:, None])
-    means: NDArray[np.float32] = sums / (area * spans[:, None, None])
+    means: Floats = sums / (area * spans[:, None, None])
     return means
+
+
+def picture_distance(one: Floats, other: Floats) -> Floats:
+    """Largest difference of two pictures' cells ``[..., C]``, as a share of the range from black to white: ``[...]``.
+
+    The mean over the cells, which ``--reuse-below X`` uses, hides the movement of a small object.
+    """
+    found: Floats = np.abs(one - other).max(-1)
+    return found
+
+
+def feature_distance(one: Floats, other: Floats) -> Floats:
+    """Largest ``|a - b| / |a|`` of the rows of two frames' features ``[..., R, W]``; ``one`` is the encoded frame."""
+    norms = np.maximum(np.sqrt(np.square(one).sum(-1)), np.finfo(np.float32).tiny)
+    found: Floats = (np.sqrt(np.square(one - other).sum(-1)) / norms).max(-1)
+    return found
+
+
+def features_of(tokens: Array) -> Floats:
+    """Makes small features of visual tokens, so that thousands of frames can be kept.
+
+    Neighbouring tokens are averaged to at most :data:`ROWS` rows. Each row is folded to :data:`WIDTH` numbers: number i
+    is added to place i modulo the width, with a fixed sign (the count sketch of Charikar et al., ICALP 2002, whose
+    distances are right on average).
+
+    Args:
+        tokens: ``[N, T, D]``.
+
+    Returns:
+        float32 ``[N * rows, width]``.
+    """
+    count, length, width = tokens.shape
+    rows = min(ROWS, length)
+    edges = np.arange(rows) * length // rows
+    sums = np.add.reduceat(tokens.astype(np.float32), edges, axis=1)
+    means = sums / np.diff(edges, append=length).astype(np.float32)[:, None]
+    folds = -(-width // WIDTH)
+    bits = np.unpackbits(np.frombuffer(hashlib.shake_256(b"features").digest(-(-width // 8)), np.uint8))[:width]
+    padded = np.zeros((count * rows, folds * WIDTH), np.float32)
+    padded[:, :width] = means.reshape(count * rows, width) * (1 - 2 * bits.astype(np.float32))
+    found: Floats = padded.reshape(count * rows, folds, WIDTH).sum(1)
+    return found
 
 
 def _same(one: Mapping[str, Array], other: Mapping[str, Array]) -> bool:

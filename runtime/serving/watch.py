@@ -10,13 +10,19 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from blip2edge.errors import ImageError
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.request import CaptionResult
+from blip2edge.runtime.captioning.reuse_ladder import REUSED, ReuseLadder, ReusePlan, Step, fit_key
+from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.serving.streams.sources import Frame, Source
+
+CaptionFrame = Callable[[Any], tuple[CaptionResult, Step]]
 
 
 @dataclass(frozen=True)
@@ -30,9 +36,12 @@ class WatchResult:
         dropped: Frames since the last caption that were dropped.
         age_ms: Milliseconds from the frame's arrival to the end of its caption; for a folder, from the moment when the
             picture was taken from the queue.
-        reused: Whether the last encoded frame's visual tokens were reused.
+        reused: Whether the visual tokens or the caption of an earlier frame were reused.
         image: The frame's picture.
         seconds: Time of the frame: in a video file, or since the start of the watch.
+        step: What was done for the frame.
+        audit: The audited frames so far, as :meth:`AuditMonitor.to_json` returns them; None unless ``reuse_below`` is
+            ``auto``.
     """
 
     frame: str
@@ -43,6 +52,8 @@ class WatchResult:
     reused: bool = False
     image: Any = None
     seconds: float = 0.0
+    step: Step = "full"
+    audit: dict[str, Any] | None = None
 
 
 class NewestFrame:
@@ -104,7 +115,8 @@ def watch(
     *,
     prompt: str | None = None,
     every: bool = False,
-    reuse_below: float = 0.0,
+    reuse_below: float | Literal["auto"] = 0.0,
+    reuse: ReusePlan | None = None,
     max_fps: float = 0.0,
     on_piece: Callable[[str | None], None] | None = None,
     **options: Any,
@@ -117,19 +129,21 @@ def watch(
         prompt: As ``Captioner.caption`` takes it.
         every: Whether to caption every frame in order and drop none. A :class:`Source` with ``is_queue`` implies it.
         reuse_below: A frame that differs by less from the last encoded one is not encoded; 0 encodes every frame. See
-            :class:`blip2edge.runtime.captioning.frame_reuse.ReusingEncoder`.
+            :class:`blip2edge.runtime.captioning.frame_reuse.ReusingEncoder`. ``auto``: thresholds are fitted to a
+            stated rate of missed changes, and captions are reused too; see :class:`ReuseLadder`.
+        reuse: How ``auto`` fits; None for the defaults.
         max_fps: Largest number of captions per second; 0 for no limit. A camera's frames in between are dropped.
-        on_piece: Called with each piece of a text as it is generated, and with None at its end.
+        on_piece: Called with each piece of a text as it is generated, and with None at its end. With ``auto``, a text
+            is one piece.
         **options: As ``Captioner.caption`` takes them.
 
     Yields:
         One result per captioned frame.
 
     Raises:
-        DataError: The source failed.
-        UsageError: ``reuse_below`` is not a number from 0 to 1.
+        DataError: The source failed, or a kept fit cannot be read.
+        UsageError: ``reuse_below`` is not a number from 0 to 1 or ``auto``; or as of :class:`ReuseLadder`.
     """
-    encoder = captioner.reusing(reuse_below) if reuse_below else None
     generation = captioner.options(**options)
     interval = 1 / max_fps if max_fps else 0.0
     start = time.monotonic()
@@ -142,27 +156,76 @@ def watch(
         else:
             yield from iter(newest.get, None)
 
-    with captioner.scheduler(max_batch=1, max_waiting=1, encoder=encoder) as scheduler:
-        try:
-            for frame, arrived, dropped in _paced(coming(), interval):
-                request = scheduler.submit(frame.image, generation, prompt=prompt, on_piece=on_piece)
-                result, problem = None, ""
-                try:
-                    result = request.result()
-                except ImageError as error:
-                    if frame.retry is not None:  # perhaps still being written
-                        frame.retry()
-                        continue
-                    problem = str(error)
-                age_ms = (time.monotonic() - arrived) * 1e3
-                reused = encoder is not None and result is not None and encoder.reused
-                seconds = arrived - start if frame.seconds is None else frame.seconds
-                yield WatchResult(frame.name, result, problem, dropped, age_ms, reused, frame.image, seconds)
-        finally:
-            if newest is not None:
-                newest.close()
-            elif isinstance(frames, Source):
-                frames.close()
+    ladder = None
+    with ExitStack() as opened:
+        opened.callback(_close, newest or frames)
+        if reuse_below == "auto":
+            plan = reuse or ReusePlan()
+            key = fit_key(captioner.bundle, prompt, generation, plan)
+            ladder = ReuseLadder(captioner.encoder, captioner.generator, generation, plan, key)
+            caption: CaptionFrame = partial(_by_ladder, ladder, prompt, on_piece)
+        else:
+            caption = _by_scheduler(captioner, reuse_below, generation, prompt, on_piece, opened)
+        for frame, arrived, dropped in _paced(coming(), interval):
+            result, problem = None, ""
+            step: Step = "full"
+            try:
+                result, step = caption(frame.image)
+            except ImageError as error:
+                if frame.retry is not None:  # perhaps still being written
+                    frame.retry()
+                    continue
+                problem = str(error)
+            yield WatchResult(
+                frame=frame.name,
+                result=result,
+                error=problem,
+                dropped=dropped,
+                age_ms=(time.monotonic() - arrived) * 1e3,
+                reused=step in REUSED,
+                image=frame.image,
+                seconds=arrived - start if frame.seconds is None else frame.seconds,
+                step=step,
+                audit=None if ladder is None else ladder.audits.to_json(),
+            )
+        if ladder is not None:
+            ladder.finish()
+
+
+def _by_scheduler(
+    captioner: Captioner,
+    reuse_below: float,
+    generation: GenerationOptions,
+    prompt: str | None,
+    on_piece: Callable[[str | None], None] | None,
+    opened: ExitStack,
+) -> CaptionFrame:
+    """A function that captions a frame with a scheduler, which is closed with the stack."""
+    encoder = captioner.reusing(reuse_below) if reuse_below else None
+    scheduler = opened.enter_context(captioner.scheduler(max_batch=1, max_waiting=1, encoder=encoder))
+
+    def caption(image: Any) -> tuple[CaptionResult, Step]:
+        result = scheduler.submit(image, generation, prompt=prompt, on_piece=on_piece).result()
+        return result, "features" if encoder is not None and encoder.reused else "full"
+
+    return caption
+
+
+def _by_ladder(
+    ladder: ReuseLadder, prompt: str | None, on_piece: Callable[[str | None], None] | None, image: Any
+) -> tuple[CaptionResult, Step]:
+    """Captions a frame with a ladder."""
+    result, step = ladder(image, prompt)
+    if on_piece is not None:
+        on_piece(result.text)
+        on_piece(None)
+    return result, step
+
+
+def _close(frames: NewestFrame | Iterator[Frame]) -> None:
+    """Ends the frames, if they can be ended."""
+    if isinstance(frames, (NewestFrame, Source)):
+        frames.close()
 
 
 def _paced(frames: Iterator[Any], interval: float) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -17,6 +18,8 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 from blip2edge.cli import main
 from blip2edge.errors import DataError
 from blip2edge.runtime.captioning.captioner import Captioner
+from blip2edge.runtime.captioning.reuse_fit import CurvePoint, FrameTimes, ReuseFit, Thresholds
+from blip2edge.runtime.captioning.reuse_ladder import ReusePlan, fit_document, fit_key
 from blip2edge.runtime.serving.streams import sources
 from blip2edge.runtime.serving.streams.sources import Frame, Frames, Source, _folder, open_source
 from blip2edge.runtime.serving.watch import NewestFrame, watch
@@ -315,3 +318,59 @@ def test_the_command_passes_its_draft_model_on(
     assert main([*words, "--draft", "none"]) == 0
     assert main([*words, "--draft", "itg"]) == 2
     assert capsys.readouterr().err.startswith("error: --draft itg: the bundle has no draft")
+
+
+def test_reuse_auto_records_then_says_what_it_did(
+    tiny_bundle: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three frames are no evidence: all are encoded, the fit is kept, and its report is written."""
+    kept = tmp_path_factory.mktemp("fit") / "fit.json"
+    flags = ["--once", "--json", "--reuse-below", "auto", "--fit-frames", "2", "--reuse-fit", str(kept)]
+    words = ["watch", str(folder), "-b", str(tiny_bundle), "--max-new-tokens", "2", "--threads", "1", *flags]
+    assert main(words) == 0
+    printed = capsys.readouterr()
+    lines = [json.loads(line) for line in printed.out.splitlines()]
+    assert [(one["step"], one["reused"], one["audit"]["frames"]) for one in lines] == [("fit", False, 0)] * 3
+    assert "nothing is reused: on 2 frames" in printed.err
+    assert json.loads(kept.read_text())["frames"] == 3
+    assert "no thresholds keep the rate below 5.0%" in kept.with_suffix(".html").read_text()
+    assert main([*words, "--prompt", "another"]) == 2
+    assert "was fitted for another prompt: expected" in capsys.readouterr().err
+
+
+def test_a_kept_fit_reuses_the_caption_at_once(captioner: Captioner, tmp_path: Path) -> None:
+    """The same picture four times: one is encoded and decoded, and a piece is published for each."""
+    plan = ReusePlan(path=tmp_path / "fit.json")
+    key = fit_key(captioner.bundle, None, captioner.options(max_new_tokens=3), plan)
+    point = CurvePoint(Thresholds(0.01, 0.0), 1.0, 0.0, 9, 0, 0.0, 1.0, 0.01, 1.0)
+    fit = ReuseFit(point.thresholds, point, (point,), 10, 1, FrameTimes(1.0, 1.0))
+    (tmp_path / "fit.json").write_text(json.dumps(fit_document(fit, key)))
+    picture = draw_pictures(1, 4)[0]
+    pieces: list[str | None] = []
+    seen = list(
+        watch(
+            captioner,
+            (Frame(str(at), picture) for at in range(4)),
+            every=True,
+            reuse_below="auto",
+            reuse=plan,
+            on_piece=pieces.append,
+            max_new_tokens=3,
+        )
+    )
+    assert [one.step for one in seen] == ["full", "skip", "skip", "skip"]
+    wanted = captioner.caption(picture, max_new_tokens=3)
+    for one in seen:
+        assert one.result is not None
+        assert (one.result.tokens, one.result.text) == (wanted.tokens, wanted.text)
+        assert (one.result.timings_ms["decode"] == 0) is (one.step == "skip")
+        assert one.reused is (one.step == "skip")
+    assert pieces == [wanted.text, None] * 4
+
+
+def test_flags_of_auto_need_auto(tiny_bundle: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["watch", str(folder), "-b", str(tiny_bundle)]
+    assert main([*words, "--miss-rate", "0.1"]) == 2
+    assert "--miss-rate needs --reuse-below auto" in capsys.readouterr().err
+    assert main([*words, "--reuse-below", "much"]) == 2
+    assert "expected auto or a number from 0 to 1, got 'much'" in capsys.readouterr().err

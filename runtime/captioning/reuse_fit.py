@@ -1,0 +1,380 @@
+"""Fits the thresholds of :class:`ReuseLadder` on recorded frames: the rate of missed changes gets an upper bound.
+
+All frames of the recording were encoded in full, so for every pair of thresholds it is known which captions would have
+been wrong. A *missed change* is a frame that got the caption of an earlier frame, and whose own caption is another one.
+The rate is missed changes / reused frames. A pair of thresholds is allowed if an upper confidence bound of its rate is
+at most the stated rate; of the allowed pairs, one that saves most time is chosen (Learn then Test, Angelopoulos et
+al., arXiv 2110.01052, with Bonferroni's correction for the number of pairs).
+
+The bound is that of Clopper and Pearson (Biometrika 26, 1934). It needs independent frames, but one overlooked change
+makes a run of frames wrong. So, as Korn and Graubard do for clustered samples (Survey Methodology 24, 1998), both
+counts are divided by the design effect: here sum(m²) / sum(m) over the numbers m of missed changes of each encoded
+frame, the variance of such a sum relative to independent misses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from blip2edge.runtime.captioning.frame_reuse import Floats, feature_distance, picture_distance
+
+CONFIDENCE = 0.95
+"""Probability with which all the bounds of a run hold."""
+
+AUDIT_EVERY = 50
+"""One of so many reused frames is encoded in full all the same."""
+
+ALARM = 100.0
+"""Likelihood ratio of the audits at which the thresholds are fitted again: a false alarm in 100 audits at most."""
+
+SKIP_STEPS, CAPTION_STEPS = 7, 8
+"""Number of quantiles of the distances that are tried as thresholds, for each of the two comparisons."""
+
+EQUAL = 0.02
+"""Pairs whose share of time saved differs by no more count as equal, and the one with the lowest bound is chosen."""
+
+LARGEST_SHARE = 0.75
+"""Thresholds are quantiles of the distances in the recording, up to this one."""
+
+
+class Thresholds(NamedTuple):
+    """The thresholds of the ladder; a frame is reused if its distance is below. Zero reuses nothing.
+
+    Attributes:
+        skip: Distance of the pictures, :func:`picture_distance`; such a frame is not encoded.
+        caption: Distance of the features, :func:`feature_distance`; such a frame is encoded, and not decoded.
+    """
+
+    skip: float = 0.0
+    caption: float = 0.0
+
+
+@dataclass(frozen=True)
+class FrameTimes:
+    """Milliseconds of a frame: ``encode`` of vision encoder and bridge, ``decode`` of prefill and decoding."""
+
+    encode: float
+    decode: float
+
+
+@dataclass
+class Recording:
+    """Frames that were encoded in full.
+
+    Attributes:
+        cells: The cells of each frame, :func:`cells_of`, in one row.
+        features: The features of each frame, :func:`features_of`.
+        texts: The caption of each frame.
+        times: The time of each frame.
+    """
+
+    cells: list[Floats] = field(default_factory=list)
+    features: list[Floats] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    times: list[FrameTimes] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        """Number of frames."""
+        return len(self.texts)
+
+    def add(self, cells: Floats, features: Floats, text: str, times: FrameTimes) -> None:
+        """Adds a frame. A frame of another shape than the ones before, which cannot be compared, starts again."""
+        if self.cells and (self.cells[-1].shape, self.features[-1].shape) != (cells.shape, features.shape):
+            self.keep_last(0)
+        self.cells.append(cells)
+        self.features.append(features)
+        self.texts.append(text)
+        self.times.append(times)
+
+    def keep_last(self, frames: int) -> None:
+        """Removes all but the last frames."""
+        extra = max(0, len(self) - frames)
+        del self.cells[:extra], self.features[:extra], self.texts[:extra], self.times[:extra]
+
+    @property
+    def changes(self) -> int:
+        """Number of frames whose caption differs from that of the frame before."""
+        return sum(one != other for one, other in zip(self.texts, self.texts[1:], strict=False))
+
+    def median_times(self) -> FrameTimes:
+        """The median time of each part."""
+        encode, decode = (np.median([getattr(one, key) for one in self.times]) for key in ("encode", "decode"))
+        return FrameTimes(float(encode), float(decode))
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """What a pair of thresholds does on the recording.
+
+    Attributes:
+        thresholds: The thresholds.
+        skipped: Share of the frames that are not encoded.
+        captions: Share of the frames that are encoded and not decoded.
+        reused: Number of reused frames, the audited ones left out.
+        missed: Number of missed changes.
+        rate: ``missed / reused``.
+        design_effect: Number of reused frames that count as one in the bound.
+        upper: Upper confidence bound of the rate.
+        saved: Share of the time of vision encoder, bridge and language model that is saved.
+    """
+
+    thresholds: Thresholds
+    skipped: float
+    captions: float
+    reused: int
+    missed: int
+    rate: float
+    design_effect: float
+    upper: float
+    saved: float
+
+
+@dataclass(frozen=True)
+class ReuseFit:
+    """The result of a fit.
+
+    Attributes:
+        thresholds: The chosen thresholds; zeros if no pair is allowed, and every frame is encoded.
+        chosen: The point of the curve that was chosen; None if no pair is allowed.
+        curve: All points.
+        frames: Number of frames of the recording.
+        changes: Number of frames whose caption differs from that of the frame before.
+        times: The median times of a frame.
+    """
+
+    thresholds: Thresholds
+    chosen: CurvePoint | None
+    curve: tuple[CurvePoint, ...]
+    frames: int
+    changes: int
+    times: FrameTimes
+
+
+def upper_bound(missed: float, frames: float, level: float) -> float:
+    """The upper bound of Clopper and Pearson of a rate.
+
+    It is the rate with which ``missed`` or fewer of ``frames`` have the probability ``level``. The counts need not be
+    whole numbers.
+    """
+    if missed >= frames:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if incomplete_beta(frames - missed, missed + 1, 1 - middle) > level:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def frames_needed(rate: float) -> int:
+    """Fewest independent reused frames, none of them wrong, with which the first fit can state a rate."""
+    points = 4 * SKIP_STEPS * CAPTION_STEPS - 1  # zero, the quantiles and the means between them
+    return math.ceil(math.log(_level(1, points)) / math.log1p(-rate))
+
+
+def _level(attempt: int, points: int) -> float:
+    """Error probability of one bound. All attempts together have ``1 - CONFIDENCE``: sum of 1 / (k (k + 1)) is 1."""
+    return (1 - CONFIDENCE) / (attempt * (attempt + 1)) / points
+
+
+def incomplete_beta(a: float, b: float, x: float) -> float:
+    """The regularized incomplete beta function, by its continued fraction (DLMF 8.17.22, Lentz's method)."""
+    if x <= 0 or x >= 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):
+        return 1 - incomplete_beta(b, a, 1 - x)
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) / a
+    tiny = 1e-300
+    value, c, d = tiny, tiny, 0.0
+    for step in range(10_000):
+        m = step // 2
+        if step == 0:
+            factor = 1.0
+        elif step % 2 == 0:
+            factor = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        else:
+            factor = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        d = 1 / ((1 + factor * d) or tiny)
+        c = (1 + factor / c) or tiny
+        value *= c * d
+        if abs(1 - c * d) < 1e-14:
+            break
+    return front * value
+
+
+class AuditClock:
+    """Chooses the reused frames that are audited: one at a random place in each group of :data:`AUDIT_EVERY`."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._random = np.random.default_rng(seed)
+        self._at = self._place = 0
+
+    def is_due(self) -> bool:
+        """Whether this reused frame is audited; call it once for each."""
+        if self._at == 0:
+            self._place = int(self._random.integers(AUDIT_EVERY))
+        due = self._at == self._place
+        self._at = (self._at + 1) % AUDIT_EVERY
+        return due
+
+
+class AuditMonitor:
+    """Counts missed changes among audited frames, and finds a rise of their rate.
+
+    The test is Page's cumulative sum (Biometrika 41, 1954) of the log likelihood ratio of five times the stated rate
+    against the stated rate.
+
+    Attributes:
+        frames: Number of audited frames.
+        missed: Number of missed changes among them.
+    """
+
+    def __init__(self, rate: float) -> None:
+        self.frames = self.missed = 0
+        raised = min(5 * rate, (1 + rate) / 2)
+        self._steps = (math.log((1 - raised) / (1 - rate)), math.log(raised / rate))
+        self._sum = 0.0
+
+    def add(self, missed: bool) -> None:
+        """Adds an audited frame."""
+        self.frames += 1
+        self.missed += missed
+        self._sum = max(0.0, self._sum + self._steps[missed])
+
+    @property
+    def is_raised(self) -> bool:
+        """Whether the rate has risen above the stated one."""
+        return self._sum >= math.log(ALARM)
+
+    def to_json(self) -> dict[str, Any]:
+        """Audited frames, missed changes, their rate and its upper confidence bound."""
+        upper = upper_bound(self.missed, self.frames, 1 - CONFIDENCE)
+        rate = self.missed / self.frames if self.frames else None
+        return {"frames": self.frames, "missed": self.missed, "rate": rate, "upper": round(upper, 4)}
+
+
+def fit_thresholds(recording: Recording, rate: float, attempt: int = 1) -> ReuseFit:
+    """Chooses the thresholds that save most time, of those whose rate of missed changes is at most ``rate``.
+
+    Args:
+        recording: The frames.
+        rate: The stated rate.
+        attempt: Number of this fit in a run, from 1; later ones need more evidence.
+    """
+    pictures = _band(recording.cells, picture_distance)
+    features = _band(recording.features, feature_distance)
+    times = recording.median_times()
+    numbers = np.unique(recording.texts, return_inverse=True)[1].tolist()
+    near = (pictures.tolist(), features.tolist())
+    pairs = [
+        Thresholds(skip, caption)
+        for skip in _grid(pictures, SKIP_STEPS)
+        for caption in _grid(features, CAPTION_STEPS)
+        if skip or caption
+    ]
+    replays = {pair: _Replay(pair).run(near, numbers) for pair in pairs}
+    level = _level(attempt, max(len(pairs), 1))
+    curve = tuple(_point(pair, replays, level, times, len(recording)) for pair in pairs)
+    allowed = [point for point in curve if point.upper <= rate]
+    most = max((point.saved for point in allowed), default=0.0)
+    chosen = min((point for point in allowed if point.saved >= most - EQUAL), key=lambda one: one.upper, default=None)
+    thresholds = Thresholds() if chosen is None else chosen.thresholds
+    return ReuseFit(thresholds, chosen, curve, len(recording), recording.changes, times)
+
+
+def _band(values: Sequence[Floats], distance: Callable[[Floats, Floats], Floats]) -> Floats:
+    """Distances of each frame to the next ones, ``[N, 2 * AUDIT_EVERY]``; infinite beyond the end.
+
+    A caption is reused for fewer frames than that, because of the audits.
+    """
+    count, span = len(values), 2 * AUDIT_EVERY
+    found = np.full((count, span), np.inf, np.float32)
+    stacked = np.stack(values)
+    for step in range(1, min(span, count - 1) + 1):
+        found[: count - step, step - 1] = distance(stacked[:-step], stacked[step:])
+    return found
+
+
+def _grid(band: Floats, steps: int) -> list[float]:
+    """Zero, the next numbers above quantiles of the distances, and the geometric means of neighbours.
+
+    A frame at the distance of a quantile is then reused. The means lie between noise and changes, where no distance is.
+    """
+    known = band[np.isfinite(band)]
+    if not known.size:
+        return [0.0]
+    quantiles = np.quantile(known, np.arange(1, steps + 1) / steps * LARGEST_SHARE).astype(np.float32)
+    above = np.nextafter(quantiles, np.float32(np.inf)).astype(np.float64)
+    between = np.sqrt(above[:-1] * above[1:])
+    return sorted({0.0, *map(float, above), *map(float, between)})
+
+
+class _Replay:
+    """What :class:`ReuseLadder` would do on a recording."""
+
+    def __init__(self, thresholds: Thresholds) -> None:
+        self.thresholds = thresholds
+        self.skipped = self.captions = self.audits = 0
+        self.missed: list[int] = []  # of each encoded frame
+
+    def run(self, near: tuple[list[list[float]], list[list[float]]], texts: Sequence[int]) -> _Replay:
+        """Replays the frames; ``near`` are the two bands, ``texts`` a number for each caption."""
+        skip, caption = self.thresholds
+        pictures, features = near
+        audit, shown, seen, missed = AuditClock(), 0, 0, 0
+        for at in range(1, len(texts)):
+            skipped = pictures[seen][at - seen - 1] < skip
+            reused = skipped or features[shown][at - shown - 1] < caption
+            if reused and not audit.is_due():
+                self.skipped += skipped
+                self.captions += not skipped
+                missed += texts[at] != texts[shown]
+                if not skipped:
+                    seen = at
+                continue
+            self.audits += reused
+            self.missed.append(missed)
+            shown = seen = at
+            missed = 0
+        self.missed.append(missed)
+        return self
+
+    @property
+    def design_effect(self) -> float:
+        """Mean number of missed changes in a run, weighted by that number; 0 if nothing was missed."""
+        total = sum(self.missed)
+        return sum(one * one for one in self.missed) / total if total else 0.0
+
+
+def _point(
+    pair: Thresholds, replays: dict[Thresholds, _Replay], level: float, times: FrameTimes, frames: int
+) -> CurvePoint:
+    """The figures of a pair. Where nothing is missed, the design effect is that of a looser pair with fewest."""
+    one = replays[pair]
+    looser = (
+        (sum(other.missed), other.design_effect)
+        for other in replays.values()
+        if any(other.missed) and other.thresholds.skip >= pair.skip and other.thresholds.caption >= pair.caption
+    )
+    effect = one.design_effect or min(looser, default=(0, float(AUDIT_EVERY)))[1]
+    reused, missed = one.skipped + one.captions, sum(one.missed)
+    skipped, captions = one.skipped / frames, one.captions / frames
+    saved = skipped + captions * times.decode / ((times.encode + times.decode) or 1.0)
+    return CurvePoint(
+        thresholds=pair,
+        skipped=skipped,
+        captions=captions,
+        reused=reused,
+        missed=missed,
+        rate=missed / reused if reused else 0.0,
+        design_effect=effect,
+        upper=upper_bound(missed / effect, reused / effect, level),
+        saved=saved,
+    )
