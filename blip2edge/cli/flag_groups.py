@@ -48,12 +48,17 @@ GENERATION: dict[str, tuple[str, Callable[[str], float], str]] = {
     "top_p": ("P", share, "sample from the most likely tokens whose probabilities sum up to P (0 to 1)"),
     "top_k": ("K", non_negative_int, "sample from the K most likely tokens; 0: from all"),
     "seed": ("S", non_negative_int, "seed of sampling"),
+    "queries": (
+        "M",
+        positive_int,
+        "number of visual tokens of each picture or frame, for elastic bundles; fewer save time and memory (default: all)",
+    ),
 }
 # Groups of generation flags: title, description, and which. Published evaluations use those of the first.
 DECODING = (
     "generation",
     "default values are in bundle.json; a checkpoint decodes greedily",
-    ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty"),
+    ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "queries"),
 )
 SAMPLING = (
     "sampling",

@@ -63,6 +63,12 @@ def add_arguments(parser: Parser) -> None:
         kind=positive_number,
         metavar="S",
     )
+    add_number(
+        parser,
+        "--queries",
+        "number of visual tokens of each picture for requests that do not set it, of elastic bundles (default: all)",
+        metavar="M",
+    )
     access = parser.add_argument_group("access", "who may use the server, and over TLS")
     access.add_argument(
         "--api-key",
@@ -195,6 +201,7 @@ def _source(name: str, path: Path, options: argparse.Namespace, limits: Limits) 
         threads=options.threads,
         limits=limits,
         require_signature=options.require_signature,
+        queries=options.queries,
     )
     loaded = load()
     print_unsigned(loaded.bundle)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import UsageError, option
-from blip2edge.runtime.captioning.pipeline import EncodedBatch, Encoder, PreparedBatch
+from blip2edge.runtime.captioning.encoder import EncodedBatch, Encoder, PreparedBatch
 from blip2edge.runtime.captioning.request import StageClock
 from blip2edge.runtime.images.video import ItemSource
 from blip2edge.runtime.text.prompt import PromptText
@@ -32,22 +32,23 @@ class _Reference:
         cells: The means of :func:`cells_of`.
         counts: Number of pictures of the row, in a list.
         vision: The vision encoder's outputs.
-        instruction: The bridge's text inputs.
+        bridge_inputs: The bridge's inputs besides ``image_embeds``.
         pictures: The language model's inputs.
     """
 
     cells: NDArray[np.float32]
     counts: list[int]
     vision: dict[str, Array]
-    instruction: dict[str, Array]
+    bridge_inputs: dict[str, Array]
     pictures: dict[str, Array]
 
 
 class ReusingEncoder:
     """An encoder that skips a picture which hardly differs from the last encoded one.
 
-    Such a picture gets the visual tokens and cross-attention keys of the last one. If only the instruction differs, the
-    bridge runs again on the last ``image_embeds``. It encodes one row in each call, and is for a single thread.
+    Such a picture gets the visual tokens and cross-attention keys of the last one. If only the instruction or the number
+    of queries differs, the bridge runs again on the last ``image_embeds``. It encodes one row in each call, and is for
+    a single thread.
 
     Args:
         encoder: Encodes the pictures that are not skipped.
@@ -80,7 +81,11 @@ class ReusingEncoder:
         self.difference = math.inf
 
     def __call__(
-        self, images: Sequence[ItemSource], texts: Sequence[PromptText | None], clock: StageClock
+        self,
+        images: Sequence[ItemSource],
+        texts: Sequence[PromptText | None],
+        clock: StageClock,
+        queries: int | None = None,
     ) -> EncodedBatch:
         """Encodes a row; arguments and errors as of :class:`Encoder`.
 
@@ -89,7 +94,7 @@ class ReusingEncoder:
         """
         if len(images) != 1:
             raise ValueError(f"a reusing encoder takes one row a call, not {len(images)}")
-        prepared = self._encoder.prepare(images, texts, clock)
+        prepared = self._encoder.prepare(images, texts, clock, queries)
         last = self._last
         with clock("preprocess"):
             cells = cells_of(prepared.pixels, self._spans)
@@ -100,7 +105,7 @@ class ReusingEncoder:
         self.reused = self.difference < self._below
         if last is None or not self.reused:
             last = self._encode(prepared, cells, self._encoder.run_vision(prepared.pixels, clock), clock)
-        elif not _same(prepared.instruction, last.instruction):
+        elif not _same(prepared.bridge_inputs, last.bridge_inputs):
             last = self._encode(prepared, last.cells, last.vision, clock)
         self._last = last
         return EncodedBatch(prepared.prompts, last.pictures, prepared.counts)
@@ -109,10 +114,10 @@ class ReusingEncoder:
         self, prepared: PreparedBatch, cells: NDArray[np.float32], vision: dict[str, Array], clock: StageClock
     ) -> _Reference:
         """Runs the bridge, and the prompt-independent part of the language model, on the vision encoder's outputs."""
-        pictures = prepared.encoded(self._encoder.run_bridge(vision, prepared.instruction, clock)).pictures
+        pictures = prepared.encoded(self._encoder.run_bridge(vision, prepared.bridge_inputs, clock)).pictures
         with clock("bridge"):
             context = self._context(pictures)
-        return _Reference(cells, prepared.counts, vision, prepared.instruction, {**pictures, **context})
+        return _Reference(cells, prepared.counts, vision, prepared.bridge_inputs, {**pictures, **context})
 
 
 def cells_of(pixels: Array, spans: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -47,6 +47,8 @@ class CaptionResult:
         tokens_per_pass: Generated tokens per pass of the language model; 1 without a draft model.
         prompt_tokens: Length of the prompt in tokens, visual tokens included.
         new_tokens: Number of generated tokens: ``tokens`` without the decoder's start token.
+        queries: Number of visual tokens that the bridge made from each picture, or from each frame of a video; None for
+            a model without a bridge.
     """
 
     image: str | list[str | None] | None
@@ -59,9 +61,10 @@ class CaptionResult:
     tokens_per_pass: float = 1.0
     prompt_tokens: int = 0
     new_tokens: int = 0
+    queries: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object with the attributes as keys, up to ``tokens_per_s``."""
+        """A JSON object with the attributes as keys, without :data:`NOT_IN_JSON`."""
         values = {**vars(self), "tokens": list(self.tokens)}
         return {key: value for key, value in values.items() if key not in NOT_IN_JSON}
 

@@ -81,6 +81,7 @@ class CaptionOptions(TypedDict, total=False):
     typical_p: float | None
     epsilon_cutoff: float | None
     eta_cutoff: float | None
+    queries: int | None
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ class GenerationOptions:
         typical_p: Sample from the most typical tokens whose probabilities reach this sum; 1: from all.
         epsilon_cutoff: Sample from tokens of at least this probability.
         eta_cutoff: As `epsilon_cutoff`, but lower where the entropy is large.
+        queries: Number of visual tokens of each picture, of an elastic bundle: the first of the bridge's queries. None
+            for all.
 
     Raises:
         UsageError: A value is outside its range, or two contradict each other.
@@ -160,6 +163,7 @@ class GenerationOptions:
     typical_p: float | None = None
     epsilon_cutoff: float | None = None
     eta_cutoff: float | None = None
+    queries: int | None = None
 
     def __post_init__(self) -> None:
         for name, checked in _CHECKED.items():
@@ -351,6 +355,7 @@ _CHECKED: Mapping[str, Callable[[str, Any], Any]] = {
     "typical_p": partial(check_number, low=0.0, high=1.0, above=True),
     "epsilon_cutoff": partial(check_number, low=0.0, high=BELOW_ONE),
     "eta_cutoff": partial(check_number, low=0.0, high=BELOW_ONE),
+    "queries": partial(check_integer, least=1),
 }
 """By field: the function that checks a value, and returns it as it is stored."""
 

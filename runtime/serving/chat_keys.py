@@ -174,6 +174,7 @@ KEYS: tuple[ChatKey, ...] = (
     ChatKey("repetition_penalty", "above 1: fewer repetitions", "repetition_penalty", own=True),
     ChatKey("top_k", "sample from this many tokens; 0: from all", "top_k", own=True),
     ChatKey("draft", "draft model of speculative decoding; the text stays the same", "draft", own=True),
+    ChatKey("queries", "visual tokens of each picture, of an elastic bundle; default: all", "queries", own=True),
     ChatKey("ask", "true: the text is a question for the bundle's question template", is_read=True, own=True),
     ChatKey("deadline_s", "seconds for the answer; later it is answered with 504", is_read=True, own=True),
 )

@@ -150,6 +150,7 @@ def option_schemas(limits: Limits) -> dict[str, Schema]:
         "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED},
         "stop": {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": MAX_STOPS},
         "draft": {"enum": list(DRAFTS)},
+        "queries": {"type": "integer", "minimum": 1, "maximum": 2**31 - 1},
         "deadline_s": {"type": "number", "exclusiveMinimum": 0, "maximum": LONGEST_DEADLINE},
         "prompt": {"type": "string", "maxLength": limits.prompt_chars},
         "question": {"type": "string", "minLength": 1, "maxLength": limits.prompt_chars},
