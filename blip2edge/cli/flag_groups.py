@@ -51,7 +51,7 @@ GENERATION: dict[str, tuple[str, Callable[[str], float], str]] = {
     "queries": (
         "M",
         positive_int,
-        "number of visual tokens of each picture or frame, for elastic bundles; fewer save time and memory (default: all)",
+        "number of visual tokens of each picture or frame, for elastic bundles; fewer save time and memory",
     ),
 }
 # Groups of generation flags: title, description, and which. Published evaluations use those of the first.

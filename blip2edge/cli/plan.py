@@ -39,6 +39,12 @@ def add_arguments(parser: Parser) -> None:
         "command; repeat the flag for several boards (default: a table of all boards)",
     )
     add_number(parser, "--frames", "pictures of an item, such as the frames of a video (default: the model's)")
+    add_number(
+        parser,
+        "--queries",
+        "visual tokens of a picture: the first M query tokens of an elastic bridge (default: all)",
+        metavar="M",
+    )
     add_number(parser, "--prompt-tokens", "tokens of the prompt, without visual tokens", 8)
     add_number(parser, "--max-new-tokens", "tokens of the caption", 30)
     add_threads(parser)
@@ -57,6 +63,8 @@ def run(options: argparse.Namespace) -> int:
     request = PlanOptions(options.frames, options.prompt_tokens, options.max_new_tokens, options.threads)
     model = options.model or DEFAULT_MODEL
     shape, origin = find_shape(model)
+    if options.queries is not None:
+        shape = shape.with_queries(options.queries)
     devices = _devices(options.device, request, shape.image_size)
     plans = [device_plan(shape, device, request) for device in devices or DEVICES.values()]
     if options.json:

@@ -46,9 +46,9 @@ class _Reference:
 class ReusingEncoder:
     """An encoder that skips a picture which hardly differs from the last encoded one.
 
-    Such a picture gets the visual tokens and cross-attention keys of the last one. If only the instruction or the number
-    of queries differs, the bridge runs again on the last ``image_embeds``. It encodes one row in each call, and is for
-    a single thread.
+    Such a picture gets the visual tokens and cross-attention keys of the last one. If only the instruction or the
+    number of queries differs, the bridge runs again on the last ``image_embeds``. It encodes one row in each call, and
+    is for a single thread.
 
     Args:
         encoder: Encodes the pictures that are not skipped.

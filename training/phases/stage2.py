@@ -223,8 +223,9 @@ class GenerativeStage(nn.Module):
 
 @dataclass(frozen=True)
 class ElasticDraw:
-    """Draws the number of queries of each step, uniformly from ``least`` to ``most``.
+    """Draws the number of queries of each step, log-uniformly from ``least`` to ``most``: half of it as often as it.
 
+    So the first queries, which have to hold most, get most of the steps; a step with few queries also trains for many.
     The number depends on seed and step alone. So all processes use the same number, and a resumed run draws the same.
     """
 
@@ -234,7 +235,8 @@ class ElasticDraw:
 
     def __call__(self, step: int) -> int:
         """The number of queries of a step."""
-        return int(np.random.default_rng([self.seed, step]).integers(self.least, self.most + 1))
+        share = np.random.default_rng([self.seed, step]).random()
+        return min(self.most, int(self.least * ((self.most + 1) / self.least) ** share))
 
 
 def elastic_draw(config: CaptionerConfig, phase: Stage2Phase, seed: int) -> ElasticDraw | None:
