@@ -223,9 +223,9 @@ class GenerativeStage(nn.Module):
 
 @dataclass(frozen=True)
 class ElasticDraw:
-    """Draws the number of queries of each step, log-uniformly from ``least`` to ``most``: half of it as often as it.
+    """Draws the number of queries of each step, log-uniformly from ``least`` to ``most``.
 
-    So the first queries, which have to hold most, get most of the steps; a step with few queries also trains for many.
+    Small numbers come more often: the first queries have to hold most of the picture, so they get most of the steps.
     The number depends on seed and step alone. So all processes use the same number, and a resumed run draws the same.
     """
 
