@@ -144,7 +144,9 @@ def elastic_scenes(document: dict[str, Any]) -> list[str]:
     found = document["scenes"]
     rows = [f"| {row['queries']} | {row['exact_match']:.1%} |" for row in found["exact_match"]]
     rows.append(f"| the shipped miniature, all 8 | {found['shipped_exact_match']:.1%} |")
-    equal = f"With all queries, the ids of {found['ids_equal_to_plain_at_full']:,} of {found['scenes']:,} captions equal"
+    equal = (
+        f"With all queries, the ids of {found['ids_equal_to_plain_at_full']:,} of {found['scenes']:,} captions equal"
+    )
     return ["| queries | captions that match exactly |", "|---|---:|", *rows, "", f"{equal} those of the plain bundle."]
 
 

@@ -80,6 +80,11 @@ def add_number(
     group.add_argument(flag, metavar=metavar, type=kind, default=default, help=text)
 
 
+def add_queries(parser: _ActionsContainer, rest: str) -> None:
+    """Adds ``--queries``."""
+    add_number(parser, "--queries", f"number of visual tokens of each picture {rest}", metavar="M")
+
+
 def add_bundle(parser: Parser) -> None:
     """Adds the bundle, which is given as the first argument or with ``--bundle``."""
     parser.add_positional_or_flag("bundle", "-b", "--bundle", metavar="BUNDLE", type=Path, help=BUNDLE)

@@ -18,6 +18,7 @@ from blip2edge.cli.flag_groups import (
     add_bundle,
     add_limits,
     add_number,
+    add_queries,
     given_limits,
     print_unsigned,
 )
@@ -52,6 +53,7 @@ def add_arguments(parser: Parser) -> None:
         help="further bundles; the key `model` of a request chooses one by NAME (default: the directory's name)",
     )
     add_backend(parser)
+    add_queries(parser, "for requests that do not set it, of elastic bundles (default: all)")
     parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="IP address or host name to listen on")
     add_number(parser, "--port", "TCP port to listen on; 0: any free port", 8000, kind=port)
     add_number(parser, "--max-batch", "largest number of captions decoded in one batch", 8)
@@ -62,12 +64,6 @@ def add_arguments(parser: Parser) -> None:
         "time limit of a request in seconds; a request that exceeds it is answered with status 504 (default: no limit)",
         kind=positive_number,
         metavar="S",
-    )
-    add_number(
-        parser,
-        "--queries",
-        "number of visual tokens of each picture for requests that do not set it, of elastic bundles (default: all)",
-        metavar="M",
     )
     access = parser.add_argument_group("access", "who may use the server, and over TLS")
     access.add_argument(

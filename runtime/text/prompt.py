@@ -152,7 +152,7 @@ class PromptBuilder:
         Args:
             text: Replaces ``{prompt}`` in the template; None for the family's empty prompt (a lone BOS).
             images: Number of images of an interleaved prompt.
-            queries: Number of visual tokens of each image (of each frame of a video); None for all that the bridge has.
+            queries: Number of visual tokens of each image or frame; None for all.
 
         Raises:
             PromptError: The prompt is longer than the context, or holds a reserved text or an unknown token.
@@ -166,7 +166,7 @@ class PromptBuilder:
         for written in text.texts if isinstance(text, Dialog) else [text or ""]:
             self.tokenizer.check_plain(written, self._reserved)
         prompt = self._tokenize(text, images)
-        if queries is not None and prompt.visual_tokens:
+        if queries and prompt.visual_tokens:
             prompt = replace(prompt, visual_tokens=queries * self.spec.frames)
         self._check(prompt)
         return prompt
@@ -225,11 +225,8 @@ class PromptBuilder:
                 "shorten the prompt",
             )
         if prompt.length == 0:
-            raise PromptError(
-                "the prompt is empty, and this model cannot start a text without a prompt",
-                f"give a {option('prompt')}",
-                field="prompt",
-            )
+            problem = "the prompt is empty, and this model cannot start a text without a prompt"
+            raise PromptError(problem, f"give a {option('prompt')}", field="prompt")
         largest = max((token for segment in prompt.segments for token in segment), default=0)
         if largest >= self.vocab_size:
             raise PromptError(
