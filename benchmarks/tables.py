@@ -154,7 +154,7 @@ def elastic_video(document: dict[str, Any]) -> list[str]:
     """Table of what a video costs at each number of queries."""
     lines = [
         (
-            "| sizes of | queries | prompt, tokens | KV cache, MiB | prefill, CPU ms | times | after the vision encoder "
+            "| sizes of | queries | prompt, tokens | KV cache, MiB | prefill, CPU ms | times | after vision "
             "| times | whole caption, CPU ms | times |"
         ),
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",

@@ -217,8 +217,7 @@ def check_queries(bundle: Bundle, queries: int | None) -> None:
         return
     if elastic is None:
         raise UsageError(
-            f"{option('queries')} {queries}: {bundle.path} is not elastic: its bridge was trained with all of its "
-            "queries only",
+            f"{bundle.path} does not take {option('queries')}: its bridge was trained with all of its queries only",
             f"leave {option('queries')} out, or train the bridge with [stage2] elastic = true and export it again "
             "(docs/training.md)",
             field="queries",

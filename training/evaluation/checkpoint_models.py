@@ -248,7 +248,7 @@ def _check_queries(config: CaptionerConfig, queries: int | None) -> None:
         return
     if not config.elastic:
         raise UsageError(
-            f"{option('queries')} {queries}: the bridge of this checkpoint was trained with all of its queries only",
+            f"this checkpoint does not take {option('queries')}: its bridge was trained with all of its queries only",
             f"leave {option('queries')} out, or train it with [stage2] elastic = true",
         )
     check_integer("queries", queries, config.elastic, config.bridge.num_visual_tokens)
