@@ -54,7 +54,7 @@ COMMANDS = (
     "plan",
 )
 ROOT = Path(__file__).resolve().parent.parent
-JSON_KEYS = ["image", "prompt", "text", "tokens", "finish_reason", "timings_ms", "tokens_per_s"]
+JSON_KEYS = ["image", "prompt", "text", "tokens", "finish_reason", "timings_ms", "tokens_per_s", "queries"]
 
 
 def test_a_key_of_the_environment_is_not_in_the_help(
@@ -75,7 +75,7 @@ class FakeResult:
     text: str = " a red circle"
 
     def to_json(self) -> dict[str, Any]:
-        values = (self.image, self.prompt, self.text, [5, 2], "eos", {"total": 1.0}, 2.0)
+        values = (self.image, self.prompt, self.text, [5, 2], "eos", {"total": 1.0}, 2.0, 8)
         return dict(zip(JSON_KEYS, values, strict=True))
 
 

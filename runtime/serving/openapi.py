@@ -258,6 +258,7 @@ def _answer_schemas() -> dict[str, Schema]:
         "finish_reason": {"enum": ["eos", "length", "stop"]},
         "timings_ms": times,
         "tokens_per_s": number,
+        "queries": _nullable(whole),
     }
     kept = [name for name in CaptionResult.__dataclass_fields__ if name not in NOT_IN_JSON]
     model: dict[str, Schema] = {"id": text, "object": {"const": "model"}, "created": whole, "owned_by": text}

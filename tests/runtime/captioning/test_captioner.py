@@ -85,6 +85,7 @@ def test_a_result_as_json(captioner: Captioner, files: list[Path]) -> None:
         "finish_reason",
         "timings_ms",
         "tokens_per_s",
+        "queries",
     ]
     assert list(values["timings_ms"]) == [*STAGES, "total"]
     assert all(value > 0 for value in values["timings_ms"].values())
