@@ -24,8 +24,8 @@ from reuse_films import KINDS, NOISE, Film, film
 
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.reuse_fit import Recording, fit_thresholds
-from blip2edge.runtime.captioning.reuse_ladder import ReuseLadder, ReusePlan, fit_document, fit_key
+from blip2edge.runtime.captioning.reuse.fit import Recording, fit_thresholds
+from blip2edge.runtime.captioning.reuse.ladder import ReuseLadder, ReusePlan, fit_document, fit_key
 from blip2edge.runtime.serving.streams.sources import Frame
 from blip2edge.runtime.serving.watch import WatchResult, watch
 

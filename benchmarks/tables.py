@@ -155,6 +155,36 @@ def token_merging(document: dict[str, Any]) -> list[str]:
     return [*head, "", f"{_where(document)}, batch 1; {document['heldout_scenes']:,} held-out scenes."]
 
 
+def elastic_scenes(document: dict[str, Any]) -> list[str]:
+    """Table of the captions that are right at each number of queries."""
+    found = document["scenes"]
+    rows = [f"| {row['queries']} | {row['exact_match']:.1%} |" for row in found["exact_match"]]
+    rows.append(f"| the shipped miniature, all 8 | {found['shipped_exact_match']:.1%} |")
+    equal = (
+        f"With all queries, the ids of {found['ids_equal_to_plain_at_full']:,} of {found['scenes']:,} captions equal"
+    )
+    return ["| queries | captions that match exactly |", "|---|---:|", *rows, "", f"{equal} those of the plain bundle."]
+
+
+def elastic_video(document: dict[str, Any]) -> list[str]:
+    """Table of what a video costs at each number of queries."""
+    lines = [
+        (
+            "| sizes of | queries | prompt, tokens | KV cache, MiB | prefill, CPU ms | times | after vision "
+            "| times | whole caption, CPU ms | times |"
+        ),
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, found in document["video"].items():
+        for row in found["rows"]:
+            times = " | ".join(
+                f"{row[stage]['cpu_ms']:,.0f} | {row[stage]['times_faster']:.2f}"
+                for stage in ("prefill", "after_vision", "whole")
+            )
+            lines.append(f"| {name} | {row['queries']} | {row['prompt_tokens']:,} | {row['kv_mib']:.1f} | {times} |")
+    return [*lines, "", f"{_where(document)}, fp32."]
+
+
 def streaming(document: dict[str, Any]) -> list[str]:
     """Table of products and convolutions with weights larger than the caches."""
     lines = [
@@ -243,6 +273,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "openvino-opening": ("openvino-opening.json", opening),
     "watch-reuse": ("watch-reuse.json", reuse),
     "watch-reuse-auto": ("watch-reuse-auto.json", reuse_auto),
+    "elastic-scenes": ("elastic.json", elastic_scenes),
+    "elastic-video": ("elastic.json", elastic_video),
     "streaming": ("streaming.json", streaming),
     "scheduling": ("scheduling.json", scheduling),
     "startup": ("startup.json", startup),

@@ -31,7 +31,7 @@ from blip2edge.bulk.run_files import Chunk
 from blip2edge.errors import ImageError, UsageError
 from blip2edge.picture_files import printable
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.pipeline import EncodedBatch
+from blip2edge.runtime.captioning.encoder import EncodedBatch
 from blip2edge.runtime.captioning.request import StageClock
 from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.images.preprocess import DeferredImage, load_image
@@ -232,9 +232,10 @@ class ChunkCaptioner:
         """Runs vision encoder and bridge on a batch."""
         encoder, clock = self.captioner.encoder, StageClock()
         pixels = np.stack([one.pixels for one in batch if one.pixels is not None])
-        prepared = encoder.prepared([self._options.prompt] * len(batch), [1] * len(batch), pixels)
+        prompts, queries = [self._options.prompt] * len(batch), self.generation.queries
+        prepared = encoder.prepared(prompts, [1] * len(batch), pixels, queries)
         return prepared.encoded(
-            encoder.run_bridge(encoder.run_vision(prepared.pixels, clock), prepared.instruction, clock)
+            encoder.run_bridge(encoder.run_vision(prepared.pixels, clock), prepared.bridge_inputs, clock)
         )
 
     def _texts(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import count, repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,7 @@ from PIL import Image
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.schema import (
-    IMAGE_FEATURES,
-)
+from blip2edge.bundle.schema import IMAGE_FEATURES, ElasticSpec
 from blip2edge.calibration.pictures import PictureSet
 from blip2edge.progress import counted
 from blip2edge.runtime.backends.base import Session
@@ -137,34 +136,49 @@ class PictureRunner:
         self.spec = manifest.prompt
         self.language = load_language_model(bundle, session) if language else None
         self.instruction: dict[str, Array] = {}
-        self.prompt: Prompt | None = None
+        self.prompt: Callable[[int | None], Prompt] | None = None
+        self._queries = _numbers_of_queries(manifest.elastic)
         if self.spec is not None:
             text = text_parts(bundle)
             prompt = default_prompt(text.prompts)
-            self.prompt = text.prompts(prompt)
+            self.prompt = lambda queries: text.prompts(prompt, queries=queries)
             if text.instructions is not None:
                 self.instruction = text.instructions([prompt])
 
     def __call__(self, picture: Image.Image, text: Sequence[int] | None) -> None:
-        """Runs all graphs on a picture, the decoder on its prompt followed by the tokens of ``text``."""
+        """Runs all graphs on a picture, the decoder on its prompt followed by the tokens of ``text``.
+
+        The pictures of an elastic bundle use different numbers of queries, so that its ranges hold for all of them.
+        """
+        queries = next(self._queries)
         images, frames = self.images, self.spec.frames if self.spec is not None else 1
         pixels = images.preprocessing.batch(pictures_of([picture], frames))
         outputs = images.vision.run({"pixel_values": pixels.astype(images.pixels_dtype, copy=False)})
         if images.bridge is not None:
-            outputs |= images.bridge.run({"image_embeds": outputs["image_embeds"], **self.instruction})
+            others = self.instruction | images.query_ids(len(pixels), queries)
+            outputs |= images.bridge.run({"image_embeds": outputs["image_embeds"], **others})
         if self.features is not None:
             self.features.run({name: outputs[name] for name in self.features.input_names})
         if self.language is None or self.prompt is None or text is None:
             return
         if frames > 1:
             outputs = {name: pack_images(array, [frames]) for name, array in outputs.items()}
+        prompt = self.prompt(queries)
         if isinstance(self.language, EncoderDecoder):
-            _, state = self.language.prefill([self.prompt], outputs)
+            _, state = self.language.prefill([prompt], outputs)
             behind = _behind(text, self.language.initial)
             if behind:
                 state.extend(np.array([behind], np.int64))
         else:
-            self.language.prefill([_continued(self.prompt, text)], outputs)
+            self.language.prefill([_continued(prompt, text)], outputs)
+
+
+def _numbers_of_queries(elastic: ElasticSpec | None) -> Iterator[int | None]:
+    """The number of queries of each picture: for every second one all, for the others each number in turn."""
+    if elastic is None:
+        return repeat(None)
+    least, most = elastic.min_queries, elastic.max_queries
+    return (most if at % 2 == 0 else least + at // 2 % (most + 1 - least) for at in count())
 
 
 def _behind(text: Sequence[int], start: Sequence[int]) -> Sequence[int]:

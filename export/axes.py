@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from blip2edge.bundle.schema import Axis, TensorSpec
+from blip2edge.bundle.schema import Axis, Dim, TensorSpec
+from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.models import Config
 
 MAX_BATCH = 8  # rows
@@ -16,6 +17,12 @@ def batch_axis() -> Axis:
 def pictures_axis(config: Config) -> Axis:
     """The pictures of a batch; the frames of a video are consecutive rows."""
     return Axis("batch", 1, config.frames, MAX_BATCH * config.frames)
+
+
+def queries_dim(config: CaptionerConfig) -> Dim:
+    """The visual tokens of a picture: their number, or an axis if the bridge is elastic."""
+    most = config.bridge.num_visual_tokens
+    return Axis("queries", config.elastic, most, most) if config.elastic else most
 
 
 def image_embeds(config: Config) -> TensorSpec:

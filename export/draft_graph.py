@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from blip2edge.bundle.schema import DRAFT, QUERIES, Axis, CacheSpec, DraftSpec, GraphSpec, TensorSpec
-from blip2edge.export.axes import MAX_BATCH
+from blip2edge.export.axes import MAX_BATCH, queries_dim
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.config import CaptionerConfig, DraftConfig, QFormerConfig
 from blip2edge.model.layers import causal_bias
@@ -64,7 +64,7 @@ def query_outputs(config: CaptionerConfig) -> list[TensorSpec]:
     if config.draft is None:
         return []
     cache = draft_cache(config)
-    dims = (Axis("batch", 1, 1, MAX_BATCH), cache.num_heads, config.bridge.num_visual_tokens, cache.head_dim)
+    dims = (Axis("batch", 1, 1, MAX_BATCH), cache.num_heads, queries_dim(config), cache.head_dim)
     return [TensorSpec(name, "float32", dims) for name in cache.names(QUERIES)]
 
 
@@ -73,7 +73,7 @@ def draft_spec(config: CaptionerConfig) -> GraphSpec:
     draft, qformer = _parts(config)
     cache, queries, longest = draft_cache(config), qformer.num_query_tokens, draft.max_positions
     batch, asked = Axis("batch", 1, 1, MAX_BATCH), Axis("asked", 1, 1, longest)
-    past = Axis("past", queries, min(queries + 8, queries + longest - 1), queries + longest - 1)
+    past = Axis("past", config.elastic or queries, min(queries + 8, queries + longest - 1), queries + longest - 1)
     steps = Axis("steps", 1, 1, longest)
     inputs = [
         TensorSpec("input_ids", "int64", (batch, steps)),

@@ -21,6 +21,7 @@ from blip2edge.bundle.schema import (
     IMAGE_FEATURES,
     INSTRUCTION,
     MATCH,
+    QUERY_IDS,
     TEXT_EMBEDS,
     TEXT_ENCODER,
     VISION,
@@ -32,7 +33,7 @@ from blip2edge.bundle.schema import (
     TensorSpec,
 )
 from blip2edge.export import retrieval_graphs as retrieval
-from blip2edge.export.axes import batch_axis, image_embeds, pictures_axis
+from blip2edge.export.axes import batch_axis, image_embeds, pictures_axis, queries_dim
 from blip2edge.export.draft_graph import DraftGraph, draft_spec, query_outputs
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.config import CaptionerConfig
@@ -60,6 +61,7 @@ class VisionGraph(nn.Module):
 class BridgeGraph(nn.Module):
     """image_embeds (and the instruction, for a bridge that reads one) → visual_tokens.
 
+    An elastic bridge has a further input, the numbers of the queries that enter it.
     With a draft model, the keys and values of the query tokens are further outputs.
     """
 
@@ -67,14 +69,22 @@ class BridgeGraph(nn.Module):
         super().__init__()
         self.bridge = model.bridge
         self.has_draft = model.draft is not None
+        self.elastic = model.config.elastic > 0
 
-    def forward(self, image_embeds: Tensor, *instruction: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """``[B, P, Dv]`` to ``[B, Q, D]``; ``instruction`` is its ids and its mask, int64 ``[B, T]``."""
+    def forward(self, image_embeds: Tensor, *rest: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """``[B, P, Dv]`` to ``[B, Q, D]``.
+
+        Args:
+            image_embeds: ``[B, P, Dv]``.
+            *rest: The instruction's ids and mask, int64 ``[B, T]``, if the bridge reads one; then ``query_ids``, int64
+                ``[B, Q]``, if it is elastic.
+        """
+        instruction, queries = (rest[:-1], {QUERY_IDS: rest[-1]}) if self.elastic else (rest, {})
         if not self.has_draft:
-            return self.bridge(image_embeds, *instruction)
+            return self.bridge(image_embeds, *instruction, **queries)
         bridge: Any = self.bridge
-        queries, key_values = bridge.qformer.read(image_embeds)
-        return (bridge.projection(queries), *(tensor for pair in key_values for tensor in pair))
+        states, key_values = bridge.qformer.read(image_embeds, **queries)
+        return (bridge.projection(states), *(tensor for pair in key_values for tensor in pair))
 
 
 class TextEncoderGraph(nn.Module):
@@ -181,9 +191,11 @@ def bridge_spec(config: CaptionerConfig) -> GraphSpec:
     if longest:
         tokens = Axis("instruction", 1, min(16, longest), longest)
         inputs += [TensorSpec(name, "int64", (batch, tokens)) for name in INSTRUCTION]
+    if config.elastic:
+        inputs.append(TensorSpec(QUERY_IDS, "int64", (batch, queries_dim(config))))
     cross = config.language.cross
     width = cross.source_dim if cross is not None and cross.source == "visual_tokens" else config.language.embed_dim
-    dims = (batch, config.bridge.num_visual_tokens, width)
+    dims = (batch, queries_dim(config), width)
     outputs = [TensorSpec("visual_tokens", "float32", dims), *query_outputs(config)]
     return GraphSpec(BRIDGE, tuple(inputs), tuple(outputs))
 
@@ -198,7 +210,7 @@ def source_dim(config: CaptionerConfig, cross: CrossSpec) -> Dim:
     """The length of the source for every kind of cross-attention: of several pictures (Flamingo), of one (BLIP)."""
     if cross.mask == "steps":
         each = config.bridge.num_visual_tokens or config.vision.num_embeds
-        return Axis("source", each, each, each * MAX_PICTURES)
+        return Axis("source", config.elastic or each, each, each * MAX_PICTURES)
     return config.vision.num_embeds if cross.source == "image_embeds" else source_axis(config)
 
 

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blip2edge.bundle.schema import VISION, GraphSpec, MergingRecord
+from blip2edge.bundle.manifest import MergingRecord
+from blip2edge.bundle.schema import VISION, GraphSpec
 from blip2edge.errors import ExportError, ParityError
 from blip2edge.model.models import Config, Model
 from blip2edge.model.retrieval import RetrievalModel

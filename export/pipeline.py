@@ -26,9 +26,9 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from blip2edge.bundle.manifest import GraphRecord, Manifest
+from blip2edge.bundle.manifest import GraphRecord, Manifest, MergingRecord
 from blip2edge.bundle.outputs.publishing import staged
-from blip2edge.bundle.schema import EMBEDDINGS_FILE, MergingRecord, Parity
+from blip2edge.bundle.schema import EMBEDDINGS_FILE, ElasticSpec, Parity
 from blip2edge.bundle.trust.integrity import FileRecord, sha256_of
 from blip2edge.choices import PRECISIONS
 from blip2edge.errors import BackendError, ExportError
@@ -49,7 +49,7 @@ from blip2edge.export.weights import (
 from blip2edge.model.checkpoint.directory import Checkpoint, load_model
 from blip2edge.model.checkpoint.lavis import open_checkpoint
 from blip2edge.model.config import CaptionerConfig
-from blip2edge.model.models import build_model, with_merged_tokens
+from blip2edge.model.models import Config, build_model, with_merged_tokens
 from blip2edge.model.retrieval import RetrievalConfig
 from blip2edge.packages import require
 from blip2edge.progress import ProgressCallback
@@ -260,8 +260,16 @@ def _write_manifest(
         versions=_versions(),
         draft=draft_of(config),
         merging=merging,
+        elastic=_elastic_of(config),
         tokenizer=side.tokenizer_flags,
     ).write(staging)
+
+
+def _elastic_of(config: Config) -> ElasticSpec | None:
+    """The numbers of queries of a captioner's bridge; None if it works with all queries only."""
+    if isinstance(config, RetrievalConfig) or not config.elastic:
+        return None
+    return ElasticSpec(config.elastic, config.bridge.num_visual_tokens)
 
 
 def _source_of(source: Checkpoint, report: ProgressCallback) -> dict[str, str]:

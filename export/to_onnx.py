@@ -24,7 +24,7 @@ from blip2edge.errors import ExportError, one_line
 OPSET = 18
 """The newest opset that TensorRT 10.3 (JetPack 6.2) supports completely; it has LayerNormalization."""
 
-TRACE_SIZES = {"batch": 2, "past": 5, "steps": 3, "asked": 2, "source": 7, "instruction": 11, "text": 13}
+TRACE_SIZES = {"batch": 2, "past": 5, "steps": 3, "asked": 2, "source": 7, "instruction": 11, "text": 13, "queries": 4}
 """Lengths while tracing: none is 0 or 1, which torch.export would treat as constants, and all sums differ."""
 
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from blip2edge.bundle.schema import QUERIES, VISION, GraphSpec, Parity, TensorSpec
+from blip2edge.bundle.schema import QUERIES, QUERY_IDS, VISION, GraphSpec, Parity, TensorSpec
 from blip2edge.errors import ParityError, option
 from blip2edge.export import merging
 from blip2edge.export.graphs import GRAPHS
@@ -33,10 +33,10 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 1e-1, "bf16": 3e-1}
 """Largest allowed difference, as a share of the output's largest absolute value, by precision."""
 
 CASES: tuple[dict[str, int], ...] = (
-    {"batch": 1, "past": 0, "steps": 7, "asked": 1, "source": 9, "instruction": 6, "text": 7},
-    {"batch": 1, "past": 6, "steps": 1, "asked": 1, "source": 5, "instruction": 1, "text": 2},
-    {"batch": 3, "past": 0, "steps": 5, "asked": 2, "source": 8, "instruction": 9, "text": 5},
-    {"batch": 2, "past": 4, "steps": 3, "asked": 3, "source": 6, "instruction": 4, "text": 9},
+    {"batch": 1, "past": 0, "steps": 7, "asked": 1, "source": 9, "instruction": 6, "text": 7, "queries": 64},
+    {"batch": 1, "past": 6, "steps": 1, "asked": 1, "source": 5, "instruction": 1, "text": 2, "queries": 1},
+    {"batch": 3, "past": 0, "steps": 5, "asked": 2, "source": 8, "instruction": 9, "text": 5, "queries": 3},
+    {"batch": 2, "past": 4, "steps": 3, "asked": 3, "source": 6, "instruction": 4, "text": 9, "queries": 5},
 )
 """Prefill, a decode step, a ragged batch, and the verification of drafted tokens."""
 
@@ -92,6 +92,7 @@ DRAW: dict[str, Callable[[np.random.Generator, Sequence[int], Mapping[str, Array
     "text_positions": _counted,
     "instruction_ids": _tokens,
     "instruction_mask": _ragged_mask,
+    QUERY_IDS: _counted,
 }
 """How inputs are drawn, by name; all others are standard normal."""
 

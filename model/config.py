@@ -265,6 +265,10 @@ class DraftConfig:
         return asdict(self)
 
 
+LEARNED_QUERIES = ("qformer", "instructed-qformer", "perceiver", "pool")
+"""Bridges whose visual tokens come from learned queries; they can be trained to work with the first m of them."""
+
+
 @dataclass(frozen=True)
 class CaptionerConfig:
     """Config of a captioner of any family: its three parts and its special tokens.
@@ -280,6 +284,8 @@ class CaptionerConfig:
         family: Name of the family, a key in ``families/registry.py``.
         frames: Number of pictures per item: 1, or the frames of a video.
         draft: Config of the Q-Former's text head; None if the checkpoint has none.
+        elastic: Smallest number of queries that the bridge was trained with, where each training step used the first m
+            of all queries; 0 if it was trained with all of them only.
     """
 
     vision: VisionConfig
@@ -294,13 +300,29 @@ class CaptionerConfig:
     frames: int = 1
     draft: DraftConfig | None = None
     end_token_ids: tuple[int, ...] = ()
+    elastic: int = 0
 
     def __post_init__(self) -> None:
+        if self.elastic:
+            self._check_elastic()
         if self.draft is not None and (self.bridge.kind != "qformer" or self.frames != 1):
             raise CheckpointError(
                 f"the checkpoint has a draft.json and a bridge of kind {self.bridge.kind}, but a draft model needs a "
                 "plain Q-Former (bridge of kind qformer, one picture)",
                 "remove draft.json and draft.safetensors from the checkpoint",
+            )
+
+    def _check_elastic(self) -> None:
+        most = self.bridge.num_visual_tokens
+        if self.bridge.kind not in LEARNED_QUERIES:
+            raise CheckpointError(
+                f"config.json: elastic_queries is {self.elastic}, but the bridge is of kind {self.bridge.kind} and has "
+                f"no learned queries; bridges with queries: {', '.join(LEARNED_QUERIES)}",
+                "remove elastic_queries from config.json",
+            )
+        if not 0 < self.elastic <= most:
+            raise CheckpointError(
+                f"config.json: expected elastic_queries from 1 to {most}, the number of queries, got {self.elastic}"
             )
 
     @property

@@ -228,6 +228,21 @@ def causal_bias(mask: Tensor, steps: int, dtype: torch.dtype, window: int | None
     return (hidden.to(dtype) * MASKED)[:, None]
 
 
+def chosen_queries(queries: Tensor, query_ids: Tensor | None) -> Tensor:
+    """Selects the learned queries that enter a bridge.
+
+    Args:
+        queries: All M learned queries, ``[1, M, D]`` or ``[M, D]``.
+        query_ids: The numbers of those that a picture uses, int64 ``[B, Q]`` or ``[1, Q]``: 0 to Q - 1, the first Q
+            queries, of a bridge that was trained with every such Q (Matryoshka Query Transformer: Hu et al., arXiv
+            2405.19315). None for all.
+
+    Returns:
+        ``[B, Q, D]`` or ``[1, Q, D]``; for None, ``queries``.
+    """
+    return queries if query_ids is None else F.embedding(query_ids, queries.reshape(-1, queries.shape[-1]))
+
+
 def gather_positions(x: Tensor, indices: Tensor | None) -> Tensor:
     """Selects slots of ``x [B, S, D]`` by ``indices``, int64 ``[B, K]``; returns ``[B, K, D]``. None: all slots."""
     if indices is None:

@@ -56,10 +56,12 @@ def stage_costs(bundle: Bundle, prompt: int, tokens: int) -> dict[str, StageCost
         tokens: Number of tokens of the caption; the decode stage has ``tokens - 1`` steps.
     """
     found: dict[str, StageCost] = {}
+    elastic = bundle.manifest.elastic
+    queries = 0 if elastic is None else elastic.max_queries  # of an elastic bridge: `bench` uses all of them
     for stage, graph in (("vision", VISION), ("bridge", BRIDGE)):
         if graph in bundle.manifest.graphs:
             spec = bundle.graph(graph).spec
-            found[stage] = graph_cost(bundle.file(spec.file), spec, {"batch": 1})
+            found[stage] = graph_cost(bundle.file(spec.file), spec, {"batch": 1, "queries": queries})
     spec = bundle.graph(DECODER).spec
     found["prefill"] = graph_cost(bundle.file(spec.file), spec, {"batch": 1, "past": 0, "steps": prompt})
     step, last = decode_cost(bundle, prompt), decode_cost(bundle, prompt + tokens)

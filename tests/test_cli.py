@@ -64,6 +64,7 @@ JSON_KEYS = [
     "tokens_per_s",
     "logprob",
     "confidence",
+    "queries",
 ]
 
 
@@ -86,7 +87,7 @@ class FakeResult:
     finish_reason: str = "eos"
 
     def to_json(self) -> dict[str, Any]:
-        values = (self.image, self.prompt, self.text, [5, 2], self.finish_reason, {"total": 1.0}, 2.0, -0.1, None)
+        values = (self.image, self.prompt, self.text, [5, 2], self.finish_reason, {"total": 1.0}, 2.0, -0.1, None, 8)
         return dict(zip(JSON_KEYS, values, strict=True))
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.bundle.schema import DECODER, MergingRecord
+from blip2edge.bundle.manifest import MergingRecord
+from blip2edge.bundle.schema import DECODER
 from blip2edge.cli import demo, main
 from blip2edge.cli.export import merging_line
 from blip2edge.cli.files import write

@@ -111,6 +111,11 @@ class Stage2Phase(OptimizerConfig):
     itg_weight: Annotated[float, NOT_NEGATIVE] = 0.0
     """Weight of the captioning loss (ITG) of the Q-Former's own text head, which can then serve as draft model; 0: the
     text head is not trained."""
+    elastic: bool = False
+    """Train with the first m of the M queries, with m drawn anew for each step, small ones more often. One checkpoint
+    then works with any such number of visual tokens: `--queries m`."""
+    elastic_min: Annotated[int, POSITIVE] = 1
+    """Smallest m that is drawn; the largest is M, the number of all queries."""
     unfreeze_language: bool = False
     """Train the language model too, as a baseline."""
     lora_rank: Annotated[int, NOT_NEGATIVE] = 0

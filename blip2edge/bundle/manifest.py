@@ -14,8 +14,8 @@ from blip2edge.bundle.schema import (
     CacheSpec,
     CrossSpec,
     DraftSpec,
+    ElasticSpec,
     GraphSpec,
-    MergingRecord,
     Parity,
     PromptSpec,
 )
@@ -76,6 +76,29 @@ class GraphRecord:
 
 
 @dataclass(frozen=True)
+class MergingRecord:
+    """The effect of merging patches in the vision encoder (Token Merging, arXiv 2210.09461).
+
+    Attributes:
+        merge_tokens: Patches that each layer merges into others.
+        embeds: Number of embeddings that the vision encoder returns.
+        embeds_before: Number of embeddings that the vision encoder would return without merging.
+        output: Name of the output that is compared: the bridge's, or the class token of a model without a bridge.
+        cosine: Mean cosine between the output with and without merging, in torch; None if it was not measured.
+        lowest: The lowest cosine of a single picture; None if it was not measured.
+        pictures: Number of pictures that were compared.
+    """
+
+    merge_tokens: int
+    embeds: int
+    embeds_before: int
+    output: str = ""
+    cosine: float | None = None
+    lowest: float | None = None
+    pictures: int = 0
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The contents of ``bundle.json``.
 
@@ -98,6 +121,7 @@ class Manifest:
         draft: The draft model inside the bridge; None if the checkpoint has none.
         calibration: How ``calibrate`` made this bundle (docs/precision.md); empty for a bundle of ``export``.
         merging: Patches that the vision encoder merges; None without token merging.
+        elastic: The numbers of queries that the bridge works with; None if it works with all queries only.
         tokenizer: Settings that ``tokenizer.json`` cannot hold: arguments of
             :class:`~blip2edge.runtime.text.tokenizer.Tokenizer` that are true.
         confidence: The map of each task from log-probabilities to confidence, which ``calibrate --references`` fitted
@@ -123,6 +147,7 @@ class Manifest:
     draft: DraftSpec | None = None
     calibration: Mapping[str, Any] = field(default_factory=dict)
     merging: MergingRecord | None = None
+    elastic: ElasticSpec | None = None
     tokenizer: Mapping[str, bool] = field(default_factory=dict)
     confidence: Mapping[str, Any] = field(default_factory=dict)
     engines_of: str = ""
@@ -148,6 +173,7 @@ class Manifest:
             "draft": None if self.draft is None else dict(vars(self.draft)),
             "calibration": dict(self.calibration),
             **({"merging": dict(vars(self.merging))} if self.merging is not None else {}),
+            **({"elastic": dict(vars(self.elastic))} if self.elastic is not None else {}),
             **({"tokenizer": dict(self.tokenizer)} if self.tokenizer else {}),
             **({"confidence": dict(self.confidence)} if self.confidence else {}),
             **({"engines_of": self.engines_of} if self.engines_of else {}),
@@ -179,13 +205,15 @@ class Manifest:
             draft=DraftSpec(**values["draft"]) if values.get("draft") else None,
             calibration=values.get("calibration", {}),
             merging=MergingRecord(**values["merging"]) if values.get("merging") else None,
+            elastic=ElasticSpec(**values["elastic"]) if values.get("elastic") else None,
             tokenizer=values.get("tokenizer", {}),
             confidence=values.get("confidence", {}),
             engines_of=values.get("engines_of", ""),
         )
         specs = {name: graph.spec for name, graph in manifest.graphs.items()}
         size = _output_size(manifest.preprocessing)
-        for problem in disagreements(specs, manifest.cache, manifest.vocab_size, manifest.prompt, size):
+        compared = (specs, manifest.cache, manifest.vocab_size, manifest.prompt, size, manifest.elastic)
+        for problem in disagreements(*compared):
             raise ValueError(problem)
         return manifest
 

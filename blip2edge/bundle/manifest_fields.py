@@ -34,9 +34,12 @@ from blip2edge.bundle.schema import (
     DTYPES,
     INTERLEAVED,
     PROMPT_KINDS,
+    QUERY_IDS,
     TURNS,
     VISION,
+    Axis,
     CacheSpec,
+    ElasticSpec,
     GraphSpec,
     PromptSpec,
     TensorSpec,
@@ -203,6 +206,9 @@ MANIFEST_FIELDS = record(
                 closed=True,
             )
         ),
+        "elastic": nullable(
+            record({"min_queries": whole(1, MAX_TOKENS), "max_queries": whole(1, MAX_TOKENS)}, closed=True)
+        ),
         "tokenizer": record({}, {"clean_up_tokenization_spaces": flag, "split_special_tokens": flag}, closed=True),
         "confidence": mapped(one_of_texts(CAPTION, ASK), _MAP),
         "engines_of": full_match("|[0-9a-f]{64}", "a SHA-256, or an empty text"),
@@ -283,6 +289,7 @@ def disagreements(
     vocab_size: int,
     prompt: PromptSpec | None,
     output_size: tuple[int, int] | None,
+    elastic: ElasticSpec | None = None,
 ) -> Iterator[str]:
     """Compares the sizes in a manifest with the inputs and outputs of its graphs.
 
@@ -292,6 +299,7 @@ def disagreements(
         vocab_size: Number of logits.
         prompt: How pictures and texts become the decoder's input.
         output_size: Height and width of a preprocessed picture; None if they vary.
+        elastic: The numbers of queries of the bridge; None if it works with all queries only.
 
     Yields:
         A sentence for each value that does not fit.
@@ -310,15 +318,27 @@ def disagreements(
     sides = () if pixels is None else tuple(dim for dim in pixels.dims[-2:] if isinstance(dim, int))
     if output_size is not None and len(sides) == 2 and sides != output_size:
         yield f"preprocessing: pictures of {output_size} pixels do not fit pixel_values of {sides}"
+    yield from _elastic(_tensor(graphs, BRIDGE, QUERY_IDS, inputs=True), elastic)
     tokens = _tensor(graphs, BRIDGE, "visual_tokens", inputs=False)
     takes_tokens = prompt is not None and (prompt.visual_tokens > 0 or prompt.kind != INTERLEAVED)
     if prompt is not None and takes_tokens and tokens is not None and len(tokens.dims) == 3:
-        count = tokens.dims[1]
+        count = tokens.dims[1] if elastic is None else elastic.max_queries
         if isinstance(count, int) and prompt.visual_tokens != count * prompt.frames:
             yield (
                 f"prompt.visual_tokens: expected {count * prompt.frames}, as the bridge has {count} for each of "
                 f"{prompt.frames} pictures, got {prompt.visual_tokens}"
             )
+
+
+def _elastic(query_ids: TensorSpec | None, elastic: ElasticSpec | None) -> Iterator[str]:
+    """Compares the manifest's numbers of queries with the range of the bridge's input."""
+    if query_ids is None and elastic is None:
+        return
+    axis = query_ids.dims[-1] if query_ids is not None and query_ids.dims else None
+    wanted = (axis.min, axis.max) if isinstance(axis, Axis) else None
+    given = None if elastic is None else (elastic.min_queries, elastic.max_queries)
+    if wanted != given:
+        yield f"elastic: expected the range of the bridge's input {QUERY_IDS}, {wanted}, got {given}"
 
 
 def _tensor(graphs: Mapping[str, GraphSpec], graph: str, tensor: str, *, inputs: bool) -> TensorSpec | None:

@@ -26,6 +26,9 @@ QUERIES = "queries"
 INSTRUCTION = ("instruction_ids", "instruction_mask")
 """Inputs of a bridge that reads an instruction: int64 ``[B, T]``, padded on the right."""
 
+QUERY_IDS = "query_ids"
+"""Input of an elastic bridge: the numbers of the queries that enter it, int64 ``[B, Q]``, 0 to Q - 1 in each row."""
+
 EMBEDDINGS_FILE = "embed_tokens.safetensors"
 EMBEDDINGS_TENSOR = "embed_tokens"
 TOKENIZER_FILE = "tokenizer.json"
@@ -257,6 +260,19 @@ class CrossSpec:
         return [f"cross.{i}.{kind}" for i in range(self.num_layers) for kind in ("key", "value")]
 
 
+@dataclass(frozen=True)
+class ElasticSpec:
+    """The numbers of queries that an elastic bridge was trained with: the first m of all queries, for any m in a range.
+
+    Attributes:
+        min_queries: The smallest number.
+        max_queries: The largest number, which is the number of all queries.
+    """
+
+    min_queries: int
+    max_queries: int
+
+
 MARKERS = ("{image}", "<image>")
 """Markers of a picture's place in a prompt with several pictures; templates use the first one."""
 VIDEO_MARKER = "<video>"  # of a video's place
@@ -375,26 +391,3 @@ class Parity:
         """Reads a difference from the JSON object that :meth:`to_json` made."""
         known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
         return cls(**{**known, "cases": tuple(known.get("cases", ()))})
-
-
-@dataclass(frozen=True)
-class MergingRecord:
-    """The effect of merging patches in the vision encoder (Token Merging, arXiv 2210.09461).
-
-    Attributes:
-        merge_tokens: Patches that each layer merges into others.
-        embeds: Number of embeddings that the vision encoder returns.
-        embeds_before: Number of embeddings that the vision encoder would return without merging.
-        output: Name of the output that is compared: the bridge's, or the class token of a model without a bridge.
-        cosine: Mean cosine between the output with and without merging, in torch; None if it was not measured.
-        lowest: The lowest cosine of a single picture; None if it was not measured.
-        pictures: Number of pictures that were compared.
-    """
-
-    merge_tokens: int
-    embeds: int
-    embeds_before: int
-    output: str = ""
-    cosine: float | None = None
-    lowest: float | None = None
-    pictures: int = 0

@@ -18,7 +18,7 @@ from blip2edge.progress import Progress
 if TYPE_CHECKING:
     import argparse
 
-    from blip2edge.bundle.schema import MergingRecord
+    from blip2edge.bundle.manifest import MergingRecord
     from blip2edge.export.pipeline import ExportReport
 
 HEADER = ("graph", "size", "seconds", "max difference", "relative", "tolerance")

@@ -54,12 +54,17 @@ GENERATION: dict[str, tuple[str, Callable[[str], float], str]] = {
         share,
         "give no text if its confidence is below P (0 to 1); the bundle needs one: `calibrate --references`",
     ),
+    "queries": (
+        "M",
+        positive_int,
+        "number of visual tokens of each picture or frame, for elastic bundles; fewer save time and memory",
+    ),
 }
 # Groups of generation flags: title, description, and which. Published evaluations use those of the first.
 DECODING = (
     "generation",
     "default values are in bundle.json; a checkpoint decodes greedily",
-    ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty"),
+    ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "queries"),
 )
 SAMPLING = (
     "sampling",
@@ -79,6 +84,11 @@ def add_number(
 ) -> None:
     """An option with one number."""
     group.add_argument(flag, metavar=metavar, type=kind, default=default, help=text)
+
+
+def add_queries(parser: _ActionsContainer, rest: str) -> None:
+    """Adds ``--queries``."""
+    add_number(parser, "--queries", f"number of visual tokens of each picture {rest}", metavar="M")
 
 
 def add_bundle(parser: Parser) -> None:

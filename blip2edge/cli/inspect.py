@@ -146,6 +146,8 @@ def _head(manifest: Manifest) -> list[str]:
     if manifest.merging is not None:
         key, _, value = merging_line(manifest.merging).partition(": ")
         facts[key] = value
+    if manifest.elastic is not None:
+        facts["elastic"] = f"{manifest.elastic.min_queries} to {manifest.elastic.max_queries} queries for each picture"
     if manifest.prompt is not None and manifest.cache is not None:
         prompt, cache = manifest.prompt, manifest.cache
         facts |= {

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip2edge.cli.flag_groups import add_number, add_threads
+from blip2edge.cli.flag_groups import add_number, add_queries, add_threads
 from blip2edge.cli.next_steps import print_next, quoted
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def add_arguments(parser: Parser) -> None:
         "command; repeat the flag for several boards (default: a table of all boards)",
     )
     add_number(parser, "--frames", "pictures of an item, such as the frames of a video (default: the model's)")
+    add_queries(parser, "of an elastic bridge (default: all)")
     add_number(parser, "--prompt-tokens", "tokens of the prompt, without visual tokens", 8)
     add_number(parser, "--max-new-tokens", "tokens of the caption", 30)
     add_threads(parser)
@@ -58,6 +59,8 @@ def run(options: argparse.Namespace) -> int:
     request = PlanOptions(options.frames, options.prompt_tokens, options.max_new_tokens, options.threads)
     model = options.model or DEFAULT_MODEL
     shape, origin = find_shape(model)
+    if options.queries is not None:
+        shape = shape.with_queries(options.queries)
     devices = _devices(options.device, request, shape.image_size)
     plans = [device_plan(shape, device, request) for device in devices or DEVICES.values()]
     if options.json:

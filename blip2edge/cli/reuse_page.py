@@ -19,7 +19,7 @@ def reuse_page(document: Mapping[str, Any], source: str) -> str:
     """Formats a fit as an HTML page with the curve of missed changes against the work saved.
 
     Args:
-        document: The object of :func:`blip2edge.runtime.captioning.reuse_ladder.fit_document`.
+        document: The object of :func:`blip2edge.runtime.captioning.reuse.ladder.fit_document`.
         source: Name of the source of the frames.
     """
     chosen, rate = document["chosen"], document["miss_rate"]

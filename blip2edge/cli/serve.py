@@ -19,6 +19,7 @@ from blip2edge.cli.flag_groups import (
     add_bundle,
     add_limits,
     add_number,
+    add_queries,
     given_limits,
     print_unsigned,
 )
@@ -53,6 +54,7 @@ def add_arguments(parser: Parser) -> None:
         help="further bundles; the key `model` of a request chooses one by NAME (default: the directory's name)",
     )
     add_backend(parser)
+    add_queries(parser, "for requests that do not set it, of elastic bundles (default: all)")
     parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="IP address or host name to listen on")
     add_number(parser, "--port", "TCP port to listen on; 0: any free port", 8000, kind=port)
     add_number(parser, "--max-batch", "largest number of captions decoded in one batch", 8)
@@ -199,6 +201,7 @@ def _source(name: str, path: Path, options: argparse.Namespace, limits: Limits) 
         threads=options.threads,
         limits=limits,
         require_signature=options.require_signature,
+        queries=options.queries,
     )
     loaded = load()
     print_unsigned(loaded.bundle)

@@ -20,7 +20,7 @@ from blip2edge.limits import FILE_LIMITS, Limits
 if TYPE_CHECKING:
     import argparse
 
-    from blip2edge.runtime.captioning.reuse_ladder import ReusePlan
+    from blip2edge.runtime.captioning.reuse.ladder import ReusePlan
     from blip2edge.runtime.serving.streams.sinks import CaptionEvent, Sink
     from blip2edge.runtime.serving.watch import WatchResult
 
@@ -114,7 +114,7 @@ def _add_reuse(parser: argparse.ArgumentParser) -> None:
 def _reuse_plan(options: argparse.Namespace) -> ReusePlan | None:
     """The plan of ``--reuse-below auto``; None without ``auto``."""
     from blip2edge.cli.reuse_page import reuse_page
-    from blip2edge.runtime.captioning.reuse_ladder import ReusePlan
+    from blip2edge.runtime.captioning.reuse.ladder import ReusePlan
 
     given = {"rate": options.miss_rate, "frames": options.fit_frames, "path": options.reuse_fit}
     given = {name: value for name, value in given.items() if value is not None}

@@ -109,7 +109,8 @@ def _blip2(f: Sizes, family: str, *, instructed: bool = False, frames: int = 1) 
     section, queries = f.values.get("qformer_config"), f.get("num_query_tokens", 32)
     bridge = qformer(section, _width(f, EVA), queries, language.width, instructed=instructed)
     kind = "instructed-qformer" if instructed else "qformer"
-    return _model(family, f, vision, bridge, language, EVA, bridge=kind, queries=queries, slots=queries, frames=frames,
+    return _model(family, f, vision, bridge, language, EVA, bridge=kind, queries=queries, slots=queries,
+                  frames=f.get("num_frames", frames) if frames > 1 else 1,
                   source="encoder" if language.cache.cross else "",
                   text_side=0 if instructed else text_side(section))  # fmt: skip
 

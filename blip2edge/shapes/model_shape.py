@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from blip2edge.bundle.schema import BRIDGE, DECODER, TEXT_ENCODER, VISION
+from blip2edge.errors import UsageError, option
 from blip2edge.shapes.cost import StageCost
 
 TokenCounts = Mapping[str, int]
@@ -331,3 +332,18 @@ class ModelShape:
         return replace(
             self, bridge=kind, parts=parts, queries=queries, slots=queries or self.embeds, text_side=0, unused=0
         )
+
+    def with_queries(self, queries: int) -> ModelShape:
+        """Returns the same model with only the first ``queries`` of its query tokens.
+
+        Raises:
+            UsageError: It has fewer query tokens, or none.
+        """
+        if not self.queries:
+            raise UsageError(
+                f"{option('queries')} {queries}: the bridge ({self.bridge}) has no query tokens",
+                f"leave {option('queries')} out",
+            )
+        if not 0 < queries <= self.queries:
+            raise UsageError(f"expected {option('queries')} from 1 to {self.queries}, got {queries}")
+        return replace(self, queries=queries, slots=min(self.slots, queries))

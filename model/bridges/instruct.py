@@ -16,7 +16,7 @@ from blip2edge.model.bert_blocks import BertFeedForward
 from blip2edge.model.bridges.qformer import QFormerBase, QFormerLayer
 from blip2edge.model.config import QFormerConfig
 from blip2edge.model.config_json import key
-from blip2edge.model.layers import key_mask_bias, stack
+from blip2edge.model.layers import chosen_queries, key_mask_bias, stack
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,25 @@ class InstructedQFormer(QFormerBase):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = stack(InstructedLayer(config, index) for index in range(config.num_layers))
 
-    def forward(self, image_embeds: Tensor, instruction_ids: Tensor, instruction_mask: Tensor) -> Tensor:
+    def forward(
+        self,
+        image_embeds: Tensor,
+        instruction_ids: Tensor,
+        instruction_mask: Tensor,
+        query_ids: Tensor | None = None,
+    ) -> Tensor:
         """Runs all layers; returns the queries ``[B, Q, D]``.
 
         Args:
             image_embeds: The picture's embeddings, ``[B, P, Dv]``.
             instruction_ids: Token ids int64 ``[B, T]``, padded on the right, because a token's slot is its position.
             instruction_mask: int64 ``[B, T]``, 1 where a token is valid.
+            query_ids: See :func:`chosen_queries`.
         """
         slots = torch.arange(instruction_ids.shape[1], device=instruction_ids.device)
         words = self.word_embeddings(instruction_ids) + self.position_embeddings(slots)  # [B, T, D]
         text = self.dropout(self.norm(words))
-        queries = self.norm(self.query_tokens).expand(image_embeds.shape[0], -1, -1)
+        queries = self.norm(chosen_queries(self.query_tokens, query_ids)).expand(image_embeds.shape[0], -1, -1)
         queries = self.dropout(queries)
         query_mask = instruction_mask.new_ones(instruction_mask.shape[0], queries.shape[1])
         bias = key_mask_bias(torch.cat([query_mask, instruction_mask], dim=1), text.dtype)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2edge.model.config_json import Section, key
-from blip2edge.model.layers import Attention, FeedForward, stack
+from blip2edge.model.layers import Attention, FeedForward, chosen_queries, stack
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ class PerceiverResampler(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.projection = nn.Linear(config.width, config.output_size) if config.output_size else None
 
-    def forward(self, image_embeds: Tensor) -> Tensor:
-        """Maps ``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``."""
-        latents = self.latents.expand(image_embeds.shape[0], -1, -1)
+    def forward(self, image_embeds: Tensor, query_ids: Tensor | None = None) -> Tensor:
+        """Maps ``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``; see :func:`chosen_queries`."""
+        latents = chosen_queries(self.latents, query_ids).expand(image_embeds.shape[0], -1, -1)
         for layer in self.layers:
             latents = layer(image_embeds, latents)
         latents = self.norm(latents)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2edge.model.config_json import Section, check_heads, key
-from blip2edge.model.layers import Attention
+from blip2edge.model.layers import Attention, chosen_queries
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class AttentionPoolBridge(nn.Module):
         )
         self.projection = nn.Linear(config.hidden_size, embed_dim)
 
-    def forward(self, image_embeds: Tensor) -> Tensor:
-        """Maps ``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``."""
-        queries = self.query_norm(self.query_tokens)  # [1, Q, D]: the same for every picture
+    def forward(self, image_embeds: Tensor, query_ids: Tensor | None = None) -> Tensor:
+        """Maps ``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``; see :func:`chosen_queries`."""
+        queries = self.query_norm(chosen_queries(self.query_tokens, query_ids))  # [1, Q, D]: the same for every picture
         patches = self.attention.key_value(self.patch_norm(image_embeds))
         return self.projection(self.attention(queries, patches))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from blip2edge.errors import CheckpointError
 from blip2edge.model.bert_blocks import BertAttention, BertFeedForward
 from blip2edge.model.config import LanguageConfig, QFormerConfig
-from blip2edge.model.layers import KeyValue, stack
+from blip2edge.model.layers import KeyValue, chosen_queries, stack
 
 
 class QFormerLayer(nn.Module):
@@ -38,7 +38,7 @@ class QFormerBase(nn.Module):
     dropout: nn.Dropout
     layers: Sequence[QFormerLayer]
 
-    def read(self, image_embeds: Tensor) -> tuple[Tensor, list[KeyValue]]:
+    def read(self, image_embeds: Tensor, query_ids: Tensor | None = None) -> tuple[Tensor, list[KeyValue]]:
         """Runs the queries through all layers.
 
         Before the first attention to the picture, the queries are the same for every row. They stay ``[1, Q, D]``,
@@ -47,13 +47,14 @@ class QFormerBase(nn.Module):
 
         Args:
             image_embeds: The picture's embeddings, ``[B, P, Dv]``.
+            query_ids: See :func:`chosen_queries`.
 
         Returns:
             The queries ``[B, Q, D]``, and keys and values ``[B, H, Q, d]`` of each layer's self-attention; a text
             after the queries attends to these.
         """
         rows = image_embeds.shape[0]
-        queries: Tensor = self.query_tokens
+        queries = chosen_queries(self.query_tokens, query_ids)
         if self.training and self.dropout.p > 0:
             queries = queries.expand(rows, -1, -1)
         queries = self.dropout(self.norm(queries))
@@ -79,9 +80,9 @@ class QFormer(QFormerBase):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = stack(QFormerLayer(config, index) for index in range(config.num_layers))
 
-    def forward(self, image_embeds: Tensor) -> Tensor:
-        """Maps ``image_embeds [B, P, Dv]`` to queries ``[B, Q, D]``."""
-        return self.read(image_embeds)[0]
+    def forward(self, image_embeds: Tensor, query_ids: Tensor | None = None) -> Tensor:
+        """Maps ``image_embeds [B, P, Dv]`` to queries ``[B, Q, D]``; see :func:`chosen_queries`."""
+        return self.read(image_embeds, query_ids)[0]
 
 
 class Projection(nn.Linear):
@@ -118,9 +119,10 @@ class QFormerBridge(nn.Module):
         self.qformer = qformer
         self.projection = Projection(qformer.config.hidden_size, language.hidden_size, language.embed_dim)
 
-    def forward(self, image_embeds: Tensor, *instruction: Tensor) -> Tensor:
+    def forward(self, image_embeds: Tensor, *instruction: Tensor, query_ids: Tensor | None = None) -> Tensor:
         """Maps ``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``.
 
         For a Q-Former that reads an instruction, ``instruction`` is token ids and mask, int64 ``[B, T]`` each.
+        ``query_ids``: see :func:`chosen_queries`.
         """
-        return self.projection(self.qformer(image_embeds, *instruction))
+        return self.projection(self.qformer(image_embeds, *instruction, query_ids=query_ids))

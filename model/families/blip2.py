@@ -27,7 +27,8 @@ def read_blip2(
         family: Name of the family, a key in ``families/registry.py``.
         bridge_config: Class that reads ``qformer_config``.
         slot: Prefix of the key of a visual token's id: ``image_token`` for ``image_token_id``, or ``video_token``.
-        frames: Number of frames in one video; 1 for a model of single pictures.
+        frames: Number of frames in one video, unless ``num_frames`` of a video model gives another; 1 for a model of
+            single pictures.
     """
     vision = VisionConfig.from_hf(f.values.get("vision_config", {}))
     bridge = bridge_config.from_hf(
@@ -38,7 +39,7 @@ def read_blip2(
     text = Fields("text_config", f.values.get("text_config", {}))
     return CaptionerConfig(
         family=family,
-        frames=frames,
+        frames=f.integer("num_frames", frames) if frames > 1 else 1,
         vision=vision,
         bridge=bridge,
         language=bridged_language(text.values.get("model_type", "opt")).read_config(text.values),
@@ -64,4 +65,5 @@ def write_blip2(
         "vision_config": config.vision.to_hf() | {"model_type": f"{part}_vision_model"},
         "qformer_config": config.bridge.to_hf() | {"model_type": f"{part}_qformer"},
         "text_config": config.language.to_hf() | write_tokens(config),
+        **({"num_frames": config.frames} if config.frames not in (1, VIDEO_FRAMES) else {}),
     }

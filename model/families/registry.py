@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,9 @@ from blip2edge.model.weights.ties import Tie
 
 VQA_QUESTION = "Question: {question} Short answer:"
 """BLIP-2's prompt for visual questions (LAVIS, configuration of its VQA task)."""
+
+ELASTIC = "elastic_queries"
+"""Key of ``config.json``: ``CaptionerConfig.elastic``. transformers ignores it, and uses all queries."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,10 @@ def read_config(config: Any) -> Config:
         CheckpointError: A key is missing or has a wrong value.
     """
     f = Fields("config.json", config)
-    return _family_of(f).read(f)
+    found = _family_of(f).read(f)
+    if f.values.get(ELASTIC) is None or not isinstance(found, CaptionerConfig):
+        return found
+    return replace(found, elastic=f.integer(ELASTIC, None))
 
 
 def _family_of(f: Fields) -> Family:
@@ -253,7 +259,8 @@ def canonical_name(config: Any, name: str) -> str:
 
 def write_config(config: Config) -> dict[str, Any]:
     """Makes the ``config.json`` that :func:`read_config` and transformers read."""
-    return FAMILIES[config.family].write(config)
+    elastic = getattr(config, "elastic", 0)
+    return FAMILIES[config.family].write(config) | ({ELASTIC: elastic} if elastic else {})
 
 
 def weight_map(config: Config) -> WeightMap:

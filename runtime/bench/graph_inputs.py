@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
-from blip2edge.bundle.schema import CROSS_MASK, Axis, GraphSpec, TensorSpec
+from blip2edge.bundle.schema import CROSS_MASK, QUERY_IDS, Axis, GraphSpec, TensorSpec
 from blip2edge.runtime.decoding.state import Decoder
 
 SEED = 6
@@ -43,7 +43,7 @@ def draw_inputs(spec: GraphSpec, upstream: Mapping[str, Array]) -> Arrays:
             drawn[tensor.name] = draw_pixels(tensor, rng)
         elif tensor.name in upstream:
             drawn[tensor.name] = upstream[tensor.name]
-        elif tensor.name == "logits_indices":
+        elif tensor.name in ("logits_indices", QUERY_IDS):
             drawn[tensor.name] = np.tile(np.arange(shape[1]), (shape[0], 1))
         elif tensor.name.endswith("mask"):
             drawn[tensor.name] = np.ones(shape, np.int64)

@@ -27,7 +27,7 @@ from blip2edge.runtime.backends.probe import processor
 from blip2edge.runtime.bench.meters import EnergyMeter, MemoryMeter, resident_bytes
 from blip2edge.runtime.bench.roofline import PICTURE, measure
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.pipeline import EncodedBatch
+from blip2edge.runtime.captioning.encoder import EncodedBatch
 from blip2edge.runtime.captioning.request import STAGES, StageClock
 from blip2edge.runtime.decoding.generate import argmax
 from blip2edge.runtime.decoding.options import CaptionOptions

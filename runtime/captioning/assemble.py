@@ -22,7 +22,8 @@ from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.backends.open_graph import GraphOpener
 from blip2edge.runtime.captioning.confidence import Confidence
-from blip2edge.runtime.captioning.pipeline import Encoder, ImageParts, TextGenerator, TextParts
+from blip2edge.runtime.captioning.encoder import Encoder, ImageParts, TextParts
+from blip2edge.runtime.captioning.pipeline import TextGenerator
 from blip2edge.runtime.decoding.draft_model import DraftSelector
 from blip2edge.runtime.decoding.language_model import load_language_model, token_table
 from blip2edge.runtime.decoding.options import shown
@@ -101,7 +102,16 @@ def image_parts(bundle: Bundle, open_graph: OpenGraph, limits: Limits = DEFAULT_
         vision=open_graph(VISION),
         bridge=open_graph(BRIDGE) if BRIDGE in bundle.manifest.graphs else None,
         limits=limits,
+        elastic=bundle.manifest.elastic,
     )
+
+
+def queries_of(bundle: Bundle) -> int | None:
+    """The number of visual tokens that the bridge makes from each picture, at most; None without a bridge."""
+    if BRIDGE not in bundle.manifest.graphs:
+        return None
+    count = bundle.graph(BRIDGE).spec.outputs[0].dims[1]
+    return count if isinstance(count, int) else count.max
 
 
 def text_parts(bundle: Bundle) -> TextParts:
@@ -148,6 +158,6 @@ def load_pipeline(
     # The text head needs the queries' keys and values as well.
     needed = None if drafts.head is not None else ["visual_tokens"]
     generator = TextGenerator(
-        language, text.tokenizer, bundle.manifest.max_positions, drafts, Confidence(bundle.manifest)
+        language, text.tokenizer, bundle.manifest.max_positions, drafts, Confidence(bundle.manifest), queries_of(bundle)
     )
     return Encoder(images, text, needed), generator

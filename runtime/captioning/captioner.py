@@ -23,10 +23,9 @@ from blip2edge.errors import Blip2EdgeError, UsageError, option
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.captioning.assemble import LoadedBundle, load_pipeline
+from blip2edge.runtime.captioning.encoder import EncodeBatch, check_queries
 from blip2edge.runtime.captioning.engine_check import KnownGoodRequest
 from blip2edge.runtime.captioning.fair_lock import FairLock
-from blip2edge.runtime.captioning.frame_reuse import ReusingEncoder
-from blip2edge.runtime.captioning.pipeline import EncodeBatch
 from blip2edge.runtime.captioning.request import (
     STAGES,
     CaptionResult,
@@ -37,6 +36,7 @@ from blip2edge.runtime.captioning.request import (
     listed,
     raising,
 )
+from blip2edge.runtime.captioning.reuse.frames import ReusingEncoder
 from blip2edge.runtime.captioning.scheduler import Scheduler
 from blip2edge.runtime.decoding.generated import TextPiece, Word, words_of
 from blip2edge.runtime.decoding.logits_processors import check_ids, check_prompt_ids
@@ -79,9 +79,12 @@ class Captioner(LoadedBundle):
         threads: int | None = None,
         draft: DraftName = "auto",
         limits: Limits = DEFAULT_LIMITS,
+        queries: int | None = None,
     ) -> None:
         super().__init__(bundle, backend, threads)
+        self._queries = queries
         with self._loading():
+            check_queries(bundle, queries)
             self.encoder, self.generator = load_pipeline(
                 bundle, self.graphs, draft=draft, backend=self.graphs.backend, limits=limits
             )
@@ -272,7 +275,7 @@ class Captioner(LoadedBundle):
             check_text("prompt", prompt)
         generation = self.options(**options)
         generation.check_stream()
-        batch = self.encoder([in_rgb(image, channels)], [prompt], StageClock())
+        batch = self.encoder([in_rgb(image, channels)], [prompt], StageClock(), generation.queries)
         return self._while_open(self.generator.pieces(batch, generation))
 
     def words(self, result: CaptionResult) -> tuple[Word, ...]:
@@ -316,10 +319,7 @@ class Captioner(LoadedBundle):
         )
 
     def reusing(self, below: float) -> ReusingEncoder:
-        """Makes an encoder that reuses the last visual tokens if the picture differs by less than ``below``.
-
-        See :class:`ReusingEncoder`.
-        """
+        """Makes a :class:`ReusingEncoder`: pictures that differ by less than ``below`` share their visual tokens."""
         return ReusingEncoder(self.encoder, below, self.generator.language.context)
 
     def options(self, **options: Unpack[CaptionOptions]) -> GenerationOptions:
@@ -335,10 +335,11 @@ class Captioner(LoadedBundle):
             fix = f"use {similar}" if similar else "the options are the fields of GenerationOptions"
             raise UsageError(f"there is no option {unknown[0]}", fix, field=unknown[0])
         manifest = self.bundle.manifest
-        defaults = {**manifest.generation, "draft": self.generator.drafts.default}
+        defaults = {**manifest.generation, "draft": self.generator.drafts.default, "queries": self._queries}
         chosen = GenerationOptions(**merged(defaults, options))
         check_ids(chosen, manifest.vocab_size)
         check_prompt_ids(chosen, given=self.prompts.spec.gives_ids)
+        check_queries(self.bundle, chosen.queries)
         if chosen.draft == "itg":
             self.generator.drafts.check(chosen)
         return chosen
@@ -363,7 +364,8 @@ class Captioner(LoadedBundle):
         """Yields the results of a batch; if the batch fails, runs each picture alone and yields its result or error."""
         clock = StageClock()
         try:
-            batch = self.encoder(images[rows.start : rows.stop], texts[rows.start : rows.stop], clock)
+            span = slice(rows.start, rows.stop)
+            batch = self.encoder(images[span], texts[span], clock, options.queries)
         except Blip2EdgeError as error:
             if len(rows) == 1:
                 yield error

@@ -1,7 +1,6 @@
-"""The stages of a caption, for a batch of pictures. :class:`Captioner` and :class:`Scheduler` use them.
+"""Generates the texts of encoded pictures. :class:`Captioner` and :class:`Scheduler` use it, after ``encoder.py``.
 
-    Encoder         images, prompts --preprocess--> pixel_values, token ids --vision, bridge--> EncodedBatch
-    TextGenerator   EncodedBatch --prefill--> logits, KV cache --decode--> token ids
+    EncodedBatch --prefill--> logits, KV cache --decode--> token ids
 
 A :class:`StageClock` (``request.py``) measures each stage.
 """
@@ -10,16 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.schema import INTERLEAVED
-from blip2edge.limits import DEFAULT_LIMITS, Limits
-from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.captioning.confidence import Confidence
+from blip2edge.runtime.captioning.encoder import EncodedBatch
 from blip2edge.runtime.captioning.request import ABSTAINED, CaptionResult, StageClock, TextAnswer
 from blip2edge.runtime.decoding.beam_search import beam_search
 from blip2edge.runtime.decoding.draft_model import DraftSelector
@@ -28,164 +24,9 @@ from blip2edge.runtime.decoding.generated import Generated, TextPiece, TextToken
 from blip2edge.runtime.decoding.language_model import LanguageModel
 from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.decoding.state import RowState
-from blip2edge.runtime.images.preprocess import Preprocessing
-from blip2edge.runtime.images.video import ItemSource, images_of_each, pictures_of
-from blip2edge.runtime.text.prompt import InstructionTokenizer, Prompt, PromptBuilder, PromptText, pack_images
+from blip2edge.runtime.images.video import ItemSource
+from blip2edge.runtime.text.prompt import Prompt, PromptText
 from blip2edge.runtime.text.tokenizer import TextPieces, Tokenizer
-
-
-@dataclass(frozen=True)
-class EncodedBatch:
-    """The language model's inputs for a batch of B rows.
-
-    Attributes:
-        prompts: The prompt of each row.
-        pictures: Outputs of vision encoder and bridge by name: ``image_embeds [B, P, Dv]``, and
-            ``visual_tokens [B, Q, D]`` if there is a bridge. If a row has several pictures, they are concatenated along
-            axis 1.
-        counts: Number of pictures of each row.
-    """
-
-    prompts: list[Prompt]
-    pictures: dict[str, Array]
-    counts: list[int]
-
-    def part(self, rows: Sequence[int]) -> EncodedBatch:
-        """Returns a batch of the rows with these indices; padding that none of them needs is removed."""
-        if list(rows) == list(range(len(self.prompts))):
-            return self
-        counts = [self.counts[row] for row in rows]
-        places, needed = max(self.counts), max(counts)
-        pictures = {
-            name: array[list(rows), : array.shape[1] // places * needed] for name, array in self.pictures.items()
-        }
-        return EncodedBatch([self.prompts[row] for row in rows], pictures, counts)
-
-
-@dataclass(frozen=True)
-class PreparedBatch:
-    """A batch after preprocessing, before any graph is run.
-
-    Attributes:
-        prompts: The prompt of each row.
-        counts: Number of pictures of each row.
-        pixels: ``pixel_values [N, 3, H, W]`` of all pictures, row by row.
-        instruction: The bridge's text inputs by name; empty if the bridge takes no instruction.
-    """
-
-    prompts: list[Prompt]
-    counts: list[int]
-    pixels: Array
-    instruction: dict[str, Array]
-
-    def encoded(self, outputs: Mapping[str, Array]) -> EncodedBatch:
-        """Makes the encoded batch from ``outputs`` of vision encoder and bridge for the N pictures, by name."""
-        if max(self.counts) > 1:
-            outputs = {name: pack_images(array, self.counts) for name, array in outputs.items()}
-        return EncodedBatch(self.prompts, dict(outputs), self.counts)
-
-
-EncodeBatch = Callable[[Sequence[ItemSource], Sequence[PromptText | None], StageClock], EncodedBatch]
-"""Function that encodes the images and prompts of some rows as one batch."""
-
-
-@dataclass(frozen=True)
-class ImageParts:
-    """The parts that encode images. ``pixels_dtype`` is the dtype of ``vision``'s input; ``bridge`` is optional.
-
-    ``limits`` is the largest picture or video that is decoded.
-    """
-
-    preprocessing: Preprocessing
-    pixels_dtype: np.dtype[np.generic]
-    vision: Session
-    bridge: Session | None
-    limits: Limits = DEFAULT_LIMITS
-
-
-@dataclass(frozen=True)
-class TextParts:
-    """The parts that encode prompts. ``instructions`` is None unless the bridge takes an instruction."""
-
-    tokenizer: Tokenizer
-    prompts: PromptBuilder
-    instructions: InstructionTokenizer | None
-
-
-class Encoder:
-    """Encodes pictures and prompts: preprocessing, vision encoder and bridge.
-
-    Args:
-        images: Preprocessing and graphs.
-        text: Tokenizers and prompt template.
-        bridge_outputs: Names of the bridge's outputs to compute; None for all.
-    """
-
-    def __init__(self, images: ImageParts, text: TextParts, bridge_outputs: Sequence[str] | None = None) -> None:
-        self.images, self.text = images, text
-        self._bridge_outputs = bridge_outputs
-
-    def __call__(
-        self, images: Sequence[ItemSource], texts: Sequence[PromptText | None], clock: StageClock
-    ) -> EncodedBatch:
-        """Encodes a batch.
-
-        Args:
-            images: As ``Captioner.caption`` takes them, one item a row.
-            texts: The prompt of each row; None for the bundle's default.
-            clock: Measures the stages.
-
-        Raises:
-            ImageError: A picture cannot be read.
-            PromptError: A prompt does not fit.
-            UsageError: A row has several pictures, and the model takes one.
-        """
-        batch = self.prepare(images, texts, clock)
-        outputs = self.run_bridge(self.run_vision(batch.pixels, clock), batch.instruction, clock)
-        return batch.encoded(outputs)
-
-    def prepare(
-        self, images: Sequence[ItemSource], texts: Sequence[PromptText | None], clock: StageClock
-    ) -> PreparedBatch:
-        """Computes the pixel values of the pictures and the token ids of the prompts; ``clock`` measures the time."""
-        with clock("preprocess"):
-            spec = self.text.prompts.spec
-            counts = [spec.frames] * len(images)
-            flat: Sequence[ItemSource] = images
-            if spec.kind == INTERLEAVED:
-                groups = images_of_each(images)
-                counts = list(map(len, groups))
-                flat = [image for group in groups for image in group]
-            elif spec.frames > 1 or any(isinstance(image, (list, tuple)) for image in images):
-                flat = pictures_of(images, spec.frames, self.images.limits)
-            pixels = self.images.preprocessing.batch(flat, self.images.limits)  # type: ignore[arg-type]
-            return self.prepared(texts, counts, pixels)
-
-    def prepared(self, texts: Sequence[PromptText | None], counts: list[int], pixels: Array) -> PreparedBatch:
-        """Makes the batch of pictures that are preprocessed: ``counts`` of each row, ``pixels`` of all of them."""
-        filled = [self.text.prompts.with_default(text) for text in texts]
-        instruction = self.text.instructions(filled) if self.text.instructions is not None else {}
-        prompts = [self.text.prompts(text, count) for text, count in zip(filled, counts, strict=True)]
-        return PreparedBatch(prompts, counts, pixels.astype(self.images.pixels_dtype, copy=False), instruction)
-
-    def run_vision(self, pixels: Array, clock: StageClock) -> dict[str, Array]:
-        """Runs the vision encoder on ``pixel_values [N, 3, H, W]``; returns its outputs by name."""
-        with clock("vision"):
-            return self.images.vision.run({"pixel_values": pixels})
-
-    def run_bridge(
-        self, outputs: Mapping[str, Array], instruction: Mapping[str, Array], clock: StageClock
-    ) -> dict[str, Array]:
-        """Runs the bridge, if there is one, on the vision encoder's outputs and the instruction.
-
-        Returns:
-            The outputs of vision encoder and bridge by name.
-        """
-        if self.images.bridge is None:
-            return dict(outputs)
-        with clock("bridge"):
-            inputs = {"image_embeds": outputs["image_embeds"], **instruction}
-            return {**outputs, **self.images.bridge.run(inputs, self._bridge_outputs)}
 
 
 class TextGenerator:
@@ -197,6 +38,7 @@ class TextGenerator:
         max_positions: Longest context of the language model, in tokens.
         drafts: Chooses the draft model of each text.
         confidence: Computes how sure a text is.
+        queries: Number of visual tokens of each picture, if a request asks for no other; None without a bridge.
     """
 
     def __init__(
@@ -206,12 +48,14 @@ class TextGenerator:
         max_positions: int,
         drafts: DraftSelector,
         confidence: Confidence,
+        queries: int | None = None,
     ) -> None:
         self.language = language
         self.tokenizer = tokenizer
         self.max_positions = max_positions
         self.drafts = drafts
         self.confidence = confidence
+        self.queries = queries
 
     def prefill(self, batch: EncodedBatch, clock: StageClock) -> tuple[NDArray[np.float32], RowState]:
         """Runs the prompts; returns logits ``[B, V]`` of the first token, and the decoder's state."""
@@ -386,6 +230,7 @@ class TextGenerator:
             token_logprobs=generated.token_logprobs,
             confidence=answer.confidence,
             likeliest=generated.likeliest,
+            queries=options.queries or self.queries,
         )
 
 

@@ -60,6 +60,8 @@ class CaptionResult:
         confidence: Estimated probability that the text is right, by the map that ``calibrate --references`` fitted;
             None if the bundle has no map for these options and this prompt (docs/confidence.md).
         likeliest: For each generated token, the likeliest tokens of its place; empty without ``top_logprobs``.
+        queries: Number of visual tokens that the bridge made from each picture, or from each frame of a video; None for
+            a model without a bridge.
     """
 
     image: str | list[str | None] | None
@@ -75,6 +77,7 @@ class CaptionResult:
     token_logprobs: tuple[float, ...] = ()
     confidence: float | None = None
     likeliest: tuple[Likeliest, ...] = ()
+    queries: int | None = None
 
     @property
     def logprob(self) -> float:
@@ -84,7 +87,7 @@ class CaptionResult:
     def to_json(self) -> dict[str, Any]:
         """A JSON object: the attributes except :data:`NOT_IN_JSON`, and ``logprob``."""
         values = {key: value for key, value in vars(self).items() if key not in NOT_IN_JSON}
-        sure = {"logprob": round(self.logprob, DIGITS), "confidence": self.confidence}
+        sure = {"logprob": round(self.logprob, DIGITS), "confidence": self.confidence, "queries": self.queries}
         return {**values, "tokens": list(self.tokens), **sure}
 
 

@@ -19,9 +19,10 @@ from contextlib import nullcontext
 from functools import partial
 
 from blip2edge.errors import EngineFaultError, OverloadError, UsageError, option
+from blip2edge.runtime.captioning.encoder import EncodeBatch, EncodedBatch
 from blip2edge.runtime.captioning.engine_check import EngineCheck, KnownGoodRequest
 from blip2edge.runtime.captioning.fair_lock import FairLock
-from blip2edge.runtime.captioning.pipeline import EncodeBatch, EncodedBatch, TextGenerator
+from blip2edge.runtime.captioning.pipeline import TextGenerator
 from blip2edge.runtime.captioning.request import Request, Span, StageClock, expiry
 from blip2edge.runtime.decoding.generate import GenerationBatch
 from blip2edge.runtime.decoding.generated import Generated
@@ -61,8 +62,7 @@ class Scheduler:
         on_failure: Callable[[BaseException], None] | None = None,
     ) -> None:
         if max_batch < 1 or max_waiting < 1:
-            names = f"{option('max_batch')} and {option('max_waiting')}"
-            raise UsageError(f"{names} must be at least 1, not {max_batch} and {max_waiting}")
+            raise UsageError(f"expected {option('max_batch')} and {option('max_waiting')} to be at least 1")
         self._encoder, self._generator = encoder, generator
         self._max_batch, self._max_waiting = max_batch, max_waiting
         self._full_text = f"the queue is full: {max_waiting} pictures are waiting"
@@ -256,17 +256,18 @@ class Scheduler:
         return min(free, 1) if self._running else free
 
     def _encoded(self, requests: list[Request]) -> Iterator[tuple[list[Request], EncodedBatch]]:
-        """Encodes requests as one batch; with a broken picture, each by itself, so that only its request fails."""
+        """Encodes requests with equally many visual tokens as one batch; with a broken picture, each by itself."""
         alive = [request for request in requests if not request.over]
-        together = [request for request in alive if not request.separate]
-        groups = deque([together] if together else [])
+        shared = [request for request in alive if not request.separate]
+        counts = dict.fromkeys(request.options.queries for request in shared)
+        groups = deque([request for request in shared if request.options.queries == count] for count in counts)
         groups.extend([request] for request in alive if request.separate)
         while groups:
             group = groups.popleft()
             images, prompts = [request.image for request in group], [request.prompt for request in group]
             clock = StageClock(self._graph_lock)
             try:
-                encoded = self._encoder(images, prompts, clock)
+                encoded = self._encoder(images, prompts, clock, group[0].options.queries)
             except Exception as error:  # noqa: BLE001 - whatever it is, it ends this request alone
                 if len(group) == 1:
                     self._check.fail(group, error)

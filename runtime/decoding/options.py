@@ -84,6 +84,7 @@ class CaptionOptions(TypedDict, total=False):
     eta_cutoff: float | None
     top_logprobs: int
     abstain_below: float | None
+    queries: int | None
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,8 @@ class GenerationOptions:
         top_logprobs: Number of likeliest tokens whose log-probabilities the result has at each token, at most
             :data:`MAX_TOP_LOGPROBS`; not with beam search.
         abstain_below: The text is empty if its confidence is below this (docs/confidence.md); None: never.
+        queries: Number of visual tokens of each picture, of an elastic bundle: the first of the bridge's queries. None
+            for all.
 
     Raises:
         UsageError: A value is outside its range, or two contradict each other.
@@ -168,6 +171,7 @@ class GenerationOptions:
     eta_cutoff: float | None = None
     top_logprobs: int = 0
     abstain_below: float | None = None
+    queries: int | None = None
 
     def __post_init__(self) -> None:
         for name, checked in _CHECKED.items():
@@ -380,6 +384,7 @@ _CHECKED: Mapping[str, Callable[[str, Any], Any]] = {
     "eta_cutoff": partial(check_number, low=0.0, high=BELOW_ONE),
     "top_logprobs": partial(check_integer, least=0, most=MAX_TOP_LOGPROBS),
     "abstain_below": partial(check_number, low=0.0, high=1.0),
+    "queries": partial(check_integer, least=1),
 }
 """By field: the function that checks a value, and returns it as it is stored."""
 

@@ -179,6 +179,7 @@ KEYS: tuple[ChatKey, ...] = (
         "abstain_below", "no text if its confidence is lower; the bundle needs a confidence", "abstain_below", own=True
     ),
     ChatKey("draft", "draft model of speculative decoding; the text stays the same", "draft", own=True),
+    ChatKey("queries", "visual tokens of each picture, of an elastic bundle; default: all", "queries", own=True),
     ChatKey("ask", "true: the text is a question for the bundle's question template", is_read=True, own=True),
     ChatKey("deadline_s", "seconds for the answer; later it is answered with 504", is_read=True, own=True),
 )

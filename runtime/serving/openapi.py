@@ -151,6 +151,7 @@ def option_schemas(limits: Limits) -> dict[str, Schema]:
         "stop": {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": MAX_STOPS},
         "draft": {"enum": list(DRAFTS)},
         "abstain_below": {"type": "number", "minimum": 0, "maximum": 1},
+        "queries": {"type": "integer", "minimum": 1, "maximum": 2**31 - 1},
         "deadline_s": {"type": "number", "exclusiveMinimum": 0, "maximum": LONGEST_DEADLINE},
         "prompt": {"type": "string", "maxLength": limits.prompt_chars},
         "question": {"type": "string", "minLength": 1, "maxLength": limits.prompt_chars},
@@ -236,13 +237,8 @@ def _object(properties: Mapping[str, Schema], required: Sequence[str], *, more: 
 
 def _message_schemas() -> dict[str, Schema]:
     text = _object({"type": {"const": "text"}, "text": {"type": "string"}}, ["type", "text"])
-    image = _object(
-        {
-            "type": {"const": "image_url"},
-            "image_url": {"anyOf": [DATA_URL, _object({"url": DATA_URL, "detail": {}}, ["url"])]},
-        },
-        ["type", "image_url"],
-    )
+    address: Schema = {"anyOf": [DATA_URL, _object({"url": DATA_URL, "detail": {}}, ["url"])]}
+    image = _object({"type": {"const": "image_url"}, "image_url": address}, ["type", "image_url"])
     parts: Schema = {"type": "array", "items": {"anyOf": [text, image]}, "minItems": 1}
     content: Schema = {"anyOf": [{"type": "string"}, parts]}
     roles: Schema = {"enum": ["system", "developer", "user", "assistant"]}
@@ -262,6 +258,7 @@ def _answer_schemas() -> dict[str, Schema]:
         "tokens_per_s": number,
         "logprob": number,
         "confidence": _nullable(number),
+        "queries": _nullable(whole),
     }
     kept = list(result)
     model: dict[str, Schema] = {"id": text, "object": {"const": "model"}, "created": whole, "owned_by": text}

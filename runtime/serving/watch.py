@@ -18,7 +18,7 @@ from typing import Any, Literal
 from blip2edge.errors import ImageError
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.request import CaptionResult
-from blip2edge.runtime.captioning.reuse_ladder import REUSED, ReuseLadder, ReusePlan, Step, fit_key
+from blip2edge.runtime.captioning.reuse.ladder import REUSED, ReuseLadder, ReusePlan, Step, fit_key
 from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.serving.streams.sources import Frame, Source
 
@@ -129,7 +129,7 @@ def watch(
         prompt: As ``Captioner.caption`` takes it.
         every: Whether to caption every frame in order and drop none. A :class:`Source` with ``is_queue`` implies it.
         reuse_below: A frame that differs by less from the last encoded one is not encoded; 0 encodes every frame. See
-            :class:`blip2edge.runtime.captioning.frame_reuse.ReusingEncoder`. ``auto``: thresholds are fitted to a
+            :class:`blip2edge.runtime.captioning.reuse.frames.ReusingEncoder`. ``auto``: thresholds are fitted to a
             stated rate of missed changes, and captions are reused too; see :class:`ReuseLadder`.
         reuse: How ``auto`` fits; None for the defaults.
         max_fps: Largest number of captions per second; 0 for no limit. A camera's frames in between are dropped.

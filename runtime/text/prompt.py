@@ -11,7 +11,7 @@ Three kinds of prompt (``PromptSpec.kind``):
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -146,12 +146,13 @@ class PromptBuilder:
         check_characters_fit(text.texts if isinstance(text, Dialog) else [text or ""], self.max_positions)
         return self.spec.default if text is None else text
 
-    def __call__(self, text: PromptText | None, images: int = 1) -> Prompt:
+    def __call__(self, text: PromptText | None, images: int = 1, queries: int | None = None) -> Prompt:
         """Tokenizes a prompt.
 
         Args:
             text: Replaces ``{prompt}`` in the template; None for the family's empty prompt (a lone BOS).
             images: Number of images of an interleaved prompt.
+            queries: Number of visual tokens of each image or frame; None for all.
 
         Raises:
             PromptError: The prompt is longer than the context, or holds a reserved text or an unknown token.
@@ -165,6 +166,8 @@ class PromptBuilder:
         for written in text.texts if isinstance(text, Dialog) else [text or ""]:
             self.tokenizer.check_plain(written, self._reserved)
         prompt = self._tokenize(text, images)
+        if queries and prompt.visual_tokens:
+            prompt = replace(prompt, visual_tokens=queries * self.spec.frames)
         self._check(prompt)
         return prompt
 
@@ -217,16 +220,13 @@ class PromptBuilder:
     def _check(self, prompt: Prompt) -> None:
         if prompt.length > self.max_positions:
             raise PromptError(
-                f"the prompt has {prompt.length} tokens ({self.spec.visual_tokens} of them visual tokens), but the "
+                f"the prompt has {prompt.length} tokens ({prompt.visual_tokens} of them visual tokens), but the "
                 f"language model's context has {self.max_positions} tokens",
                 "shorten the prompt",
             )
         if prompt.length == 0:
-            raise PromptError(
-                "the prompt is empty, and this model cannot start a text without a prompt",
-                f"give a {option('prompt')}",
-                field="prompt",
-            )
+            problem = "the prompt is empty, and this model cannot start a text without a prompt"
+            raise PromptError(problem, f"give a {option('prompt')}", field="prompt")
         largest = max((token for segment in prompt.segments for token in segment), default=0)
         if largest >= self.vocab_size:
             raise PromptError(

@@ -16,9 +16,11 @@ from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint.directory import load_model
 from blip2edge.model.checkpoint.image_processor import load_preprocessing
 from blip2edge.model.checkpoint.tokenizer import read_tokenizer
+from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.families.registry import FAMILIES
 from blip2edge.model.language.bert import BertDecoder
 from blip2edge.model.retrieval import RetrievalModel
+from blip2edge.runtime.decoding.options import check_integer
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.runtime.text.prompt import InstructionTokenizer, Prompt
 from blip2edge.runtime.text.tokenizer import Tokenizer
@@ -42,9 +44,11 @@ class CheckpointCaptioner:
         instructions: Tokenizer of the Q-Former, if the Q-Former reads the prompt.
         batch_size: Number of pictures in one batch.
         max_new_tokens: Longest text in tokens, the end token included.
+        queries: Number of visual tokens of each picture, of an elastic checkpoint; None for all.
 
     Raises:
-        UsageError: The model takes videos, or its text encoder attends to the picture (BLIP for VQA).
+        UsageError: The model takes videos, or its text encoder attends to the picture (BLIP for VQA); or it was not
+            trained with this number of queries.
     """
 
     def __init__(
@@ -56,8 +60,11 @@ class CheckpointCaptioner:
         *,
         batch_size: int = 16,
         max_new_tokens: int = _MAX_NEW_TOKENS,
+        queries: int | None = None,
     ) -> None:
         config = model.config
+        _check_queries(config, queries)
+        self._queries = queries
         self._language: Any = model.language
         encoder_attends = isinstance(model.language, BertDecoder) and config.language.is_encoder_decoder
         if config.frames > 1 or encoder_attends:
@@ -84,7 +91,7 @@ class CheckpointCaptioner:
             CheckpointError: A file is missing or does not fit the model.
             UsageError: An option is set that only bundles support.
         """
-        others = sorted(options.generation.keys() - {"max_new_tokens"})
+        others = sorted(options.generation.keys() - {"max_new_tokens", "queries"})
         if others:
             raise UsageError(
                 f"a checkpoint is decoded greedily; {option(others[0])} works with bundles only",
@@ -100,6 +107,7 @@ class CheckpointCaptioner:
             instructions,
             batch_size=options.batch_size,
             max_new_tokens=options.generation.get("max_new_tokens", _MAX_NEW_TOKENS),
+            queries=options.generation.get("queries"),
         )
 
     @property
@@ -120,7 +128,7 @@ class CheckpointCaptioner:
     def __call__(self, pictures: Sequence[Image.Image], prompts: Prompts | None = None) -> list[str]:
         """Generates one text for each picture. Rows with prompts of equal length form a batch."""
         given = [self._prompts.with_default(text) for text in prompts or [None] * len(pictures)]
-        prepared = [self._prompts(text) for text in given]
+        prepared = [self._prompts(text, queries=self._queries) for text in given]
         groups: dict[tuple[int, ...], list[int]] = {}
         for row, prompt in enumerate(prepared):
             groups.setdefault(tuple(map(len, prompt.segments)), []).append(row)
@@ -141,7 +149,8 @@ class CheckpointCaptioner:
         given = [torch.from_numpy(array).to(self._device) for array in instruction]
         embeds = self._model.vision(pixels)
         bridge = next(self._model.bridge.parameters(), embeds)  # BLIP's bridge has no weights
-        tokens: Tensor = self._model.bridge(embeds.to(bridge.dtype), *given)
+        chosen = {} if self._queries is None else {"query_ids": torch.arange(self._queries, device=self._device)[None]}
+        tokens: Tensor = self._model.bridge(embeds.to(bridge.dtype), *given, **chosen)
         return tokens
 
     def _generate(self, visual_tokens: Tensor, prompts: list[Prompt]) -> list[list[int]]:
@@ -231,6 +240,18 @@ class CheckpointCaptioner:
         for stop in self._stops:
             text = text.partition(stop)[0]
         return text.strip()
+
+
+def _check_queries(config: CaptionerConfig, queries: int | None) -> None:
+    """Raises UsageError if a checkpoint was not trained with this number of queries."""
+    if queries is None:
+        return
+    if not config.elastic:
+        raise UsageError(
+            f"this checkpoint does not take {option('queries')}: its bridge was trained with all of its queries only",
+            f"leave {option('queries')} out, or train it with [stage2] elastic = true",
+        )
+    check_integer("queries", queries, config.elastic, config.bridge.num_visual_tokens)
 
 
 class CheckpointMatcher:

@@ -70,6 +70,7 @@ class Phase:
         seed: Seed of dropout and of drawn negatives.
         gauges: Returns values to log in addition to the losses.
         validation: Scores the model during the phase; None for no validation.
+        before_step: Called with the number of a step before it is made, on every process.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Phase:
     seed: int = 0
     gauges: Callable[[], Mapping[str, float]] = field(default=dict)
     validation: Validation | None = None
+    before_step: Callable[[int], None] = lambda step: None
 
 
 def run_phase(run: TrainingRun, phase: Phase, done: int, snapshot: Snapshot | None = None) -> None:
@@ -116,6 +118,7 @@ def run_phase(run: TrainingRun, phase: Phase, done: int, snapshot: Snapshot | No
         rate = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = rate
+        phase.before_step(step)
         run.journal.add(_step(run, phase, module, optimizer, step))
         finished = step + 1
         scores: dict[str, float] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from blip2edge.training.phases.pretrain import (
 )
 from blip2edge.training.phases.stage1 import RepresentationStage
 from blip2edge.training.phases.stage1_checkpoint import begin_stage2
-from blip2edge.training.phases.stage2 import TRAINED, GenerativeStage, match_scale
+from blip2edge.training.phases.stage2 import TRAINED, GenerativeStage, elastic_draw, match_scale
 from blip2edge.training.setup.build import new_stage1_model
 from blip2edge.training.setup.lora import add_lora, merge_lora
 from blip2edge.training.setup.model_parts import DTYPES, ModelParts
@@ -139,7 +139,11 @@ def _generative(run: TrainingRun, name: str, phase: Stage2Phase) -> Phase:
         add_lora(model.language, phase.lora_rank, phase.lora_alpha, phase.lora_targets)
     if config.loop.recompute_activations:
         recompute_activations(model.language)
-    module = GenerativeStage(model, config.bridge, phase.itg_weight, unfreeze_language=phase.unfreeze_language)
+    elastic = elastic_draw(model.config, phase, _seed(run, name))
+    model.config = replace(model.config, elastic=phase.elastic_min if phase.elastic else 0)
+    module = GenerativeStage(
+        model, config.bridge, phase.itg_weight, unfreeze_language=phase.unfreeze_language, elastic=elastic
+    )
     captions = CaptionTexts(model.config, parts.runtime_tokenizer, phase.max_tokens)
     texts = TextMakers(
         captions,
@@ -147,7 +151,8 @@ def _generative(run: TrainingRun, name: str, phase: Stage2Phase) -> Phase:
         _instruction(parts, captions) if model.config.instruction_positions else None,
     )
     batches = _loader(run, name, phase.batch_size, texts)
-    return Phase(name, module, batches, phase, _seed(run, name), module.gauges, _validation(run))
+    seed = _seed(run, name)
+    return Phase(name, module, batches, phase, seed, module.gauges, _validation(run), module.begin_step)
 
 
 def _validation(run: TrainingRun) -> Validation | None:

@@ -9,14 +9,18 @@ al., arXiv 2305.06500, section 2.3). MiniGPT-4 (arXiv 2304.10592) trains the pro
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blip2edge.errors import ConfigError
 from blip2edge.model.captioner import CaptionerModel
+from blip2edge.model.config import LEARNED_QUERIES, CaptionerConfig
+from blip2edge.training.config import Stage2Phase
 from blip2edge.training.loading.batches import IGNORED, CaptionBatch
 from blip2edge.training.loading.loader import PictureBatch
 from blip2edge.training.loop.optim import freeze
@@ -143,6 +147,7 @@ class GenerativeStage(nn.Module):
         bridge: Value of the recipe's key `bridge`.
         itg_weight: Weight of the loss of the Q-Former's own text head; if 0, the head is not trained.
         unfreeze_language: Whether the language model is trained too.
+        elastic: How many of the first queries a step uses, by its number; None for all queries.
 
     Raises:
         ConfigError: `itg_weight` is above 0, and the model has no text head.
@@ -155,6 +160,7 @@ class GenerativeStage(nn.Module):
         itg_weight: float = 0.0,
         *,
         unfreeze_language: bool = False,
+        elastic: ElasticDraw | None = None,
     ) -> None:
         super().__init__()
         if itg_weight and model.draft is None:
@@ -166,6 +172,7 @@ class GenerativeStage(nn.Module):
         self.bridge, self.language = model.bridge, model.language
         self.draft = model.draft if itg_weight else None
         self.itg_weight = itg_weight
+        self._elastic, self._queries = elastic, 0
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_trained(name, bridge, language=unfreeze_language))
         self._bridge = bridge
@@ -181,29 +188,76 @@ class GenerativeStage(nn.Module):
             self.bridge.eval()
         return self
 
+    def begin_step(self, step: int) -> None:
+        """Draws the number of queries of a step, if the training is elastic; call it before the step's forward pass."""
+        if self._elastic is not None:
+            self._queries = self._elastic(step)
+
     def forward(self, batch: PictureBatch) -> dict[str, Tensor]:
         """Computes the losses of a batch: `lm`, `itg` if the text head is trained, and `loss`, their weighted sum."""
         bridge: Any = self.bridge
         if batch.captions is None:
             raise ValueError("a batch of stage 2 needs captions")
+        queries: dict[str, Tensor] = {}
+        if self._queries:
+            queries["query_ids"] = torch.arange(self._queries, device=batch.image_embeds.device)[None]
         if self.draft is None or batch.texts is None:
-            visual_tokens = bridge(batch.image_embeds, *(batch.instruction or ()))
+            visual_tokens = bridge(batch.image_embeds, *(batch.instruction or ()), **queries)
             loss = caption_loss(self.language, visual_tokens, batch.captions)
             return {"lm": loss, "loss": loss}
-        queries, key_values = bridge.qformer.read(batch.image_embeds)
-        loss = caption_loss(self.language, bridge.projection(queries), batch.captions)
+        states, key_values = bridge.qformer.read(batch.image_embeds, **queries)
+        loss = caption_loss(self.language, bridge.projection(states), batch.captions)
         side = self.draft.text_side(bridge.qformer)
         own = text_loss(side, key_values, batch.texts, self.draft.config.dec_token_id)
         return {"lm": loss, "itg": own, "loss": loss + self.itg_weight * own}
 
     def gauges(self) -> dict[str, float]:
-        """Returns the mean absolute tanh of each gate of a Flamingo, for the log; empty for other models."""
-        found = {}
+        """Returns values for the log: queries of the last step (elastic), mean absolute tanh of a Flamingo's gates."""
+        found = {"queries": float(self._queries)} if self._queries else {}
         for name, parameter in self.language.named_parameters():
             if name.endswith("_gate"):
                 _, number, kind = name.split(".")
                 found[f"gate.{number}.{kind}"] = float(torch.tanh(parameter.detach()).abs().mean())
         return found
+
+
+@dataclass(frozen=True)
+class ElasticDraw:
+    """Draws the number of queries of each step, log-uniformly from ``least`` to ``most``.
+
+    Small numbers come more often: the first queries have to hold most of the picture, so they get most of the steps.
+    The number depends on seed and step alone. So all processes use the same number, and a resumed run draws the same.
+    """
+
+    seed: int
+    least: int
+    most: int
+
+    def __call__(self, step: int) -> int:
+        """The number of queries of a step."""
+        share = np.random.default_rng([self.seed, step]).random()
+        return min(self.most, int(self.least * ((self.most + 1) / self.least) ** share))
+
+
+def elastic_draw(config: CaptionerConfig, phase: Stage2Phase, seed: int) -> ElasticDraw | None:
+    """The numbers of queries of a phase; None if it trains with all queries.
+
+    Raises:
+        ConfigError: The bridge has no learned queries, or fewer than `elastic_min`.
+    """
+    if not phase.elastic:
+        return None
+    kind, most = config.bridge.kind, config.bridge.num_visual_tokens
+    if kind not in LEARNED_QUERIES:
+        raise ConfigError(
+            f"[{phase.section}] elastic is true, but the bridge of kind {kind!r} has no learned queries",
+            "leave elastic out, or set bridge to qformer, projection, perceiver, pool or flamingo",
+        )
+    if phase.elastic_min > most:
+        raise ConfigError(
+            f"[{phase.section}] elastic_min must be at most {most}, the number of queries, not {phase.elastic_min}"
+        )
+    return ElasticDraw(seed, phase.elastic_min, most)
 
 
 def match_scale(model: CaptionerModel) -> None:

@@ -106,6 +106,9 @@ def _summary(manifest: Manifest) -> str:
             f"{manifest.merging.merge_tokens} patches are merged in each layer of the vision encoder, so captions may "
             "differ from those of the checkpoint."
         )
+    if manifest.elastic is not None:
+        least, most = manifest.elastic.min_queries, manifest.elastic.max_queries
+        lines.append(f"It works with {least} to {most} visual tokens for each picture: `--queries M`.")
     return " ".join(lines)
 
 

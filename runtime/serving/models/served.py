@@ -67,15 +67,24 @@ class Queueing:
 
 
 def load_served(
-    bundle: str | Path, *, backend: BackendName, threads: int | None, limits: Limits, require_signature: Path | None
+    bundle: str | Path,
+    *,
+    backend: BackendName,
+    threads: int | None,
+    limits: Limits,
+    require_signature: Path | None,
+    queries: int | None = None,
 ) -> Loaded:
-    """Loads a bundle as what it is, a captioner or a matcher; see :meth:`Captioner.load`."""
+    """Loads a bundle as what it is, a captioner or a matcher; see :meth:`Captioner.load`.
+
+    ``queries`` is the number of visual tokens of each picture for requests that do not set it, of an elastic bundle.
+    """
     check_threads(threads)
 
     def load(opened: Bundle) -> Loaded:
         if TEXT_EMBEDS in opened.manifest.graphs:
             return Matcher(opened, backend, threads, limits)
-        return Captioner(opened, backend, threads, limits=limits)
+        return Captioner(opened, backend, threads, limits=limits, queries=queries)
 
     return load_whole(bundle, load, require_signature=require_signature)
 

@@ -6,11 +6,8 @@ breaks off is opened again by :func:`_reconnecting`, which is the same for all o
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
-import shlex
-import shutil
 import stat
 import subprocess
 import tempfile
@@ -28,6 +25,8 @@ from blip2edge.packages import require
 from blip2edge.picture_files import PICTURE_SUFFIXES
 from blip2edge.runtime.images.preprocess import DeferredImage
 from blip2edge.runtime.images.video import VIDEO_SUFFIXES
+from blip2edge.runtime.serving.streams import gstreamer
+from blip2edge.runtime.serving.streams.gstreamer import CSI
 
 POLL_S = 0.2  # between two listings of a folder
 SETTLED_POLLS = 10  # listings that show a broken picture unchanged before its error is reported
@@ -39,12 +38,6 @@ AT_ONCE = {"fpsprobesize": "0"}
 
 LIVE_SCHEMES = frozenset(("rtsp", "rtsps", "rtmp", "rtmps", "rtp", "srt", "tcp", "udp"))
 """Schemes of addresses whose streams have no end."""
-
-CSI = "nvarguscamerasrc sensor-id={} ! video/x-raw(memory:NVMM),width=1280,height=720,framerate=30/1 ! nvvidconv"
-"""The pipeline of a camera on the CSI connector of a Jetson."""
-
-APPSINK = re.compile(r"(\s*!\s*videoconvert[^!]*)?(\s*!\s*video/x-raw\s*,\s*format=\S*BGR\S*)?\s*!\s*appsink\b[^!]*$")
-"""The end of a pipeline as it is written for OpenCV."""
 
 Report = Callable[[str], None]  # takes a sentence for the user
 
@@ -308,51 +301,21 @@ def _pipeline(source: str, _follow: bool, closed: threading.Event) -> Frames:
     OpenCV reads it if it is built with GStreamer, otherwise ``gst-launch-1.0`` runs it and PyAV reads its frames.
     """
     text = CSI.format(source[4:]) if _is_csi(source) else source
-    cv2 = _opencv_with_gstreamer()
+    cv2 = gstreamer.opencv()
     return _by_launch(text, closed) if cv2 is None else _by_opencv(cv2, text, closed)
 
 
-def _check_gstreamer() -> None:
-    """Raises BackendError if nothing can read a pipeline."""
-    if _opencv_with_gstreamer() is None:
-        if shutil.which("gst-launch-1.0") is None:
-            raise BackendError(
-                "a pipeline needs gst-launch-1.0, or OpenCV with GStreamer; neither is installed",
-                "install GStreamer: sudo apt install gstreamer1.0-tools gstreamer1.0-plugins-{base,good,bad}",
-            )
-        _pyav()
-
-
-def _opencv_with_gstreamer() -> Any:
-    """OpenCV's module; None where it is not installed, or is built without GStreamer as the wheels of PyPI are."""
-    try:
-        cv2 = importlib.import_module("cv2")
-    except ImportError:
-        return None
-    return cv2 if re.search(r"GStreamer:\s+YES", cv2.getBuildInformation()) else None
-
-
 def _by_opencv(cv2: Any, text: str, closed: threading.Event) -> Frames:
-    """Yields the frames that OpenCV reads from a pipeline; an end for OpenCV is added to a pipeline without one."""
-    end = "" if APPSINK.search(text) else " ! videoconvert ! video/x-raw,format=BGR ! appsink drop=true max-buffers=1"
-    capture = cv2.VideoCapture(text + end, cv2.CAP_GSTREAMER)
-    start = time.perf_counter()
-    try:
-        if not capture.isOpened():
-            raise DataError(f"OpenCV cannot open the pipeline {shown_address(text)}", "try it with gst-launch-1.0")
-        while not closed.is_set():
-            is_read, picture = capture.read()
-            if not is_read:
-                return
-            yield Frame(f"{time.perf_counter() - start:.2f} s", picture[..., ::-1])  # BGR
-    finally:
-        capture.release()
+    """Yields the frames of a pipeline that OpenCV reads."""
+    with closing(gstreamer.opencv_pictures(cv2, text, closed)) as pictures:
+        for at, picture in pictures:
+            yield Frame(f"{at:.2f} s", picture)
 
 
 def _by_launch(text: str, closed: threading.Event) -> Frames:
     """Yields the frames of a pipeline that ``gst-launch-1.0`` runs, which writes them uncompressed into a pipe."""
     end = " ! videoconvert ! video/x-raw,format=I420 ! y4menc ! fdsink fd=1"
-    command = ["gst-launch-1.0", "-q", *_words(text), *end.split()]
+    command = ["gst-launch-1.0", "-q", *gstreamer.words_of(text), *end.split()]
     with (
         tempfile.TemporaryFile() as messages,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages, bufsize=0) as process,
@@ -371,16 +334,10 @@ def _by_launch(text: str, closed: threading.Event) -> Frames:
             raise DataError(f"the pipeline has failed: {one_line(ValueError(said))}", "try it with gst-launch-1.0")
 
 
-def _words(pipeline: str) -> list[str]:
-    """The words of a pipeline, without its end for OpenCV."""
-    try:
-        return shlex.split(APPSINK.sub("", pipeline))
-    except ValueError as error:
-        raise DataError(
-            f"expected a pipeline whose quotes are closed and whose last character is no backslash, got "
-            f"{shown_address(pipeline)} ({one_line(error)})",
-            'close the quotes: within the quotes of the shell, write values with spaces as name="a b"',
-        ) from error
+def _check_pipeline() -> None:
+    """Raises BackendError if nothing can read a pipeline."""
+    if gstreamer.check() is None:
+        _pyav()
 
 
 def _scheme(source: str) -> str:
@@ -401,8 +358,8 @@ def _is_video(source: str) -> bool:
 
 KINDS = (
     SourceKind("a folder of pictures", os.path.isdir, _folder, lambda: None, is_queue=True),
-    SourceKind("csi:0 for a camera of a Jetson", _is_csi, _pipeline, _check_gstreamer),
-    SourceKind("a GStreamer pipeline", lambda text: " ! " in text, _pipeline, _check_gstreamer),
+    SourceKind("csi:0 for a camera of a Jetson", _is_csi, _pipeline, _check_pipeline),
+    SourceKind("a GStreamer pipeline", lambda text: " ! " in text, _pipeline, _check_pipeline),
     SourceKind("a camera's number", _is_device, _device, _pyav, is_live=True),
     SourceKind("an address such as rtsp://…", lambda at: _scheme(at) in LIVE_SCHEMES, _address, _pyav, is_live=True),
     SourceKind("the address of a video", lambda at: bool(_scheme(at)), _address, _pyav),

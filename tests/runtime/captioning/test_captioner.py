@@ -87,6 +87,7 @@ def test_a_result_as_json(captioner: Captioner, files: list[Path]) -> None:
         "tokens_per_s",
         "logprob",
         "confidence",
+        "queries",
     ]
     assert list(values["timings_ms"]) == [*STAGES, "total"]
     assert all(value > 0 for value in values["timings_ms"].values())

@@ -14,10 +14,9 @@ import pytest
 
 from blip2edge.cli.reuse_page import reuse_page
 from blip2edge.errors import DataError, UsageError
-from blip2edge.runtime.captioning import reuse_fit
-from blip2edge.runtime.captioning.frame_reuse import feature_distance, features_of
-from blip2edge.runtime.captioning.pipeline import PreparedBatch
-from blip2edge.runtime.captioning.reuse_fit import (
+from blip2edge.runtime.captioning.encoder import PreparedBatch
+from blip2edge.runtime.captioning.reuse import fit as reuse_fit
+from blip2edge.runtime.captioning.reuse.fit import (
     AUDIT_EVERY,
     AuditClock,
     AuditMonitor,
@@ -29,8 +28,10 @@ from blip2edge.runtime.captioning.reuse_fit import (
     frames_needed,
     upper_bound,
 )
-from blip2edge.runtime.captioning.reuse_ladder import ReuseLadder, ReusePlan, fit_document, read_fit
-from blip2edge.runtime.decoding.options import Generated, GenerationOptions
+from blip2edge.runtime.captioning.reuse.frames import feature_distance, features_of
+from blip2edge.runtime.captioning.reuse.ladder import ReuseLadder, ReusePlan, fit_document, read_fit
+from blip2edge.runtime.decoding.generated import Generated
+from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.text.prompt import Prompt
 
 

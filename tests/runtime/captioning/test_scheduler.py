@@ -16,7 +16,7 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 
 from blip2edge.errors import BackendError, DeadlineError, ImageError, OverloadError, PromptError, UsageError
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.pipeline import EncodedBatch
+from blip2edge.runtime.captioning.encoder import EncodedBatch
 from blip2edge.runtime.captioning.request import Span, StageClock
 from blip2edge.runtime.captioning.scheduler import Scheduler
 from blip2edge.runtime.decoding import generate as generate_module
@@ -50,11 +50,15 @@ class Gate:
         self.entered = threading.Semaphore(0)
 
     def __call__(
-        self, images: Sequence[ItemSource], texts: Sequence[PromptText | None], clock: StageClock
+        self,
+        images: Sequence[ItemSource],
+        texts: Sequence[PromptText | None],
+        clock: StageClock,
+        queries: int | None = None,
     ) -> EncodedBatch:
         self.entered.release()
         assert self.open.acquire(timeout=LONG)
-        return self.inner(images, texts, clock)
+        return self.inner(images, texts, clock, queries)
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ pytest.importorskip("starlette", reason="the server needs the extra serve")
 from blip2edge.errors import EngineFaultError
 from blip2edge.runtime.captioning import restart
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.pipeline import Encoder, TextGenerator
+from blip2edge.runtime.captioning.encoder import Encoder
+from blip2edge.runtime.captioning.pipeline import TextGenerator
 from blip2edge.runtime.captioning.restart import Backoff
 from blip2edge.runtime.serving.http import Server
 from tests.http_calls import CHAT, ask, chat, got, png_file
@@ -101,7 +102,7 @@ def test_a_broken_engine_is_loaded_again(place: str, faults: Faults) -> None:
 def test_a_request_that_fails_alone_restarts_nothing(faults: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare = Encoder.prepare
 
-    def poisoned(self: Encoder, images: Any, texts: Any, clock: Any) -> Any:
+    def poisoned(self: Encoder, images: Any, texts: Any, clock: Any, queries: Any = None) -> Any:
         if "poison" in texts:
             raise MemoryError
         return prepare(self, images, texts, clock)

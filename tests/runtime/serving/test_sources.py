@@ -17,9 +17,9 @@ from PIL import Image
 
 from blip2edge.errors import BackendError, DataError, one_line, shown_address
 from blip2edge.runtime.images.preprocess import load_image
-from blip2edge.runtime.serving.streams import sources
+from blip2edge.runtime.serving.streams import gstreamer, sources
+from blip2edge.runtime.serving.streams.gstreamer import APPSINK
 from blip2edge.runtime.serving.streams.sources import (
-    APPSINK,
     KINDS,
     Frame,
     Frames,
@@ -224,7 +224,7 @@ def test_a_pipeline_is_ended_when_the_source_is_closed(launch: None) -> None:
 
 
 def test_a_pipeline_without_gstreamer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_opencv_with_gstreamer", lambda: None)
+    monkeypatch.setattr(gstreamer, "opencv", lambda: None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(BackendError, match=r"apt install gstreamer1\.0-tools"):
         open_source("videotestsrc ! fakesink")
@@ -274,7 +274,7 @@ def test_a_pipeline_by_opencv(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="OpenCV cannot open the pipeline a ! appsink"):
         next(open_source("a ! appsink"))
     monkeypatch.setitem(sys.modules, "cv2", FakeOpenCv(built="NO"))
-    assert sources._opencv_with_gstreamer() is None
+    assert gstreamer.opencv() is None
 
 
 def test_the_end_of_a_pipeline_for_opencv_is_found() -> None:

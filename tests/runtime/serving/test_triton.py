@@ -22,7 +22,7 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 from blip2edge.cli import main
 from blip2edge.errors import BundleError, EngineFaultError
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.pipeline import Encoder
+from blip2edge.runtime.captioning.encoder import Encoder
 from blip2edge.runtime.captioning.restart import Backoff
 from blip2edge.runtime.serving.triton import python_model
 from blip2edge.runtime.serving.triton.repository import INPUTS, OUTPUTS, TritonModel, config_text, write_model

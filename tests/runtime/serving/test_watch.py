@@ -18,8 +18,8 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 from blip2edge.cli import main
 from blip2edge.errors import DataError
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.reuse_fit import CurvePoint, FrameTimes, ReuseFit, Thresholds
-from blip2edge.runtime.captioning.reuse_ladder import ReusePlan, fit_document, fit_key
+from blip2edge.runtime.captioning.reuse.fit import CurvePoint, FrameTimes, ReuseFit, Thresholds
+from blip2edge.runtime.captioning.reuse.ladder import ReusePlan, fit_document, fit_key
 from blip2edge.runtime.serving.streams import sources
 from blip2edge.runtime.serving.streams.sources import Frame, Frames, Source, _folder, open_source
 from blip2edge.runtime.serving.watch import NewestFrame, watch

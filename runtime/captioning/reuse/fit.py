@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from blip2edge.runtime.captioning.frame_reuse import Floats, feature_distance, picture_distance
+from blip2edge.runtime.captioning.reuse.frames import Floats, feature_distance, picture_distance
 
 CONFIDENCE = 0.95
 """Probability with which all the bounds of a run hold."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import UsageError, option
-from blip2edge.runtime.captioning.pipeline import EncodedBatch, Encoder, PreparedBatch
+from blip2edge.runtime.captioning.encoder import EncodedBatch, Encoder, PreparedBatch
 from blip2edge.runtime.captioning.request import StageClock
 from blip2edge.runtime.images.video import ItemSource
 from blip2edge.runtime.text.prompt import PromptText
@@ -40,14 +40,14 @@ class EncodedFrame:
         cells: The means of :func:`cells_of`.
         counts: Number of pictures of the row, in a list.
         vision: The vision encoder's outputs.
-        instruction: The bridge's text inputs.
+        bridge_inputs: The bridge's inputs besides ``image_embeds``.
         pictures: The language model's inputs.
     """
 
     cells: Floats
     counts: list[int]
     vision: dict[str, Array]
-    instruction: dict[str, Array]
+    bridge_inputs: dict[str, Array]
     pictures: dict[str, Array]
 
     def is_like(self, prepared: PreparedBatch, cells: Floats) -> bool:
@@ -58,8 +58,9 @@ class EncodedFrame:
 class ReusingEncoder:
     """An encoder that skips a picture which hardly differs from the last encoded one.
 
-    Such a picture gets the visual tokens and cross-attention keys of the last one. If only the instruction differs, the
-    bridge runs again on the last ``image_embeds``. It encodes one row in each call, and is for a single thread.
+    Such a picture gets the visual tokens and cross-attention keys of the last one. If only the instruction or the
+    number of queries differs, the bridge runs again on the last ``image_embeds``. It encodes one row in each call, and
+    is for a single thread.
 
     Args:
         encoder: Encodes the pictures that are not skipped.
@@ -92,7 +93,11 @@ class ReusingEncoder:
         self.difference = math.inf
 
     def __call__(
-        self, images: Sequence[ItemSource], texts: Sequence[PromptText | None], clock: StageClock
+        self,
+        images: Sequence[ItemSource],
+        texts: Sequence[PromptText | None],
+        clock: StageClock,
+        queries: int | None = None,
     ) -> EncodedBatch:
         """Encodes a row; arguments and errors as of :class:`Encoder`.
 
@@ -101,7 +106,7 @@ class ReusingEncoder:
         """
         if len(images) != 1:
             raise ValueError(f"a reusing encoder takes one row a call, not {len(images)}")
-        prepared = self._encoder.prepare(images, texts, clock)
+        prepared = self._encoder.prepare(images, texts, clock, queries)
         last = self._last
         with clock("preprocess"):
             cells = cells_of(prepared.pixels, self._spans)
@@ -137,17 +142,17 @@ def encode_frame(
         vision: The vision encoder's outputs, where they are known.
     """
     vision = encoder.run_vision(prepared.pixels, clock) if vision is None else vision
-    pictures = prepared.encoded(encoder.run_bridge(vision, prepared.instruction, clock)).pictures
+    pictures = prepared.encoded(encoder.run_bridge(vision, prepared.bridge_inputs, clock)).pictures
     with clock("bridge"):
         pictures = {**pictures, **context(pictures)}
-    return EncodedFrame(cells, prepared.counts, vision, prepared.instruction, pictures)
+    return EncodedFrame(cells, prepared.counts, vision, prepared.bridge_inputs, pictures)
 
 
 def encode_again(
     encoder: Encoder, context: Context, prepared: PreparedBatch, last: EncodedFrame, clock: StageClock
 ) -> EncodedFrame:
-    """Gives a row the visual tokens of ``last``; the bridge runs again if it takes another instruction now."""
-    if _same(prepared.instruction, last.instruction):
+    """Gives a row the visual tokens of ``last``; the bridge runs again if its other inputs differ."""
+    if _same(prepared.bridge_inputs, last.bridge_inputs):
         return last
     return encode_frame(encoder, context, prepared, last.cells, clock, last.vision)
 

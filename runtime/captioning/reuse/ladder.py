@@ -28,19 +28,10 @@ from blip2edge.bundle.trust.integrity import sha256_of
 from blip2edge.errors import DataError, UsageError, option
 from blip2edge.reading import checking, read_json
 from blip2edge.runtime.backends.probe import processor
-from blip2edge.runtime.captioning.frame_reuse import (
-    EncodedFrame,
-    Floats,
-    cells_of,
-    encode_again,
-    encode_frame,
-    feature_distance,
-    features_of,
-    picture_distance,
-)
-from blip2edge.runtime.captioning.pipeline import Encoder, PreparedBatch, TextGenerator
+from blip2edge.runtime.captioning.encoder import Encoder, PreparedBatch
+from blip2edge.runtime.captioning.pipeline import TextGenerator
 from blip2edge.runtime.captioning.request import CaptionResult, StageClock
-from blip2edge.runtime.captioning.reuse_fit import (
+from blip2edge.runtime.captioning.reuse.fit import (
     CONFIDENCE,
     AuditClock,
     AuditMonitor,
@@ -52,7 +43,18 @@ from blip2edge.runtime.captioning.reuse_fit import (
     fit_thresholds,
     frames_needed,
 )
-from blip2edge.runtime.decoding.options import Generated, GenerationOptions, check_integer, check_number
+from blip2edge.runtime.captioning.reuse.frames import (
+    EncodedFrame,
+    Floats,
+    cells_of,
+    encode_again,
+    encode_frame,
+    feature_distance,
+    features_of,
+    picture_distance,
+)
+from blip2edge.runtime.decoding.generated import Generated
+from blip2edge.runtime.decoding.options import GenerationOptions, check_integer, check_number
 from blip2edge.runtime.images.video import ItemSource
 
 Step = Literal["full", "fit", "skip", "features", "caption", "audit"]
@@ -169,7 +171,7 @@ class ReuseLadder:
     def __call__(self, image: ItemSource, prompt: str | None = None) -> tuple[CaptionResult, Step]:
         """Captions a frame; arguments and errors as of ``Captioner.caption``. Returns what was done, too."""
         clock = StageClock()
-        prepared = self._encoder.prepare([image], [prompt], clock)
+        prepared = self._encoder.prepare([image], [prompt], clock, self._options.queries)
         with clock("preprocess"):
             cells = cells_of(prepared.pixels, self._spans)
         last = self._last

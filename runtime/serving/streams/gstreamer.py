@@ -1,0 +1,76 @@
+"""GStreamer pipelines: their text, and OpenCV as their reader where it is built with GStreamer."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import shutil
+import threading
+import time
+from collections.abc import Generator
+from typing import Any
+
+from blip2edge.errors import BackendError, DataError, one_line, shown_address
+
+CSI = "nvarguscamerasrc sensor-id={} ! video/x-raw(memory:NVMM),width=1280,height=720,framerate=30/1 ! nvvidconv"
+"""The pipeline of a camera on the CSI connector of a Jetson."""
+
+APPSINK = re.compile(r"(\s*!\s*videoconvert[^!]*)?(\s*!\s*video/x-raw\s*,\s*format=\S*BGR\S*)?\s*!\s*appsink\b[^!]*$")
+"""The end of a pipeline as it is written for OpenCV."""
+
+
+def check() -> Any:
+    """Returns OpenCV's module if it reads pipelines, or None if ``gst-launch-1.0`` runs them.
+
+    Raises:
+        BackendError: Neither is installed.
+    """
+    cv2 = opencv()
+    if cv2 is None and shutil.which("gst-launch-1.0") is None:
+        raise BackendError(
+            "a pipeline needs gst-launch-1.0, or OpenCV with GStreamer; neither is installed",
+            "install GStreamer: sudo apt install gstreamer1.0-tools gstreamer1.0-plugins-{base,good,bad}",
+        )
+    return cv2
+
+
+def opencv() -> Any:
+    """Returns OpenCV's module; None where it is not installed, or built without GStreamer, as PyPI's wheels are."""
+    try:
+        cv2 = importlib.import_module("cv2")
+    except ImportError:
+        return None
+    return cv2 if re.search(r"GStreamer:\s+YES", cv2.getBuildInformation()) else None
+
+
+def opencv_pictures(cv2: Any, text: str, closed: threading.Event) -> Generator[tuple[float, Any], None, None]:
+    """Yields the pictures that OpenCV reads from a pipeline, with the seconds since its start.
+
+    An end for OpenCV is added to a pipeline without one. The pictures are uint8 ``[H, W, 3]`` in RGB.
+    """
+    end = "" if APPSINK.search(text) else " ! videoconvert ! video/x-raw,format=BGR ! appsink drop=true max-buffers=1"
+    capture = cv2.VideoCapture(text + end, cv2.CAP_GSTREAMER)
+    start = time.perf_counter()
+    try:
+        if not capture.isOpened():
+            raise DataError(f"OpenCV cannot open the pipeline {shown_address(text)}", "try it with gst-launch-1.0")
+        while not closed.is_set():
+            is_read, picture = capture.read()
+            if not is_read:
+                return
+            yield time.perf_counter() - start, picture[..., ::-1]  # BGR
+    finally:
+        capture.release()
+
+
+def words_of(pipeline: str) -> list[str]:
+    """Splits a pipeline into words, without its end for OpenCV."""
+    try:
+        return shlex.split(APPSINK.sub("", pipeline))
+    except ValueError as error:
+        raise DataError(
+            f"expected a pipeline whose quotes are closed and whose last character is no backslash, got "
+            f"{shown_address(pipeline)} ({one_line(error)})",
+            'close the quotes: within the quotes of the shell, write values with spaces as name="a b"',
+        ) from error
