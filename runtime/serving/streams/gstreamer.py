@@ -64,7 +64,7 @@ def opencv_pictures(cv2: Any, text: str, closed: threading.Event) -> Generator[t
         capture.release()
 
 
-def words_of(pipeline: str) -> list[str]:
+def pipeline_words(pipeline: str) -> list[str]:
     """Splits a pipeline into words, without its end for OpenCV."""
     try:
         return shlex.split(APPSINK.sub("", pipeline))

@@ -315,7 +315,7 @@ def _by_opencv(cv2: Any, text: str, closed: threading.Event) -> Frames:
 def _by_launch(text: str, closed: threading.Event) -> Frames:
     """Yields the frames of a pipeline that ``gst-launch-1.0`` runs, which writes them uncompressed into a pipe."""
     end = " ! videoconvert ! video/x-raw,format=I420 ! y4menc ! fdsink fd=1"
-    command = ["gst-launch-1.0", "-q", *gstreamer.words_of(text), *end.split()]
+    command = ["gst-launch-1.0", "-q", *gstreamer.pipeline_words(text), *end.split()]
     with (
         tempfile.TemporaryFile() as messages,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages, bufsize=0) as process,
