@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import shlex
 import shutil
 import stat
 import subprocess
@@ -28,6 +27,7 @@ from blip2edge.packages import require
 from blip2edge.picture_files import PICTURE_SUFFIXES
 from blip2edge.runtime.images.preprocess import DeferredImage
 from blip2edge.runtime.images.video import VIDEO_SUFFIXES
+from blip2edge.runtime.serving.streams.pipelines import APPSINK, words_of
 
 POLL_S = 0.2  # between two listings of a folder
 SETTLED_POLLS = 10  # listings that show a broken picture unchanged before its error is reported
@@ -42,9 +42,6 @@ LIVE_SCHEMES = frozenset(("rtsp", "rtsps", "rtmp", "rtmps", "rtp", "srt", "tcp",
 
 CSI = "nvarguscamerasrc sensor-id={} ! video/x-raw(memory:NVMM),width=1280,height=720,framerate=30/1 ! nvvidconv"
 """The pipeline of a camera on the CSI connector of a Jetson."""
-
-APPSINK = re.compile(r"(\s*!\s*videoconvert[^!]*)?(\s*!\s*video/x-raw\s*,\s*format=\S*BGR\S*)?\s*!\s*appsink\b[^!]*$")
-"""The end of a pipeline as it is written for OpenCV."""
 
 Report = Callable[[str], None]  # takes a sentence for the user
 
@@ -352,7 +349,7 @@ def _by_opencv(cv2: Any, text: str, closed: threading.Event) -> Frames:
 def _by_launch(text: str, closed: threading.Event) -> Frames:
     """Yields the frames of a pipeline that ``gst-launch-1.0`` runs, which writes them uncompressed into a pipe."""
     end = " ! videoconvert ! video/x-raw,format=I420 ! y4menc ! fdsink fd=1"
-    command = ["gst-launch-1.0", "-q", *_words(text), *end.split()]
+    command = ["gst-launch-1.0", "-q", *words_of(text), *end.split()]
     with (
         tempfile.TemporaryFile() as messages,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages, bufsize=0) as process,
@@ -369,18 +366,6 @@ def _by_launch(text: str, closed: threading.Event) -> Frames:
             lines = messages.read().decode(errors="replace").strip().splitlines() or ["no message"]
             said = next((line for line in lines if "ERROR" in line), lines[0])
             raise DataError(f"the pipeline has failed: {one_line(ValueError(said))}", "try it with gst-launch-1.0")
-
-
-def _words(pipeline: str) -> list[str]:
-    """The words of a pipeline, without its end for OpenCV."""
-    try:
-        return shlex.split(APPSINK.sub("", pipeline))
-    except ValueError as error:
-        raise DataError(
-            f"expected a pipeline whose quotes are closed and whose last character is no backslash, got "
-            f"{shown_address(pipeline)} ({one_line(error)})",
-            'close the quotes: within the quotes of the shell, write values with spaces as name="a b"',
-        ) from error
 
 
 def _scheme(source: str) -> str:
