@@ -70,7 +70,7 @@ def compared(file: str) -> str:
     found = json.loads((RESULTS / file).read_text(encoding="utf-8"))
     rows = []
     for result in found["results"]:
-        title = f"{result['name']} {result['precision']}"
+        title = f"{result['name']} {result.get('precision', 'fp32')}"
         for stage, row in result["stages"].items():
             rows.append(
                 (f"{title}, {stage}", f"{row['predicted_ms']:,.2f}", f"{row['measured_cpu_ms']:,.2f}",

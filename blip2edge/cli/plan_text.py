@@ -163,7 +163,7 @@ def explanation(shape: ModelShape, plan: DevicePlan, request: PlanOptions) -> st
         lines += ["", *_part_lines(part, held, tokens)]
         times = frames if part.name in ("vision_encoder", "bridge") else 1
         cost = part_cost(part, precision, device, tokens, times)
-        rates = effective(device, FORMATS[held][part.kind])
+        rates = effective(device, FORMATS[held][part.kind], cost.bytes)
         ms = part_seconds(part, cost, precision, device, tokens, times) * 1e3
         lines.append(
             f"  time: {'max' if share.overlaps else 'sum'}({cost.float_ops / 1e9:,.2f} G / "
@@ -208,7 +208,7 @@ def _step_lines(shape: ModelShape, plan: DevicePlan, request: PlanOptions, token
     device, precision = plan.device, plan.chosen
     middle = {**tokens, "steps": 1, "context": tokens["context"] + 1 + (request.new_tokens - 1) // 2}
     cost, share = step_cost(shape, precision, device, middle), device.efficiency
-    rates = effective(device, FORMATS[held_precision(precision, device)]["language"])
+    rates = effective(device, FORMATS[held_precision(precision, device)]["language"], cost.bytes)
     passes = f", read {share.cache_passes} times" if share.cache_passes > 1 else ""
     return [
         (

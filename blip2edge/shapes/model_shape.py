@@ -88,10 +88,10 @@ class WeightMatrix:
         Args:
             tokens: Numbers of tokens.
             extra_rows: Tokens that are added where there are several, for processors that are slower at few tokens.
-            one_row: Whether a product of a single token counts; not where it is part of the time to read the weights.
+            one_row: Whether the first token counts; not where its product is part of the time to read the weights.
         """
         rows = tokens_of(self.rows, tokens)
-        return 2.0 * self.weights * (rows + extra_rows if rows > 1 else rows * one_row)
+        return 2.0 * self.weights * (rows - (not one_row) + (extra_rows if rows > 1 else 0))
 
 
 @dataclass(frozen=True)

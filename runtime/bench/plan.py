@@ -33,7 +33,8 @@ STAGE_OF = {VISION: "vision", BRIDGE: "bridge"}
 """Stage of each graph; all others run in the prefill."""
 
 CONVOLUTION_OPERATORS, CACHE_BYTES = 3, 32 << 20
-"""Operators around a product as a convolution, and the bytes of weights from which optimized copies have them."""
+"""Operators around a product as a convolution, and the bytes of weights that no cache holds: from there on optimized
+copies have convolutions."""
 
 CHEAP_SHARE = 0.25
 """An MLP is recommended if its tokens cost at most this share of a caption with a Q-Former."""
@@ -193,12 +194,21 @@ def token_budget(shape: ModelShape, options: PlanOptions) -> dict[str, Any]:
     }
 
 
-def effective(device: Board, kind: str) -> Roofline:
-    """The rates that the graphs reach by the stated efficiency, for weights of a format."""
+def effective(device: Board, kind: str, size: float) -> Roofline:
+    """The rates that the graphs reach by the stated efficiency, for weights of a format.
+
+    Floating-point weights that a CPU's cache holds are read at least at the whole bandwidth of the memory.
+
+    Args:
+        device: The board.
+        kind: The format.
+        size: Bytes that a run reads.
+    """
     share = device.efficiency
+    cached = device.is_cpu and kind in ("fp32", "fp16") and size <= CACHE_BYTES
     floats = kind if kind in ("fp32", "fp16") else "fp32" if device.is_cpu else "fp16"
     return Roofline(
-        device.bytes_per_s * share.bytes[kind],
+        device.bytes_per_s * (1.0 if cached else share.bytes[kind]),
         device.rate(floats) * share.products[floats],
         device.rate(kind) * share.products[kind],
     )
@@ -217,7 +227,7 @@ def part_seconds(
     """Seconds of a run of a part: products and bytes by the roofline, operators between them, calls of operators."""
     kind, share = FORMATS[held_precision(precision, device)][part.kind], device.efficiency
     between = times * part.elements(tokens) * share.element_s + operators(part, precision, device) * share.call_s
-    return cost.seconds(effective(device, kind), overlaps=share.overlaps) + between
+    return cost.seconds(effective(device, kind, cost.bytes), overlaps=share.overlaps) + between
 
 
 def operators(part: ModelPart, precision: str, device: Board) -> int:

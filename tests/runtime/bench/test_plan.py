@@ -46,8 +46,9 @@ def test_the_vision_encoder_by_hand() -> None:
     faster = replace(BOARD, bytes_per_s=1e15)
     assert stage_ms(shape, "fp32", faster, PlanOptions())["vision"] == pytest.approx(operations / 0.5e12 * 1e3)
     both = replace(BOARD, efficiency=replace(SIMPLE, overlaps=False))
+    first = 2 * (192 * 128 + 3 * (4 * 128 * 128 + 2 * 128 * 512))  # the product of one row is part of the reading
     assert stage_ms(shape, "fp32", both, PlanOptions())["vision"] == pytest.approx(
-        (weights / 1e9 + operations / 0.5e12) * 1e3
+        (weights / 1e9 + (operations - first) / 0.5e12) * 1e3
     )
 
 
@@ -193,7 +194,7 @@ def test_every_board_is_complete() -> None:
         assert not board.measured
         assert 0 < board.usable < board.memory
         for kind in ALL:
-            rates = effective(board, kind)
+            rates = effective(board, kind, 1e12)
             assert 0 < rates.bytes_per_s <= board.bytes_per_s
             assert 0 < rates.integer_ops_per_s <= max(board.rates.values())
             assert 0 < board.efficiency.products[kind] <= 1
