@@ -19,9 +19,9 @@ from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import INTERLEAVED
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.backends.base import Session
-from blip2edge.runtime.captioning.confidence import Confidence
 from blip2edge.runtime.captioning.request import ABSTAINED, CaptionResult, StageClock, TextAnswer
 from blip2edge.runtime.decoding.beam_search import beam_search
+from blip2edge.runtime.decoding.confidence import Confidence
 from blip2edge.runtime.decoding.draft_model import DraftSelector
 from blip2edge.runtime.decoding.generate import Generation, GenerationBatch, generate
 from blip2edge.runtime.decoding.generated import Generated, TextPiece, TextTokens
