@@ -52,7 +52,8 @@ from blip2edge.runtime.captioning.reuse_fit import (
     fit_thresholds,
     frames_needed,
 )
-from blip2edge.runtime.decoding.options import Generated, GenerationOptions, check_integer, check_number
+from blip2edge.runtime.decoding.generated import Generated
+from blip2edge.runtime.decoding.options import GenerationOptions, check_integer, check_number
 from blip2edge.runtime.images.video import ItemSource
 
 Step = Literal["full", "fit", "skip", "features", "caption", "audit"]
