@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.runtime.captioning.confidence import FEATURES, ConfidenceMap
+from blip2edge.runtime.decoding.confidence import FEATURES, ConfidenceMap
 
 FOLDS = 10
 RIDGE = 1.0  # on the weights of standardised features: keeps them finite where right and wrong texts do not overlap

@@ -27,7 +27,7 @@ from blip2edge.progress import ProgressCallback
 from blip2edge.reading import read_json
 from blip2edge.runtime.bench.reference_outputs import default_prompt
 from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
-from blip2edge.runtime.captioning.confidence import ConfidenceMap, decoding_options, features, task_of
+from blip2edge.runtime.decoding.confidence import ConfidenceMap, decoding_options, features, task_of
 
 LEAST, ADVISED = 20, 500
 """Fewest pictures of a fit, and the number below which it warns."""

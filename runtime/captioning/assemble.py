@@ -21,7 +21,6 @@ from blip2edge.errors import BundleError, UsageError, option
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.backends.open_graph import GraphOpener
-from blip2edge.runtime.captioning.confidence import Confidence
 from blip2edge.runtime.captioning.encoder import Encoder, ImageParts, TextParts
 from blip2edge.runtime.captioning.pipeline import TextGenerator
 from blip2edge.runtime.decoding.draft_model import DraftSelector

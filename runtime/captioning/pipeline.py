@@ -14,10 +14,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.runtime.captioning.confidence import Confidence
 from blip2edge.runtime.captioning.encoder import EncodedBatch
 from blip2edge.runtime.captioning.request import ABSTAINED, CaptionResult, StageClock, TextAnswer
 from blip2edge.runtime.decoding.beam_search import beam_search
+from blip2edge.runtime.decoding.confidence import Confidence
 from blip2edge.runtime.decoding.draft_model import DraftSelector
 from blip2edge.runtime.decoding.generate import Generation, GenerationBatch, generate
 from blip2edge.runtime.decoding.generated import Generated, TextPiece, TextTokens

@@ -145,6 +145,7 @@ def watch(
         UsageError: ``reuse_below`` is not a number from 0 to 1 or ``auto``; or as of :class:`ReuseLadder`.
     """
     generation = captioner.options(**options)
+    captioner.generator.confidence.check(generation, prompt)
     interval = 1 / max_fps if max_fps else 0.0
     start = time.monotonic()
     queued = every or (isinstance(frames, Source) and frames.is_queue)

@@ -26,7 +26,7 @@ from blip2edge.calibration.pipeline import _seal, calibrate
 from blip2edge.cli import main
 from blip2edge.cli.caption import shown_text
 from blip2edge.errors import BundleError, DataError, UsageError
-from blip2edge.runtime.captioning.confidence import Confidence, ConfidenceMap, features
+from blip2edge.runtime.decoding.confidence import Confidence, ConfidenceMap, features
 from blip2edge.runtime.decoding.generated import Generated
 from blip2edge.runtime.decoding.options import GenerationOptions
 from tests.confident import NEW, drawn_references, fit_on_drawings, pictures
