@@ -96,10 +96,10 @@ def plain_checkpoint(path: Path, folder: Path) -> Path:
     return plain
 
 
-def bundle_of(checkpoint: Path, path: Path) -> Path:
+def bundle_of(checkpoint: Path, path: Path, verify: str | None = None) -> Path:
     """The bundle of a checkpoint; made if it does not exist."""
     if not path.exists():
-        export_checkpoint(checkpoint, path)
+        export_checkpoint(checkpoint, path, verify=verify)
     return path
 
 
@@ -121,7 +121,6 @@ def scenes(folder: Path, count: int) -> dict[str, Any]:
     checkpoint, record = elastic_checkpoint(folder)
     elastic = bundle_of(checkpoint, folder / "elastic-bundle")
     plain = bundle_of(plain_checkpoint(checkpoint, folder), folder / "plain-bundle")
-    shipped = bundle_of(CHECKPOINT, folder / "shipped-bundle")
     with Captioner.load(elastic, backend="cpu", threads=1) as captioner:
         spec = captioner.bundle.manifest.elastic
     if spec is None:
@@ -139,7 +138,7 @@ def scenes(folder: Path, count: int) -> dict[str, Any]:
         "training_cpu_seconds": record["cpu_seconds"],
         "exact_match": rows,
         "plain_exact_match": plain_right,
-        "shipped_exact_match": captions_of(shipped, count, None)[1],
+        "shipped_exact_match": json.loads((CHECKPOINT / "training.json").read_text())["heldout"]["exact_match"],
         "ids_equal_to_plain_at_full": equal,
     }
 
@@ -202,7 +201,7 @@ def video(name: str, folder: Path) -> dict[str, Any]:
     checkpoint = folder / f"video-{name}"
     if not checkpoint.exists():
         write_checkpoint(checkpoint, SHAPES[name])
-    run = Video(bundle_of(checkpoint, folder / f"video-{name}-bundle"))
+    run = Video(bundle_of(checkpoint, folder / f"video-{name}-bundle", "sample"))
     rounds: dict[int, list[dict[str, Any]]] = {queries: [] for queries in NUMBERS[name]}
     for number in range(ROUNDS[name] + 1):
         for queries, found in rounds.items():

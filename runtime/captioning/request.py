@@ -28,8 +28,8 @@ STAGES = ("preprocess", "vision", "bridge", "prefill", "decode")
 """The stages of a caption, in order."""
 
 
-NOT_IN_JSON = ("tokens_per_pass", "prompt_tokens", "new_tokens", "token_logprobs", "likeliest", "confidence")
-"""Attributes of a result that ``caption --json`` does not have; ``confidence`` comes last there, after ``logprob``."""
+NOT_IN_JSON = ("tokens_per_pass", "prompt_tokens", "new_tokens", "token_logprobs", "likeliest", "confidence", "queries")
+"""Attributes of a result that ``caption --json`` does not have, but for the last two: there they follow ``logprob``."""
 
 DIGITS = 6
 """Decimals of log-probabilities in JSON."""

@@ -21,7 +21,7 @@ import torch
 
 from blip2edge import Captioner
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.bundle.schema import BackendName, ElasticSpec
+from blip2edge.bundle.schema import ElasticSpec
 from blip2edge.calibration.pipeline import calibrate
 from blip2edge.cli import main
 from blip2edge.engine.profiles import profiles_of
@@ -43,6 +43,7 @@ from tests.families import drawing_idefics, drawing_instruct, test_idefics, test
 LEAST, MOST = 2, 5
 PROMPTS = (None, "a photo of", "Question: what is two? Short answer:")
 TOKENS = 10
+SEARCHES: tuple[dict[str, Any], ...] = ({}, {"num_beams": 3})
 
 
 def mark(checkpoint: Path, least: int = LEAST) -> None:
@@ -87,7 +88,7 @@ def test_the_ids_are_those_of_transformers_with_cut_queries(
     queries: int, exported: Exported, captioner: Captioner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     oracle, pictures = cut(exported.drawn, queries, monkeypatch), draw_pictures(3)
-    for options in ({}, {"num_beams": 3}):
+    for options in SEARCHES:
         wanted = [
             oracle.generate(picture, prompt, max_new_tokens=TOKENS, **options)
             for picture, prompt in zip(pictures, PROMPTS, strict=True)
@@ -101,7 +102,7 @@ def test_the_ids_are_those_of_transformers_with_cut_queries(
         assert {result.queries for result in batched} == {queries}
         single = captioner.caption(pictures[1], prompt=PROMPTS[1], queries=queries, max_new_tokens=TOKENS, **options)
         assert single.tokens == wanted[1]
-    assert [result.prompt_tokens - queries for result in batched] == [1, 4, 10]
+        assert [result.prompt_tokens - queries for result in batched] == [1, 4, 10]
 
 
 def test_all_queries_give_the_ids_of_the_plain_bundle(exported: Exported, captioner: Captioner) -> None:
@@ -215,7 +216,7 @@ def on_the_cpu(path: Path, threads: int | None = None, optimized: Any = None) ->
 
 @pytest.mark.parametrize("backend", ["cpu", "openvino", "cuda", "tensorrt", "optimized"])
 def test_every_backend_gives_the_same_ids(
-    backend: BackendName, exported: Exported, captioner: Captioner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backend: str, exported: Exported, captioner: Captioner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = exported.elastic
     if backend == "openvino":
@@ -232,9 +233,9 @@ def test_every_backend_gives_the_same_ids(
 
         plug_in(monkeypatch)
         write_engines(bundle, bundle / KIND)
-    if backend == "optimized":  # type: ignore[comparison-overlap]
+    if backend == "optimized":
         optimize(bundle)
-    name: Any = "cpu" if backend == "optimized" else backend  # type: ignore[comparison-overlap]
+    name: Any = "cpu" if backend == "optimized" else backend
     pictures = draw_pictures(3)
     with Captioner.load(bundle, backend=name, threads=1, draft="none") as loaded:
         for queries in (None, 3):

@@ -54,7 +54,8 @@ def test_the_loss_is_that_of_transformers_with_cut_queries(
     stage.begin_step(0)
     loss = stage(made.batch)["loss"]
     loss.backward()
-    used = stage.bridge.get_parameter("qformer.query_tokens").grad.abs().sum(dim=(0, 2)) > 0
+    gradient: Any = stage.bridge.get_parameter("qformer.query_tokens").grad
+    used = gradient.abs().sum(dim=(0, 2)) > 0
     assert used.tolist() == [True] * 3 + [False] * 2
     assert stage.gauges() == {"queries": 3.0}
     monkeypatch.setattr(theirs.query_tokens, "data", theirs.query_tokens.data[:, :3])
