@@ -23,6 +23,7 @@ from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.backends.open_graph import GraphOpener
 from blip2edge.runtime.captioning.encoder import Encoder, ImageParts, TextParts
 from blip2edge.runtime.captioning.pipeline import TextGenerator
+from blip2edge.runtime.decoding.confidence import Confidence
 from blip2edge.runtime.decoding.draft_model import DraftSelector
 from blip2edge.runtime.decoding.language_model import load_language_model, token_table
 from blip2edge.runtime.decoding.options import shown
