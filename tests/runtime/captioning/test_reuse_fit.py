@@ -63,7 +63,7 @@ class StubEncoder:
         self.images = SimpleNamespace(preprocessing=SimpleNamespace(spans=np.ones(3, np.float32)))
         self.vision_runs = 0
 
-    def prepare(self, images: Sequence[Shot], texts: Sequence[Any], clock: Any) -> PreparedBatch:
+    def prepare(self, images: Sequence[Shot], texts: Sequence[Any], clock: Any, queries: Any) -> PreparedBatch:
         self.shot = images[0]
         pixels = np.full((1, 3, 4, 4), self.shot.level, np.float32)
         return PreparedBatch([Prompt(((1,),), 0, None)], [1], pixels, {})
