@@ -66,8 +66,8 @@ def recorded(captioner: Captioner, kind: str, frames: int, folder: Path) -> Reco
             np.savez(path, cells=found.cells, features=found.features, texts=found.texts, times=times)
         with np.load(path) as arrays:
             part = {name: arrays[name] for name in arrays.files}
-        times = [FrameTimes(*map(float, row)) for row in part["times"]]
-        parts.append(Recording(list(part["cells"]), list(part["features"]), part["texts"].tolist(), times))
+        frame_times = [FrameTimes(*map(float, row)) for row in part["times"]]
+        parts.append(Recording(list(part["cells"]), list(part["features"]), part["texts"].tolist(), frame_times))
     return joined(parts)
 
 
