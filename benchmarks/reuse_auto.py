@@ -15,22 +15,27 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from reporting import CHECKPOINT, parser_of, write_result
+import numpy as np
+from reporting import CHECKPOINT, parser_of, write_json, write_result
 from reuse_films import KINDS, NOISE, Film, film
 
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.reuse.fit import Recording, fit_thresholds
+from blip2edge.runtime.captioning.reuse.fit import FrameTimes, Recording, fit_thresholds
 from blip2edge.runtime.captioning.reuse.ladder import ReuseLadder, ReusePlan, fit_document, fit_key
 from blip2edge.runtime.serving.streams.sources import Frame
-from blip2edge.runtime.serving.watch import WatchResult, watch
+from blip2edge.runtime.serving.watch import watch
 
-RATES = (0.02, 0.05)
-FIT_SEED, TEST_SEED = 41, 52
+RATES = (0.05, 0.1)
+FIT_SEEDS, TEST_SEED = (41, 12), 63
+PART = 500  # frames that are recorded at once
 
 
 def frames_of(pictures: Film) -> Iterator[Frame]:
@@ -38,13 +43,32 @@ def frames_of(pictures: Film) -> Iterator[Frame]:
         yield Frame(str(index), picture)
 
 
-def recorded(captioner: Captioner, pictures: Film) -> Recording:
-    """The recording of a film, of which every frame is encoded."""
-    plan = ReusePlan(frames=len(pictures) + 1)
-    ladder = ReuseLadder(captioner.encoder, captioner.generator, captioner.options(), plan, {})
-    for picture in pictures:
-        ladder(picture)
-    return ladder.recording
+def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A JSON object that is computed once, so that an interrupted run continues."""
+    if not path.exists():
+        write_json(path, make())
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def recorded(captioner: Captioner, kind: str, frames: int, folder: Path) -> Recording:
+    """The recording of films of a kind, of which every frame is encoded; its parts are kept in the folder."""
+    parts = []
+    for seed, start in product(FIT_SEEDS, range(0, frames, PART)):
+        path = folder / f"recording-{kind}-{seed}-{start}.npz"
+        if not path.exists():
+            plan = ReusePlan(frames=PART + 1)
+            ladder = ReuseLadder(captioner.encoder, captioner.generator, captioner.options(), plan, {})
+            for picture in film(kind, frames, seed)[start : start + PART]:
+                ladder(picture)
+            found = ladder.recording
+            times = [(one.encode, one.decode) for one in found.times]
+            np.savez(path, cells=found.cells, features=found.features, texts=found.texts, times=times)
+        with np.load(path) as arrays:
+            part = {name: arrays[name] for name in arrays.files}
+        frame_times = [FrameTimes(*map(float, row)) for row in part["times"]]
+        parts.append(Recording(list(part["cells"]), list(part["features"]), part["texts"].tolist(), frame_times))
+    return joined(parts)
 
 
 def joined(recordings: Sequence[Recording]) -> Recording:
@@ -55,15 +79,13 @@ def joined(recordings: Sequence[Recording]) -> Recording:
     return found
 
 
-def timed(captioner: Captioner, pictures: Film, **options: Any) -> tuple[list[WatchResult], float]:
-    """The results of a film, and its CPU milliseconds a frame."""
+def timed(captioner: Captioner, pictures: Film, **options: Any) -> dict[str, Any]:
+    """The captions and steps of a film, the last audit, and CPU milliseconds a frame."""
     start = time.process_time()
     results = list(watch(captioner, frames_of(pictures), every=True, **options))
-    return results, (time.process_time() - start) / len(pictures) * 1e3
-
-
-def texts_of(results: Sequence[WatchResult]) -> list[str]:
-    return [one.result.text for one in results if one.result is not None]
+    cpu_ms = (time.process_time() - start) / len(pictures) * 1e3
+    texts = [one.result.text for one in results if one.result is not None]
+    return {"texts": texts, "steps": [one.step for one in results], "audit": results[-1].audit, "cpu_ms": cpu_ms}
 
 
 def overlooked(given: Sequence[str], wanted: Sequence[str]) -> tuple[int, int]:
@@ -74,15 +96,13 @@ def overlooked(given: Sequence[str], wanted: Sequence[str]) -> tuple[int, int]:
     return len(starts), missed
 
 
-def tested(
-    captioner: Captioner, pictures: Film, full: tuple[list[WatchResult], float], plan: ReusePlan
-) -> dict[str, Any]:
+def tested(captioner: Captioner, pictures: Film, full: dict[str, Any], plan: ReusePlan) -> dict[str, Any]:
     """The figures of one film with a kept fit."""
     sentences: list[str] = []
-    plan = ReusePlan(plan.rate, plan.frames, plan.path, report=sentences.append)
-    results, cpu_ms = timed(captioner, pictures, reuse_below="auto", reuse=plan)
-    given, wanted, count = texts_of(results), texts_of(full[0]), len(pictures)
-    steps = Counter(one.step for one in results)
+    plan = replace(plan, report=sentences.append)
+    found = timed(captioner, pictures, reuse_below="auto", reuse=plan)
+    given, wanted, count, cpu_ms = found["texts"], full["texts"], len(pictures), found["cpu_ms"]
+    steps = Counter(found["steps"])
     reused = steps["skip"] + steps["caption"]
     missed = sum(one != other for one, other in zip(given, wanted, strict=True))
     changes, never = overlooked(given, wanted)
@@ -96,41 +116,55 @@ def tested(
         "changes_never_shown": never,
         "vision_saved": round(steps["skip"] / count, 4),
         "decoding_saved": round(reused / count, 4),
-        "cpu_ms_full": round(full[1], 3),
+        "cpu_ms_full": round(full["cpu_ms"], 3),
         "cpu_ms": round(cpu_ms, 3),
-        "time_saved": round(1 - cpu_ms / full[1], 4),
-        "audit": results[-1].audit,
-        "fitted_again": sentences,
+        "time_saved": round(1 - cpu_ms / full["cpu_ms"], 4),
+        "audit": found["audit"],
+        "said": sentences,
     }
+
+
+def fitted(recording: Recording, captioner: Captioner, plan: ReusePlan) -> dict[str, Any]:
+    fit = fit_thresholds(recording, plan.rate)
+    return fit_document(fit, fit_key(captioner.bundle, None, captioner.options(), plan))
 
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--fit-frames", type=int, default=3000, metavar="N", help="of each kind")
-    parser.add_argument("--frames", type=int, default=2000, metavar="N", help="of each tested film")
+    parser.add_argument("--fit-frames", type=int, default=2000, metavar="N", help="of each of the two films of a kind")
+    parser.add_argument("--frames", type=int, default=1200, metavar="N", help="of each tested film")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for intermediate results; a later run uses them")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
+    folder = options.keep or Path(tempfile.mkdtemp())
+    folder.mkdir(exist_ok=True)
+    if not (folder / "bundle").exists():
+        export_checkpoint(CHECKPOINT, folder / "bundle")
+    captioner = Captioner.load(folder / "bundle", backend="cpu", threads=1)
+    recordings = {kind: recorded(captioner, kind, options.fit_frames, folder) for kind in KINDS}
+    fits = [("all kinds", kind, list(KINDS)) for kind in KINDS]
+    fits += [("same kind", kind, [kind]) for kind in KINDS]
+    fits += [("other kinds", kind, [other for other in KINDS if other != kind]) for kind in KINDS]
+    films = {kind: film(kind, options.frames, TEST_SEED) for kind in KINDS}
+    full = {
+        kind: kept(folder / f"full-{kind}.json", partial(timed, captioner, pictures))
+        for kind, pictures in films.items()
+    }
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = export_checkpoint(CHECKPOINT, Path(folder) / "bundle").bundle
-        captioner = Captioner.load(bundle, backend="cpu", threads=1)
-        recordings = {kind: recorded(captioner, film(kind, options.fit_frames, FIT_SEED)) for kind in KINDS}
-        fits = {("same kind", kind): [kind] for kind in KINDS}
-        fits |= {("all kinds", kind): list(KINDS) for kind in KINDS}
-        fits |= {("other kinds", kind): [other for other in KINDS if other != kind] for kind in KINDS}
-        films = {kind: film(kind, options.frames, TEST_SEED) for kind in KINDS}
-        full = {kind: timed(captioner, pictures) for kind, pictures in films.items()}
-        for (name, kind), used in fits.items():
+    for name, kind, used in fits:
+        for rate in RATES:
+            path = folder / f"fit-{'-'.join(used)}-{rate}.json"
+            plan = ReusePlan(rate, options.frames + 1, path)
             recording = joined([recordings[one] for one in used])
-            for rate in RATES:
-                plan = ReusePlan(rate, options.fit_frames, Path(folder) / "fit.json")
-                fit = fit_thresholds(recording, rate)
-                document = fit_document(fit, fit_key(captioner.bundle, None, captioner.options(), plan))
-                Path(folder, "fit.json").write_text(json.dumps(document))
-                figures = tested(captioner, films[kind], full[kind], plan)
-                rows.append({"fitted_on": name, "film": kind, "stated": rate, **figures, "fit": document["chosen"]})
-                print(json.dumps(rows[-1]), flush=True)
-    write_result(options.json, noise=NOISE, fit_frames=options.fit_frames, results=rows)
+            document = kept(path, partial(fitted, recording, captioner, plan))
+            chosen = document["chosen"]
+            write_json(path.with_name("used.json"), document)
+            plan = replace(plan, path=path.with_name("used.json"))
+            row = partial(tested, captioner, films[kind], full[kind], plan)
+            found = kept(folder / f"row-{name}-{kind}-{rate}.json", row)
+            rows.append({"fitted_on": name, "film": kind, "stated": rate, **found, "fit": chosen})
+            print(json.dumps(rows[-1]), flush=True)
+            write_result(options.json, noise=NOISE, fit_frames=options.fit_frames, results=rows)
 
 
 if __name__ == "__main__":

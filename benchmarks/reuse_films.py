@@ -83,7 +83,7 @@ def _between(one: SceneObject, other: SceneObject, part: float) -> SceneObject:
 def lighting(shown: Iterator[Scene], rng: Random) -> Iterator[Picture]:
     """Scenes under a light that drifts by 30 % in brightness and by 10 % in each colour; fades of 8 frames."""
     periods, phases = rng.uniform(150, 400, 4), rng.uniform(0, 2 * np.pi, 4)
-    before = None
+    before: Picture | None = None
     number = 0
     for scene in shown:
         now = np.asarray(scene.picture, np.float32)

@@ -100,7 +100,7 @@ def _add_reuse(parser: argparse.ArgumentParser) -> None:
     add_number(
         parser,
         "--fit-frames",
-        "with --reuse-below auto: number of frames that are encoded in full for a fit (default: 2000)",
+        "with --reuse-below auto: number of frames that are encoded in full for a fit (default: 5000)",
     )
     parser.add_argument(
         "--reuse-fit",

@@ -6,10 +6,11 @@ The rate is missed changes / reused frames. A pair of thresholds is allowed if a
 at most the stated rate; of the allowed pairs, one that saves most time is chosen (Learn then Test, Angelopoulos et
 al., arXiv 2110.01052, with Bonferroni's correction for the number of pairs).
 
-The bound is that of Clopper and Pearson (Biometrika 26, 1934). It needs independent frames, but one overlooked change
-makes a run of frames wrong. So, as Korn and Graubard do for clustered samples (Survey Methodology 24, 1998), both
-counts are divided by the design effect: here sum(m²) / sum(m) over the numbers m of missed changes of each encoded
-frame, the variance of such a sum relative to independent misses.
+The bound is that of Clopper and Pearson (Biometrika 26, 1934). It needs independent frames. But one overlooked change
+makes a run of frames wrong, and a captioner that wavers at a scene misses changes all through it. So, as Korn and
+Graubard do for clustered samples (Survey Methodology 24, 1998), both counts are divided by the design effect: here
+sum(m²) / sum(m) over the numbers m of missed changes in blocks of :data:`BLOCK` frames, the variance of such a sum
+relative to independent misses, and at least :data:`LEAST_EFFECT`.
 """
 
 from __future__ import annotations
@@ -32,8 +33,18 @@ AUDIT_EVERY = 50
 ALARM = 100.0
 """Likelihood ratio of the audits at which the thresholds are fitted again: a false alarm in 100 audits at most."""
 
-SKIP_STEPS, CAPTION_STEPS = 7, 8
+SKIP_STEPS, CAPTION_STEPS = 4, 6
 """Number of quantiles of the distances that are tried as thresholds, for each of the two comparisons."""
+
+BLOCK = 200
+"""Frames of a block. Missed changes of one block count as dependent: a scene that the captioner wavers at has many."""
+
+LEAST_EFFECT = AUDIT_EVERY / 2
+"""Smallest design effect: an overlooked change lasts until the next audit, on average half of the frames between two.
+
+Few scenes give too low an estimate, because most misses come from few of them: on six films of 2,000 frames it was 3 to
+34 (``docs/reuse.md``).
+"""
 
 EQUAL = 0.02
 """Pairs whose share of time saved differs by no more count as equal, and the one with the lowest bound is chosen."""
@@ -174,9 +185,9 @@ def upper_bound(missed: float, frames: float, level: float) -> float:
 
 
 def frames_needed(rate: float) -> int:
-    """Fewest independent reused frames, none of them wrong, with which the first fit can state a rate."""
+    """Fewest reused frames, none of them wrong, with which the first fit can state a rate."""
     points = 4 * SKIP_STEPS * CAPTION_STEPS - 1  # zero, the quantiles and the means between them
-    return math.ceil(math.log(_level(1, points)) / math.log1p(-rate))
+    return math.ceil(LEAST_EFFECT * math.log(_level(1, points)) / math.log1p(-rate))
 
 
 def _level(attempt: int, points: int) -> float:
@@ -279,9 +290,9 @@ def fit_thresholds(recording: Recording, rate: float, attempt: int = 1) -> Reuse
         for caption in _grid(features, CAPTION_STEPS)
         if skip or caption
     ]
-    replays = {pair: _Replay(pair).run(near, numbers) for pair in pairs}
     level = _level(attempt, max(len(pairs), 1))
-    curve = tuple(_point(pair, replays, level, times, len(recording)) for pair in pairs)
+    replays = (_Replay(pair).run(near, numbers) for pair in pairs)
+    curve = tuple(_point(one, level, times, len(recording)) for one in replays)
     allowed = [point for point in curve if point.upper <= rate]
     most = max((point.saved for point in allowed), default=0.0)
     chosen = min((point for point in allowed if point.saved >= most - EQUAL), key=lambda one: one.upper, default=None)
@@ -322,53 +333,43 @@ class _Replay:
     def __init__(self, thresholds: Thresholds) -> None:
         self.thresholds = thresholds
         self.skipped = self.captions = self.audits = 0
-        self.missed: list[int] = []  # of each encoded frame
+        self.missed: list[int] = []  # of each block of frames
 
     def run(self, near: tuple[list[list[float]], list[list[float]]], texts: Sequence[int]) -> _Replay:
         """Replays the frames; ``near`` are the two bands, ``texts`` a number for each caption."""
         skip, caption = self.thresholds
         pictures, features = near
-        audit, shown, seen, missed = AuditClock(), 0, 0, 0
+        audit, shown, seen = AuditClock(), 0, 0
+        self.missed = [0] * (len(texts) // BLOCK + 1)
         for at in range(1, len(texts)):
             skipped = pictures[seen][at - seen - 1] < skip
             reused = skipped or features[shown][at - shown - 1] < caption
             if reused and not audit.is_due():
                 self.skipped += skipped
                 self.captions += not skipped
-                missed += texts[at] != texts[shown]
+                self.missed[at // BLOCK] += texts[at] != texts[shown]
                 if not skipped:
                     seen = at
                 continue
             self.audits += reused
-            self.missed.append(missed)
             shown = seen = at
-            missed = 0
-        self.missed.append(missed)
         return self
 
     @property
     def design_effect(self) -> float:
-        """Mean number of missed changes in a run, weighted by that number; 0 if nothing was missed."""
+        """Mean number of missed changes in a block, weighted by that number; 0 if nothing was missed."""
         total = sum(self.missed)
         return sum(one * one for one in self.missed) / total if total else 0.0
 
 
-def _point(
-    pair: Thresholds, replays: dict[Thresholds, _Replay], level: float, times: FrameTimes, frames: int
-) -> CurvePoint:
-    """The figures of a pair. Where nothing is missed, the design effect is that of a looser pair with fewest."""
-    one = replays[pair]
-    looser = (
-        (sum(other.missed), other.design_effect)
-        for other in replays.values()
-        if any(other.missed) and other.thresholds.skip >= pair.skip and other.thresholds.caption >= pair.caption
-    )
-    effect = one.design_effect or min(looser, default=(0, float(AUDIT_EVERY)))[1]
+def _point(one: _Replay, level: float, times: FrameTimes, frames: int) -> CurvePoint:
+    """The figures of a replay."""
+    effect = max(one.design_effect, LEAST_EFFECT)
     reused, missed = one.skipped + one.captions, sum(one.missed)
     skipped, captions = one.skipped / frames, one.captions / frames
     saved = skipped + captions * times.decode / ((times.encode + times.decode) or 1.0)
     return CurvePoint(
-        thresholds=pair,
+        thresholds=one.thresholds,
         skipped=skipped,
         captions=captions,
         reused=reused,

@@ -63,7 +63,7 @@ Step = Literal["full", "fit", "skip", "features", "caption", "audit"]
 REUSED: frozenset[Step] = frozenset(("skip", "features", "caption"))
 """Steps that reuse something of an earlier frame."""
 
-LONGEST = 5  # times the frames of a fit: older ones are removed from the recording
+LONGEST = 3  # times the frames of a fit: older ones are removed from the recording
 FORMAT = 1  # of the kept file
 
 
@@ -83,7 +83,7 @@ class ReusePlan:
     """
 
     rate: float = 0.05
-    frames: int = 2000
+    frames: int = 5000
     path: Path | None = None
     on_fit: Callable[[dict[str, Any]], None] = lambda document: None
     report: Callable[[str], None] = lambda sentence: None
@@ -367,7 +367,7 @@ def _sentence(fit: ReuseFit, rate: float) -> str:
     if fit.chosen is None:
         return (
             f"nothing is reused: on {film}, no thresholds keep missed changes below {rate:.1%} of the reused frames "
-            f"with {CONFIDENCE:.0%} confidence (at least {frames_needed(rate)} independent frames are needed); the "
+            f"with {CONFIDENCE:.0%} confidence (at least {frames_needed(rate)} reused frames are needed); the "
             "next fit has more frames"
         )
     point = fit.chosen

@@ -37,10 +37,13 @@ from blip2edge.runtime.text.prompt import Prompt
 
 @pytest.fixture(autouse=True)
 def _few_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few pairs of thresholds are tried, so that a fit is fast."""
+    """Few pairs of thresholds are tried, and a frame counts more, so that a fit is fast."""
+    monkeypatch.setattr(reuse_fit, "LEAST_EFFECT", LEAST_EFFECT)
     monkeypatch.setattr(reuse_fit, "SKIP_STEPS", 3)
     monkeypatch.setattr(reuse_fit, "CAPTION_STEPS", 2)
 
+
+LEAST_EFFECT = 8.0
 
 KEY: dict[str, Any] = {"bundle": "a" * 64, "prompt": None, "options": {"num_beams": 1}, "miss_rate": 0.05}
 
@@ -60,7 +63,7 @@ class StubEncoder:
         self.images = SimpleNamespace(preprocessing=SimpleNamespace(spans=np.ones(3, np.float32)))
         self.vision_runs = 0
 
-    def prepare(self, images: Sequence[Shot], texts: Sequence[Any], clock: Any) -> PreparedBatch:
+    def prepare(self, images: Sequence[Shot], texts: Sequence[Any], clock: Any, queries: Any) -> PreparedBatch:
         self.shot = images[0]
         pixels = np.full((1, 3, 4, 4), self.shot.level, np.float32)
         return PreparedBatch([Prompt(((1,),), 0, None)], [1], pixels, {})
@@ -136,7 +139,7 @@ def test_the_bound_of_parts_lies_between_those_of_whole_numbers() -> None:
 def test_frames_needed_is_the_smallest_number() -> None:
     level = 0.05 / 2 / (4 * 3 * 2 - 1)
     needed = frames_needed(0.05)
-    assert upper_bound(0, needed, level) <= 0.05 < upper_bound(0, needed - 1, level)
+    assert upper_bound(0, needed / LEAST_EFFECT, level) <= 0.05 < upper_bound(0, (needed - 1) / LEAST_EFFECT, level)
 
 
 def test_thresholds_between_noise_and_changes_are_found() -> None:
@@ -160,22 +163,24 @@ def test_the_bound_of_every_point_by_hand() -> None:
     level = 0.05 / 2 / len(fit.curve)
     for point in fit.curve:
         effect = point.design_effect
-        assert point.upper == upper_bound(point.missed / effect, point.reused / effect, level)
+        assert point.upper == pytest.approx(upper_bound(point.missed / effect, point.reused / effect, level))
         assert point.rate == (point.missed / point.reused if point.reused else 0.0)
 
 
-def test_misses_in_a_row_count_as_few_frames() -> None:
-    """40 frames of 400 have another caption, each alone or ten in a row: those in a row have the larger bound."""
+def test_misses_that_come_together_count_as_few_frames() -> None:
+    """Of 1000 frames 100 have another caption, spread evenly or all in one block: these have the larger bound."""
 
     def loosest(film: list[Shot]) -> Any:
         return max(fit_thresholds(recorded(film), 0.05).curve, key=lambda point: point.saved)
 
     still, other = Shot(0.0, 1.0, 0), Shot(0.0, 1.0, 1)
-    alone, runs = loosest([*[still] * 9, other] * 40), loosest([*[still] * 90, *[other] * 10] * 4)
-    assert alone.reused == runs.reused
-    assert alone.missed / alone.reused == pytest.approx(0.1, abs=0.03)
-    assert runs.design_effect > 2 * alone.design_effect
-    assert runs.upper > alone.upper
+    spread = loosest([*[still] * 9, other] * 100)
+    together = loosest([*[still] * 800, *[still, other] * 100])
+    assert spread.reused == together.reused
+    assert min(spread.missed, together.missed) > 50
+    assert together.design_effect == together.missed
+    assert spread.design_effect < together.design_effect
+    assert together.upper > spread.upper
 
 
 def test_frames_that_are_the_same_bit_by_bit_are_reused() -> None:
@@ -188,11 +193,11 @@ def test_too_few_frames_are_not_enough() -> None:
     assert fit_thresholds(recorded(scenes(5)), 0.05).chosen is None
 
 
-def test_where_nothing_is_missed_the_longest_run_is_assumed() -> None:
+def test_where_nothing_is_missed_the_least_design_effect_counts() -> None:
     rng = np.random.default_rng(1)
     still = [Shot(float(rng.uniform(0, 0.001)), 1.0, 0) for _ in range(600)]
     fit = fit_thresholds(recorded(still), 0.05)
-    assert {point.design_effect for point in fit.curve} == {AUDIT_EVERY}
+    assert {point.design_effect for point in fit.curve} == {LEAST_EFFECT}
     assert fit.chosen is None
 
 
@@ -207,7 +212,7 @@ def test_the_ladder_does_what_the_replay_did() -> None:
     plan = ReusePlan(frames=len(film))
     ladder = ladder_of(plan)
     assert {ladder(shot)[1] for shot in film} == {"fit"}
-    ladder._clock = AuditClock()
+    ladder._clock, ladder._last = AuditClock(), None
     steps = [ladder(shot)[1] for shot in film]
     chosen = ladder.fit.chosen
     assert steps.count("skip") == round(chosen.skipped * len(film))
@@ -319,7 +324,7 @@ def test_without_a_fit_it_is_tried_again_with_more_frames() -> None:
     assert steps == {"fit"}
     assert [one["frames"] for one in documents] == [50, 100]
     assert all(one["chosen"] is None for one in documents)
-    assert f"at least {frames_needed(0.05)} independent frames are needed" in said[0]
+    assert f"at least {frames_needed(0.05)} reused frames are needed" in said[0]
     ladder(Shot(0.0, 1.0, 0))
     ladder.finish()
     assert documents[-1]["frames"] == 101
