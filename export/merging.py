@@ -118,9 +118,9 @@ class GuidedMatching(TokenMatching):
         if not torch.equal(order.sort(dim=1).values, every):
             raise ParityError(f"{PAIRS}: the graph's order of {first} patches does not name each of them once", FIX)
         if partner.shape != order.shape or bool(((partner < 0) | (partner >= second)).any()):
-            found = f"{int(partner.min())} to {int(partner.max())}"
+            taken_by = f"{int(partner.min())} to {int(partner.max())}"
             raise ParityError(
-                f"{PAIRS}: expected patches to be merged into the patches 0 to {second - 1}, got {found}", FIX
+                f"{PAIRS}: expected patches to be merged into the patches 0 to {second - 1}, got {taken_by}", FIX
             )
         best = scores.amax(dim=-1)  # [B, A]
         taken = torch.gather(scores, 2, partner[:, :, None])[:, :, 0]

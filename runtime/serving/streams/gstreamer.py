@@ -20,7 +20,7 @@ APPSINK = re.compile(r"(\s*!\s*videoconvert[^!]*)?(\s*!\s*video/x-raw\s*,\s*form
 """The end of a pipeline as it is written for OpenCV."""
 
 
-def check() -> Any:
+def pipeline_reader() -> Any:
     """Returns OpenCV's module if it reads pipelines, or None if ``gst-launch-1.0`` runs them.
 
     Raises:

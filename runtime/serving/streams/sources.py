@@ -336,7 +336,7 @@ def _by_launch(text: str, closed: threading.Event) -> Frames:
 
 def _check_pipeline() -> None:
     """Raises BackendError if nothing can read a pipeline."""
-    if gstreamer.check() is None:
+    if gstreamer.pipeline_reader() is None:
         _pyav()
 
 

@@ -295,9 +295,12 @@ def test_a_full_queue_and_a_deadline(matcher: Matcher) -> None:
 
 
 def test_steps_end_when_the_inputs_are_emptied(matcher: Matcher) -> None:
-    inputs: list[Any]
-    for steps, inputs in ((embed_steps, [PNG, PNG, "a"]), (partial(match_steps, texts=["a", "b"]), [PNG, PNG])):
-        made: Iterator[list[Any]] = steps(matcher, inputs, batch_size=1)  # type: ignore[operator]
+    cases: list[tuple[Any, list[Any]]] = [
+        (embed_steps, [PNG, PNG, "a"]),
+        (partial(match_steps, texts=["a", "b"]), [PNG, PNG]),
+    ]
+    for steps, inputs in cases:
+        made: Iterator[list[Any]] = steps(matcher, inputs, batch_size=1)
         next(made)
         next(made)
         inputs.clear()
