@@ -74,6 +74,18 @@ def add_arguments(parser: Parser) -> None:
         help="folder of calibration pictures, or of .tar shards with pictures; use pictures like those of the "
         "application. Without it nothing is quantised, and --references is needed",
     )
+    _add_formats(parser)
+    _add_search(parser)
+    add_number(parser, "--count", "largest number of calibration pictures", 512)
+    _add_references(parser)
+    add_threads(parser)
+    add_limits(parser, Limits, PICTURE_LIMITS)
+    add_no_optimize(parser)
+    add_anyway(parser)
+
+
+def _add_formats(parser: Parser) -> None:
+    """The flags that set number formats."""
     parser.add_argument(
         "--method",
         choices=RANGE_METHODS,
@@ -112,13 +124,6 @@ def add_arguments(parser: Parser) -> None:
         help="name of a graph whose activations become INT8 too, in addition to vision_encoder and bridge; repeat "
         "the flag for several graphs",
     )
-    _add_search(parser)
-    add_number(parser, "--count", "largest number of calibration pictures", 512)
-    _add_references(parser)
-    add_threads(parser)
-    add_limits(parser, Limits, PICTURE_LIMITS)
-    add_no_optimize(parser)
-    add_anyway(parser)
 
 
 def _add_references(parser: Parser) -> None:
@@ -178,9 +183,7 @@ def _add_search(parser: Parser) -> None:
         help="find the formats with the least loss of captions, time and bytes, and publish the fastest combination at "
         "which at most 1 percent of the captions change; a killed search goes on when the command is run again",
     )
-    loss = (
-        "publish a combination with at most X percentage points of loss: captions that change, or CIDEr with references"
-    )
+    loss = "largest loss of captions in percentage points: captions that change, or CIDEr if pictures have .txt files"
     add_number(group, "--max-drop", loss, kind=non_negative_number, metavar="X")
     add_number(group, "--max-ms", "largest time of a caption in milliseconds", kind=positive_number, metavar="X")
     size = "largest size of graphs and token table in millions of bytes"
