@@ -189,9 +189,9 @@ def test_a_search_that_was_killed_after_publishing(
         with pytest.raises(Killed):
             run(tiny_bundle, out, images)
     assert (out / "bundle.json").is_file()
-    before = (out / "bundle.json").stat()
+    before = (out / "bundle.json").stat().st_ino
     assert run(tiny_bundle, out, images).points == found[1].points
-    assert (out / "bundle.json").stat() == before
+    assert (out / "bundle.json").stat().st_ino == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -228,15 +228,15 @@ def test_the_state_of_another_search(tiny_bundle: Path, images: Path, tmp_path: 
 
 
 def test_a_board_is_predicted(tiny_bundle: Path) -> None:
-    """Fewer bytes and INT8 products take less time; a Jetson runs no INT8 blocks."""
+    """Fewer bytes take less time, as the roofline says for small graphs; a Jetson runs no INT8 blocks."""
     parent = Bundle.open(tiny_bundle)
     timer = BoardTimer(parent, find_device("orin-nano-8gb"), 10, 4)
     assert timer.refused == ["fp16", "int8"]
-    sizes = {"vision_encoder": 10**8, "bridge": 10**8, "decoder": 10**8}
+    graphs = ("vision_encoder", "bridge", "decoder")
     ms = {
-        (part, kind): sum(timer.ms(part, GraphFormat(NumberFormat(kind)), sizes).values())
+        (part, kind): sum(timer.ms(part, GraphFormat(NumberFormat(kind)), dict.fromkeys(graphs, size)).values())
         for part in ("vision_encoder", "bridge", "language")
-        for kind in ("float", "w8a8")
+        for kind, size in (("float", 10**8), ("w8a8", 10**8 // 4))
     }
     assert all(ms[part, "w8a8"] < ms[part, "float"] for part, _ in ms)
     smaller = timer.ms("language", GraphFormat(NumberFormat("int4")), {"decoder": 10**7})
