@@ -35,6 +35,7 @@ from blip2edge.bundle.schema import DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR,
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.calibration.batches import Feeds
 from blip2edge.calibration.context import CalibrationContext
+from blip2edge.calibration.formats import GraphFormat, NumberFormat
 from blip2edge.calibration.storage import DataFile
 from blip2edge.calibration.targets import find_targets
 from blip2edge.calibration.weights.quantize import quantize_weights
@@ -93,7 +94,7 @@ def calibrated(bundle: Bundle, bits: int, rows: Array, folder: Path) -> dict[str
     for given in inputs(bundle, table, rows):
         feeds.add(DECODER, given)
     context = CalibrationContext(bundle, folder, feeds, "smooth", 1, lambda *_: None, print, "")
-    graph = quantize_weights(context, bundle.graph(DECODER), bits)
+    graph = quantize_weights(context, bundle.graph(DECODER), GraphFormat(NumberFormat(f"int{bits}")))
     shutil.rmtree(folder / "feeds")
     if not (folder / EMBEDDINGS_FILE).exists():
         shutil.copyfile(bundle.file(EMBEDDINGS_FILE), folder / EMBEDDINGS_FILE)
@@ -106,7 +107,7 @@ def rounded_plainly(bundle: Bundle, bits: int, folder: Path) -> None:
     """Writes the decoder rounded to the nearest; the token table stays in fp32."""
     model = ir.load(bundle.file("decoder.onnx"))
     products = find_targets(model).products
-    formats, _ = choose_formats(products, bits)
+    formats, _ = choose_formats(products, GraphFormat(NumberFormat(f"int{bits}")))
     with DataFile(folder / "decoder.onnx.data") as file:
         quantize_matrices(model, products, file, formats, plain=True)
     ir.save(model, folder / "decoder.onnx")

@@ -19,6 +19,7 @@ from reporting import parser_of
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER
 from blip2edge.bundle.trust.integrity import FileRecord
+from blip2edge.calibration.formats import GraphFormat, NumberFormat
 from blip2edge.calibration.storage import DataFile
 from blip2edge.calibration.targets import find_targets
 from blip2edge.calibration.weights.quantize import PRECISIONS
@@ -44,7 +45,7 @@ def main() -> None:
         shutil.copyfile(source.file(name), options.out / name)
     model = ir.load(source.file(f"{DECODER}.onnx"))
     targets = find_targets(model)
-    formats, _ = choose_formats(targets.products, WEIGHT_BITS[options.weights])
+    formats, _ = choose_formats(targets.products, GraphFormat(NumberFormat(options.weights)))
     with DataFile(options.out / f"{DECODER}.onnx.data") as file:
         quantize_matrices(model, targets.products, file, formats, plain=True)
     ir.save(model, options.out / f"{DECODER}.onnx")

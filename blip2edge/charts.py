@@ -7,7 +7,7 @@ Colours are CSS classes of the page: ``now`` (new value), ``before`` (old value)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -140,6 +140,74 @@ def curve(points: Sequence[tuple[float, float]], width: int = 640, height: int =
             label(f"{across:g}", x, height + 18, anchor="middle"),
         ]
     return svg(width, height + 24, shapes)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point of a scatter plot.
+
+    Attributes:
+        x: Value on the horizontal axis, above 0.
+        y: Value on the vertical axis, at least 0.
+        style: CSS class of the point.
+        text: Text beside the point; a point with a text is hollow.
+        tooltip: Text that is shown on hovering.
+    """
+
+    x: float
+    y: float
+    style: str
+    text: str
+    tooltip: str
+
+
+def scatter(marks: Sequence[Mark], across: str, up: str, width: int = 760, height: int = 300) -> str:
+    """Points by two values, both on logarithmic axes; points of value 0 are at the bottom.
+
+    Args:
+        marks: The points.
+        across: Title of the horizontal axis.
+        up: Title of the vertical axis.
+        width: Width in px.
+        height: Height in px.
+    """
+    left, top, bottom = 64, 22, 34
+    least = min((mark.y for mark in marks if mark.y > 0), default=1.0) / 3  # where a value of 0 is drawn
+    columns = _log_axis([mark.x for mark in marks], left, width - 110)
+    rows = _log_axis([max(mark.y, least) for mark in marks], height - bottom, top)
+    shapes = [
+        element("path", class_="axisline", d=f"M{left} {height - bottom + 8}H{width - 100}"),
+        label(across, width - 100, height - 4, anchor="end"),
+        label(up, 0, 12),
+    ]
+    shapes += [
+        label(f"{value:.3g}", columns(value), height - bottom + 24, anchor="middle")
+        for value in _ticks([mark.x for mark in marks])
+    ]
+    shapes += [
+        label("0" if value == least else f"{value:.0e}", left - 12, rows(value) + 4, anchor="end")
+        for value in _ticks([max(mark.y, least) for mark in marks])
+    ]
+    for mark in marks:
+        x, y = columns(mark.x), rows(max(mark.y, least))
+        hollow = {"style": "fill-opacity:.25;stroke:currentColor"} if mark.text else {}
+        title = element("title", escape(mark.tooltip))
+        shapes.append(element("circle", title, class_=mark.style, cx=x, cy=y, r=6, **hollow))
+        if mark.text:
+            shapes.append(label(mark.text, x + 9, y + 4))
+    return svg(width, height, shapes)
+
+
+def _log_axis(values: Sequence[float], start: float, end: float) -> Callable[[float], float]:
+    """Places values on a logarithmic axis from ``start`` to ``end`` in px."""
+    first, last = math.log(min(values)), math.log(max(values))
+    return lambda value: start + (end - start) * (math.log(value) - first) / ((last - first) or 1.0)
+
+
+def _ticks(values: Sequence[float]) -> list[float]:
+    """The ends of a logarithmic axis, and two values between."""
+    first, last = math.log(min(values)), math.log(max(values))
+    return [min(values), *(math.exp(first + (last - first) * share) for share in (1 / 3, 2 / 3)), max(values)]
 
 
 def grid(cells: Mapping[tuple[str, int], float], unit: str) -> str:

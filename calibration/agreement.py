@@ -17,7 +17,7 @@ from blip2edge.errors import BundleError, option
 from blip2edge.progress import counted
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.bench.reference_outputs import default_prompt
-from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
+from blip2edge.runtime.captioning.captioner import Captioner
 
 RUNS = 32
 """Number of recorded inputs whose outputs are compared, and of pictures whose captions are."""
@@ -40,6 +40,19 @@ class Cosine:
     def to_json(self) -> dict[str, float]:
         """The figures as a JSON object for ``bundle.json``."""
         return {name: round(value, 6) for name, value in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class GreedyCaption:
+    """The greedy caption of a picture.
+
+    Attributes:
+        tokens: Token ids.
+        text: The text.
+    """
+
+    tokens: tuple[int, ...]
+    text: str
 
 
 @dataclass(frozen=True)
@@ -138,14 +151,15 @@ def caption_pictures(
     *,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> list[CaptionResult]:
+) -> list[GreedyCaption]:
     """Captions pictures greedily with a bundle."""
     captioner = Captioner.load(bundle, backend="cpu", threads=threads)
     prompt = default_prompt(captioner.prompts)
-    return [captioner.caption(picture.image(), prompt=prompt) for picture in counted(pictures, len(pictures), progress)]
+    results = (captioner.caption(one.image(), prompt=prompt) for one in counted(pictures, len(pictures), progress))
+    return [GreedyCaption(tuple(result.tokens), result.text) for result in results]
 
 
-def compare_captions(parent: Sequence[CaptionResult], ours: Sequence[CaptionResult]) -> CaptionAgreement:
+def compare_captions(parent: Sequence[GreedyCaption], ours: Sequence[GreedyCaption]) -> CaptionAgreement:
     """Compares the parent's captions with ``ours``, those of the calibrated bundle, for the same pictures."""
     same = [one.tokens == two.tokens for one, two in zip(parent, ours, strict=True)]
     return CaptionAgreement(

@@ -33,13 +33,13 @@ class Feeds:
     """Stores the recorded inputs of each graph in files.
 
     Args:
-        directory: An empty directory for the files.
+        directory: The directory of the files; empty, or with the files of an earlier object.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
-        self._counts: dict[str, int] = {}
+        self._counts = {folder.name: len(list(folder.glob("*.npz"))) for folder in directory.iterdir()}
 
     def add(self, graph: str, inputs: Mapping[str, Array]) -> None:
         """Appends the inputs of one run of a graph, by name."""

@@ -9,25 +9,23 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest
+from blip2edge.bundle.manifest import GraphRecord
 from blip2edge.bundle.outputs.publishing import check_not_source, scratch, staged
-from blip2edge.bundle.schema import BRIDGE, VISION
-from blip2edge.bundle.trust.integrity import STAMPS, FileRecord
 from blip2edge.calibration.activations.headroom import headroom_json, measure_headroom
 from blip2edge.calibration.activations.quantize import quantize_activations
 from blip2edge.calibration.advice import difference_warnings, picture_warnings
 from blip2edge.calibration.agreement import (
     RUNS,
     CaptionAgreement,
+    GreedyCaption,
     caption_pictures,
     compare_captions,
 )
@@ -35,9 +33,19 @@ from blip2edge.calibration.batches import Feeds, collect
 from blip2edge.calibration.confidence.pipeline import add_confidence, copy_with_confidence
 from blip2edge.calibration.confidence.references import References
 from blip2edge.calibration.context import CalibrationContext
+from blip2edge.calibration.formats import (
+    FP16,
+    INT8_ACTIVATIONS,
+    W8A8,
+    FormatRule,
+    GraphFormat,
+    NumberFormat,
+    choose_graph_formats,
+)
 from blip2edge.calibration.pictures import DEFAULT_COUNT, PictureSet, choose_pictures
 from blip2edge.calibration.report.document import write_reports
-from blip2edge.calibration.results import CalibratedGraph, CalibrationReport, StagedGraph
+from blip2edge.calibration.results import CalibrationReport, StagedGraph
+from blip2edge.calibration.sealing import calibration_record, copied_graph, copy_rest, seal
 from blip2edge.calibration.search.drop_limit import (
     CaptionScore,
     DropLimit,
@@ -47,6 +55,7 @@ from blip2edge.calibration.search.drop_limit import (
     choose_kept_layers,
     measure_layers,
 )
+from blip2edge.calibration.weights.half import store_half
 from blip2edge.calibration.weights.quantize import quantize_weights
 from blip2edge.choices import RANGE_METHODS, WEIGHT_BITS
 from blip2edge.errors import BackendError, BundleError, UsageError, option
@@ -57,14 +66,30 @@ from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.bench import reference_outputs
 from blip2edge.runtime.bench.memory import Notify, calibration_need, check_memory
 from blip2edge.runtime.bench.meters import MemoryMeter
-from blip2edge.runtime.captioning.captioner import CaptionResult
-from blip2edge.version import __version__
 
-BITS_WITHOUT_INPUTS = 8
-"""Bits of the weights of a graph without recorded inputs (texts that are compared, a draft): INT4 needs inputs."""
+WITHOUT_INPUTS = GraphFormat(NumberFormat("int8"))
+"""Format in blocks of a graph without recorded inputs (texts that are compared, a draft): INT4 needs inputs."""
 
-W8A8 = (VISION, BRIDGE)
-"""Graphs whose activations become INT8 by default."""
+
+GraphMaker = Callable[[CalibrationContext, GraphRecord, GraphFormat], StagedGraph]
+"""Puts a graph into the staging directory, in a format."""
+
+
+@dataclass(frozen=True)
+class PreparedSteps:
+    """Results of the steps of a calibration that a search has made before.
+
+    Attributes:
+        captions: Captions of the parent.
+        feeds: The recorded inputs.
+        graph: Puts a graph into the staging directory, in a format.
+        search: What ``report.json`` shows of the search.
+    """
+
+    captions: Sequence[GreedyCaption]
+    feeds: Feeds
+    graph: GraphMaker
+    search: Mapping[str, Any]
 
 
 def calibrate(
@@ -73,8 +98,9 @@ def calibrate(
     *,
     images: str | Path | None = None,
     method: str = "smooth",
-    activations: Sequence[str] = W8A8,
+    activations: Sequence[str] = INT8_ACTIVATIONS,
     weights: str | None = "int8",
+    formats: Sequence[str | FormatRule] = (),
     drop_limit: float | None = None,
     cider: CaptionScore | None = None,
     references: References | None = None,
@@ -85,6 +111,7 @@ def calibrate(
     limits: Limits = DEFAULT_LIMITS,
     progress: ProgressCallback | None = None,
     notify: Notify | None = None,
+    prepared: PreparedSteps | None = None,
 ) -> CalibrationReport:
     """Makes an INT8 or INT4 bundle from a bundle in floating point, the parent; or fits a confidence, or both.
 
@@ -93,10 +120,12 @@ def calibrate(
         output: The directory of the new bundle.
         images: A folder of pictures or ``.tar`` shards; None to quantize nothing, and to fit a confidence only.
         method: How activation ranges are chosen, one of :data:`blip2edge.choices.RANGE_METHODS`.
-        activations: Names of the graphs whose activations become INT8. Those of :data:`W8A8` that the parent lacks have
-            no effect.
+        activations: Names of the graphs whose activations become INT8. Those of :data:`INT8_ACTIVATIONS` that the
+            parent lacks have no effect.
         weights: The type of the weights of the other graphs, ``int8`` or ``int4`` (the token table becomes ``int8``);
             None keeps them unchanged.
+        formats: Formats of single graphs or matrices, which come before ``activations`` and ``weights``:
+            ``GRAPH=FORMAT`` or ``GRAPH:PATTERN=FORMAT`` (:mod:`blip2edge.calibration.formats`).
         drop_limit: Percentage points of the captions that may differ from the parent's: the most sensitive layers are
             kept in floating point until the limit holds. None for no limit.
         cider: Scores captions. With it, and a ``.txt`` of references for every picture, the limit is on CIDEr.
@@ -108,10 +137,11 @@ def calibrate(
         limits: The largest picture that is decoded; larger ones are skipped, with a warning.
         progress: Called with a stage's name, steps done and steps in all.
         notify: Called with a warning if this machine has probably too little memory.
+        prepared: Steps that :func:`blip2edge.calibration.search.pipeline.search` has made; None to make all here.
 
     Raises:
-        UsageError: ``method``, ``weights`` or a graph in ``activations`` is unknown, or ``drop_limit`` does not apply
-            to this model.
+        UsageError: ``method``, ``weights``, a format or a graph in ``activations`` is unknown, or ``drop_limit`` does
+            not apply to this model.
         BundleError: The parent is not a bundle, is in bf16, or was calibrated before.
         DataError: No picture can be read, or there are too few references.
         OutputError: ``output`` exists, or cannot be written.
@@ -120,12 +150,14 @@ def calibrate(
     target, start = Path(output), time.perf_counter()
     if images is None:
         return _copied_bundle(bundle, target, references, force=force, threads=threads, progress=progress)
-    parent = _open_parent(bundle, method, weights)
+    parent = open_parent(bundle, method, weights)
     check_not_source(target, parent.path)
-    unknown = sorted(set(activations) - set(W8A8) - set(parent.manifest.graphs))
+    unknown = sorted(set(activations) - set(INT8_ACTIVATIONS) - set(parent.manifest.graphs))
     if unknown:
         known = ", ".join(parent.manifest.graphs)
         raise UsageError(f"expected {option('int8_activations')} to be one of {known}, got {', '.join(unknown)}")
+    rules = [FormatRule.parse(rule) if isinstance(rule, str) else rule for rule in formats]
+    chosen = choose_graph_formats(parent.manifest.graphs, activations, weights, rules)
     check_drop_limit(drop_limit, parent.manifest.prompt is not None)
     largest = max(map(parent.manifest.graph_bytes, parent.manifest.graphs.values()))
     check_memory(calibration_need(largest), BundleError, anyway=anyway, notify=notify)
@@ -133,11 +165,11 @@ def calibrate(
     with MemoryMeter() as meter, staged(target, force) as staging:
         pictures = choose_pictures(images, count, partial(report, "read the pictures"), limits)
         warnings = picture_warnings(pictures)
-        feeds = Feeds(scratch(staging, "feeds"))
+        feeds = Feeds(scratch(staging, "feeds")) if prepared is None else prepared.feeds
         context = CalibrationContext(parent, staging, feeds, method, threads, report, warnings.append, pictures.sha256)
         limit = None if drop_limit is None else DropLimit(drop_limit, cider)
         title = target.resolve().name
-        graphs, agreement = _fill_staging(context, pictures, activations, weights, limit, title)
+        graphs, agreement = _fill_staging(context, pictures, chosen, limit, title, prepared)
         fitted = None
         if references is not None:
             fitted = add_confidence(staging, references, title=title, threads=threads, progress=progress)
@@ -174,39 +206,35 @@ def _copied_bundle(
 def _fill_staging(
     context: CalibrationContext,
     pictures: PictureSet,
-    activations: Sequence[str],
-    weights: str | None,
+    formats: Mapping[str, GraphFormat],
     limit: DropLimit | None,
     title: str,
+    prepared: PreparedSteps | None,
 ) -> tuple[dict[str, StagedGraph], CaptionAgreement | None]:
     """Writes the whole bundle to the staging directory."""
     parent = context.parent
-    captions = _captions(context, parent.path, pictures, "caption with the parent")
-    collect(
-        parent,
-        pictures,
-        context.feeds,
-        texts=[caption.tokens for caption in captions or ()],
-        threads=context.threads,
-        progress=partial(context.progress, "collect"),
-    )
-    graphs = {
-        name: replace(_quantize(context, record, activations, weights), headroom=_headroom(context, record))
-        for name, record in parent.manifest.graphs.items()
-    }
-    _copy_rest(parent, context.staging)
+    make: GraphMaker = quantize_graph if prepared is None else prepared.graph
+    if prepared is None:
+        captions = _captions(context, parent.path, pictures, "caption with the parent")
+        record_inputs(context, pictures, captions or ())
+    else:
+        captions = prepared.captions
+    graphs = {name: make(context, record, formats[name]) for name, record in parent.manifest.graphs.items()}
+    copy_rest(parent, context.staging)
     agreement, kept = None, None
     if captions is None:
-        _seal(context, graphs).write(context.staging)
+        seal(context, graphs).write(context.staging)
     elif limit is None:
         agreement = _agreement(context, pictures, captions, graphs)
     else:
         graphs, kept, agreement = _apply_limit(context, pictures, captions, graphs, limit)
-    record = _record(context, pictures, graphs, agreement)
+    record = calibration_record(context, pictures, graphs, agreement)
     if kept is not None:
         record["sensitivity"] = kept.to_json()
-    manifest = _seal(context, graphs)
-    reports = write_reports(context, title, list(pictures), record, graphs, agreement)
+    manifest = seal(context, graphs)
+    reports = write_reports(
+        context, title, list(pictures), record, graphs, agreement, None if prepared is None else prepared.search
+    )
     replace(manifest, files={**manifest.files, **reports}, calibration=record).write(context.staging)
     reference_outputs.add_reference_outputs(context.staging, threads=context.threads, progress=context.progress)
     return graphs, agreement
@@ -215,11 +243,11 @@ def _fill_staging(
 def _agreement(
     context: CalibrationContext,
     pictures: PictureSet,
-    captions: Sequence[CaptionResult],
+    captions: Sequence[GreedyCaption],
     graphs: Mapping[str, StagedGraph],
 ) -> CaptionAgreement:
     """Seals the staging directory, captions with it, and compares with the parent's captions."""
-    _seal(context, graphs).write(context.staging)
+    seal(context, graphs).write(context.staging)
     ours = _captions(context, context.staging, pictures, "caption with the new")
     return compare_captions(captions, ours or ())
 
@@ -227,7 +255,7 @@ def _agreement(
 def _apply_limit(
     context: CalibrationContext,
     pictures: PictureSet,
-    captions: Sequence[CaptionResult],
+    captions: Sequence[GreedyCaption],
     graphs: Mapping[str, StagedGraph],
     limit: DropLimit,
 ) -> tuple[dict[str, StagedGraph], KeptLayers, CaptionAgreement]:
@@ -251,25 +279,43 @@ def _apply_limit(
     return chosen, kept, agreements[-1]
 
 
-def _quantize(
-    context: CalibrationContext, record: GraphRecord, activations: Sequence[str], weights: str | None
-) -> StagedGraph:
-    """Quantizes one graph, or copies it if neither its activations nor its weights become integers."""
-    if record.spec.name in activations:
+def record_inputs(context: CalibrationContext, pictures: PictureSet, captions: Sequence[GreedyCaption]) -> None:
+    """Runs the parent on the pictures, the decoder with the captions after the prompt; records each graph's inputs."""
+    collect(
+        context.parent,
+        pictures,
+        context.feeds,
+        texts=[caption.tokens for caption in captions],
+        threads=context.threads,
+        progress=partial(context.progress, "collect"),
+    )
+
+
+def quantize_graph(context: CalibrationContext, record: GraphRecord, form: GraphFormat) -> StagedGraph:
+    """Writes one graph in a format to the staging directory, and measures the FP16 headroom of the parent's graph."""
+    return replace(in_format(context, record, form), headroom=graph_headroom(context, record))
+
+
+def in_format(context: CalibrationContext, record: GraphRecord, form: GraphFormat) -> StagedGraph:
+    """Writes one graph in a format to the staging directory; a graph in ``float`` is copied."""
+    if form.whole.kind == W8A8:
         if not context.feeds.count(record.spec.name):
             raise UsageError(
                 f"{option('int8_activations')}: the graph {record.spec.name} does not run while pictures are "
                 "captioned, so the ranges of its activations are not known",
                 f"remove {record.spec.name} from the list",
             )
-        return quantize_activations(context, record)
-    if record.spec.name == VISION or weights is None:
-        return _copied(context, record)
-    bits = WEIGHT_BITS[weights] if context.feeds.count(record.spec.name) else BITS_WITHOUT_INPUTS
-    return quantize_weights(context, record, bits)
+        return quantize_activations(context, record, form)
+    if form.whole.kind == FP16 and record.precision == "fp32":
+        return store_half(context, record)
+    if form.whole.bits is None:
+        return copied_graph(context, record)
+    if not context.feeds.count(record.spec.name):
+        form = WITHOUT_INPUTS
+    return quantize_weights(context, record, form)
 
 
-def _headroom(context: CalibrationContext, record: GraphRecord) -> dict[str, Any] | None:
+def graph_headroom(context: CalibrationContext, record: GraphRecord) -> dict[str, Any] | None:
     """The FP16 headroom of the parent's tensors; None if no inputs of the graph were recorded."""
     name = record.spec.name
     if not context.feeds.count(name):
@@ -281,7 +327,8 @@ def _headroom(context: CalibrationContext, record: GraphRecord) -> dict[str, Any
     )
 
 
-def _open_parent(bundle: str | Path, method: str, weights: str | None) -> Bundle:
+def open_parent(bundle: str | Path, method: str, weights: str | None) -> Bundle:
+    """Opens the bundle that is calibrated, and checks that it can be; raises the errors of :func:`calibrate`."""
     if method not in RANGE_METHODS:
         raise UsageError(f"expected {option('method')} to be one of {', '.join(RANGE_METHODS)}, got {method}")
     if weights is not None and weights not in WEIGHT_BITS:
@@ -304,76 +351,10 @@ def _open_parent(bundle: str | Path, method: str, weights: str | None) -> Bundle
 
 def _captions(
     context: CalibrationContext, bundle: Path, pictures: PictureSet, stage: str
-) -> list[CaptionResult] | None:
+) -> Sequence[GreedyCaption] | None:
     """Captions of the first pictures; None if the model writes none."""
     if context.parent.manifest.prompt is None:
         return None
     return caption_pictures(
         bundle, list(pictures)[:RUNS], threads=context.threads, progress=partial(context.progress, stage)
     )
-
-
-def _copied(context: CalibrationContext, record: GraphRecord) -> StagedGraph:
-    """Copies a graph unchanged."""
-    for file in record.files:
-        shutil.copyfile(context.parent.file(file), context.staging / file)
-    size = context.parent.manifest.graph_bytes(record)
-    summary = CalibratedGraph(record.spec.name, record.precision, size, size, 0.0, 0, {}, {})
-    return StagedGraph(record, {file: context.parent.manifest.files[file] for file in record.files}, summary)
-
-
-def _copy_rest(parent: Bundle, staging: Path) -> None:
-    """Copies the files that belong to no graph: token table, tokenizers."""
-    manifest = parent.manifest
-    of_graphs = {file for record in manifest.graphs.values() for file in record.files}
-    for file in manifest.files:
-        if file not in of_graphs and file != reference_outputs.REFERENCE_OUTPUTS and not (staging / file).exists():
-            shutil.copyfile(parent.file(file), staging / file)
-
-
-def _seal(context: CalibrationContext, graphs: Mapping[str, StagedGraph]) -> Manifest:
-    """The new manifest, with hash and size of each file of the staging directory."""
-    seals = {file: seal for graph in graphs.values() for file, seal in graph.seals.items()}
-    for path in sorted(context.staging.iterdir()):
-        if path.name not in (*seals, MANIFEST, STAMPS):
-            seals[path.name] = FileRecord.of(path)
-    manifest = context.parent.manifest
-    return replace(
-        manifest,
-        graphs={name: graph.record for name, graph in graphs.items()},
-        files=seals,
-        versions={**manifest.versions, "calibrated_by": __version__},
-        confidence={},  # it was fitted on the parent
-    )
-
-
-def _record(
-    context: CalibrationContext,
-    pictures: PictureSet,
-    graphs: Mapping[str, StagedGraph],
-    agreement: CaptionAgreement | None,
-) -> dict[str, Any]:
-    """The manifest's ``calibration`` object."""
-    return {
-        "method": context.method,
-        "pictures": len(pictures),
-        "data_sha256": pictures.sha256,
-        "parent_sha256": context.parent.sha256,
-        "cosine": {
-            name: {output: value.to_json() for output, value in graph.summary.cosine.items()}
-            for name, graph in graphs.items()
-            if graph.summary.cosine
-        },
-        "weights": {
-            name: entry for name, graph in graphs.items() if (entry := graph.summary.weights_json()) is not None
-        },
-        "left_in_float": {
-            name: dict(graph.summary.kept_float) for name, graph in graphs.items() if graph.summary.kept_float
-        },
-        "fp16": {
-            name: {key: graph.headroom[key] for key in ("lowest", "keep_fp32")}
-            for name, graph in graphs.items()
-            if graph.headroom is not None
-        },
-        "captions": None if agreement is None else agreement.to_json(),
-    }

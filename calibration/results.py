@@ -65,8 +65,8 @@ class CalibratedGraph:
     def weights_json(self) -> dict[str, Any] | None:
         """Makes the manifest's entry of a graph with weight-only quantization; None for other graphs.
 
-        The entry has ``bits``, the number of matrices of each block size (``blocks``), and the mean ``error`` and
-        ``plain_error`` of the matrices whose activations were observed.
+        The entry has ``bits`` (the fewest of a matrix), the number of matrices of each block size (``blocks``), and the
+        mean ``error`` and ``plain_error`` of the matrices whose activations were observed.
         """
         if not self.matrices:
             return None
@@ -76,7 +76,7 @@ class CalibratedGraph:
         if errors:
             means = [round(float(np.mean(column)), 6) for column in zip(*errors, strict=True)]
         return {
-            "bits": matrices[0].bits,
+            "bits": min(item.bits for item in matrices),
             "blocks": {str(block): count for block, count in sorted(Counter(item.block for item in matrices).items())},
             "error": means[0],
             "plain_error": means[1],

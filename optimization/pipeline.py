@@ -12,7 +12,7 @@ CUDA, the copy is made by rule, without a GPU: nothing is measured (``by_rule.py
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,12 +63,19 @@ class OptimizedReport:
     seconds: float
 
 
-def optimize(bundle: str | Path, backend: str = "cpu", *, progress: ProgressCallback | None = None) -> OptimizedReport:
+def optimize(
+    bundle: str | Path,
+    backend: str = "cpu",
+    *,
+    graphs: Sequence[str] | None = None,
+    progress: ProgressCallback | None = None,
+) -> OptimizedReport:
     """Makes the optimized copy of a bundle for a backend; an existing copy is replaced.
 
     Args:
         bundle: The directory of the bundle.
         backend: The backend that will run the copy, one of :data:`BACKENDS`.
+        graphs: Names of the graphs that are optimized; None for all.
         progress: Called with a stage's name, steps done and steps in all.
 
     Raises:
@@ -98,21 +105,26 @@ def optimize(bundle: str | Path, backend: str = "cpu", *, progress: ProgressCall
             within=str(directory.relative_to(opened.path)) if directory.is_relative_to(opened.path) else None,
             upstream={},
         )
-        record = _record(task, backend, progress or (lambda stage, done, total: None))
+        record = _record(task, backend, graphs, progress or (lambda stage, done, total: None))
         record.write(staging)
         opened.check_unchanged()
     return OptimizedReport(directory, record, time.perf_counter() - start)
 
 
-def _record(task: CopyTask, backend: str, report: ProgressCallback) -> OptimizedRecord:
-    """Makes the copies of all graphs; returns their record."""
+def _record(task: CopyTask, backend: str, wanted: Sequence[str] | None, report: ProgressCallback) -> OptimizedRecord:
+    """Makes the copies of the graphs; returns their record."""
     manifest, maker = task.bundle.manifest, BACKENDS[backend]
     graphs: dict[str, OptimizedGraph] = {}
     skipped: dict[str, str] = {}
     files: dict[str, FileRecord] = {}
+    names = list(manifest.graphs)
+    last = max((names.index(name) for name in wanted), default=-1) if wanted is not None else len(names)
     for done, (name, graph) in enumerate(manifest.graphs.items()):
         report(f"optimise {name}", done, len(manifest.graphs))
-        if graph.precision not in maker.precisions:
+        if wanted is not None and name not in wanted:
+            if done < last and name in PROBED_GRAPHS:  # its outputs are inputs of a later graph
+                task.upstream.update(run_session(task, name, Form(task.parent(name)[0]).open()))
+        elif graph.precision not in maker.precisions:
             skipped[name] = f"it is in {graph.precision}, for which the CPU has no kernels of its own"
         elif name not in PROBED_GRAPHS:
             skipped[name] = "there is no recipe for it"

@@ -44,8 +44,8 @@ from blip2edge.bundle.outputs.locks import part_of
 from blip2edge.bundle.trust.integrity import STAMPS
 
 WAYS = ("time", "call", "system")
-NAMES = ("export", "calibrate", "optimize", "build", "capfilt", "train")
-OF_BUNDLES = NAMES[:4]  # commands that read a bundle or a checkpoint
+NAMES = ("export", "calibrate", "search", "optimize", "build", "capfilt", "train")
+OF_BUNDLES = NAMES[:5]  # commands that read a bundle or a checkpoint
 EVENTS = frozenset(
     (
         "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "shutil.rmtree", "shutil.copyfile",
@@ -55,7 +55,7 @@ EVENTS = frozenset(
 SYSTEM_CALLS = "rename,renameat,renameat2,mkdir,mkdirat,unlink,unlinkat,rmdir,fsync,ftruncate,flock"
 TIMEOUT_S = 300
 PRELOADED = (
-    "blip2edge.calibration.pipeline",
+    "blip2edge.calibration.search.pipeline",
     "blip2edge.export.pipeline",
     "blip2edge.optimization.pipeline",
     "blip2edge.runtime.captioning.captioner",
@@ -176,6 +176,7 @@ class Workplace:
             for command in (
                 Command("export", self._export, _bundle_checked, copied),
                 Command("calibrate", self._calibrate, _bundle_checked, copied),
+                Command("search", self._search, _bundle_checked, copied),
                 Command("optimize", self._optimize, _copy_checked, self._optimized),
                 Command("build", self._build, _engines_checked, self._built),
                 Command("capfilt", self._capfilt, _shards_checked, lambda out: self._capfilt(out, False)),
@@ -192,6 +193,15 @@ class Workplace:
         from blip2edge.calibration.pipeline import calibrate
 
         calibrate(self.parent, out, images=self.pictures, count=2, force=force, threads=1, activations=("bridge",))
+
+    def _search(self, out: Path, force: bool) -> None:
+        from blip2edge.calibration.search import measure
+        from blip2edge.calibration.search.pipeline import search
+        from blip2edge.calibration.search.points import SearchOptions
+
+        measure.ROUNDS = 1
+        options = SearchOptions(formats=("w8a8",), measured=1, scored=2)
+        search(self.parent, out, images=self.pictures, options=options, count=2, force=force, threads=1)
 
     def _optimize(self, out: Path, force: bool) -> None:
         from blip2edge.optimization.pipeline import optimize

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blip2edge.choices import RANGE_METHODS, WEIGHT_BITS
 from blip2edge.cli.flag_groups import (
@@ -20,7 +20,7 @@ from blip2edge.cli.flag_groups import (
     add_threads,
     given_limits,
 )
-from blip2edge.cli.flag_types import share
+from blip2edge.cli.flag_types import non_negative_number, positive_number, share
 from blip2edge.cli.messages import print_note
 from blip2edge.cli.next_steps import print_next, quoted, try_command
 from blip2edge.cli.optimize import optimized
@@ -32,10 +32,12 @@ from blip2edge.progress import Progress
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
     from blip2edge.calibration.confidence.pipeline import ConfidenceReport
     from blip2edge.calibration.confidence.references import References
     from blip2edge.calibration.results import CalibrationReport
+    from blip2edge.calibration.search.front import FoundPoints
     from blip2edge.cli.parser import Parser
 
 CONFIDENT = (*DECODING[2], "repetition_penalty")
@@ -72,6 +74,18 @@ def add_arguments(parser: Parser) -> None:
         help="folder of calibration pictures, or of .tar shards with pictures; use pictures like those of the "
         "application. Without it nothing is quantised, and --references is needed",
     )
+    _add_formats(parser)
+    _add_search(parser)
+    add_number(parser, "--count", "largest number of calibration pictures", 512)
+    _add_references(parser)
+    add_threads(parser)
+    add_limits(parser, Limits, PICTURE_LIMITS)
+    add_no_optimize(parser)
+    add_anyway(parser)
+
+
+def _add_formats(parser: Parser) -> None:
+    """The flags that set number formats."""
     parser.add_argument(
         "--method",
         choices=RANGE_METHODS,
@@ -82,9 +96,17 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--weights",
         choices=(*WEIGHT_BITS, "none"),
-        default="int8",
         help="precision of the language model's weights, with one scale per block; none: unchanged. TensorRT "
-        "supports int4 only, TensorRT for RTX supports int8 and int4",
+        "supports int4 only, TensorRT for RTX supports int8 and int4 (default: int8)",
+    )
+    parser.add_argument(
+        "--format",
+        metavar="GRAPH[:PATTERN]=FORMAT",
+        action="append",
+        default=[],
+        help="number format of a graph, or of its matrices whose names match PATTERN (such as "
+        "'decoder:*.layers.0.*=int8'): float (as in BUNDLE), fp16 (stored only), w8a8, int8 or int4, the last two with "
+        "the largest block, such as int4/32; comes before the other flags; repeat the flag for several graphs",
     )
     parser.add_argument(
         "--drop-limit",
@@ -102,12 +124,6 @@ def add_arguments(parser: Parser) -> None:
         help="name of a graph whose activations become INT8 too, in addition to vision_encoder and bridge; repeat "
         "the flag for several graphs",
     )
-    add_number(parser, "--count", "largest number of calibration pictures", 512)
-    _add_references(parser)
-    add_threads(parser)
-    add_limits(parser, Limits, PICTURE_LIMITS)
-    add_no_optimize(parser)
-    add_anyway(parser)
 
 
 def _add_references(parser: Parser) -> None:
@@ -157,39 +173,134 @@ def _references(options: argparse.Namespace) -> References | None:
     return References(items, rule, options.prompt, given)
 
 
+def _add_search(parser: Parser) -> None:
+    group = parser.add_argument_group(
+        "search", "tries the formats of each graph, and publishes one combination; OUT.run holds the state until then"
+    )
+    group.add_argument(
+        "--search",
+        action="store_true",
+        help="find the formats with the least loss of captions, time and bytes, and publish the fastest combination at "
+        "which at most 1 percent of the captions change; a killed search goes on when the command is run again",
+    )
+    loss = "largest loss of captions in percentage points: captions that change, or CIDEr if pictures have .txt files"
+    add_number(group, "--max-drop", loss, kind=non_negative_number, metavar="X")
+    add_number(group, "--max-ms", "largest time of a caption in milliseconds", kind=positive_number, metavar="X")
+    size = "largest size of graphs and token table in millions of bytes"
+    add_number(group, "--max-mb", size, kind=positive_number, metavar="X")
+    group.add_argument(
+        "--device",
+        metavar="NAME",
+        help="predict the time for a board of `blip2edge plan`, such as orin-nano-8gb (default: measure it here)",
+    )
+
+
 def run(options: argparse.Namespace) -> int:
     """Calibrate a bundle and print a table of its graphs."""
     from blip2edge.bundle.bundle import Bundle
-    from blip2edge.calibration.pipeline import W8A8, calibrate
+    from blip2edge.calibration.formats import INT8_ACTIVATIONS
+    from blip2edge.calibration.pipeline import calibrate
     from blip2edge.training.metrics.captions import cider_d
 
-    with Progress() as progress:
-        report = calibrate(
-            options.bundle,
-            options.output,
-            images=options.images,
-            method=options.method,
-            activations=(*W8A8, *options.int8_activations),
-            weights=None if options.weights == "none" else options.weights,
-            drop_limit=options.drop_limit,
-            cider=cider_d,
-            references=_references(options),
-            count=options.count,
-            force=options.force,
-            anyway=options.anyway,
-            threads=options.threads,
-            limits=given_limits(options, Limits),
-            progress=progress,
-            notify=print_note,
-        )
+    _check_search(options)
+    shared: dict[str, Any] = {
+        "images": options.images,
+        "method": options.method,
+        "cider": cider_d,
+        "references": _references(options),
+        "count": options.count,
+        "force": options.force,
+        "anyway": options.anyway,
+        "threads": options.threads,
+        "limits": given_limits(options, Limits),
+        "notify": print_note,
+    }
+    if options.search:
+        report = _search(options, shared)
+    else:
+        with Progress() as progress:
+            report = calibrate(
+                options.bundle,
+                options.output,
+                activations=(*INT8_ACTIVATIONS, *options.int8_activations),
+                weights=None if options.weights == "none" else options.weights or "int8",
+                formats=options.format,
+                drop_limit=options.drop_limit,
+                progress=progress,
+                **shared,
+            )
     print(report_table(report), flush=True)
     for line in report.warnings:
         print(f"warning: {line}", file=sys.stderr)
-    if not options.no_optimize:
+    if not options.no_optimize and not options.search:  # a search publishes the copies that it has timed
         print(f"\n{copy_table(optimized(report.bundle))}")
     manifest = Bundle.open(report.bundle).manifest
     print_next(try_command(report.bundle, manifest), f"blip2edge bench {quoted(report.bundle)}")
     return 0
+
+
+def _check_search(options: argparse.Namespace) -> None:
+    """Raises UsageError for flags that go only with a search, or only without."""
+    only = {name: getattr(options, name) for name in ("max_drop", "max_ms", "max_mb", "device")}
+    others = {name: getattr(options, name) for name in ("weights", "format", "drop_limit", "int8_activations")}
+    given = [name for name, value in (others if options.search else only).items() if value not in (None, [])]
+    if options.search and options.images is None:
+        raise UsageError(f"{option('search', on=True)} needs {option('images')}", "give a folder of pictures")
+    if given and options.search:
+        mend = f"leave {option(given[0])} out"
+        raise UsageError(f"{option('search', on=True)} chooses what {option(given[0])} sets", mend, field=given[0])
+    if given:
+        mend = f"give {option('search', on=True)} too"
+        raise UsageError(f"{option(given[0])} belongs to a search", mend, field=given[0])
+
+
+def _search(options: argparse.Namespace, shared: dict[str, Any]) -> CalibrationReport:
+    """Search, and print the front."""
+    from blip2edge.calibration.search.front import PointLimits
+    from blip2edge.calibration.search.pipeline import search
+    from blip2edge.calibration.search.points import SearchOptions
+    from blip2edge.optimization.pipeline import optimize
+    from blip2edge.runtime.bench.devices import find_device
+
+    wanted = SearchOptions(
+        PointLimits(options.max_drop, options.max_ms, options.max_mb),
+        None if options.device is None else find_device(options.device),
+    )
+
+    def optimizer(bundle: Path, graphs: Sequence[str]) -> None:
+        optimize(bundle, "cpu", graphs=graphs)
+
+    with Progress() as progress:
+        report, found = search(
+            options.bundle,
+            options.output,
+            options=wanted,
+            optimizer=None if options.no_optimize else optimizer,
+            progress=progress,
+            **shared,
+        )
+    print(front_table(found, "predicted ms" if options.device else "ms"))
+    print(f"\n{len(found.points)} combinations, {found.cpu_s / 60:.1f} CPU minutes")
+    print(f"published: {found.chosen.rule}\nthe same by hand: calibrate … {found.chosen.point.flags}\n")
+    return report
+
+
+def front_table(found: FoundPoints, ms: str) -> str:
+    """A line for each point of the front, the fastest first."""
+    rows = [
+        [
+            "→" if point == found.chosen.point else "",
+            f"{point.drop:.1f}",
+            f"{point.nats:.2g}",
+            f"{point.ms:.1f}",
+            f"{point.bytes / 1e6:.1f}",
+            ", ".join(point.names.values()),
+            point.preset,
+        ]
+        for point in found.front
+    ]
+    header = ("", "drop", "nats", ms, "MB", "vision, bridge, language", "plain flags")
+    return table(header, rows, right=range(1, 5))
 
 
 def report_table(report: CalibrationReport) -> str:

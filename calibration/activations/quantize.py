@@ -22,6 +22,7 @@ from blip2edge.calibration.activations.observer import Observation, Observations
 from blip2edge.calibration.activations.probe import observe_tensors
 from blip2edge.calibration.activations.qdq import ActivationPlan, QuantizedActivation, insert_qdq
 from blip2edge.calibration.context import CalibrationContext
+from blip2edge.calibration.formats import FLOAT, KEPT, GraphFormat
 from blip2edge.calibration.results import StagedGraph
 from blip2edge.calibration.storage import DataFile
 from blip2edge.calibration.targets import Targets, find_targets
@@ -32,14 +33,23 @@ INT8 = "int8"
 REPORT_BINS = 64  # bins of a histogram in the report
 
 
-def quantize_activations(context: CalibrationContext, record: GraphRecord) -> StagedGraph:
-    """Writes one graph with INT8 activations and weights to the staging directory; compares it with the parent's."""
+def quantize_activations(context: CalibrationContext, record: GraphRecord, form: GraphFormat) -> StagedGraph:
+    """Writes one graph with INT8 activations and weights to the staging directory; compares it with the parent's.
+
+    Args:
+        context: The calibration.
+        record: The graph's entry in the parent's manifest.
+        form: The format of the graph; a product whose weight has the format ``float`` in it stays as it is.
+    """
     start = time.perf_counter()
     name = record.spec.name
     model = load_graph(context.parent.file(record.spec.file))
     targets = find_targets(model)
     observations = _observations(context, model, record, targets)
-    plan = choose_ranges(model, targets, observations, context.method, partial(context.progress, f"{name}: choose"))
+    kept = {product.node: KEPT for product in targets.products if form.of(product.weight).kind == FLOAT}
+    quantized = replace(targets, products=tuple(one for one in targets.products if one.node not in kept))
+    plan = choose_ranges(model, quantized, observations, context.method, partial(context.progress, f"{name}: choose"))
+    plan.kept_float |= kept
     staged = write_planned(context, record, model, targets, plan, start)
     return replace(staged, details=activation_details(plan, observations))
 

@@ -30,6 +30,7 @@ def write_reports(
     record: Mapping[str, Any],
     graphs: Mapping[str, StagedGraph],
     captions: CaptionAgreement | None,
+    search: Mapping[str, Any] | None = None,
 ) -> dict[str, FileRecord]:
     """Writes ``report.json`` and the HTML report to the staging directory.
 
@@ -40,6 +41,7 @@ def write_reports(
         record: The manifest's ``calibration`` object.
         graphs: The graphs, by name.
         captions: Agreement of the captions with the parent's; None if the model generates no captions.
+        search: The points of ``--search``; None without a search.
 
     Returns:
         Hash and size of each file, by name.
@@ -54,6 +56,8 @@ def write_reports(
         "parent_bytes": _bytes(context.parent.path / EMBEDDINGS_FILE),
     }
     values["decode"] = _decode(context, graphs)
+    if search is not None:
+        values["search"] = dict(search)
     text = json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
     (context.staging / REPORT).write_text(text, encoding="utf-8")
     thumbnails = {at: thumbnail(pictures[at].image()) for at in shown_pictures(values["captions"])}
@@ -65,7 +69,8 @@ def report_document(record: Mapping[str, Any], graphs: Mapping[str, StagedGraph]
     """Makes the object of ``report.json``, without the parts that need files.
 
     :func:`write_reports` adds ``captions`` (``picture``, ``parent`` and ``ours`` of each), ``token_table`` (``bytes``
-    and ``parent_bytes``) and ``decode`` (bytes that one token reads; null if nothing is generated).
+    and ``parent_bytes``), ``decode`` (bytes that one token reads; null if nothing is generated) and, after a search,
+    ``search`` (:func:`blip2edge.calibration.search.pipeline.search_json`).
 
     Args:
         record: The manifest's ``calibration`` object.

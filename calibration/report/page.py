@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from blip2edge.calibration.activations.headroom import FP16_MAX, MIN_HEADROOM
+from blip2edge.calibration.report.front import search_section
 from blip2edge.charts import Bar, bars, grid, histogram, html_page, html_table, spread
 
 SHOWN = 24  # pictures shown with their captions
@@ -58,6 +59,7 @@ def report_page(document: Mapping[str, Any], title: str, thumbnails: Mapping[int
         thumbnails: Data URIs of the pictures, by the index in ``document["captions"]``.
     """
     sections: list[tuple[str, Callable[[], str]]] = [
+        ("Search", lambda: search_section(document.get("search"))),
         ("Size", lambda: _sizes(document)),
         ("Captions compared with the parent's", lambda: _captions(document, thumbnails)),
         ("Cosine to the parent, by graph", lambda: _stages(document)),

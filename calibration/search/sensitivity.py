@@ -123,13 +123,17 @@ class DivergenceMeter:
             {name: _recording(session, self._outputs[name]) for name, session in self._sessions.items()}
         )
 
-    def loss(self, graph: str, session: Session) -> float:
-        """Measures the divergence if ``session`` replaces ``graph``; the graphs that run before are not run again."""
-        at = self._order.index(graph)
+    def loss(self, replaced: Mapping[str, Session], bundle: Bundle | None = None) -> float:
+        """Measures the divergence if some graphs are replaced; the graphs that run before are not run again.
+
+        Args:
+            replaced: The sessions in place of the parent's, by the graph's name.
+            bundle: The bundle with the token table; None for the parent.
+        """
         sessions = dict(self._sessions)
-        for name in self._order[:at]:
+        for name in self._order[: min(map(self._order.index, replaced))]:
             sessions[name] = _replaying(self._sessions[name], self._outputs[name])
-        found = self._logits({**sessions, graph: session})
+        found = self._logits({**sessions, **replaced}, bundle)
         return float(np.mean([divergence(*pair) for pair in zip(self._reference, found, strict=True)]))
 
     def measure(self, layer: QuantizedLayer, quantized: ir.Model) -> Sensitivity:
@@ -142,16 +146,16 @@ class DivergenceMeter:
         record = self._parent.graph(layer.graph)
         size = sum(self._parent.manifest.files[file].size for file in record.data_files)
         session = open_probe(ir.to_proto(quantized), self._parent.path, size, self._threads)
-        return Sensitivity(layer, max(self.loss(layer.graph, session), 0.0))
+        return Sensitivity(layer, max(self.loss({layer.graph: session}), 0.0))
 
-    def _logits(self, sessions: Mapping[str, Session]) -> list[Array]:
+    def _logits(self, sessions: Mapping[str, Session], bundle: Bundle | None = None) -> list[Array]:
         """The logits of every run of the decoder, over all pictures."""
         logits: list[Array] = []
 
         def open_graph(name: str) -> Session:
             return _all_logits(sessions[name], logits) if name == DECODER else sessions[name]
 
-        run = PictureRunner(self._parent, open_graph, language=True)
+        run = PictureRunner(bundle or self._parent, open_graph, language=True)
         for picture, text in self._given:
             run(picture.image(), text)
         return logits

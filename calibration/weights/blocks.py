@@ -58,14 +58,15 @@ class BlockFormat:
         return -self.high - 1 if self.bits == 4 else -self.high
 
     @classmethod
-    def for_width(cls, width: int, bits: int) -> BlockFormat | None:
+    def for_width(cls, width: int, bits: int, most: int = 0) -> BlockFormat | None:
         """Returns the preferred format for a matrix ``[K, N]``; None if no block size divides K.
 
         Args:
             width: K, the number of rows, which are divided into blocks.
             bits: Bits of an integer: 4 or 8.
+            most: The largest block; 0 for the largest of :data:`BLOCKS`.
         """
-        fitting = [block for block in BLOCKS[bits] if width % block == 0]
+        fitting = [block for block in BLOCKS[bits] if width % block == 0 and block <= (most or block)]
         return cls(bits, fitting[0]) if fitting else None
 
 

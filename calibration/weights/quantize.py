@@ -14,6 +14,7 @@ from blip2edge.bundle.schema import DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.calibration.context import CalibrationContext
+from blip2edge.calibration.formats import GraphFormat
 from blip2edge.calibration.initializers import initializer_tensor
 from blip2edge.calibration.results import MatrixSummary, StagedGraph
 from blip2edge.calibration.storage import DataFile
@@ -34,27 +35,25 @@ from blip2edge.calibration.weights.weight_only import (
 from blip2edge.graph_files import load_graph
 
 PRECISIONS = {4: "int4", 8: "int8-weights"}
-"""Precision of a graph in the manifest, by the bits of its weights."""
-
-BITS_OF = {precision: bits for bits, precision in PRECISIONS.items()}
+"""Precision of a graph in the manifest, by the fewest bits of its matrices."""
 
 RUNS = 128
 """Recorded inputs with which weights are rounded: GPTQ also takes 128 samples (arXiv 2210.17323, section 4)."""
 
 
-def quantize_weights(context: CalibrationContext, record: GraphRecord, bits: int) -> StagedGraph:
+def quantize_weights(context: CalibrationContext, record: GraphRecord, form: GraphFormat) -> StagedGraph:
     """Writes one graph with block-quantized weights to the staging directory; compares it with the parent's graph.
 
     Args:
         context: The calibration.
         record: The graph's entry in the parent's manifest.
-        bits: Bits of an integer, 4 or 8.
+        form: The format of the graph, with weights in blocks, and of single matrices.
     """
     start = time.perf_counter()
     name = record.spec.name
     model = load_graph(context.parent.file(record.spec.file))
     targets = find_targets(model)
-    formats, unfit = choose_formats(targets.products, bits)
+    formats, unfit = choose_formats(targets.products, form)
     kept = {**targets.kept_float, **unfit}
     writers = _write_table(context, model, targets, formats) if name == DECODER else {}
     feeds = list(context.feeds.runs(name, RUNS)) if context.feeds.count(name) else []
@@ -69,7 +68,7 @@ def quantize_weights(context: CalibrationContext, record: GraphRecord, bits: int
             writers=writers,
             progress=partial(context.progress, f"{name}: round"),
         )
-    return _staged(context, model, record, bits, matrices, kept, file.record, start)
+    return _staged(context, model, record, matrices, kept, file.record, start)
 
 
 def rewrite_weights(
@@ -106,8 +105,7 @@ def rewrite_weights(
         copy_others(model, file, matrices)
     replace_weights(model, matrices)
     kept = {**graph.summary.kept_float, **kept_float}
-    bits = BITS_OF[graph.record.precision]
-    return _staged(context, model, record, bits, matrices, kept, file.record, start)
+    return _staged(context, model, record, matrices, kept, file.record, start)
 
 
 def _in_directory(tensor: ir.ExternalTensor, directory: Path) -> ir.ExternalTensor:
@@ -122,7 +120,6 @@ def _staged(
     context: CalibrationContext,
     model: ir.Model,
     record: GraphRecord,
-    bits: int,
     matrices: Mapping[str, BlockMatrix],
     kept_float: Mapping[str, str],
     seal: FileRecord,
@@ -142,7 +139,7 @@ def _staged(
     return context.stage(
         model,
         record,
-        PRECISIONS[bits],
+        PRECISIONS[min((matrix.form.bits for matrix in matrices.values()), default=8)],
         data,
         start=start,
         products=len(matrices),

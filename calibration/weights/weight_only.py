@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from blip2edge.calibration.formats import KEPT, GraphFormat
 from blip2edge.calibration.initializers import (
     add_initializer,
     initializer_tensor,
@@ -72,8 +73,14 @@ MatrixWriter = Callable[[Product, BlockFormat, Integers, Floats], tuple[ir.Exter
 """Writes integers and scales of a matrix; returns the tensors to which the graph refers."""
 
 
-def choose_formats(products: Sequence[Product], bits: int) -> tuple[dict[str, BlockFormat], dict[str, str]]:
+def choose_formats(
+    products: Sequence[Product], graph_format: GraphFormat
+) -> tuple[dict[str, BlockFormat], dict[str, str]]:
     """Chooses the integer format of each matrix of a graph.
+
+    Args:
+        products: The products of the graph.
+        graph_format: The format of the graph, and of single matrices.
 
     Returns:
         The formats by the weight's name, and the weights kept in floating point, with the reason.
@@ -81,8 +88,11 @@ def choose_formats(products: Sequence[Product], bits: int) -> tuple[dict[str, Bl
     formats: dict[str, BlockFormat] = {}
     kept_float: dict[str, str] = {}
     for product in products:
-        form = BlockFormat.for_width(product.inner, bits)
-        if form is None:
+        wanted = graph_format.of(product.weight)
+        form = wanted.for_width(product.inner)
+        if form is None and wanted.bits is None:
+            kept_float[product.weight] = KEPT
+        elif form is None:
             kept_float[product.weight] = f"its {product.inner} inputs cannot be cut into blocks of 16 or more"
         else:
             formats[product.weight] = form

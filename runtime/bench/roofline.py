@@ -200,12 +200,12 @@ def _bandwidth(threads: int = 1) -> float:
 def _rate(backend: str, threads: int = 1, *, integer: bool) -> float:
     """Operations per second of a matrix product with a constant weight, the best of several sizes."""
     return max(
-        2.0 * rows * inner * columns / _seconds(backend, rows, inner, columns, threads, integer=integer)
+        2.0 * rows * inner * columns / product_seconds(backend, rows, inner, columns, threads, integer=integer)
         for rows, inner, columns in SIZES
     )
 
 
-def _seconds(backend: str, rows: int, inner: int, columns: int, threads: int = 1, *, integer: bool) -> float:
+def product_seconds(backend: str, rows: int, inner: int, columns: int, threads: int = 1, *, integer: bool) -> float:
     """The least time of one matrix product, in seconds."""
     rng = np.random.default_rng(0)
     if integer:

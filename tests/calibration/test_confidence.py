@@ -22,7 +22,8 @@ from blip2edge.calibration.confidence.figures import accuracy_at, calibration_er
 from blip2edge.calibration.confidence.fit import CANDIDATES, fit_map, isotonic, logistic, probabilities
 from blip2edge.calibration.confidence.page import BEGIN, with_section
 from blip2edge.calibration.confidence.pipeline import LEAST, copy_with_confidence
-from blip2edge.calibration.pipeline import _seal, calibrate
+from blip2edge.calibration.pipeline import calibrate
+from blip2edge.calibration.sealing import seal
 from blip2edge.cli import main
 from blip2edge.cli.caption import shown_text
 from blip2edge.errors import BundleError, DataError, UsageError
@@ -230,7 +231,7 @@ def test_a_map_belongs_to_its_precision(confident_bundle: Path) -> None:
 
 def test_a_quantised_bundle_has_no_map_of_its_parent(confident_bundle: Path, tmp_path: Path) -> None:
     context: Any = type("Context", (), {"staging": tmp_path, "parent": Bundle.open(confident_bundle)})
-    sealed = _seal(context, {})
+    sealed = seal(context, {})
     assert isinstance(sealed, Manifest)
     assert sealed.confidence == {}
 

@@ -16,6 +16,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 
+from blip2edge.calibration.formats import GraphFormat, NumberFormat
 from blip2edge.calibration.storage import DataFile, InMemoryStore
 from blip2edge.calibration.targets import find_targets
 from blip2edge.calibration.weights.blocks import BlockFormat, plain_scales, restored
@@ -67,7 +68,7 @@ def quantised(
     folder.mkdir()
     model = ir.load(source)
     products = find_targets(model).products
-    formats, left = choose_formats(products, bits)
+    formats, left = choose_formats(products, GraphFormat(NumberFormat(f"int{bits}")))
     assert not left
     with DataFile(folder / "graph.data") as data:
         matrices = quantize_matrices(model, products, data, formats, feeds or [], **options)
@@ -199,7 +200,7 @@ def test_a_width_that_no_block_divides_is_left(tmp_path: Path) -> None:
     nodes = (node("MatMul", ["x", "up"], "u"), node("MatMul", ["u", "down"], "y"))
     write_graph(tmp_path, nodes, {"up": weight, "down": second})
     model = ir.load(tmp_path / "vision_encoder.onnx")
-    formats, left = choose_formats(find_targets(model).products, 4)
+    formats, left = choose_formats(find_targets(model).products, GraphFormat(NumberFormat("int4")))
     assert list(formats) == ["up"]
     assert "24 inputs" in left["down"]
 

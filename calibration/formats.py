@@ -1,0 +1,159 @@
+"""The number format of each graph of a calibrated bundle, and of single matrices in it (``calibrate --format``).
+
+--format vision_encoder=float              the graph stays as it is in the parent
+--format decoder=int4/32                   weights in blocks of 32 inputs
+--format 'decoder:*.layers.0.*=int8'       the same graph's matrices whose names match have another format
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from blip2edge.bundle.schema import BRIDGE, VISION
+from blip2edge.calibration.weights.blocks import BLOCKS, BlockFormat
+from blip2edge.choices import WEIGHT_BITS
+from blip2edge.errors import UsageError, option
+
+FLOAT, FP16, W8A8 = "float", "fp16", "w8a8"
+KINDS = (FLOAT, FP16, W8A8, *WEIGHT_BITS)
+INT8_ACTIVATIONS = (VISION, BRIDGE)
+"""Graphs whose activations become INT8 by default."""
+
+KEPT = "kept in floating point by its format (--format)"
+
+RULE = re.compile(r"(?P<graph>[^:=]+)(:(?P<pattern>.+))?=(?P<format>[^=]+)")
+
+
+@dataclass(frozen=True, order=True)
+class NumberFormat:
+    """The number format of a graph or of a matrix.
+
+    Attributes:
+        kind: ``float`` (as in the parent), ``fp16`` (weights are stored in FP16 and computed as in the parent),
+            ``w8a8`` (activations and weights in INT8), ``int8`` or ``int4`` (weights in blocks).
+        block: Largest number of inputs that share a scale; 0 for the default of ``int8`` and ``int4``.
+    """
+
+    kind: str
+    block: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> NumberFormat:
+        """Reads ``int4/32`` or ``float``; raises UsageError for anything else."""
+        kind, slash, block = text.partition("/")
+        bits = WEIGHT_BITS.get(kind)
+        sizes = tuple(map(str, BLOCKS[bits])) if bits is not None else ()
+        if kind not in KINDS or (slash and block not in sizes):
+            known = [*KINDS, *(f"{name}/{size}" for name, own in WEIGHT_BITS.items() for size in BLOCKS[own])]
+            raise UsageError(f"{option('format')}: expected one of {', '.join(known)}, got {text}", field="format")
+        return cls(kind, int(block) if slash else 0)
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.block}" if self.block else self.kind
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of weights in blocks; None for the other kinds."""
+        return WEIGHT_BITS.get(self.kind)
+
+    def for_width(self, width: int) -> BlockFormat | None:
+        """The block format of a matrix with ``width`` inputs; None if it has none, or no block size fits."""
+        return None if self.bits is None else BlockFormat.for_width(width, self.bits, self.block)
+
+
+@dataclass(frozen=True)
+class GraphFormat:
+    """The number format of one graph.
+
+    Attributes:
+        whole: The format of the graph's matrices.
+        patterns: Patterns of the names of matrices that have another format, with that format; the last one that
+            matches counts.
+    """
+
+    whole: NumberFormat
+    patterns: tuple[tuple[str, NumberFormat], ...] = ()
+
+    def of(self, weight: str) -> NumberFormat:
+        """The format of the matrix with this initializer."""
+        matching = [form for pattern, form in self.patterns if fnmatchcase(weight, pattern)]
+        return matching[-1] if matching else self.whole
+
+    def __str__(self) -> str:
+        return " ".join([str(self.whole), *(f"{pattern}={form}" for pattern, form in self.patterns)])
+
+
+@dataclass(frozen=True)
+class FormatRule:
+    """One ``--format``.
+
+    Attributes:
+        graph: Name of the graph.
+        form: The format.
+        pattern: Pattern of the matrices' names; empty for the whole graph.
+    """
+
+    graph: str
+    form: NumberFormat
+    pattern: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> FormatRule:
+        """Reads ``GRAPH=FORMAT`` or ``GRAPH:PATTERN=FORMAT``; raises UsageError for anything else."""
+        match = RULE.fullmatch(text)
+        if match is None:
+            raise UsageError(
+                f"{option('format')}: expected GRAPH=FORMAT or GRAPH:PATTERN=FORMAT, got {text}", field="format"
+            )
+        return cls(match["graph"], NumberFormat.parse(match["format"]), match["pattern"] or "")
+
+    def __str__(self) -> str:
+        return f"{self.graph}{':' if self.pattern else ''}{self.pattern}={self.form}"
+
+
+def choose_graph_formats(
+    graphs: Iterable[str], activations: Sequence[str], weights: str | None, rules: Sequence[FormatRule] = ()
+) -> dict[str, GraphFormat]:
+    """Chooses the format of each graph from the flags of ``calibrate``.
+
+    Args:
+        graphs: Names of the parent's graphs.
+        activations: Graphs whose activations become INT8.
+        weights: The type of the weights of the other graphs but the vision encoder; None keeps them.
+        rules: Formats of single graphs, which come before the other flags.
+
+    Raises:
+        UsageError: A rule names no graph of the parent, or two formats do not fit into one graph.
+    """
+    found: dict[str, GraphFormat] = {}
+    for name in graphs:
+        plain = NumberFormat(W8A8 if name in activations else FLOAT)
+        if plain.kind == FLOAT and name != VISION and weights is not None:
+            plain = NumberFormat(weights)
+        whole = [rule.form for rule in rules if rule.graph == name and not rule.pattern]
+        patterns = tuple((rule.pattern, rule.form) for rule in rules if rule.graph == name and rule.pattern)
+        found[name] = GraphFormat(whole[-1] if whole else plain, patterns)
+        _check_patterns(name, found[name])
+    unknown = sorted({rule.graph for rule in rules} - set(found))
+    if unknown:
+        raise UsageError(
+            f"{option('format')}: expected one of the graphs {', '.join(found)}, got {', '.join(unknown)}",
+            field="format",
+        )
+    return found
+
+
+def _check_patterns(graph: str, form: GraphFormat) -> None:
+    """Raises UsageError if the formats of single matrices cannot be in a graph of this format."""
+    blocks = form.whole.bits is not None
+    fitting = [FLOAT, *WEIGHT_BITS] if blocks else [FLOAT] if form.whole.kind == W8A8 else []
+    for pattern, own in form.patterns:
+        if own.kind not in fitting:
+            raise UsageError(
+                f"{option('format')}: {graph} is in {form.whole}, so its matrices {pattern} cannot be in {own}",
+                f"expected one of {', '.join(fitting)}" if fitting else "give the whole graph a format of integers",
+                field="format",
+            )

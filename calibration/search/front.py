@@ -1,0 +1,229 @@
+"""The points of a search, which of them no other beats (the Pareto front), and which one is published."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from blip2edge.calibration.formats import FormatRule
+from blip2edge.errors import BundleError, UsageError, option
+
+DEFAULT_DROP = 1.0
+"""Without limits, at most this share of the captions may change, in percentage points."""
+
+
+@dataclass(frozen=True)
+class PointLimits:
+    """The limits of ``--max-drop``, ``--max-ms`` and ``--max-mb``; None for no limit.
+
+    Attributes:
+        drop: Largest loss of the captions, in percentage points.
+        ms: Largest time of a caption, in milliseconds.
+        mb: Largest size of graphs and token table, in millions of bytes.
+    """
+
+    drop: float | None = None
+    ms: float | None = None
+    mb: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not value >= 0:
+                raise UsageError(f"{option(f'max_{name}')} must be at least 0, not {value:g}", field=f"max_{name}")
+
+    def excess(self, point: FormatPoint) -> float:
+        """How far a point is beyond the limits, as a share of each limit; 0 if it is within them."""
+        found = ((self.drop, point.drop), (self.ms, point.ms), (self.mb, point.bytes / 1e6))
+        return sum(
+            max(value - most, 0.0) / max(most, 1.0) if most is not None and value is not None else 0.0
+            for most, value in found
+        )
+
+    def words(self, name_of: Callable[[str], str] = option) -> str:
+        """The given limits in one line, each with its option's name as ``name_of`` writes it."""
+        given = ((name_of(f"max_{name}"), value) for name, value in vars(self).items() if value is not None)
+        return ", ".join(f"{name} {value:g}" for name, value in given)
+
+    def flags(self) -> str:
+        """The given limits as flags."""
+        return self.words(lambda name: f"--{name.replace('_', '-')}")
+
+
+@dataclass(frozen=True)
+class FormatPoint:
+    """One combination of formats.
+
+    Attributes:
+        names: The format of each part.
+        flags: The flags of plain ``calibrate`` that make it.
+        ms: Milliseconds of a caption.
+        stages: Milliseconds of each stage.
+        bytes: Size of graphs and token table.
+        nats: Change of the next token (Kullback-Leibler divergence from the parent), in nats a token; the sum of the
+            parts' until it is measured.
+        drop: Loss of the captions in percentage points; None until it is measured.
+        proven: Whether every part that is not the parent's was faster than the parent's.
+        preset: The plain flags of today that make the same, if any.
+    """
+
+    names: Mapping[str, str]
+    flags: str
+    ms: float
+    stages: Mapping[str, float]
+    bytes: int
+    nats: float
+    drop: float | None = None
+    proven: bool = True
+    preset: str = ""
+
+    @property
+    def loss(self) -> tuple[float, float]:
+        """The order of points by loss: captions first; where as many change, the change of the next token."""
+        return (0.0 if self.drop is None else self.drop, self.nats)
+
+    def beats(self, other: FormatPoint) -> bool:
+        """Whether the point is at least as good in loss, time and size, and better in one of them."""
+        no_worse = self.loss <= other.loss and self.ms <= other.ms and self.bytes <= other.bytes
+        return no_worse and (self.loss, self.ms, self.bytes) != (other.loss, other.ms, other.bytes)
+
+    def text(self) -> str:
+        """The point in one line."""
+        drop = "" if self.drop is None else f"drop {self.drop:.1f}, "
+        return f"{drop}{self.ms:.1f} ms, {self.bytes / 1e6:.1f} MB ({self.flags})"
+
+    def to_json(self) -> dict[str, Any]:
+        """The point as a JSON object for ``report.json``."""
+        return {
+            **vars(self),
+            "names": dict(self.names),
+            "ms": round(self.ms, 4),
+            "stages": {stage: round(ms, 4) for stage, ms in self.stages.items()},
+            "nats": float(f"{self.nats:.4g}"),
+        }
+
+
+def pareto(points: Sequence[FormatPoint]) -> list[FormatPoint]:
+    """The points that no other point beats, the fastest first."""
+    return sorted(
+        (point for point in points if not any(other.beats(point) for other in points)),
+        key=lambda point: (point.ms, point.loss, point.bytes),
+    )
+
+
+def to_measure(points: Sequence[FormatPoint], limits: PointLimits, most: int) -> list[FormatPoint]:
+    """Chooses the points of the predicted front whose captions are compared.
+
+    First those that are best in one figure, and within the limits the fastest and the one with the least loss. Then,
+    again and again, the point that is farthest from those chosen, by the logarithms of time, size and loss.
+
+    Args:
+        points: All points, with predicted loss.
+        limits: The limits of the user.
+        most: Largest number of points.
+    """
+    front = pareto(points)
+    within = [point for point in points if not limits.excess(point)]
+    first = [min(among, key=key) for among in (front, within) if among for key in (_by_ms, _by_bytes, _by_loss)]
+    chosen = list({point.flags: point for point in first}.values())
+    rest = [point for point in front if point not in chosen]
+    while rest and len(chosen) < most:
+        best = max(rest, key=lambda point: min(_distance(point, other, front) for other in chosen))
+        chosen.append(best)
+        rest.remove(best)
+    return chosen[:most]
+
+
+def _by_ms(point: FormatPoint) -> tuple[Any, ...]:
+    return point.ms, point.loss, point.bytes
+
+
+def _by_bytes(point: FormatPoint) -> tuple[Any, ...]:
+    return point.bytes, point.loss, point.ms
+
+
+def _by_loss(point: FormatPoint) -> tuple[Any, ...]:
+    return point.loss, point.ms, point.bytes
+
+
+def _distance(one: FormatPoint, other: FormatPoint, front: Sequence[FormatPoint]) -> float:
+    """Distance of two points; each figure counts by its share of the front's range."""
+    total = 0.0
+    for mine, theirs, *values in zip(*map(_logarithms, (one, other, *front)), strict=True):
+        span = max(values) - min(values) or 1.0
+        total += ((mine - theirs) / span) ** 2
+    return math.sqrt(total)
+
+
+def _logarithms(point: FormatPoint) -> tuple[float, float, float]:
+    return math.log(point.ms), math.log(point.bytes), math.log(point.nats + 1e-6)
+
+
+@dataclass(frozen=True)
+class ChosenPoint:
+    """The point that is published, and the rule that chose it."""
+
+    point: FormatPoint
+    rule: str
+
+
+def choose_point(points: Sequence[FormatPoint], limits: PointLimits) -> ChosenPoint:
+    """Chooses the point that is published.
+
+    - Without limits: the fastest point at which at most :data:`DEFAULT_DROP` percent of the captions change; if there
+      is none, the point with the least loss.
+    - With ``--max-drop``: the fastest point within all limits.
+    - With ``--max-ms`` or ``--max-mb`` and no ``--max-drop``: the point with the least loss within them.
+
+    A point with a part that was not faster than the parent's is taken only if ``--max-mb`` leaves no other.
+
+    Args:
+        points: The measured points.
+        limits: The limits.
+
+    Raises:
+        BundleError: No point is within the limits.
+    """
+    given = PointLimits(DEFAULT_DROP) if limits == PointLimits() else limits
+    within = [point for point in points if not given.excess(point)]
+    proven = [point for point in within if point.proven]
+    if not proven and limits.mb is None:
+        within = []
+    among = proven or within
+    if among and given.drop is not None:
+        rule = FASTEST if limits == PointLimits() else f"the fastest point within {given.flags()}"
+        return ChosenPoint(min(among, key=_by_ms), rule)
+    if among:
+        return ChosenPoint(min(among, key=_by_loss), f"the point with the least loss within {limits.flags()}")
+    if limits == PointLimits():
+        return ChosenPoint(
+            min(points, key=_by_loss), "the point with the least loss: all change more captions than allowed"
+        )
+    nearest = min(points, key=lambda point: (given.excess(point), _by_ms(point)))
+    raise BundleError(
+        f"no combination of formats is within {limits.words()}; the nearest is {nearest.text()}",
+        "give other limits: the search is kept, and only chooses again",
+    )
+
+
+FASTEST = f"the fastest point at which at most {DEFAULT_DROP:g} % of the captions change"
+
+
+@dataclass(frozen=True)
+class FoundPoints:
+    """The points of a search.
+
+    Attributes:
+        points: All points; those with a ``drop`` are measured.
+        front: The measured points that no measured point beats.
+        chosen: The published point.
+        rules: The formats of the published point, as rules of ``calibrate``.
+        cpu_s: CPU seconds of the search, also of the runs before that were killed.
+    """
+
+    points: Sequence[FormatPoint]
+    front: Sequence[FormatPoint]
+    chosen: ChosenPoint
+    rules: Sequence[FormatRule]
+    cpu_s: float

@@ -1,0 +1,150 @@
+"""The state of a search, from which a killed search goes on: ``OUT.run/`` beside the output.
+
+    OUT.run/plan.json         what decides the result: bundle, pictures, options, versions
+    OUT.run/spent.json        CPU seconds of all finished steps
+    OUT.run/NAME.json         the result of a finished step
+    OUT.run/NAME/             the files of a finished step
+
+A result appears under its name when it is complete and on the disk (fsync). So a step that was finished is not
+repeated, and a killed search ends with the result of one that was not killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from blip2edge.bundle.outputs.disk_errors import output_error
+from blip2edge.bundle.outputs.publishing import flush_file, flush_names
+from blip2edge.errors import DataError, OutputError, option
+from blip2edge.reading import read_json
+
+PLAN, SPENT = "plan.json", "spent.json"
+RUN_SUFFIX = ".run"  # added to the output's name, as for training and bulk
+MADE_BY = {"made_by": "blip2edge calibrate --search"}
+
+
+def run_directory(target: Path) -> Path:
+    """The directory of the state of a search for an output."""
+    return target.with_name(f"{target.name}{RUN_SUFFIX}")
+
+
+class SearchJournal:
+    """The finished steps of a search.
+
+    Args:
+        path: The directory.
+        fresh: A directory on the same file system, for files that are not complete; another search does not use it.
+    """
+
+    def __init__(self, path: Path, fresh: Path) -> None:
+        self.path, self._fresh = path, fresh
+        self._start, self._before = time.process_time(), 0.0
+        fresh.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def scratch(self) -> Path:
+        """A directory for files that only this process uses."""
+        return self._fresh
+
+    def begin(self, plan: Mapping[str, Any], *, force: bool) -> bool:
+        """Prepares the directory, or checks that it is of a search with the same plan.
+
+        Args:
+            plan: What decides the result.
+            force: Whether the state of a search with another plan is removed.
+
+        Returns:
+            Whether a search is resumed.
+
+        Raises:
+            OutputError: The state is of another plan, or the directory was not made by a search.
+        """
+        values = json.loads(json.dumps({**plan, **MADE_BY}))
+        old = self.plan()
+        if os.path.lexists(self.path) and not old.items() >= MADE_BY.items() and any(self.path.iterdir()):
+            raise OutputError(
+                f"{self.path} exists, and was not made by calibrate", "move it away, or give another output"
+            )
+        if old == values:
+            spent = self.path / SPENT
+            self._before = read_json(spent, DataError)["cpu_s"] if spent.is_file() else 0.0
+            return True
+        differing = sorted(name for name in {*old, *values} if old.get(name) != values.get(name))
+        if old and not force:
+            raise OutputError(
+                f"{self.path} is of a search with another plan: {', '.join(differing)} differ",
+                f"give the same flags to resume it, start again with {option('force', on=True)}, or give another "
+                "output",
+            )
+        self.clear()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._write(PLAN, values)
+        return False
+
+    def plan(self) -> dict[str, Any]:
+        """The plan in the directory; empty if there is none."""
+        try:
+            return read_json(self.path / PLAN, DataError)
+        except DataError:
+            return {}
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU seconds of the finished steps, in this process and in those before that were killed."""
+        return self._before + time.process_time() - self._start
+
+    def value(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Returns the result of a step: as it was stored, or computed and stored now.
+
+        Args:
+            name: Name of the step, of characters that a file's name can have.
+            compute: Computes the result, a JSON value.
+        """
+        path = self.path / f"{name}.json"
+        if path.is_file():
+            return read_json(path, DataError, f"remove {self.path}, and run the command again")["value"]
+        found = compute()
+        self._write(path.name, {"value": found})
+        self._write(SPENT, {"cpu_s": round(self.cpu_s, 2)})
+        return found
+
+    def folder(self, name: str, fill: Callable[[Path], None]) -> Path:
+        """Returns the directory of a step's files; ``fill`` writes them into a new directory if there is none yet."""
+        path = self.path / name
+        if path.is_dir():
+            return path
+        fresh = self._fresh / name
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        fill(fresh)
+        for file in (file for file in fresh.rglob("*") if file.is_file()):
+            flush_file(file)
+        flush_names(fresh)
+        fresh.rename(path)
+        flush_names(self.path)
+        self._write(SPENT, {"cpu_s": round(self.cpu_s, 2)})
+        return path
+
+    def clear(self) -> None:
+        """Removes the directory. The plan is removed first, so that a removal that is killed is not taken for a run."""
+        with suppress(FileNotFoundError):
+            (self.path / PLAN).rename(self._fresh / PLAN)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _write(self, name: str, value: Any) -> None:
+        fresh = self._fresh / name
+        try:
+            fresh.write_text(json.dumps(value) + "\n", encoding="utf-8")
+            flush_file(fresh)
+            os.replace(fresh, self.path / name)
+            flush_names(self.path)
+        except OSError as error:
+            problem = output_error(self.path, error)
+            raise OutputError(problem.problem, "mend it and run the command again: it goes on from here") from error

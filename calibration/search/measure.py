@@ -1,0 +1,240 @@
+"""Measures the formats of a search: milliseconds by stage, the change of the next token, and captions that differ."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.calibration.agreement import GreedyCaption, caption_pictures, compare_captions
+from blip2edge.calibration.context import CalibrationContext
+from blip2edge.calibration.formats import FLOAT, GraphFormat, NumberFormat
+from blip2edge.calibration.pictures import CalibrationPicture
+from blip2edge.calibration.search.choices import PART_STAGES, PartChoice
+from blip2edge.calibration.search.drop_limit import DropLimit
+from blip2edge.calibration.search.journal import SearchJournal
+from blip2edge.calibration.search.sensitivity import PICTURES, DivergenceMeter
+from blip2edge.calibration.search.variants import Variants, file_name
+from blip2edge.calibration.targets import find_targets
+from blip2edge.graph_files import load_graph
+from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
+from blip2edge.runtime.bench.measure import Bench
+from blip2edge.runtime.bench.reference_outputs import default_prompt
+from blip2edge.runtime.bench.roofline import product_seconds
+from blip2edge.runtime.captioning.assemble import text_parts
+from blip2edge.runtime.captioning.captioner import STAGES, Captioner
+
+ROUNDS = 3
+"""Rounds in which every bundle is loaded and timed in turn (A B C A B C ...)."""
+
+RUNS = 4
+"""Captions that are timed in each round, after one that warms up; the least time of each stage counts."""
+
+FASTER = 0.97
+"""A format is proven faster if it takes less than this share of the parent's time."""
+
+LAYER_NUMBER = re.compile(r"\.\d+\.")
+
+StageMs = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every measurement of a search shares.
+
+    Attributes:
+        variants: The graphs of all formats.
+        pictures: The pictures whose captions are compared.
+        captions: The parent's captions of these pictures.
+        limit: Computes the loss of captions.
+    """
+
+    variants: Variants
+    pictures: Sequence[CalibrationPicture]
+    captions: Sequence[GreedyCaption]
+    limit: DropLimit
+
+    @property
+    def journal(self) -> SearchJournal:
+        """The finished steps."""
+        return self.variants.journal
+
+    @property
+    def context(self) -> CalibrationContext:
+        """The calibration."""
+        return self.variants.context
+
+    @property
+    def tokens(self) -> int:
+        """Length of the timed captions in tokens: the median of the parent's."""
+        return max(2, int(np.median([len(caption.tokens) for caption in self.captions])))
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt, without visual tokens."""
+        prompts = text_parts(self.context.parent).prompts
+        return max(prompts(default_prompt(prompts)).length - prompts.spec.visual_tokens, 0)
+
+    @cached_property
+    def references(self) -> list[list[str]]:
+        """Reference captions of each picture."""
+        return [picture.references() for picture in self.pictures]
+
+    @cached_property
+    def meter(self) -> DivergenceMeter:
+        """Measures the change of the next token; made when it is first needed, because it runs the parent."""
+        texts = [caption.tokens for caption in self.captions[:PICTURES]]
+        return DivergenceMeter(self.context.parent, self.pictures[:PICTURES], texts, self.context.threads)
+
+
+@dataclass
+class StageTimer:
+    """Times bundles by stage, in CPU time of this process and one thread, with their optimized copies.
+
+    Attributes:
+        work: The pictures.
+        found: The least milliseconds of each stage, by the choice that decides it.
+    """
+
+    work: Workload
+    found: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
+
+    def time(self, combinations: Sequence[Mapping[str, PartChoice]]) -> None:
+        """Times the bundles of some combinations in turn, and adds the results to :attr:`found`.
+
+        Args:
+            combinations: The choice of each part.
+        """
+        journal, report = self.work.journal, self.work.context.progress
+        for number in range(ROUNDS):
+            for at, choices in enumerate(combinations):
+                report("time", number * len(combinations) + at, ROUNDS * len(combinations))
+                name = file_name("+".join(str(choice.form) for choice in choices.values()))
+                ms = journal.value(f"time-{number}-{name}", partial(self._timed, choices))
+                for part, choice in choices.items():
+                    self._add(part, str(choice.form), {stage: ms[stage] for stage in PART_STAGES[part]})
+                self._add("", "", {"preprocess": ms["preprocess"]})
+
+    def ms(self, part: str, form: GraphFormat | str) -> StageMs:
+        """The least milliseconds of the stages of a part in a format."""
+        return self.found[part, str(form)]
+
+    def _add(self, part: str, form: str, ms: StageMs) -> None:
+        least = self.found.setdefault((part, form), dict(ms))
+        for stage, value in ms.items():
+            least[stage] = min(least[stage], value)
+
+    def _timed(self, choices: Mapping[str, PartChoice]) -> StageMs:
+        return measured_ms(self.work.variants.bundle(choices), self.work.pictures[0], self.work.tokens)
+
+
+def measured_ms(bundle: Path, picture: CalibrationPicture, tokens: int) -> StageMs:
+    """Loads a bundle as the runtime does, and times captions of a picture.
+
+    Returns:
+        The least CPU milliseconds of each stage.
+    """
+    with closing(Captioner.load(bundle, backend="cpu", threads=1)) as captioner:
+        bench = Bench(captioner, np.asarray(picture.image()))
+        length = max(2, min(tokens, captioner.bundle.manifest.max_positions - bench.prompt_length()))
+        bench.caption(length)
+        clocks = [bench.caption(length) for _ in range(RUNS)]
+    return {stage: min(clock.cpu_ms[stage] for clock in clocks) for stage in STAGES}
+
+
+def part_nats(work: Workload, choices: Mapping[str, PartChoice]) -> float:
+    """The change of the next token if some parts have a format: Kullback-Leibler divergence in nats a token."""
+    if all(choice.is_float for choice in choices.values()):
+        return 0.0
+    name = "nats-" + file_name("+".join(f"{part}={choice.form}" for part, choice in choices.items()))
+    return float(work.journal.value(name, lambda: _nats(work, choices)))
+
+
+def _nats(work: Workload, choices: Mapping[str, PartChoice]) -> float:
+    variants = work.variants
+    parts = {
+        part: choices.get(part, PartChoice(part, GraphFormat(NumberFormat(FLOAT)))) for part in variants.parts.graphs
+    }
+    replaced = {
+        graph: _session(variants, graph, choice.form)
+        for part, choice in choices.items()
+        if not choice.is_float
+        for graph in variants.parts.graphs[part]
+        if graph in variants.parts.running
+    }
+    try:
+        return max(work.meter.loss(replaced, Bundle.open(variants.bundle(parts))), 0.0)
+    finally:
+        for session in replaced.values():
+            session.close()
+
+
+def _session(variants: Variants, graph: str, form: GraphFormat) -> OnnxRuntimeSession:
+    file = variants.context.parent.graph(graph).spec.file
+    return OnnxRuntimeSession(variants.graph(graph, form) / file, variants.context.threads)
+
+
+@dataclass(frozen=True)
+class CaptionLoss:
+    """How the captions of a combination differ from the parent's.
+
+    Attributes:
+        drop: The loss in percentage points.
+        same: Share of captions that are equal.
+        cpu_s: CPU seconds of captioning all pictures.
+    """
+
+    drop: float
+    same: float
+    cpu_s: float
+
+
+def captions_lost(work: Workload, choices: Mapping[str, PartChoice]) -> CaptionLoss:
+    """Captions the pictures with a combination, as the runtime would, and compares with the parent's captions."""
+    name = "captions-" + file_name("+".join(str(choice.form) for choice in choices.values()))
+
+    def compute() -> Mapping[str, float]:
+        start = time.process_time()
+        ours = caption_pictures(work.variants.bundle(choices), work.pictures, threads=work.context.threads)
+        seconds = time.process_time() - start
+        agreement = compare_captions(work.captions, ours)
+        return vars(CaptionLoss(work.limit.drop(agreement, work.references), agreement.same, seconds))
+
+    return CaptionLoss(**work.journal.value(name, compute))
+
+
+def _product_seconds(size: tuple[int, int, int]) -> list[float]:
+    """Seconds of a product in floating point and in INT8."""
+    return [product_seconds("cpu", *size, integer=integer) for integer in (False, True)]
+
+
+def slower_kinds(context: CalibrationContext, graph: str, journal: SearchJournal) -> list[str]:
+    """Finds the kinds of matrices of a graph whose INT8 product is not proven faster than the one in floating point.
+
+    A kind is the matrix of one name in all layers. Each size is timed alone, with the rows that it has in the graph.
+
+    Returns:
+        Patterns of the names of these matrices; empty if all kinds are slower, or none.
+    """
+    model = load_graph(context.parent.file(context.parent.graph(graph).spec.file))
+    sizes: dict[str, tuple[int, int, int]] = {}
+    shapes = {node.name: node.inputs[0].shape for node in model.graph if node.inputs and node.inputs[0] is not None}
+    for product in find_targets(model).products:
+        shape = shapes[product.node]
+        rows = int(np.prod([size for size in shape or () if isinstance(size, int)])) // product.inner
+        kind = LAYER_NUMBER.sub(".*.", product.weight, count=1)
+        sizes[kind] = (max(rows, 1), product.inner, product.outer)
+    slower: dict[tuple[int, int, int], bool] = {}
+    for size in sorted(set(sizes.values())):
+        name = f"product-{'x'.join(map(str, size))}"
+        seconds = journal.value(name, partial(_product_seconds, size))
+        slower[size] = seconds[1] > FASTER * seconds[0]
+    found = [kind for kind, size in sizes.items() if slower[size]]
+    return found if len(found) < len(sizes) else []

@@ -1,0 +1,224 @@
+"""``calibrate --search``: finds which formats cost the least captions, time and bytes, and publishes one combination.
+
+1. Make: each format of each part once (``choices``, ``variants``), with its optimized copy.
+2. Measure each alone: its stages' time here (``measure``) or on a board (``predicted``), its bytes, and how much it
+   changes the next token.
+3. Combine: time and bytes add up, and the change of the next token is predicted as the sum.
+4. Measure the captions of the combinations on the predicted front, and of what the plain flags make (``front``).
+5. Publish the chosen combination as the plain flags would make it.
+
+Each finished step is kept (``journal``), so a killed search goes on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.manifest import MANIFEST, read_manifest
+from blip2edge.bundle.outputs.locks import locked
+from blip2edge.bundle.outputs.publishing import check_not_source, check_target
+from blip2edge.calibration.agreement import RUNS, GreedyCaption, caption_pictures
+from blip2edge.calibration.batches import Feeds
+from blip2edge.calibration.confidence.references import References
+from blip2edge.calibration.context import CalibrationContext
+from blip2edge.calibration.formats import choose_graph_formats
+from blip2edge.calibration.pictures import DEFAULT_COUNT, PictureSet, choose_pictures
+from blip2edge.calibration.pipeline import PreparedSteps, calibrate, open_parent, record_inputs
+from blip2edge.calibration.results import CalibrationReport, StagedGraph
+from blip2edge.calibration.search.choices import (
+    PartGraphs,
+)
+from blip2edge.calibration.search.drop_limit import CaptionScore, DropLimit
+from blip2edge.calibration.search.front import (
+    FoundPoints,
+)
+from blip2edge.calibration.search.journal import SearchJournal, run_directory
+from blip2edge.calibration.search.measure import (
+    Workload,
+)
+from blip2edge.calibration.search.points import FormatSearch, SearchOptions
+from blip2edge.calibration.search.variants import Optimizer, Variants
+from blip2edge.errors import UsageError, option
+from blip2edge.limits import DEFAULT_LIMITS, Limits
+from blip2edge.packages import installed
+from blip2edge.progress import ProgressCallback
+from blip2edge.runtime.backends.probe import processor
+from blip2edge.runtime.bench.memory import Notify
+from blip2edge.version import __version__
+
+
+def search(
+    bundle: str | Path,
+    output: str | Path,
+    *,
+    images: str | Path,
+    options: SearchOptions | None = None,
+    optimizer: Optimizer | None = None,
+    method: str = "smooth",
+    cider: CaptionScore | None = None,
+    references: References | None = None,
+    count: int = DEFAULT_COUNT,
+    force: bool = False,
+    anyway: bool = False,
+    threads: int | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+    progress: ProgressCallback | None = None,
+    notify: Notify | None = None,
+) -> tuple[CalibrationReport, FoundPoints]:
+    """Searches the formats of a bundle's graphs, and publishes the chosen combination.
+
+    Args:
+        bundle: The directory of the parent, in fp32 or fp16.
+        output: The directory of the new bundle; ``OUT.run`` beside it holds the state until it is published.
+        images: A folder of pictures or ``.tar`` shards.
+        options: What to search for; None for the defaults.
+        optimizer: Makes the optimized copies that the runtime would use; None to time the portable graphs.
+        method: How activation ranges are chosen.
+        cider: Scores captions. With it, and a ``.txt`` of references for every picture, the loss is that of CIDEr.
+        references: Pictures with known captions, to fit the confidence of the published bundle; None for no confidence.
+        count: Largest number of pictures.
+        force: Whether to replace an existing bundle, and the state of a search with another plan.
+        anyway: Whether to go on if this machine has too little memory.
+        threads: CPU threads of quantizing and captioning; times are always those of one thread.
+        limits: The largest picture that is decoded.
+        progress: Called with a stage's name, steps done and steps in all.
+        notify: Called with a warning.
+
+    Returns:
+        The report of the published bundle, and all points.
+
+    Raises:
+        UsageError: The model generates no captions, or an option is outside its range.
+        BundleError: No combination is within the limits: nothing is published. Or as for ``calibrate``.
+        OutputError: The output exists, or the state is of a search with another plan.
+    """
+    target, run, options = Path(output), run_directory(Path(output)), options or SearchOptions()
+    parent = open_parent(bundle, method, None)
+    check_not_source(target, parent.path)
+    if parent.manifest.prompt is None:
+        raise UsageError(
+            f"{option('search', on=True)} compares captions, but this model generates none",
+            f"leave {option('search', on=True)} out",
+        )
+    report = progress or (lambda stage, done, total: None)
+    with locked(run) as part:
+        pictures = choose_pictures(images, count, partial(report, "read the pictures"), limits)
+        journal = SearchJournal(run, part / "fresh")
+        plan = _plan(parent, pictures, options, method, optimizer)
+        if not journal.begin(plan, force=force):
+            check_target(target, force, MANIFEST)  # a killed run may have published the bundle
+        feeds = Feeds(journal.scratch / "none")  # until the inputs are recorded
+        context = CalibrationContext(
+            parent, journal.scratch, feeds, method, threads, report, notify or (lambda line: None), pictures.sha256
+        )
+        work = _workload(context, journal, pictures, options, cider, optimizer)
+        finder = FormatSearch(work, options)
+        found = finder.run()
+        chosen = finder.combinations[found.chosen.point.flags]
+        if _is_published(target, work, found):  # a killed run has done it
+            work.variants.publish_copies(target, chosen)
+            done = _report_of(target, work, found, pictures)
+            journal.clear()
+            return done, found
+        check_target(target, force, MANIFEST)
+        prepared = PreparedSteps(
+            work.captions[:RUNS], work.context.feeds, work.variants.prepared, search_json(found, options, work)
+        )
+        done = calibrate(
+            bundle, target, images=images, method=method, formats=found.rules, references=references, count=count,
+            force=force, anyway=anyway, threads=threads, limits=limits, progress=progress, notify=notify,
+            prepared=prepared,
+        )  # fmt: skip
+        work.variants.publish_copies(target, chosen)
+        journal.clear()
+    return done, found
+
+
+def _plan(
+    parent: Bundle, pictures: PictureSet, options: SearchOptions, method: str, optimizer: Optimizer | None
+) -> dict[str, Any]:
+    """What decides the points of a search; the limits only choose one."""
+    return {
+        "bundle": parent.sha256,
+        "pictures": pictures.sha256,
+        "method": method,
+        "board": None if options.board is None else options.board.name,
+        "scored": options.scored,
+        "measured": options.measured,
+        "formats": list(options.formats),
+        "optimized": optimizer is not None,
+        "processor": processor(),
+        "versions": {"blip2edge": __version__, "onnxruntime": installed("onnxruntime")},
+    }
+
+
+def _is_published(target: Path, work: Workload, found: FoundPoints) -> bool:
+    """Whether the output is the bundle of the chosen point already."""
+    if not (target / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(target)
+    expected = {"parent_sha256": work.context.parent.sha256, "data_sha256": work.context.pictures_sha256}
+    seals = {name: seal for graph in _staged(work, found).values() for name, seal in graph.seals.items()}
+    return manifest.calibration.items() >= expected.items() and manifest.files.items() >= seals.items()
+
+
+def _report_of(target: Path, work: Workload, found: FoundPoints, pictures: PictureSet) -> CalibrationReport:
+    summaries = {name: graph.summary for name, graph in _staged(work, found).items()}
+    return CalibrationReport(target, summaries, None, len(pictures), (), 0.0, 0)
+
+
+def _staged(work: Workload, found: FoundPoints) -> dict[str, StagedGraph]:
+    """The graphs of the chosen point."""
+    formats = choose_graph_formats(work.context.parent.manifest.graphs, (), None, found.rules)
+    return {name: work.variants.made(name, form) for name, form in formats.items()}
+
+
+def _workload(
+    context: CalibrationContext,
+    journal: SearchJournal,
+    pictures: PictureSet,
+    options: SearchOptions,
+    cider: CaptionScore | None,
+    optimizer: Optimizer | None,
+) -> Workload:
+    """Captions the pictures with the parent, and records the inputs of the graphs."""
+    scored = list(pictures)[: max(options.scored, RUNS)]
+
+    def caption() -> list[Any]:
+        told = partial(context.progress, "caption with the parent")
+        found = caption_pictures(context.parent.path, scored, threads=context.threads, progress=told)
+        return [[list(caption.tokens), caption.text] for caption in found]
+
+    captions = [GreedyCaption(tuple(tokens), text) for tokens, text in journal.value("captions", caption)]
+
+    def collect(folder: Path) -> None:
+        record_inputs(replace(context, feeds=Feeds(folder)), pictures, captions[:RUNS])
+
+    context = replace(context, feeds=Feeds(journal.folder("feeds", collect)))
+    references = cider is not None and all(picture.references() for picture in scored)
+    graphs = list(context.parent.manifest.graphs)
+    parts = PartGraphs.of(graphs, [graph for graph in graphs if context.feeds.count(graph)])
+    variants = Variants(context, journal, parts, optimizer)
+    return Workload(variants, scored, captions, DropLimit(0.0, cider if references else None))
+
+
+def search_json(found: FoundPoints, options: SearchOptions, work: Workload) -> dict[str, Any]:
+    """The search as a JSON object, ``search`` in ``report.json``."""
+    board = options.board
+    return {
+        "processor": processor() if board is None else board.title,
+        "time": "measured" if board is None else "predicted",
+        "loss": work.limit.measure,
+        "pictures": len(work.pictures),
+        "tokens": work.tokens,
+        "optimized": work.variants.optimizer is not None,
+        "limits": {name: value for name, value in vars(options.limits).items() if value is not None},
+        "rule": found.chosen.rule,
+        "chosen": found.chosen.point.flags,
+        "front": [point.flags for point in found.front],
+        "points": [point.to_json() for point in found.points],
+    }
