@@ -177,7 +177,7 @@ def scatter(marks: Sequence[Mark], across: str, up: str, width: int = 760, heigh
     rows = _log_axis([max(mark.y, least) for mark in marks], height - bottom, top)
     shapes = [
         element("path", class_="axisline", d=f"M{left} {height - bottom + 8}H{width - 100}"),
-        label(across, width - 100, height - 4, anchor="end"),
+        label(across, width - 100, height + 10, anchor="end"),
         label(up, 0, 12),
     ]
     shapes += [
@@ -195,7 +195,7 @@ def scatter(marks: Sequence[Mark], across: str, up: str, width: int = 760, heigh
         shapes.append(element("circle", title, class_=mark.style, cx=x, cy=y, r=6, **hollow))
         if mark.text:
             shapes.append(label(mark.text, x + 9, y + 4))
-    return svg(width, height, shapes)
+    return svg(width, height + 18, shapes)
 
 
 def _log_axis(values: Sequence[float], start: float, end: float) -> Callable[[float], float]:
