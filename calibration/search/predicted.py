@@ -9,7 +9,7 @@ from blip2edge.bundle.schema import BRIDGE, DECODER, VISION
 from blip2edge.calibration.formats import FLOAT, FP16, W8A8, GraphFormat
 from blip2edge.calibration.search.choices import LANGUAGE
 from blip2edge.runtime.bench.devices import Board
-from blip2edge.runtime.bench.plan import HOST_S, effective
+from blip2edge.runtime.bench.plan import HOST_S, effective, operators
 from blip2edge.runtime.bench.roofline import reference_seconds
 from blip2edge.shapes.cost import StageCost
 from blip2edge.shapes.model_shape import ModelPart, ModelShape, TokenCounts
@@ -77,10 +77,12 @@ class BoardTimer:
     ) -> float:
         """Seconds of a run of a graph: products and bytes by the roofline, and the operators between them."""
         share = self._board.efficiency
-        products = times * sum(matrix.operations(tokens, share.extra_rows) for matrix in part.matrices)
+        products = times * sum(matrix.operations(tokens, share.extra_rows, share.overlaps) for matrix in part.matrices)
         scores = times * sum(attention.operations(tokens) for attention in part.attentions)
         floating = form.whole.kind in (FLOAT, FP16)
         cost = StageCost(scores + products, 0.0, size) if floating else StageCost(scores, products, size)
         kind = KINDS.get(form.whole.kind, self._precision)
-        seconds = (cost + StageCost(0.0, 0.0, extra)).seconds(effective(self._board, kind), overlaps=share.overlaps)
-        return seconds + times * part.elements(tokens) * share.element_s + part.calls * share.call_s
+        cost += StageCost(0.0, 0.0, extra)
+        seconds = cost.seconds(effective(self._board, kind, cost.bytes), overlaps=share.overlaps)
+        calls = operators(part, self._precision if floating else form.whole.kind, self._board) * share.call_s
+        return seconds + times * part.elements(tokens) * share.element_s + calls

@@ -49,7 +49,7 @@ def test_where_as_many_captions_change_the_next_token_decides() -> None:
 
 def test_no_point_of_a_random_front_is_beaten_and_all_others_are() -> None:
     rng = np.random.default_rng(0)
-    every = [point(str(at), *(rng.random(2) + 0.1), 0.0, float(rng.random())) for at in range(60)]
+    every = [point(str(at), rng.random() + 0.1, rng.random() + 0.1, 0.0, rng.random()) for at in range(60)]
     front = pareto(every)
     assert not any(one.beats(other) for one, other in itertools.permutations(front, 2))
     assert all(any(one.beats(other) for one in front) for other in every if other not in front)
@@ -94,7 +94,7 @@ def test_limits_below_zero(name: str, value: float) -> None:
 
 def test_points_to_measure_hold_the_best_of_each_figure_and_of_the_limits() -> None:
     rng = np.random.default_rng(1)
-    every = [point(str(at), *(rng.random(2) + 0.1), None, float(rng.random())) for at in range(80)]
+    every = [point(str(at), rng.random() + 0.1, rng.random() + 0.1, None, rng.random()) for at in range(80)]
     chosen = to_measure(every, PointLimits(ms=0.6), 8)
     within = [one for one in every if one.ms <= 0.6]
     assert len(chosen) == 8

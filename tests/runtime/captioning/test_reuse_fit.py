@@ -88,7 +88,7 @@ class StubGenerator:
     def complete(self, batch: Any, options: Any, numbers: Any, clock: Any) -> list[Generated]:
         self.runs += 1
         number = round(float(batch.pictures["visual_tokens"][0, 0, 1]) * 1e6)
-        return [Generated((number,), "eos", (-0.1,))]
+        return [Generated((number,), "eos", None)]
 
     def text(self, generated: Generated, options: Any) -> str:
         return str(generated.tokens[0])
