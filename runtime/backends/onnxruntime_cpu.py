@@ -7,6 +7,7 @@ import mmap
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +40,27 @@ def huge_page_bytes() -> int:
         return 0
 
 
+@dataclass
+class HugePages:
+    """Whether the memory that a block allocates is moved into huge pages; the block may set ``wanted`` to False."""
+
+    wanted: bool = True
+
+
 @contextmanager
-def on_huge_pages() -> Iterator[None]:
+def on_huge_pages() -> Iterator[HugePages]:
     """Moves memory that the ``with`` block allocates into huge pages, for fewer TLB misses; Linux only.
 
     Only the page size changes: the memory still belongs to the process and is freed as before.
     """
-    size = huge_page_bytes()
+    size, choice = huge_page_bytes(), HugePages()
     if not size:
-        yield
+        yield choice
         return
     before = filled_pages(size)
-    yield
+    yield choice
+    if not choice.wanted:
+        return
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     for page in sorted(filled_pages(size) - before):
@@ -159,8 +169,8 @@ class OnnxRuntimeSession:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
         name = graph if isinstance(graph, Path) else "a changed graph"
-        huge = nullcontext() if lean or isinstance(graph, bytes) else on_huge_pages()
-        with raised_as(BundleError, f"ONNX Runtime cannot load {name}", "export the checkpoint again"), huge:
+        huge = nullcontext(HugePages()) if lean or isinstance(graph, bytes) else on_huge_pages()
+        with raised_as(BundleError, f"ONNX Runtime cannot load {name}", "export the checkpoint again"), huge as pages:
             if optimized is not None and isinstance(graph, Path):
                 graph, weights = graph.read_bytes(), optimized.weights
             if weights is not None:
@@ -172,8 +182,10 @@ class OnnxRuntimeSession:
                 disabled_optimizers=None if optimized is None else SLOW_FUSIONS,
                 enable_fallback=False,  # it would try the same again, and print that to stdout
             )
+            self.input_names = tuple(value.name for value in self._session.get_inputs())
+            # Only a decoder reads all weights for a single row. Products of many rows are as fast on small pages.
+            pages.wanted = "logits_indices" in self.input_names
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
-        self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:

@@ -81,6 +81,31 @@ def test_what_is_filled_within_is_gathered_and_keeps_its_bytes() -> None:
 
 
 @linux
+def test_nothing_is_gathered_if_the_block_does_not_want_it() -> None:
+    small = SIZE // mmap.PAGESIZE
+    with memory(3) as (made, first):
+        offset = first - ctypes.addressof(ctypes.c_char.from_buffer(made))
+        with on_huge_pages() as pages:
+            fill(made, offset, small)
+            pages.wanted = False
+        assert huge_kib(first) == 0
+
+
+@pytest.mark.parametrize(("graph", "wanted"), [("decoder", True), ("vision_encoder", False)])
+def test_only_decoders_are_moved(graph: str, wanted: bool, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[huge_pages.HugePages] = []
+
+    @contextmanager
+    def recorded() -> Iterator[huge_pages.HugePages]:
+        seen.append(huge_pages.HugePages())
+        yield seen[-1]
+
+    monkeypatch.setattr(huge_pages, "on_huge_pages", recorded)
+    huge_pages.OnnxRuntimeSession(tiny_bundle / f"{graph}.onnx", 1).close()
+    assert [pages.wanted for pages in seen] == [wanted]
+
+
+@linux
 def test_a_page_counts_where_three_quarters_of_it_are_in_use() -> None:
     small = SIZE // mmap.PAGESIZE
     with memory(2) as (made, first):
