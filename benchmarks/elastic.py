@@ -72,7 +72,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 """The miniature with a context of 1,024 tokens, and BLIP-2 with ViT-B/16 and OPT-125m; both take videos."""
 
 NUMBERS = {"miniature": (8, 4), "blip-2": (32, 16, 8)}
-ROUNDS = {"miniature": 20, "blip-2": 3}
+ROUNDS = {"miniature": 20, "blip-2": 2}
 
 
 def elastic_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
