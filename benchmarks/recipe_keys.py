@@ -55,7 +55,7 @@ def table(kind: type, without: type | None = None) -> str:
     rows = ["| key | default | meaning |", "|---|---|---|"]
     for field in dataclasses.fields(kind):
         value = getattr(default, field.name)
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) or field.name == "sets":  # written as [[data]]
             continue
         if plain is not None and hasattr(plain, field.name) and getattr(plain, field.name) == value:
             continue

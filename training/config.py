@@ -299,7 +299,12 @@ class TrainingConfig(RecipeSection):
                 " layers inside the language model",
                 "leave frozen_dtype out; autocast = 'bfloat16' saves time, and recompute_activations saves memory",
             )
-        if self.model.is_miniature and self.data.kind != "scenes":
+        if self.loop.cache_features and self.data.augments:
+            raise ConfigError(
+                "[loop] cache_features does not work with crop or flip in [data], which change each picture every time",
+                "set cache_features to false, or leave crop and flip out",
+            )
+        if self.model.is_miniature and not self.data.only_scenes:
             raise ConfigError(
                 "[model] names no trained parts, so the recipe trains the miniature model, which supports the data kind"
                 f" 'scenes' only, not {self.data.kind!r}",
@@ -357,8 +362,14 @@ def given_values(config: Any) -> dict[str, Any]:
     for each in dataclasses.fields(config):
         value = getattr(config, each.name)
         if value != getattr(default, each.name):
-            given[each.name] = given_values(value) if dataclasses.is_dataclass(value) else value
+            given[each.name] = _as_json(value)
     return given
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_as_json(item) for item in value]
+    return given_values(value) if dataclasses.is_dataclass(value) else value
 
 
 def config_hash(config: TrainingConfig) -> str:

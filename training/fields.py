@@ -75,12 +75,17 @@ class RecipeSection:
 def _value(path: str, kind: Any, value: Any) -> Any:
     """Checks one value and converts it to the type of its field."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if isinstance(value, list) and hasattr(kind, "of_tables"):
+            return kind.of_tables([_value(f"{path}[{number}]", kind, each) for number, each in enumerate(value)])
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path} must be a table [{path}], not {value!r}")
         return read_section(path, kind, value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) <= sys.float_info.max else math.inf
     if typing.get_origin(kind) is tuple:
+        (item_kind, *_) = typing.get_args(kind)
+        if dataclasses.is_dataclass(item_kind):
+            raise ConfigError(f"unknown key {path!r}", f"write [[{path.rpartition('.')[0]}]] for each data set")
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ConfigError(f"{path} must be a list of strings, not {value!r}")
         for item in value:

@@ -291,7 +291,7 @@ def _publish(run: TrainingRun, options: _Options, record: dict[str, Any]) -> Non
             write_stage1(parts, run.stage1, fresh)
         else:
             parts.write(fresh, config.weights_dtype)
-            if options.evaluation_scenes and config.data.kind == "scenes" and parts.model.config.family == "blip-2":
+            if options.evaluation_scenes and config.data.only_scenes and parts.model.config.family == "blip-2":
                 scores = evaluate_scenes(open_captioner(fresh, ModelOptions()), options.evaluation_scenes)
                 record["heldout"] = scores
                 run.log(f"heldout: exact match {scores['exact_match']:.4f}")

@@ -223,6 +223,6 @@ def _with_pictures(path: Path, entries: list[Entry], broken: BrokenSamples, limi
             missing[entry.sample_id] = str(picture)
     missing_pictures(str(path), missing, len(entries), broken, limit)
     kept = [entry for entry in entries if entry.sample_id not in missing]
-    if not kept:
+    if missing and not kept:
         raise broken.none_usable("sample with its picture")
     return kept

@@ -2,57 +2,140 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 from blip2edge.errors import ConfigError
-from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, SHARE, RecipeSection, one_of
+from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, SHARE, RecipeSection, ValidValues, one_of
 
-DATA_KINDS = ("scenes", "coco-captions", "coco-vqa", "folder", "shards")
+MIXTURE = "mixture"
+DATA_KINDS = ("scenes", "coco-captions", "coco-vqa", "karpathy", "table", "folder", "shards", "parquet", MIXTURE)
+LEFT_RIGHT = ("left", "right", "leftmost", "rightmost", "clockwise", "counterclockwise", "anticlockwise")
+_CROP = ValidValues(lambda value: bool(0 < value <= 1), "be greater than 0 and at most 1")
 
 
 @dataclass(frozen=True)
 class DataConfig(RecipeSection):
-    """The training data."""
+    """The training data; `[[data]]`, given several times, mixes several data sets."""
 
     kind: Annotated[str, one_of(*DATA_KINDS)] = "scenes"
-    """"scenes": generated scenes; "coco-captions" and "coco-vqa": COCO's JSON files; "folder": pictures, each with a
-    text file of the same name; "shards": WebDataset's tar files."""
+    """"scenes": generated scenes; "coco-captions" and "coco-vqa": COCO's JSON files; "karpathy": `dataset_coco.json`;
+    "table": rows of JSON lists (LAVIS, LLaVA), JSONL, CSV, TSV or an imagefolder; "folder": pictures, each with a text
+    file of the same name; "shards": WebDataset's tar files; "parquet": Parquet files; "mixture": set by `[[data]]`."""
     path: str = ""
-    """The JSON file (for VQA, of the questions), the folder, or the shards: `part-*.tar`, `part-{000..127}.tar` or a
-    directory of them. Relative to the recipe."""
+    """The JSON file (for VQA, of the questions), the table, the folder, or the shards: `part-*.tar`,
+    `part-{000..127}.tar` or a directory of them, also of an object store (`s3://…`). Relative to the recipe."""
     images: str = ""
-    """Directory of a JSON file's pictures; empty: the directory of the file, or COCO's layout next to it."""
+    """Directory of a JSON file's or a table's pictures; empty: the directory of the file, or COCO's layout next to
+    it."""
     annotations: str = ""
     """File of the answers to VQA's questions; empty: the file in the directory of `path` with VQA's name."""
+    splits: tuple[str, ...] = ("train", "restval")
+    """Splits of Karpathy's file that are read."""
+    image_column: str = ""
+    """Column of a table's pictures; empty: the first known one that has a value (docs/data.md)."""
+    text_column: str = ""
+    """Column of a table's captions; empty: the first known one that has a value."""
     question: str = "Question: {} Short answer:"
     """Template of a question; the braces are replaced by the question."""
+    more_questions: tuple[str, ...] = ()
+    """Further templates of a question; each sample draws one of all templates."""
     max_broken: Annotated[int, NOT_NEGATIVE] = 100
     """Largest number of samples with a missing or broken picture or text. They are skipped and reported; one more is
     an error."""
     shuffle_buffer: Annotated[int, POSITIVE] = 1000
     """Samples in a block of shards that are shuffled together."""
+    copies_gib: Annotated[int, POSITIVE] = 64
+    """Largest size in GiB of the local copies of packed shards and of an object store's files, in the user's cache."""
+    ratio: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Share of this set in a mixture, relative to the ratios of the others; 0 in all sets: the square root of each
+    set's size."""
+    size: Annotated[int, NOT_NEGATIVE] = 0
+    """Number of samples, for a mixture without ratios; 0: counted, which shards and unlimited scenes do not allow."""
+    crop: Annotated[float, _CROP] = 1.0
+    """Smallest share of a picture's area that a random crop keeps; 1: no crop."""
+    flip: Annotated[float, SHARE] = 0.0
+    """Share of pictures that are mirrored; never one whose texts contain a word of `flip_except`."""
+    flip_except: tuple[str, ...] = LEFT_RIGHT
+    """Words of texts that a mirrored picture would make wrong."""
     count: Annotated[int, NOT_NEGATIVE] = 0
     """Number of generated scenes, shown pass after pass, so that features can be cached; 0: every scene is new."""
     series: Annotated[int, NOT_NEGATIVE] = 0
     """Seed of those `count` scenes. With `count = 0`, the recipe's seed and the phase decide instead."""
     prompts: tuple[str, ...] = ("a photo of", "a picture of")
-    """Short prompts; some captions are trained as their continuation."""
+    """Short prompts, or instructions; some captions are trained as their continuation."""
     prompt_share: Annotated[float, SHARE] = 0.2
     """Share of captions that follow one of the prompts; the others follow the empty prompt."""
+    sets: tuple[DataConfig, ...] = ()
+    """The data sets of a mixture, each with the keys of this section."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kind != "scenes" and not self.path:
+        if self.kind == MIXTURE:
+            self._check_mixture()
+        elif self.kind != "scenes" and not self.path:
             raise ConfigError(
                 f"[{self.section}] kind = {self.kind!r} expects a path, got none", f'add path = "…" to [{self.section}]'
             )
-        if self.question.count("{}") != 1:
-            raise ConfigError(
-                f"[{self.section}] question must contain {{}} once, in the place of the question, not {self.question!r}"
-            )
+        for template in self.questions:
+            if template.count("{}") != 1:
+                name = "question" if template == self.question else "more_questions"
+                raise ConfigError(
+                    f"[{self.section}] {name} must contain {{}} once, in the place of the question, not {template!r}"
+                )
         if self.prompt_share > 0 and not self.prompts:
             raise ConfigError(
                 f"[{self.section}] prompts is empty, but prompt_share is above 0",
                 "set prompts, or set prompt_share to 0",
             )
+
+    def _check_mixture(self) -> None:
+        if len(self.sets) < 2:
+            raise ConfigError(
+                f"[[{self.section}]] expected at least two data sets to mix, got {len(self.sets)}",
+                f"write [{self.section}] for one data set",
+            )
+        if any(each.kind == MIXTURE for each in self.sets):
+            raise ConfigError(f"[[{self.section}]] a set of a mixture cannot be a mixture itself")
+        given = [each.ratio > 0 for each in self.sets]
+        if any(given) and not all(given):
+            raise ConfigError(
+                f"[[{self.section}]] expected a ratio in every set or in none, got {sum(given)} in {len(given)} sets",
+                "set ratio in every set, or in none to mix by the square roots of the sizes",
+            )
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """All templates of a question."""
+        return (self.question, *self.more_questions)
+
+    @property
+    def parts(self) -> tuple[DataConfig, ...]:
+        """The sets of a mixture, or this one."""
+        return self.sets or (self,)
+
+    @property
+    def only_scenes(self) -> bool:
+        """Whether all pictures are generated scenes."""
+        return all(part.kind == "scenes" for part in self.parts)
+
+    @property
+    def augments(self) -> bool:
+        """Whether pictures are changed at random."""
+        return any(part.crop < 1 or part.flip > 0 for part in self.parts)
+
+    @classmethod
+    def of_tables(cls, sets: Sequence[DataConfig]) -> DataConfig:
+        """Makes the section of a recipe that has `[[data]]`: a mixture, or the only set.
+
+        Args:
+            sets: The sets, in the recipe's order.
+        """
+        if cls is not DataConfig:
+            raise ConfigError(f"[[{cls.__name__.removesuffix('Config').lower()}]] expected one table, got a list")
+        if len(sets) == 1 and sets[0].ratio == 0:
+            return sets[0]
+        prompts = tuple(dict.fromkeys(prompt for each in sets for prompt in each.prompts))
+        share = max((each.prompt_share for each in sets), default=0.0)
+        return cls(kind=MIXTURE, sets=tuple(sets), prompts=prompts, prompt_share=share)

@@ -92,6 +92,7 @@ class Entry:
         answers: Answers of people to the question.
         kinds: Groups of the question in the scores, such as `{"answer_type": "yes/no"}`.
         numbered: Whether the ids are numbers in the data, and not texts.
+        history: Earlier questions of the dialogue with their answers.
     """
 
     sample_id: str
@@ -102,6 +103,7 @@ class Entry:
     answers: tuple[str, ...] = ()
     kinds: Mapping[str, str] = field(default_factory=dict)
     numbered: bool = False
+    history: tuple[tuple[str, str], ...] = ()
 
 
 def single_spaced(text: str) -> str:

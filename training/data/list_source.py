@@ -12,6 +12,7 @@ from blip2edge.errors import DataError
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.data.entries import BrokenSamples, Entry, RejectingSource
 from blip2edge.training.data.sources import PassOrder, Sample, draw_prompt
+from blip2edge.training.data.streams.augmentation import changed, draw_change
 
 _TEXT = 2  # random stream of prompts and answers
 
@@ -21,17 +22,30 @@ def sample_of(entry: Entry, config: DataConfig, rng: np.random.Generator) -> Sam
 
     Args:
         entry: A caption or a question.
-        config: Section [data] of the recipe, with prompts for captions and the template for questions.
-        rng: Draws the prompt, or one of the answers; an answer that more people gave is more likely.
+        config: Section [data] of the recipe, with prompts for captions and templates for questions.
+        rng: Draws the prompt, or one of the answers (an answer that more people gave is more likely) and one of the
+            templates; then how the picture is changed.
 
     Returns:
         The sample.
     """
-    picture, identity = entry.picture, entry.picture.identity
-    if entry.question:
+    if entry.question or entry.history:
         text = entry.answers[int(rng.integers(len(entry.answers)))].strip()
-        return Sample(entry.sample_id, identity, picture.open, text, config.question.replace("{}", entry.question))
-    return Sample(entry.sample_id, identity, picture.open, entry.text, draw_prompt(config, rng))
+        prompt = _asked(entry, config, rng)
+    else:
+        text, prompt = entry.text, draw_prompt(config, rng)
+    change = draw_change(config, (prompt, text), rng)
+    return Sample(entry.sample_id, entry.picture.identity, changed(entry.picture.open, change), text, prompt)
+
+
+def _asked(entry: Entry, config: DataConfig, rng: np.random.Generator) -> str:
+    """The question of an entry in one of the templates, after the earlier turns of its dialogue in the same one."""
+    templates = config.questions
+    template = templates[int(rng.integers(len(templates)))] if len(templates) > 1 else templates[0]
+    earlier = [
+        f"{template.replace('{}', question)} {answer}" if question else answer for question, answer in entry.history
+    ]
+    return " ".join([*earlier, template.replace("{}", entry.question)])
 
 
 class ListSource(RejectingSource):
@@ -43,11 +57,16 @@ class ListSource(RejectingSource):
         name: The file or folder, for messages.
         config: Section [data] of the recipe, with prompts and question template.
         seed: Seed of orders, prompts and answers.
+
+    Raises:
+        DataError: There is no entry.
     """
 
     def __init__(
         self, entries: Sequence[Entry], broken: BrokenSamples, name: str, config: DataConfig, seed: int
     ) -> None:
+        if not entries:
+            raise broken.none_usable("sample with its picture and text")
         self._entries = entries
         super().__init__(broken)
         self._name = name

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
+from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import UsageError
 from blip2edge.training.data.coco import read_captions, read_vqa
-from blip2edge.training.data.config import DataConfig
+from blip2edge.training.data.config import MIXTURE, DataConfig
 from blip2edge.training.data.entries import BrokenSamples, Entry
 from blip2edge.training.data.folder import read_folder
 from blip2edge.training.data.list_source import ListSource
+from blip2edge.training.data.readers.copies import LocalCopies, ReadFile, is_address, remote_files
+from blip2edge.training.data.readers.rows import RowReader
+from blip2edge.training.data.readers.tables import ROWS_BY_SUFFIX, Numbered, karpathy, parquet, parquet_rows, table_file
 from blip2edge.training.data.scene_source import SceneSource
 from blip2edge.training.data.shard_source import ShardSource
-from blip2edge.training.data.shards import read_shards, shard_paths
+from blip2edge.training.data.shards import SHARD_SUFFIXES, read_shard, shard_names, shard_paths
 from blip2edge.training.data.sources import SampleSource
+from blip2edge.training.data.streams.mixture import MixtureSource, set_probabilities
+
+_GIB = 1 << 30
 
 
 def _path(base: Path, text: str) -> Path | None:
@@ -35,30 +46,109 @@ def _folder(config: DataConfig, base: Path) -> tuple[list[Entry], BrokenSamples]
     return read_folder(base / config.path, config.max_broken)
 
 
-def _shards(config: DataConfig, base: Path) -> tuple[Iterable[Entry], BrokenSamples]:
-    broken = BrokenSamples(config.path, config.max_broken)
-    return read_shards(shard_paths(base / config.path), broken), broken
+def _of_rows(config: DataConfig, base: Path, path: Path, rows: Numbered) -> tuple[list[Entry], BrokenSamples]:
+    broken = BrokenSamples(str(path), config.max_broken)
+    images = base / config.images if config.images else path.parent
+    reader = RowReader(images, broken, config.image_column, config.text_column)
+    return [entry for number, row in rows for entry in reader.entries(number, row)], broken
+
+
+def _table(config: DataConfig, base: Path) -> tuple[list[Entry], BrokenSamples]:
+    path = table_file(base / config.path)
+    return _of_rows(config, base, path, ROWS_BY_SUFFIX[path.suffix.lower()](path))
+
+
+def _karpathy(config: DataConfig, base: Path) -> tuple[list[Entry], BrokenSamples]:
+    path = base / config.path
+    return _of_rows(config, base, path, karpathy(path, config.splits))
 
 
 LIST_READERS: dict[str, Callable[[DataConfig, Path], tuple[list[Entry], BrokenSamples]]] = {
     "coco-captions": _captions,
     "coco-vqa": _vqa,
+    "karpathy": _karpathy,
+    "table": _table,
     "folder": _folder,
 }
 """Reads all entries of a kind; paths are relative to the given directory."""
 
 
-def _listed(config: DataConfig, seed: int, base: Path) -> SampleSource:
+@dataclass(frozen=True)
+class ShardFormat:
+    """A format of many files that are read one after the other.
+
+    Attributes:
+        suffixes: Endings of the files.
+        reader: Makes the reader of one file from the section and the directory of the recipe.
+        size: Counts the samples of a file; None if that takes reading it.
+    """
+
+    suffixes: tuple[str, ...]
+    reader: Callable[[DataConfig, Path], ReadFile]
+    size: Callable[[Path], int] | None = None
+
+
+def _parquet_reader(config: DataConfig, base: Path) -> ReadFile:
+    def read(path: Path, broken: BrokenSamples, name: str) -> Iterator[Entry]:
+        images = base / config.images if config.images else path.parent
+        reader = RowReader(images, broken, config.image_column, config.text_column, f"{name}:")
+        for number, row in parquet(path):
+            yield from reader.entries(number, row)
+
+    return read
+
+
+SHARD_FORMATS = {
+    "shards": ShardFormat(SHARD_SUFFIXES, lambda config, base: read_shard),
+    "parquet": ShardFormat((".parquet",), _parquet_reader, parquet_rows),
+}
+"""Formats of which only a block of samples is in memory."""
+
+
+def _files(config: DataConfig, base: Path) -> list[Path | str]:
+    """The files of a section: local paths, or addresses."""
+    suffixes = SHARD_FORMATS[config.kind].suffixes
+    if is_address(config.path):
+        return [*remote_files(config.path, suffixes)]
+    return [*shard_paths(base / config.path, suffixes)]
+
+
+def _file_reader(config: DataConfig, base: Path) -> Callable[[Any, BrokenSamples, str], Iterator[Entry]]:
+    """The reader of one file, which is copied first if it is packed or in an object store."""
+    copies = LocalCopies(cache_directory() / "shards", config.copies_gib * _GIB)
+    return copies.reader(SHARD_FORMATS[config.kind].reader(config, base))
+
+
+def _sharded(config: DataConfig, seed: int, base: Path) -> tuple[SampleSource, int | None]:
+    files = _files(config, base)
+    size = SHARD_FORMATS[config.kind].size
+    local = [path for path in files if isinstance(path, Path)]
+    known = sum(map(size, local)) if size is not None and len(local) == len(files) else None
+    return ShardSource(files, config, seed, _file_reader(config, base)), known
+
+
+def _listed(config: DataConfig, seed: int, base: Path) -> tuple[SampleSource, int]:
     entries, broken = LIST_READERS[config.kind](config, base)
-    return ListSource(entries, broken, config.path, config, seed)
+    return ListSource(entries, broken, config.path, config, seed), len(entries)
 
 
-SOURCE_MAKERS: dict[str, Callable[[DataConfig, int, Path], SampleSource]] = {
-    "scenes": lambda config, seed, base: SceneSource(config, seed),
-    "shards": lambda config, seed, base: ShardSource(shard_paths(base / config.path), config, seed),
+def _mixed(config: DataConfig, seed: int, base: Path) -> tuple[SampleSource, int | None]:
+    """A mixture; each set has an order of its own, also if two sets are the same files."""
+    opened = [SOURCE_MAKERS[each.kind](each, seed * len(config.sets) + at, base) for at, each in enumerate(config.sets)]
+    probabilities = set_probabilities(config.sets, [size for _, size in opened])
+    return MixtureSource([source for source, _ in opened], probabilities, seed), None
+
+
+SOURCE_MAKERS: dict[str, Callable[[DataConfig, int, Path], tuple[SampleSource, int | None]]] = {
+    "scenes": lambda config, seed, base: (SceneSource(config, seed), config.count or None),
+    MIXTURE: _mixed,
+    **dict.fromkeys(SHARD_FORMATS, _sharded),
     **dict.fromkeys(LIST_READERS, _listed),
 }
-"""Makes a source from its configuration, the seed of its order, and the directory that paths are relative to."""
+"""Makes a source from its configuration, the seed of its order, and the directory that paths are relative to.
+
+The number of samples of a pass is returned too, or None if it is not known.
+"""
 
 
 def open_sample_source(config: DataConfig, *, seed: int, base: Path) -> SampleSource:
@@ -73,16 +163,17 @@ def open_sample_source(config: DataConfig, *, seed: int, base: Path) -> SampleSo
         The source, at its first sample.
 
     Raises:
-        DataError: A file is missing or cannot be parsed.
+        DataError: A file is missing or cannot be parsed, or there is no usable sample.
+        ConfigError: The sizes of a mixture without ratios are not known.
     """
-    return SOURCE_MAKERS[config.kind](config, seed, base)
+    return SOURCE_MAKERS[config.kind](config, seed, base)[0]
 
 
 def read_entries(config: DataConfig, *, base: Path) -> tuple[Iterable[Entry], BrokenSamples]:
     """Reads all entries once, in the order of the files, for evaluation or filtering.
 
     Args:
-        config: The section [data] of the recipe; any kind except "scenes".
+        config: The section [data] of the recipe; any kind except "scenes" and mixtures.
         base: Directory that relative paths start from.
 
     Returns:
@@ -90,9 +181,24 @@ def read_entries(config: DataConfig, *, base: Path) -> tuple[Iterable[Entry], Br
         at its end.
 
     Raises:
-        DataError: A file is missing or cannot be parsed.
-        UsageError: The kind is "scenes", which have no end.
+        DataError: A file is missing or cannot be parsed, or a list has no usable sample.
+        UsageError: The kind is "scenes", which have no end, or a mixture.
     """
     if config.kind == "scenes":
         raise UsageError("expected data from files, got the generated scenes", "give a file or folder")
-    return (_shards if config.kind == "shards" else LIST_READERS[config.kind])(config, base)
+    if config.kind == MIXTURE:
+        raise UsageError("expected one data set, got a mixture of several", "give the path of one of the data sets")
+    if config.kind in SHARD_FORMATS:
+        broken = BrokenSamples(config.path, config.max_broken)
+        files, read = _files(config, base), _file_reader(config, base)
+        return chain.from_iterable(map(partial(_read_one, read, broken), files, shard_names(files))), broken
+    entries, broken = LIST_READERS[config.kind](config, base)
+    if not entries:
+        raise broken.none_usable("sample with its picture and text")
+    return entries, broken
+
+
+def _read_one(
+    read: Callable[[Any, BrokenSamples, str], Iterator[Entry]], broken: BrokenSamples, path: Path | str, name: str
+) -> Iterator[Entry]:
+    return read(path, broken, name)

@@ -11,6 +11,7 @@ from blip2edge.errors import Blip2EdgeError, DataError
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.data.scenes import make_scene
 from blip2edge.training.data.sources import PassOrder, Sample, draw_prompt
+from blip2edge.training.data.streams.augmentation import changed, draw_change
 
 _PROMPT = 2  # random stream of prompts
 
@@ -47,7 +48,9 @@ class SceneSource:
         scene = make_scene(number, seed=self._series)
         rng = np.random.default_rng([_PROMPT, self._seed, position])
         identity = f"scene-{self._series}-{number}"
-        return Sample(identity, identity, lambda: scene.picture, scene.caption, draw_prompt(self._config, rng))
+        prompt = draw_prompt(self._config, rng)
+        change = draw_change(self._config, (scene.caption, prompt), rng)
+        return Sample(identity, identity, changed(lambda: scene.picture, change), scene.caption, prompt)
 
     @property
     def broken(self) -> Mapping[str, str]:

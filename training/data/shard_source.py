@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,21 @@ class ShardSource(RejectingSource):
     shuffled. The orders depend only on seed, pass and block, so a snapshot needs no samples to resume a stream.
 
     Args:
-        paths: The shards.
+        paths: The shards: paths, or addresses.
         config: Section [data] of the recipe: size of a block, prompts, and the largest number of broken samples.
         seed: Seed of all orders, prompts and answers.
+        read: Reads the entries of one shard: its path or address, the broken samples, and its name in sample ids.
     """
 
-    def __init__(self, paths: Sequence[Path], config: DataConfig, seed: int) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path | str],
+        config: DataConfig,
+        seed: int,
+        read: Callable[[Any, BrokenSamples, str], Iterator[Entry]] = read_shard,
+    ) -> None:
         self._paths = list(paths)
+        self._read = read
         self._config = config
         self._seed = seed
         self._names = shard_names(self._paths)
@@ -43,7 +51,7 @@ class ShardSource(RejectingSource):
     @property
     def name(self) -> str:
         """Directory and number of the shards, for messages."""
-        return f"{self._paths[0].parent} ({len(self._paths)} shards)"
+        return f"{str(self._paths[0]).rpartition('/')[0]} ({len(self._paths)} shards)"
 
     def __iter__(self) -> Iterator[Sample]:
         """Samples from the current position, without end.
@@ -68,7 +76,7 @@ class ShardSource(RejectingSource):
         order = np.random.default_rng([_SHARDS, self._seed, self._pass]).permutation(len(self._paths))
         for place in range(shard, len(order)):
             at = int(order[place])
-            for number, entry in enumerate(read_shard(self._paths[at], self._broken, self._names[at])):
+            for number, entry in enumerate(self._read(self._paths[at], self._broken, self._names[at])):
                 if place > shard or number >= first:
                     yield (place, number), entry
 

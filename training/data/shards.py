@@ -1,18 +1,19 @@
 """Reads and writes WebDataset shards: tar files whose samples are files of one name (`0001.jpg`, `0001.txt`).
 
-Shards must be uncompressed and on a disk. Headers and texts are read in order; a picture is read from its offset when
-it is needed. Only the entries of the current block are in memory, so memory does not grow with the data.
+Headers and texts are read in order; a picture is read from its offset when it is needed. Packed shards and those of an
+object store are copied first, see :mod:`blip2edge.training.data.readers.copies`. Only the entries of the current block
+are in memory, so memory does not grow with the data.
 """
 
 from __future__ import annotations
 
 import glob
 import json
-import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from PIL import Image
 
 from blip2edge.bundle.outputs.disk_errors import output_error
 from blip2edge.errors import DataError, ImageError
-from blip2edge.picture_files import SHARD_SUFFIX, BrokenShardError, ShardFile, add_member, open_shard
+from blip2edge.picture_files import BrokenShardError, ShardFile, add_member, open_shard
 from blip2edge.reading import parse_json, reading
 from blip2edge.runtime.images.preprocess import load_image
 from blip2edge.training.data.entries import BrokenSamples, Entry, answer_texts, file_identity, single_spaced
@@ -31,6 +32,9 @@ SampleFiles = dict[str, tuple[ShardFile, Callable[[], bytes]]]
 
 MAX_TEXT_BYTES = 16 << 20
 """Largest text or JSON of one sample."""
+
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+"""Endings of shards."""
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -48,52 +52,58 @@ class ShardPicture(ShardFile):
         return load_image(self.read())
 
 
-def shard_paths(pattern: str | Path) -> list[Path]:
+def range_of(pattern: str) -> list[str]:
+    """The paths of a pattern with a range, such as `part-{000..127}.tar`; empty if it has none."""
+    span = _BRACES.search(pattern)
+    if span is None:
+        return []
+    first, last = span.groups()
+    numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    return [pattern[: span.start()] + number + pattern[span.end() :] for number in numbers]
+
+
+def shard_paths(pattern: str | Path, suffixes: tuple[str, ...] = SHARD_SUFFIXES) -> list[Path]:
     """Finds the shards that a pattern names; returns their paths, sorted.
 
     Args:
-        pattern: A tar file, a directory of them, a pattern with `*`, or one with a range: `part-{000..127}.tar`.
+        pattern: A file, a directory of them, a pattern with `*`, or one with a range: `part-{000..127}.tar`.
+        suffixes: Endings of the files, in lower case.
 
     Raises:
-        DataError: There is no such shard, a shard of the range is missing, or a shard is compressed.
+        DataError: There is no such shard, a shard of the range is missing, or a file has another ending.
     """
     text = str(pattern)
-    span = _BRACES.search(text)
     if Path(text).is_file():  # also a path that contains characters of a pattern
         paths = [Path(text)]
     elif Path(text).is_dir():
-        paths = sorted(Path(text).glob("*.tar"))
-    elif span is not None:
-        first, last = span.groups()
-        numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-        paths = [Path(text[: span.start()] + number + text[span.end() :]) for number in numbers]
+        found = sorted(Path(text).iterdir())
+        paths = [path for path in found if path.name.lower().endswith(suffixes) and not path.name.startswith(".")]
     else:
-        paths = sorted(map(Path, glob.glob(text)))
+        paths = [Path(path) for path in range_of(text)] or sorted(map(Path, glob.glob(text)))
     missing = [str(path) for path in paths if not path.is_file()]
+    expected = " or ".join(suffixes)
     if missing or not paths:
         raise DataError(
-            f"expected tar files at {text}, {len(missing)} of {len(paths)} are missing: {', '.join(missing[:3])}"
+            f"expected {expected} files at {text}, {len(missing)} of {len(paths)} are missing: {', '.join(missing[:3])}"
             if missing
-            else f"expected tar files at {text}, got none",
+            else f"expected {expected} files at {text}, got none",
             "check the path, and the range in braces if the path has one",
         )
-    packed = [path for path in paths if path.suffix != SHARD_SUFFIX]
-    if packed:
-        raise DataError(
-            f"expected tar files without compression (.tar), got {packed[0].name}",
-            "unpack the file, for example with gunzip",
-        )
+    others = [path for path in paths if not path.name.lower().endswith(suffixes)]
+    if others:
+        raise DataError(f"expected {expected} files, got {others[0].name}", "pack or convert the file again")
     return paths
 
 
-def shard_names(paths: Sequence[Path]) -> list[str]:
-    """Returns the shards' names for sample ids: file names, or relative paths if two file names are equal."""
-    names = [path.name for path in paths]
+def shard_names(paths: Sequence[Path | str]) -> list[str]:
+    """Returns the names of shards, given as paths or addresses: file names, or relative paths if two are equal."""
+    names = [str(path).rpartition("/")[2] for path in paths]
     if len(set(names)) == len(names):
         return names
-    whole = [path.absolute() for path in paths]
-    root = os.path.commonpath([path.parent for path in whole])
-    return [path.relative_to(root).as_posix() for path in whole]
+    whole = [str(path) if "://" in str(path) else Path(path).absolute().as_posix() for path in paths]
+    parts = [path.split("/") for path in whole]
+    shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False)))
+    return ["/".join(part[shared:]) for part in parts]
 
 
 def read_shard(path: Path, broken: BrokenSamples, name: str = "") -> Iterator[Entry]:

@@ -166,8 +166,10 @@ def test_shards_by_directory_pattern_and_range(shards: Path) -> None:
     with pytest.raises(DataError, match=r"1 of 4 are missing: .*000003\.tar"):
         shard_paths(str(shards / "{000000..000003}.tar"))
     (shards / "a.tar.gz").write_bytes(b"")
-    with pytest.raises(DataError, match="without compression"):
-        shard_paths(shards / "a.tar.gz")
+    assert [path.name for path in shard_paths(shards)] == [*names, "a.tar.gz"]
+    (shards / "a.zip").write_bytes(b"")
+    with pytest.raises(DataError, match=r"expected \.tar or .*, got a\.zip"):
+        shard_paths(shards / "a.zip")
 
 
 def test_shards_hold_what_was_written(shards: Path, pictures: Path) -> None:

@@ -1,0 +1,259 @@
+"""Makes entries from the rows of a table, by the columns that a row has.
+
+A row is a mapping of columns, whichever format it came from. Three kinds of rows are known:
+
+    a caption       a column such as ``caption`` or ``text``: a text, or a list of texts
+    a question      ``question``, and ``answers`` or ``answer``: a text, a list of texts, or VQA's objects
+    a dialogue      ``conversations`` (LLaVA) or ``messages``: turns of a person and of the model
+
+The picture is in a column of bytes, of paths or of web addresses. Names of columns are compared in lower case.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image
+
+from blip2edge.errors import Blip2EdgeError, DataError
+from blip2edge.picture_files import is_file
+from blip2edge.runtime.images.download import WEB, download
+from blip2edge.runtime.images.preprocess import load_image
+from blip2edge.training.data.entries import (
+    BrokenSamples,
+    Entry,
+    FilePicture,
+    StoredPicture,
+    UniqueIds,
+    answer_texts,
+    single_spaced,
+)
+
+Row = Mapping[str, Any]
+
+PICTURES = (
+    *("image", "jpg", "png", "image_bytes", "bytes", "file_name", "filename", "image_path", "img", "img_path"),
+    *("path", "file_path", "filepath", "file", "url", "image_url"),
+)
+"""Columns of the picture, in the order in which they are tried."""
+CAPTIONS = ("caption", "captions", "text", "texts", "sentence", "sentences", "title", "alt_text")
+"""Columns of the caption, in the order in which they are tried."""
+ANSWERS = ("answers", "answer", "direct_answers")
+DIALOGUES = ("conversations", "messages")
+_PEOPLE, _MODELS = ("human", "user"), ("gpt", "assistant", "model")
+_PLACE = re.compile(r"<image>|<ImageHere>", re.IGNORECASE)  # the picture's place in a dialogue; the family sets its own
+
+
+@dataclass(frozen=True)
+class CellPicture:
+    """A picture whose file is a cell of a table; a :class:`blip2edge.training.data.entries.StoredPicture`."""
+
+    content: bytes
+    suffix: str = ".jpg"
+
+    @property
+    def identity(self) -> str:
+        """Hash of the bytes."""
+        return hashlib.sha256(self.content).hexdigest()
+
+    def read(self) -> bytes:
+        """The bytes of the picture file."""
+        return self.content
+
+    def open(self) -> Image.Image:
+        """Decodes the picture: upright, RGB."""
+        return load_image(self.content)
+
+
+@dataclass(frozen=True)
+class WebPicture:
+    """A picture at a web address, downloaded each time it is opened."""
+
+    address: str
+
+    @property
+    def suffix(self) -> str:
+        """Suffix of the address's path, or ".jpg"."""
+        return PurePosixPath(self.address.partition("?")[0]).suffix.lower() or ".jpg"
+
+    @property
+    def identity(self) -> str:
+        """The address."""
+        return self.address
+
+    def read(self) -> bytes:
+        """Downloads the picture file; raises ImageError."""
+        return download(self.address)
+
+    def open(self) -> Image.Image:
+        """Downloads and decodes the picture: upright, RGB."""
+        return load_image(self.read())
+
+
+class RowReader:
+    """Makes entries from rows. A row that cannot be used is counted as broken, and has no entry.
+
+    Args:
+        images: Directory that the paths of pictures are relative to.
+        broken: Collects the broken rows.
+        image_column: Column of the picture; empty for the first of :data:`PICTURES` with a value.
+        text_column: Column of the caption; empty for the first of :data:`CAPTIONS` with a value.
+        prefix: Beginning of all sample ids.
+    """
+
+    def __init__(
+        self, images: Path, broken: BrokenSamples, image_column: str = "", text_column: str = "", prefix: str = ""
+    ) -> None:
+        self._images, self._broken, self._prefix = images, broken, prefix
+        self._pictures = (image_column.lower(),) if image_column else PICTURES
+        self._captions = (text_column.lower(),) if text_column else CAPTIONS
+        self._ids = UniqueIds()
+        self._exists: dict[Path, bool] = {}
+
+    def entries(self, number: int | str, row: Row | Blip2EdgeError) -> Iterator[Entry]:
+        """Makes the entries of a row.
+
+        Args:
+            number: Number of the row; its id if it has none.
+            row: The row, or the error that it was read with.
+
+        Yields:
+            An entry for each caption, question or answer of a dialogue.
+
+        Raises:
+            DataError: More rows are broken than allowed.
+        """
+        if isinstance(row, Blip2EdgeError):
+            self._broken.add(self._ids(f"{self._prefix}{number}"), row.problem)
+            return
+        row = {str(key).lower(): value for key, value in row.items() if key is not None}
+        given = next((row[key] for key in ("question_id", "id") if isinstance(row.get(key), (int, str))), number)
+        sample_id = self._ids(f"{self._prefix}{number if given == '' else given}")
+        try:
+            picture = self._picture(row)
+            found = list(self._texts(row))
+        except DataError as error:
+            self._broken.add(sample_id, error.problem)
+            return
+        named = row.get("image_id")
+        image_id = str(named) if isinstance(named, (int, str)) and named != "" else picture.identity
+        for place, entry in enumerate(found):
+            own = f"{sample_id}#{place}" if place else sample_id
+            written = given if "question" in entry else named
+            yield Entry(own, image_id, picture, numbered=isinstance(written, int), **entry)
+
+    def _picture(self, row: Row) -> StoredPicture:
+        """The picture of a row; raises DataError if it has none."""
+        for column in self._pictures:
+            value = row.get(column)
+            if isinstance(value, Mapping):  # as the package datasets stores pictures
+                value = value.get("bytes") or value.get("path")
+            if isinstance(value, (bytes, bytearray)) and value:
+                return CellPicture(bytes(value))
+            if isinstance(value, str) and value.strip():
+                return self._named(value.strip())
+        raise DataError(f"it has no picture in a column {' or '.join(self._pictures[:1] or PICTURES)}")
+
+    def _named(self, name: str) -> StoredPicture:
+        if name.lower().startswith(WEB):
+            return WebPicture(name)
+        path = self._images / name
+        if path not in self._exists:
+            self._exists[path] = is_file(path)
+        if not self._exists[path]:
+            raise DataError(f"{path} is missing")
+        return FilePicture(path)
+
+    def _texts(self, row: Row) -> Iterator[dict[str, Any]]:
+        """The fields of each entry of a row: caption, or question and answers; raises DataError if there is none."""
+        turns = next((row[key] for key in DIALOGUES if row.get(key) is not None), None)
+        if turns is not None:
+            yield from dialogue(turns)
+        elif row.get("question") is not None and any(row.get(key) is not None for key in ANSWERS):
+            yield _question(row)
+        else:
+            yield from ({"text": text} for text in self._captions_of(row))
+
+    def _captions_of(self, row: Row) -> list[str]:
+        value = next((row[key] for key in self._captions if row.get(key) not in (None, "", [])), None)
+        if value is None:
+            known = [key for key in self._captions if key in row]
+            raise DataError("its caption is empty" if known else f"it has no text, only the columns {', '.join(row)}")
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise DataError(f"expected its caption to be a text, got {value!r:.60}")
+        captions = [text for text in map(single_spaced, texts) if text]
+        if not captions:
+            raise DataError("its caption is empty")
+        return captions
+
+
+def _question(row: Row) -> dict[str, Any]:
+    """Question and answers of a row."""
+    if not isinstance(row["question"], str):
+        raise DataError(f"expected its question to be a text, got {row['question']!r:.60}")
+    question = single_spaced(row["question"])
+    given = next(row[key] for key in ANSWERS if row.get(key) is not None)
+    answers = answer_texts(given if isinstance(given, list) else [given])
+    if not question or not answers:
+        raise DataError("its answers are empty" if question else "its question is empty")
+    kinds = {key: str(row[key]) for key in ("answer_type", "question_type") if row.get(key) is not None}
+    return {"question": question, "answers": answers, "kinds": kinds}
+
+
+def dialogue(turns: Any) -> Iterator[dict[str, Any]]:
+    """Makes an entry for each answer of a dialogue, with the earlier turns as its history.
+
+    Args:
+        turns: LLaVA's list of ``{"from": "human", "value": …}``, or one of ``{"role": "user", "content": …}``. Turns of
+            the system are skipped.
+
+    Yields:
+        The fields ``question``, ``answers`` and ``history`` of an entry; ``text`` instead if the question is only the
+        picture.
+
+    Raises:
+        DataError: A turn has another form, or a question has no answer.
+    """
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"expected a list of turns, got {turns!r:.60}")
+    asked: str | None = None
+    history: list[tuple[str, str]] = []
+    for turn in turns:
+        speaker, text = _turn(turn)
+        if speaker in _PEOPLE:
+            asked = text if asked is None else f"{asked} {text}".strip()
+        elif speaker in _MODELS:
+            if asked is None or not text:
+                raise DataError("an answer of its dialogue is empty" if not text else "its dialogue has no question")
+            alone = not asked and not history
+            yield {"text": text} if alone else {"question": asked, "answers": (text,), "history": tuple(history)}
+            history.append((asked, text))
+            asked = None
+        elif speaker != "system":
+            raise DataError(f"expected a turn of {_PEOPLE[0]} or {_MODELS[0]}, got {speaker!r:.60}")
+    if asked is not None and not history:
+        raise DataError("its dialogue has no answer")
+
+
+def _turn(turn: Any) -> tuple[str, str]:
+    """Speaker and text of a turn, without the picture's place."""
+    if not isinstance(turn, Mapping):
+        raise DataError(f"expected a turn to be an object, got {turn!r:.60}")
+    speaker = turn.get("from", turn.get("role"))
+    text = turn.get("value", turn.get("content"))
+    if isinstance(text, list):  # parts, as chat templates have them
+        parts = [part.get("text") for part in text if isinstance(part, Mapping) and part.get("type") == "text"]
+        text = " ".join(part for part in parts if isinstance(part, str))
+    if not isinstance(text, str):
+        raise DataError(f"expected the value of a turn to be a text, got {text!r:.60}")
+    return str(speaker).lower(), single_spaced(_PLACE.sub(" ", text))
+
+
+Rows = Callable[[Path], Iterator[tuple[int, Row | Blip2EdgeError]]]
+"""Reads the rows of a file with their numbers; a row that cannot be read is given as its error."""

@@ -1,0 +1,1 @@
+"""Mixtures of sources, and random changes of pictures."""
