@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.training import config as recipes
+from blip2edge.training.data.config import DataConfig
 
 BEGIN, END = "<!-- keys: made by benchmarks/recipe_keys.py -->\n", "<!-- end of keys -->\n"
 PHASES = ("vision", "language", "stage1", "stage2", "instruct")
@@ -75,7 +76,7 @@ def document() -> str:
     blocks = ", ".join(f"`[model.{name}]`" for name in BLOCKS)
     parts += [f"{blocks}:\n", table(recipes.BlockSizes)]
     parts += [f"`[loop]`: {summary(types['loop'])}\n", table(types["loop"])]
-    own = table(types["validation"], recipes.DataConfig)
+    own = table(types["validation"], DataConfig)
     parts += [f"`[validation]`: {summary(types['validation'])} Its keys are those of `[data]` and these:\n", own]
     names = ", ".join(f"`[{name}]`" for name in PHASES)
     parts += [f"Each of {names}:\n", table(recipes.OptimizerConfig)]

@@ -162,6 +162,9 @@ class LoopConfig(RecipeSection):
     """Type of the cached output: "float32" or "float16"."""
     workers: Annotated[int, NOT_NEGATIVE] = 0
     """Threads that open the pictures of the next batch during the current step; 0: none."""
+    data_streams: Annotated[int, POSITIVE] = 1
+    """Parts that the data is split into, each for an equal share of a batch's rows. A process reads only the parts of
+    its own rows: set it to the number of processes, or a multiple of it. 1: every process reads all texts."""
     tensorboard: bool = False
     """Also write event files of TensorBoard; needs the package tensorboard."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.user_cache import cache_directory
-from blip2edge.errors import UsageError
+from blip2edge.errors import ConfigError, UsageError
 from blip2edge.training.data.coco import read_captions, read_vqa
 from blip2edge.training.data.config import MIXTURE, DataConfig
 from blip2edge.training.data.entries import BrokenSamples, Entry
@@ -26,6 +26,10 @@ from blip2edge.training.data.sources import SampleSource
 from blip2edge.training.data.streams.mixture import MixtureSource, set_probabilities
 
 _GIB = 1 << 30
+
+Part = tuple[int, int]
+"""Number of a stream of the data, and of all streams."""
+WHOLE: Part = (0, 1)
 
 
 def _path(base: Path, text: str) -> Path | None:
@@ -119,54 +123,64 @@ def _file_reader(config: DataConfig, base: Path) -> Callable[[Any, BrokenSamples
     return copies.reader(SHARD_FORMATS[config.kind].reader(config, base))
 
 
-def _sharded(config: DataConfig, seed: int, base: Path) -> tuple[SampleSource, int | None]:
-    files = _files(config, base)
+def _sharded(config: DataConfig, seed: int, base: Path, part: Part) -> tuple[SampleSource, int | None]:
+    every = _files(config, base)
+    if len(every) < part[1]:
+        raise ConfigError(
+            f"[data] {config.path}: expected at least {part[1]} files for the {part[1]} data streams, got {len(every)}",
+            "lower data_streams ([loop] in a recipe), or write smaller files",
+        )
+    files = every[part[0] :: part[1]]
     size = SHARD_FORMATS[config.kind].size
     local = [path for path in files if isinstance(path, Path)]
     known = sum(map(size, local)) if size is not None and len(local) == len(files) else None
     return ShardSource(files, config, seed, _file_reader(config, base)), known
 
 
-def _listed(config: DataConfig, seed: int, base: Path) -> tuple[SampleSource, int]:
-    entries, broken = LIST_READERS[config.kind](config, base)
+def _listed(config: DataConfig, seed: int, base: Path, part: Part) -> tuple[SampleSource, int]:
+    every, broken = LIST_READERS[config.kind](config, base)
+    entries = every[part[0] :: part[1]]
     return ListSource(entries, broken, config.path, config, seed), len(entries)
 
 
-def _mixed(config: DataConfig, seed: int, base: Path) -> tuple[SampleSource, int | None]:
+def _mixed(config: DataConfig, seed: int, base: Path, part: Part) -> tuple[SampleSource, int | None]:
     """A mixture; each set has an order of its own, also if two sets are the same files."""
-    opened = [SOURCE_MAKERS[each.kind](each, seed * len(config.sets) + at, base) for at, each in enumerate(config.sets)]
+    sets = config.sets
+    opened = [SOURCE_MAKERS[each.kind](each, seed * len(sets) + number, base, part) for number, each in enumerate(sets)]
     probabilities = set_probabilities(config.sets, [size for _, size in opened])
-    return MixtureSource([source for source, _ in opened], probabilities, seed), None
+    return MixtureSource([source for source, _ in opened], probabilities, seed * part[1] + part[0]), None
 
 
-SOURCE_MAKERS: dict[str, Callable[[DataConfig, int, Path], tuple[SampleSource, int | None]]] = {
-    "scenes": lambda config, seed, base: (SceneSource(config, seed), config.count or None),
+SOURCE_MAKERS: dict[str, Callable[[DataConfig, int, Path, Part], tuple[SampleSource, int | None]]] = {
+    # a stream of scenes has a seed of its own, and with `count` shows all of them in an order of its own
+    "scenes": lambda config, seed, base, part: (SceneSource(config, seed * part[1] + part[0]), config.count or None),
     MIXTURE: _mixed,
     **dict.fromkeys(SHARD_FORMATS, _sharded),
     **dict.fromkeys(LIST_READERS, _listed),
 }
-"""Makes a source from its configuration, the seed of its order, and the directory that paths are relative to.
+"""Makes a source from its configuration, the seed of its order, the directory that paths are relative to, and the part.
 
 The number of samples of a pass is returned too, or None if it is not known.
 """
 
 
-def open_sample_source(config: DataConfig, *, seed: int, base: Path) -> SampleSource:
+def open_sample_source(config: DataConfig, *, seed: int, base: Path, part: Part = WHOLE) -> SampleSource:
     """Opens the training data that a recipe describes, as a source of samples.
 
     Args:
         config: The section [data] of the recipe.
         seed: Seed of the order; each phase of a recipe has its own.
         base: Directory of the recipe; relative paths start there.
+        part: Number of the stream, and of all streams that the data is split into.
 
     Returns:
         The source, at its first sample.
 
     Raises:
         DataError: A file is missing or cannot be parsed, or there is no usable sample.
-        ConfigError: The sizes of a mixture without ratios are not known.
+        ConfigError: The sizes of a mixture without ratios are not known, or there are fewer files than streams.
     """
-    return SOURCE_MAKERS[config.kind](config, seed, base)[0]
+    return SOURCE_MAKERS[config.kind](config, seed, base, part)[0]
 
 
 def read_entries(config: DataConfig, *, base: Path) -> tuple[Iterable[Entry], BrokenSamples]:

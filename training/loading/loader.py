@@ -3,6 +3,10 @@
 All processes read the same stream of samples and open only the pictures of their own rows. If a picture cannot be
 opened, or a text does not fit the model, all processes reject the sample and take the next one of the stream instead.
 So two processes with B rows each train on the same samples as one process with 2 B rows.
+
+Data can also be split into several streams (`data_streams`), each with an equal number of a batch's rows. A process
+then reads only the streams of its own rows. The samples of a batch depend on the number of streams, not on that of the
+processes.
 """
 
 from __future__ import annotations
@@ -96,14 +100,14 @@ class _Prefetched(NamedTuple):
 
     samples: list[Sample]
     opened: list[Future[Pixels | Blip2EdgeError]]
-    state: dict[str, Any]
+    states: list[dict[str, Any]]
 
 
 class Loader:
     """Loads batches of encoded pictures with their texts, endlessly.
 
     Args:
-        source: The samples.
+        source: The samples; or the sources of this process' own streams, which give an equal number of its rows each.
         rows: Number of samples of a batch on one process.
         encoder: Opens and encodes the pictures.
         texts: Makes the texts.
@@ -113,48 +117,50 @@ class Loader:
 
     def __init__(
         self,
-        source: SampleSource,
+        source: SampleSource | Sequence[SampleSource],
         rows: int,
         encoder: FrozenEncoder,
         texts: TextMakers,
         accelerator: Accelerator,
         workers: int = 0,
     ) -> None:
-        self._source, self._rows = source, rows
+        self._split = isinstance(source, Sequence)
+        self._sources = list(source) if isinstance(source, Sequence) else [source]
+        rank, size = (0, 1) if self._split else (accelerator.process_index, accelerator.num_processes)
+        self._own = slice(rank * rows, (rank + 1) * rows)  # this process' rows of what it reads
+        self._count = rows * size // len(self._sources)  # samples of each source for a batch
         self._encoder, self._texts, self._accelerator = encoder, texts, accelerator
-        self._stream: Iterator[Sample] = iter(source)
+        self._streams: list[Iterator[Sample]] = [iter(each) for each in self._sources]
         self._pool = ThreadPoolExecutor(workers) if workers else None
         self._prefetched: _Prefetched | None = None
-        self._state = source.state_dict()
+        self._states = self._positions()
 
     def __next__(self) -> PictureBatch:
         """This process' rows of the next batch."""
-        rank, size = self._accelerator.process_index, self._accelerator.num_processes
-        own = slice(rank * self._rows, (rank + 1) * self._rows)
+        own = self._own
         prefetched, self._prefetched = self._prefetched, None
         if prefetched is not None:
-            samples, futures, self._state = prefetched
+            samples, futures, self._states = prefetched
             opened = [future.result() for future in futures]
         else:
-            samples = self._take(self._rows * size)
+            samples = self._read()
+            self._states = self._positions()
             opened = [self._opened(sample) for sample in samples[own]]
-        samples, pixels = self._replace_broken(samples, opened, own)
+        samples, pixels = self._replace_broken(samples, opened)
         if self._pool is not None:
-            following = self._read(self._rows * size)
+            following = self._read()
             futures = [self._pool.submit(self._opened, sample) for sample in following[own]]
-            self._prefetched = _Prefetched(following, futures, self._source.state_dict())
+            self._prefetched = _Prefetched(following, futures, self._positions())
         batch = self._texts.batch(samples[own], self._encoder.encode(samples[own], pixels))
         moved: PictureBatch = send_to_device(batch, self._accelerator.device)
         return moved
 
-    def _read(self, count: int) -> list[Sample]:
-        return [next(self._stream) for _ in range(count)]
+    def _read(self) -> list[Sample]:
+        return [next(stream) for stream in self._streams for _ in range(self._count)]
 
-    def _take(self, count: int) -> list[Sample]:
-        """Reads samples, and saves the position after them."""
-        samples = self._read(count)
-        self._state = self._source.state_dict()
-        return samples
+    def _positions(self) -> list[dict[str, Any]]:
+        """The position of each source."""
+        return [source.state_dict() for source in self._sources]
 
     def _opened(self, sample: Sample) -> Pixels | Blip2EdgeError:
         try:
@@ -164,42 +170,73 @@ class Loader:
             return error
 
     def _replace_broken(
-        self, samples: list[Sample], opened: list[Pixels | Blip2EdgeError], own: slice
+        self, samples: list[Sample], opened: list[Pixels | Blip2EdgeError]
     ) -> tuple[list[Sample], list[Pixels]]:
-        """Replaces samples that could not be opened, in the same way on all processes."""
+        """Replaces samples that could not be opened, in the same way on all processes that read them."""
+        own = self._own
         while True:
             broken = {
                 own.start + number: each.problem
                 for number, each in enumerate(opened)
                 if isinstance(each, Blip2EdgeError)
             }
-            if self._accelerator.num_processes > 1:
+            if not self._split and self._accelerator.num_processes > 1:
                 broken = {place: what for part in gather_object([broken]) for place, what in part.items()}
             if not broken:
                 return samples, [each for each in opened if not isinstance(each, Blip2EdgeError)]
             for place, problem in sorted(broken.items()):
-                self._source.reject(samples[place], ImageError(problem))
+                self._sources[place // self._count].reject(samples[place], ImageError(problem))
             samples = list(samples)
-            for place, sample in zip(sorted(broken), self._take(len(broken)), strict=True):
-                samples[place] = sample
+            for place in sorted(broken):
+                samples[place] = next(self._streams[place // self._count])
+            self._states = self._positions()
+            for place in sorted(broken):
                 if own.start <= place < own.stop:
-                    opened[place - own.start] = self._opened(sample)
+                    opened[place - own.start] = self._opened(samples[place])
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the position of the next batch."""
-        return dict(self._state)
+        """Returns the position of the next batch. Every process must call this function."""
+        if not self._split:
+            return dict(self._states[0])
+        states = self._states
+        if self._accelerator.num_processes > 1:
+            states = gather_object(list(states))  # by process, and so by stream
+        return {"streams": states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues at the position that `state_dict` returned."""
-        self._source.load_state_dict(dict(state))
-        self._stream = iter(self._source)
+        """Continues at the position that `state_dict` returned.
+
+        Raises:
+            DataError: The position was saved with other data, or another number of streams.
+        """
+        states, first = [state], 0
+        if self._split:
+            streams = len(self._sources) * self._accelerator.num_processes
+            states = list(state.get("streams", ()))
+            first = len(self._sources) * self._accelerator.process_index
+            if len(states) != streams:
+                raise DataError(
+                    f"the run was started with {len(states) or 1} data streams, but now there are {streams}",
+                    "resume with the same data_streams ([loop] in a recipe)",
+                )
+        elif "streams" in state:
+            raise DataError(
+                f"the run was started with {len(state['streams'])} data streams, but now there is one",
+                "resume with the same data_streams ([loop] in a recipe)",
+            )
+        for source, own in zip(self._sources, states[first:], strict=False):
+            source.load_state_dict(dict(own))
+        self._streams = [iter(source) for source in self._sources]
         self._prefetched = None
-        self._state = self._source.state_dict()
+        self._states = self._positions()
 
     @property
     def broken(self) -> Mapping[str, str]:
-        """Why samples could not be used, by sample id."""
-        return self._source.broken
+        """Why samples could not be used, by sample id. With several streams every process must ask for it."""
+        found = {name: problem for source in self._sources for name, problem in source.broken.items()}
+        if not self._split or self._accelerator.num_processes == 1:
+            return found
+        return {name: problem for part in gather_object([found]) for name, problem in part.items()}
 
     def close(self) -> None:
         """Stops the threads that open pictures."""

@@ -216,7 +216,8 @@ def _save(run: TrainingRun, phase: Phase, module: nn.Module, optimizer: Any, ste
     if phase.validation is not None:
         best, facts = phase.validation.state()
         tensors |= best
+    position = phase.batches.state_dict()
     if accelerator.is_main_process:
-        kept = run.snapshot(phase=phase.name, step=step, batches=phase.batches.state_dict(), **facts)
+        kept = run.snapshot(phase=phase.name, step=step, batches=position, **facts)
         run.snapshots.write(done + step, Snapshot({**kept.tensors, **tensors}, kept.facts))
     accelerator.wait_for_everyone()

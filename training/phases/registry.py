@@ -18,7 +18,7 @@ from blip2edge.runtime.text.tokenizer import Tokenizer
 from blip2edge.training.config import Stage2Phase, TrainingConfig
 from blip2edge.training.data.registry import open_sample_source
 from blip2edge.training.data.scenes import Scene
-from blip2edge.training.data.sources import Sample
+from blip2edge.training.data.sources import Sample, SampleSource
 from blip2edge.training.evaluation.checkpoint_models import CheckpointCaptioner
 from blip2edge.training.evaluation.validation import validation_scores
 from blip2edge.training.loading.batches import KeywordTexts, SceneBatches, pixel_values
@@ -72,10 +72,29 @@ def _loader(run: TrainingRun, phase: str, rows: int, texts: TextMakers) -> Loade
         shape = (vision.config.num_embeds, vision.config.hidden_size)
         cache = FeatureCache(cache_directory() / "features" / name, shape, loop.features_dtype)
     encoder = FrozenEncoder(vision, preprocessing, run.accelerator, cache)
-    source = open_sample_source(run.config.data, seed=_seed(run, phase), base=run.base)
-    loader = Loader(source, rows, encoder, texts, run.accelerator, loop.workers)
+    loader = Loader(_sources(run, phase, rows), rows, encoder, texts, run.accelerator, loop.workers)
     run.loaders.append(loader)
     return loader
+
+
+def _sources(run: TrainingRun, phase: str, rows: int) -> SampleSource | list[SampleSource]:
+    """The source of a phase's samples, or those of this process' own streams.
+
+    Raises:
+        ConfigError: The streams cannot be shared among the processes, or the rows of a batch among the streams.
+    """
+    streams, size = run.config.loop.data_streams, run.accelerator.num_processes
+    seed, each = _seed(run, phase), streams // size
+    if streams == 1:
+        return open_sample_source(run.config.data, seed=seed, base=run.base)
+    if streams % size or rows * size % streams:
+        raise ConfigError(
+            f"[loop] data_streams must be a multiple of the {size} processes, and divide the {rows * size} rows of a"
+            f" batch of {phase}, not {streams}",
+            f"set data_streams to {size}, or to 1",
+        )
+    own = range(each * run.accelerator.process_index, each * (run.accelerator.process_index + 1))
+    return [open_sample_source(run.config.data, seed=seed, base=run.base, part=(number, streams)) for number in own]
 
 
 def _vision(run: TrainingRun) -> Phase:

@@ -172,7 +172,7 @@ def test_a_damaged_row_group_of_parquet(pictures: Path) -> None:
 def test_pictures_in_cells(pictures: Path) -> None:
     """LAION's columns: bytes, or an address. A column of the package datasets has bytes and a path."""
     content = (pictures / "4.png").read_bytes()
-    rows = [
+    rows: Rows = [
         {"jpg": content, "URL": None, "TEXT": "a"},
         {"jpg": None, "URL": "https://host.example/x/cat.png?w=3", "TEXT": "b"},
         {"jpg": b"no picture", "URL": None, "TEXT": "c"},
@@ -189,7 +189,7 @@ def test_pictures_in_cells(pictures: Path) -> None:
 
 
 def test_parquet_is_streamed_shuffled_and_resumed(pictures: Path) -> None:
-    rows = [
+    rows: Rows = [
         {"image": (pictures / f"{number}.png").read_bytes(), "caption": f"caption {number}"} for number in range(10)
     ]
     parquet(pictures, rows)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,7 +23,10 @@ from accelerate import Accelerator  # noqa: E402
 from blip2edge.errors import Blip2EdgeError, DataError, ImageError, OutputError  # noqa: E402
 from blip2edge.training.config import parse_config  # noqa: E402
 from blip2edge.training.data.config import DataConfig  # noqa: E402
+from blip2edge.training.data.registry import open_sample_source  # noqa: E402
 from blip2edge.training.data.scene_source import SceneSource  # noqa: E402
+from blip2edge.training.data.scenes import make_scene  # noqa: E402
+from blip2edge.training.data.shards import ShardWriter  # noqa: E402
 from blip2edge.training.data.sources import Sample  # noqa: E402
 from blip2edge.training.loading.batches import PREPROCESSING  # noqa: E402
 from blip2edge.training.loading.caption_texts import CaptionTexts  # noqa: E402
@@ -220,3 +226,49 @@ def test_the_hash_knows_weights_and_preprocessing(vision: Any) -> None:
 def test_a_pictures_number_is_its_names() -> None:
     assert picture_number("a") == picture_number("a") != picture_number("b")
     assert 0 <= picture_number("a") < 2**63
+
+
+def test_streams_give_the_same_batches_to_one_process_and_to_two(
+    vision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process reads its own shards; broken pictures are replaced within their stream; a saved position is kept."""
+    writer = ShardWriter(tmp_path / "set", 3)
+    for number in range(12):
+        file = io.BytesIO()
+        make_scene(number, seed=0).picture.save(file, "PNG")
+        writer.add(f"{number:02d}", b"broken" if number == 7 else file.getvalue(), ".png", [f"caption {number}"], {})
+    writer.close()
+    config = DataConfig(kind="shards", path="set", shuffle_buffer=4)
+
+    def ready(rank: int, size: int) -> Loader:
+        accelerator: Any = Mock(process_index=rank, num_processes=size, device="cpu", autocast=nullcontext)
+        each = 4 // size
+        sources = [
+            open_sample_source(config, seed=1, base=tmp_path, part=(number, 4))
+            for number in range(rank * each, (rank + 1) * each)
+        ]
+        return Loader(sources, 8 // size, FrozenEncoder(vision, PREPROCESSING, accelerator), TextMakers(), accelerator)
+
+    one, two = ready(0, 1), [ready(rank, 2) for rank in range(2)]
+    shared: list[Any] = []
+    monkeypatch.setattr("blip2edge.training.loading.loader.gather_object", lambda own: shared.extend(own) or shared)
+    for step in range(5):
+        whole, parts = next(one), [next(loader) for loader in two]
+        assert whole.sample_ids == parts[0].sample_ids + parts[1].sample_ids
+        torch.testing.assert_close(whole.image_embeds, torch.cat([part.image_embeds for part in parts]))
+        if step == 2:
+            two[0].state_dict()
+            state = two[1].state_dict()
+            assert state == one.state_dict()
+            later = ready(1, 2)
+            later.load_state_dict(json.loads(json.dumps(state)))
+    assert "000002.tar:07" in one.broken
+    assert {name.partition(":")[0] for name in parts[0].sample_ids} <= {"000000.tar", "000001.tar"}
+    fresh = [next(later) for _ in range(2)]
+    assert fresh[-1].sample_ids == parts[1].sample_ids
+    assert [own["shards"] for own in state["streams"]] == [[f"{number:06d}.tar"] for number in range(4)]
+    other = Loader([Faulty(), Faulty()], 4, one._encoder, TextMakers(), one._accelerator)
+    with pytest.raises(DataError, match="started with 4 data streams, but now there are 2"):
+        other.load_state_dict(state)
+    with pytest.raises(DataError, match="but now there is one"):
+        loader(Faulty(), vision).load_state_dict(state)

@@ -131,7 +131,7 @@ class RowReader:
         if isinstance(row, Blip2EdgeError):
             self._broken.add(self._ids(f"{self._prefix}{number}"), row.problem)
             return
-        row = {str(key).lower(): value for key, value in row.items() if key is not None}
+        row = {str(key).lower(): value for key, value in row.items()}
         given = next((row[key] for key in ("question_id", "id") if isinstance(row.get(key), (int, str))), number)
         sample_id = self._ids(f"{self._prefix}{number if given == '' else given}")
         try:
@@ -157,7 +157,8 @@ class RowReader:
                 return CellPicture(bytes(value))
             if isinstance(value, str) and value.strip():
                 return self._named(value.strip())
-        raise DataError(f"it has no picture in a column {' or '.join(self._pictures[:1] or PICTURES)}")
+        empty = [column for column in self._pictures if column in row]
+        raise DataError("its picture is empty" if empty else f"it has no picture, only the columns {', '.join(row)}")
 
     def _named(self, name: str) -> StoredPicture:
         if name.lower().startswith(WEB):
