@@ -251,22 +251,31 @@ def test_streams_give_the_same_batches_to_one_process_and_to_two(
 
     one, two = ready(0, 1), [ready(rank, 2) for rank in range(2)]
     shared: list[Any] = []
-    monkeypatch.setattr("blip2edge.training.loading.loader.gather_object", lambda own: shared.extend(own) or shared)
-    for step in range(5):
+
+    def gather(own: list[Any]) -> list[Any]:
+        shared.extend(own)
+        return shared
+
+    monkeypatch.setattr("blip2edge.training.loading.loader.gather_object", gather)
+
+    def step() -> Any:
         whole, parts = next(one), [next(loader) for loader in two]
         assert whole.sample_ids == parts[0].sample_ids + parts[1].sample_ids
         torch.testing.assert_close(whole.image_embeds, torch.cat([part.image_embeds for part in parts]))
-        if step == 2:
-            two[0].state_dict()
-            state = two[1].state_dict()
-            assert state == one.state_dict()
-            later = ready(1, 2)
-            later.load_state_dict(json.loads(json.dumps(state)))
-    assert "000002.tar:07" in one.broken
-    assert {name.partition(":")[0] for name in parts[0].sample_ids} <= {"000000.tar", "000001.tar"}
-    fresh = [next(later) for _ in range(2)]
-    assert fresh[-1].sample_ids == parts[1].sample_ids
+        assert {name.partition(":")[0] for name in parts[0].sample_ids} <= {"000000.tar", "000001.tar"}
+        return parts[1]
+
+    for _ in range(3):
+        step()
+    two[0].state_dict()
+    state = json.loads(json.dumps(two[1].state_dict()))
+    assert state == one.state_dict()
     assert [own["shards"] for own in state["streams"]] == [[f"{number:06d}.tar"] for number in range(4)]
+    later = ready(1, 2)
+    later.load_state_dict(state)
+    for _ in range(2):
+        assert step().sample_ids == next(later).sample_ids
+    assert "000002.tar:07" in one.broken
     other = Loader([Faulty(), Faulty()], 4, one._encoder, TextMakers(), one._accelerator)
     with pytest.raises(DataError, match="started with 4 data streams, but now there are 2"):
         other.load_state_dict(state)

@@ -19,7 +19,7 @@ def set_probabilities(sets: Sequence[DataConfig], sizes: Sequence[int | None]) -
     """Computes the probability of each set of a mixture.
 
     With ratios it is `ratio / Σ ratio`. Without them it is `√size / Σ √size`, as InstructBLIP balances its data sets
-    (Dai et al., arXiv 2305.06500, equation 1).
+    (Dai et al., arXiv 2305.06500).
 
     Args:
         sets: The sections of the sets.
