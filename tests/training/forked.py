@@ -166,6 +166,35 @@ def paired(root: Path) -> dict[str, Any]:
     return {"ends": ends, "difference": difference, "moved": moved, "losses": losses}
 
 
+def mixed(root: Path) -> dict[str, Any]:
+    """Stage 2 on a mixture in two data streams: of one process, of two, and of two that are killed and started again."""
+
+    def run(name: str, after: int = 0) -> None:
+        train("stage2", root / "mixed.toml", root / name, evaluation_scenes=0, progress=killing(after))
+
+    def pair(name: str, rows: int, after: int = 0) -> list[int]:
+        text = (root / "mixed.toml").read_text().replace("batch_size = 4", f"batch_size = {rows}")
+        (root / "mixed.toml").write_text(text)
+        shared = group()
+        children = [fork(lambda: run(name, after), RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
+        return [wait(child) for child in children]
+
+    ends = [wait(fork(lambda: run("mixed-one")))]
+    ends += pair("mixed-two", 2)
+    killed = pair("mixed-killed", 2, KILLED_AFTER)
+    ends += pair("mixed-killed", 2)
+    names = ("mixed-one", "mixed-two", "mixed-killed")
+    weights = {name: load_file(root / name / "model.safetensors") for name in names}
+    compared = {key: tensor for key, tensor in weights["mixed-one"].items() if not key.endswith("key.bias")}
+    return {
+        "ends": ends,
+        "killed": killed,
+        "difference": max(float((weights["mixed-two"][key] - each).abs().max()) for key, each in compared.items()),
+        "losses": {name: [line["loss"] for line in log(root / name)] for name in names},
+        "same": hashes(root / "mixed-two") == hashes(root / "mixed-killed"),
+    }
+
+
 def scene_batch(parts: Any) -> PictureBatch:
     """A few scenes, the same each time."""
     batch = next(SceneBatches(2, 5, KeywordTexts(parts.tokenizer, 8, DataConfig())))
@@ -268,6 +297,7 @@ def main() -> None:
     results = {"resumed": resumed(root), "half": halves(root), "sharded": sharded(root)}
     wait(fork(lambda: start(root)))
     results["paired"] = paired(root)
+    results["mixed"] = mixed(root)
     print(json.dumps(results))
 
 

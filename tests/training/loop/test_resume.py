@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow  # one process for each kill
 
 LOOP = "snapshot_every = 2\nworkers = 1\ncache_features = true"
 DATA = "count = 6\nprompt_share = 0.5"
+MIXTURE = "[[data]]\ncount = 6\nratio = 2.0\ncrop = 0.6\n[[data]]\ncount = 8\nseries = 1\nratio = 1.0\nflip = 0.5\n"
 
 
 @pytest.fixture(scope="module", name="results")
@@ -39,6 +40,10 @@ def _results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         head, stage2 = text.split("[stage2]\n")
         stage2 = stage2.replace("batch_size = 2", lines) if name == "one" else f"{lines}\n{stage2}"
         (root / f"{name}.toml").write_text(f"{head}[stage2]\n{stage2}")
+    text = recipes.recipe(full, model=begin, loop="snapshot_every = 2\ndata_streams = 2\nworkers = 1")
+    text = text.replace("[stage1]\nsteps = 4", "[stage1]\nsteps = 0")
+    head, stage2 = text.split("[stage2]\n")
+    (root / "mixed.toml").write_text(f"{head}[stage2]\n{stage2.replace('batch_size = 2', 'batch_size = 4')}\n{MIXTURE}")
     done = subprocess.run(
         [sys.executable, "-m", "tests.training.forked", str(root)],
         check=False,
@@ -73,6 +78,15 @@ def test_two_processes_take_the_step_of_one_with_twice_the_batch(results: dict[s
     assert found["moved"] > 1e-3
     assert found["difference"]["two"] < 5e-5
     assert found["losses"]["two"] == pytest.approx(found["losses"]["one"], rel=1e-5)
+
+
+def test_a_mixture_in_streams_is_the_same_for_one_process_and_two_and_is_resumed(results: dict[str, Any]) -> None:
+    found = results["mixed"]
+    assert found["ends"] == [0] * 5
+    assert any(found["killed"])
+    assert found["same"]
+    assert found["difference"] < 5e-5
+    assert found["losses"]["mixed-two"] == pytest.approx(found["losses"]["mixed-one"], rel=1e-5)
 
 
 def test_two_summed_batches_are_one_of_twice_the_size(results: dict[str, Any]) -> None:
