@@ -34,8 +34,9 @@ BUNDLE = (
     "bundle directory, written by `blip2edge export` or `calibrate`; or hub:ORG/NAME[@REVISION], which is downloaded"
 )
 DATA = (
-    "a COCO JSON file of captions or VQA questions, a folder of pictures and .txt files, tar shards, or a recipe "
-    "(its section [data])"
+    "a COCO JSON file of captions or VQA questions, Karpathy's dataset_coco.json, a table (a JSON list, .jsonl, .csv, "
+    ".tsv, an imagefolder), a folder of pictures and .txt files, tar shards, Parquet files, or a recipe (its section "
+    "[data])"
 )
 
 # Field of GenerationOptions -> the flag's placeholder, type and help.
@@ -221,8 +222,8 @@ def add_data_files(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--images",
         metavar="DIR",
-        help="directory of the pictures of a COCO JSON file (default: the directory of the file, or one of COCO's "
-        "picture folders in it or beside it)",
+        help="directory of the pictures of a JSON file or a table (default: the directory of the file, or one of "
+        "COCO's picture folders in it or beside it)",
     )
     parser.add_argument(
         "--annotations",

@@ -167,7 +167,7 @@ def paired(root: Path) -> dict[str, Any]:
 
 
 def mixed(root: Path) -> dict[str, Any]:
-    """Stage 2 on a mixture in two data streams: of one process, of two, and of two that are killed and started again."""
+    """Stage 2 on a mixture in two data streams: one process, two, and two that are killed and started again."""
 
     def run(name: str, after: int = 0) -> None:
         train("stage2", root / "mixed.toml", root / name, evaluation_scenes=0, progress=killing(after))

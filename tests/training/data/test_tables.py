@@ -111,7 +111,7 @@ def test_lists_of_lavis(pictures: Path) -> None:
         ("5#2", "why?", ("so",)),
         ("4", "?", ("a",)),
     ]
-    assert [one.image_id for one in entries[:3]] == ["coco_0", "7", "7"]
+    assert [one.image_id for one in entries] == ["coco_0", "7", "7", "2.png", "3.png", "4.png"]
     assert [one.numbered for one in entries] == [False, True, True, True, True, True]
     assert list(problems) == ["5#3", "6", "7", "8"]
 

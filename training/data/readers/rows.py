@@ -135,28 +135,29 @@ class RowReader:
         given = next((row[key] for key in ("question_id", "id") if isinstance(row.get(key), (int, str))), number)
         sample_id = self._ids(f"{self._prefix}{number if given == '' else given}")
         try:
-            picture = self._picture(row)
+            picture, name = self._picture(row)
             found = list(self._texts(row))
         except DataError as error:
             self._broken.add(sample_id, error.problem)
             return
         named = row.get("image_id")
-        image_id = str(named) if isinstance(named, (int, str)) and named != "" else picture.identity
+        image_id = str(named) if isinstance(named, (int, str)) and named != "" else name
         for place, entry in enumerate(found):
             own = f"{sample_id}#{place}" if place else sample_id
             written = given if "question" in entry else named
             yield Entry(own, image_id, picture, numbered=isinstance(written, int), **entry)
 
-    def _picture(self, row: Row) -> StoredPicture:
-        """The picture of a row; raises DataError if it has none."""
+    def _picture(self, row: Row) -> tuple[StoredPicture, str]:
+        """The picture of a row and its name: path, address or hash of its bytes; raises DataError for no picture."""
         for column in self._pictures:
             value = row.get(column)
             if isinstance(value, Mapping):  # as the package datasets stores pictures
                 value = value.get("bytes") or value.get("path")
             if isinstance(value, (bytes, bytearray)) and value:
-                return CellPicture(bytes(value))
+                cell = CellPicture(bytes(value))
+                return cell, cell.identity
             if isinstance(value, str) and value.strip():
-                return self._named(value.strip())
+                return self._named(value.strip()), value.strip()
         empty = [column for column in self._pictures if column in row]
         raise DataError("its picture is empty" if empty else f"it has no picture, only the columns {', '.join(row)}")
 
