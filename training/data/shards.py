@@ -24,8 +24,9 @@ from blip2edge.errors import DataError, ImageError
 from blip2edge.picture_files import BrokenShardError, ShardFile, add_member, open_shard
 from blip2edge.reading import parse_json, reading
 from blip2edge.runtime.images.preprocess import load_image
-from blip2edge.training.data.entries import BrokenSamples, Entry, answer_texts, file_identity, single_spaced
+from blip2edge.training.data.entries import BrokenSamples, Entry, file_identity
 from blip2edge.training.data.folder import captions_of
+from blip2edge.training.data.readers.rows import asks, texts_of
 
 SampleFiles = dict[str, tuple[ShardFile, Callable[[], bytes]]]
 """The files of one sample by suffix, each with the function that reads it."""
@@ -160,25 +161,16 @@ def _entries(name: str, key: str, parts: SampleFiles, broken: BrokenSamples) -> 
     picture = ShardPicture(file.shard, file.name, file.offset, file.size)
     image_id = fields.get("image_id", sample_id)
     image_id = str(image_id) if isinstance(image_id, (int, str)) else sample_id
-    question, given, caption = fields.get("question"), fields.get("answers"), fields.get("caption")
-    if isinstance(question, str) and isinstance(given, list):
-        try:
-            asked, answers = single_spaced(question), answer_texts(given)
-        except DataError as error:
-            broken.add(sample_id, error.problem)
-            return []
-        if asked and answers:
-            return [Entry(sample_id, image_id, picture, question=asked, answers=answers)]
-        broken.add(sample_id, "its answers are empty" if asked else "its question is empty")
-        return []
+    row = {str(key).lower(): value for key, value in fields.items()}
     captions = captions_of(texts.get(".txt", ""))
-    if not captions and isinstance(caption, str) and single_spaced(caption):
-        captions = [single_spaced(caption)]
-    if not captions:
-        broken.add(sample_id, "there is no caption")
+    try:
+        found = [{"text": each} for each in captions] if captions and not asks(row) else list(texts_of(row))
+    except DataError as error:
+        broken.add(sample_id, error.problem if row else "there is no caption")
+        return []
     return [
-        Entry(f"{sample_id}#{number}" if number else sample_id, image_id, picture, caption)
-        for number, caption in enumerate(captions)
+        Entry(f"{sample_id}#{number}" if number else sample_id, image_id, picture, **entry)
+        for number, entry in enumerate(found)
     ]
 
 

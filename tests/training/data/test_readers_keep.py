@@ -44,6 +44,20 @@ def test_answers_in_a_shard_as_in_a_file_of_vqa(tmp_path: Path, answers: list[ob
     assert (entry.question, entry.answers, problems) == ("red?", ("yes", "no"), {})
 
 
+def test_texts_of_a_shard_as_of_a_table(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image> red?"}, {"from": "gpt", "value": "no"}]
+    for given, found in (
+        ({"question": "red?", "answer": "no"}, ("", "red?", ("no",))),
+        ({"conversations": turns}, ("", "red?", ("no",))),
+        ({"TEXT": "a dog"}, ("a dog", "", ())),
+        ({"captions": ["a dog"]}, ("a dog", "", ())),
+    ):
+        (entry,), _ = shard(tmp_path / "a.tar", ("0.png", png()), fields(**given))
+        assert (entry.text, entry.question, entry.answers) == found
+    (entry,), _ = shard(tmp_path / "a.tar", ("0.png", png()), ("0.txt", b"a cat"), fields(caption="a dog", url="x"))
+    assert entry.text == "a cat"
+
+
 @pytest.mark.parametrize(
     ("question", "answers", "told"),
     [

@@ -11,13 +11,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from blip2edge.errors import ConfigError, DataError
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.data.detect import detect_data
 from blip2edge.training.data.entries import BrokenSamples, Entry
-from blip2edge.training.data.readers.rows import CellPicture, RowReader, WebPicture, dialogue
+from blip2edge.training.data.readers.rows import (
+    ANSWERS,
+    CAPTIONS,
+    DIALOGUES,
+    PICTURES,
+    CellPicture,
+    RowReader,
+    WebPicture,
+    dialogue,
+)
 from blip2edge.training.data.registry import open_sample_source, read_entries
 
 Rows = list[dict[str, Any]]
@@ -183,6 +194,7 @@ def test_pictures_in_cells(pictures: Path) -> None:
     assert entries[0].picture.read() == content
     assert (entries[1].picture.identity, entries[1].picture.suffix) == (rows[1]["URL"], ".png")
     assert len({entry.picture.identity for entry in entries}) == 3
+    assert [entries[number].picture.suffix for number in (0, 2)] == [".png", ".jpg"]
     entries, _ = read("parquet", parquet(pictures, [{"image": {"bytes": content, "path": "x.png"}, "text": "d"}]))
     assert np.asarray(entries[0].picture.open())[0, 0, 0] == 80
     assert entries[0].sample_id == "rows.parquet:0"
@@ -276,3 +288,24 @@ def test_several_templates_of_a_question(questions: Path) -> None:
     assert set(ends) - {"A:", "t:"} != set()
     with pytest.raises(ConfigError, match=r"more_questions must contain \{\} once"):
         DataConfig(more_questions=("no place",))
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(("from", "value", "bytes", "path")), inner)
+    ),
+    max_leaves=5,
+)
+COLUMNS = st.sampled_from((*PICTURES[:8], *CAPTIONS[:3], *ANSWERS, *DIALOGUES, "question", "id", "image_id", "TEXT"))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.dictionaries(COLUMNS, VALUES, max_size=5), max_size=4))
+def test_any_row_gives_entries_or_is_broken(rows: Rows) -> None:
+    broken = BrokenSamples("x", 99)
+    reader = RowReader(Path("/nowhere"), broken)
+    entries = [entry for number, row in enumerate(rows) for entry in reader.entries(number, row)]
+    assert all(entry.text or entry.answers for entry in entries)
+    assert len({entry.sample_id for entry in entries} | set(broken.problems)) == len(entries) + len(broken.problems)
+    assert len(entries) + len(broken.problems) >= len(rows)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -46,6 +46,7 @@ CAPTIONS = ("caption", "captions", "text", "texts", "sentence", "sentences", "ti
 ANSWERS = ("answers", "answer", "direct_answers")
 DIALOGUES = ("conversations", "messages")
 _PEOPLE, _MODELS = ("human", "user"), ("gpt", "assistant", "model")
+_STARTS = {b"\x89PNG": ".png", b"GIF8": ".gif", b"BM": ".bmp", b"RIFF": ".webp", b"II*\0": ".tif", b"MM\0*": ".tif"}
 _PLACE = re.compile(r"<image>|<ImageHere>", re.IGNORECASE)  # the picture's place in a dialogue; the family sets its own
 
 
@@ -54,7 +55,11 @@ class CellPicture:
     """A picture whose file is a cell of a table; a :class:`blip2edge.training.data.entries.StoredPicture`."""
 
     content: bytes
-    suffix: str = ".jpg"
+
+    @property
+    def suffix(self) -> str:
+        """Suffix by the first bytes of the file; ".jpg" if they are not known."""
+        return next((suffix for start, suffix in _STARTS.items() if self.content.startswith(start)), ".jpg")
 
     @property
     def identity(self) -> str:
@@ -136,7 +141,7 @@ class RowReader:
         sample_id = self._ids(f"{self._prefix}{number if given == '' else given}")
         try:
             picture, name = self._picture(row)
-            found = list(self._texts(row))
+            found = list(texts_of(row, self._captions))
         except DataError as error:
             self._broken.add(sample_id, error.problem)
             return
@@ -171,28 +176,44 @@ class RowReader:
             raise DataError(f"{path} is missing")
         return FilePicture(path)
 
-    def _texts(self, row: Row) -> Iterator[dict[str, Any]]:
-        """The fields of each entry of a row: caption, or question and answers; raises DataError if there is none."""
-        turns = next((row[key] for key in DIALOGUES if row.get(key) is not None), None)
-        if turns is not None:
-            yield from dialogue(turns)
-        elif row.get("question") is not None and any(row.get(key) is not None for key in ANSWERS):
-            yield _question(row)
-        else:
-            yield from ({"text": text} for text in self._captions_of(row))
 
-    def _captions_of(self, row: Row) -> list[str]:
-        value = next((row[key] for key in self._captions if row.get(key) not in (None, "", [])), None)
-        if value is None:
-            known = [key for key in self._captions if key in row]
-            raise DataError("its caption is empty" if known else f"it has no text, only the columns {', '.join(row)}")
-        texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise DataError(f"expected its caption to be a text, got {value!r:.60}")
-        captions = [text for text in map(single_spaced, texts) if text]
-        if not captions:
-            raise DataError("its caption is empty")
-        return captions
+def texts_of(row: Row, captions: Sequence[str] = CAPTIONS) -> Iterator[dict[str, Any]]:
+    """The fields of each entry of a row: caption, or question and answers, or the turns of a dialogue.
+
+    Args:
+        row: The row; its columns in lower case.
+        captions: Columns of the caption, in the order in which they are tried.
+
+    Raises:
+        DataError: The row has no text, or one of another form.
+    """
+    turns = next((row[key] for key in DIALOGUES if row.get(key) is not None), None)
+    if turns is not None:
+        yield from dialogue(turns)
+    elif asks(row):
+        yield _question(row)
+    else:
+        yield from ({"text": text} for text in _captions_of(row, captions))
+
+
+def asks(row: Row) -> bool:
+    """Whether a row is a question with answers, or a dialogue."""
+    answered = row.get("question") is not None and any(row.get(key) is not None for key in ANSWERS)
+    return answered or any(row.get(key) is not None for key in DIALOGUES)
+
+
+def _captions_of(row: Row, columns: Sequence[str]) -> list[str]:
+    value = next((row[key] for key in columns if row.get(key) not in (None, "", [])), None)
+    if value is None:
+        known = [key for key in columns if key in row]
+        raise DataError("its caption is empty" if known else f"it has no text, only the columns {', '.join(row)}")
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise DataError(f"expected its caption to be a text, got {value!r:.60}")
+    captions = [text for text in map(single_spaced, texts) if text]
+    if not captions:
+        raise DataError("its caption is empty")
+    return captions
 
 
 def _question(row: Row) -> dict[str, Any]:
