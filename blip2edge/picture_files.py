@@ -8,12 +8,12 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from blip2edge.errors import DataError, ImageError
 from blip2edge.reading import reading
@@ -22,6 +22,8 @@ PICTURE_SUFFIXES = frozenset(
     (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
 """Suffixes of picture files in a folder or a shard, in lower case."""
+
+_VERSION_KEYS = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "updated", "last_modified", "created")
 
 SHARD_SUFFIX = ".tar"
 SHARD_FIX = "copy the shard again"
@@ -44,6 +46,16 @@ def printable(name: str) -> str:
     """Escapes line breaks and bytes that are not UTF-8 in a file's name, for messages, reports and JSON objects."""
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
+
+
+def is_address(path: str) -> bool:
+    """Whether a path is an address, such as ``s3://bucket/pictures`` or ``https://host/cat.jpg``."""
+    return "://" in path
+
+
+def version_mark(described: Mapping[str, Any]) -> str:
+    """What an object store gives as the version or the time of a file; empty if it gives neither."""
+    return next((str(described[key]) for key in _VERSION_KEYS if described.get(key)), "")
 
 
 def is_file(path: Path) -> bool:

@@ -23,10 +23,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from blip2edge.bulk.listed import BROKEN, CELL, FILE, MEMBER, WEB, ListedPicture, parquet_package
-from blip2edge.bulk.stores import Store, StoredFile, folder_of, is_address, is_web, joined, store_of
+from blip2edge.bulk.stores import Store, StoredFile, folder_of, is_web, joined, store_of
 from blip2edge.choices import BULK_SOURCES
 from blip2edge.errors import DataError, UsageError, option
-from blip2edge.picture_files import PICTURE_SUFFIXES, BrokenShardError, open_shard, printable
+from blip2edge.picture_files import PICTURE_SUFFIXES, BrokenShardError, is_address, open_shard, printable
 from blip2edge.reading import reading
 
 COLUMNS = ("image", "image_path", "img", "path", "file_path", "file", "filename", "file_name", "url", "image_url")

@@ -14,13 +14,10 @@ from typing import Any, BinaryIO, Protocol, cast
 
 from blip2edge.errors import DataError, MissingPackageError
 from blip2edge.packages import require
-from blip2edge.picture_files import MAX_FILE_BYTES
+from blip2edge.picture_files import MAX_FILE_BYTES, is_address, version_mark
 from blip2edge.reading import read_bytes, reading
 from blip2edge.runtime.images.download import WEB
 from blip2edge.special_files import open_file
-
-VERSION_KEYS = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "updated", "last_modified", "created")
-"""Keys of a file's version in object stores; the first one present is used."""
 
 
 @dataclass(frozen=True)
@@ -186,13 +183,7 @@ def _version(status: os.stat_result) -> str:
 
 
 def _described(values: dict[str, Any]) -> str:
-    mark = next((str(values[key]) for key in VERSION_KEYS if values.get(key)), "")
-    return f"{values.get('size', '')}/{mark}"
-
-
-def is_address(path: str) -> bool:
-    """Whether a path is an address, such as ``s3://bucket/pictures`` or ``https://host/cat.jpg``."""
-    return "://" in path
+    return f"{values.get('size', '')}/{version_mark(values)}"
 
 
 def is_web(path: str) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from blip2edge.errors import ConfigError, DataError, UsageError
+from blip2edge.picture_files import is_address
 from blip2edge.reading import read_text, reading
 from blip2edge.special_files import open_file
 from blip2edge.training.data.coco import load_json_object
 from blip2edge.training.data.config import DataConfig
-from blip2edge.training.data.readers.copies import is_address
 from blip2edge.training.data.readers.tables import METADATA, ROWS_BY_SUFFIX
 from blip2edge.training.data.registry import SHARD_FORMATS
 from blip2edge.training.fields import read_section

@@ -11,12 +11,13 @@ from typing import Any
 
 from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import ConfigError, UsageError
+from blip2edge.picture_files import is_address
 from blip2edge.training.data.coco import read_captions, read_vqa
 from blip2edge.training.data.config import MIXTURE, DataConfig
 from blip2edge.training.data.entries import BrokenSamples, Entry
 from blip2edge.training.data.folder import read_folder
 from blip2edge.training.data.list_source import ListSource
-from blip2edge.training.data.readers.copies import LocalCopies, ReadFile, is_address, remote_files
+from blip2edge.training.data.readers.copies import LocalCopies, ReadFile, remote_files
 from blip2edge.training.data.readers.rows import RowReader
 from blip2edge.training.data.readers.tables import ROWS_BY_SUFFIX, Numbered, karpathy, parquet, parquet_rows, table_file
 from blip2edge.training.data.scene_source import SceneSource

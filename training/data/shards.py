@@ -21,7 +21,7 @@ from PIL import Image
 
 from blip2edge.bundle.outputs.disk_errors import output_error
 from blip2edge.errors import DataError, ImageError
-from blip2edge.picture_files import BrokenShardError, ShardFile, add_member, open_shard
+from blip2edge.picture_files import BrokenShardError, ShardFile, add_member, is_address, open_shard
 from blip2edge.reading import parse_json, reading
 from blip2edge.runtime.images.preprocess import load_image
 from blip2edge.training.data.entries import BrokenSamples, Entry, file_identity
@@ -101,7 +101,7 @@ def shard_names(paths: Sequence[Path | str]) -> list[str]:
     names = [str(path).rpartition("/")[2] for path in paths]
     if len(set(names)) == len(names):
         return names
-    whole = [str(path) if "://" in str(path) else Path(path).absolute().as_posix() for path in paths]
+    whole = [str(path) if is_address(str(path)) else Path(path).absolute().as_posix() for path in paths]
     parts = [path.split("/") for path in whole]
     shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False)))
     return ["/".join(part[shared:]) for part in parts]

@@ -21,22 +21,16 @@ from PIL import Image
 from blip2edge.bundle.outputs.disk_errors import output_error
 from blip2edge.errors import DataError, ImageError, MissingPackageError
 from blip2edge.packages import require
+from blip2edge.picture_files import is_address, version_mark
 from blip2edge.reading import CHUNK, reading
 from blip2edge.special_files import open_file
 from blip2edge.training.data.entries import BrokenSamples, Entry, StoredPicture, file_identity
 from blip2edge.training.data.shards import range_of
 
 PACKED = (".gz", ".tgz")
-VERSION_KEYS = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "updated", "last_modified", "created")
-"""Keys of a file's version in object stores; the first one present is used."""
 
 ReadFile = Callable[[Path, BrokenSamples, str], Iterator[Entry]]
 """Reads the entries of one file: its path, the broken samples, and its name in sample ids."""
-
-
-def is_address(path: str) -> bool:
-    """Whether a path is an address of an object store, such as ``s3://bucket/part-000.tar``."""
-    return "://" in path
 
 
 def remote_system(address: str) -> tuple[Any, str]:
@@ -114,8 +108,7 @@ class LocalCopies:
             system, path = remote_system(text)
             with reading(text, "a file", DataError, "check the address, and run the command again"):
                 described = system.info(path)
-            mark = next((described[key] for key in VERSION_KEYS if described.get(key)), "")
-            version = f"{text}|{described.get('size')}|{mark}"
+            version = f"{text}|{described.get('size')}|{version_mark(described)}"
         elif text.lower().endswith(PACKED):
             system, path, version = None, text, file_identity(Path(text))
         else:
