@@ -1,7 +1,11 @@
-"""Training on the user's pictures: a broken picture is skipped, counted and named."""
+"""Training on the user's pictures: a broken picture is skipped, counted and named; many formats in one mixture."""
 
 from __future__ import annotations
 
+import gzip
+import io
+import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,7 @@ import pytest
 pytest.importorskip("accelerate", reason="training needs accelerate")
 
 from blip2edge.errors import DataError
+from blip2edge.picture_files import add_member
 from blip2edge.training.data.scenes import scenes
 from blip2edge.training.run import train
 
@@ -54,3 +59,60 @@ def test_more_than_the_limit_stop_the_run(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="2 samples are broken, and max_broken allows 1"):
         train("stage2", recipe(tmp_path, 1), tmp_path / "out", evaluation_scenes=0)
     assert not (tmp_path / "out").exists()
+
+
+def mixture(directory: Path) -> Path:
+    """Scenes as Parquet, as packed shards, as a CSV file and as dialogues, and a recipe that mixes them."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    files, captions = [], []
+    for number, scene in enumerate(scenes(6)):
+        file = io.BytesIO()
+        scene.picture.save(file, "PNG")
+        files.append(file.getvalue())
+        captions.append(scene.caption)
+        (directory / f"{number}.png").write_bytes(file.getvalue())
+    table = pyarrow.table({"jpg": files, "TEXT": captions})
+    parquet.write_table(table, directory / "laion.parquet")
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for number, file in enumerate(files):
+            add_member(archive, f"{number}.png", file)
+            add_member(archive, f"{number}.txt", captions[number].encode())
+    (directory / "a.tar.gz").write_bytes(gzip.compress(packed.getvalue()))
+    (directory / "rows.csv").write_text(
+        "image,caption\n" + "".join(f"{number}.png,{text}\n" for number, text in enumerate(captions))
+    )
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": captions[0]}] * 2
+    (directory / "llava.json").write_text(json.dumps([{"image": "0.png", "conversations": turns}]))
+    paths = {"laion.parquet": "parquet", "a.tar.gz": "shards", "rows.csv": "table", "llava.json": "table"}
+    sets = [f'[[data]]\nkind = "{kind}"\npath = "{path}"\nratio = 1\ncrop = 0.7\n' for path, kind in paths.items()]
+    model = RECIPE[RECIPE.index("[model]") :].format(checkpoint=CHECKPOINT)
+    path = directory / "recipe.toml"
+    path.write_text("".join(sets) + model.replace("steps = 4", "steps = 6") + "[loop]\nsnapshot_every = 2\n")
+    return path
+
+
+def test_a_mixture_of_many_formats_is_resumed_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = mixture(tmp_path)
+    record = train("stage2", path, tmp_path / "whole", evaluation_scenes=0)
+    assert "broken" not in record["phases"]["stage2"]
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if done == 3:
+            raise DataError("stopped")
+
+    with pytest.raises(DataError, match="stopped"):
+        train("stage2", path, tmp_path / "stopped", evaluation_scenes=0, progress=stop)
+    steps: list[int] = []
+    again = train(
+        "stage2",
+        path,
+        tmp_path / "stopped",
+        evaluation_scenes=0,
+        progress=lambda stage, done, total: steps.append(done),
+    )
+    assert again["phases"].keys() == record["phases"].keys()
+    assert steps[0] == 3  # it continues from the snapshot of step 2
+    whole, stopped = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped"))
+    assert whole == stopped
