@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -206,14 +204,9 @@ def read_entries(config: DataConfig, *, base: Path) -> tuple[Iterable[Entry], Br
     if config.kind in SHARD_FORMATS:
         broken = BrokenSamples(config.path, config.max_broken)
         files, read = _files(config, base), _file_reader(config, base)
-        return chain.from_iterable(map(partial(_read_one, read, broken), files, shard_names(files))), broken
+        named = zip(files, shard_names(files), strict=True)
+        return (entry for path, name in named for entry in read(path, broken, name)), broken
     entries, broken = LIST_READERS[config.kind](config, base)
     if not entries:
         raise broken.none_usable("sample with its picture and text")
     return entries, broken
-
-
-def _read_one(
-    read: Callable[[Any, BrokenSamples, str], Iterator[Entry]], broken: BrokenSamples, path: Path | str, name: str
-) -> Iterator[Entry]:
-    return read(path, broken, name)
