@@ -75,8 +75,8 @@ def mixture(directory: Path) -> Path:
     parquet.write_table(table, directory / "laion.parquet")
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as archive:
-        for number, file in enumerate(files):
-            add_member(archive, f"{number}.png", file)
+        for number, content in enumerate(files):
+            add_member(archive, f"{number}.png", content)
             add_member(archive, f"{number}.txt", captions[number].encode())
     (directory / "a.tar.gz").write_bytes(gzip.compress(packed.getvalue()))
     (directory / "rows.csv").write_text(
