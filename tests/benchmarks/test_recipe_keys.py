@@ -34,6 +34,8 @@ def test_every_key_has_a_row(keys: Any) -> None:
         default = kind()
         for field in dataclasses.fields(kind):
             value = getattr(default, field.name)
+            if field.name == "sets":  # written as [[data]]
+                continue
             if dataclasses.is_dataclass(value):
                 check(type(value))
             else:
