@@ -60,7 +60,7 @@ def test_the_best_rate_of_some_sizes_counts(integer: bool, monkeypatch: pytest.M
         return next(times)
 
     monkeypatch.setattr(roofline, "SIZES", ((2, 3, 5), (10, 10, 10), (4, 4, 4)))
-    monkeypatch.setattr(roofline, "_seconds", seconds)
+    monkeypatch.setattr(roofline, "product_seconds", seconds)
     assert roofline._rate("cpu", integer=integer) == 2 * 10 * 10 * 10 / 0.25
     assert asked[0] == ("cpu", 2, 3, 5, 1, integer)
 
