@@ -8,8 +8,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from blip2edge.bundle.schema import BRIDGE, VISION
@@ -82,6 +83,10 @@ class GraphFormat:
         matching = [form for pattern, form in self.patterns if fnmatchcase(weight, pattern)]
         return matching[-1] if matching else self.whole
 
+    def without_inputs(self) -> GraphFormat:
+        """The format of a graph without recorded inputs: INT4 needs inputs to round well, so it becomes INT8."""
+        return replace(self, whole=NumberFormat("int8")) if self.whole.kind == "int4" else self
+
     def __str__(self) -> str:
         return " ".join([str(self.whole), *(f"{pattern}={form}" for pattern, form in self.patterns)])
 
@@ -144,6 +149,41 @@ def choose_graph_formats(
             field="format",
         )
     return found
+
+
+def check_matches(rules: Iterable[FormatRule], weights_of: Callable[[str], Sequence[str]]) -> None:
+    """Raises UsageError if the pattern of a rule matches no matrix.
+
+    Args:
+        rules: The rules.
+        weights_of: Names of the matrices of a graph.
+    """
+    for rule in rules:
+        names = weights_of(rule.graph) if rule.pattern else []
+        if rule.pattern and not any(fnmatchcase(name, rule.pattern) for name in names):
+            nearest = get_close_matches(rule.pattern, names, 3, 0.0)
+            raise UsageError(
+                f"{option('format')}: the pattern {rule.pattern} matches no matrix of {rule.graph}",
+                f"the nearest names are {', '.join(nearest)}" if nearest else f"{rule.graph} has no such matrices",
+                field="format",
+            )
+
+
+def check_inputs(rules: Iterable[FormatRule], recorded: Callable[[str], object]) -> None:
+    """Raises UsageError if a rule needs the recorded inputs of a graph that does not run while pictures are captioned.
+
+    Args:
+        rules: The rules.
+        recorded: Whether a graph has recorded inputs.
+    """
+    for rule in rules:
+        if rule.form.kind in (W8A8, "int4") and not recorded(rule.graph):
+            raise UsageError(
+                f"{option('format')}: the graph {rule.graph} does not run while pictures are captioned, so it has no "
+                f"inputs to round to {rule.form} with",
+                f"give {rule.graph} the format int8, fp16 or float",
+                field="format",
+            )
 
 
 def _check_patterns(graph: str, form: GraphFormat) -> None:

@@ -39,7 +39,8 @@ from blip2edge.calibration.formats import (
     W8A8,
     FormatRule,
     GraphFormat,
-    NumberFormat,
+    check_inputs,
+    check_matches,
     choose_graph_formats,
 )
 from blip2edge.calibration.pictures import DEFAULT_COUNT, PictureSet, choose_pictures
@@ -55,6 +56,7 @@ from blip2edge.calibration.search.drop_limit import (
     choose_kept_layers,
     measure_layers,
 )
+from blip2edge.calibration.targets import find_targets
 from blip2edge.calibration.weights.half import store_half
 from blip2edge.calibration.weights.quantize import quantize_weights
 from blip2edge.choices import RANGE_METHODS, WEIGHT_BITS
@@ -66,10 +68,6 @@ from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.bench import reference_outputs
 from blip2edge.runtime.bench.memory import Notify, calibration_need, check_memory
 from blip2edge.runtime.bench.meters import MemoryMeter
-
-WITHOUT_INPUTS = GraphFormat(NumberFormat("int8"))
-"""Format in blocks of a graph without recorded inputs (texts that are compared, a draft): INT4 needs inputs."""
-
 
 GraphMaker = Callable[[CalibrationContext, GraphRecord, GraphFormat], StagedGraph]
 """Puts a graph into the staging directory, in a format."""
@@ -159,8 +157,9 @@ def calibrate(
     rules = [FormatRule.parse(rule) if isinstance(rule, str) else rule for rule in formats]
     chosen = choose_graph_formats(parent.manifest.graphs, activations, weights, rules)
     check_drop_limit(drop_limit, parent.manifest.prompt is not None)
-    largest = max(map(parent.manifest.graph_bytes, parent.manifest.graphs.values()))
-    check_memory(calibration_need(largest), BundleError, anyway=anyway, notify=notify)
+    check_matches(rules, partial(_weights_of, parent))
+    if prepared is None:  # a search has checked it
+        check_enough_memory(parent, anyway=anyway, notify=notify)
     report = progress or (lambda stage, done, total: None)
     with MemoryMeter() as meter, staged(target, force) as staging:
         pictures = choose_pictures(images, count, partial(report, "read the pictures"), limits)
@@ -169,7 +168,7 @@ def calibrate(
         context = CalibrationContext(parent, staging, feeds, method, threads, report, warnings.append, pictures.sha256)
         limit = None if drop_limit is None else DropLimit(drop_limit, cider)
         title = target.resolve().name
-        graphs, agreement = _fill_staging(context, pictures, chosen, limit, title, prepared)
+        graphs, agreement = _fill_staging(context, pictures, chosen, rules, limit, title, prepared)
         fitted = None
         if references is not None:
             fitted = add_confidence(staging, references, title=title, threads=threads, progress=progress)
@@ -207,6 +206,7 @@ def _fill_staging(
     context: CalibrationContext,
     pictures: PictureSet,
     formats: Mapping[str, GraphFormat],
+    rules: Sequence[FormatRule],
     limit: DropLimit | None,
     title: str,
     prepared: PreparedSteps | None,
@@ -217,6 +217,7 @@ def _fill_staging(
     if prepared is None:
         captions = _captions(context, parent.path, pictures, "caption with the parent")
         record_inputs(context, pictures, captions or ())
+        check_inputs(rules, context.feeds.count)
     else:
         captions = prepared.captions
     graphs = {name: make(context, record, formats[name]) for name, record in parent.manifest.graphs.items()}
@@ -311,7 +312,7 @@ def in_format(context: CalibrationContext, record: GraphRecord, form: GraphForma
     if form.whole.bits is None:
         return copied_graph(context, record)
     if not context.feeds.count(record.spec.name):
-        form = WITHOUT_INPUTS
+        form = form.without_inputs()
     return quantize_weights(context, record, form)
 
 
@@ -325,6 +326,18 @@ def graph_headroom(context: CalibrationContext, record: GraphRecord) -> dict[str
     return headroom_json(
         measure_headroom(model, record, context.feeds, context.parent.path, threads=context.threads, progress=progress)
     )
+
+
+def check_enough_memory(parent: Bundle, *, anyway: bool, notify: Notify | None) -> None:
+    """Warns or raises BundleError if this machine has too little memory to calibrate the bundle."""
+    largest = max(map(parent.manifest.graph_bytes, parent.manifest.graphs.values()))
+    check_memory(calibration_need(largest), BundleError, anyway=anyway, notify=notify)
+
+
+def _weights_of(parent: Bundle, graph: str) -> list[str]:
+    """Names of the matrices of a graph that can have a format of their own."""
+    model = load_graph(parent.file(parent.graph(graph).spec.file))
+    return [product.weight for product in find_targets(model).products]
 
 
 def open_parent(bundle: str | Path, method: str, weights: str | None) -> Bundle:

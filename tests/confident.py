@@ -31,6 +31,10 @@ class Drawn:
     right: str
     question: str = ""
 
+    @property
+    def identity(self) -> str:
+        return self.name
+
     def open(self) -> Image.Image:
         return self.picture
 

@@ -7,7 +7,7 @@ held-out tenths wins: the mean square of (probability - right), which punishes w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,20 +55,24 @@ class FittedMap:
     brier: Mapping[str, float]
 
 
-def fit_map(rows: Rows, right: Right) -> FittedMap:
+def fit_map(rows: Rows, right: Right, pictures: Sequence[Hashable] | None = None) -> FittedMap:
     """Fits all candidates and chooses one.
 
     Args:
         rows: Features of N texts, ``[N, 3]``.
         right: Whether each is right, ``[N]``.
+        pictures: The picture of each text. The texts of one picture are held out together. None: all differ.
     """
     count = len(right)
     bounds = (0.5 / (count + 1), 1 - 0.5 / (count + 1))
-    fold = np.random.default_rng(0).permutation(count) % FOLDS
+    groups = list(range(count)) if pictures is None else list(pictures)
+    numbers = {group: at for at, group in enumerate(dict.fromkeys(groups))}
+    drawn = np.random.default_rng(0).permutation(len(numbers)) % FOLDS
+    fold = drawn[[numbers[group] for group in groups]]
     held_out: dict[str, Rows] = {}
     for kind, fit in CANDIDATES.items():
         held_out[kind] = np.empty(count)
-        for number in range(min(FOLDS, count)):
+        for number in range(min(FOLDS, len(numbers))):
             left_out = fold == number
             score = fit(rows[~left_out], right[~left_out])
             held_out[kind][left_out] = probabilities(score, rows[left_out], bounds)
@@ -112,6 +116,12 @@ def logistic(columns: tuple[int, ...]) -> Fit:
     return fit
 
 
+def thinned(blocks: Sequence[list[float]]) -> list[list[float]]:
+    """At most :data:`MOST_KNOTS` of the blocks, evenly spaced, with the first and the last (the surest)."""
+    places = np.linspace(0, len(blocks) - 1, min(len(blocks), MOST_KNOTS)).round().astype(int)
+    return [blocks[at] for at in places.tolist()]
+
+
 def isotonic(under: Fit) -> Fit:
     """Makes an isotonic regression over the score of another fit, by pooling adjacent violators."""
 
@@ -125,7 +135,7 @@ def isotonic(under: Fit) -> Fit:
             while len(blocks) > 1 and blocks[-2][1] * blocks[-1][2] >= blocks[-1][1] * blocks[-2][2]:
                 last = blocks.pop()
                 blocks[-1] = [one + other for one, other in zip(blocks[-1], last, strict=True)]
-        kept = blocks[:: max(1, -(-len(blocks) // MOST_KNOTS))]
+        kept = thinned(blocks)
         places = tuple(total / count for total, _, count in kept)
         return Score(first.offset, first.weights, (places, tuple(good / count for _, good, count in kept)))
 

@@ -93,14 +93,14 @@ def add_confidence(
             elif isinstance(result, Blip2EdgeError):
                 raise result
             else:
-                pairs.append((features(result.token_logprobs), item.is_right(result.text)))
+                pairs.append((features(result.token_logprobs), item.is_right(result.text), item.identity))
     if len(pairs) < LEAST:
         raise DataError(
             f"expected at least {LEAST} pictures with references that can be read, got {len(pairs)}",
             f"give more to {option('references')}; {ADVISED} or more are advised",
         )
-    rows, right = np.array([row for row, _ in pairs]), np.array([good for _, good in pairs])
-    fitted = fit_map(rows, right)
+    rows, right = np.array([row for row, *_ in pairs]), np.array([good for _, good, _ in pairs])
+    fitted = fit_map(rows, right, [identity for *_, identity in pairs])
     manifest = read_manifest(directory)
     found = ConfidenceMap(
         task=task,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,6 +16,10 @@ class Reference(Protocol):
     @property
     def name(self) -> str:
         """Name in messages."""
+
+    @property
+    def identity(self) -> str:
+        """Key of the picture; questions on one picture have the same."""
 
     @property
     def question(self) -> str:
@@ -48,3 +53,9 @@ class References:
     prompt: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 16
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the pictures' names, their texts, and the options, as their ``repr`` shows them."""
+        given = (list(self.items), self.rule, self.prompt, sorted(self.options.items()))
+        return hashlib.sha256(repr(given).encode()).hexdigest()

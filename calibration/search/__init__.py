@@ -1,1 +1,1 @@
-"""``--drop-limit``: measures the sensitivity of each layer and keeps the worst in floating point."""
+"""Chooses formats by measuring: layers kept in floating point (``--drop-limit``), formats of parts (``--search``)."""

@@ -112,6 +112,16 @@ def pareto(points: Sequence[FormatPoint]) -> list[FormatPoint]:
     )
 
 
+def allowed(points: Sequence[FormatPoint], limits: PointLimits) -> list[FormatPoint]:
+    """The points that may be published: within the limits, and every part is proven faster than the parent's.
+
+    Without such a point, ``--max-mb`` allows the other points within the limits, for their bytes.
+    """
+    within = [point for point in points if not limits.excess(point)]
+    proven = [point for point in within if point.proven]
+    return proven or (within if limits.mb is not None else [])
+
+
 def to_measure(points: Sequence[FormatPoint], limits: PointLimits, most: int) -> list[FormatPoint]:
     """Chooses the points of the predicted front whose captions are compared.
 
@@ -124,8 +134,8 @@ def to_measure(points: Sequence[FormatPoint], limits: PointLimits, most: int) ->
         most: Largest number of points.
     """
     front = pareto(points)
-    within = [point for point in points if not limits.excess(point)]
-    first = [min(among, key=key) for among in (front, within) if among for key in (_by_ms, _by_bytes, _by_loss)]
+    sets = [among for among in (front, allowed(points, limits)) if among]
+    first = [min(among, key=key) for among in sets for key in (_by_ms, _by_bytes, _by_loss)]
     chosen = list({point.flags: point for point in first}.values())
     rest = [point for point in front if point not in chosen]
     while rest and len(chosen) < most:
@@ -171,8 +181,8 @@ class ChosenPoint:
 def choose_point(points: Sequence[FormatPoint], limits: PointLimits) -> ChosenPoint:
     """Chooses the point that is published.
 
-    - Without limits: the fastest point at which at most :data:`DEFAULT_DROP` percent of the captions change; if there
-      is none, the point with the least loss.
+    - Without limits: the fastest point at which at most :data:`DEFAULT_DROP` percent of the captions change. The
+      parent is such a point.
     - With ``--max-drop``: the fastest point within all limits.
     - With ``--max-ms`` or ``--max-mb`` and no ``--max-drop``: the point with the least loss within them.
 
@@ -186,23 +196,18 @@ def choose_point(points: Sequence[FormatPoint], limits: PointLimits) -> ChosenPo
         BundleError: No point is within the limits.
     """
     given = PointLimits(DEFAULT_DROP) if limits == PointLimits() else limits
-    within = [point for point in points if not given.excess(point)]
-    proven = [point for point in within if point.proven]
-    if not proven and limits.mb is None:
-        within = []
-    among = proven or within
+    among = allowed(points, given)
     if among and given.drop is not None:
         rule = FASTEST if limits == PointLimits() else f"the fastest point within {given.flags()}"
         return ChosenPoint(min(among, key=_by_ms), rule)
     if among:
         return ChosenPoint(min(among, key=_by_loss), f"the point with the least loss within {limits.flags()}")
-    if limits == PointLimits():
-        return ChosenPoint(
-            min(points, key=_by_loss), "the point with the least loss: all change more captions than allowed"
-        )
     nearest = min(points, key=lambda point: (given.excess(point), _by_ms(point)))
+    beyond = given.excess(nearest) > 0
+    why = "" if beyond else ", which has a part that is not proven faster than the parent's"
     raise BundleError(
-        f"no combination of formats is within {limits.words()}; the nearest is {nearest.text()}",
+        f"no combination of formats is within {given.words()}{'' if beyond else ' and proven faster'}; "
+        f"the nearest is {nearest.text()}{why}",
         "give other limits: the search is kept, and only chooses again",
     )
 

@@ -115,6 +115,15 @@ class SearchJournal:
         self._write(SPENT, {"cpu_s": round(self.cpu_s, 2)})
         return found
 
+    def stored(self, name: str) -> Any:
+        """The stored result of a step; None if there is none."""
+        path = self.path / f"{name}.json"
+        return read_json(path, DataError)["value"] if path.is_file() else None
+
+    def replace(self, name: str, value: Any) -> None:
+        """Stores a result, in the place of an earlier one."""
+        self._write(f"{name}.json", {"value": value})
+
     def folder(self, name: str, fill: Callable[[Path], None]) -> Path:
         """Returns the directory of a step's files; ``fill`` writes them into a new directory if there is none yet."""
         path = self.path / name

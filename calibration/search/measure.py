@@ -170,7 +170,7 @@ def _nats(work: Workload, choices: Mapping[str, PartChoice]) -> float:
         if graph in variants.parts.running
     }
     try:
-        return max(work.meter.loss(replaced, Bundle.open(variants.bundle(parts))), 0.0)
+        return max(work.meter.loss(replaced, Bundle.open(variants.bundle(parts, copies=False))), 0.0)
     finally:
         for session in replaced.values():
             session.close()

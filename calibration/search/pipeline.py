@@ -12,6 +12,9 @@ Each finished step is kept (``journal``), so a killed search goes on.
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,8 +29,14 @@ from blip2edge.calibration.batches import Feeds
 from blip2edge.calibration.confidence.references import References
 from blip2edge.calibration.context import CalibrationContext
 from blip2edge.calibration.formats import choose_graph_formats
-from blip2edge.calibration.pictures import DEFAULT_COUNT, PictureSet, choose_pictures
-from blip2edge.calibration.pipeline import PreparedSteps, calibrate, open_parent, record_inputs
+from blip2edge.calibration.pictures import DEFAULT_COUNT, CalibrationPicture, PictureSet, choose_pictures
+from blip2edge.calibration.pipeline import (
+    PreparedSteps,
+    calibrate,
+    check_enough_memory,
+    open_parent,
+    record_inputs,
+)
 from blip2edge.calibration.results import CalibrationReport, StagedGraph
 from blip2edge.calibration.search.choices import (
     PartGraphs,
@@ -49,6 +58,9 @@ from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends.probe import processor
 from blip2edge.runtime.bench.memory import Notify
 from blip2edge.version import __version__
+
+PUBLISHED = "published"
+"""Entry of the state, written just before the bundle is published: hash of the references, and of the old output."""
 
 
 def search(
@@ -104,22 +116,26 @@ def search(
             f"{option('search', on=True)} compares captions, but this model generates none",
             f"leave {option('search', on=True)} out",
         )
+    check_enough_memory(parent, anyway=anyway, notify=notify)
     report = progress or (lambda stage, done, total: None)
     with locked(run) as part:
         pictures = choose_pictures(images, count, partial(report, "read the pictures"), limits)
         journal = SearchJournal(run, part / "fresh")
-        plan = _plan(parent, pictures, options, method, optimizer)
-        if not journal.begin(plan, force=force):
+        scored = list(pictures)[: max(options.scored, RUNS)]
+        limit = _caption_loss(scored, cider)
+        plan = {**_plan(parent, pictures, options, method, optimizer), **_measure_plan(scored, limit, threads)}
+        resumed = journal.begin(plan, force=force)
+        if not resumed:
             check_target(target, force, MANIFEST)  # a killed run may have published the bundle
         feeds = Feeds(journal.scratch / "none")  # until the inputs are recorded
         context = CalibrationContext(
             parent, journal.scratch, feeds, method, threads, report, notify or (lambda line: None), pictures.sha256
         )
-        work = _workload(context, journal, pictures, options, cider, optimizer)
+        work = _workload(context, journal, pictures, scored, limit, optimizer, copies=options.board is None)
         finder = FormatSearch(work, options)
         found = finder.run()
         chosen = finder.combinations[found.chosen.point.flags]
-        if _is_published(target, work, found):  # a killed run has done it
+        if resumed and _is_published(target, work, found, references):  # a killed run has done it
             work.variants.publish_copies(target, chosen)
             done = _report_of(target, work, found, pictures)
             journal.clear()
@@ -128,6 +144,7 @@ def search(
         prepared = PreparedSteps(
             work.captions[:RUNS], work.context.feeds, work.variants.prepared, search_json(found, options, work)
         )
+        journal.replace(PUBLISHED, {"references": _hash_of(references), "before": _manifest_sha256(target)})
         done = calibrate(
             bundle, target, images=images, method=method, formats=found.rules, references=references, count=count,
             force=force, anyway=anyway, threads=threads, limits=limits, progress=progress, notify=notify,
@@ -156,10 +173,34 @@ def _plan(
     }
 
 
-def _is_published(target: Path, work: Workload, found: FoundPoints) -> bool:
-    """Whether the output is the bundle of the chosen point already."""
-    if not (target / MANIFEST).is_file():
+def _measure_plan(scored: Sequence[CalibrationPicture], limit: DropLimit, threads: int | None) -> dict[str, Any]:
+    """What the stored losses depend on: the measure, the reference captions, and the CPU threads."""
+    texts = json.dumps([picture.references() for picture in scored]) if limit.cider is not None else ""
+    return {"loss": limit.measure, "captions": hashlib.sha256(texts.encode()).hexdigest(), "threads": threads}
+
+
+def _caption_loss(scored: Sequence[CalibrationPicture], cider: CaptionScore | None) -> DropLimit:
+    """The measure of the loss: CIDEr if every picture has references, otherwise the share of changed captions."""
+    return DropLimit(0.0, cider if all(picture.references() for picture in scored) else None)
+
+
+def _hash_of(references: References | None) -> str:
+    return "" if references is None else references.sha256
+
+
+def _manifest_sha256(target: Path) -> str:
+    """Hash of the output's manifest; empty if there is none."""
+    manifest = target / MANIFEST
+    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else ""
+
+
+def _is_published(target: Path, work: Workload, found: FoundPoints, references: References | None) -> bool:
+    """Whether a killed run of this search has published the chosen point, with the same references."""
+    marker = work.journal.stored(PUBLISHED)
+    if marker is None or not (target / MANIFEST).is_file():
         return False
+    if marker["references"] != _hash_of(references) or marker["before"] == _manifest_sha256(target):
+        return False  # other references; or the run was killed before it replaced the output
     manifest = read_manifest(target)
     expected = {"parent_sha256": work.context.parent.sha256, "data_sha256": work.context.pictures_sha256}
     seals = {name: seal for graph in _staged(work, found).values() for name, seal in graph.seals.items()}
@@ -181,16 +222,17 @@ def _workload(
     context: CalibrationContext,
     journal: SearchJournal,
     pictures: PictureSet,
-    options: SearchOptions,
-    cider: CaptionScore | None,
+    scored: Sequence[CalibrationPicture],
+    limit: DropLimit,
     optimizer: Optimizer | None,
+    *,
+    copies: bool,
 ) -> Workload:
     """Captions the pictures with the parent, and records the inputs of the graphs."""
-    scored = list(pictures)[: max(options.scored, RUNS)]
 
     def caption() -> list[Any]:
-        told = partial(context.progress, "caption with the parent")
-        found = caption_pictures(context.parent.path, scored, threads=context.threads, progress=told)
+        progress = partial(context.progress, "caption with the parent")
+        found = caption_pictures(context.parent.path, scored, threads=context.threads, progress=progress)
         return [[list(caption.tokens), caption.text] for caption in found]
 
     captions = [GreedyCaption(tuple(tokens), text) for tokens, text in journal.value("captions", caption)]
@@ -199,11 +241,9 @@ def _workload(
         record_inputs(replace(context, feeds=Feeds(folder)), pictures, captions[:RUNS])
 
     context = replace(context, feeds=Feeds(journal.folder("feeds", collect)))
-    references = cider is not None and all(picture.references() for picture in scored)
     graphs = list(context.parent.manifest.graphs)
     parts = PartGraphs.of(graphs, [graph for graph in graphs if context.feeds.count(graph)])
-    variants = Variants(context, journal, parts, optimizer)
-    return Workload(variants, scored, captions, DropLimit(0.0, cider if references else None))
+    return Workload(Variants(context, journal, parts, optimizer, copies), scored, captions, limit)
 
 
 def search_json(found: FoundPoints, options: SearchOptions, work: Workload) -> dict[str, Any]:
@@ -215,7 +255,7 @@ def search_json(found: FoundPoints, options: SearchOptions, work: Workload) -> d
         "loss": work.limit.measure,
         "pictures": len(work.pictures),
         "tokens": work.tokens,
-        "optimized": work.variants.optimizer is not None,
+        "optimized": work.variants.runs_copies,
         "limits": {name: value for name, value in vars(options.limits).items() if value is not None},
         "rule": found.chosen.rule,
         "chosen": found.chosen.point.flags,

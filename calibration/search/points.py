@@ -18,6 +18,7 @@ from blip2edge.calibration.search.front import (
     FormatPoint,
     FoundPoints,
     PointLimits,
+    allowed,
     choose_point,
     pareto,
     to_measure,
@@ -50,7 +51,7 @@ MORE = 4
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """What a search looks for.
+    """Limits, board and size of a search.
 
     Attributes:
         limits: The limits on loss, time and size.
@@ -216,13 +217,10 @@ class FormatSearch:
         self.losses[flags] = (drop, part_nats(self.work, choices))
 
     def _measure_more(self) -> None:
-        """While no measured point is within the limits, measures those that may be, with the least predicted loss."""
+        """While no measured point is allowed, measures those that may be, with the least predicted loss."""
         limits = self.options.limits
         for _ in range(MORE):
-            points = self._points()
-            if any(not limits.excess(point) for point in points if point.drop is not None):
-                return
-            possible = [point for point in points if point.drop is None and not limits.excess(point)]
-            if not possible:
+            possible = allowed(self._points(), limits)  # a point that is not measured counts as without loss
+            if not possible or any(point.drop is not None for point in possible):
                 return
             self._measure(min(possible, key=lambda point: (point.nats, point.ms)).flags)

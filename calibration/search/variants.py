@@ -94,8 +94,11 @@ def put_files(source: Path, target: Path, but: Sequence[str] = (), *, link: bool
 
 
 def _linked(file: Path, place: Path) -> bool:
+    """Makes a hard link, if the system can. A file that exists is an error: a copy would write through its link."""
     try:
         os.link(file, place)
+    except FileExistsError:
+        raise
     except OSError:  # no hard links on this file system
         return False
     return True
@@ -110,12 +113,19 @@ class Variants:
         journal: The finished steps.
         parts: The parts of the model.
         optimizer: Makes optimized copies; None to use the portable graphs.
+        copies: Whether times and captions are measured with the copies; otherwise they are only published.
     """
 
     context: CalibrationContext
     journal: SearchJournal
     parts: PartGraphs
     optimizer: Optimizer | None
+    copies: bool = True
+
+    @property
+    def runs_copies(self) -> bool:
+        """Whether times and captions are measured with optimized copies."""
+        return self.copies and self.optimizer is not None
 
     def graph(self, graph: str, form: GraphFormat) -> Path:
         """The directory of a graph's files in a format, made at the first call."""
@@ -146,8 +156,13 @@ class Variants:
         put_files(self.graph(name, form), context.staging, but=(GRAPH_JSON,))
         return replace(self.made(name, form), headroom=self.headroom(name))
 
-    def bundle(self, choices: Mapping[str, PartChoice]) -> Path:
-        """A bundle of the choice of each part, with the optimized copies of the parts; made at the first call."""
+    def bundle(self, choices: Mapping[str, PartChoice], *, copies: bool = True) -> Path:
+        """A bundle of the choice of each part; made at the first call.
+
+        Args:
+            choices: The choice of each part.
+            copies: Whether it needs the optimized copies, for times and captions.
+        """
 
         def fill(folder: Path) -> None:
             context = replace(self.context, staging=folder)
@@ -163,14 +178,15 @@ class Variants:
 
         name = "bundle-" + file_name("+".join(str(choice.form) for choice in choices.values()))
         folder = self.journal.folder(name, fill)
-        if self.optimizer is not None and not (folder / COPY).exists():
-            self._add_copies(folder, choices)
+        if copies and self.copies and self.optimizer is not None and not (folder / COPY).exists():
+            self._add_copies(folder, choices, self.optimizer)
         return folder
 
-    def _add_copies(self, folder: Path, choices: Mapping[str, PartChoice]) -> None:
+    def _add_copies(self, folder: Path, choices: Mapping[str, PartChoice], optimizer: Optimizer) -> None:
         """Puts the optimized copies of the parts into a bundle that is only run."""
         made = self.journal.folder(
-            f"copy-of-{folder.name}", partial(self._fill_copy, choices=choices, bundle=folder, link=True)
+            f"copy-of-{folder.name}",
+            partial(self._fill_copy, choices=choices, bundle=folder, optimizer=optimizer, link=True),
         )
         (folder / KIND).mkdir(exist_ok=True)
         made.rename(folder / COPY)
@@ -179,11 +195,19 @@ class Variants:
         """Puts the optimized copies that were timed into the published bundle; does nothing without an optimizer."""
         if self.optimizer is not None:
             with staged(bundle / COPY, force=True, marker=None) as folder:
-                self._fill_copy(folder, choices, bundle)
+                self._fill_copy(folder, choices, bundle, self.optimizer)
 
-    def _fill_copy(self, place: Path, choices: Mapping[str, PartChoice], bundle: Path, *, link: bool = False) -> None:
+    def _fill_copy(
+        self,
+        place: Path,
+        choices: Mapping[str, PartChoice],
+        bundle: Path,
+        optimizer: Optimizer,
+        *,
+        link: bool = False,
+    ) -> None:
         """Joins the copies of the parts to the copy of a bundle."""
-        copies = [self._copy(part, choice) for part, choice in choices.items()]
+        copies = [self._copy(part, choice, optimizer) for part, choice in choices.items()]
         records = [OptimizedRecord.from_json(read_json(copy / DERIVED[KIND], DataError)) for copy in copies]
         for copy in copies:
             put_files(copy, place, but=(DERIVED[KIND],), link=link)
@@ -195,13 +219,11 @@ class Variants:
             files={name: file for one in records for name, file in one.files.items()},
         ).write(place)
 
-    def _copy(self, part: str, choice: PartChoice) -> Path:
+    def _copy(self, part: str, choice: PartChoice, optimizer: Optimizer) -> Path:
         """The optimized copy of a part in a format, made in a bundle whose other parts are the parent's."""
         graphs = self.parts.graphs[part]
 
         def fill(place: Path) -> None:
-            if self.optimizer is None:
-                return
             alone = place / "bundle"
             alone.mkdir()
             context = replace(self.context, staging=alone)
@@ -214,7 +236,7 @@ class Variants:
                 made[name] = self.made(name, form)
             copy_rest(context.parent, alone)
             seal(context, made).write(alone)
-            self.optimizer(alone, graphs)
+            optimizer(alone, graphs)
             for file in (alone / COPY).iterdir():
                 file.rename(place / file.name)
             shutil.rmtree(alone)

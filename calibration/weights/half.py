@@ -2,8 +2,9 @@
 
     weight FP16 [K, N] -> Cast -> weight FP32 -> MatMul
 
-A runtime casts the weights once, when it loads the graph, so the speed is that of FP32. This is for a small bundle on a
-CPU; for FP16 arithmetic on a GPU, export with ``--precision fp16``.
+Products are computed in FP32, from rounded weights. ``optimize`` skips such graphs, so they can be slower than the
+optimized copies of FP32 graphs (figures: docs/precision.md). This is for a small bundle on a CPU; for FP16 arithmetic
+on a GPU, export with ``--precision fp16``.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def _replace_by_cast(graph: ir.Graph, name: str, file: DataFile, array: Array) -
     node = ir.node("Cast", [half], attributes={"to": ir.DataType.FLOAT}, name=f"{name}.cast")
     output = node.outputs[0]
     output.name, output.shape, output.type = f"{name}.float", value.shape, value.type
-    graph.insert_before(users[0][0], node)
+    using = {id(user) for user, _ in users}
+    graph.insert_before(next(one for one in graph if id(one) in using), node)  # uses() has no order
     for user, index in users:
         user.replace_input_with(index, output)
     del graph.initializers[name]

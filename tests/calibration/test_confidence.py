@@ -19,7 +19,16 @@ from blip2edge import Captioner
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.manifest import Manifest, read_manifest
 from blip2edge.calibration.confidence.figures import accuracy_at, calibration_error, reliability, separation
-from blip2edge.calibration.confidence.fit import CANDIDATES, fit_map, isotonic, logistic, probabilities
+from blip2edge.calibration.confidence.fit import (
+    CANDIDATES,
+    MOST_KNOTS,
+    Score,
+    fit_map,
+    isotonic,
+    logistic,
+    probabilities,
+    thinned,
+)
 from blip2edge.calibration.confidence.page import BEGIN, with_section
 from blip2edge.calibration.confidence.pipeline import LEAST, copy_with_confidence
 from blip2edge.calibration.pipeline import calibrate
@@ -60,6 +69,28 @@ def test_isotonic_regression_pools_what_falls() -> None:
     found = isotonic(logistic((2,)))(rows, np.array([False, True, False, True, True]))
     assert found.knots[1] == (0.0, 0.5, 1.0)
     assert list(found.knots[0]) == sorted(found.knots[0])
+
+
+def test_the_surest_block_is_kept() -> None:
+    blocks = [[float(at)] for at in range(3 * MOST_KNOTS + 2)]
+    kept = thinned(blocks)
+    assert (len(kept), kept[0], kept[-1]) == (MOST_KNOTS, blocks[0], blocks[-1])
+    assert thinned(blocks[:5]) == blocks[:5]
+
+
+def test_texts_of_one_picture_are_held_out_together() -> None:
+    """Each picture twice, with a feature that names it: its other text does not help to predict it."""
+    rows, right = (np.repeat(values, 2, axis=0) for values in drawn_rows(200))
+    trained: list[int] = []
+
+    def fit(train: Any, right: Any) -> Score:
+        trained.append(len(set(train[:, 2].tolist())))
+        return Score(0.0, (0.0, 0.0, 1.0))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("blip2edge.calibration.confidence.fit.CANDIDATES", {"one": fit})
+        fit_map(rows, right, [at // 2 for at in range(400)])
+    assert trained == [180] * 10 + [200]
 
 
 @pytest.mark.parametrize("right", [np.ones(50, bool), np.zeros(50, bool)], ids=["all right", "all wrong"])

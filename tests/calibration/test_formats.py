@@ -10,6 +10,8 @@ from blip2edge.calibration.formats import (
     FormatRule,
     GraphFormat,
     NumberFormat,
+    check_inputs,
+    check_matches,
     choose_graph_formats,
 )
 from blip2edge.calibration.weights.blocks import BlockFormat
@@ -83,3 +85,30 @@ def test_the_last_pattern_that_matches_counts() -> None:
 def test_formats_that_do_not_fit(rule: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         formats(rule)
+
+
+WEIGHTS = ("model.layers.0.fc1.weight", "model.layers.0.fc2.weight", "lm_head.weight")
+
+
+def test_a_pattern_that_matches_no_matrix() -> None:
+    check_matches([FormatRule.parse("decoder:*.fc1.*=float"), FormatRule.parse("draft=int8")], lambda graph: WEIGHTS)
+    with pytest.raises(UsageError, match=r"layers.0.fc3\* matches no matrix of decoder; .*are model.layers.0.fc"):
+        check_matches([FormatRule.parse("decoder:model.layers.0.fc3*=float")], lambda graph: WEIGHTS)
+    with pytest.raises(UsageError, match="decoder has no such matrices"):
+        check_matches([FormatRule.parse("decoder:*=float")], lambda graph: ())
+
+
+@pytest.mark.parametrize("rule", ["draft=int4/32", "draft=w8a8", "draft:*.fc1=int4"])
+def test_a_rule_that_needs_inputs(rule: str) -> None:
+    with pytest.raises(
+        UsageError, match="the graph draft does not run while pictures are captioned, so it has no inputs"
+    ):
+        check_inputs([FormatRule.parse(rule)], lambda graph: graph != "draft")
+
+
+def test_rules_that_need_no_inputs_hold() -> None:
+    rules = [FormatRule.parse(rule) for rule in ("draft=int8/32", "draft:*.fc1=float", "decoder=int4")]
+    check_inputs(rules, lambda graph: graph != "draft")
+    form = GraphFormat(NumberFormat("int8", 32), (("*.fc1", NumberFormat("float")),))
+    assert form.without_inputs() == form
+    assert str(GraphFormat(NumberFormat("int4")).without_inputs()) == "int8"

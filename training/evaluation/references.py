@@ -37,6 +37,11 @@ class KnownText:
     question: str = ""
     right_at: float | None = None
 
+    @property
+    def identity(self) -> str:
+        """Key of the picture."""
+        return self.picture.identity
+
     def open(self) -> Image.Image:
         """Decodes the picture; raises ImageError."""
         return self.picture.open()

@@ -12,6 +12,7 @@ pytest.importorskip("onnx_ir", reason="graphs are changed with onnx_ir")
 from blip2edge.calibration.search.front import (
     FormatPoint,
     PointLimits,
+    allowed,
     choose_point,
     pareto,
     to_measure,
@@ -72,9 +73,21 @@ def test_the_published_point(limits: PointLimits, name: str, rule: str) -> None:
     assert (chosen.point.flags, chosen.rule) == (name, rule)
 
 
-def test_without_limits_and_with_captions_that_change_everywhere() -> None:
-    points = [point("int8", 20, 30, 5.0), point("int4", 15, 20, 9.0)]
-    assert choose_point(points, PointLimits()).point.flags == "int8"
+def test_a_point_within_the_limits_that_is_not_proven_faster() -> None:
+    """The one predicate: with --max-ms it is not allowed, and the error gives the reason; with --max-mb it is."""
+    points = [point("parent", 50, 100, 0.0), point("small", 40, 15, 1.0, proven=False)]
+    assert not allowed(points, PointLimits(ms=45))
+    assert [one.flags for one in allowed(points, PointLimits(mb=20))] == ["small"]
+    with pytest.raises(
+        BundleError, match=r"within max_ms 45 and proven faster.* \(small\), which has a part that is not"
+    ):
+        choose_point(points, PointLimits(ms=45))
+
+
+def test_points_to_measure_hold_the_fastest_proven_one_within_the_limits() -> None:
+    unproven = [point(f"unproven {at}", 10 + at, 30 - at, None, 1e-3, proven=False) for at in range(9)]
+    proven = point("proven", 30, 40, None, 2e-3)
+    assert proven in to_measure([*unproven, proven], PointLimits(ms=35), 4)
 
 
 @pytest.mark.parametrize(

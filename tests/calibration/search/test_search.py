@@ -14,14 +14,19 @@ pytest.importorskip("torch", reason="the parent is exported with torch")
 pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
 
 from blip2edge.bundle.bundle import Bundle
+from blip2edge.calibration.confidence.references import References
 from blip2edge.calibration.formats import GraphFormat, NumberFormat
+from blip2edge.calibration.pictures import CalibrationPicture
 from blip2edge.calibration.pipeline import calibrate
-from blip2edge.calibration.search import measure
+from blip2edge.calibration.search import measure, pipeline
+from blip2edge.calibration.search.choices import PartGraphs, presets
+from blip2edge.calibration.search.drop_limit import DropLimit
 from blip2edge.calibration.search.front import FoundPoints, PointLimits
 from blip2edge.calibration.search.journal import SearchJournal
 from blip2edge.calibration.search.pipeline import search
 from blip2edge.calibration.search.points import SearchOptions
 from blip2edge.calibration.search.predicted import BoardTimer
+from blip2edge.calibration.search.variants import Variants, put_files
 from blip2edge.cli import main
 from blip2edge.errors import BundleError, OutputError
 from blip2edge.runtime.bench.devices import find_device
@@ -190,9 +195,89 @@ def test_a_search_that_was_killed_after_publishing(
             run(tiny_bundle, out, images)
     assert (out / "bundle.json").is_file()
     before = (out / "bundle.json").stat().st_ino
+    with monkeypatch.context() as patch:  # with other references, it is published again
+        patch.setattr(pipeline, "calibrate", _killed)
+        with pytest.raises(Killed):
+            run(tiny_bundle, out, images, references=References([], "another"), force=True)
+    (out.parent / "out.run" / "published.json").write_text(json.dumps({"value": {"references": "", "before": ""}}))
     assert run(tiny_bundle, out, images).points == found[1].points
     assert (out / "bundle.json").stat().st_ino == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def _killed(*_: Any, **__: Any) -> None:
+    raise Killed
+
+
+def test_force_replaces_a_bundle_of_the_same_graphs(
+    found: tuple[Path, FoundPoints], state: Path, tiny_bundle: Path, images: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Only a marker in the state shows that a killed run has published; the same graphs alone do not."""
+    out = resumed(state, tmp_path)
+    shutil.copytree(found[0], out)
+    monkeypatch.setattr(pipeline, "calibrate", _killed)
+    for _ in range(2):  # the second time, the state has a marker, but the output is still the old one
+        with pytest.raises(Killed):
+            run(tiny_bundle, out, images, force=True)
+    assert (out.parent / "out.run" / "published.json").is_file()
+
+
+def test_the_plan_has_all_that_losses_depend_on(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a red square")
+    pictures = [CalibrationPicture(tmp_path / "a.png")]
+
+    def plan(limit: DropLimit, threads: int | None = 1) -> dict[str, Any]:
+        return pipeline._measure_plan(pictures, limit, threads)
+
+    counted, scored = DropLimit(0.0), pipeline._caption_loss(pictures, lambda texts, references: 1.0)
+    plans = [plan(counted), plan(counted, 2), plan(scored)]
+    (tmp_path / "a.txt").write_text("a blue circle")
+    plans.append(plan(scored))
+    assert len({json.dumps(one) for one in plans}) == 4
+    assert plan(counted) == plans[0]
+    (tmp_path / "a.txt").unlink()
+    assert pipeline._caption_loss(pictures, lambda texts, references: 1.0).measure == "captions"
+
+
+def test_too_little_memory_ends_a_search_before_it_begins(
+    tiny_bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, anyway: bool, **__: Any) -> None:
+        raise BundleError(f"too little memory, anyway {anyway}", "")
+
+    monkeypatch.setattr("blip2edge.calibration.pipeline.check_memory", refuse)
+    with pytest.raises(BundleError, match="too little memory, anyway True"):
+        run(tiny_bundle, tmp_path / "out", images, anyway=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_copies_are_made_only_for_what_is_measured_with_them(
+    state: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added: list[Path] = []
+    monkeypatch.setattr(Variants, "_add_copies", lambda self, folder, *_: added.append(folder))
+    journal = SearchJournal(resumed(state, tmp_path).with_suffix(".run"), tmp_path / "fresh")
+    names = list(Bundle.open(tiny_bundle).manifest.graphs)
+    parts = PartGraphs.of(names, names)
+    choices = presets(parts.graphs)["the parent"]
+    context: Any = None
+    for copies, wanted in ((False, True), (True, False)):  # a board's time is predicted; the next token needs none
+        Variants(context, journal, parts, lambda bundle, graphs: None, copies).bundle(choices, copies=wanted)
+    assert not added
+    Variants(context, journal, parts, lambda bundle, graphs: None).bundle(choices)
+    assert len(added) == 1
+
+
+def test_a_link_is_not_written_through(tmp_path: Path) -> None:
+    for name, text in (("source", "new"), ("journal", "old"), ("target", "")):
+        (tmp_path / name).mkdir()
+        if text:
+            (tmp_path / name / "a.data").write_text(text)
+    put_files(tmp_path / "journal", tmp_path / "target", link=True)
+    with pytest.raises(FileExistsError):
+        put_files(tmp_path / "source", tmp_path / "target", link=True)
+    assert (tmp_path / "journal" / "a.data").read_text() == "old"
 
 
 def _raise_if_there(journal: SearchJournal) -> None:
