@@ -28,4 +28,6 @@ def test_a_cast_comes_before_all_users_of_a_shared_weight(tmp_path: Path) -> Non
     with DataFile(tmp_path / "g.data") as file:
         _replace_by_cast(graph, "w", file, np.eye(2, dtype=np.float32))
     assert [node.name for node in graph] == ["w.cast", "first", "last"]
-    assert all(str(node.inputs[1].name) == "w.float" for node in (first, last))
+    cast = graph[0].outputs[0]
+    assert cast.name == "w.float"
+    assert all(node.inputs[1] is cast for node in (first, last))
