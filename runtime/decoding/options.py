@@ -223,7 +223,7 @@ class GenerationOptions:
 
 
 def check_stream(num_beams: int | None, abstain_below: float | None) -> None:
-    """Raises UsageError if a text cannot be given word by word, because it is known only at its end. None: not given."""
+    """Raises UsageError if a text cannot be given word by word: it is known only at its end. None: not given."""
     for name, above, used, why in (
         ("num_beams", " above 1", (num_beams or 1) > 1, "beam search chooses the words at the end"),
         ("abstain_below", "", abstain_below is not None, "the confidence is known at the end"),
