@@ -85,8 +85,8 @@ class Blip2EdgeError(Exception):
     exit_status = 1
 
     def __init__(self, problem: str, fix: str | None = None, *, field: str | None = None) -> None:
-        self._problem = hidden(" ".join(problem.split()))
-        self._fix = hidden(" ".join(fix.split())) if fix else None
+        self._problem = hidden(" ".join(hidden(problem).split()))
+        self._fix = hidden(" ".join(hidden(fix).split())) if fix else None
         found = _OPTION.search(self._problem)
         self.field = field if field is not None or found is None else found[1]
         super().__init__(self.text())
@@ -205,7 +205,7 @@ def one_line(error: BaseException) -> str:
 
     Passwords in it are replaced as by :func:`shown_address`.
     """
-    text = shown_address(" ".join(_ESCAPE.sub("", str(error)).split())) or type(error).__name__
+    text = shown_address(" ".join(_ESCAPE.sub("", hidden(str(error))).split())) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:199]}…"
 
 
@@ -219,9 +219,12 @@ def shown_address(address: str) -> str:
 
 
 def hide(secret: str) -> None:
-    """Hides a text from now on in errors, addresses and messages. Fewer than four characters are not hidden."""
-    if len(secret) >= SHORTEST_HIDDEN:
-        _HIDDEN.add(secret)
+    """Hides a text from now on in errors, addresses and messages. Fewer than four characters are not hidden.
+
+    Hidden are also its forms in one line: with single spaces, as errors are written, and escaped, as in ``repr``.
+    """
+    forms = {secret, " ".join(secret.split()), repr(secret)[1:-1]}
+    _HIDDEN.update(form for form in forms if len(form) >= SHORTEST_HIDDEN)
 
 
 def hidden(text: str) -> str:

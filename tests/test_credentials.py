@@ -48,6 +48,12 @@ def test_a_credential_is_in_no_message() -> None:
     for shown in (shown_address(address), one_line(ValueError(address)), str(DataError(address, SECRET))):
         assert "***" in shown
         assert "rd" not in shown
+    secret = "two  spaces\nand a line"
+    hide(secret)
+    written = str(DataError(f"got {secret!r}"))
+    for shown in (str(DataError(f"a {secret} b", secret)), one_line(ValueError(secret)), written):
+        assert "***" in shown
+        assert "spaces" not in shown
     hide("abc")  # too short: it would be hidden within words
     assert shown_address("abcdef") == "abcdef"
 
@@ -61,12 +67,18 @@ def test_a_credential_is_in_no_message() -> None:
         ([".", "--post", "{env:CAMERA}"], 2),
         ([".", "--mqtt", "mqtt://me:{env:CAMERA}@127.0.0.1:1"], 2),
         (["rtspsrc user-pw={env:CAMERA} ! decodebin"], 2),
+        (["{env:PIPE}"], 2),
     ],
 )
 def test_the_command_prints_no_credential(
-    words: list[str], status: int, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    status: int,
+    tiny_bundle: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("av", reason="streams are read with PyAV")
+    monkeypatch.setenv("PIPE", f"rtspsrc user-pw={SECRET} ! decodebin")
     assert main(["watch", *words, "-b", str(tiny_bundle), "--threads", "1", "--once"]) == status
     printed = "".join(capsys.readouterr())
     assert "error: " in printed

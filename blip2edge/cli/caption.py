@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass
 from itertools import accumulate
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 UNSURE = math.log(0.5)
 """Log-probability below which a word is underlined on a terminal."""
+
+_WORD = re.compile(r"\S+")
 
 
 @dataclass(frozen=True)
@@ -138,13 +141,15 @@ def print_captions(
 
 def shown_text(captioner: Captioner, result: CaptionResult) -> str:
     """The caption for standard output; on a terminal, words with a token less likely than one in two are underlined."""
-    if result.finish_reason == "abstained":
+    from blip2edge.runtime.captioning.request import ABSTAINED
+
+    if result.finish_reason == ABSTAINED:
         return "(not sure)" if sys.stdout.isatty() else ""
     text = result.text.strip()
     if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
         return text
-    marked = [f"\x1b[4m{word.text}\x1b[24m" if word.logprob < UNSURE else word.text for word in captioner.words(result)]
-    return " ".join(marked)
+    words = iter(captioner.words(result))
+    return _WORD.sub(lambda found: f"\x1b[4m{found[0]}\x1b[24m" if next(words).logprob < UNSURE else found[0], text)
 
 
 def assign(pictures: list[PictureArgument], given: list[str] | None) -> tuple[list[Item], list[str] | None]:
@@ -193,18 +198,10 @@ def check(options: argparse.Namespace) -> None:
     Raises:
         UsageError: Beam search or a confidence with streaming, or a smallest length above the largest.
     """
-    beams = options.num_beams is not None and options.num_beams > 1
-    if options.stream and beams:
-        raise UsageError(
-            f"{option('stream')} and {option('num_beams')} cannot be combined: beam search chooses the words at the "
-            "end",
-            f"leave {option('stream')} or {option('num_beams')} out",
-        )
-    if options.stream and options.abstain_below is not None:
-        raise UsageError(
-            f"{option('stream')} and {option('abstain_below')} cannot be combined: the confidence is known at the end",
-            f"leave {option('stream')} or {option('abstain_below')} out",
-        )
+    from blip2edge.runtime.decoding.options import check_stream
+
+    if options.stream:
+        check_stream(options.num_beams, options.abstain_below)
     least, most = options.min_new_tokens, options.max_new_tokens
     if least is not None and most is not None and least > most:
         raise UsageError(

@@ -125,13 +125,29 @@ def _reuse_plan(options: argparse.Namespace) -> ReusePlan | None:
             raise UsageError(f"{option(wrong)} needs {option('reuse_below')} auto", field=wrong)
         return None
 
+    page = None if options.reuse_fit is None else _report_of(options.reuse_fit)
+
     def on_fit(document: dict[str, Any]) -> None:
-        if options.reuse_fit is not None:
-            page = options.reuse_fit.with_suffix(".html")
+        if page is not None:
             write_file(page, reuse_page(document, shown_address(options.source)).encode())
             print_note(f"report: {page}")
 
     return ReusePlan(**given, on_fit=on_fit, report=print_note)
+
+
+def _report_of(fit: Path) -> Path:
+    """The file of the report beside a kept fit.
+
+    Raises:
+        UsageError: It would be the file of the fit, or the fit has no name of a file.
+    """
+    page = fit.with_name(f"{fit.stem}.html") if fit.name else fit
+    if page.name.lower() == fit.name.lower() or page.resolve() == fit.resolve():
+        raise UsageError(
+            f"expected {option('reuse_fit')} to be a JSON file, got {str(fit)!r}: its report {page} would replace it",
+            "give a name such as fit.json",
+        )
+    return page
 
 
 def run(options: argparse.Namespace) -> int:
@@ -178,12 +194,13 @@ def _source(given: str) -> str:
     Raises:
         UsageError: A credential is missing, or a pipeline has one.
     """
-    if " ! " in given and has_credentials(given):
+    source = filled_address(given)
+    if has_credentials(given) and " ! " in given + source:  # also a pipeline that is the credential's value
         raise UsageError(
             "expected a pipeline without {env:…} and {file:…}: gst-launch-1.0 shows its passwords to other users",
             "give the camera's address, such as rtsp://USER:{env:NAME}@HOST/PATH, in place of the pipeline",
         )
-    return filled_address(given)
+    return source
 
 
 def _about(caption: WatchResult) -> dict[str, Any]:

@@ -224,6 +224,8 @@ class ModelShape:
         image_size, patch_size: In pixels.
         keep_class: Whether the class token is among the vision encoder's embeddings.
         queries: Number of query tokens of the bridge; 0 for a bridge without.
+        least_queries: Smallest number of query tokens that the bridge works with. ``queries`` for a bundle that is not
+            elastic; 1 where the model can still be trained with fewer.
         slots: Tokens of the text that a picture takes; 0 if the decoder cross-attends to it.
         frames: Pictures of an item.
         max_positions: Longest context in tokens.
@@ -253,6 +255,7 @@ class ModelShape:
     frames: int = 1
     text_side: int = 0
     unused: int = 0
+    least_queries: int = 1
 
     def part(self, name: str) -> ModelPart | None:
         """The part of this name; None if the model has none."""
@@ -337,13 +340,18 @@ class ModelShape:
         """Returns the same model with only the first ``queries`` of its query tokens.
 
         Raises:
-            UsageError: It has fewer query tokens, or none.
+            UsageError: It has fewer query tokens, or none, or its bundle does not work with so few.
         """
         if not self.queries:
             raise UsageError(
                 f"{option('queries')} {queries}: the bridge ({self.bridge}) has no query tokens",
                 f"leave {option('queries')} out",
             )
-        if not 0 < queries <= self.queries:
-            raise UsageError(f"expected {option('queries')} from 1 to {self.queries}, got {queries}")
+        if self.least_queries == self.queries > 1:
+            raise UsageError(
+                f"{option('queries')} {queries}: the bridge was trained with all of its {self.queries} queries only",
+                f"leave {option('queries')} out, or give the checkpoint to plan a bridge of fewer queries",
+            )
+        if not self.least_queries <= queries <= self.queries:
+            raise UsageError(f"expected {option('queries')} from {self.least_queries} to {self.queries}, got {queries}")
         return replace(self, queries=queries, slots=min(self.slots, queries))

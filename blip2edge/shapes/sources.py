@@ -132,6 +132,7 @@ def bundle_shape(manifest: Manifest, path: Path) -> ModelShape:
         patch_size=max(1, round(image / max(count - 1, 1) ** 0.5)),
         keep_class=round(max(count - 1, 1) ** 0.5) ** 2 == count - 1,
         queries=0 if queries == count else queries,
+        least_queries=queries if manifest.elastic is None else manifest.elastic.min_queries,
         slots=prompt.visual_tokens // max(prompt.frames, 1),
         frames=prompt.frames,
         max_positions=manifest.max_positions,

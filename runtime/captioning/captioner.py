@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar, overload
@@ -23,7 +24,7 @@ from blip2edge.errors import Blip2EdgeError, UsageError, option
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.captioning.assemble import LoadedBundle, load_pipeline
-from blip2edge.runtime.captioning.encoder import EncodeBatch, check_queries
+from blip2edge.runtime.captioning.encoder import EncodeBatch, checked_queries
 from blip2edge.runtime.captioning.engine_check import KnownGoodRequest
 from blip2edge.runtime.captioning.fair_lock import FairLock
 from blip2edge.runtime.captioning.request import (
@@ -82,9 +83,8 @@ class Captioner(LoadedBundle):
         queries: int | None = None,
     ) -> None:
         super().__init__(bundle, backend, threads)
-        self._queries = queries
         with self._loading():
-            check_queries(bundle, queries)
+            self._queries = checked_queries(bundle, queries)
             self.encoder, self.generator = load_pipeline(
                 bundle, self.graphs, draft=draft, backend=self.graphs.backend, limits=limits
             )
@@ -279,8 +279,8 @@ class Captioner(LoadedBundle):
         return self._while_open(self.generator.pieces(batch, generation))
 
     def words(self, result: CaptionResult) -> tuple[Word, ...]:
-        """Returns the words of a caption of this captioner, each with the lowest log-probability of its tokens."""
-        return words_of(self.tokenizer, result.tokens[-result.new_tokens :], result.token_logprobs)
+        """Returns the words of ``result.text``, each with the lowest log-probability of its tokens."""
+        return words_of(self.tokenizer, result.tokens[-result.new_tokens :], result.token_logprobs, result.text)
 
     def scheduler(
         self,
@@ -339,10 +339,9 @@ class Captioner(LoadedBundle):
         chosen = GenerationOptions(**merged(defaults, options))
         check_ids(chosen, manifest.vocab_size)
         check_prompt_ids(chosen, given=self.prompts.spec.gives_ids)
-        check_queries(self.bundle, chosen.queries)
         if chosen.draft == "itg":
             self.generator.drafts.check(chosen)
-        return chosen
+        return replace(chosen, queries=checked_queries(self.bundle, chosen.queries))
 
     def _while_open(self, items: Iterator[Item]) -> Generator[Item, None, None]:
         """Yields the items; raises UsageError if the captioner is closed before the next one."""

@@ -206,15 +206,18 @@ class Encoder:
             return {**outputs, **self.images.bridge.run(inputs, self._bridge_outputs)}
 
 
-def check_queries(bundle: Bundle, queries: int | None) -> None:
-    """Checks that a bundle works with this number of queries; None stands for all of them.
+def checked_queries(bundle: Bundle, queries: int | None) -> int | None:
+    """Checks that a bundle works with this number of queries.
+
+    Returns:
+        The number; None for all of them, also where their number is given: the two are the same option.
 
     Raises:
         UsageError: The bundle is not elastic, or was not trained with this number.
     """
     elastic = bundle.manifest.elastic
     if queries is None:
-        return
+        return None
     if elastic is None:
         raise UsageError(
             f"{bundle.path} does not take {option('queries')}: its bridge was trained with all of its queries only",
@@ -223,3 +226,4 @@ def check_queries(bundle: Bundle, queries: int | None) -> None:
             field="queries",
         )
     check_integer("queries", queries, elastic.min_queries, elastic.max_queries)
+    return None if queries == elastic.max_queries else int(queries)

@@ -28,8 +28,8 @@ STAGES = ("preprocess", "vision", "bridge", "prefill", "decode")
 """The stages of a caption, in order."""
 
 
-NOT_IN_JSON = ("tokens_per_pass", "prompt_tokens", "new_tokens", "token_logprobs", "likeliest", "confidence", "queries")
-"""Attributes of a result that ``caption --json`` does not have, but for the last two: there they follow ``logprob``."""
+NOT_IN_JSON = ("tokens_per_pass", "prompt_tokens", "new_tokens", "token_logprobs", "likeliest")
+"""Attributes of a result that ``caption --json`` does not have."""
 
 DIGITS = 6
 """Decimals of log-probabilities in JSON."""
@@ -85,10 +85,10 @@ class CaptionResult:
         return math.fsum(self.token_logprobs)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object: the attributes except :data:`NOT_IN_JSON`, and ``logprob``."""
+        """A JSON object: the attributes except :data:`NOT_IN_JSON`, and ``logprob`` before ``confidence``."""
         values = {key: value for key, value in vars(self).items() if key not in NOT_IN_JSON}
-        sure = {"logprob": round(self.logprob, DIGITS), "confidence": self.confidence, "queries": self.queries}
-        return {**values, "tokens": list(self.tokens), **sure}
+        last = {key: values.pop(key) for key in ("confidence", "queries")}
+        return {**values, "tokens": list(self.tokens), "logprob": round(self.logprob, DIGITS), **last}
 
 
 class TextAnswer(NamedTuple):

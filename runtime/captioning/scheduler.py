@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 
-from blip2edge.errors import EngineFaultError, OverloadError, UsageError, option
+from blip2edge.errors import EngineFaultError, OverloadError
 from blip2edge.runtime.captioning.encoder import EncodeBatch, EncodedBatch
 from blip2edge.runtime.captioning.engine_check import EngineCheck, KnownGoodRequest
 from blip2edge.runtime.captioning.fair_lock import FairLock
@@ -26,7 +26,7 @@ from blip2edge.runtime.captioning.pipeline import TextGenerator
 from blip2edge.runtime.captioning.request import Request, Span, StageClock, expiry
 from blip2edge.runtime.decoding.generate import GenerationBatch
 from blip2edge.runtime.decoding.generated import Generated
-from blip2edge.runtime.decoding.options import GenerationOptions
+from blip2edge.runtime.decoding.options import GenerationOptions, check_integer
 from blip2edge.runtime.images.video import Channels, ItemSource, in_rgb
 from blip2edge.runtime.text.prompt import PromptText
 
@@ -46,7 +46,7 @@ class Scheduler:
         on_failure: Called with the error when the scheduler has closed itself.
 
     Raises:
-        UsageError: ``max_batch`` or ``max_waiting`` is below 1.
+        UsageError: ``max_batch`` or ``max_waiting`` is not a whole number of at least 1.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class Scheduler:
         known_good: KnownGoodRequest | None = None,
         on_failure: Callable[[BaseException], None] | None = None,
     ) -> None:
-        if max_batch < 1 or max_waiting < 1:
-            raise UsageError(f"expected {option('max_batch')} and {option('max_waiting')} to be at least 1")
+        check_integer("max_batch", max_batch, 1)
+        check_integer("max_waiting", max_waiting, 1)
         self._encoder, self._generator = encoder, generator
         self._max_batch, self._max_waiting = max_batch, max_waiting
         self._full_text = f"the queue is full: {max_waiting} pictures are waiting"

@@ -63,38 +63,6 @@ class Word:
     logprob: float
 
 
-def token_texts(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
-    """Returns the text that each token adds; joined, they are the text of all tokens.
-
-    A character of several tokens belongs to the last of them. Special tokens have no text.
-    """
-    stream = TextStream(tokenizer)
-    texts = [stream.push(token) for token in tokens]
-    if texts:
-        texts[-1] += stream.flush()
-    return texts
-
-
-def words_of(tokenizer: Tokenizer, tokens: Sequence[int], logprobs: Sequence[float]) -> tuple[Word, ...]:
-    """Returns the words of a text, which are separated by spaces; see :class:`Word`.
-
-    Args:
-        tokenizer: Decodes the tokens.
-        tokens: The generated ids.
-        logprobs: The log-probability of each.
-    """
-    found: list[Word] = []
-    begins = True
-    for text, logprob in zip(token_texts(tokenizer, tokens), logprobs, strict=True):
-        for at, part in enumerate(text.split()):
-            if at or begins or text[0].isspace():
-                found.append(Word(part, logprob))
-            else:
-                found[-1] = Word(found[-1].text + part, min(found[-1].logprob, logprob))
-        begins = text[-1].isspace() if text else begins
-    return tuple(found)
-
-
 @dataclass(frozen=True)
 class TextToken:
     """A token of a text: what it adds to the text, its log-probability, and the likeliest texts in its place."""
@@ -198,3 +166,24 @@ class TextTokens:
         """The text of a token after another; special tokens are written out."""
         start = self._tokenizer.decode_raw(before, skip_special_tokens=False)
         return self._tokenizer.decode_raw([*before, token], skip_special_tokens=False)[len(start) :]
+
+
+def words_of(tokenizer: Tokenizer, tokens: Sequence[int], logprobs: Sequence[float], text: str) -> tuple[Word, ...]:
+    """Returns the words of a text, which are separated by white space; see :class:`Word`.
+
+    Args:
+        tokenizer: Decodes the tokens.
+        tokens: The generated ids.
+        logprobs: The log-probability of each.
+        text: The published text of these tokens: tokens after its end, such as those of a stop string, are left out.
+    """
+    found: list[Word] = []
+    begins = True
+    for token in TextTokens(tokenizer).rest(tokens, logprobs, (), text):
+        for at, part in enumerate(token.text.split()):
+            if at or begins or token.text[0].isspace():
+                found.append(Word(part, token.logprob))
+            else:
+                found[-1] = Word(found[-1].text + part, min(found[-1].logprob, token.logprob))
+        begins = token.text[-1].isspace() if token.text else begins
+    return tuple(found)

@@ -213,22 +213,26 @@ class GenerationOptions:
             )
 
     def check_stream(self) -> None:
-        """Raises UsageError if the text cannot be given word by word: it is not known before its end."""
-        for name, used, why in (
-            ("num_beams", self.num_beams > 1, "beam search chooses the words at the end"),
-            ("abstain_below", self.abstain_below is not None, "the confidence is known at the end"),
-        ):
-            if used:
-                above = " above 1" if name == "num_beams" else ""
-                raise UsageError(
-                    f"{option('stream')} and {option(name)}{above} cannot be combined: {why}",
-                    f"leave {option('stream')} or {option(name)} out",
-                )
+        """Checks that the text can be given word by word; see :func:`check_stream`."""
+        check_stream(self.num_beams, self.abstain_below)
 
     @property
     def sampling(self) -> bool:
         """Whether tokens are drawn at random."""
         return _samples(vars(self))
+
+
+def check_stream(num_beams: int | None, abstain_below: float | None) -> None:
+    """Raises UsageError if a text cannot be given word by word: it is known only at its end. None: not given."""
+    for name, above, used, why in (
+        ("num_beams", " above 1", (num_beams or 1) > 1, "beam search chooses the words at the end"),
+        ("abstain_below", "", abstain_below is not None, "the confidence is known at the end"),
+    ):
+        if used:
+            raise UsageError(
+                f"{option('stream')} and {option(name)}{above} cannot be combined: {why}",
+                f"leave {option('stream')} or {option(name)} out",
+            )
 
 
 def _samples(values: Mapping[str, Any]) -> bool:

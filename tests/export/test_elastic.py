@@ -150,9 +150,18 @@ def test_the_manifest_holds_the_range(exported: Exported) -> None:
     assert profile.shapes(manifest.graphs["bridge"].spec)["query_ids"] == ((1, LEAST), (1, MOST), (8, MOST))
     shape, _ = find_shape(str(exported.elastic))
     assert (shape.queries, shape.with_queries(3).tokens(60, 4)["steps"]) == (MOST, 60 * 3 + 4)
-    for wrong in (0, MOST + 1):
-        with pytest.raises(UsageError, match=f"expected queries from 1 to {MOST}, got {wrong}"):
+    for wrong in (LEAST - 1, MOST + 1):
+        with pytest.raises(UsageError, match=f"expected queries from {LEAST} to {MOST}, got {wrong}"):
             shape.with_queries(wrong)
+    with pytest.raises(UsageError, match=f"was trained with all of its {MOST} queries only"):
+        find_shape(str(exported.plain))[0].with_queries(3)
+
+
+def test_all_queries_are_the_same_option_as_none(exported: Exported, captioner: Captioner) -> None:
+    """So a fitted confidence and a kept fit of `watch` hold for both; a server's default can be taken back by both."""
+    assert captioner.options(queries=MOST) == captioner.options()
+    assert captioner.options(queries=3).queries == 3
+    assert Captioner(Bundle.open(exported.elastic), threads=1, queries=MOST).options() == captioner.options()
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ def test_stops_where_the_other_speaker_would_begin(tmp_path: Path) -> None:
     assert stopped.finish_reason == "stop"
     assert str(word) not in stopped.text
     assert len(stopped.tokens) <= 4
+    assert [one.text for one in captioner.words(stopped)] == stopped.text.split()
 
 
 def test_saved_again(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@
         '----------------------no---> full      the text is generated
 
 The thresholds come from :func:`fit_thresholds`. Until there are enough frames for it, each is encoded in full: ``fit``.
-One of :data:`AUDIT_EVERY` frames that would get an old caption is encoded in full all the same (``audit``). So the rate
-of missed changes is measured all the time; if it rises above the stated one, the thresholds are fitted again.
+One of :data:`AUDIT_EVERY` frames that would reuse something is encoded in full all the same (``audit``). So the rate of
+missed changes is measured all the time; if it rises above the stated one, the thresholds are fitted again.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from typing import Any, Literal
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.fields import finite_number, list_of, nullable, record, whole
-from blip2edge.bundle.manifest import MANIFEST
 from blip2edge.bundle.outputs.locks import write_file
-from blip2edge.bundle.trust.integrity import sha256_of
 from blip2edge.errors import DataError, UsageError, option
 from blip2edge.reading import checking, read_json
 from blip2edge.runtime.backends.probe import processor
@@ -101,7 +99,7 @@ class _Shown:
     Attributes:
         frame: The frame that it was generated from.
         features: Its features.
-        seen: Cells of the last frame that was encoded and got this caption.
+        seen: Cells of the last frame whose picture was encoded; frames with its caption or its features keep them.
         prompt: The prompt as given.
         prompt_tokens: Its length.
         generated: The tokens.
@@ -176,18 +174,24 @@ class ReuseLadder:
             cells = cells_of(prepared.pixels, self._spans)
         last = self._last
         step, frame = self._choose(prepared, cells, prompt, clock)
-        if last is not None and step in ("skip", "caption"):
+        reusing = None
+        if last is not None and step in REUSED:
+            reusing = last
+            if step == "caption":
+                reusing = replace(last, seen=cells.ravel())
+            elif step == "features" and frame is not None:
+                reusing = self._decoded(prepared, frame, last.seen, prompt, clock)
+                frame = None  # an audit encodes this picture
             if not self._clock.is_due():
-                if step == "caption":
-                    self._last = replace(last, seen=cells.ravel())
-                return self._result(image, last, clock), step
+                self._last = reusing
+                return self._result(image, reusing, clock), step
             step = "audit"
         if frame is None:
             frame = encode_frame(self._encoder, self._context, prepared, cells, clock)
-        shown = self._decoded(prepared, frame, cells, prompt, clock)
+        shown = self._decoded(prepared, frame, cells.ravel(), prompt, clock)
         self._last = shown
-        if step == "audit" and last is not None:
-            self._audited(last.text != shown.text)
+        if reusing is not None:
+            self._audited(reusing.text != shown.text)
         elif step == "fit":
             self._record(shown, clock)
         return self._result(image, shown, clock), step
@@ -214,13 +218,13 @@ class ReuseLadder:
         return "caption" if is_near else "full", frame
 
     def _decoded(
-        self, prepared: PreparedBatch, frame: EncodedFrame, cells: Floats, prompt: str | None, clock: StageClock
+        self, prepared: PreparedBatch, frame: EncodedFrame, seen: Floats, prompt: str | None, clock: StageClock
     ) -> _Shown:
         batch = prepared.encoded({})
         batch = replace(batch, pictures=frame.pictures)
         generated = self._generator.complete(batch, self._options, [0], clock)[0]
         text = self._generator.text(generated, self._options)
-        return _Shown(frame, _features(frame), cells.ravel(), prompt, batch.prompts[0].length, generated, text)
+        return _Shown(frame, _features(frame), seen, prompt, batch.prompts[0].length, generated, text)
 
     def _result(self, image: ItemSource, shown: _Shown, clock: StageClock) -> CaptionResult:
         return self._generator.result(
@@ -273,7 +277,7 @@ def fit_key(bundle: Bundle, prompt: str | None, options: GenerationOptions, plan
     """What a kept fit holds for. The draft model is left out, because captions do not depend on it."""
     values = {key: value for key, value in asdict(options).items() if key != "draft"}
     return {
-        "bundle": sha256_of(bundle.path / MANIFEST),
+        "bundle": bundle.sha256,
         "prompt": prompt,
         "options": json.loads(json.dumps(values)),
         "miss_rate": plan.rate,

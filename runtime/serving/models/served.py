@@ -78,11 +78,19 @@ def load_served(
     """Loads a bundle as what it is, a captioner or a matcher; see :meth:`Captioner.load`.
 
     ``queries`` is the number of visual tokens of each picture for requests that do not set it, of an elastic bundle.
+
+    Raises:
+        UsageError: ``queries`` is given for a matcher; and as :meth:`Captioner.load`.
     """
     check_threads(threads)
 
     def load(opened: Bundle) -> Loaded:
         if TEXT_EMBEDS in opened.manifest.graphs:
+            if queries is not None:
+                raise UsageError(
+                    f"{opened.path} does not take {option('queries')}: it compares pictures with texts",
+                    f"leave {option('queries')} out, or serve this bundle in a process of its own",
+                )
             return Matcher(opened, backend, threads, limits)
         return Captioner(opened, backend, threads, limits=limits, queries=queries)
 

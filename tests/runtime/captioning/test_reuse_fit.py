@@ -240,6 +240,25 @@ def test_what_each_step_computes(tmp_path: Path) -> None:
     assert ladder(Shot(0.1, 2.0, 2), "a third prompt")[1] == "full"
 
 
+def test_slow_changes_add_up_while_prompts_alternate(tmp_path: Path) -> None:
+    """A frame whose features are reused was not encoded: the next one is compared with the last encoded picture."""
+    ladder = started(tmp_path, skip=0.1, caption=0.0)
+    steps = [ladder(Shot(0.04 * at, 1.0, at), "ab"[at % 2])[1] for at in range(7)]
+    assert steps == ["full", "features", "features", "full", "features", "features", "full"]
+
+
+def test_reused_features_are_audited(tmp_path: Path) -> None:
+    """The caption from old features is compared with the frame's own, of the same prompt."""
+    ladder = started(tmp_path, skip=0.1, caption=0.0)
+    steps = [ladder(Shot(0.0, 1.0, 1), "ab"[at % 2])[1] for at in range(2 * AUDIT_EVERY)]
+    assert set(steps) == {"full", "features", "audit"}
+    assert (ladder.audits.frames, ladder.audits.missed) == (steps.count("audit"), 0)
+    while ladder.audits.missed == 0:
+        steps.append(ladder(Shot(0.0, 1.0, 2), "ab"[len(steps) % 2])[1])
+    assert steps[-1] == "audit"
+    assert len(steps) <= 4 * AUDIT_EVERY
+
+
 def started(
     tmp_path: Path, *, skip: float, caption: float, report: Callable[[str], None] = lambda sentence: None
 ) -> Any:

@@ -22,7 +22,7 @@ pytest.importorskip("torch", reason="the bundle is exported here")
 pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 pytest.importorskip("starlette", reason="the server needs the extra serve")
 
-from blip2edge.errors import EngineFaultError
+from blip2edge.errors import EngineFaultError, UsageError
 from blip2edge.limits import Limits
 from blip2edge.runtime.captioning import restart
 from blip2edge.runtime.captioning.captioner import Captioner
@@ -34,6 +34,7 @@ from blip2edge.runtime.serving.http import Server
 from blip2edge.runtime.serving.models import embeddings_api
 from blip2edge.runtime.serving.models.embeddings_api import MOST_INPUTS, embed_steps, match_steps, vectors_per_image
 from blip2edge.runtime.serving.models.match_queue import MatchQueue
+from blip2edge.runtime.serving.models.served import load_served
 from blip2edge.runtime.serving.openapi import document
 from tests.http_calls import Answer, ask, data_url, got, png_file
 
@@ -419,3 +420,8 @@ def test_a_broken_engine_is_loaded_again(blip_itm: Path) -> None:
         len(queue.submit(lambda one: iter([[one.embed_text("a")]]), [], deadline=None, on_piece=print).result(30)) == 1
     )
     queue.close()
+
+
+def test_queries_are_refused_for_a_matcher(blip_itm: Path) -> None:
+    with pytest.raises(UsageError, match="does not take queries: it compares pictures with texts"):
+        load_served(blip_itm, backend="cpu", threads=1, limits=Limits(), require_signature=None, queries=4)

@@ -372,5 +372,8 @@ def test_flags_of_auto_need_auto(tiny_bundle: Path, folder: Path, capsys: pytest
     words = ["watch", str(folder), "-b", str(tiny_bundle)]
     assert main([*words, "--miss-rate", "0.1"]) == 2
     assert "--miss-rate needs --reuse-below auto" in capsys.readouterr().err
+    for name in ("fit.html", "fit.HTML", "."):
+        assert main([*words, "--reuse-below", "auto", "--reuse-fit", name]) == 2
+        assert "expected --reuse-fit to be a JSON file" in capsys.readouterr().err
     assert main([*words, "--reuse-below", "much"]) == 2
     assert "expected auto or a number from 0 to 1, got 'much'" in capsys.readouterr().err
