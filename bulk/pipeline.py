@@ -44,8 +44,8 @@ COUNTS = ("pictures", "broken", "duplicates", "parts")
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path has one slash of ://, and C:/ is a drive
 _SUFFIXES = {".parquet": "parquet", ".tar": "webdataset"}
-_OTHER_FILES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".gz", ".tgz", ".zip", ".zst", ".arrow", ".feather",
-                ".html", ".xlsx", ".db", ".sqlite", ".npz", ".jpg", ".jpeg", ".png")  # fmt: skip
+_OTHER_FILES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".gz", ".tgz", ".zip", ".zst", ".arrow",
+                ".feather", ".html", ".xlsx", ".db", ".sqlite", ".npz", ".jpg", ".jpeg", ".png")  # fmt: skip
 """Suffixes of file types that are not written: a directory of such a name would surprise."""
 
 
@@ -82,7 +82,8 @@ class Output:
             )
         if target.suffix.lower() in _OTHER_FILES:
             raise UsageError(
-                f"expected {option('output')} to be NAME.parquet, NAME.tar or the name of a directory, got {target.name}",
+                f"expected {option('output')} to be NAME.parquet, NAME.tar or the name of a directory, got "
+                f"{target.name}",
                 f"give {target.stem}.parquet or {target.stem}",
             )
         by_name = _SUFFIXES.get(target.suffix.lower())

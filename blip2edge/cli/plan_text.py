@@ -172,7 +172,9 @@ def _smaller_model(shape: ModelShape, plan: DevicePlan, request: PlanOptions) ->
         count = other.parameters()["total"]
         if other.family == "blip-vqa":  # it writes answers, not captions
             continue
-        if count < shape.parameters()["total"] and _fits_at(other, plan.device, request, request.frames or other.frames):
+        if count < shape.parameters()["total"] and _fits_at(
+            other, plan.device, request, request.frames or other.frames
+        ):
             found[name] = count
     return max(found, key=lambda name: found[name], default="")
 
