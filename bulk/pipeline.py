@@ -44,6 +44,9 @@ COUNTS = ("pictures", "broken", "duplicates", "parts")
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path has one slash of ://, and C:/ is a drive
 _SUFFIXES = {".parquet": "parquet", ".tar": "webdataset"}
+_OTHER_FILES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".gz", ".tgz", ".zip", ".zst", ".arrow",
+                ".feather", ".html", ".xlsx", ".db", ".sqlite", ".npz", ".jpg", ".jpeg", ".png")  # fmt: skip
+"""Suffixes of file types that are not written: a directory of such a name would surprise."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,20 @@ class Output:
         """Chooses the format: ``NAME.parquet`` and ``NAME.tar`` are files, other names directories.
 
         Raises:
-            UsageError: The output is an address, the format contradicts the name, or there is no format of that name.
+            UsageError: The output is an address or a file of another type, the format contradicts the name, or there is
+                no format of that name.
         """
         check_name(target)
         if _ADDRESS.match(str(target)):
             raise UsageError(
                 f"expected an output on the local disk, got {target}",
                 "give a local path, and copy the output to the object store afterwards",
+            )
+        if target.suffix.lower() in _OTHER_FILES:
+            raise UsageError(
+                f"expected {option('output')} to be NAME.parquet, NAME.tar or the name of a directory, got "
+                f"{target.name}",
+                f"give {target.stem}.parquet or {target.stem}",
             )
         by_name = _SUFFIXES.get(target.suffix.lower())
         if form is not None and form not in BULK_FORMATS:

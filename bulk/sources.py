@@ -107,6 +107,14 @@ class PictureSource:
         store = store_of(self.path)
         if not store.is_folder(self.path):
             if by_name is None:
+                suffix = PurePosixPath(self.path).suffix.lower()
+                if suffix in PICTURE_SUFFIXES or any(sign in self.path for sign in "*?"):
+                    folder = str(PurePosixPath(self.path).parent)
+                    what = "a pattern" if any(sign in self.path for sign in "*?") else "one picture"
+                    raise DataError(
+                        f"expected a folder, a .tar, .parquet, .csv or .tsv file, got {self.path}, which is {what}",
+                        f"give the folder ({folder}), or caption single pictures with `blip2edge caption`",
+                    )
                 what = "is no folder" if store.file(self.path) is not None else "does not exist"
                 raise DataError(
                     f"expected a folder, a .tar, .parquet, .csv or .tsv file, got {self.path}, which {what}",

@@ -20,7 +20,6 @@ from blip2edge.picture_files import (
     printable,
     visible_files,
 )
-from blip2edge.progress import counted
 from blip2edge.reading import MANIFEST_BYTES, read_bytes, reading
 from blip2edge.runtime.images.preprocess import load_image
 
@@ -136,7 +135,10 @@ def choose_pictures(
     digest = hashlib.sha256()
     kept: list[CalibrationPicture] = []
     skipped: list[str] = []
-    for picture in counted(wanted, min(count, len(found)), progress):
+    total = min(count, len(found))
+    for picture in wanted:
+        if progress is not None:
+            progress(min(len(kept) + (len(found) <= count) * len(skipped), total), total)
         if len(kept) == count:
             break
         try:
@@ -152,6 +154,8 @@ def choose_pictures(
             f"{root}: none of the {len(wanted)} pictures can be read; the first is {skipped[0]}",
             f"give {option('images')} a folder with undamaged pictures",
         )
+    if progress is not None:
+        progress(total, total)
     return PictureSet(tuple(kept), digest.hexdigest(), tuple(skipped))
 
 

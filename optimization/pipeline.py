@@ -120,7 +120,7 @@ def _record(task: CopyTask, backend: str, wanted: Sequence[str] | None, report: 
     names = list(manifest.graphs)
     last = max((names.index(name) for name in wanted), default=-1) if wanted is not None else len(names)
     for done, (name, graph) in enumerate(manifest.graphs.items()):
-        report(f"optimise {name}", done, len(manifest.graphs))
+        report(f"optimize {name}", done, len(manifest.graphs))
         if wanted is not None and name not in wanted:
             if done < last and name in PROBED_GRAPHS:  # its outputs are inputs of a later graph
                 task.upstream.update(run_session(task, name, Form(task.parent(name)[0]).open()))
@@ -135,7 +135,7 @@ def _record(task: CopyTask, backend: str, wanted: Sequence[str] | None, report: 
             else:
                 graphs[name], written = found
                 files |= written
-    report("optimise", len(manifest.graphs), len(manifest.graphs))
+    report("optimize", len(manifest.graphs), len(manifest.graphs))
     return OptimizedRecord(
         backend=backend,
         bundle_sha256=task.bundle.sha256,

@@ -53,6 +53,9 @@ def test_bash_completes_commands_flags_and_values(tmp_path: Path, capsys: pytest
     (tmp_path / "completion.bash").write_text(script("bash", capsys))
     precisions = " ".join(PRECISIONS)
     expected = {
+        "blip2edge plan --device orin-nano-4": "orin-nano-4gb",
+        "blip2edge calibrate --device th": "thor",
+        "blip2edge plan llava": "llava-hf/llava-1.5-7b-hf",
         "blip2edge ca": "calibrate caption capfilt",
         "blip2edge ": " ".join(COMMANDS),
         "blip2edge --v": "--version",

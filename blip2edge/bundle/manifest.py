@@ -152,6 +152,21 @@ class Manifest:
     confidence: Mapping[str, Any] = field(default_factory=dict)
     engines_of: str = ""
 
+    @property
+    def precision_text(self) -> str:
+        """The precisions of the graphs for people: such as ``int8 (W8A8: bridge), computed from fp32``.
+
+        :attr:`precision` is that of the inputs, the outputs and the parts that stay in floating point.
+        """
+        graphs: dict[str, list[str]] = {}
+        for name, graph in self.graphs.items():
+            graphs.setdefault(graph.precision, []).append(name)
+        if set(graphs) == {self.precision}:
+            return self.precision
+        shown = {"int8": "int8 (W8A8: {})", "int8-weights": "int8 weights ({})", "int4": "int4 weights ({})"}
+        texts = [shown.get(kind, f"{kind} ({{}})").format(", ".join(names)) for kind, names in graphs.items()]
+        return f"{', '.join(texts)}, computed from {self.precision}"
+
     def to_json(self) -> dict[str, Any]:
         """The manifest as the JSON object of ``bundle.json``."""
         return {

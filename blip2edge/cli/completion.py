@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 SHELLS = ("bash", "zsh", "fish")
@@ -47,12 +47,29 @@ def run(options: argparse.Namespace) -> int:
     """Print the script of one shell."""
     from blip2edge.cli.parser import COMMANDS, build_parser
 
-    parser = build_parser()
+    parser, known = build_parser(), _known_values()
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    arguments = {"": _arguments(parser), **{name: _arguments(one) for name, one in commands.choices.items()}}
+    arguments = {"": _arguments(parser)}
+    for name, one in commands.choices.items():
+        arguments[name] = [
+            replace(found, values=found.values or known.get((name, found.flags[-1] if found.flags else found.name), ()))
+            for found in _arguments(one)
+        ]
     write = {"bash": bash_script, "zsh": zsh_script, "fish": fish_script}[options.shell]
     print(write(arguments, COMMANDS), end="")
     return 0
+
+
+def _known_values() -> dict[tuple[str, str], tuple[str, ...]]:
+    """Values that are offered though others are allowed too, by command, and flag or placeholder: boards and models."""
+    from blip2edge.runtime.bench.devices import DEVICES, THIS
+    from blip2edge.shapes.families import PUBLISHED
+
+    return {
+        ("plan", "--device"): (*DEVICES, THIS),
+        ("calibrate", "--device"): tuple(DEVICES),
+        ("plan", "model"): tuple(PUBLISHED),
+    }
 
 
 def _arguments(parser: argparse.ArgumentParser) -> list[Argument]:

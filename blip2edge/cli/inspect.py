@@ -138,7 +138,7 @@ def _head(manifest: Manifest) -> list[str]:
     facts = {
         "family": manifest.family,
         "source": source,
-        "precision": manifest.precision,
+        "precision": manifest.precision_text,
         "verified": f"{manifest.verify}, against torch" + (" (its parent)" if manifest.calibration else ""),
         "vocabulary": f"{manifest.vocab_size} tokens",
         "context": f"{manifest.max_positions} positions",

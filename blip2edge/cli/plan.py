@@ -70,13 +70,17 @@ def run(options: argparse.Namespace) -> int:
     if devices:
         for plan in plans:
             print(f"\n{plan_text.device_text(plan)}")
+            if not plan_text.fits(shape, plan, request):
+                print(plan_text.what_fits(shape, plan, request))
             if options.explain:
                 print(f"\n{plan_text.explanation(shape, plan, request)}")
     else:
         print(f"\n{plan_text.boards_table(plans)}")
         if options.explain:
             print(f"\n{plan_text.explanation(shape, plans[0], request)}")
-    print_next(*_next(model, plans, all_boards=not devices))
+    able = [plan for plan in plans if plan_text.fits(shape, plan, request)] if devices else plans
+    if able:
+        print_next(*_next(model, able, all_boards=not devices))
     return 0
 
 

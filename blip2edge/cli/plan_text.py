@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from blip2edge.cli.table import size, table
+from blip2edge.runtime.bench.devices import DEVICES
 from blip2edge.runtime.bench.memory import element_bytes, held_precision
-from blip2edge.runtime.bench.plan import HOST_S, effective, operators, part_cost, part_seconds, step_cost, token_budget
+from blip2edge.runtime.bench.plan import (
+    HOST_S,
+    device_plan,
+    effective,
+    operators,
+    part_cost,
+    part_seconds,
+    step_cost,
+    token_budget,
+)
+from blip2edge.shapes.families import PUBLISHED, published_config, shape_of
 from blip2edge.shapes.model_shape import FORMATS, WEIGHT_BYTES, tokens_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from blip2edge.runtime.bench.devices import Board
     from blip2edge.runtime.bench.plan import DevicePlan, PlanOptions, PrecisionPlan
     from blip2edge.shapes.model_shape import ModelPart, ModelShape
 
@@ -95,7 +108,9 @@ def device_text(plan: DevicePlan) -> str:
         for row in plan.precisions
     ]
     times = [
-        [row.precision, *(f"{row.ms[stage]:,.1f}" for stage in STAGES), f"{row.tokens_per_s:,.1f}"]
+        [row.precision, *["–"] * (len(STAGES) + 1)]
+        if row.refused
+        else [row.precision, *(f"{row.ms[stage]:,.1f}" for stage in STAGES), f"{row.tokens_per_s:,.1f}"]
         for row in plan.precisions
     ]
     lines.append(table(MEMORY_HEADER, memory, right=range(1, 7)))
@@ -104,6 +119,64 @@ def device_text(plan: DevicePlan) -> str:
         lines += ["", f"bridges in {plan.chosen}", _bridges(plan)]
     lines += ["", f"recommended bridge: {plan.bridge}: {plan.reason}"]
     return "\n".join(lines)
+
+
+def fits(shape: ModelShape, plan: DevicePlan, request: PlanOptions) -> bool:
+    """Whether the device builds and runs the chosen precision, and the tokens fit the context."""
+    return plan.of(plan.chosen).fits and bool(token_budget(shape, request)["fits"])
+
+
+def what_fits(shape: ModelShape, plan: DevicePlan, request: PlanOptions) -> str:
+    """One line for a plan that does not fit: the frames, the board or the published model that would."""
+    budget = token_budget(shape, request)
+    frames, name = budget["frames"], plan.device.name
+    in_context = _most(frames, lambda few: bool(token_budget(shape, replace(request, frames=few))["fits"]))
+    ways = []
+    few = _most(in_context, lambda few: _fits_at(shape, plan.device, request, few))
+    if 0 < few < frames:
+        ways.append(f"--frames {few} fits {name}")
+    if not plan.of(plan.chosen).fits and in_context:
+        at = min(frames, in_context)
+        boards = [board for board in DEVICES.values() if _fits_at(shape, board, request, at)]
+        if boards:
+            board = min(boards, key=lambda one: one.usable).name
+            ways.append(f"{board} has enough memory" + (f" for --frames {at}" if at < frames else ""))
+    if not few:
+        smaller = _smaller_model(shape, plan, request)
+        if smaller:
+            ways.append(f"the smaller {smaller} fits {name}")
+    lacking = "memory" if budget["fits"] else "context"
+    return f"does not fit the {lacking}: {'; '.join(ways) or 'no number of frames, board or published model fits'}"
+
+
+def _fits_at(shape: ModelShape, device: Board, request: PlanOptions, frames: int) -> bool:
+    """Whether a device runs the model with this number of frames, in any precision."""
+    asked = replace(request, frames=frames)
+    return fits(shape, device_plan(shape, device, asked), asked)
+
+
+def _most(limit: int, able: Callable[[int], bool]) -> int:
+    """The largest number up to ``limit`` for which ``able`` holds; 0 if none. Fewer frames never need more."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if able(middle) else (low, middle - 1)
+    return low
+
+
+def _smaller_model(shape: ModelShape, plan: DevicePlan, request: PlanOptions) -> str:
+    """The largest published model with fewer parameters that fits the device; empty if none does."""
+    found = {}
+    for name in PUBLISHED:
+        other = shape_of(published_config(name))
+        count = other.parameters()["total"]
+        if other.family == "blip-vqa":  # it writes answers, not captions
+            continue
+        if count < shape.parameters()["total"] and _fits_at(
+            other, plan.device, request, request.frames or other.frames
+        ):
+            found[name] = count
+    return max(found, key=lambda name: found[name], default="")
 
 
 def _bridges(plan: DevicePlan) -> str:

@@ -176,11 +176,13 @@ def _bundles(options: argparse.Namespace) -> list[tuple[str, Path]]:
     """
     from blip2edge.bundle.hub.names import bundle_name
 
-    bundles: list[tuple[str, Path]] = [("", options.bundle)]
-    for given in options.models:
+    bundles: list[tuple[str, Path]] = []
+    for given in (str(options.bundle), *options.models):
         name, equals, path = given.partition("=")
+        if not bundles and ("/" in name or Path(given).exists()):  # the path of the first one may have a =
+            name, equals = "", ""
         if equals and not (name and path):
-            raise UsageError(f"expected NAME=BUNDLE, got {given!r}", "name a further bundle as in: clip=bundles/clip")
+            raise UsageError(f"expected NAME=BUNDLE, got {given!r}", "name a bundle as in: clip=bundles/clip")
         bundles.append((name, Path(path)) if equals else ("", Path(given)))
     names = [name or bundle_name(path) for name, path in bundles]
     for name in names:

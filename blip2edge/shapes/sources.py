@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.hub.download import find_manifest
+from blip2edge.bundle.hub.errors import quiet_client
 from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest, read_manifest
 from blip2edge.bundle.schema import BRIDGE, CROSS_KV, DECODER, EMBEDDINGS_FILE, TEXT_ENCODER, VISION
 from blip2edge.errors import BundleError, CheckpointError, one_line
@@ -72,11 +73,13 @@ def hub_config(name: str) -> Any:
     from huggingface_hub import hf_hub_download
 
     try:
-        file = Path(hf_hub_download(name, CONFIG))
+        with quiet_client():
+            file = Path(hf_hub_download(name, CONFIG))
     except Exception as error:  # the hub's client raises its own, requests', httpx' and OS errors
         problem = unknown_model(name)
         raise type(problem)(
-            f"{problem.problem}; the hub gave no config.json ({one_line(error)})", problem.fix
+            f"{problem.problem}; the hub gave no config.json ({one_line(error)})",
+            f"check the name, the network, and HF_ENDPOINT if it is set; or {problem.fix}",
         ) from error
     return read_json(file, CheckpointError, "download the file again")
 

@@ -224,6 +224,10 @@ def test_wrong_options_are_refused(run: Run, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="expected an output on the local disk, got"):
             Output.named(Path(address), None, True)
     assert Output.named(Path("C:/out.parquet"), None, False).single
+    assert not Output.named(Path("captions.v2"), None, False).single
+    for name in ("c.csv", "c.JSONL"):
+        with pytest.raises(UsageError, match=r"to be NAME\.parquet, NAME\.tar or the name of a directory"):
+            Output.named(Path(name), None, False)
     assert os.listdir(tmp_path) == []
 
 

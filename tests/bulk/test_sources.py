@@ -145,6 +145,8 @@ def test_a_folder_of_two_kinds_needs_the_kind(folder: Path, stray: str) -> None:
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path, problem in (
         (str(tmp_path / "nothing"), "which does not exist"),
+        (str(tmp_path / "one.jpg"), "which is one picture; give the folder"),
+        (str(tmp_path / "*.jpg"), "which is a pattern; give the folder"),
         (str(tmp_path), "expected at least one picture, got none"),
         (str(tmp_path / "x.tar"), "no such file"),
     ):

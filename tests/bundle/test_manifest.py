@@ -340,3 +340,12 @@ def test_a_file_that_is_not_listed(bundle: Path) -> None:
 def test_a_graph_that_is_not_there(bundle: Path) -> None:
     with pytest.raises(BundleError, match="has no graph decoder; it has bridge"):
         Bundle.open(bundle).graph("decoder")
+
+
+def test_precisions_of_the_graphs_for_people() -> None:
+    manifest = Bundle.open(Path(__file__).parents[1] / "data" / "golden" / "bundle").manifest
+    assert manifest.precision_text == manifest.precision
+    first, *others = manifest.graphs
+    graphs = {**manifest.graphs, first: replace(manifest.graphs[first], precision="int8")}
+    mixed = replace(manifest, graphs=graphs).precision_text
+    assert mixed == f"int8 (W8A8: {first}), fp32 ({', '.join(others)}), computed from fp32"

@@ -96,7 +96,7 @@ def _summary(manifest: Manifest) -> str:
     size = sum(record.size for record in manifest.files.values())
     checked = {"full": "the whole model", "sample": "sampled layers"}.get(manifest.verify, manifest.verify)
     against = "the bundle that it was calibrated from" if manifest.calibration else "the checkpoint in PyTorch"
-    graphs = f"ONNX graphs of {source} (family `{manifest.family}`, {manifest.precision}), {_size(size)}"
+    graphs = f"ONNX graphs of {source} (family `{manifest.family}`, {manifest.precision_text}), {_size(size)}"
     lines = [
         f"{graphs}, for blip2edge: captions on edge devices without PyTorch.",
         f"The outputs were compared with {against}: {checked}.",

@@ -86,7 +86,7 @@ class _Download:
 
     def __init__(self, name: HubName) -> None:
         self._hub, self._name = hub_client(name), name
-        with self._errors():
+        with self._errors("check the network, and HF_ENDPOINT if it is set"):
             try:
                 found = self._hub.hf_hub_download(name.repository, MANIFEST, revision=name.revision)
             except self._hub.errors.RemoteEntryNotFoundError as error:
@@ -132,9 +132,9 @@ class _Download:
             _copy(self.snapshot / MANIFEST, self.directory / MANIFEST)
         return self.directory
 
-    def _errors(self) -> Any:
+    def _errors(self, advice: str = CONTINUES) -> Any:
         place = Path(self._hub.constants.HF_HUB_CACHE)
-        return hub_errors(f"{self._name} could not be downloaded", self._name.repository, BundleError, place, CONTINUES)
+        return hub_errors(f"{self._name} could not be downloaded", self._name.repository, BundleError, place, advice)
 
     def _no_bundle(self) -> BundleError:
         """The error of a repository without ``bundle.json``."""

@@ -43,11 +43,9 @@ def hub_errors(
     Raises:
         OutputError: The disk is full. ``kind`` is raised for every other exception.
     """
-    log = logging.getLogger("huggingface_hub")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it warns of each attempt to connect again
     try:
-        yield
+        with quiet_client():
+            yield
     except Blip2EdgeError:
         raise
     except Exception as error:  # the client raises its own exceptions, httpx' and those of the system
@@ -55,6 +53,16 @@ def hub_errors(
             raise output_error(place, error) from error
         problem, fix = _texts(error, repository, advice)
         raise kind(f"{what}: {problem}", fix) from error
+
+
+@contextmanager
+def quiet_client() -> Iterator[None]:
+    """Prints no warnings of the hub's client in the block: it warns of each attempt to connect again."""
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
     finally:
         log.setLevel(level)
 

@@ -198,7 +198,10 @@ def open_webhook(url: str, options: SinkOptions) -> Sink:
     Raises:
         UsageError: It is no address of http or https, has a user name, or characters that HTTP cannot send.
     """
-    parts = _parts("post", url, ("http", "https"), "an address http://… or https://…", "the port is 1 to 65535")
+    hint = "the port is 1 to 65535"
+    if "://" not in url and re.fullmatch(r"[A-Za-z0-9.-]+(:\d+)?(/\S*)?", url):
+        hint = f"write http://{url}"
+    parts = _parts("post", url, ("http", "https"), "an address http://… or https://…", hint)
     if "@" in parts.netloc:
         raise UsageError(
             f"expected {option('post')} to have no user name and no password, got {shown_address(url)}",

@@ -138,6 +138,8 @@ def open_source(source: str, *, follow: bool = True, report: Report | None = Non
         BackendError: The source needs a package or a program that is not installed.
     """
     kind = next((kind for kind in KINDS if kind.matches(source)), None)
+    if kind is None and os.path.splitext(source)[1] and not os.path.lexists(source):
+        raise DataError(f"{shown_address(source)}: no such file", "check the path")
     if kind is None:
         raise DataError(
             f"expected a folder, a video file or a camera, got {shown_address(source)}",

@@ -236,6 +236,28 @@ def test_one_board_and_the_arithmetic(capsys: pytest.CaptureFixture[str]) -> Non
     assert "next: blip2edge calibrate bundle -o bundle-int4 --images DIR --weights int4" in text
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("llava-hf/llava-1.5-7b-hf --device orin-nano-4gb", "does not fit the memory: raspberry-pi-5-8gb has enough"),
+        ("--device thor --frames 100", "does not fit the context: --frames 62 fits thor"),
+        ("Salesforce/blip2-opt-2.7b --device thor --prompt-tokens 3000", "does not fit the context: no number of"),
+    ],
+)
+def test_what_fits_in_place_of_a_plan_that_does_not(
+    capsys: pytest.CaptureFixture[str], words: str, expected: str
+) -> None:
+    text = said(capsys, *words.split())
+    assert expected in text
+    assert "next:" not in text
+
+
+def test_a_precision_that_does_not_run_has_no_times(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, "Salesforce/blip2-opt-2.7b", "--device", "orin-nano-8gb").partition("predicted")[2]
+    (row,) = [line.split() for line in text.splitlines() if line.startswith("int8")]
+    assert row == ["int8", *["–"] * 7]
+
+
 def test_a_model_whose_pictures_take_no_slots(capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, "idefics-9b", "--device", "thor", "--explain")
     assert "the decoder cross-attends to them, so that they take no slots; 8 prompt + 30 new = 38 of 2,048" in text

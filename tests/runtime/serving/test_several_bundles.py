@@ -177,6 +177,8 @@ def test_names_on_the_command_line(captioner: Captioner, capsys: pytest.CaptureF
 
     assert named("x", "clip=y/z", "w") == [("", Path("x")), ("clip", Path("y/z")), ("", Path("w"))]
     assert named("-b", "x", "clip=y=z") == [("", Path("x")), ("clip", Path("y=z"))]
+    assert named("a=x", "b=x/8") == [("a", Path("x")), ("b", Path("x/8"))]
+    assert named("dir/a=x") == [("", Path("dir/a=x"))]
     assert main(["serve", "x/a", "y/a", "--port", "0"]) == 2
     assert "two bundles have the name 'a'" in capsys.readouterr().err
     assert main(["serve", "x", "=y", "--port", "0"]) == 2

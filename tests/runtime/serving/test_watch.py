@@ -275,6 +275,11 @@ def test_what_is_no_source(source: str) -> None:
         open_source(source)
 
 
+def test_a_video_file_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"film\.mp4: no such file"):
+        open_source(str(tmp_path / "film.mp4"))
+
+
 @pytest.fixture
 def video(tmp_path: Path) -> Path:
     """A video of 4 frames in 2 seconds."""
