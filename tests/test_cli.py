@@ -65,6 +65,7 @@ JSON_KEYS = [
     "logprob",
     "confidence",
     "queries",
+    "token_logprobs",
 ]
 
 
@@ -87,7 +88,19 @@ class FakeResult:
     finish_reason: str = "eos"
 
     def to_json(self) -> dict[str, Any]:
-        values = (self.image, self.prompt, self.text, [5, 2], self.finish_reason, {"total": 1.0}, 2.0, -0.1, None, 8)
+        values = (
+            self.image,
+            self.prompt,
+            self.text,
+            [5, 2],
+            self.finish_reason,
+            {"total": 1.0},
+            2.0,
+            -0.1,
+            None,
+            8,
+            [-0.1, 0],
+        )
         return dict(zip(JSON_KEYS, values, strict=True))
 
 

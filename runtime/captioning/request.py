@@ -29,7 +29,7 @@ STAGES = ("preprocess", "vision", "bridge", "prefill", "decode")
 
 
 NOT_IN_JSON = ("tokens_per_pass", "prompt_tokens", "new_tokens", "token_logprobs", "likeliest")
-"""Attributes of a result that ``caption --json`` does not have."""
+"""Attributes of a result that ``to_json`` does not copy; it adds ``token_logprobs``, rounded, at the end."""
 
 DIGITS = 6
 """Decimals of log-probabilities in JSON."""
@@ -88,6 +88,7 @@ class CaptionResult:
         """A JSON object: the attributes except :data:`NOT_IN_JSON`, and ``logprob`` before ``confidence``."""
         values = {key: value for key, value in vars(self).items() if key not in NOT_IN_JSON}
         last = {key: values.pop(key) for key in ("confidence", "queries")}
+        last["token_logprobs"] = [round(value, DIGITS) for value in self.token_logprobs]
         return {**values, "tokens": list(self.tokens), "logprob": round(self.logprob, DIGITS), **last}
 
 

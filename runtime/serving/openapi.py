@@ -259,6 +259,7 @@ def _answer_schemas() -> dict[str, Schema]:
         "logprob": number,
         "confidence": _nullable(number),
         "queries": _nullable(whole),
+        "token_logprobs": {"type": "array", "items": number},
     }
     kept = list(result)
     model: dict[str, Schema] = {"id": text, "object": {"const": "model"}, "created": whole, "owned_by": text}

@@ -88,6 +88,7 @@ def test_a_result_as_json(captioner: Captioner, files: list[Path]) -> None:
         "logprob",
         "confidence",
         "queries",
+        "token_logprobs",
     ]
     assert list(values["timings_ms"]) == [*STAGES, "total"]
     assert all(value > 0 for value in values["timings_ms"].values())
