@@ -32,8 +32,7 @@ CAPACITY = 64  # captions that wait for a receiver
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # between attempts; doubled each time
 TIMEOUT_S = 10.0  # of one attempt
 CLOSE_S = 5.0  # at the end, for the captions that still wait
-RETRIED = (408, 425, 429)
-"""HTTP statuses below 500 after which the same request may succeed later."""
+RETRIED = (408, 425, 429)  # HTTP statuses below 500 after which the same request may succeed later
 
 MQTT_PORTS = {"mqtt": 1883, "mqtts": 8883}
 
@@ -198,9 +197,8 @@ def open_webhook(url: str, options: SinkOptions) -> Sink:
     Raises:
         UsageError: It is no address of http or https, has a user name, or characters that HTTP cannot send.
     """
-    hint = "the port is 1 to 65535"
-    if "://" not in url and re.fullmatch(r"[A-Za-z0-9.-]+(:\d+)?(/\S*)?", url):
-        hint = f"write http://{url}"
+    bare = re.fullmatch(r"[A-Za-z0-9.-]+(:\d+)?(/\S*)?", url)
+    hint = f"write http://{url}" if bare else "the port is 1 to 65535"
     parts = _parts("post", url, ("http", "https"), "an address http://… or https://…", hint)
     if "@" in parts.netloc:
         raise UsageError(
