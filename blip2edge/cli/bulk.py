@@ -20,7 +20,7 @@ from blip2edge.cli.flag_groups import (
 from blip2edge.cli.flag_types import share
 from blip2edge.cli.interrupt import Interrupted
 from blip2edge.cli.messages import print_note
-from blip2edge.cli.table import counted
+from blip2edge.cli.table import plural
 from blip2edge.limits import PICTURE_LIMITS, Limits
 from blip2edge.progress import Progress
 
@@ -125,7 +125,7 @@ def run(options: argparse.Namespace) -> int:
     print(_text(counts, str(options.output)))
     if counts["broken"]:
         print_note(
-            f"note: {counted(counts['broken'], 'broken picture')}; rows of broken pictures have the reason (error)"
+            f"note: {plural(counts['broken'], 'broken picture')}; rows of broken pictures have the reason (error)"
         )
     return 0
 
@@ -134,6 +134,6 @@ def _text(counts: Mapping[str, Any], output: str) -> str:
     pictures, computed = counts["pictures"], counts["computed"]
     made = f"{computed} of them now, {counts['pictures_per_s']} a second" if computed else "complete already"
     return (
-        f"{output}: {counted(pictures, 'picture')}, {counts['broken']} broken, "
-        f"{counted(counts['duplicates'], 'duplicate')}, in {counted(counts['parts'], 'part')}; {made}"
+        f"{output}: {plural(pictures, 'picture')}, {counts['broken']} broken, "
+        f"{plural(counts['duplicates'], 'duplicate')}, in {plural(counts['parts'], 'part')}; {made}"
     )

@@ -32,7 +32,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequen
     return "\n".join([lay(lines[0]), rule, *[lay(line) for line in lines[1:]]])
 
 
-def counted(count: int, one: str) -> str:
+def plural(count: int, one: str) -> str:
     """A number with its noun: ``1 picture``, ``2 pictures``.
 
     Args:

@@ -7,7 +7,7 @@ at most the stated rate; of the allowed pairs, one that saves most time is chose
 al., arXiv 2110.01052, with Bonferroni's correction for the number of pairs).
 
 The bound is that of Clopper and Pearson (Biometrika 26, 1934). It needs independent frames. But one overlooked change
-makes a run of frames wrong, and where captions of one scene change from frame to frame, many frames are missed. So, as Korn and
+makes a run of frames wrong, and a scene whose captions change from frame to frame has many misses. So, as Korn and
 Graubard do for clustered samples (Survey Methodology 24, 1998), both counts are divided by the design effect: here
 sum(m²) / sum(m) over the numbers m of missed changes in blocks of :data:`BLOCK` frames, the variance of such a sum
 relative to independent misses, and at least :data:`LEAST_EFFECT`.
