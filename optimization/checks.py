@@ -102,7 +102,7 @@ def run_session(task: CopyTask, name: str, session: Session) -> Arrays:
     """Runs an opened graph on two rows, closes it, and returns its outputs; a decoder's are logits of several steps."""
     try:
         if name == DECODER:
-            return decode(decoder_of(task.bundle, session), _cross_inputs(task))[0]
+            return decode(decoder_of(task.bundle, session), _cross_inputs(task))
         outputs = session.run(draw_inputs(task.bundle.graph(name).spec, task.upstream))
         return {output: np.asarray(array) for output, array in outputs.items()}
     finally:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from numpy.typing import NDArray
 
 from blip2edge.bundle.dtypes import NUMPY_DTYPES, Array
 from blip2edge.bundle.schema import CROSS_MASK, QUERY_IDS, Axis, GraphSpec, TensorSpec
@@ -22,8 +21,8 @@ LENGTHS = {"source": 9, "instruction": 6, "text": 7, "past": 4, "steps": 3, "ask
 VOCABULARY = 16
 """Token ids below it are in every vocabulary."""
 
-TOKENS = 8
-"""Decode steps after the prompt that :func:`decode` draws tokens for."""
+DRAWN = 17
+"""Token ids that :func:`decode` draws for a row. It uses ten, but another number would change all recorded outputs."""
 
 Arrays = dict[str, Array]
 
@@ -84,7 +83,7 @@ def draw_cross_inputs(spec: GraphSpec, upstream: Mapping[str, Array]) -> Arrays:
     return inputs
 
 
-def decode(decoder: Decoder, context: Mapping[str, Array]) -> tuple[Arrays, NDArray[np.int64]]:
+def decode(decoder: Decoder, context: Mapping[str, Array]) -> Arrays:
     """Decodes as generation does: ragged prompts, decode steps, several tokens at once, truncated and reordered rows.
 
     Args:
@@ -92,11 +91,11 @@ def decode(decoder: Decoder, context: Mapping[str, Array]) -> tuple[Arrays, NDAr
         context: What :func:`draw_cross_inputs` drew.
 
     Returns:
-        Logits of each kind of step by name, and the token ids that were drawn, ``[2, 9 + TOKENS]``.
+        Logits of each kind of step by name.
     """
     rng = np.random.default_rng(SEED)
     table = decoder.table
-    ids = rng.integers(0, table.num_rows, (ROWS, 6 + 3 + TOKENS))
+    ids = rng.integers(0, table.num_rows, (ROWS, DRAWN))
     prompts = [table.rows(ids[0, :5]), table.rows(ids[1, :3])]
     logits, state = decoder.prefill(prompts, for_steps(context, 5))
     outputs = {"prefill": logits, "step": state.step(ids[:, 5])}
@@ -105,7 +104,7 @@ def decode(decoder: Decoder, context: Mapping[str, Array]) -> tuple[Arrays, NDAr
     state.truncate(before + np.array([1, 2], np.int64))
     state.select(np.array([1, 0]))
     outputs["after"] = state.step(ids[:, 9])
-    return outputs, ids
+    return outputs
 
 
 def for_steps(context: Mapping[str, Array], steps: int) -> Arrays:

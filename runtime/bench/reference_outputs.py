@@ -197,7 +197,7 @@ def run_graphs(
                 found = session.run(inputs)
                 outputs = {key: found[key] for key in sorted(found, key=lambda key: not _LAYER.search(key))}
             if name == DECODER:
-                logits, _ = decode(decoder_of(bundle, session), draw_cross_inputs(graph.spec, {}))
+                logits = decode(decoder_of(bundle, session), draw_cross_inputs(graph.spec, {}))
                 outputs |= {f"logits of {kind}": array for kind, array in logits.items()}
             yield name, inputs, outputs
         finally:
