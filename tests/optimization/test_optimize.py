@@ -16,7 +16,7 @@ pytest.importorskip("onnxruntime", reason="the copy is for ONNX Runtime")
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.cli import main
 from blip2edge.errors import BundleIntegrityError, UsageError
-from blip2edge.optimization import recipes
+from blip2edge.optimization import race, recipes
 from blip2edge.optimization.pipeline import OptimizedReport, optimize
 from blip2edge.optimization.recipes import Recipe
 from blip2edge.runtime.backends.open_graph import RECORD, read_copy
@@ -224,3 +224,15 @@ def test_inspect_tells_of_the_copy_and_what_is_left_of_one_is_replaced(
     capsys.readouterr()
     assert main(["inspect", str(other)]) == 0
     assert "not run" not in capsys.readouterr().out
+
+
+def test_the_portable_graph_is_kept_where_no_form_is_faster(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    monkeypatch.setattr(race, "fastest", lambda task, name, portable, forms, **_: (portable, (1.5, 1.6)))
+    record = optimize(own).record
+    assert record.graphs == {}
+    assert record.files == {}
+    assert record.left["decoder"] == "the portable graph is faster here (1.5 ms)"
+    assert not Captioner.load(own, threads=1).graphs.copied
