@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import shutil
 import socket
@@ -326,13 +327,18 @@ def test_a_real_broker_that_is_started_again(
     mqtt: Any = pytest.importorskip("paho.mqtt.client", reason="publishing needs the extra mqtt")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    (tmp_path / "conf").write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\n")
+    # The broker keeps the reader's subscription over its restart. Otherwise the sink, which may connect before the
+    # reader, could publish a caption that nobody has subscribed to.
+    (tmp_path / "conf").write_text(
+        f"listener {port} 127.0.0.1\nallow_anonymous true\nuser {getpass.getuser()}\n"
+        f"persistence true\npersistence_location {tmp_path}/\n"
+    )
     got: list[str] = []
 
     @contextmanager
     def mosquitto() -> Iterator[None]:
         process = subprocess.Popen(["mosquitto", "-c", str(tmp_path / "conf")], stderr=subprocess.DEVNULL)
-        reader = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2)
+        reader = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id="reader", clean_session=False)
         reader.on_connect = lambda client, *_: client.subscribe("robot/#", qos=1)
         ready = threading.Event()
         reader.on_subscribe = lambda *_: ready.set()
