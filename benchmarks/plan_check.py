@@ -148,6 +148,7 @@ def compare(name: str, precision: str, work: Path, runs: int) -> dict[str, Any]:
             "gigabytes_per_s": round(device.bytes_per_s / 1e9, 1),
             "gigaops_per_s": {kind: round(rate / 1e9, 1) for kind, rate in device.rates.items()},
             "call_us": round(device.efficiency.call_s * 1e6, 2),
+            "cached_gigabytes_per_s": round(device.bytes_per_s * device.efficiency.cached_bytes / 1e9, 1),
             "element_ns": round(device.efficiency.element_s * 1e9, 3),
             "host": round(device.host, 2),
         },

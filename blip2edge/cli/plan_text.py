@@ -288,8 +288,8 @@ def _step_lines(shape: ModelShape, plan: DevicePlan, request: PlanOptions, token
             f"a token: {'max' if share.overlaps else 'sum'}({(cost.float_ops + cost.integer_ops) / 1e9:,.2f} G "
             f"operations, {cost.bytes / 1e9:,.3f} GB of weights, and of keys and values of {middle['context']:,} tokens"
             f"{passes} / {rates.bytes_per_s / 1e9:,.1f} GB/s) + {operators(shape.decoder, precision, device)} "
-            f"operators x {share.call_s * 1e6:.2f} us + Python {device.host * HOST_S['decode'] * 1e3:.2f} ms = "
-            f"{plan.of(precision).ms['decode_per_token']:,.2f} ms"
+            f"operators x {share.call_s * 1e6:.2f} us + Python "
+            f"{device.host * HOST_S['decode'] * 1e3:.2f} ms = {plan.of(precision).ms['decode_per_token']:,.2f} ms"
         ),
     ]
 

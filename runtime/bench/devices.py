@@ -29,6 +29,7 @@ class Efficiency:
         cache_passes: How often keys and values are read or copied in a step.
         element_s: Seconds of the operators between matrices for one number of their outputs.
         call_s: Seconds of the call of an operator, whatever the number of tokens.
+        cached_bytes: As ``bytes``, for floating-point weights that the processor's cache holds; may exceed 1.
         fuses: Whether all operators around a matrix are compiled into :data:`FUSED_OPERATORS`, whatever the graph has.
         source: What these figures come from.
     """
@@ -40,6 +41,7 @@ class Efficiency:
     cache_passes: int
     element_s: float
     call_s: float
+    cached_bytes: float
     fuses: bool
     source: str
 
@@ -52,6 +54,7 @@ CPU_EFFICIENCY = Efficiency(
     cache_passes=4,
     element_s=0.4e-9,
     call_s=0.8e-6,
+    cached_bytes=1.0,
     fuses=False,
     source="assumed for ONNX Runtime on one core: fp32 chosen on the models of benchmarks/results/plan.json, integers "
     "near the shares of the roofline in benchmarks/results/bench-int8-cpu.json (products: int8 0.66 and 0.77, "
@@ -65,6 +68,7 @@ GPU_EFFICIENCY = Efficiency(
     cache_passes=1,
     element_s=0.0,
     call_s=1e-6,
+    cached_bytes=0.75,
     fuses=True,
     source="assumed, not measured",
 )

@@ -32,9 +32,12 @@ predictions come near ``benchmarks/results/plan.json``."""
 STAGE_OF = {VISION: "vision", BRIDGE: "bridge"}
 """Stage of each graph; all others run in the prefill."""
 
-CONVOLUTION_OPERATORS, CACHE_BYTES = 3, 32 << 20
-"""Operators around a product as a convolution, and the bytes of weights that no cache holds: from there on optimized
-copies have convolutions."""
+CONVOLUTION_OPERATORS, CONVOLVED_BYTES = 3, 32 << 20
+"""Operators around a product as a convolution, and the bytes of a decoder's weights from which on optimized copies have
+convolutions."""
+
+CACHED_BYTES = 8 << 20
+"""Bytes of weights that a CPU's last cache still holds when the graph runs again, while other programs run too."""
 
 CHEAP_SHARE = 0.25
 """An MLP is recommended if its tokens cost at most this share of a caption with a Q-Former."""
@@ -197,18 +200,16 @@ def token_budget(shape: ModelShape, options: PlanOptions) -> dict[str, Any]:
 def effective(device: Board, kind: str, size: float) -> Roofline:
     """The rates that the graphs reach by the stated efficiency, for weights of a format.
 
-    Floating-point weights that a CPU's cache holds are read at least at the whole bandwidth of the memory.
-
     Args:
         device: The board.
         kind: The format.
         size: Bytes that a run reads.
     """
     share = device.efficiency
-    cached = device.is_cpu and kind in ("fp32", "fp16") and size <= CACHE_BYTES
+    cached = kind in ("fp32", "fp16") and device.is_cpu and size <= CACHED_BYTES
     floats = kind if kind in ("fp32", "fp16") else "fp32" if device.is_cpu else "fp16"
     return Roofline(
-        device.bytes_per_s * (1.0 if cached else share.bytes[kind]),
+        device.bytes_per_s * (share.cached_bytes if cached else share.bytes[kind]),
         device.rate(floats) * share.products[floats],
         device.rate(kind) * share.products[kind],
     )
@@ -239,7 +240,7 @@ def operators(part: ModelPart, precision: str, device: Board) -> int:
     if device.efficiency.fuses:
         return part.calls * FUSED_OPERATORS
     held = held_precision(precision, device)
-    convolved = part.name == DECODER and precision in ("fp32", "fp16") and part.bytes(held) > CACHE_BYTES
+    convolved = part.name == DECODER and precision in ("fp32", "fp16") and part.bytes(held) > CONVOLVED_BYTES
     return part.calls * (part.operators + convolved * CONVOLUTION_OPERATORS)
 
 

@@ -49,6 +49,7 @@ SMALL: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 BLOCKS, WIDTH = 32, 256
 READ = (24, 1024)  # matrices and their sides, more than any cache holds: what a decode step reads
+CACHED_READ = (6, 512)  # as READ, for a model that the last cache holds
 
 
 def measure(backend: str, threads: int = 1) -> Roofline:
@@ -81,6 +82,7 @@ def this_device(threads: int | None = None, image_size: int = 224) -> Board:
             found = measure(backend, threads)
             call_s = call_seconds(backend)
             read = min(1.0, read_bytes_per_s(backend, threads) / found.bytes_per_s)
+            cached = max(read, read_bytes_per_s(backend, threads, CACHED_READ) / found.bytes_per_s)
             element_s = element_seconds(backend)
             break
         except BackendError:  # its package is not installed
@@ -94,7 +96,13 @@ def this_device(threads: int | None = None, image_size: int = 224) -> Board:
     total, free = (memory.total, memory.free) if memory is not None else (0, 0)
     rates = {"fp32": found.float_ops_per_s, "int8": found.integer_ops_per_s}
     shares = {**CPU_EFFICIENCY.bytes, "fp32": read, "fp16": read}
-    efficiency = replace(CPU_EFFICIENCY, bytes=shares, call_s=call_s, element_s=element_s)
+    efficiency = replace(
+        CPU_EFFICIENCY,
+        bytes=shares,
+        call_s=call_s,
+        cached_bytes=cached,
+        element_s=element_s,
+    )
     return Board(
         name=THIS,
         title=f"{processor()}, {threads} {'thread' if threads == 1 else 'threads'}, CPU",
@@ -138,13 +146,18 @@ def call_seconds(backend: str) -> float:
     return _run_seconds(backend, model, inputs, 1, before=lambda: np.dot(other, other)) / len(nodes)
 
 
-def read_bytes_per_s(backend: str, threads: int = 1) -> float:
+def read_bytes_per_s(backend: str, threads: int = 1, matrices: tuple[int, int] = READ) -> float:
     """Measures the bytes of float32 weights that products of one row read per second, as a decode step does.
+
+    Args:
+        backend: The backend that runs the products.
+        threads: Number of cores.
+        matrices: Number of the square matrices that are read, and their side.
 
     Raises:
         BackendError: The backend's package is not installed.
     """
-    count, side = READ
+    count, side = matrices
     rng = np.random.default_rng(0)
     weights = {f"w{number}": rng.standard_normal((side, side), np.float32) for number in range(count)}
     least = min(_read_seconds(backend, threads, weights, convolutions) for convolutions in (False, True))
@@ -153,7 +166,7 @@ def read_bytes_per_s(backend: str, threads: int = 1) -> float:
 
 def _read_seconds(backend: str, threads: int, weights: dict[str, Array], convolutions: bool) -> float:
     """The least time of products of one row, as matrix products or as convolutions; optimized copies have both."""
-    side = READ[1]
+    side = len(next(iter(weights.values())))
     shape = (1, side, 1, 1) if convolutions else (1, side)
     held = {name: one.reshape(side, side, 1, 1) if convolutions else one for name, one in weights.items()}
     operator, kind = "Conv" if convolutions else "MatMul", ("float32", shape)

@@ -14,6 +14,7 @@ from blip2edge.cli import main
 from blip2edge.errors import BackendError, BundleError, CheckpointError, UsageError
 from blip2edge.runtime.bench.devices import DEVICES, Efficiency, find_device
 from blip2edge.runtime.bench.plan import (
+    CACHED_BYTES,
     HOST_S,
     PlanOptions,
     bridge_rows,
@@ -24,14 +25,14 @@ from blip2edge.runtime.bench.plan import (
     stage_ms,
     token_budget,
 )
-from blip2edge.runtime.bench.roofline import reference_seconds, this_device
+from blip2edge.runtime.bench.roofline import READ, reference_seconds, this_device
 from blip2edge.shapes.cost import Roofline, StageCost
 from blip2edge.shapes.model_shape import FORMATS
 from blip2edge.shapes.sources import find_shape
 
 CONFIG = Path(__file__).resolve().parents[3] / "examples" / "checkpoint" / "config.json"
 ALL = ("fp32", "fp16", "int8", "int8-weights", "int4")
-SIMPLE = Efficiency(dict.fromkeys(ALL, 0.5), dict.fromkeys(ALL, 0.5), True, 0, 1, 0.0, 0.0, False, "a test")
+SIMPLE = Efficiency(dict.fromkeys(ALL, 0.5), dict.fromkeys(ALL, 0.5), True, 0, 1, 0.0, 0.0, 0.5, False, "a test")
 NANO, PI = DEVICES["orin-nano-8gb"], DEVICES["raspberry-pi-5-8gb"]
 BOARD = replace(NANO, efficiency=SIMPLE, host=0.0, bytes_per_s=2e9, rates={"fp32": 1e12, "fp16": 2e12, "int8": 4e12})
 
@@ -81,6 +82,16 @@ def test_operators_between_matrices_and_python() -> None:
     slow = stage_ms(shape, "fp32", replace(BOARD, host=2.0), PlanOptions())
     assert slow["prefill"] - plain["prefill"] == pytest.approx(2e3 * HOST_S["prefill"])
     assert slow["preprocess"] == pytest.approx(2e3 * (reference_seconds(64) + HOST_S["preprocess"]))
+
+
+def test_weights_that_a_cache_holds() -> None:
+    """The cache of a CPU is counted, for weights in floating point; a GPU's is not."""
+    efficiency = replace(SIMPLE, cached_bytes=2.0)
+    boards = [replace(board, efficiency=efficiency, bytes_per_s=1e9) for board in (PI, NANO)]
+    small, large = CACHED_BYTES, CACHED_BYTES + 1
+    assert [effective(boards[0], "fp32", size).bytes_per_s for size in (small, large)] == [2e9, 0.5e9]
+    assert effective(boards[0], "int8", small).bytes_per_s == 0.5e9
+    assert effective(boards[1], "fp32", small).bytes_per_s == 0.5e9
 
 
 def test_more_rows_and_passes_cost_more() -> None:
@@ -348,7 +359,9 @@ def test_this_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     monkeypatch.setattr(f"{roofline}.measure", measured)
     monkeypatch.setattr(f"{roofline}.call_seconds", lambda backend: 2e-6)
     monkeypatch.setattr(f"{roofline}.element_seconds", lambda backend: 1e-9)
-    monkeypatch.setattr(f"{roofline}.read_bytes_per_s", lambda backend, threads: 27e9)
+    monkeypatch.setattr(
+        f"{roofline}.read_bytes_per_s", lambda backend, threads, matrices=READ: 27e9 * READ[1] / matrices[1]
+    )
     monkeypatch.setattr(f"{roofline}.preprocess_seconds", lambda picture, size: 2 * reference_seconds(size))
     text = said(capsys, str(CONFIG), "--device", "this", "--threads", "1")
     assert asked == [("cpu", 1), ("openvino", 1)]
@@ -356,8 +369,10 @@ def test_this_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert "1 thread, CPU; " in text
     assert "30 GB/s, tera-operations/s: fp32 0.1, int8 0.4" in text
     device = this_device(2)
-    assert (device.host, device.efficiency.call_s, device.source) == (2.0, 2e-6, "measured with backend openvino")
-    assert device.efficiency.bytes["fp32"] == pytest.approx(0.9)
+    share = device.efficiency
+    assert (device.host, device.source) == (2.0, "measured with backend openvino")
+    assert share.call_s == 2e-6
+    assert (share.bytes["fp32"], share.cached_bytes) == (pytest.approx(0.9), pytest.approx(1.8))
 
     def nothing(backend: str, threads: int) -> Roofline:
         raise BackendError("not installed")
