@@ -26,12 +26,12 @@ if importlib.util.find_spec("torch") is not None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _shared_traces(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Modules that are equal are traced once in a test run; commands in processes of their own trace for themselves."""
+def _shared_traces(pytestconfig: pytest.Config) -> None:
+    """Modules that are equal are traced once; commands in processes of their own trace for themselves."""
     if all(importlib.util.find_spec(name) for name in ("torch", "onnx", "onnxscript")):
-        from tests.traces import share_traces, shared_directory
+        from tests.traces import share_traces, trace_directory
 
-        share_traces(shared_directory(tmp_path_factory, "traces"))
+        share_traces(trace_directory(pytestconfig.cache))
 
 
 @pytest.fixture(scope="session", autouse=True)

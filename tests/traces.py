@@ -1,20 +1,45 @@
 """Shares one trace among the exports of equal modules: torch needs about three seconds for a graph of any size.
 
-A trace holds no weights, so checkpoints of equal configs can share it. All workers of a test run share the files.
+A trace holds no weights, so checkpoints of equal configs can share it. All workers of a test run share the files, and so
+do later runs of the same source.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+from importlib.metadata import version
 from pathlib import Path
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.project import ROOT
+
 if TYPE_CHECKING:
     from blip2edge.export.to_onnx import Traced
+
+TRACED = ("model", "export", "blip2edge/bundle")
+"""Folders with the code that a trace depends on."""
+
+PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript")
+
+
+def trace_directory(cache: pytest.Cache) -> Path:
+    """The directory of the traces of this source and these packages; removes those of other sources."""
+    digest = hashlib.sha256(" ".join(map(version, PACKAGES)).encode())
+    for folder in TRACED:
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(file.read_bytes())
+    parent = cache.mkdir("traces")
+    directory = parent / digest.hexdigest()[:32]
+    if not directory.exists():
+        for old in parent.iterdir():
+            shutil.rmtree(old, ignore_errors=True)
+    directory.mkdir(exist_ok=True)
+    return directory
 
 
 def shared_directory(factory: pytest.TempPathFactory, name: str) -> Path:
@@ -71,16 +96,21 @@ def _text(value: Any) -> str:
         return f"{value.dtype} {value.tolist()}"
     if isinstance(value, dict):
         return ", ".join(sorted(f"{_text(key)}: {_text(one)}" for key, one in value.items()))
+    if isinstance(value, set | frozenset):
+        return ", ".join(sorted(map(_text, value)))
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_text, value))}]"
     if isinstance(value, FunctionType):  # a test may have changed it
-        code = value.__code__
-        return f"{value.__module__}.{value.__qualname__} {code.co_code.hex()} {code.co_names} {code.co_consts}"
+        return f"{value.__module__}.{value.__qualname__} {_text(value.__code__)}"
+    if isinstance(value, CodeType):  # its repr has an address
+        return f"{value.co_code.hex()} {value.co_names} {_text(value.co_consts)}"
     if isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}"
     if repr(value) == object.__repr__(value):
         return f"{_text(type(value))} {_text(vars(value))}"
-    return repr(value)
+    text = repr(value)
+    assert " at 0x" not in text, f"{text} is another text in each process, so that no trace would be shared"
+    return text
 
 
 def _write(traced: Traced, file: Path) -> None:
