@@ -1,7 +1,7 @@
 """Shares one trace among the exports of equal modules: torch needs about three seconds for a graph of any size.
 
-A trace holds no weights, so checkpoints of equal configs can share it. All workers of a test run share the files, and so
-do later runs of the same source.
+A trace holds no weights, so checkpoints of equal configs can share it. All workers of a test run share the files, as do
+later runs of the same source.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def trace_directory(cache: pytest.Cache) -> Path:
             digest.update(file.read_bytes())
     parent = cache.mkdir("traces")
     directory = parent / digest.hexdigest()[:32]
-    if not directory.exists():
-        for old in parent.iterdir():
+    for old in parent.iterdir():
+        if old != directory:
             shutil.rmtree(old, ignore_errors=True)
     directory.mkdir(exist_ok=True)
     return directory
