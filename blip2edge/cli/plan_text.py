@@ -235,15 +235,16 @@ def explanation(shape: ModelShape, plan: DevicePlan, request: PlanOptions) -> st
     for part in shape.parts:
         lines += ["", *_part_lines(part, held, tokens)]
         times = frames if part.name in ("vision_encoder", "bridge") else 1
-        cost = part_cost(part, precision, device, tokens, times)
-        rates = effective(device, FORMATS[held][part.kind], cost.bytes)
-        ms = part_seconds(part, cost, precision, device, tokens, times) * 1e3
+        weights = part.weights(held)
+        cost = part_cost(part, weights, device, tokens, times)
+        rates = effective(device, weights.kind, cost.bytes)
+        ms = part_seconds(part, cost, weights, device, tokens, times) * 1e3
         lines.append(
             f"  time: {'max' if share.overlaps else 'sum'}({cost.float_ops / 1e9:,.2f} G / "
             f"{rates.float_ops_per_s / 1e9:,.0f} G/s + {cost.integer_ops / 1e9:,.2f} G / "
             f"{rates.integer_ops_per_s / 1e9:,.0f} G/s, {cost.bytes / 1e9:,.3f} GB / "
             f"{rates.bytes_per_s / 1e9:,.1f} GB/s) + {times * part.elements(tokens) / 1e6:,.2f} M elements x "
-            f"{share.element_s * 1e9:.2f} ns + {operators(part, precision, device)} operators x "
+            f"{share.element_s * 1e9:.2f} ns + {operators(part, weights, device)} operators x "
             f"{share.call_s * 1e6:.2f} us = {ms:,.2f} ms"
         )
     lines += ["", *_step_lines(shape, plan, request, tokens), "", *_memory_lines(shape, plan, tokens, request)]
@@ -280,14 +281,15 @@ def _part_lines(part: ModelPart, held: str, tokens: dict[str, int]) -> list[str]
 def _step_lines(shape: ModelShape, plan: DevicePlan, request: PlanOptions, tokens: dict[str, int]) -> list[str]:
     device, precision = plan.device, plan.chosen
     middle = {**tokens, "steps": 1, "context": tokens["context"] + 1 + (request.new_tokens - 1) // 2}
-    cost, share = step_cost(shape, precision, device, middle), device.efficiency
-    rates = effective(device, FORMATS[held_precision(precision, device)]["language"], cost.bytes)
+    weights, share = shape.decoder.weights(held_precision(precision, device)), device.efficiency
+    cost = step_cost(shape, weights, element_bytes(precision, device), device, middle)
+    rates = effective(device, weights.kind, cost.bytes)
     passes = f", read {share.cache_passes} times" if share.cache_passes > 1 else ""
     return [
         (
             f"a token: {'max' if share.overlaps else 'sum'}({(cost.float_ops + cost.integer_ops) / 1e9:,.2f} G "
             f"operations, {cost.bytes / 1e9:,.3f} GB of weights, and of keys and values of {middle['context']:,} tokens"
-            f"{passes} / {rates.bytes_per_s / 1e9:,.1f} GB/s) + {operators(shape.decoder, precision, device)} "
+            f"{passes} / {rates.bytes_per_s / 1e9:,.1f} GB/s) + {operators(shape.decoder, weights, device)} "
             f"operators x {share.call_s * 1e6:.2f} us + Python "
             f"{device.host * HOST_S['decode'] * 1e3:.2f} ms = {plan.of(precision).ms['decode_per_token']:,.2f} ms"
         ),

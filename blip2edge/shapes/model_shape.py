@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 from blip2edge.bundle.schema import BRIDGE, DECODER, TEXT_ENCODER, VISION
 from blip2edge.errors import UsageError, option
-from blip2edge.shapes.cost import StageCost
 
 TokenCounts = Mapping[str, int]
 """Numbers of tokens by the names that matrices use:
@@ -45,6 +44,24 @@ FORMATS: Mapping[str, Mapping[str, str]] = {
     "int4": {VISION: "int8", BRIDGE: "int8", "language": "int4", "table": "int8-weights"},
 }
 """Formats of the weights of each part by precision: what ``export`` and ``calibrate --weights`` write."""
+
+
+@dataclass(frozen=True)
+class HeldWeights:
+    """How the weights of a part are held in memory.
+
+    Attributes:
+        kind: Their format, a key of :data:`WEIGHT_BYTES`.
+        bytes: Their size.
+    """
+
+    kind: str
+    bytes: float
+
+    @property
+    def floating(self) -> bool:
+        """Whether products with them are in floating point, in the format of the weights."""
+        return self.kind in ("fp32", "fp16")
 
 
 FUSED_OPERATORS = 3
@@ -155,18 +172,14 @@ class ModelPart:
         rest = WEIGHT_BYTES["fp16" if precision == "fp16" else "fp32"]
         return weights * WEIGHT_BYTES[FORMATS[precision][self.kind]] + (self.parameters - weights) * rest
 
+    def weights(self, precision: str) -> HeldWeights:
+        """The part's weights in a precision."""
+        return HeldWeights(FORMATS[precision][self.kind], self.bytes(precision))
+
     @property
     def calls(self) -> int:
         """Number of products with weights in one run."""
         return sum(matrix.count for matrix in self.matrices)
-
-    def cost(self, precision: str, tokens: TokenCounts, extra_rows: int = 0, one_row: bool = True) -> StageCost:
-        """Counts operations and bytes of a run; ``extra_rows`` and ``one_row``: see :meth:`WeightMatrix.operations`."""
-        products = sum(matrix.operations(tokens, extra_rows, one_row) for matrix in self.matrices)
-        scores = sum(attention.operations(tokens) for attention in self.attentions)
-        if FORMATS[precision][self.kind] in ("fp32", "fp16"):
-            return StageCost(products + scores, 0.0, self.bytes(precision))
-        return StageCost(scores, products, self.bytes(precision))
 
     def elements(self, tokens: TokenCounts) -> float:
         """Numbers that the operators between the matrices compute: the outputs, and three for each attention score."""

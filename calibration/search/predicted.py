@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import BRIDGE, DECODER, VISION
-from blip2edge.calibration.formats import FLOAT, FP16, W8A8, GraphFormat
+from blip2edge.calibration.formats import FP16, W8A8, GraphFormat
 from blip2edge.calibration.search.choices import LANGUAGE
 from blip2edge.runtime.bench.devices import Board
-from blip2edge.runtime.bench.plan import HOST_S, effective, operators
+from blip2edge.runtime.bench.memory import element_bytes, held_precision
+from blip2edge.runtime.bench.plan import HOST_S, part_cost, part_seconds, step_cost
 from blip2edge.runtime.bench.roofline import reference_seconds
-from blip2edge.shapes.cost import StageCost
-from blip2edge.shapes.model_shape import ModelPart, ModelShape, TokenCounts
+from blip2edge.shapes.model_shape import HeldWeights, ModelPart, ModelShape
 from blip2edge.shapes.sources import bundle_shape
 
 KINDS = {"int8": "int8-weights", "int4": "int4", W8A8: "int8"}
@@ -57,32 +57,25 @@ class BoardTimer:
         if part != LANGUAGE:
             stage = {VISION: "vision", BRIDGE: "bridge"}[part]
             shape = self._shape.part(part)
-            frames = self._shape.frames
-            seconds = 0.0 if shape is None else self._run(shape, form, sizes[part], self._tokens, frames)
+            weights = self._weights(form, sizes[part])
+            seconds = 0.0 if shape is None else self._run(shape, weights, self._shape.frames)
             return {stage: (host[stage] + seconds) * 1e3}
         language = [one for one in self._shape.parts if one.name not in (VISION, BRIDGE)]
-        prefill = sum(self._run(one, form, sizes[one.name], self._tokens) for one in language)
+        prefill = sum(self._run(one, self._weights(form, sizes[one.name])) for one in language)
         middle = {**self._tokens, "steps": 1, "context": self._tokens["context"] + 1 + self._steps // 2}
-        element = 4 if self._precision == "fp32" else 2
-        cache = self._shape.cache.bytes(middle["context"], middle["source"], element)
-        read = cache * self._board.efficiency.cache_passes
-        step = self._run(self._shape.decoder, form, sizes[DECODER], middle, extra=read)
+        weights, element = self._weights(form, sizes[DECODER]), element_bytes(self._precision, self._board)
+        cost = step_cost(self._shape, weights, element, self._board, middle)
+        step = part_seconds(self._shape.decoder, cost, weights, self._board, middle)
         return {
             "prefill": (host["prefill"] + prefill) * 1e3,
             "decode": self._steps * (host["decode"] + step) * 1e3,
         }
 
-    def _run(
-        self, part: ModelPart, form: GraphFormat, size: int, tokens: TokenCounts, times: int = 1, extra: float = 0.0
-    ) -> float:
-        """Seconds of a run of a graph: products and bytes by the roofline, and the operators between them."""
-        share = self._board.efficiency
-        products = times * sum(matrix.operations(tokens, share.extra_rows, share.overlaps) for matrix in part.matrices)
-        scores = times * sum(attention.operations(tokens) for attention in part.attentions)
-        floating = form.whole.kind in (FLOAT, FP16)
-        cost = StageCost(scores + products, 0.0, size) if floating else StageCost(scores, products, size)
-        kind = KINDS.get(form.whole.kind, self._precision)
-        cost += StageCost(0.0, 0.0, extra)
-        seconds = cost.seconds(effective(self._board, kind, cost.bytes), overlaps=share.overlaps)
-        calls = operators(part, self._precision if floating else form.whole.kind, self._board) * share.call_s
-        return seconds + times * part.elements(tokens) * share.element_s + calls
+    def _weights(self, form: GraphFormat, size: int) -> HeldWeights:
+        """The weights of a graph of ``size`` bytes, in the type that the board computes them in."""
+        return HeldWeights(KINDS.get(form.whole.kind, held_precision(self._precision, self._board)), size)
+
+    def _run(self, part: ModelPart, weights: HeldWeights, times: int = 1) -> float:
+        """Seconds of a run of a part for the item's tokens."""
+        cost = part_cost(part, weights, self._board, self._tokens, times)
+        return part_seconds(part, cost, weights, self._board, self._tokens, times)

@@ -23,7 +23,7 @@ from blip2edge.runtime.bench.memory import (
 from blip2edge.runtime.bench.roofline import reference_seconds
 from blip2edge.shapes.bridges import TRADE_OFFS, with_bridges
 from blip2edge.shapes.cost import Roofline, StageCost
-from blip2edge.shapes.model_shape import FORMATS, FUSED_OPERATORS, ModelPart, ModelShape, TokenCounts
+from blip2edge.shapes.model_shape import FORMATS, FUSED_OPERATORS, HeldWeights, ModelPart, ModelShape, TokenCounts
 
 HOST_S = {"preprocess": 2e-4, "vision": 5e-5, "bridge": 2e-4, "prefill": 5e-4, "decode": 3e-5}
 """Seconds of Python by stage (a step for ``decode``), on one core of an AMD EPYC; not measured, but chosen so that the
@@ -215,23 +215,25 @@ def effective(device: Board, kind: str, size: float) -> Roofline:
     )
 
 
-def part_cost(part: ModelPart, precision: str, device: Board, tokens: TokenCounts, times: int = 1) -> StageCost:
+def part_cost(part: ModelPart, weights: HeldWeights, device: Board, tokens: TokenCounts, times: int = 1) -> StageCost:
     """Operations and bytes of a run of a part; ``times``: pictures in a batch, which share the weights."""
     share = device.efficiency
-    one = part.cost(held_precision(precision, device), tokens, share.extra_rows, one_row=share.overlaps)
-    return StageCost(one.float_ops * times, one.integer_ops * times, one.bytes)
+    products = times * sum(matrix.operations(tokens, share.extra_rows, share.overlaps) for matrix in part.matrices)
+    scores = times * sum(attention.operations(tokens) for attention in part.attentions)
+    integers = 0.0 if weights.floating else products
+    return StageCost(scores + products - integers, integers, weights.bytes)
 
 
 def part_seconds(
-    part: ModelPart, cost: StageCost, precision: str, device: Board, tokens: TokenCounts, times: int = 1
+    part: ModelPart, cost: StageCost, weights: HeldWeights, device: Board, tokens: TokenCounts, times: int = 1
 ) -> float:
     """Seconds of a run of a part: products and bytes by the roofline, operators between them, calls of operators."""
-    kind, share = FORMATS[held_precision(precision, device)][part.kind], device.efficiency
-    between = times * part.elements(tokens) * share.element_s + operators(part, precision, device) * share.call_s
-    return cost.seconds(effective(device, kind, cost.bytes), overlaps=share.overlaps) + between
+    share = device.efficiency
+    between = times * part.elements(tokens) * share.element_s + operators(part, weights, device) * share.call_s
+    return cost.seconds(effective(device, weights.kind, cost.bytes), overlaps=share.overlaps) + between
 
 
-def operators(part: ModelPart, precision: str, device: Board) -> int:
+def operators(part: ModelPart, weights: HeldWeights, device: Board) -> int:
     """Number of operators that are called in a run of a part.
 
     A CPU's optimized copy computes the products of a large decoder in floating point as convolutions, each between a
@@ -239,33 +241,42 @@ def operators(part: ModelPart, precision: str, device: Board) -> int:
     """
     if device.efficiency.fuses:
         return part.calls * FUSED_OPERATORS
-    held = held_precision(precision, device)
-    convolved = part.name == DECODER and precision in ("fp32", "fp16") and part.bytes(held) > CONVOLVED_BYTES
+    convolved = part.name == DECODER and weights.floating and weights.bytes > CONVOLVED_BYTES
     return part.calls * (part.operators + convolved * CONVOLUTION_OPERATORS)
 
 
-def step_cost(shape: ModelShape, precision: str, device: Board, tokens: TokenCounts) -> StageCost:
-    """Operations and bytes of a decode step: the decoder's weights, and the keys and values of its context."""
-    cost = part_cost(shape.decoder, precision, device, tokens)
-    cache = shape.cache.bytes(tokens["context"], tokens["source"], element_bytes(precision, device))
+def step_cost(shape: ModelShape, weights: HeldWeights, element: float, device: Board, tokens: TokenCounts) -> StageCost:
+    """Operations and bytes of a decode step: the decoder's weights, and the keys and values of its context.
+
+    Args:
+        shape: The model.
+        weights: The decoder's weights.
+        element: Bytes of a value of the KV cache.
+        device: The board.
+        tokens: Numbers of tokens, with the context of the step.
+    """
+    cache = shape.cache.bytes(tokens["context"], tokens["source"], element)
+    cost = part_cost(shape.decoder, weights, device, tokens)
     return cost + StageCost(0.0, 0.0, cache * device.efficiency.cache_passes)
 
 
 def stage_ms(shape: ModelShape, precision: str, device: Board, options: PlanOptions) -> dict[str, float]:
     """Predicts the milliseconds of each stage of one caption."""
     frames = options.frames or shape.frames
-    tokens = shape.tokens(frames, options.prompt_tokens)
+    tokens, held = shape.tokens(frames, options.prompt_tokens), held_precision(precision, device)
     seconds = {stage: device.host * HOST_S[stage] for stage in ("vision", "bridge", "prefill")}
     if shape.part(BRIDGE) is None:
         seconds["bridge"] = 0.0
     for part in shape.parts:
         times = frames if part.name in (VISION, BRIDGE) else 1
-        cost = part_cost(part, precision, device, tokens, times)
-        seconds[STAGE_OF.get(part.name, "prefill")] += part_seconds(part, cost, precision, device, tokens, times)
+        weights = part.weights(held)
+        cost = part_cost(part, weights, device, tokens, times)
+        seconds[STAGE_OF.get(part.name, "prefill")] += part_seconds(part, cost, weights, device, tokens, times)
     steps = options.new_tokens - 1
     middle = {**tokens, "steps": 1, "context": tokens["context"] + 1 + steps // 2}
-    cost = step_cost(shape, precision, device, middle)
-    step = device.host * HOST_S["decode"] + part_seconds(shape.decoder, cost, precision, device, middle)
+    weights = shape.decoder.weights(held)
+    cost = step_cost(shape, weights, element_bytes(precision, device), device, middle)
+    step = device.host * HOST_S["decode"] + part_seconds(shape.decoder, cost, weights, device, middle)
     pixels = frames * reference_seconds(shape.image_size) + HOST_S["preprocess"]
     ms = {"preprocess": device.host * pixels * 1e3}
     ms |= {stage: value * 1e3 for stage, value in seconds.items()}

@@ -30,6 +30,8 @@ from blip2edge.calibration.search.variants import Variants, put_files
 from blip2edge.cli import main
 from blip2edge.errors import BundleError, OutputError
 from blip2edge.runtime.bench.devices import find_device
+from blip2edge.runtime.bench.plan import PlanOptions, stage_ms
+from blip2edge.shapes.sources import bundle_shape
 from tests.drawing import draw_pictures
 
 FORMATS = ("w8a8", "int8")
@@ -324,6 +326,12 @@ def test_a_board_is_predicted(tiny_bundle: Path) -> None:
         for kind, size in (("float", 10**8), ("w8a8", 10**8 // 4))
     }
     assert all(ms[part, "w8a8"] < ms[part, "float"] for part, _ in ms)
+    shape, floats = bundle_shape(parent.manifest, parent.path), GraphFormat(NumberFormat("float"))
+    sizes = {part.name: int(part.bytes("fp32")) for part in shape.parts}
+    planned = stage_ms(shape, "fp32", find_device("orin-nano-8gb"), PlanOptions(prompt_tokens=4, new_tokens=10))
+    for part in ("vision_encoder", "bridge", "language"):
+        for stage, found in timer.ms(part, floats, sizes).items():
+            assert found == pytest.approx(planned[stage]), stage
     smaller = timer.ms("language", GraphFormat(NumberFormat("int4")), {"decoder": 10**7})
     assert set(smaller) == {"prefill", "decode"}
     assert sum(smaller.values()) < 0.2 * ms["language", "float"]
