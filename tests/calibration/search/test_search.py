@@ -96,14 +96,19 @@ def found(
     return out, run(tiny_bundle, out, images)
 
 
-def test_no_point_of_the_front_is_beaten_by_the_plain_flags(found: tuple[Path, FoundPoints]) -> None:
+def test_the_plain_flags_are_measured_with_the_other_points(found: tuple[Path, FoundPoints]) -> None:
     presets = [point for point in found[1].points if point.preset]
     assert {point.preset for point in presets} == {
         "--weights int8 (the default)", "--weights none", "the parent",
     }  # fmt: skip
     assert all(point.drop is not None for point in presets)
     assert len(found[1].front) >= 3
-    assert not any(preset.beats(point) for preset in presets for point in found[1].front)
+    measured = [point for point in found[1].points if point.drop is not None]
+    assert {point.flags for point in found[1].front} == {
+        point.flags
+        for point in measured
+        if not any(other.ms < point.ms and other.bytes < point.bytes and other.loss <= point.loss for other in measured)
+    }
 
 
 def test_time_and_bytes_add_up(found: tuple[Path, FoundPoints]) -> None:
