@@ -119,14 +119,14 @@ def search(
     check_enough_memory(parent, anyway=anyway, notify=notify)
     report = progress or (lambda stage, done, total: None)
     with locked(run) as part:
-        pictures = choose_pictures(images, count, partial(report, "read the pictures"), limits)
         journal = SearchJournal(run, part / "fresh")
+        if journal.stored(PUBLISHED) is None:  # else a killed run may have published the bundle
+            check_target(target, force, MANIFEST)
+        pictures = choose_pictures(images, count, partial(report, "read the pictures"), limits)
         scored = list(pictures)[: max(options.scored, RUNS)]
         limit = _caption_loss(scored, cider)
         plan = {**_plan(parent, pictures, options, method, optimizer), **_measure_plan(scored, limit, threads)}
         resumed = journal.begin(plan, force=force)
-        if not resumed:
-            check_target(target, force, MANIFEST)  # a killed run may have published the bundle
         feeds = Feeds(journal.scratch / "none")  # until the inputs are recorded
         context = CalibrationContext(
             parent, journal.scratch, feeds, method, threads, report, notify or (lambda line: None), pictures.sha256

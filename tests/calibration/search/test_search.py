@@ -305,6 +305,13 @@ def test_other_limits_only_choose_again(
     assert chosen.rule == "the fastest point within --max-drop 100"
 
 
+def test_an_existing_output_is_refused_before_the_pictures_are_read(tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "bundle.json").write_text("{}")
+    with pytest.raises(OutputError, match="out exists"):
+        run(tiny_bundle, tmp_path / "out", tmp_path / "no pictures")
+
+
 def test_the_state_of_another_search(tiny_bundle: Path, images: Path, tmp_path: Path) -> None:
     state = tmp_path / "out.run"
     state.mkdir()
