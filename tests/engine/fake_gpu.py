@@ -74,7 +74,8 @@ class FakeCuda:
 
     def holds(self, address: int, size: int) -> bool:
         """Whether bytes lie within one allocation."""
-        return any(start <= address and address + size <= start + len(buffer) for start, buffer in self.memory.items())
+        buffers = list(self.memory.items())  # other threads allocate and free meanwhile
+        return any(start <= address and address + size <= start + len(buffer) for start, buffer in buffers)
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:  # noqa: N802
         self.last_stream += 1

@@ -33,11 +33,13 @@ class Faults:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
         self.place, self.loads, self.load_fails = "", 0, False
         self._bundle = bundle
-        self.loadable = threading.Event()  # loading waits for it
+        self.loadable, self.runnable = threading.Event(), threading.Event()  # loading and encoding wait for them
         self.loadable.set()
+        self.runnable.set()
         vision, prefill = Encoder.run_vision, TextGenerator.prefill
 
         def run_vision(*arguments: Any) -> Any:
+            assert self.runnable.wait(60)
             if self.place == "encoder":
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
             return vision(*arguments)
@@ -191,14 +193,18 @@ def test_waiting_requests_fail_with_the_engine(faults: Faults) -> None:
     server = faults.server(attempts=100)
     try:
         faults.place = "encoder"
+        faults.loadable.clear()
+        faults.runnable.clear()
         options = server.captioner.options()
         requests = [server.scheduler.submit(PNG, options) for _ in range(6)]
+        faults.runnable.set()
         for request in requests:
             with pytest.raises(EngineFaultError):
                 request.result(30)
         with pytest.raises(EngineFaultError):
             server.scheduler.submit(PNG, options)
     finally:
+        faults.loadable.set()
         server.close()
 
 
