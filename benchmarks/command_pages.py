@@ -58,12 +58,11 @@ def help_cell(parser: Parser, action: argparse.Action) -> str:
 def flags_of(parser: Parser) -> str:
     """Usage and arguments of one command, as Markdown."""
     name = parser.prog.rpartition(" ")[2]
-    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
-    required = [action for action in shown if action.required or not action.option_strings]
+    required = [action for action in parser._actions if action.required or not action.option_strings]
     words = [_usage(action) for action in sorted(required, key=lambda action: bool(action.option_strings))]
     lines = ["## Usage", "", "```", " ".join(["blip2edge", name, *words, "[flags]"]), "```"]
     for group in parser._action_groups:
-        actions = [one for one in group._group_actions if one in shown and one.dest not in ("help", "debug")]
+        actions = [action for action in group._group_actions if action.dest not in ("help", "debug")]
         if not actions:
             continue
         title = TITLES.get(group.title or "", group.title or "")

@@ -26,12 +26,13 @@ if importlib.util.find_spec("torch") is not None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _shared_traces(pytestconfig: pytest.Config) -> None:
+def _shared_traces(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Modules that are equal are traced once; commands in processes of their own trace for themselves."""
     if all(importlib.util.find_spec(name) for name in ("torch", "onnx", "onnxscript")):
-        from tests.traces import share_traces, trace_directory
+        from tests.traces import share_traces, shared_directory, trace_directory
 
-        share_traces(trace_directory(pytestconfig.cache))
+        cache = getattr(pytestconfig, "cache", None)  # absent with `-p no:cacheprovider`
+        share_traces(trace_directory(cache) if cache else shared_directory(tmp_path_factory, "traces"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -329,6 +329,34 @@ def test_bundle_missing_or_given_twice(words: list[str], told: str, capsys: pyte
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["bulk", "{}", "-o", "out", "-b", "bundle"],
+        ["bulk", "-o", "out", "-b", "bundle", "{}"],
+        ["calibrate", "bundle", "-o", "out", "--images", "{}"],
+        ["watch", "{}", "-b", "bundle"],
+    ],
+)
+def test_a_pattern_that_the_shell_replaced(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(tmp_path / f"{number}.png") for number in range(6)]
+    for file in files:
+        Path(file).touch()
+    assert main([part for word in words for part in (files if word == "{}" else [word])]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: unrecognized arguments: {' '.join(files[1:4])} … (5 in all); if the shell replaced")
+    assert main(["bulk", files[0], "no-file", "-o", "out", "-b", "bundle"]) == 2
+    assert "replaced" not in capsys.readouterr().err
+
+
+def test_a_bundle_named_by_a_dot(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny_bundle)
+    for name in (".", f"../{tiny_bundle.name}/.", "./"):
+        assert main(["inspect", "--verify", name]) == 0
+
+
 def test_every_command_that_reads_a_bundle_takes_the_flag() -> None:
     parsers: dict[str, argparse.ArgumentParser] = {}
     for action in build_parser()._actions:

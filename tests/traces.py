@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from importlib.metadata import version
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -25,20 +26,21 @@ TRACED = ("model", "export", "blip2edge/bundle")
 """Folders with the code that a trace depends on."""
 
 PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript")
+DAY_S = 24 * 3600
 
 
 def trace_directory(cache: pytest.Cache) -> Path:
-    """The directory of the traces of this source and these packages; removes those of other sources."""
+    """The directory of the traces of this source and these packages; removes those that got no trace for a day."""
     digest = hashlib.sha256(" ".join(map(version, PACKAGES)).encode())
     for folder in TRACED:
         for file in sorted((ROOT / folder).rglob("*.py")):
             digest.update(file.read_bytes())
     parent = cache.mkdir("traces")
     directory = parent / digest.hexdigest()[:32]
-    for old in parent.iterdir():
-        if old != directory:
-            shutil.rmtree(old, ignore_errors=True)
     directory.mkdir(exist_ok=True)
+    for old in parent.iterdir():  # another run may use a younger one
+        if old != directory and time.time() - old.stat().st_mtime > DAY_S:
+            shutil.rmtree(old, ignore_errors=True)
     return directory
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from argparse import SUPPRESS
 from typing import TYPE_CHECKING, Any
 
 from blip2edge.choices import BULK_FORMATS, BULK_SOURCES
@@ -22,13 +21,12 @@ from blip2edge.cli.flag_types import share
 from blip2edge.cli.interrupt import Interrupted
 from blip2edge.cli.messages import print_note
 from blip2edge.cli.table import plural
-from blip2edge.errors import UsageError
 from blip2edge.limits import PICTURE_LIMITS, Limits
 from blip2edge.progress import Progress
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pictures: a folder, tar shards (a file, a folder, or part-{000..127}.tar), a .parquet, .csv or .tsv file "
         "with a column of paths or addresses (.parquet: or of bytes); on the disk, or s3://, gs:// and the like",
     )
-    parser.add_argument("more", nargs="*", default=(), help=SUPPRESS)  # refused with a reason
     add_output(
         parser,
         "OUT",
@@ -92,20 +89,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the counts as one JSON object")
 
 
-def one_source(given: Sequence[str]) -> str:
-    """The source that is named.
-
-    Raises:
-        UsageError: There are several, as when a shell replaces a pattern by the names of files.
-    """
-    if len(given) > 1:
-        raise UsageError(
-            f"expected one SOURCE, got {len(given):,}: {given[0]}, {given[1]}{' …' if len(given) > 2 else ''}",
-            "give their folder instead of a pattern, a .csv of their paths, or use `blip2edge caption`",
-        )
-    return given[0]
-
-
 def run(options: argparse.Namespace) -> int:
     """Caption all pictures of a source; a killed run goes on where it stopped."""
     from blip2edge.bulk.options import BulkOptions
@@ -127,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
         require_signature=options.require_signature,
         limits=given_limits(options, Limits),
     )
-    source = PictureSource(one_source([options.source, *options.more]), options.source_format, options.column)
+    source = PictureSource(options.source, options.source_format, options.column)
     output = Output.named(options.output, options.format, options.force)
     cluster = None if options.ray is None else Cluster(options.ray, options.ray_workers)
     try:

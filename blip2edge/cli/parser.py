@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from difflib import get_close_matches
 from importlib import import_module
@@ -12,6 +13,8 @@ from blip2edge import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+SHOWN = 3  # unknown words that an error names
 
 # A command is the module of that name in `blip2edge.cli`, with `add_arguments(parser)` and `run(options)`.
 COMMANDS = {
@@ -89,7 +92,8 @@ class Parser(argparse.ArgumentParser):
                 given = f"; {positional.metavar} is given by {by_flag.option_strings[0]}"
         known, unknown = super().parse_known_args(words, namespace)
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{given}")
+            more = f" … ({len(unknown):,} in all)" if len(unknown) > SHOWN else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown[:SHOWN])}{more}{given or _pattern_hint(unknown)}")
         return known, unknown
 
     def _check_flags(self, words: list[str]) -> None:
@@ -118,6 +122,13 @@ class Parser(argparse.ArgumentParser):
 def _gives(word: str, flags: Sequence[str]) -> bool:
     """Whether a word is one of the flags, also with its value attached: ``-b``, ``-bDIR``, ``--bundle=DIR``."""
     return any(word == flag or word.startswith(f"{flag}=" if flag.startswith("--") else flag) for flag in flags)
+
+
+def _pattern_hint(words: Sequence[str]) -> str:
+    """What to do if a shell has replaced a pattern by the names of files; empty if one of the words is not a file."""
+    if not all(map(os.path.exists, words)):
+        return ""
+    return "; if the shell replaced a pattern by these names, give the folder, or the pattern in quotes"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -115,10 +115,13 @@ class SearchJournal:
         self._write(SPENT, {"cpu_s": round(self.cpu_s, 2)})
         return found
 
+    def has(self, name: str) -> bool:
+        """Whether the result of a step is stored."""
+        return (self.path / f"{name}.json").is_file()
+
     def stored(self, name: str) -> Any:
         """The stored result of a step; None if there is none."""
-        path = self.path / f"{name}.json"
-        return read_json(path, DataError)["value"] if path.is_file() else None
+        return read_json(self.path / f"{name}.json", DataError)["value"] if self.has(name) else None
 
     def replace(self, name: str, value: Any) -> None:
         """Stores a result, in the place of an earlier one."""

@@ -120,7 +120,7 @@ def search(
     report = progress or (lambda stage, done, total: None)
     with locked(run) as part:
         journal = SearchJournal(run, part / "fresh")
-        if journal.stored(PUBLISHED) is None:  # else a killed run may have published the bundle
+        if not journal.has(PUBLISHED):  # else a killed run may have published the bundle
             check_target(target, force, MANIFEST)
         pictures = choose_pictures(images, count, partial(report, "read the pictures"), limits)
         scored = list(pictures)[: max(options.scored, RUNS)]

@@ -57,8 +57,9 @@ class BoardTimer:
         if part != LANGUAGE:
             stage = {VISION: "vision", BRIDGE: "bridge"}[part]
             shape = self._shape.part(part)
-            weights = self._weights(form, sizes[part])
-            seconds = 0.0 if shape is None else self._run(shape, weights, self._shape.frames)
+            seconds = 0.0
+            if shape is not None:
+                seconds = self._run(shape, self._weights(form, sizes[part]), self._shape.frames)
             return {stage: (host[stage] + seconds) * 1e3}
         language = [one for one in self._shape.parts if one.name not in (VISION, BRIDGE)]
         prefill = sum(self._run(one, self._weights(form, sizes[one.name])) for one in language)

@@ -206,8 +206,9 @@ def effective(device: Board, kind: str, size: float) -> Roofline:
         size: Bytes that a run reads.
     """
     share = device.efficiency
-    cached = kind in ("fp32", "fp16") and device.is_cpu and size <= CACHED_BYTES
-    floats = kind if kind in ("fp32", "fp16") else "fp32" if device.is_cpu else "fp16"
+    floating = kind in ("fp32", "fp16")
+    cached = floating and size <= CACHED_BYTES
+    floats = kind if floating else "fp32" if device.is_cpu else "fp16"
     return Roofline(
         device.bytes_per_s * (share.cached_bytes if cached else share.bytes[kind]),
         device.rate(floats) * share.products[floats],

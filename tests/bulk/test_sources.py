@@ -16,7 +16,6 @@ from PIL import Image
 from blip2edge.bulk.listed import CELL, FILE, WEB, ListedPicture
 from blip2edge.bulk.read_errors import ATTEMPTS, StorageError
 from blip2edge.bulk.sources import PictureSource
-from blip2edge.cli import main
 from blip2edge.errors import DataError, ImageError, MissingPackageError, UsageError
 
 
@@ -255,8 +254,3 @@ def test_only_passing_web_errors_are_tried_again(
 
     monkeypatch.setattr("urllib.request.OpenerDirector.open", fail)
     assert attempts_to_read(ListedPicture("x", WEB, ("https://localhost/x.png",)), ImageError, monkeypatch) == attempts
-
-
-def test_a_pattern_that_the_shell_replaced(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bulk", "x/1.png", "x/2.png", "x/3.png", "-o", "out", "-b", "bundle"]) == 2
-    assert "expected one SOURCE, got 3: x/1.png, x/2.png …; give their folder" in capsys.readouterr().err

@@ -62,10 +62,12 @@ class LeftFilesWarning(UserWarning):
 
 def part_of(target: Path) -> Path:
     """The directory of the files of a run that writes ``target``."""
+    if target.name in ("", ".."):  # ".", or the parent of a directory
+        target = target.resolve()
     name = target.name
     if len(os.fsencode(name)) > LONGEST:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
-    return target.with_name(f".{name}{SUFFIX}")
+    return target.parent / f".{name}{SUFFIX}"
 
 
 @contextmanager

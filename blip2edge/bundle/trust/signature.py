@@ -107,7 +107,7 @@ def find_signature(bundle: Path) -> Path:
     Raises:
         BundleSignatureError: There is neither.
     """
-    places = (bundle / SIGNATURE, bundle.with_name(f"{bundle.name}.sig"))
+    places = (bundle / SIGNATURE, Path(f"{os.path.abspath(bundle)}.sig"))
     for place in places:
         if place.is_file():
             return place

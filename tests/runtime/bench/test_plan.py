@@ -89,12 +89,11 @@ def test_operators_between_matrices_and_python() -> None:
 
 def test_weights_that_a_cache_holds() -> None:
     """The cache of a CPU is counted, for weights in floating point; a GPU's is not."""
-    efficiency = replace(SIMPLE, cached_bytes=2.0)
-    boards = [replace(board, efficiency=efficiency, bytes_per_s=1e9) for board in (PI, NANO)]
+    board = replace(PI, efficiency=replace(SIMPLE, cached_bytes=2.0), bytes_per_s=1e9)
     small, large = CACHED_BYTES, CACHED_BYTES + 1
-    assert [effective(boards[0], "fp32", size).bytes_per_s for size in (small, large)] == [2e9, 0.5e9]
-    assert effective(boards[0], "int8", small).bytes_per_s == 0.5e9
-    assert effective(boards[1], "fp32", small).bytes_per_s == 0.5e9
+    assert [effective(board, "fp32", size).bytes_per_s for size in (small, large)] == [2e9, 0.5e9]
+    assert effective(board, "int8", small).bytes_per_s == 0.5e9
+    assert effective(NANO, "fp16", small) == effective(NANO, "fp16", large)
 
 
 def test_more_rows_and_passes_cost_more() -> None:
