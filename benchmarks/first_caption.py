@@ -45,7 +45,7 @@ def write_tokenizer(directory: Path, size: int) -> None:
 
 
 def run(name: str, words: list[str], made: Path | None = None) -> dict[str, Any]:
-    """Runs one command; returns its seconds, its peak memory, and the size of the bundle that it made, in bytes."""
+    """Runs one command; returns its seconds, its peak memory, and the bytes of the bundle that it made."""
     start, peak, before = time.perf_counter(), 0, resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen([sys.executable, "-m", "blip2edge", *words], stdout=subprocess.PIPE, text=True)
     while process.poll() is None:
@@ -60,7 +60,7 @@ def run(name: str, words: list[str], made: Path | None = None) -> dict[str, Any]
     figures: dict[str, Any] = {"command": name, "seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1)}
     figures["peak_bytes"] = peak
     if made is not None:
-        figures["bundle_bytes"] = sum(path.stat().st_size for path in made.iterdir() if path.is_file())
+        figures["bundle_bytes"] = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
     else:
         figures["text"] = text.strip().splitlines()[-1]
     print(f"{name}: {seconds:.1f} s ({cpu:.1f} s of CPU time), peak {peak / 1e9:.2f} GB", flush=True)
