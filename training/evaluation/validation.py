@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from blip2edge.errors import ConfigError
-from blip2edge.training.config import ValidationConfig
 from blip2edge.training.data.entries import by_picture
 from blip2edge.training.data.registry import read_entries
 from blip2edge.training.evaluation.models import CaptionModel, EvaluatedModel
 from blip2edge.training.evaluation.scoring import Figures, ScoringOptions, score_entries, score_scenes
+from blip2edge.training.loop_config import ValidationConfig
 
 METRICS = {
     "scenes": ("exact_match", "cider_d", "bleu_4", "rouge_l"),

@@ -19,13 +19,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from blip2edge.errors import DataError, option
-from blip2edge.training.config import OptimizerConfig
 from blip2edge.training.loop import phase_state
 from blip2edge.training.loop.journal import LINES
 from blip2edge.training.loop.optim import learning_rate, make_optimizer
 from blip2edge.training.loop.snapshots import Snapshot
 from blip2edge.training.loop.training_run import TrainingRun
 from blip2edge.training.loop.validation import Validation
+from blip2edge.training.phase_config import OptimizerConfig
 
 Batch_co = TypeVar("Batch_co", covariant=True)
 _NAMED = 3  # samples named in a message

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from blip2edge.training.config import OptimizerConfig
+from blip2edge.training.phase_config import OptimizerConfig
 
 
 def learning_rate(step: int, config: OptimizerConfig) -> float:

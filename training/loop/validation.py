@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from blip2edge.errors import ConfigError, one_line
-from blip2edge.training.config import ValidationConfig
 from blip2edge.training.loop.snapshots import Snapshot
+from blip2edge.training.loop_config import ValidationConfig
 
 _BEST = "best."  # begins the names of the best weights in a snapshot
 FACTS = "validation"  # key of a snapshot's facts

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from blip2edge.model.language.opt import OPTDecoder
 from blip2edge.model.vision.vit import VisionTransformer
-from blip2edge.training.config import LanguagePhase, VisionPhase
 from blip2edge.training.data.scenes import (
     COLOURS,
     PICTURE_SIZE,
@@ -29,6 +28,7 @@ from blip2edge.training.data.scenes import (
     coverage,
 )
 from blip2edge.training.loading.batches import IGNORED, KeywordBatch
+from blip2edge.training.phase_config import LanguagePhase, VisionPhase
 from blip2edge.training.phases.stage2 import caption_loss
 
 _COLOURS, _RELATIONS = list(COLOURS), list(RELATIONS)

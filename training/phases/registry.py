@@ -15,7 +15,7 @@ from blip2edge.errors import ConfigError
 from blip2edge.model.config import QFormerConfig
 from blip2edge.runtime.text.prompt import InstructionTokenizer
 from blip2edge.runtime.text.tokenizer import Tokenizer
-from blip2edge.training.config import Stage2Phase, TrainingConfig
+from blip2edge.training.config import TrainingConfig
 from blip2edge.training.data.registry import open_sample_source
 from blip2edge.training.data.scenes import Scene
 from blip2edge.training.data.sources import Sample, SampleSource
@@ -29,6 +29,7 @@ from blip2edge.training.loop.loop import Phase
 from blip2edge.training.loop.optim import freeze, recompute_activations
 from blip2edge.training.loop.training_run import TrainingRun
 from blip2edge.training.loop.validation import Validation
+from blip2edge.training.phase_config import Stage2Phase
 from blip2edge.training.phases.pretrain import (
     DenseBatch,
     LanguagePretraining,

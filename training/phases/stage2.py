@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from blip2edge.errors import ConfigError
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.config import LEARNED_QUERIES, CaptionerConfig
-from blip2edge.training.config import Stage2Phase
 from blip2edge.training.loading.batches import IGNORED, CaptionBatch
 from blip2edge.training.loading.loader import PictureBatch
 from blip2edge.training.loop.optim import freeze
+from blip2edge.training.phase_config import Stage2Phase
 from blip2edge.training.phases.distributed import mean_over_ranks
 from blip2edge.training.phases.stage1 import text_loss
 from blip2edge.training.setup.lora import MARK

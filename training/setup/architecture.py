@@ -22,7 +22,7 @@ from blip2edge.model.config import (
 from blip2edge.model.language.flamingo import FlamingoConfig
 from blip2edge.model.language.llama_config import LlamaConfig
 from blip2edge.model.retrieval import RetrievalConfig
-from blip2edge.training.config import ModelConfig
+from blip2edge.training.model_config import ModelConfig
 
 MakeBridge = Callable[[ModelConfig, VisionConfig, LanguageConfig], BridgeConfig]
 

@@ -13,10 +13,11 @@ from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.config import VisionConfig
 from blip2edge.model.language.opt import OPTConfig
 from blip2edge.model.layers import RMSNorm
-from blip2edge.training.config import ModelConfig, TrainingConfig
+from blip2edge.training.config import TrainingConfig
 from blip2edge.training.data.scenes import PICTURE_SIZE
 from blip2edge.training.loading.batches import PREPROCESSING
 from blip2edge.training.loading.qformer_texts import QFormerTexts
+from blip2edge.training.model_config import ModelConfig
 from blip2edge.training.setup.architecture import captioner_config
 from blip2edge.training.setup.model_parts import ModelParts
 from blip2edge.training.setup.pretrained import PROCESSORS, json_file, processor_file

@@ -1,0 +1,65 @@
+"""Settings in a recipe that all phases share: the training loop and validation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from blip2edge.training.data.config import DataConfig
+from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, RecipeSection, at_least, one_of
+
+VALIDATION_METRICS = ("exact_match", "cider_d", "bleu_4", "rouge_l", "vqa_accuracy")
+
+
+@dataclass(frozen=True)
+class LoopConfig(RecipeSection):
+    """Settings of the training loop, shared by all phases."""
+
+    autocast: Annotated[str, one_of("float32", "bfloat16", "float16")] = "float32"
+    """Arithmetic of the forward pass: "float32", "bfloat16" or "float16" (with loss scaling)."""
+    frozen_dtype: Annotated[str, one_of("float32", "bfloat16", "float16")] = "float32"
+    """Type in which the frozen picture encoder and the frozen language model are held and computed. The checkpoint
+    holds their rounded weights, because the bridge was trained with them."""
+    recompute_activations: bool = False
+    """Save memory (activation checkpointing): the backward pass runs each layer of the language model again, instead of
+    keeping what the forward pass computed. Losses and gradients stay the same."""
+    snapshot_every: Annotated[int, POSITIVE] = 500
+    """Steps between two snapshots. An interrupted run resumes from the newest."""
+    log_every: Annotated[int, NOT_NEGATIVE] = 0
+    """Steps between two lines of the log; 0: about 200 lines for each phase."""
+    cache_features: bool = False
+    """Cache the frozen picture encoder's output on disk. Each picture is then encoded once, for all runs."""
+    features_dtype: Annotated[str, one_of("float32", "float16")] = "float32"
+    """Type of the cached output: "float32" or "float16"."""
+    workers: Annotated[int, NOT_NEGATIVE] = 0
+    """Threads that open the pictures of the next batch during the current step; 0: none."""
+    data_streams: Annotated[int, POSITIVE] = 1
+    """Parts that the data is split into, each for an equal share of a batch's rows. A process reads only the parts of
+    its own rows: set it to the number of processes, or a multiple of it. 1: every process reads all texts."""
+    tensorboard: bool = False
+    """Also write event files of TensorBoard; needs the package tensorboard."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig(DataConfig):
+    """Validation while `stage2` or `instruct` trains: captions of held-out pictures are scored.
+
+    The keys of `[data]` name the pictures. With `kind = "scenes"` they are scenes with pairs of objects that training
+    never shows.
+    """
+
+    every: Annotated[int, NOT_NEGATIVE] = 0
+    """Steps between two validations; the last step is validated too. 0: no validation."""
+    pictures: Annotated[int, at_least(2)] = 200
+    """Largest number of pictures, taken from the beginning of the data."""
+    metric: Annotated[str, one_of("", *VALIDATION_METRICS)] = ""
+    """The score that decides which weights are best: "exact_match" (scenes), "cider_d", "bleu_4", "rouge_l" (captions)
+    or "vqa_accuracy" (questions). Empty: exact_match, cider_d or vqa_accuracy, by the data."""
+    keep_best: bool = True
+    """Whether the phase ends with the weights of its best validation, instead of those of its last step."""
+    patience: Annotated[int, NOT_NEGATIVE] = 0
+    """Stop the phase after this many validations in a row without a better score; 0: never."""
+    batch_size: Annotated[int, POSITIVE] = 16
+    """Pictures that are captioned together."""
+    max_new_tokens: Annotated[int, POSITIVE] = 30
+    """Longest generated text in tokens."""
