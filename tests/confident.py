@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +27,7 @@ class Drawn:
     """A reference whose right text is known."""
 
     name: str
-    picture: Image.Image
+    picture: Image.Image = field(repr=False)  # its repr has an address
     right: str
     question: str = ""
 

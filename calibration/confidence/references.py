@@ -56,6 +56,15 @@ class References:
 
     @property
     def sha256(self) -> str:
-        """Hash of the pictures' names, their texts, and the options, as their ``repr`` shows them."""
+        """Hash of the pixels, the names and the texts of the pictures, and of the options. Decodes every picture.
+
+        Raises:
+            ImageError: A picture cannot be read.
+        """
         given = (list(self.items), self.rule, self.prompt, sorted(self.options.items()))
-        return hashlib.sha256(repr(given).encode()).hexdigest()
+        digest = hashlib.sha256(repr(given).encode())
+        for item in self.items:
+            picture = item.open()
+            digest.update(repr((picture.mode, picture.size)).encode())
+            digest.update(picture.tobytes())
+        return digest.hexdigest()

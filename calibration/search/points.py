@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 
 from blip2edge.bundle.schema import DECODER, EMBEDDINGS_FILE
@@ -35,6 +36,7 @@ from blip2edge.calibration.search.mixed import mixed_choices
 from blip2edge.calibration.search.predicted import BoardTimer
 from blip2edge.calibration.targets import find_targets
 from blip2edge.graph_files import load_graph
+from blip2edge.progress import counted
 from blip2edge.runtime.bench.devices import Board
 
 SCORED = 32
@@ -109,7 +111,9 @@ class FormatSearch:
         every = [dict(zip(self._parts.graphs, chosen, strict=True)) for chosen in product(*self.choices.values())]
         self.combinations = {self._parts.flags(choices): choices for choices in every}
         wanted = [point.flags for point in to_measure(self._points(), self.options.limits, self.options.measured)]
-        for flags in dict.fromkeys([*(flags for flags in self._presets if flags in self.combinations), *wanted]):
+        first = list(dict.fromkeys([*(flags for flags in self._presets if flags in self.combinations), *wanted]))
+        report = self.work.context.progress
+        for flags in counted(first, len(first), partial(report, "captions of combinations")):
             self._measure(flags)
         if self._board is None:
             self._timer.time([self.combinations[flags] for flags in self.losses])
@@ -211,7 +215,6 @@ class FormatSearch:
         return staged.summary.bytes + (self._table_bytes(choice) if shared else 0)
 
     def _measure(self, flags: str) -> None:
-        self.work.context.progress("captions of combinations", len(self.losses), self.options.measured)
         choices = self.combinations[flags]
         drop = 0.0 if all(one.is_float for one in choices.values()) else captions_lost(self.work, choices).drop
         self.losses[flags] = (drop, part_nats(self.work, choices))
@@ -219,8 +222,9 @@ class FormatSearch:
     def _measure_more(self) -> None:
         """While no measured point is allowed, measures those that may be, with the least predicted loss."""
         limits = self.options.limits
-        for _ in range(MORE):
+        for at in range(MORE):
             possible = allowed(self._points(), limits)  # a point that is not measured counts as without loss
             if not possible or any(point.drop is not None for point in possible):
                 return
+            self.work.context.progress("captions of more combinations", at, MORE)
             self._measure(min(possible, key=lambda point: (point.nats, point.ms)).flags)

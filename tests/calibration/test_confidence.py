@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("onnxruntime", reason="captions of the cpu backend")
 pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
@@ -31,6 +32,7 @@ from blip2edge.calibration.confidence.fit import (
 )
 from blip2edge.calibration.confidence.page import BEGIN, with_section
 from blip2edge.calibration.confidence.pipeline import LEAST, copy_with_confidence
+from blip2edge.calibration.confidence.references import References
 from blip2edge.calibration.pipeline import calibrate
 from blip2edge.calibration.sealing import seal
 from blip2edge.cli import main
@@ -39,7 +41,7 @@ from blip2edge.errors import BundleError, DataError, UsageError
 from blip2edge.runtime.decoding.confidence import Confidence, ConfidenceMap, features
 from blip2edge.runtime.decoding.generated import Generated
 from blip2edge.runtime.decoding.options import GenerationOptions
-from tests.confident import NEW, drawn_references, fit_on_drawings, pictures
+from tests.confident import NEW, Drawn, drawn_references, fit_on_drawings, pictures
 from tests.drawing import draw_pictures
 
 RNG = np.random.default_rng(0)
@@ -140,6 +142,17 @@ def test_features_rise_with_the_log_probabilities() -> None:
 @pytest.fixture(scope="module")
 def captioner(confident_bundle: Path) -> Captioner:
     return Captioner.load(confident_bundle, backend="cpu", threads=1)
+
+
+def test_the_hash_of_references_is_that_of_their_pixels() -> None:
+    """A picture that is replaced under its old name counts as another one."""
+    first, second = pictures(2)
+
+    def sha256(picture: Image.Image, right: str = "a square") -> str:
+        return References([Drawn("0.png", picture, right)], "equal").sha256
+
+    assert sha256(first) == sha256(first.copy())
+    assert len({sha256(first), sha256(second), sha256(first, "a circle"), sha256(first.convert("L"))}) == 4
 
 
 def test_the_copy_has_the_parents_files_and_a_report(

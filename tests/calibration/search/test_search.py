@@ -96,6 +96,16 @@ def found(
     return out, run(tiny_bundle, out, images)
 
 
+def test_progress_stays_within_its_total(tiny_bundle: Path, images: Path, state: Path, tmp_path: Path) -> None:
+    """The plain flags are measured in addition to ``measured`` combinations, so the total counts both."""
+    seen: list[tuple[str, int, int]] = []
+    run(tiny_bundle, resumed(state, tmp_path), images, progress=lambda *report: seen.append(report))
+    assert all(0 <= done <= total for _, done, total in seen)
+    combinations = [report[1:] for report in seen if report[0] == "captions of combinations"]
+    assert len(combinations) > 4
+    assert combinations == [(at, combinations[0][1]) for at in range(combinations[0][1] + 1)]
+
+
 def test_the_plain_flags_are_measured_with_the_other_points(found: tuple[Path, FoundPoints]) -> None:
     presets = [point for point in found[1].points if point.preset]
     assert {point.preset for point in presets} == {
