@@ -66,15 +66,30 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_file_or_broken_link(path: str | Path) -> bool:
+    """Whether a path is that of a regular file, or of a link to a file that does not exist.
+
+    A listing keeps such a link: when the file is read, an error names it. Otherwise it would be skipped silently.
+    """
+    return os.path.isfile(path) or is_broken_link(path)
+
+
+def is_broken_link(path: str | Path) -> bool:
+    """Whether a path is that of a symbolic link to a file that does not exist."""
+    return os.path.islink(path) and not os.path.exists(path)
+
+
 def visible_files(folder: Path) -> list[Path]:
     """Lists the regular files of a folder and of its subfolders, sorted by name.
 
-    Files and subfolders whose name begins with a dot are skipped, such as the ``._`` files that macOS makes.
+    Links to files that do not exist are listed too. Files and subfolders whose name begins with a dot are skipped, such
+    as the ``._`` files that macOS makes.
     """
     return [
         path
         for path in sorted(folder.rglob("*"))
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts) and path.is_file()
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and is_file_or_broken_link(path)
     ]
 
 

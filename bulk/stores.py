@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Protocol, cast
 
 from blip2edge.errors import DataError, MissingPackageError
 from blip2edge.packages import require
-from blip2edge.picture_files import MAX_FILE_BYTES, is_address, version_mark
+from blip2edge.picture_files import MAX_FILE_BYTES, is_address, is_broken_link, version_mark
 from blip2edge.reading import read_bytes, reading
 from blip2edge.runtime.images.download import WEB
 from blip2edge.special_files import open_file
@@ -69,7 +69,7 @@ class LocalStore:
     """The local disk; a :class:`Store`."""
 
     def files(self, folder: str, *, deep: bool = True) -> Iterator[StoredFile]:
-        """Lists the files of a folder; links to folders are not followed."""
+        """Lists the files of a folder, and links to files that do not exist; links to folders are not followed."""
         yield from self._files(folder, "", deep)
 
     def _files(self, folder: str, prefix: str, deep: bool) -> Iterator[StoredFile]:
@@ -84,6 +84,8 @@ class LocalStore:
             elif entry.is_file():
                 with reading(entry.path, "a file", DataError):
                     yield StoredFile(entry.path, f"{prefix}{entry.name}", _version(entry.stat()))
+            elif is_broken_link(entry.path):  # its picture becomes a broken row
+                yield StoredFile(entry.path, f"{prefix}{entry.name}", "")
 
     def file(self, path: str) -> StoredFile | None:
         """Describes a file."""

@@ -101,6 +101,29 @@ def test_folder_and_pattern(caption: Run, folder: Path) -> None:
     assert caption(str(folder / "more"))[1][0].startswith(f"{folder}/more/alone/d.jpg: ")  # named, although alone
 
 
+@pytest.mark.parametrize("word", ["", "*.png", "*"], ids=["folder", "suffix", "pattern"])
+def test_link_to_a_file_that_does_not_exist_fails_alone(caption: Run, folder: Path, word: str) -> None:
+    (folder / "b.png").unlink()
+    link = folder / "b.png"
+    link.symlink_to(folder / "gone.png")
+    (folder / "notes").symlink_to(folder / "gone")  # no suffix of a picture
+    status, lines, errors = caption(str(folder / word))
+    assert status == 1
+    assert [line.split(": ")[0] for line in lines][:2] == [str(folder / "a.png"), str(folder / "c.png")]
+    assert errors[0].startswith(f"error: {link}: a link to {folder / 'gone.png'}, which does not exist; ")
+    assert len(errors) == 1
+    (folder / "gone.png").write_bytes((folder / "a.png").read_bytes())
+    assert caption(str(folder / word))[0] == 0
+
+
+def test_frame_that_is_a_link_to_a_file_that_does_not_exist(folder: Path) -> None:
+    frames = folder / "more"
+    (frames / "e.jpg").symlink_to(folder / "gone.png")
+    with pytest.raises(ImageError, match=r"gone\.png, which does not exist"):
+        for frame in load_frames(frames, 2):
+            load_image(frame)
+
+
 def test_file_whose_name_has_the_characters_of_a_pattern(folder: Path) -> None:
     path = folder / "a[1]*.png"
     (folder / "a.png").rename(path)

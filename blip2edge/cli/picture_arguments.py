@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge.errors import ImageError, UsageError
-from blip2edge.picture_files import PICTURE_SUFFIXES, visible_files
+from blip2edge.picture_files import PICTURE_SUFFIXES, is_file_or_broken_link, visible_files
 from blip2edge.runtime.images.download import WEB, download
 from blip2edge.special_files import open_file
 
@@ -157,7 +157,8 @@ def _of_pattern(word: str, videos: bool) -> list[PictureArgument]:
         matches = [
             path
             for path in matches
-            if os.path.isfile(path) and (any_suffix or os.path.splitext(path)[1].lower() in PICTURE_SUFFIXES)
+            if is_file_or_broken_link(path)
+            and (any_suffix or os.path.splitext(path)[1].lower() in PICTURE_SUFFIXES)
         ]
     if not matches:
         error = ImageError(f"{word}: no picture matches this pattern", "check the folder and the suffix in the pattern")

@@ -27,6 +27,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from blip2edge.errors import Blip2EdgeError, BundleError, ImageError, one_line
 from blip2edge.limits import DEFAULT_LIMITS, MAX_PIXELS, Limits
+from blip2edge.picture_files import is_broken_link
 from blip2edge.runtime.images.grey16 import Grey16
 
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
@@ -131,6 +132,10 @@ def _check_file(name: str) -> None:
         raise ImageError(f"{name}: expected a picture, got a directory", "name the pictures inside it")
     if exists:
         raise ImageError(f"{name}: expected a picture, got something that is not a regular file", "name a picture file")
+    if is_broken_link(path):
+        raise ImageError(
+            f"{name}: a link to {os.readlink(path)}, which does not exist", "restore that file, or remove the link"
+        )
     raise ImageError(f"{name}: no such file", "check the path")
 
 

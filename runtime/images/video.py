@@ -18,6 +18,7 @@ import numpy as np
 from blip2edge.errors import ImageError, UsageError, one_line
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.packages import require
+from blip2edge.picture_files import is_file_or_broken_link
 from blip2edge.reading import reading
 from blip2edge.runtime.images.preprocess import DeferredImage, ImageSource, check_pixels
 
@@ -150,7 +151,7 @@ def _check_frames(total: int, name: str, limits: Limits) -> None:
 
 
 def _from_folder(folder: Path) -> list[ImageSource]:
-    files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    files = [path for path in folder.iterdir() if is_file_or_broken_link(path) and not path.name.startswith(".")]
     if not files:
         raise ImageError(f"{folder}: expected a folder of frames, got an empty one")
     return [*sorted(files, key=lambda path: _by_number(path.name))]

@@ -57,6 +57,17 @@ def test_a_folder_is_sorted_by_the_parts_of_its_paths(folder: Path) -> None:
     assert list(PictureSource(str(folder)).items()) != items  # its version is another one
 
 
+def test_a_link_to_a_file_that_does_not_exist_is_a_broken_picture(folder: Path) -> None:
+    (folder / "a.png").unlink()
+    (folder / "a.png").symlink_to(folder / "gone.png")
+    items = list(PictureSource(str(folder)).items())
+    assert [item.image for item in items] == ["a/b/c.jpg", "a/z.png", "a.png", "b.png"]
+    with pytest.raises(ImageError, match=r"a\.png cannot be read \(No such file"):
+        items[2].read()
+    (folder / "gone.png").write_bytes(png(2))
+    assert list(PictureSource(str(folder)).items())[2] != items[2]  # its version is another one
+
+
 def test_shards_give_their_pictures_and_say_where_they_are_cut(tmp_path: Path) -> None:
     shard(tmp_path / "0.tar", {"x.png": png(1), "x.txt": b"words", "d/.y.png": b"", "d/y.jpg": png(2)})
     shard(tmp_path / "1.tar", {"x.png": png(3), "z.png": b"0" * 5000})

@@ -80,6 +80,14 @@ def test_a_broken_picture_is_left_out_by_name(folder: Path) -> None:
     assert len(chosen) == 8
 
 
+def test_a_link_to_a_file_that_does_not_exist_is_left_out_by_name(folder: Path) -> None:
+    (folder / "002.png").unlink()
+    (folder / "002.png").symlink_to(folder / "gone.png")
+    chosen = choose_pictures(folder)
+    assert chosen.skipped == (str(folder / "002.png"),)
+    assert len(chosen) == 8
+
+
 def test_no_picture_is_an_error_that_says_what_to_give(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="found none; give images a folder"):

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from blip2edge.errors import BackendError, DataError, one_line, shown_address
 from blip2edge.packages import require
-from blip2edge.picture_files import PICTURE_SUFFIXES
+from blip2edge.picture_files import PICTURE_SUFFIXES, is_broken_link
 from blip2edge.runtime.images.preprocess import DeferredImage
 from blip2edge.runtime.images.video import VIDEO_SUFFIXES
 from blip2edge.runtime.serving.streams import gstreamer
@@ -227,8 +227,9 @@ def _pictures(folder: Path) -> set[_Version]:
         for path in folder.iterdir():
             if path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith("."):
                 with suppress(FileNotFoundError):
-                    status = path.stat()
-                    if stat.S_ISREG(status.st_mode):
+                    broken = is_broken_link(path)  # a frame that fails, so that an error names it
+                    status = path.lstat() if broken else path.stat()
+                    if broken or stat.S_ISREG(status.st_mode):
                         found.add(_Version(status.st_mtime_ns, path.name, status.st_size))
     except OSError as error:
         raise DataError(

@@ -78,6 +78,15 @@ def test_a_broken_picture_does_not_end_it(captioner: Captioner, folder: Path) ->
     assert errors["0.png"] == errors["2.png"] == ""
 
 
+def test_a_link_to_a_file_that_does_not_exist_is_a_broken_picture(captioner: Captioner, folder: Path) -> None:
+    (folder / "1.png").unlink()
+    (folder / "1.png").symlink_to(folder / "gone.png")
+    seen = list(watch(captioner, open_source(str(folder), follow=False), every=True, max_new_tokens=2))
+    errors = {one.frame: one.error for one in seen}
+    assert "1.png: a link to" in errors["1.png"]
+    assert errors["0.png"] == errors["2.png"] == ""
+
+
 def test_new_pictures_appear(captioner: Captioner, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "POLL_S", 0.01)
     frames = open_source(str(folder))
