@@ -88,8 +88,7 @@ def visible_files(folder: Path) -> list[Path]:
     return [
         path
         for path in sorted(folder.rglob("*"))
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and is_file_or_broken_link(path)
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts) and is_file_or_broken_link(path)
     ]
 
 

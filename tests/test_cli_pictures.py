@@ -120,8 +120,7 @@ def test_frame_that_is_a_link_to_a_file_that_does_not_exist(folder: Path) -> Non
     frames = folder / "more"
     (frames / "e.jpg").symlink_to(folder / "gone.png")
     with pytest.raises(ImageError, match=r"gone\.png, which does not exist"):
-        for frame in load_frames(frames, 2):
-            load_image(frame)
+        list(map(load_image, load_frames(frames, 2)))
 
 
 def test_file_whose_name_has_the_characters_of_a_pattern(folder: Path) -> None:

@@ -157,8 +157,7 @@ def _of_pattern(word: str, videos: bool) -> list[PictureArgument]:
         matches = [
             path
             for path in matches
-            if is_file_or_broken_link(path)
-            and (any_suffix or os.path.splitext(path)[1].lower() in PICTURE_SUFFIXES)
+            if is_file_or_broken_link(path) and (any_suffix or os.path.splitext(path)[1].lower() in PICTURE_SUFFIXES)
         ]
     if not matches:
         error = ImageError(f"{word}: no picture matches this pattern", "check the folder and the suffix in the pattern")

@@ -47,15 +47,29 @@ def add_arguments(parser: Parser) -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--explain", action="store_true", help="show how each figure is calculated, line by line")
     how.add_argument("--json", action="store_true", help="print the plan as one JSON object")
+    parser.add_argument(
+        "--require-fit",
+        action="store_true",
+        help="exit with status 1 if the model does not fit each --device: its memory in some precision, and the tokens "
+        "in the context; without this flag, a plan that does not fit has status 0",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print whether a model fits the devices, its predicted times, and the recommended bridge."""
+    """Print whether a model fits the devices, its predicted times, and the recommended bridge.
+
+    Raises:
+        UsageError: A value of a flag is wrong, or a required fit names no device.
+        CheckpointError: The model does not fit a device, where that is required.
+    """
     from blip2edge.cli import plan_text
+    from blip2edge.errors import UsageError
     from blip2edge.runtime.bench.devices import DEVICES
     from blip2edge.runtime.bench.plan import PlanOptions, device_plan
     from blip2edge.shapes.sources import find_shape
 
+    if options.require_fit and not options.device:
+        raise UsageError("--require-fit needs --device", "name the board that the model must fit")
     request = PlanOptions(options.frames, options.prompt_tokens, options.max_new_tokens, options.threads)
     model = options.model or DEFAULT_MODEL
     shape, origin = find_shape(model)
@@ -65,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     plans = [device_plan(shape, device, request) for device in devices or DEVICES.values()]
     if options.json:
         print(json.dumps(plan_json(model, origin, shape, plans, request), indent=2))
-        return 0
+        return _status(options, model, shape, plans, request)
     print(plan_text.head(model, origin, shape, request))
     if devices:
         for plan in plans:
@@ -81,6 +95,21 @@ def run(options: argparse.Namespace) -> int:
     able = [plan for plan in plans if plan_text.fits(shape, plan, request)] if devices else plans
     if able:
         print_next(*_next(model, able, all_boards=not devices))
+    return _status(options, model, shape, plans, request)
+
+
+def _status(
+    options: argparse.Namespace, model: str, shape: ModelShape, plans: list[DevicePlan], request: PlanOptions
+) -> int:
+    """The exit status 0; raises an error if a fit is required and the model does not fit a device."""
+    from blip2edge.cli.plan_text import fits, what_fits
+    from blip2edge.errors import CheckpointError
+
+    if options.require_fit:
+        for plan in plans:
+            if not fits(shape, plan, request):
+                lacking, _, ways = what_fits(shape, plan, request).partition(": ")
+                raise CheckpointError(f"{model} on {plan.device.name}: {lacking}", ways)
     return 0
 
 

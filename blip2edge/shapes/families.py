@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from blip2edge.errors import CheckpointError, UnsupportedModelError, UsageError
+from blip2edge.errors import CheckpointError, UnsupportedModelError
 from blip2edge.shapes.languages import LanguageShape, bert, bridged_shape, flamingo
 from blip2edge.shapes.model_shape import ModelPart, ModelShape
 from blip2edge.shapes.parts import (
@@ -74,11 +74,11 @@ def checkpoint_name(name: str) -> str | None:
     return None if known in WITHOUT_CHECKPOINT else known
 
 
-def unknown_model(name: str) -> UsageError:
+def unknown_model(name: str) -> CheckpointError:
     """The error of a name that is neither a directory, a file, nor a published model."""
     known = [*PUBLISHED, *PUBLISHED.values()]
     similar = get_close_matches(name, known, n=1, cutoff=0.5)
-    return UsageError(
+    return CheckpointError(
         f"{name} is no bundle, checkpoint directory or config.json, and no published model of this list: "
         f"{', '.join(PUBLISHED)}",
         f"did you mean {similar[0]}?" if similar else "give the path of its config.json",

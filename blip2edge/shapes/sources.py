@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from blip2edge.bundle.hub.download import find_manifest
-from blip2edge.bundle.hub.errors import quiet_client
+from blip2edge.bundle.hub.download import find_manifest, first_file, hub_client
+from blip2edge.bundle.hub.errors import hub_errors
 from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest, read_manifest
 from blip2edge.bundle.schema import BRIDGE, CROSS_KV, DECODER, EMBEDDINGS_FILE, TEXT_ENCODER, VISION
-from blip2edge.errors import BundleError, CheckpointError, one_line
+from blip2edge.errors import BundleError, CheckpointError
 from blip2edge.packages import missing
 from blip2edge.reading import read_json
 from blip2edge.shapes.families import published_config, shape_of, unknown_model
@@ -39,8 +39,7 @@ def find_shape(model: str) -> tuple[ModelShape, str]:
         The shape, and where it comes from.
 
     Raises:
-        UsageError: There is no such model.
-        CheckpointError: The config cannot be read, or its model is not supported.
+        CheckpointError: There is no such model, its config cannot be read, or it is not supported.
         BundleError: The bundle cannot be read or downloaded, or its model writes no captions.
         MissingPackageError: A bundle on the hub is named, and ``huggingface_hub`` is not installed.
     """
@@ -66,21 +65,16 @@ def hub_config(name: str) -> Any:
     """Reads the ``config.json`` of a model on the hub, from its cache or by the network.
 
     Raises:
-        UsageError: The name is not one of the hub, or ``huggingface_hub`` is not installed or does not reach it.
+        CheckpointError: The name is not one of the hub, or ``huggingface_hub`` is not installed or does not reach it.
     """
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or missing(["huggingface_hub"]):
         raise unknown_model(name)
-    from huggingface_hub import hf_hub_download
-
     try:
-        with quiet_client():
-            file = Path(hf_hub_download(name, CONFIG))
-    except Exception as error:  # the hub's client raises its own, requests', httpx' and OS errors
+        with hub_errors(f"its {CONFIG} could not be fetched", name, CheckpointError):
+            file = first_file(hub_client(name), name, CONFIG)
+    except CheckpointError as error:
         problem = unknown_model(name)
-        raise type(problem)(
-            f"{problem.problem}; the hub gave no config.json ({one_line(error)})",
-            f"check the name, the network, and HF_ENDPOINT if it is set; or {problem.fix}",
-        ) from error
+        raise CheckpointError(f"{problem.problem}; {error.problem}", f"{error.fix}; or {problem.fix}") from error
     return read_json(file, CheckpointError, "download the file again")
 
 

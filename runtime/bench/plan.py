@@ -73,7 +73,8 @@ class PrecisionPlan:
     Attributes:
         memory: Bytes while pictures are captioned.
         build: Bytes at the peak of building the engines, or a CPU's optimized copy, on the device.
-        fits_run, fits_build: Whether these fit the device's usable memory.
+        fits_run, fits_build: Whether these fit the device's usable memory; both false for a precision that the device
+            does not run.
         refused: Why the device does not run this precision; empty if it does.
         ms: Predicted milliseconds: ``preprocess``, ``vision``, ``bridge``, ``prefill``, ``decode_per_token``,
             ``decode`` (all tokens after the first), ``total``.
@@ -90,7 +91,7 @@ class PrecisionPlan:
     @property
     def fits(self) -> bool:
         """Whether the device can build and run it."""
-        return self.fits_run and self.fits_build and not self.refused
+        return self.fits_run and self.fits_build
 
     @property
     def tokens_per_s(self) -> float:
@@ -98,15 +99,16 @@ class PrecisionPlan:
         return 1e3 / self.ms["decode_per_token"]
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object for ``plan --json``."""
+        """A JSON object for ``plan --json``; the times of a refused precision are null."""
+        times = {stage: None if self.refused else round(ms, 3) for stage, ms in self.ms.items()}
         return {
             "precision": self.precision,
             "memory_bytes": {**self.memory.to_json(), "build": self.build},
             "fits_run": self.fits_run,
             "fits_build": self.fits_build,
             "refused": self.refused,
-            "ms": {stage: round(ms, 3) for stage, ms in self.ms.items()},
-            "tokens_per_s": round(self.tokens_per_s, 2),
+            "ms": times,
+            "tokens_per_s": None if self.refused else round(self.tokens_per_s, 2),
         }
 
 
@@ -291,8 +293,9 @@ def precision_plan(shape: ModelShape, precision: str, device: Board, options: Pl
     memory = run_memory(shape, precision, device, frames, options.prompt_tokens, options.new_tokens)
     build = build_memory(shape, precision, device)
     ms = stage_ms(shape, precision, device, options)
-    fits_run, fits_build = memory.total <= device.usable, build <= device.usable
-    return PrecisionPlan(precision, memory, build, fits_run, fits_build, device.refuses.get(precision, ""), ms)
+    refused = device.refuses.get(precision, "")
+    fits_run, fits_build = (not refused and needed <= device.usable for needed in (memory.total, build))
+    return PrecisionPlan(precision, memory, build, fits_run, fits_build, refused, ms)
 
 
 def device_plan(shape: ModelShape, device: Board, options: PlanOptions) -> DevicePlan:

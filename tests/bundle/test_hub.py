@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -226,6 +228,23 @@ def test_a_missing_repository_and_a_checkpoint(hub: HubServer, capsys: pytest.Ca
     hub.status = 500
     with pytest.raises(BundleError, match=r"the hub answered with status 500"):
         Bundle.open("hub:org/model")
+
+
+def test_without_a_network_nothing_is_repeated(
+    published: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub.utils import _http
+
+    assert main(["inspect", HUB]) == 0
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
+    waits: list[float] = []
+    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=waits.append, time=time.time))
+    assert main(["inspect", HUB]) == 0  # from the cache
+    capsys.readouterr()
+    for words in (["inspect", "hub:org/other"], ["plan", "hub:org/other"], ["plan", "org/other"]):
+        assert main(words) == 1
+        assert "the hub cannot be reached" in capsys.readouterr().err
+    assert not waits
 
 
 def test_a_full_disk(published: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ pytest.importorskip("transformers", reason="the parameters are compared with tra
 import torch
 import transformers
 
-from blip2edge.errors import CheckpointError, UnsupportedModelError, UsageError
+from blip2edge.errors import CheckpointError, UnsupportedModelError
 from blip2edge.model.families.registry import read_config
 from blip2edge.model.models import build_model
 from blip2edge.shapes.families import CONFIGS, PUBLISHED, published_config, shape_of
@@ -156,6 +156,6 @@ def test_published_names() -> None:
     shape, origin = find_shape("Salesforce/blip2-opt-2.7b")
     assert (shape.family, origin) == ("blip-2", "from the list of published models")
     with pytest.raises(
-        UsageError, match=r"is no bundle, checkpoint directory or config\.json.*did you mean Salesforce"
+        CheckpointError, match=r"is no bundle, checkpoint directory or config\.json.*did you mean Salesforce"
     ):
         find_shape("Salesforce/blip2-opt-2.7")

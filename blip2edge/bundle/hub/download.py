@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.fields import is_file_name
-from blip2edge.bundle.hub.errors import hub_errors
-from blip2edge.bundle.hub.names import HubName, bundle_directory, is_hub_name
+from blip2edge.bundle.hub.errors import hub_errors, is_answer
+from blip2edge.bundle.hub.names import MAIN, HubName, bundle_directory, is_hub_name
 from blip2edge.bundle.manifest import MANIFEST, read_manifest
 from blip2edge.bundle.schema import DERIVED
 from blip2edge.bundle.trust.integrity import sha256_of
@@ -76,6 +76,35 @@ def hub_client(name: HubName | str) -> Any:
     return package
 
 
+def first_file(hub: Any, repository: str, file: str, revision: str = MAIN) -> Path:
+    """Downloads a file of a repository to the hub's cache; without a network, takes the cached one or fails at once.
+
+    For a file that is not in its cache, the hub's client repeats a failed connection for 23 seconds. So the connection
+    is tried once here; its timeout is ``HF_HUB_ETAG_TIMEOUT`` seconds (10 by default). With ``HF_HUB_OFFLINE``, nothing
+    is sent.
+
+    Args:
+        hub: The package, from :func:`hub_client`.
+        repository: ``ORG/NAME``.
+        file: Path of the file in the repository.
+        revision: Branch, tag or commit.
+
+    Returns:
+        Path of the file in the cache.
+
+    Raises:
+        Exception: Those of the hub's client; use it inside ``hub_errors``.
+    """
+    if not isinstance(hub.try_to_load_from_cache(repository, file, revision=revision), str):
+        try:
+            url = hub.hf_hub_url(repository, file, revision=revision)
+            hub.get_hf_file_metadata(url, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)
+        except Exception as error:
+            if not is_answer(error):
+                raise
+    return Path(hub.hf_hub_download(repository, file, revision=revision))  # its error of an answer is more exact
+
+
 class _Download:
     """The download of one revision of a repository.
 
@@ -88,10 +117,10 @@ class _Download:
         self._hub, self._name = hub_client(name), name
         with self._errors("check the network, and HF_ENDPOINT if it is set"):
             try:
-                found = self._hub.hf_hub_download(name.repository, MANIFEST, revision=name.revision)
+                found = first_file(self._hub, name.repository, MANIFEST, name.revision)
             except self._hub.errors.RemoteEntryNotFoundError as error:
                 raise self._no_bundle() from error
-        self.snapshot = Path(found).parent
+        self.snapshot = found.parent
         self._storage = self.snapshot.parents[1]
         self.directory = bundle_directory(self._storage, self.snapshot.name, name)
 

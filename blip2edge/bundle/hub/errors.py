@@ -99,6 +99,11 @@ _BY_STATUS: dict[int, Callable[[str], _Texts]] = {
 }
 
 
+def is_answer(error: BaseException) -> bool:
+    """Whether an exception of the hub's client was made from an answer of the hub, such as one with status 404."""
+    return any(_status(one) for one in _causes(error))
+
+
 def _status(error: BaseException) -> int:
     return int(getattr(getattr(error, "response", None), "status_code", 0) or 0)
 

@@ -29,6 +29,7 @@ from blip2edge.runtime.bench.roofline import READ, reference_seconds, this_devic
 from blip2edge.shapes.cost import Roofline, StageCost
 from blip2edge.shapes.model_shape import FORMATS
 from blip2edge.shapes.sources import find_shape
+from tests.hub_server import HubServer, plug_in
 
 CONFIG = Path(__file__).resolve().parents[3] / "examples" / "checkpoint" / "config.json"
 ALL = ("fp32", "fp16", "int8", "int8-weights", "int4")
@@ -195,8 +196,12 @@ def test_what_fits() -> None:
         "int4": True,
     }
     assert plan.chosen == "int4"
-    assert plan.of("int8").fits_run
-    assert "TensorRT takes no 8-bit" in plan.of("int8").refused
+    refused = plan.of("int8")
+    assert "TensorRT takes no 8-bit" in refused.refused
+    assert refused.memory.total < plan.device.usable
+    found = refused.to_json()
+    assert (found["fits_run"], found["fits_build"], found["tokens_per_s"]) == (False, False, None)
+    assert set(found["ms"].values()) == {None}
     assert device_plan(find_shape("blip2-opt-2.7b")[0], PI, PlanOptions()).chosen == "int8"
 
 
@@ -263,6 +268,24 @@ def test_what_fits_in_place_of_a_plan_that_does_not(
     text = said(capsys, *words.split())
     assert expected in text
     assert "next:" not in text
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"], ["--explain"]], ids=["text", "json", "explain"])
+def test_a_required_fit(capsys: pytest.CaptureFixture[str], flags: list[str]) -> None:
+    words = ["plan", "llava-hf/llava-1.5-7b-hf", "--device", "thor", *flags]
+    assert main([*words, "--require-fit"]) == 0
+    assert main([*words, "--device", "orin-nano-4gb"]) == 0
+    capsys.readouterr()
+    assert main([*words, "--device", "orin-nano-4gb", "--require-fit"]) == 1
+    found = capsys.readouterr()
+    assert "orin-nano-4gb" in found.out  # the plan is printed all the same
+    assert found.err.startswith("error: llava-hf/llava-1.5-7b-hf on orin-nano-4gb: does not fit the memory; raspberry")
+    assert main([*words, "--frames", "60", "--require-fit"]) == 1
+    assert "on thor: does not fit the context; --frames " in capsys.readouterr().err
+
+
+def test_a_required_fit_needs_a_board(capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(capsys, "--require-fit", status=2).startswith("error: --require-fit needs --device; name the board")
 
 
 def test_a_precision_that_does_not_run_has_no_times(capsys: pytest.CaptureFixture[str]) -> None:
@@ -334,13 +357,27 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
         (("--device", "orin-nano"), "--device orin-nano is not one of this, orin-nano-4gb"),
         (("--device", "orin-nano"), "did you mean orin-nano-"),
         (("--device", "zx81"), "give this to measure the machine that runs the command"),
-        (("nobody/nothing",), "no published model of this list: Salesforce/blip-image-captioning-base"),
-        (("Salesforce/blip2-opt-2.7", "--device", "thor"), "did you mean Salesforce/blip2-opt-2.7b?"),
-        (("no/such/folder",), "give the path of its config.json"),
     ],
 )
-def test_unknown_names(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_boards(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in said(capsys, *words, status=2)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("nonsense", "no published model of this list: Salesforce/blip-image-captioning-base"),
+        ("nobody/nothing", "no published model of this list: Salesforce/blip-image-captioning-base"),
+        ("Salesforce/blip2-opt-2.7", "did you mean Salesforce/blip2-opt-2.7b?"),
+        ("no/such/folder", "give the path of its config.json"),
+        (".", "has no bundle.json and no config.json"),
+    ],
+)
+def test_unknown_models(
+    model: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in said(capsys, model, status=1)
 
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
@@ -405,15 +442,11 @@ def test_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         find_shape(str(bundle))
 
 
-def test_a_config_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = pytest.importorskip("huggingface_hub", reason="it reads the config")
-    asked: list[tuple[str, str]] = []
-
-    def download(name: str, file: str) -> str:
-        asked.append((name, file))
-        return str(CONFIG)
-
-    monkeypatch.setattr(hub, "hf_hub_download", download)
-    shape, origin = find_shape("somebody/captioner")
+def test_a_config_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub", reason="it reads the config")
+    with HubServer().running() as server:
+        plug_in(monkeypatch, server, tmp_path / "hub")
+        server.add("somebody/captioner", {"config.json": CONFIG.read_bytes(), "model.safetensors": b"weights"})
+        shape, origin = find_shape("somebody/captioner")
     assert (shape.width, origin) == (128, "from the config.json on the hub")
-    assert asked == [("somebody/captioner", "config.json")]
+    assert {line.rpartition("/")[2] for line in server.requests} == {"config.json"}
