@@ -1,0 +1,86 @@
+"""A kernel as data: its template's arguments, the size of its block, and the structure that is its one parameter.
+
+Kernels are templates (``kernels/*.cuh``). A module of CUDA C++ instantiates those that a decoder needs
+(:func:`module_source`), each under a name without mangling.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+KERNELS = Path(__file__).parent / "kernels"
+"""Directory of the sources."""
+
+WARP = 32
+THREADS = 256
+"""Threads of every block; ``THREADS`` of ``common.cuh``."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An instance of a kernel's template.
+
+    Attributes:
+        file: The source that has the template, a file in :data:`KERNELS`.
+        template: The template's name.
+        values: The template's arguments, as C++.
+        arguments: The structure that the kernel takes; its name in C++ is the same.
+        shared: Dynamic shared memory of a block, in bytes.
+    """
+
+    file: str
+    template: str
+    values: tuple[str, ...]
+    arguments: type[ctypes.Structure]
+    shared: int
+
+    @property
+    def name(self) -> str:
+        """Name of the kernel in a compiled module."""
+        return "_".join((self.template, *(re.sub(r"\W", "", value).lower() for value in self.values)))
+
+    def source(self) -> str:
+        """The kernel's definition in C++; the template is included before."""
+        values = f"<{', '.join(self.values)}>" if self.values else ""
+        return (
+            f'extern "C" __global__ void __launch_bounds__({THREADS}) {self.name}('
+            f"const __grid_constant__ {self.arguments.__name__} arguments) {{ {self.template}{values}(arguments); }}\n"
+        )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its grid and its parameter.
+
+    Attributes:
+        kernel: The kernel.
+        grid: Blocks along x, y and z.
+        arguments: The kernel's structure; addresses in it are those of the GPU.
+    """
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    arguments: Any
+
+
+def module_source(kernels: Iterable[Kernel]) -> str:
+    """Makes the C++ source of a module with these kernels."""
+    unique = {kernel.name: kernel for kernel in kernels}
+    files = sorted({kernel.file for kernel in unique.values()})
+    includes = "".join(f'#include "{file}"\n' for file in files)
+    return includes + "".join(kernel.source() for kernel in unique.values())
+
+
+def pointers(*names: str) -> list[tuple[str, Any]]:
+    """Fields of a structure that are addresses."""
+    return [(name, ctypes.c_void_p) for name in names]
+
+
+def integers(*names: str) -> list[tuple[str, Any]]:
+    """Fields of a structure that are ``long long``."""
+    return [(name, ctypes.c_longlong) for name in names]

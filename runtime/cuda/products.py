@@ -1,0 +1,151 @@
+"""Products of a few rows with a weight of the bundle: the choice of a kernel, its grid and its parameter.
+
+``kernels/gemv.cuh`` describes the computation.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from blip2edge.runtime.cuda.kernel import THREADS, WARP, Kernel, Launch, integers, pointers
+
+SEGMENT = 64
+"""Bytes of a row of weights that neighbouring lanes read; ``SEGMENT`` of ``gemv.cuh``."""
+
+MOST_ROWS = 4
+"""Most rows that share one reading of the weights."""
+
+MOST_MATRICES = 3
+CHUNK = 16
+"""Rows of weights that a thread reads at a time; ``LEAST_BLOCK`` of ``weights.cuh``."""
+
+
+class Matrix(ctypes.Structure):
+    """``Matrix`` of ``gemv.cuh``."""
+
+    _fields_ = [*pointers("weight", "scales", "bias", "residual", "out"), *integers("width")]
+
+
+class GemvArguments(ctypes.Structure):
+    """``GemvArguments`` of ``gemv.cuh``."""
+
+    _fields_ = [
+        ("matrices", Matrix * MOST_MATRICES),
+        *pointers("x", "gated", "parts", "arrived"),
+        *integers("depth", "block", "widest"),
+    ]
+
+
+@dataclass(frozen=True)
+class Gemv:
+    """The form of a product ``[M, K] x [K, N]``; products of one launch share it.
+
+    Attributes:
+        bits: Bits of a weight: 16 (fp16), 8 or 4.
+        rows: M, from 1 to :data:`MOST_ROWS`.
+        depth: K.
+        widths: N of each matrix.
+        block: Rows of weights that share a scale; 0 for fp16.
+        scale: Type of the scales.
+        out: Type of the results.
+        swiglu: Whether the input is ``silu(x) * gated``.
+        relu: Whether ReLU follows the bias.
+    """
+
+    bits: Literal[4, 8, 16]
+    rows: int
+    depth: int
+    widths: tuple[int, ...]
+    block: int = 0
+    scale: Literal["float", "__half"] = "__half"
+    out: Literal["float", "__half"] = "__half"
+    swiglu: bool = False
+    relu: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rows <= MOST_ROWS or not 1 <= len(self.widths) <= MOST_MATRICES:
+            raise ValueError(f"{self.rows} rows and {len(self.widths)} matrices")
+        if self.bits < 16 and (self.block % CHUNK or not self.block or self.depth % self.block):
+            raise ValueError(f"blocks of {self.block} rows of {self.depth}")
+
+    @property
+    def load(self) -> int:
+        """Bytes of a load of weights: the largest that all rows of all matrices are aligned for.
+
+        In four bits, three and four rows take eight bytes: sixteen would need more registers than a thread has.
+
+        Raises:
+            ValueError: The width in four bits is odd, so that rows do not begin at a byte.
+        """
+        most = 8 if self.bits == 4 and self.rows > 2 else 16
+        for size in (16, 8, 4, 2, 1):
+            columns = size * 8 // self.bits
+            if size <= most and columns and all(width % columns == 0 for width in self.widths):
+                return size
+        raise ValueError(f"no kernel for {self.bits} bits and widths {self.widths}")
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of a warp along the columns."""
+        return min(SEGMENT // self.load, WARP)
+
+    @property
+    def tile(self) -> int:
+        """Columns of a block."""
+        return self.lanes * self.load * 8 // self.bits
+
+    @property
+    def tiles(self) -> int:
+        """Blocks along the columns of the widest matrix."""
+        return -(-max(self.widths) // self.tile)
+
+    def splits(self, multiprocessors: int) -> int:
+        """Blocks along K: enough that every multiprocessor has two blocks, as long as each thread has a chunk.
+
+        Args:
+            multiprocessors: Number of the GPU's multiprocessors.
+        """
+        most = -(-self.depth // (CHUNK * THREADS // self.lanes))
+        wanted = -(-2 * multiprocessors // (self.tiles * len(self.widths)))
+        return max(1, min(most, wanted))
+
+    def parts_bytes(self, splits: int) -> int:
+        """Size of the buffer for the sums of the blocks along K."""
+        return 4 * len(self.widths) * splits * self.rows * max(self.widths) if splits > 1 else 0
+
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel for this form."""
+        values = (
+            *map(str, (self.bits, self.rows, self.load)),
+            self.scale,
+            self.out,
+            "SWIGLU" if self.swiglu else "PLAIN",
+            "RELU" if self.relu else "LINEAR",
+        )
+        shared = THREADS // WARP * self.rows * self.tile * 4
+        return Kernel("gemv.cuh", "gemv", values, GemvArguments, shared)
+
+    def launch(
+        self, matrices: Sequence[Matrix], x: int, parts: int, arrived: int, splits: int, gated: int = 0
+    ) -> Launch:
+        """Makes the launch.
+
+        Args:
+            matrices: Addresses of each matrix; their ``width`` is set here.
+            x: Address of the input, fp16 ``[M, K]``.
+            parts: Address of :meth:`parts_bytes` bytes.
+            arrived: Address of a counter, uint32, for each tile of each matrix; zeros.
+            splits: Blocks along K.
+            gated: Address of the second input of SwiGLU.
+        """
+        arguments = GemvArguments(
+            x=x, gated=gated, parts=parts, arrived=arrived, depth=self.depth, block=self.block, widest=max(self.widths)
+        )
+        for index, (matrix, width) in enumerate(zip(matrices, self.widths, strict=True)):
+            matrix.width = width
+            arguments.matrices[index] = matrix
+        return Launch(self.kernel, (self.tiles, splits, len(self.widths)), arguments)

@@ -1,0 +1,144 @@
+"""Mutation testing of the kernels: changes one place of a source, and runs the comparisons with float64.
+
+``python -m tests.runtime.cuda.kernel_mutants --mutants 200``. A change removes a barrier, moves an index or a constant
+by one, or exchanges an operator. A mutant is killed if a comparison fails, if the kernel deadlocks, writes outside of
+its memory, crashes, or does not end in time. One that g++ does not compile is not counted. Survivors are listed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from blip2edge.runtime.cuda.kernel import KERNELS
+from tests.runtime.cuda import test_gemv
+from tests.runtime.cuda.shimmed import Shim
+
+SUITES = {"gemv.cuh": test_gemv, "weights.cuh": test_gemv, "common.cuh": test_gemv}
+"""The tests of each source: ``KERNELS`` and ``verify(shim)``."""
+
+CHANGES: tuple[tuple[str, str], ...] = (
+    (r"__syncthreads\(\);", ";"),
+    (r"__syncwarp\(\);", ";"),
+    (r" \+ ", " - "),
+    (r" - ", " + "),
+    (r" \* ", " + "),
+    (r" / ", " * "),
+    (r" % ", " / "),
+    (r" \+= ", " -= "),
+    (r" < ", " <= "),
+    (r" <= ", " < "),
+    (r" > ", " >= "),
+    (r" >= ", " > "),
+    (r" == ", " != "),
+    (r" != ", " == "),
+    (r" && ", " || "),
+    (r" \|\| ", " && "),
+    (r"(?<![\w.x])(\d+)(?=[;,\])}: ]|$)", "{+1}"),
+    (r"\bfmaxf\b", "fminf"),
+    (r"\bthreadIdx\.x\b", "(threadIdx.x + 1)"),
+    (r"\bblockIdx\.([xyz])\b", "0"),
+)
+"""Regular expressions and what replaces a match; ``{+1}`` is the number plus one."""
+
+EQUIVALENT = (
+    r"^#|#pragma|unroll|__launch_bounds__|static_assert",
+    r"constexpr int (SEGMENT|MOST_MATRICES|THREADS|WARP|WARPS|LEAST_BLOCK)\b",  # the host's constants
+    r"enum (Input|Output)",
+)
+"""Lines that are not changed: directives, and constants that the host shares."""
+
+SECONDS = 60
+
+
+@dataclass
+class Mutant:
+    """One change, and whether a test noticed it: ``killed``, ``survived`` or ``invalid``."""
+
+    file: str
+    line: int
+    before: str
+    after: str
+    outcome: str = ""
+
+
+def mutants(file: str) -> Iterator[Mutant]:
+    """All changes of a source; comments are left alone."""
+    for number, line in enumerate((KERNELS / file).read_text().splitlines(), 1):
+        code = line.split("//")[0]
+        if any(re.search(pattern, code) for pattern in EQUIVALENT):
+            continue
+        for pattern, replacement in CHANGES:
+            for match in re.finditer(pattern, code):
+                new = str(int(match[1]) + 1) if replacement == "{+1}" else replacement
+                yield Mutant(file, number, line.strip(), f"{line[: match.start()]}{new}{line[match.end() :]}")
+
+
+def outcome(mutant: Mutant) -> str:
+    """Runs the comparisons on a changed source, in a process of its own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        sources = Path(scratch) / "kernels"
+        shutil.copytree(KERNELS, sources)
+        lines = (sources / mutant.file).read_text().splitlines()
+        lines[mutant.line - 1] = mutant.after
+        (sources / mutant.file).write_text("\n".join(lines) + "\n")
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                _child(mutant, sources)
+            os._exit(1)
+        _, status = os.waitpid(child, 0)
+        return {0: "survived", 2: "invalid"}.get(os.waitstatus_to_exitcode(status), "killed")
+
+
+def _child(mutant: Mutant, sources: Path) -> None:
+    signal.alarm(SECONDS)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    suite = SUITES[mutant.file]
+    try:
+        shim = Shim(suite.KERNELS, sources, keep=False)
+    except RuntimeError:
+        os._exit(2)
+    suite.verify(shim)
+    os._exit(0)
+
+
+def run(count: int, seed: int, files: Sequence[str]) -> list[Mutant]:
+    """Tries ``count`` mutants, drawn from all of these sources; all of them if there are fewer."""
+    every = [mutant for file in files for mutant in mutants(file)]
+    chosen = random.Random(seed).sample(every, min(count, len(every)))
+    for mutant in chosen:
+        mutant.outcome = outcome(mutant)
+    return [mutant for mutant in chosen if mutant.outcome != "invalid"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--mutants", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--file", choices=sorted(SUITES), action="append")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    tried = run(given.mutants, given.seed, given.file or sorted(SUITES))
+    for mutant in tried:
+        if mutant.outcome == "survived":
+            print(f"{mutant.file}:{mutant.line}: {mutant.before}  ->  {mutant.after.strip()}")
+    killed = sum(mutant.outcome == "killed" for mutant in tried)
+    print(f"{killed} of {len(tried)} killed ({killed / max(len(tried), 1):.1%})")
+    if given.json:
+        given.json.write_text(json.dumps([asdict(mutant) for mutant in tried], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,2 @@
+// In place of CUDA's header.
+#include "cuda_shim.hpp"

@@ -1,0 +1,186 @@
+// CUDA C++ on a CPU, for tests: a fiber for each thread of a block, one block after the other.
+//
+// A thread runs until it waits: __syncthreads() waits for all threads of the block, a shuffle for those of the warp. So
+// a missing barrier shows in some order of the threads, which the launch chooses: forward, reversed or random. A barrier
+// that not all threads reach is an error, as is a write behind the launch's shared memory. Shared memory is filled with
+// NaN before each block.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __shared__
+
+struct dim3 { unsigned x = 1, y = 1, z = 1; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct __half { _Float16 value; };
+
+inline float __half2float(__half h) { return static_cast<float>(h.value); }
+inline __half __float2half(float f) { return {static_cast<_Float16>(f)}; }
+template <class To, class From> To shim_bits(From from) { To to; std::memcpy(&to, &from, sizeof to); return to; }
+inline __half __ushort_as_half(unsigned short bits) { return shim_bits<__half>(bits); }
+inline float __uint_as_float(unsigned bits) { return shim_bits<float>(bits); }
+template <class T> T __ldcs(const T* place) { return *place; }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return result;
+}
+
+constexpr std::size_t SHIM_SHARED = 96 << 10, SHIM_GUARD = 1024;
+extern float4 shared_memory[];
+float4 shared_memory[(SHIM_SHARED + SHIM_GUARD) / sizeof(float4)];
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace shim {
+
+constexpr int LANES = 32;
+constexpr std::size_t STACK = 256 << 10;
+enum Status { RUNS, WAITS_BLOCK, WAITS_WARP, DONE };
+enum Fault { FINE = 0, DEADLOCK = 1, WROTE_BEHIND = 2, BAD_LAUNCH = 3 };
+
+struct Fiber {
+    std::unique_ptr<char[]> stack;
+    ucontext_t entry;
+    jmp_buf place;
+    bool born = false;
+    Status status = DONE;
+    unsigned shuffles = 0;
+};
+
+inline std::vector<Fiber> fibers(1024);
+inline std::vector<uint64_t> deposits;  // [2, threads]: what lanes exchange
+inline jmp_buf scheduler;
+inline unsigned current;
+inline void (*body)();
+
+inline void yield(Status status) {
+    Fiber& fiber = fibers[current];
+    fiber.status = status;
+    if (_setjmp(fiber.place) == 0) _longjmp(scheduler, 1);
+}
+
+inline void live() {  // a fiber runs block after block
+    for (;;) {
+        body();
+        yield(DONE);
+    }
+}
+
+inline void resume(unsigned index) {
+    Fiber& fiber = fibers[index];
+    current = index;
+    threadIdx.x = index;
+    if (_setjmp(scheduler)) return;
+    if (fiber.born) _longjmp(fiber.place, 1);
+    fiber.born = true;
+    fiber.stack = std::make_unique<char[]>(STACK);
+    getcontext(&fiber.entry);
+    fiber.entry.uc_stack.ss_sp = fiber.stack.get();
+    fiber.entry.uc_stack.ss_size = STACK;
+    makecontext(&fiber.entry, live, 0);
+    setcontext(&fiber.entry);
+}
+
+inline bool release(unsigned first, unsigned count, Status status) {
+    for (unsigned i = first; i < first + count; ++i)
+        if (fibers[i].status != status) return false;
+    for (unsigned i = first; i < first + count; ++i) fibers[i].status = RUNS;
+    return true;
+}
+
+// Runs a block: rounds over the threads that can run, until all are done.
+inline Fault run_block(std::vector<unsigned>& order, std::mt19937* random) {
+    const unsigned threads = blockDim.x;
+    for (unsigned i = 0; i < threads; ++i) fibers[i].status = RUNS;
+    for (;;) {
+        if (random) std::shuffle(order.begin(), order.end(), *random);
+        for (unsigned index : order)
+            if (fibers[index].status == RUNS) resume(index);
+        bool moves = release(0, threads, WAITS_BLOCK), done = true;
+        for (unsigned warp = 0; warp < threads; warp += LANES)
+            moves |= release(warp, std::min<unsigned>(LANES, threads - warp), WAITS_WARP);
+        for (unsigned i = 0; i < threads; ++i) done &= fibers[i].status == DONE;
+        if (done) return FINE;
+        if (!moves) return DEADLOCK;
+    }
+}
+
+inline Fault run_grid(std::size_t shared, int ordering) {
+    if (shared > SHIM_SHARED || blockDim.x % LANES || blockDim.x > fibers.size()) return BAD_LAUNCH;
+    std::mt19937 random(ordering);
+    std::vector<unsigned> order(blockDim.x), blocks(gridDim.x * gridDim.y * gridDim.z);
+    std::iota(order.begin(), order.end(), 0u);
+    std::iota(blocks.begin(), blocks.end(), 0u);
+    if (ordering == 1) std::reverse(order.begin(), order.end()), std::reverse(blocks.begin(), blocks.end());
+    if (ordering > 1) std::shuffle(blocks.begin(), blocks.end(), random);
+    deposits.assign(2 * blockDim.x, ~0ull);
+    char* memory = reinterpret_cast<char*>(shared_memory);
+    for (unsigned block : blocks) {
+        blockIdx = {block % gridDim.x, block / gridDim.x % gridDim.y, block / gridDim.x / gridDim.y};
+        std::memset(memory, 0xff, shared + SHIM_GUARD);
+        if (Fault fault = run_block(order, ordering > 1 ? &random : nullptr)) {
+            for (Fiber& fiber : fibers) fiber.born = false;  // they are in the middle of a block that is given up
+            return fault;
+        }
+        for (std::size_t i = shared; i < shared + SHIM_GUARD; ++i)
+            if (memory[i] != '\xff') return WROTE_BEHIND;
+    }
+    return FINE;
+}
+
+template <class T> T exchange(T value, unsigned partner) {
+    static_assert(sizeof(T) <= sizeof(uint64_t));
+    // Two halves in turn: a lane can be at most one shuffle ahead of the others.
+    uint64_t* half = deposits.data() + (fibers[current].shuffles++ & 1) * blockDim.x;
+    std::memcpy(half + current, &value, sizeof value);
+    yield(WAITS_WARP);
+    const unsigned from = current / LANES * LANES + partner;
+    T received;
+    std::memcpy(&received, half + from, sizeof received);
+    return received;
+}
+
+// Calls a kernel with its one argument, for each block and thread.
+template <class Arguments> Fault launch(void (*kernel)(Arguments), const Arguments* given, const unsigned* grid,
+                                        unsigned threads, std::size_t shared, int ordering) {
+    static void (*chosen)(Arguments);
+    static const Arguments* arguments;
+    chosen = kernel;
+    arguments = given;
+    gridDim = {grid[0], grid[1], grid[2]};
+    blockDim = {threads, 1, 1};
+    body = [] { chosen(*arguments); };
+    return run_grid(shared, ordering);
+}
+
+}  // namespace shim
+
+inline void __syncthreads() { shim::yield(shim::WAITS_BLOCK); }
+inline void __syncwarp(unsigned = ~0u) { shim::yield(shim::WAITS_WARP); }
+inline void __threadfence() {}
+template <class T> T __shfl_xor_sync(unsigned, T value, int mask) {
+    return shim::exchange(value, (threadIdx.x % shim::LANES) ^ static_cast<unsigned>(mask));
+}
+inline unsigned atomicInc(unsigned* place, unsigned largest) {
+    const unsigned before = *place;
+    *place = before >= largest ? 0 : before + 1;
+    return before;
+}

@@ -1,0 +1,147 @@
+"""Products with the bundle's weights against float64: each format, 1 to 4 rows, widths of every alignment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blip2edge.calibration.weights.blocks import BlockFormat, packed, restored
+from blip2edge.runtime.cuda.products import Matrix, Gemv
+from tests.runtime.cuda.shimmed import FORWARD, ORDERS, RANDOM, REVERSED, Memory, Shim, ulps
+
+WIDE = 160  # more than a tile of every format but one, and no multiple of it
+
+CASES = (
+    Gemv(16, 1, 72, (WIDE,), out="float"),
+    Gemv(16, 4, 37, (WIDE, 32, 40)),  # a depth that is no multiple of a chunk; narrower matrices
+    Gemv(16, 3, 16, (6,), relu=True),
+    Gemv(16, 1, 300, (7,)),
+    Gemv(8, 1, 128, (WIDE,), 64),
+    Gemv(8, 2, 96, (WIDE, 48), 32, scale="float", out="float"),
+    Gemv(8, 4, 64, (20,), 16, swiglu=True),
+    Gemv(8, 1, 32, (9,), 16),
+    Gemv(4, 1, 256, (WIDE, WIDE), 128, scale="float"),
+    Gemv(4, 2, 64, (288,), 32, swiglu=True, relu=True),
+    Gemv(4, 3, 128, (48,), 64, out="float"),
+    Gemv(4, 4, 1088, (24,), 64),  # more chunks than threads along K
+    Gemv(4, 2, 16, (10,), 16),
+)
+
+KERNELS = tuple(case.kernel for case in CASES)
+
+
+@pytest.fixture(scope="module")
+def shim() -> Shim:
+    return Shim(KERNELS)
+
+
+@dataclass
+class Drawn:
+    """One matrix: what the kernel gets, and the weights in float64."""
+
+    stored: np.ndarray[Any, Any]
+    scales: np.ndarray[Any, Any]
+    exact: np.ndarray[Any, Any]
+    bias: np.ndarray[Any, Any]
+    residual: np.ndarray[Any, Any]
+
+
+def draw(case: Gemv, width: int, random: np.random.Generator) -> Drawn:
+    bias = random.normal(0, 1, width).astype(np.float32)
+    residual = random.normal(0, 1, (case.rows, width)).astype(np.float32)
+    if case.bits == 16:
+        weight = random.normal(0, 1, (case.depth, width)).astype(np.float16)
+        return Drawn(weight, np.zeros(1, np.float16), weight.astype(np.float64), bias, residual)
+    form = BlockFormat(case.bits, case.block)
+    integers = random.integers(form.low, form.high + 1, (case.depth, width)).astype(np.int8)
+    dtype = np.float16 if case.scale == "__half" else np.float32
+    scales = random.uniform(0.01, 0.3, (case.depth // case.block, width)).astype(dtype)
+    exact = integers.astype(np.float64) * np.repeat(scales.astype(np.float64), case.block, axis=0)
+    assert np.allclose(restored(integers, scales.astype(np.float32), form), exact, rtol=1e-6)
+    return Drawn(packed(integers, case.bits), scales, exact, bias, residual)
+
+
+def wanted(case: Gemv, one: Drawn, x: np.ndarray[Any, Any], gated: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    x = x.astype(np.float64)
+    if case.swiglu:
+        x = x / (1 + np.exp(-x)) * gated.astype(np.float64)
+    out = x @ one.exact + one.bias
+    if case.relu:
+        out = np.maximum(out, 0)
+    result: np.ndarray[Any, Any] = out + one.residual
+    return result
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.kernel.name)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_products(shim: Shim, case: Gemv, splits: int) -> None:
+    for order in ORDERS:
+        compare(shim, case, splits, order)
+
+
+def verify(shim: Shim) -> None:
+    """All comparisons, for the mutants."""
+    for case in CASES:
+        for splits, order in ((1, FORWARD), (3, REVERSED), (3, RANDOM)):
+            compare(shim, case, splits, order)
+
+
+def compare(shim: Shim, case: Gemv, splits: int, order: int) -> None:
+    """In fp32, 8 ulp of the largest result; in fp16, one rounding."""
+    random = np.random.default_rng(17)
+    memory = Memory()
+    x, gated = (memory.put(random.normal(0, 1, (case.rows, case.depth)).astype(np.float16)) for _ in range(2))
+    drawn = [draw(case, width, random) for width in case.widths]
+    dtype = np.float32 if case.out == "float" else np.float16
+    outs = [memory.empty((case.rows, width), dtype) for width in case.widths]
+    parts = memory.empty((case.parts_bytes(splits),), np.uint8)
+    arrived = memory.put(np.zeros(case.tiles * len(drawn), np.uint32))
+    matrices = [
+        Matrix(*(memory.put(array).ctypes.data for array in (one.stored, one.scales, one.bias, one.residual)))
+        for one in drawn
+    ]
+    for matrix, out in zip(matrices, outs, strict=True):
+        matrix.out = out.ctypes.data
+    launch = case.launch(matrices, x.ctypes.data, parts.ctypes.data, arrived.ctypes.data, splits, gated.ctypes.data)
+    for _ in range(2 if splits > 1 else 1):  # the counters are zero again after a launch
+        shim.run(launch, order)
+    memory.check()
+    assert not arrived.any()
+    for one, out in zip(drawn, outs, strict=True):
+        exact = wanted(case, one, x, gated)
+        largest = float(np.abs(exact).max())
+        bound = 8 if dtype == np.float32 else 0.52
+        assert ulps(out, exact, dtype, largest if dtype == np.float32 else 0.25) <= bound
+
+
+def test_a_null_bias_and_residual_are_none_and_the_result_may_replace_the_residual(shim: Shim) -> None:
+    case = CASES[0]
+    random = np.random.default_rng(2)
+    one = draw(case, WIDE, random)
+    memory = Memory()
+    x = memory.put(random.normal(0, 1, (1, case.depth)).astype(np.float16))
+    out = memory.put(one.residual)
+    arrived = memory.put(np.zeros(case.tiles, np.uint32))
+    weight = memory.put(one.stored).ctypes.data
+    exact = x.astype(np.float64) @ one.exact
+    matrix = Matrix(weight=weight, residual=out.ctypes.data, out=out.ctypes.data)
+    shim.run(case.launch([matrix], x.ctypes.data, 0, arrived.ctypes.data, 1))
+    assert ulps(out, exact + one.residual, np.float32, float(np.abs(exact).max())) <= 8
+    matrix.residual = None
+    shim.run(case.launch([matrix], x.ctypes.data, 0, arrived.ctypes.data, 1))
+    assert ulps(out, exact, np.float32, float(np.abs(exact).max())) <= 8
+
+
+def test_the_largest_load_that_fits_is_chosen_and_odd_widths_in_four_bits_are_refused() -> None:
+    opt = Gemv(4, 1, 2560, (2560, 2560, 2560), 128)
+    assert (opt.load, opt.lanes, opt.tile, opt.tiles) == (16, 4, 128, 20)
+    assert replace(opt, rows=3).load == 8
+    assert Gemv(16, 1, 2560, (50272,)).load == 16
+    assert (opt.splits(16), opt.splits(132)) == (1, 3)  # three matrices of 20 tiles; K has 160 chunks for 64 threads
+    with pytest.raises(ValueError, match="no kernel for 4 bits and widths"):
+        _ = Gemv(4, 1, 16, (9,), 16).kernel
+    with pytest.raises(ValueError, match="blocks of 8 rows"):
+        Gemv(4, 1, 16, (8,), 8)
