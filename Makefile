@@ -127,6 +127,7 @@ docs: $(VENV)/.installed
 	$(BIN)/python benchmarks/plan_page.py --write docs/plan.md
 	$(BIN)/python benchmarks/command_pages.py --write
 	$(BIN)/python benchmarks/mathematics_pictures.py --write
+	$(BIN)/python benchmarks/explain_pictures.py --write
 
 site: $(VENV)/.installed
 	$(BIN)/mkdocs build --strict

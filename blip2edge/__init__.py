@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from blip2edge.bundle.bundle import Bundle
     from blip2edge.calibration.pipeline import calibrate
     from blip2edge.engine.build import build_bundle as build
+    from blip2edge.explanation.pipeline import explain
     from blip2edge.export.pipeline import export_checkpoint
     from blip2edge.optimization.pipeline import optimize
     from blip2edge.runtime.captioning.captioner import Captioner
@@ -92,6 +93,7 @@ __all__ = [
     "build",
     "calibrate",
     "evaluate",
+    "explain",
     "export_checkpoint",
     "optimize",
 ]
@@ -107,6 +109,7 @@ _HOMES = {
     "build": ("blip2edge.engine.build:build_bundle", "build"),
     "calibrate": ("blip2edge.calibration.pipeline:calibrate", "cpu,build"),
     "evaluate": ("blip2edge.training.evaluation.pipeline:evaluate", "cpu,export"),
+    "explain": ("blip2edge.explanation.pipeline:explain", "cpu,build"),
     "export_checkpoint": ("blip2edge.export.pipeline:export_checkpoint", "cpu,export"),
     "optimize": ("blip2edge.optimization.pipeline:optimize", "cpu,build"),
 }

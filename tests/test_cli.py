@@ -21,7 +21,7 @@ import pytest
 from blip2edge import __version__
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.cli import interrupt, main
-from blip2edge.cli.messages import explain, flag
+from blip2edge.cli.messages import error_line, flag
 from blip2edge.cli.parser import build_parser
 from blip2edge.errors import BundleError, UsageError, option
 from blip2edge.limits import Limits
@@ -32,6 +32,7 @@ COMMANDS = (
     "ask",
     "match",
     "embed",
+    "explain",
     "inspect",
     "sign",
     "verify",
@@ -478,7 +479,7 @@ def test_process_status_and_streams(tmp_path: Path) -> None:
 
 
 def test_explain_names_the_extra() -> None:
-    told = explain(ModuleNotFoundError("No module named 'torch'", name="torch.nn"))
+    told = error_line(ModuleNotFoundError("No module named 'torch'", name="torch.nn"))
     assert told == "the package 'torch' is not installed; install it: pip install 'blip2edge[export]'"
 
 

@@ -22,7 +22,8 @@ SHARED_NAMES = {"add_arguments", "run", "report_table", "open_graph"}
 """Functions that every command, or every backend, has by design."""
 
 EITHER_WAY = {"__main__", "cli", "examples", "export", "model", "training", "version", "graph_files"}
-NOT_ON = {"no-torch": EITHER_WAY, "no-onnx": EITHER_WAY | {"bulk", "calibration", "engine", "optimization"}}
+READS_GRAPHS = {"bulk", "calibration", "engine", "explanation", "optimization"}
+NOT_ON = {"no-torch": EITHER_WAY, "no-onnx": EITHER_WAY | READS_GRAPHS}
 """Modules that an import contract leaves out, by the contract's id."""
 
 Modules = dict[str, ast.Module]

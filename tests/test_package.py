@@ -99,7 +99,7 @@ help_text = pydoc.plain(pydoc.render_doc(blip2edge))
 assert "class Captioner" in help_text and "Not available: blip2edge.optimize needs" in help_text
 assert isinstance(Captioner, type) and issubclass(UsageError, Blip2EdgeError)
 told = {}
-for name in ("build", "calibrate", "evaluate", "export_checkpoint", "optimize"):
+for name in ("build", "calibrate", "evaluate", "explain", "export_checkpoint", "optimize"):
     try:
         members[name]("somewhere")
     except Blip2EdgeError as error:

@@ -23,7 +23,7 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 from blip2edge import Captioner, ImageError, Matcher, UsageError, evaluate
 from blip2edge.bundle.schema import DRAFTS, BackendName
 from blip2edge.cli import main
-from blip2edge.cli.messages import explain
+from blip2edge.cli.messages import error_line
 from blip2edge.errors import BackendError, BundleError, OverloadError, option
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.limits import Limits
@@ -267,7 +267,7 @@ def test_each_interface_writes_an_option_in_its_own_way(
     assert str(caught.value) == "expected min_new_tokens of at most 3, got 9; raise max_new_tokens"
     assert caught.value.problem == "expected min_new_tokens of at most 3, got 9"
     assert caught.value.fix == "raise max_new_tokens"
-    assert explain(caught.value) == "expected --min-new-tokens of at most 3, got 9; raise --max-new-tokens"
+    assert error_line(caught.value) == "expected --min-new-tokens of at most 3, got 9; raise --max-new-tokens"
 
     file = io.BytesIO()
     PICTURE.save(file, "PNG")
@@ -302,10 +302,10 @@ def test_each_interface_writes_an_option_in_its_own_way(
 def test_marked_options_in_errors() -> None:
     error = BundleError(f"{{braces}} stay, {option('max_waiting')} too", f"use {option('force', on=True)}")
     assert str(error) == "{braces} stay, max_waiting too; use force=True"
-    assert explain(error) == "{braces} stay, --queue too; use --force"
+    assert error_line(error) == "{braces} stay, --queue too; use --force"
     assert error.field == "max_waiting"
     copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - ours; errors cross processes
-    assert (str(copy), copy.field, explain(copy)) == (str(error), error.field, explain(error))
+    assert (str(copy), copy.field, error_line(copy)) == (str(error), error.field, error_line(error))
     assert OverloadError("full", f"lower {option('max_batch')}").field is None
     assert UsageError(f"{option('a')} and b", field="b").field == "b"
 

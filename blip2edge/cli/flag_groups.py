@@ -113,6 +113,11 @@ def add_backend(parser: ArgumentParser) -> None:
         "the GPU, else cpu",
     )
     add_threads(parser)
+    add_require_signature(parser)
+
+
+def add_require_signature(parser: ArgumentParser) -> None:
+    """Adds ``--require-signature``."""
     parser.add_argument(
         "--require-signature",
         metavar="PUBLIC_KEY",

@@ -20,7 +20,7 @@ def flag(name: str, on: bool) -> str:  # noqa: ARG001 - a switch has no value on
     return "--" + _FLAGS.get(name, name).replace("_", "-")
 
 
-def explain(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """Returns an error as one line: what went wrong, and what the user can do."""
     if isinstance(error, Blip2EdgeError):
         return error.text(flag)
@@ -41,7 +41,7 @@ def explain(error: Exception) -> str:
 
 def print_error(error: Exception) -> None:
     """Prints an error, as the line ``error: …``, to standard error."""
-    print_note(f"error: {explain(error)}")
+    print_note(f"error: {error_line(error)}")
 
 
 def print_note(line: str) -> None:

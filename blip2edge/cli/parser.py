@@ -34,6 +34,7 @@ COMMANDS = {
     "verify": "check the signature of a bundle with a public key",
     "push": "upload a bundle with a model card to the Hugging Face hub",
     "build": "build TensorRT engines from the graphs of a bundle",
+    "explain": "show which patches each query looks at, how alike the queries are, and the gates of Flamingo",
     "certify": "compare a bundle on this machine with the reference outputs in it",
     "plan": "compute whether a model fits a board, how fast it is, and which bridge suits it",
     "bench": "measure the speed and memory of a bundle on this machine",

@@ -347,7 +347,7 @@ class Preprocessing:
     def _pixels(self, image: Image.Image) -> NDArray[np.float32]:
         """Computes the pixel values float32 [3,H,W] of an RGB picture."""
         if self.resize:
-            image = image.resize(self._resized(image.width, image.height), resample=self.resample)
+            image = image.resize(self.resized(image.width, image.height), resample=self.resample)
         if self.crop is not None:
             width, height = self.crop["width"], self.crop["height"]
             left, top = (image.width - width) // 2, (image.height - height) // 2
@@ -373,7 +373,7 @@ class Preprocessing:
             raise ImageError(f"expected pictures of one processed size, got {sizes}", "process the pictures one by one")
         return np.stack(pixels)
 
-    def _resized(self, width: int, height: int) -> tuple[int, int]:
+    def resized(self, width: int, height: int) -> tuple[int, int]:
         """Width and height after resizing (`get_resize_output_image_size` in transformers)."""
         if "height" in self.size:
             return self.size["width"], self.size["height"]

@@ -1,0 +1,165 @@
+"""Finds the attention to the picture in a bridge's graph: the softmax whose keys are computed from the patches."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from blip2edge.bundle.dtypes import Array
+from blip2edge.errors import BundleError
+
+KEY = re.compile(r"^(?P<path>.*)\.key\.(weight|bias)\b")
+"""Initializers of an attention's keys: ``bridge.qformer.layers.0.cross_attention.key.weight.T``, in every precision."""
+
+PLACES = (
+    re.compile(r"\.qformer\.layers\.(?P<layer>\d+)\.cross_attention$"),  # Q-Former, in a bridge or a matcher
+    re.compile(r"^bridge\.layers\.(?P<layer>\d+)\.attention$"),  # perceiver: keys of the patches, then of the queries
+    re.compile(r"^bridge\.attention$"),  # attention pool: one layer
+)
+"""Paths of the modules in which queries attend to the picture."""
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """A layer of the bridge in which the queries attend to the picture.
+
+    Attributes:
+        layer: Number of the layer in the bridge, from 0.
+        tensor: Name of the softmax's output in the graph, ``[B, H, Q, K]``: the first keys are the picture's
+            embeddings. In a perceiver, those of the queries follow.
+    """
+
+    layer: int
+    tensor: str
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """The attention weights of one layer for one picture, averaged over the heads.
+
+    Attributes:
+        layer: Number of the layer in the bridge, from 0.
+        patches: float64 ``[Q, rows, columns]``, the weight of each patch.
+        before: float64 ``[Q]``, the weight of the tokens before the patches together: class token, registers.
+        queries: float64 ``[Q]``, the weight of the queries themselves together (perceiver), else 0. The three
+            parts of a query sum to 1.
+    """
+
+    layer: int
+    patches: NDArray[np.float64]
+    before: NDArray[np.float64]
+    queries: NDArray[np.float64]
+
+    @property
+    def spread(self) -> NDArray[np.float64]:
+        """How many patches each query looks at, float64 ``[Q]``: the exponential of the entropy over the patches.
+
+        It is 1 if all the weight is on one patch, and the number of patches if all patches have the same weight.
+        """
+        flat = self.patches.reshape(len(self.patches), -1)
+        shares = flat / np.maximum(flat.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+        logs = np.log(np.where(shares > 0, shares, 1.0))
+        spread: NDArray[np.float64] = np.exp(-(shares * logs).sum(axis=1))
+        return spread
+
+
+def attention_layers(graph: ir.Model) -> list[AttentionLayer]:
+    """Finds the layers of a graph in which queries attend to a picture, in their order.
+
+    A layer is recognized by the name of the weights that its keys are computed with. These names are those of the
+    checkpoint's modules, and stay in fp16, INT8 and INT4 graphs.
+    """
+    found: list[AttentionLayer] = []
+    for node in graph.graph:
+        if node.op_type != "Softmax":
+            continue
+        layer = _layer_of(_key_module(node))
+        if layer is not None:
+            found.append(AttentionLayer(layer, str(node.outputs[0].name)))
+    return sorted(found, key=lambda one: one.layer)
+
+
+def layer_weights(layer: AttentionLayer, weights: Array, embeds: int, rows: int, columns: int) -> LayerWeights:
+    """Averages the attention weights of one picture over the heads, and splits them by what they are on.
+
+    Args:
+        layer: The layer.
+        weights: The softmax's output ``[1, H, Q, K]``, K at least ``embeds``.
+        embeds: P, number of the picture's embeddings; the patches are the last ``rows * columns`` of them.
+        rows: Rows of patches.
+        columns: Columns of patches.
+    """
+    mean = np.asarray(weights[0], np.float64).mean(axis=0)  # [Q, K]
+    first = embeds - rows * columns
+    return LayerWeights(
+        layer.layer,
+        mean[:, first:embeds].reshape(len(mean), rows, columns),
+        mean[:, :first].sum(axis=1),
+        mean[:, embeds:].sum(axis=1),
+    )
+
+
+def check_lengths(layers: Sequence[AttentionLayer], outputs: Sequence[Array], embeds: int) -> None:
+    """Checks that the attention weights have a column for each of the picture's embeddings.
+
+    Raises:
+        BundleError: There are fewer columns than embeddings.
+    """
+    for layer, weights in zip(layers, outputs, strict=True):
+        if weights.ndim != 4 or weights.shape[-1] < embeds:
+            raise BundleError(
+                f"layer {layer.layer} of the bridge: expected attention weights for {embeds} embeddings of the "
+                f"picture, got the shape {list(weights.shape)}",
+                "export the checkpoint again",
+            )
+
+
+def _key_module(softmax: ir.Node) -> str | None:
+    """The path of the module whose keys a softmax compares with; None if it has none with a name."""
+    scores = next((node for node in _before(softmax.inputs[0]) if node.op_type == "MatMul"), None)
+    if scores is None:
+        return None
+    key = scores.inputs[1]
+    for name in _initializers(key):
+        match = KEY.match(name)
+        if match is not None:
+            return match["path"]
+    return None
+
+
+def _layer_of(path: str | None) -> int | None:
+    """The number of the layer with this path; None if its queries do not attend to the picture."""
+    for place in PLACES:
+        match = place.search(path or "")
+        if match is not None:
+            return int(match.groupdict().get("layer") or 0)
+    return None
+
+
+def _before(value: ir.Value | None) -> Iterator[ir.Node]:
+    """The nodes that a value is computed by, the nearest first."""
+    waiting, seen = deque([value]), set()
+    while waiting:
+        now = waiting.popleft()
+        node = now.producer() if now is not None else None
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        waiting.extend(node.inputs)
+
+
+def _initializers(value: ir.Value | None) -> Iterator[str]:
+    """The names of the initializers that a value is computed from, the nearest first."""
+    if value is not None and value.producer() is None:
+        yield str(value.name)
+    for node in _before(value):
+        for read in node.inputs:
+            if read is not None and read.producer() is None and read.name:
+                yield read.name

@@ -1,0 +1,149 @@
+"""Where the patches lie in the picture: undoes the crop and the resizing of the preprocessing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from blip2edge.bundle.schema import GraphSpec
+from blip2edge.errors import BundleError
+from blip2edge.runtime.images.preprocess import Preprocessing
+
+PASSED = ("Cast", "QuantizeLinear", "DequantizeLinear", "Mul", "Add", "Div", "Sub")
+"""Nodes between the pixel values and the patch embedding that keep each pixel in its place."""
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """The patches among the picture's embeddings.
+
+    Attributes:
+        rows: Rows of patches.
+        columns: Columns of patches.
+        before: Number of embeddings before those of the patches: the class token, registers.
+    """
+
+    rows: int
+    columns: int
+    before: int
+
+
+@dataclass(frozen=True)
+class View:
+    """The part of a picture that the model sees, and its size in the model's pixels.
+
+    A point ``x`` of the picture is at ``(x / scale_x) - left`` of the model's input.
+
+    Attributes:
+        picture: Width and height of the upright picture in pixels.
+        size: Width and height of the model's input in pixels.
+        scale: Pixels of the picture for one of the resized picture, across and down.
+        corner: Left and top of the crop in the resized picture, in its pixels; below 0 if the crop is larger than the
+            resized picture, which is then padded.
+    """
+
+    picture: tuple[int, int]
+    size: tuple[int, int]
+    scale: tuple[float, float]
+    corner: tuple[int, int]
+
+    def patch_of(self, points: NDArray[np.float64], axis: int, count: int) -> NDArray[np.int64]:
+        """The numbers of the patches at points of the picture along one axis.
+
+        Args:
+            points: Points of the picture in its pixels, ``[N]``.
+            axis: 0: across, 1: down.
+            count: Number of patches along the axis.
+
+        Returns:
+            int64 ``[N]``: numbers from 0; -1 for a point that the model does not see.
+        """
+        places = (points / self.scale[axis] - self.corner[axis]) * count / self.size[axis]
+        numbers = np.floor(places).astype(np.int64)
+        return np.where((numbers >= 0) & (numbers < count), numbers, -1)
+
+    def rectangle(self, row: int, column: int, grid: PatchGrid) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of a patch in pixels of the upright picture, without what lies outside it."""
+        sides = []
+        for axis, (number, count) in enumerate(((column, grid.columns), (row, grid.rows))):
+            for edge in (number, number + 1):
+                place = (edge * self.size[axis] / count + self.corner[axis]) * self.scale[axis]
+                sides.append(min(max(place, 0.0), float(self.picture[axis])))
+        left, right, top, bottom = sides
+        return left, top, right, bottom
+
+
+def view_of(preprocessing: Preprocessing, width: int, height: int) -> View:
+    """Computes which part of an upright picture the model sees.
+
+    Args:
+        preprocessing: The bundle's preprocessing.
+        width: Width of the upright picture in pixels.
+        height: Its height.
+    """
+    across, down = preprocessing.resized(width, height) if preprocessing.resize else (width, height)
+    size, corner = (across, down), (0, 0)
+    if preprocessing.crop is not None:
+        size = preprocessing.crop["width"], preprocessing.crop["height"]
+        corner = (across - size[0]) // 2, (down - size[1]) // 2
+    return View((width, height), size, (width / across, height / down), corner)
+
+
+def patch_grid(vision: ir.Model, spec: GraphSpec) -> PatchGrid:
+    """Finds rows and columns of the patches of a vision encoder.
+
+    The stride of the patch embedding gives them; it is the convolution that reads the pixels. Where the first
+    convolution is none of patches, the grid is the largest one of the input's proportions that fits.
+
+    Args:
+        vision: The vision encoder's graph.
+        spec: Its spec: the last input dimensions are the height and width of the pixel values.
+
+    Raises:
+        BundleError: The sizes vary, or the embeddings do not fit a grid of patches.
+    """
+    height, width = spec.inputs[0].dims[-2:]
+    embeds = spec.outputs[0].dims[1]
+    if not isinstance(height, int) or not isinstance(width, int) or not isinstance(embeds, int):
+        raise BundleError(
+            "expected a vision encoder of a fixed number of patches, found one whose number varies",
+            "export a checkpoint with a fixed image size",
+        )
+    stride = _patch_size(vision)
+    if stride is None:
+        share = math.gcd(height, width)
+        times = math.isqrt(embeds // (height // share * (width // share)))
+        rows, columns = times * (height // share), times * (width // share)
+    else:
+        rows, columns = height // stride[0], width // stride[1]
+    if not 0 < rows * columns <= embeds:
+        raise BundleError(
+            f"expected at least one embedding for each of {rows} x {columns} patches, found {embeds}",
+            "export the checkpoint again",
+        )
+    return PatchGrid(rows, columns, embeds - rows * columns)
+
+
+def _patch_size(vision: ir.Model) -> tuple[int, int] | None:
+    """Height and width of a patch in pixels; None if the pixels are not cut into patches by a convolution."""
+    value = vision.graph.inputs[0]
+    for _ in range(len(PASSED) * 2):
+        readers = [user for user, _ in value.uses()]
+        convolution = next((node for node in readers if node.op_type == "Conv"), None)
+        if convolution is not None:
+            strides = convolution.attributes.get("strides")
+            weight = convolution.inputs[1]
+            kernel = weight.shape[-2:] if weight is not None and weight.shape is not None else None
+            if strides is None or kernel is None:
+                return None
+            high, wide = strides.as_ints()
+            return (high, wide) if (high, wide) == tuple(kernel) else None
+        passed = next((node for node in readers if node.op_type in PASSED), None)
+        if passed is None:
+            return None
+        value = passed.outputs[0]
+    return None
