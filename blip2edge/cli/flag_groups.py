@@ -64,7 +64,7 @@ GENERATION: dict[str, tuple[str, Callable[[str], float], str]] = {
 # Groups of generation flags: title, description, and which. Published evaluations use those of the first.
 DECODING = (
     "generation",
-    "default values are in bundle.json; a checkpoint decodes greedily",
+    "default values are in bundle.json; a checkpoint has those that its bundle would have",
     ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "queries"),
 )
 SAMPLING = (

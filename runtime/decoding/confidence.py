@@ -121,11 +121,15 @@ class Confidence:
     """The maps of a bundle, one for each task.
 
     Args:
-        manifest: The bundle's manifest. Maps of other precisions than its graphs have are not used.
+        manifest: The bundle's manifest. Maps of other precisions than its graphs have are not used. None for a
+            checkpoint, which has no maps.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
-        self._spec = manifest.prompt
+    def __init__(self, manifest: Manifest | None) -> None:
+        self._maps: dict[str, ConfidenceMap] = {}
+        self._spec = None if manifest is None else manifest.prompt
+        if manifest is None:
+            return
         precisions = {name: graph.precision for name, graph in manifest.graphs.items()}
         maps = [ConfidenceMap.from_json(values) for values in manifest.confidence.values()]
         self._maps = {one.task: one for one in maps if dict(one.precisions) == precisions}

@@ -1,9 +1,8 @@
-"""Runs checkpoints in torch for evaluation, as the reference for bundles: greedy decoding, without a KV cache."""
+"""Runs checkpoints in torch for evaluation and validation, as the reference for bundles."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import takewhile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +13,47 @@ from torch import Tensor
 from blip2edge.errors import UsageError, option
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint.directory import load_model
+from blip2edge.model.checkpoint.generation import MAX_NEW_TOKENS, read_generation
 from blip2edge.model.checkpoint.image_processor import load_preprocessing
 from blip2edge.model.checkpoint.tokenizer import read_tokenizer
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.families.registry import FAMILIES
-from blip2edge.model.language.bert import BertDecoder
 from blip2edge.model.retrieval import RetrievalModel
-from blip2edge.runtime.decoding.options import check_integer
+from blip2edge.runtime.captioning.encoder import TextParts
+from blip2edge.runtime.captioning.pipeline import TextGenerator
+from blip2edge.runtime.captioning.request import StageClock
+from blip2edge.runtime.decoding.confidence import Confidence
+from blip2edge.runtime.decoding.draft_model import DraftSelector
+from blip2edge.runtime.decoding.generated import Generated
+from blip2edge.runtime.decoding.logits_processors import check_ids, check_prompt_ids
+from blip2edge.runtime.decoding.options import GenerationOptions, check_integer, merged
 from blip2edge.runtime.images.preprocess import Preprocessing
-from blip2edge.runtime.text.prompt import InstructionTokenizer, Prompt
+from blip2edge.runtime.images.video import ItemSource
+from blip2edge.runtime.text.prompt import InstructionTokenizer
 from blip2edge.runtime.text.tokenizer import Tokenizer
 from blip2edge.training.evaluation.models import EvaluatedModel, ModelOptions, Prompts, Vectors
+from blip2edge.training.evaluation.torch_decoding import TorchLanguage
+from blip2edge.training.evaluation.torch_encoding import TorchEncoder
 from blip2edge.training.loading.batches import pad_with_mask
 from blip2edge.training.loading.caption_texts import captioner_prompts
 
-Step = Callable[[Tensor], Tensor]
-"""Maps the generated ids [B, N] to the logits of the next token [B, V]."""
-
-_MAX_NEW_TOKENS = 30  # the default of an exported bundle
-
 
 class CheckpointCaptioner:
-    """A captioner from a checkpoint, run in torch.
+    """A captioner from a checkpoint, run in torch on the device of its weights.
+
+    Texts are decoded by the runtime's own code, with a KV cache: greedily, with beams or by sampling.
 
     Args:
-        model: The model in eval mode.
+        model: The model in eval mode; its weights may change between two calls.
         tokenizer: Tokenizer of the language model.
         preprocessing: Preprocessing of the pictures.
         instructions: Tokenizer of the Q-Former, if the Q-Former reads the prompt.
         batch_size: Number of pictures in one batch.
-        max_new_tokens: Longest text in tokens, the end token included.
-        queries: Number of visual tokens of each picture, of an elastic checkpoint; None for all.
+        defaults: The options of the checkpoint's bundle; None for greedy decoding to the family's end of a text.
+        generation: Fields of `GenerationOptions`; they replace the defaults.
 
     Raises:
-        UsageError: The model takes videos, or its text encoder attends to the picture (BLIP for VQA); or it was not
-            trained with this number of queries.
+        UsageError: An option is out of range, needs a bundle, or does not fit the model.
     """
 
     def __init__(
@@ -59,44 +64,41 @@ class CheckpointCaptioner:
         instructions: Tokenizer | None = None,
         *,
         batch_size: int = 16,
-        max_new_tokens: int = _MAX_NEW_TOKENS,
-        queries: int | None = None,
+        defaults: Mapping[str, Any] | None = None,
+        generation: Mapping[str, Any] | None = None,
     ) -> None:
         config = model.config
-        _check_queries(config, queries)
-        self._queries = queries
-        self._language: Any = model.language
-        encoder_attends = isinstance(model.language, BertDecoder) and config.language.is_encoder_decoder
-        if config.frames > 1 or encoder_attends:
-            raise UsageError(
-                f"a checkpoint of the family {config.family} can be scored only as a bundle",
-                "export the checkpoint, and score the bundle",
-            )
-        self._model = model
-        self._tokenizer = tokenizer
-        self._preprocessing = preprocessing
-        self._prompts = captioner_prompts(config, tokenizer)
-        self._instructions = None
+        if defaults is None:
+            defaults = {
+                "eos_token_ids": config.ends,
+                "stop": FAMILIES[config.family].stop,
+                "max_new_tokens": MAX_NEW_TOKENS,
+            }
+        self._options = _checked(merged(defaults, generation or {}), config)
+        reader = None
         if instructions is not None:
-            self._instructions = InstructionTokenizer(instructions, config.instruction_positions, config.frames)
-        self._stops = FAMILIES[config.family].stop
+            reader = InstructionTokenizer(instructions, config.instruction_positions, config.frames)
+        self._prompts = captioner_prompts(config, tokenizer)
+        self._encoder = TorchEncoder(model, preprocessing, TextParts(tokenizer, self._prompts, reader))
+        self._generator = TextGenerator(
+            TorchLanguage(model.language, config),
+            tokenizer,
+            config.language.max_positions,
+            DraftSelector(default="none"),
+            Confidence(None),
+        )
+        check_ids(self._options, config.language.vocab_size)
+        check_prompt_ids(self._options, given=self._prompts.spec.gives_ids)
         self._batch_size = batch_size
-        self._max_new_tokens = max_new_tokens
 
     @classmethod
     def load(cls, directory: Path, model: CaptionerModel, options: ModelOptions) -> CheckpointCaptioner:
-        """Loads the tokenizers and the preprocessing of a model.
+        """Loads the tokenizers, the preprocessing and the generation defaults of a model.
 
         Raises:
             CheckpointError: A file is missing or does not fit the model.
-            UsageError: An option is set that only bundles support.
+            UsageError: An option is out of range, needs a bundle, or does not fit the model.
         """
-        others = sorted(options.generation.keys() - {"max_new_tokens", "queries"})
-        if others:
-            raise UsageError(
-                f"a checkpoint is decoded greedily; {option(others[0])} works with bundles only",
-                "export the checkpoint, and score the bundle",
-            )
         instructions = None
         if model.config.instruction_positions:
             instructions = read_tokenizer(directory / "qformer_tokenizer").open()
@@ -106,140 +108,60 @@ class CheckpointCaptioner:
             load_preprocessing(directory).preprocessing,
             instructions,
             batch_size=options.batch_size,
-            max_new_tokens=options.generation.get("max_new_tokens", _MAX_NEW_TOKENS),
-            queries=options.generation.get("queries"),
+            defaults=read_generation(directory, model.config)[0],
+            generation=options.generation,
         )
-
-    @property
-    def _device(self) -> torch.device:
-        """The device that the model is on now."""
-        return self._vision_weight.device
-
-    @property
-    def _vision_weight(self) -> Tensor:
-        """A weight of the picture encoder, whose device and dtype the pixel values need."""
-        return next(self._model.vision.parameters())
 
     def question(self, text: str) -> str:
         """Makes the prompt that asks a question."""
         return self._prompts.question(text)
 
+    def __call__(self, pictures: Sequence[ItemSource], prompts: Prompts | None = None) -> list[str]:
+        """Generates one text for each picture; prompts of different lengths share a batch."""
+        return [self._generator.text(one, self._options) for one in self.generate(pictures, prompts)]
+
     @torch.inference_mode()
-    def __call__(self, pictures: Sequence[Image.Image], prompts: Prompts | None = None) -> list[str]:
-        """Generates one text for each picture. Rows with prompts of equal length form a batch."""
-        given = [self._prompts.with_default(text) for text in prompts or [None] * len(pictures)]
-        prepared = [self._prompts(text, queries=self._queries) for text in given]
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for row, prompt in enumerate(prepared):
-            groups.setdefault(tuple(map(len, prompt.segments)), []).append(row)
-        texts = [""] * len(pictures)
-        for group in groups.values():
-            for start in range(0, len(group), self._batch_size):
-                rows = group[start : start + self._batch_size]
-                visual_tokens = self._visual_tokens([pictures[row] for row in rows], [given[row] for row in rows])
-                ids = self._generate(visual_tokens, [prepared[row] for row in rows])
-                for row, written in zip(rows, ids, strict=True):
-                    texts[row] = self._text(written)
-        return texts
-
-    def _visual_tokens(self, pictures: list[Image.Image], prompts: list[str | None]) -> Tensor:
-        """Encodes pictures: float32 [B, Q, D]."""
-        pixels = torch.from_numpy(self._preprocessing.batch(pictures)).to(self._vision_weight)
-        instruction = self._instructions(prompts).values() if self._instructions is not None else ()
-        given = [torch.from_numpy(array).to(self._device) for array in instruction]
-        embeds = self._model.vision(pixels)
-        bridge = next(self._model.bridge.parameters(), embeds)  # BLIP's bridge has no weights
-        chosen = {} if self._queries is None else {"query_ids": torch.arange(self._queries, device=self._device)[None]}
-        tokens: Tensor = self._model.bridge(embeds.to(bridge.dtype), *given, **chosen)
-        return tokens
-
-    def _generate(self, visual_tokens: Tensor, prompts: list[Prompt]) -> list[list[int]]:
-        """Generates token ids greedily, up to the end token."""
-        with self._device:  # where new tensors are made
-            return self._generate_here(visual_tokens, prompts)
-
-    def _generate_here(self, visual_tokens: Tensor, prompts: list[Prompt]) -> list[list[int]]:
-        """:meth:`_generate`, with the model's device as the default one."""
-        ends = torch.tensor(self._model.config.ends)
-        step = self._step(visual_tokens, prompts)
-        rows = torch.zeros((len(prompts), 0), dtype=torch.int64)
-        finished = torch.zeros(len(prompts), dtype=torch.bool)
-        for _ in range(self._max_new_tokens):
-            token_ids = step(rows).argmax(dim=-1)  # [B]
-            rows = torch.cat([rows, token_ids[:, None]], dim=1)
-            finished |= torch.isin(token_ids, ends)
-            if bool(finished.all()):
-                break
-        last = set(ends.tolist())
-        return [list(takewhile(lambda token: token not in last, row)) for row in rows.tolist()]
-
-    def _step(self, visual_tokens: Tensor, prompts: list[Prompt]) -> Step:
-        """The function that computes the logits of the next token, by the kind of language model."""
-        language = self._language
-        before, after = (
-            torch.tensor([prompt.segments[side] for prompt in prompts], dtype=torch.int64).view(len(prompts), -1)
-            for side in (0, -1)
-        )
-        if language.config.is_encoder_decoder:
-            states = self._around(visual_tokens, before, after)
-            return self._decoder_step(states, torch.ones(states.shape[:2], dtype=torch.int64))
-        if language.config.cross is not None:
-            pictures = torch.tensor([prompt.attends_to for prompt in prompts])
-            return self._cross_step(visual_tokens, after, (pictures >= 0).long())
-        start = self._around(visual_tokens, before, after)
-        return lambda written: self._logits(torch.cat([start, language.embed(written)], dim=1))
-
-    def _around(self, visual_tokens: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        """Embeddings of the prompt with the visual tokens at the picture's place: [B, S, D]."""
-        text = self._language.embed(after)
-        return torch.cat([self._language.embed(before), visual_tokens.to(text.dtype), text], dim=1)
-
-    def _logits(self, embeds: Tensor, **cross: Any) -> Tensor:
-        """Logits [B, V] after the last position."""
-        rows, length = embeds.shape[:2]
-        positions = torch.arange(length).expand(rows, -1)
-        mask = torch.ones(rows, length, dtype=torch.int64)
-        logits, _ = self._language(embeds, mask, positions, positions[:, -1:], **cross)
-        last: Tensor = logits[:, 0]
-        return last
-
-    def _decoder_step(self, embeds: Tensor, mask: Tensor) -> Step:
-        """For an encoder-decoder model: encodes visual tokens and prompt once; the text begins with a start token."""
-        language = self._language
-        cross = language.cross_key_values(language.encode(embeds, mask))
-        start = torch.full((len(embeds), 1), self._model.config.decoder_start_token_id or 0)
-        return lambda written: self._logits(
-            language.embed(torch.cat([start, written], dim=1)), cross=cross, cross_attention_mask=mask
-        )
-
-    def _cross_step(self, visual_tokens: Tensor, ids: Tensor, picture_mask: Tensor) -> Step:
-        """For a decoder with cross-attention to the visual tokens.
+    def generate(self, pictures: Sequence[ItemSource], prompts: Prompts | None = None) -> list[Generated]:
+        """Generates one text for each picture, in order.
 
         Args:
-            visual_tokens: [B, Q, D].
-            ids: int64 [B, S], the prompt.
-            picture_mask: int64 [B, S], 1 where a token attends to the picture; [B, 0] if all tokens do. Generated
-                tokens use the value of the last prompt token.
+            pictures: One item for each text: a picture, or several for a prompt with several (Flamingo, videos).
+            prompts: One prompt, or None, for each picture; None for no prompts.
+
+        Returns:
+            Token ids, finish reason and log-probabilities of each text.
         """
-        language = self._language
-        cross = language.cross_key_values(visual_tokens)
-        rows, count = visual_tokens.shape[:2]
+        given = list(prompts or [None] * len(pictures))
+        clock = StageClock()
+        texts: list[Generated] = []
+        for start in range(0, len(pictures), self._batch_size):
+            rows = range(start, min(start + self._batch_size, len(pictures)))
+            batch = self._encoder(
+                [pictures[row] for row in rows], [given[row] for row in rows], clock, self._options.queries
+            )
+            texts += self._generator.complete(batch, self._options, rows, clock)
+        return texts
 
-        def logits(written: Tensor) -> Tensor:
-            mask = torch.ones(rows, count, dtype=torch.int64)
-            if picture_mask.shape[1]:
-                generated = picture_mask[:, -1:].expand(-1, written.shape[1])
-                mask = torch.cat([picture_mask, generated], dim=1)[:, :, None].expand(-1, -1, count)
-            embeds = language.embed(torch.cat([ids, written], dim=1))
-            return self._logits(embeds, cross=cross, cross_attention_mask=mask)
 
-        return logits
+def _checked(values: dict[str, Any], config: CaptionerConfig) -> GenerationOptions:
+    """The options of a checkpoint.
 
-    def _text(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids)
-        for stop in self._stops:
-            text = text.partition(stop)[0]
-        return text.strip()
+    Raises:
+        UsageError: An option is out of range, or is one that needs a bundle.
+    """
+    options = GenerationOptions(**values)
+    if options.abstain_below is not None:
+        raise UsageError(
+            f"{option('abstain_below')} needs a confidence, which a checkpoint does not have",
+            "export the checkpoint, and fit the bundle's confidence: docs/confidence.md",
+        )
+    if options.draft not in ("auto", "none"):
+        raise UsageError(
+            f"a checkpoint is decoded without a draft model, and {option('draft')} is {options.draft!r}",
+            f"leave {option('draft')} out, or export the checkpoint and use the bundle",
+        )
+    _check_queries(config, options.queries)
+    return options
 
 
 def _check_queries(config: CaptionerConfig, queries: int | None) -> None:
@@ -278,6 +200,11 @@ class CheckpointMatcher:
         """Whether the model has a matching head."""
         return self._model.config.has_match
 
+    @property
+    def _device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self._model.parameters()).device
+
     @torch.inference_mode()
     def image_vectors(self, pictures: Sequence[Image.Image]) -> Vectors:
         """Computes the vectors of pictures; see :class:`MatchModel`."""
@@ -285,7 +212,7 @@ class CheckpointMatcher:
             self._matcher.image_features(self._image_embeds(pictures[at : at + self._batch_size]))
             for at in range(0, len(pictures), self._batch_size)
         ]
-        vectors: Vectors = torch.cat(parts).numpy()
+        vectors: Vectors = torch.cat(parts).cpu().numpy()
         return vectors[:, 0] if vectors.shape[1] == 1 else vectors
 
     @torch.inference_mode()
@@ -295,7 +222,7 @@ class CheckpointMatcher:
             self._matcher.text_embeds(*self._padded(texts[at : at + self._batch_size]))
             for at in range(0, len(texts), self._batch_size)
         ]
-        vectors: Vectors = torch.cat(parts).numpy()
+        vectors: Vectors = torch.cat(parts).cpu().numpy()
         return vectors
 
     @torch.inference_mode()
@@ -318,7 +245,8 @@ class CheckpointMatcher:
 
     def _image_embeds(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Encodes pictures: float32 [B, P, Dv]."""
-        embeds: Tensor = self._model.vision(torch.from_numpy(self._preprocessing.batch(pictures)))
+        pixels = torch.from_numpy(self._preprocessing.batch(pictures)).to(self._device)
+        embeds: Tensor = self._model.vision(pixels)
         return embeds
 
     def _padded(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -326,25 +254,42 @@ class CheckpointMatcher:
         longest = self._model.config.max_positions
         rows = [self._tokenizer.encode(text) for text in texts]
         rows = [row if len(row) <= longest else [*row[: longest - 1], row[-1]] for row in rows]
-        return pad_with_mask(rows, 0)
+        ids, mask = pad_with_mask(rows, 0)
+        return ids.to(self._device), mask.to(self._device)
 
 
 def open_checkpoint_model(directory: Path, options: ModelOptions) -> EvaluatedModel:
-    """Opens a checkpoint for evaluation, in torch on the CPU.
+    """Opens a checkpoint for evaluation, in torch on the GPU, or on the CPU if torch has none.
 
     Args:
         directory: Directory with config, weights, tokenizer and preprocessing.
-        options: How the model is run; the backend is ignored.
+        options: How the model is run. The backend ``auto``, ``cpu`` or ``cuda`` chooses the device.
 
     Raises:
         CheckpointError: A file is missing or does not fit the model.
-        UsageError: An option is set that only bundles support, or the family can be scored only as a bundle.
+        UsageError: An option is set that only bundles support, or torch has no GPU and the backend is ``cuda``.
     """
+    device = _device_for(options.backend)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    model = load_model(directory)
+    model = load_model(directory).to(device)
     if isinstance(model, CaptionerModel):
         return EvaluatedModel(captioner=CheckpointCaptioner.load(directory, model, options))
     tokenizer = read_tokenizer(directory).open()
     preprocessing = load_preprocessing(directory).preprocessing
     return EvaluatedModel(matcher=CheckpointMatcher(model, tokenizer, preprocessing, options.batch_size))
+
+
+def _device_for(backend: str) -> str:
+    """The torch device of a checkpoint, by the name of a backend."""
+    if backend not in ("auto", "cpu", "cuda"):
+        raise UsageError(
+            f"expected {option('backend')} auto, cpu or cuda for a checkpoint, which runs in torch, got {backend}",
+            "export the checkpoint, and score the bundle",
+        )
+    if backend == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            f"{option('backend')} is cuda, but torch {torch.__version__} finds no GPU",
+            f"leave {option('backend')} out, or install torch for this GPU: https://pytorch.org",
+        )
+    return "cuda" if backend != "cpu" and torch.cuda.is_available() else "cpu"

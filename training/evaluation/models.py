@@ -67,10 +67,10 @@ class ModelOptions:
     """How a model is run.
 
     Attributes:
-        backend: Name of a bundle's backend, or "auto".
+        backend: Name of a bundle's backend, or "auto"; for a checkpoint "auto", "cpu" or "cuda".
         threads: CPU threads; None for all cores.
         batch_size: Number of pictures, or of pairs of a picture and a text, in one batch.
-        generation: Fields of `GenerationOptions`; a checkpoint supports `max_new_tokens` only.
+        generation: Fields of `GenerationOptions`; `draft` and `abstain_below` need a bundle.
         require_signature: A public key that a bundle must be signed for; None: no signature is required.
     """
 

@@ -14,6 +14,7 @@ from blip2edge.errors import BundleError, UsageError, option
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.matcher import Matcher
+from blip2edge.runtime.images.video import ItemSource
 from blip2edge.training.evaluation.models import (
     CaptionModel,
     EvaluatedModel,
@@ -32,7 +33,7 @@ class BundleCaptioner:
         self._captioner = captioner
         self._options = options
 
-    def __call__(self, pictures: Sequence[Image.Image], prompts: Prompts | None = None) -> list[str]:
+    def __call__(self, pictures: Sequence[ItemSource], prompts: Prompts | None = None) -> list[str]:
         """Generates one text for each picture."""
         results = self._captioner.caption_many(
             list(pictures), prompts=prompts, batch_size=self._options.batch_size, **self._options.generation

@@ -67,12 +67,13 @@ def evaluate(
         ranking: How the matching head ranks: ``probability``, or ``lavis``, its logit plus the cosine.
         ask: Whether POPE's questions are given to the model; otherwise its captions answer them.
         predictions: Whether the figures contain ``predictions``, the generated texts in COCO's result format.
-        backend: Name of a bundle's backend, or ``auto``.
+        backend: Name of a bundle's backend, or ``auto``; for a checkpoint, which runs in torch, ``auto``, ``cpu`` or
+            ``cuda``.
         threads: CPU threads; None for all cores.
         batch_size: Number of pictures in one batch.
         require_signature: A public key that a bundle must be signed for.
         progress: Called with ("scoring", pictures done, all pictures).
-        **generation: Fields of ``GenerationOptions``; a checkpoint supports ``max_new_tokens`` only.
+        **generation: Fields of ``GenerationOptions``; ``draft`` and ``abstain_below`` need a bundle.
 
     Returns:
         Figures by name, as ``blip2edge eval --json`` prints them.

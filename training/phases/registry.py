@@ -189,7 +189,7 @@ def _validation(run: TrainingRun) -> Validation | None:
         parts.preprocessing,
         instructions,
         batch_size=config.batch_size,
-        max_new_tokens=config.max_new_tokens,
+        generation={"max_new_tokens": config.max_new_tokens},
     )
     score, metric = validation_scores(config, run.base, captioner)
     return Validation(config, score, metric, run.accelerator)

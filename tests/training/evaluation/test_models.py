@@ -141,12 +141,8 @@ def test_a_model_is_asked_for_what_it_does(tiny_bundle: Path, tmp_path: Path) ->
         open_model(tmp_path, OPTIONS)
 
 
-def test_what_a_checkpoint_does_not_take(tiny_checkpoint: Drawn, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="num_beams works with bundles only"):
-        open_captioner(tiny_checkpoint.directory, ModelOptions(generation={"num_beams": 3}))
+def test_a_checkpoint_needs_its_files(tmp_path: Path) -> None:
     drawing_blip.save_blip(tmp_path / "vqa", "vqa", 0)
-    with pytest.raises(UsageError, match="can be scored only as a bundle"):
-        open_captioner(tmp_path / "vqa", ModelOptions())
     for name in ("preprocessor_config.json", "processor_config.json"):
         (tmp_path / "vqa" / name).unlink(missing_ok=True)
     with pytest.raises(CheckpointError):
