@@ -18,6 +18,7 @@ import tomllib
 
 from blip2edge.errors import ConfigError, one_line
 from blip2edge.reading import parse_json, read_text, reading
+from blip2edge.training.config_checks import conflicts
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, RecipeSection, one_of, read_section
 from blip2edge.training.loop_config import VALIDATION_METRICS, LoopConfig, ValidationConfig
@@ -80,23 +81,8 @@ class TrainingConfig(RecipeSection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bridge == "flamingo" and self.loop.frozen_dtype != "float32":
-            raise ConfigError(
-                f"[loop] frozen_dtype = {self.loop.frozen_dtype!r} does not work with bridge = 'flamingo', which trains"
-                " layers inside the language model",
-                "leave frozen_dtype out; autocast = 'bfloat16' saves time, and recompute_activations saves memory",
-            )
-        if self.loop.cache_features and self.data.augments:
-            raise ConfigError(
-                "[loop] cache_features does not work with crop or flip in [data], which change each picture every time",
-                "set cache_features to false, or leave crop and flip out",
-            )
-        if self.model.is_miniature and not self.data.only_scenes:
-            raise ConfigError(
-                "[model] names no trained parts, so the recipe trains the miniature model, which supports the data kind"
-                f" 'scenes' only, not {self.data.kind!r}",
-                "set checkpoint, or vision_from and language_from, in [model]",
-            )
+        for problem, fix in conflicts(self):
+            raise ConfigError(problem, fix)
 
 
 def parse_config(text: str, *, is_json: bool = False) -> TrainingConfig:

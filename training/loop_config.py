@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from blip2edge.training.data.config import DataConfig
-from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, RecipeSection, at_least, one_of
+from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, RecipeSection, ValidValues, at_least, one_of
 
+DECAY = ValidValues(lambda value: bool(0 <= value < 1), "be at least 0 and less than 1")
 VALIDATION_METRICS = ("exact_match", "cider_d", "bleu_4", "rouge_l", "vqa_accuracy")
 
 
@@ -23,6 +24,12 @@ class LoopConfig(RecipeSection):
     recompute_activations: bool = False
     """Save memory (activation checkpointing): the backward pass runs each layer of the language model again, instead of
     keeping what the forward pass computed. Losses and gradients stay the same."""
+    ema_decay: Annotated[float, DECAY] = 0.0
+    """Decay of an exponential moving average of the trained weights (EMA), such as 0.999; 0: no average. It needs
+    4 more bytes for each trained weight."""
+    ema_weights: Annotated[str, one_of("everywhere", "checkpoint", "validation")] = "everywhere"
+    """Where the averaged weights are used: validation scores them and the phase ends with them ("everywhere"), or only
+    one of both. "checkpoint" and "validation" need keep_best = false if the run is validated."""
     snapshot_every: Annotated[int, POSITIVE] = 500
     """Steps between two snapshots. An interrupted run resumes from the newest."""
     log_every: Annotated[int, NOT_NEGATIVE] = 0

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from blip2edge.errors import DataError, option
 from blip2edge.training.loop import phase_state
+from blip2edge.training.loop.averaging import Averages
 from blip2edge.training.loop.journal import LINES
 from blip2edge.training.loop.optim import learning_rate, make_optimizer
 from blip2edge.training.loop.snapshots import Snapshot
@@ -83,6 +84,29 @@ class Phase:
     before_step: Callable[[int], None] = lambda step: None
 
 
+@dataclass
+class _Live:
+    """A phase in progress.
+
+    Attributes:
+        run: The run of the phase.
+        phase: The phase.
+        module: Its module from `accelerator.prepare`.
+        optimizer: The optimizer from `accelerator.prepare`.
+        averages: Averages of the trained weights; None without `ema_decay`.
+    """
+
+    run: TrainingRun
+    phase: Phase
+    module: nn.Module
+    optimizer: Any
+    averages: Averages | None
+
+    def averaged(self, where: str) -> bool:
+        """Whether the recipe uses the averaged weights in "validation" or in the "checkpoint"."""
+        return self.averages is not None and self.run.config.loop.ema_weights in ("everywhere", where)
+
+
 def run_phase(run: TrainingRun, phase: Phase, done: int, snapshot: Snapshot | None = None) -> None:
     """Trains the module of a phase: makes all its optimiser steps.
 
@@ -96,34 +120,19 @@ def run_phase(run: TrainingRun, phase: Phase, done: int, snapshot: Snapshot | No
         DataError: A loss is not finite. The error names step and samples; the last snapshot is kept.
         OutputError: A snapshot or the log cannot be written.
     """
-    accelerator, config = run.accelerator, phase.config
-    optimizer = make_optimizer([phase.module], config)
-    module, optimizer = accelerator.prepare(phase.module, optimizer)
-    first = 0
-    validation = phase.validation
-    if validation is not None:
-        validation.check(module)
-    if snapshot is not None:
-        if validation is not None:
-            validation.restore(snapshot)
-        first = int(snapshot.facts["step"])
-        phase_state.restore(accelerator, module, optimizer, snapshot)
-        phase.batches.load_state_dict(snapshot.facts["batches"])
-    else:
-        torch.manual_seed(phase.seed * accelerator.num_processes + accelerator.process_index)
+    live = _begin(run, phase)
+    first = _restore(live, snapshot)
     run.journal.begin()
-    loop = run.config.loop
+    config, loop, validation = phase.config, run.config.loop, phase.validation
     log_every = loop.log_every or max(1, config.steps // LINES)
     for step in range(first, config.steps):
         rate = learning_rate(step, config)
-        for group in optimizer.param_groups:
+        for group in live.optimizer.param_groups:
             group["lr"] = rate
         phase.before_step(step)
-        run.journal.add(_step(run, phase, module, optimizer, step))
+        run.journal.add(_step(live, step))
         finished = step + 1
-        scores: dict[str, float] = {}
-        if validation is not None and validation.due(finished, config.steps):
-            scores = validation.run(finished, phase.module)
+        scores = _validate(live, finished)
         if finished % log_every == 0 or finished == config.steps or scores:
             line = run.journal.write(phase.name, finished, rate, phase.gauges(), scores)
             run.log(f"{phase.name}: step {finished}/{config.steps} loss {line['loss']:.4f} rate {rate:.1e}")
@@ -133,22 +142,66 @@ def run_phase(run: TrainingRun, phase: Phase, done: int, snapshot: Snapshot | No
         if run.progress is not None:
             run.progress(phase.name, finished, config.steps)
         if finished % loop.snapshot_every == 0 and finished < config.steps:
-            _save(run, phase, module, optimizer, finished, done)
+            _save(live, finished, done)
         if validation is not None and validation.exhausted:
             run.log(
                 f"{phase.name}: stops at step {finished}; the last {validation.config.patience} validations"
                 " brought no better score"
             )
             break
-    phase_state.gather_parameters(accelerator, module, phase.module)
+    _finish(live)
+
+
+def _begin(run: TrainingRun, phase: Phase) -> _Live:
+    """Prepares module and optimizer for this run's device, arithmetic and processes."""
+    optimizer = make_optimizer([phase.module], phase.config)
+    module, optimizer = run.accelerator.prepare(phase.module, optimizer)
+    if phase.validation is not None:
+        phase.validation.check(module)
+    decay = run.config.loop.ema_decay
+    return _Live(run, phase, module, optimizer, Averages(phase.module, decay) if decay else None)
+
+
+def _restore(live: _Live, snapshot: Snapshot | None) -> int:
+    """Continues from a snapshot, or seeds the phase if there is none. Returns the number of steps done."""
+    phase, accelerator = live.phase, live.run.accelerator
+    if snapshot is None:
+        torch.manual_seed(phase.seed * accelerator.num_processes + accelerator.process_index)
+        return 0
+    if phase.validation is not None:
+        phase.validation.restore(snapshot)
+    phase_state.restore(accelerator, live.module, live.optimizer, snapshot)
+    if live.averages is not None:
+        live.averages.restore(snapshot)
+    phase.batches.load_state_dict(snapshot.facts["batches"])
+    return int(snapshot.facts["step"])
+
+
+def _validate(live: _Live, finished: int) -> dict[str, float]:
+    """Scores the model after a step; empty if it is not due."""
+    phase, validation = live.phase, live.phase.validation
+    if validation is None or not validation.due(finished, phase.config.steps):
+        return {}
+    averages = live.averages if live.averaged("validation") else None
+    with nullcontext() if averages is None else averages.applied():
+        return validation.run(finished, phase.module)
+
+
+def _finish(live: _Live) -> None:
+    """Leaves the weights of the checkpoint in the phase's module, on every process."""
+    phase, accelerator = live.phase, live.run.accelerator
+    if live.averages is not None and live.averaged("checkpoint"):
+        live.averages.exchange()
+    phase_state.gather_parameters(accelerator, live.module, phase.module)
     accelerator.free_memory()
-    if validation is not None:
-        validation.finish(phase.module)
+    if phase.validation is not None:
+        phase.validation.finish(phase.module)
 
 
-def _step(run: TrainingRun, phase: Phase, module: nn.Module, optimizer: Any, step: int) -> dict[str, float]:
+def _step(live: _Live, step: int) -> dict[str, float]:
     """Makes one optimiser step. Returns its mean losses and the gradient's norm."""
-    accelerator, config = run.accelerator, phase.config
+    phase, module, accelerator = live.phase, live.module, live.run.accelerator
+    config = phase.config
     batches = [next(phase.batches) for _ in range(config.accumulate)]
     shares = _shares(accelerator, [batch.weight for batch in batches])
     values: dict[str, float] = {}
@@ -171,11 +224,13 @@ def _step(run: TrainingRun, phase: Phase, module: nn.Module, optimizer: Any, ste
         name for name, value in values.items() if not math.isfinite(value) and not (scaled and name == "grad_norm")
     ]
     if wrong:
-        raise _not_finite(run, phase, batches, step, f"{wrong[0]} is {values[wrong[0]]}")
+        raise _not_finite(live.run, phase, batches, step, f"{wrong[0]} is {values[wrong[0]]}")
     if scaled and not math.isfinite(values["grad_norm"]):
         values["grad_norm"] = 0.0
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    live.optimizer.step()
+    live.optimizer.zero_grad(set_to_none=True)
+    if live.averages is not None and not live.optimizer.step_was_skipped:
+        live.averages.update()
     return values
 
 
@@ -208,16 +263,17 @@ def _not_finite(run: TrainingRun, phase: Phase, batches: Sequence[PhaseBatch], s
     return DataError(f"{phase.name}: at step {step}{samples} the {what}, expected a finite number", fix)
 
 
-def _save(run: TrainingRun, phase: Phase, module: nn.Module, optimizer: Any, step: int, done: int) -> None:
+def _save(live: _Live, step: int, done: int) -> None:
     """Writes a snapshot within a phase. All processes gather the tensors, the first one writes."""
-    accelerator = run.accelerator
-    tensors = phase_state.capture(accelerator, module, optimizer)
+    run, phase = live.run, live.phase
+    tensors = phase_state.capture(run.accelerator, live.module, live.optimizer)
     facts: dict[str, Any] = {}
-    if phase.validation is not None:
-        best, facts = phase.validation.state()
-        tensors |= best
+    for part in (phase.validation, live.averages):
+        if part is not None:
+            own, known = part.state()
+            tensors, facts = tensors | own, facts | known
     position = phase.batches.state_dict()
-    if accelerator.is_main_process:
+    if run.accelerator.is_main_process:
         kept = run.snapshot(phase=phase.name, step=step, batches=position, **facts)
         run.snapshots.write(done + step, Snapshot({**kept.tensors, **tensors}, kept.facts))
-    accelerator.wait_for_everyone()
+    run.accelerator.wait_for_everyone()
