@@ -97,7 +97,7 @@ def visual_tokens(config: Config) -> str:
         return f"{config.frames} × {each}"
     cross = config.language.cross
     if config.bridge.kind == "none":
-        return f"{config.vision.num_positions}, attended to"
+        return f"{config.vision.num_embeds}, attended to"
     return f"{each}, attended to" if cross is not None and cross.source == "visual_tokens" else str(each)
 
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from blip2edge.bundle.manifest import MergingRecord
 from blip2edge.bundle.schema import VISION, GraphSpec
 from blip2edge.errors import ExportError, ParityError
+from blip2edge.model.config import VisionConfig
 from blip2edge.model.models import Config, Model
 from blip2edge.model.retrieval import RetrievalModel
 from blip2edge.model.vision.token_merging import Pairs, TokenMatching
@@ -162,7 +163,7 @@ def merging_of(config: Config, model: Model | None) -> MergingRecord | None:
         The record, without cosines if there is no model; None where nothing is merged.
     """
     vision = config.vision
-    if not vision.merge_tokens:
+    if not isinstance(vision, VisionConfig) or not vision.merge_tokens:
         return None
     plain = replace(vision, merge_tokens=0)
     record = MergingRecord(vision.merge_tokens, vision.num_embeds, plain.num_embeds)

@@ -24,7 +24,7 @@ from blip2edge.model.checkpoint.image_processor import load_preprocessing
 from blip2edge.model.checkpoint.side_keys import FROM_CONFIG, PROCESSOR, check_keys, refused, unread_warning
 from blip2edge.model.checkpoint.stored.files import read_checkpoint_json
 from blip2edge.model.checkpoint.tokenizer import SerializedTokenizer, read_tokenizer
-from blip2edge.model.config import CaptionerConfig
+from blip2edge.model.config import CaptionerConfig, VisionConfig
 from blip2edge.model.families.prompts import prompt_spec
 from blip2edge.model.families.registry import FAMILIES
 from blip2edge.model.models import Config
@@ -234,12 +234,12 @@ def _check_processor(directory: Path, config: Config) -> list[str]:
         family = FAMILIES[config.family]
         if config.bridge.kind in ("qformer", "instructed-qformer"):
             accepted |= {"num_query_tokens": (config.bridge.num_visual_tokens,)}
-        if family.image_token:
+        if family.image_token and isinstance(config.vision, VisionConfig):
             accepted |= {"image_token": (family.image_token,), "patch_size": (config.vision.patch_size,)}
-        added = values.get("num_additional_image_tokens") or 0
-        wanted = int(config.vision.keep_class) + (values.get("vision_feature_select_strategy") == "default")
-        if config.family == "llava" and added != wanted:
-            raise refused(str(path), "num_additional_image_tokens", added, (wanted,))
+            added = values.get("num_additional_image_tokens") or 0
+            wanted = int(config.vision.keep_class) + (values.get("vision_feature_select_strategy") == "default")
+            if config.family == "llava" and added != wanted:
+                raise refused(str(path), "num_additional_image_tokens", added, (wanted,))
     elif config.family == "blip-2-itm":  # transformers would put placeholders of the picture into the text
         accepted |= {"num_query_tokens": ()}
     _check_processor_class(directory)

@@ -24,6 +24,7 @@ from blip2edge.export.graphs import GRAPHS
 from blip2edge.export.precision import convert, exceptions_of
 from blip2edge.export.to_onnx import Traced, trace
 from blip2edge.export.weights import Weights, point_at, write_weights
+from blip2edge.model.config import VisionConfig
 from blip2edge.model.models import Config, Model, build_model
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 
@@ -338,7 +339,7 @@ def _copies(name: str, config: Config) -> int:
 
 def _one_layer_spec(name: str, config: Config) -> GraphSpec:
     """The spec with the keys and values of one layer; the whole spec of a graph that is not cut."""
-    if name == VISION:
+    if name == VISION and isinstance(config.vision, VisionConfig):
         config = replace(config, vision=replace(config.vision, num_layers=_copies(name, config)))
     whole = GRAPHS[name].spec(config)
     if not GRAPHS[name].stacks:

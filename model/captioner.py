@@ -9,7 +9,7 @@ from blip2edge.model.bridges.registry import build_bridge
 from blip2edge.model.bridges.text_head import TextHead
 from blip2edge.model.config import CaptionerConfig, QFormerConfig
 from blip2edge.model.language.registry import language_of
-from blip2edge.model.vision.vit import VisionTransformer
+from blip2edge.model.vision.registry import build_vision
 
 
 class CaptionerModel(nn.Module):
@@ -18,7 +18,7 @@ class CaptionerModel(nn.Module):
     def __init__(self, config: CaptionerConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision = VisionTransformer(config.vision)
+        self.vision = build_vision(config.vision)
         self.bridge = build_bridge(config.bridge, config.language)
         self.language = language_of(config.language.kind).build(config.language)
         self.draft: TextHead | None = None

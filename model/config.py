@@ -15,6 +15,33 @@ from blip2edge.model.config_json import Fields, Section, check_heads, key
 from blip2edge.model.vision.token_merging import merged_counts
 
 
+class VisionEncoderConfig(Protocol):
+    """What the configs of all vision encoders have in common."""
+
+    @property
+    def kind(self) -> str:
+        """The encoder's ``model_type``, a key in ``vision/registry.py``."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square picture that the encoder takes, in pixels."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of an output embedding."""
+
+    @property
+    def num_embeds(self) -> int:
+        """Number of output embeddings of a picture."""
+
+    @property
+    def merge_tokens(self) -> int:
+        """Number of patches merged in each layer; 0 for encoders that are no ViT."""
+
+    def to_hf(self) -> dict[str, Any]:
+        """Returns the encoder's section of a ``config.json``, with its ``model_type``."""
+
+
 @dataclass(frozen=True)
 class TransformerConfig(Section):
     """Sizes of a transformer, with BERT's defaults.
@@ -36,6 +63,9 @@ class TransformerConfig(Section):
     def __post_init__(self) -> None:
         check_heads(self.section, self.hidden_size, self.num_heads)
 
+
+BLIP2_VISION = "blip_2_vision_model"
+CLIP_VISION = "clip_vision_model"
 
 CLIP_VISION_DEFAULTS = {
     "hidden_size": 768,
@@ -85,6 +115,11 @@ class VisionConfig(TransformerConfig):
             )
 
     @property
+    def kind(self) -> str:
+        """The encoder's ``model_type``, a key in ``vision/registry.py``."""
+        return CLIP_VISION if self.clip else BLIP2_VISION
+
+    @property
     def num_positions(self) -> int:
         """Number of positions: one for each patch, and one for the class token."""
         return (self.image_size // self.patch_size) ** 2 + 1
@@ -103,7 +138,7 @@ class VisionConfig(TransformerConfig):
 
     def to_hf(self) -> dict[str, Any]:
         """Returns the section of ``config.json`` that :meth:`from_hf` reads."""
-        return {"model_type": "clip_vision_model" if self.clip else "blip_2_vision_model", **super().to_hf()}
+        return {"model_type": self.kind, **super().to_hf()}
 
 
 @dataclass(frozen=True)
@@ -288,7 +323,7 @@ class CaptionerConfig:
             of all queries; 0 if it was trained with all of them only.
     """
 
-    vision: VisionConfig
+    vision: VisionEncoderConfig
     bridge: BridgeConfig
     language: LanguageConfig
     bos_token_id: int | None = None

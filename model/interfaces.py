@@ -1,4 +1,4 @@
-"""Base classes of the language models and of the matchers: the methods that training and export call."""
+"""Base classes of vision encoders, language models and matchers: the methods that training and export call."""
 
 from __future__ import annotations
 
@@ -7,10 +7,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from blip2edge.model.config import VisionEncoderConfig
 from blip2edge.model.layers import KeyValue, gather_positions
 
 LayerStep = Callable[[int, Tensor, KeyValue | None], tuple[Tensor, KeyValue]]
 """Runs one layer: its index, ``x [B, S, D]`` and its cache, to ``[B, S, D]`` and the extended cache."""
+
+
+class VisionModule(nn.Module):
+    """A vision encoder: maps pictures to embeddings."""
+
+    config: VisionEncoderConfig
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Maps ``pixel_values [B, 3, H, W]`` to ``image_embeds [B, P, D]``."""
+        raise NotImplementedError
 
 
 class DecoderModule(nn.Module):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from blip2edge.errors import UsageError, option
 from blip2edge.model.captioner import CaptionerModel
-from blip2edge.model.config import CaptionerConfig
+from blip2edge.model.config import CaptionerConfig, VisionConfig
 from blip2edge.model.retrieval import RetrievalConfig, RetrievalModel
 from blip2edge.model.vision.token_merging import most_merged
 
@@ -35,6 +35,12 @@ def with_merged_tokens(config: Config, tokens: int) -> Config:
     """
     if tokens == 0:
         return config
+    if not isinstance(config.vision, VisionConfig):
+        raise UsageError(
+            f"{option('merge_tokens')} {tokens} merges patches in the layers of a ViT, and the vision encoder is of "
+            f"kind {config.vision.kind}",
+            f"leave {option('merge_tokens')} out",
+        )
     patches, layers = config.vision.num_positions - 1, config.vision.num_layers
     most = most_merged(patches, layers)
     if isinstance(config, CaptionerConfig) and config.bridge.kind in ORDERED_BRIDGES:

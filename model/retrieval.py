@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from blip2edge.model.bridges.instruct import InstructedQFormer
-from blip2edge.model.config import VisionConfig
+from blip2edge.model.config import VisionEncoderConfig
 from blip2edge.model.interfaces import MatcherModule
 from blip2edge.model.language.bert import BertEncoder
 from blip2edge.model.language.clip_text import ClipText
 from blip2edge.model.layers import Unit, key_mask_bias
-from blip2edge.model.vision.vit import VisionTransformer
+from blip2edge.model.vision.registry import build_vision
 
 
 class TextConfig(Protocol):
@@ -51,7 +51,7 @@ class RetrievalConfig:
         family: Name of the family, a key in ``families/registry.py``.
     """
 
-    vision: VisionConfig
+    vision: VisionEncoderConfig
     text: TextConfig
     embed_dim: int
     max_positions: int
@@ -167,5 +167,5 @@ class RetrievalModel(nn.Module):
     def __init__(self, config: RetrievalConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision = VisionTransformer(config.vision)
+        self.vision = build_vision(config.vision)
         self.matcher = MATCHERS[config.text.kind](config)

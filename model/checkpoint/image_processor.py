@@ -11,6 +11,7 @@ from blip2edge.bundle.fields import finite_number
 from blip2edge.errors import CheckpointError, one_line
 from blip2edge.model.checkpoint.side_keys import IMAGE_PROCESSOR, check_keys, unread_warning
 from blip2edge.model.checkpoint.stored.files import read_checkpoint_json
+from blip2edge.model.vision.registry import VISION_ENCODERS
 from blip2edge.reading import checking
 from blip2edge.runtime.images.preprocess import (
     BICUBIC,
@@ -133,7 +134,8 @@ def load_preprocessing(directory: Path) -> LoadedPreprocessing:
     """
     config = directory / "config.json"
     model_type = read_checkpoint_json(config).get("model_type") if config.is_file() else None
-    otherwise = FAMILY_CLASSES.get(str(model_type), "Blip")
+    encoder = VISION_ENCODERS.get(str(model_type))
+    otherwise = encoder.image_processor if encoder else FAMILY_CLASSES.get(str(model_type), "Blip")
     found = _sources(directory, VIDEO_SOURCES if otherwise == VIDEO else SOURCES)
     if not found:
         raise CheckpointError(

@@ -54,7 +54,7 @@ def read_idefics(f: Fields) -> CaptionerConfig:
 
 def write_idefics(config: CaptionerConfig) -> dict[str, Any]:
     """Makes the ``config.json`` that :func:`read_idefics` and transformers read."""
-    vision = config.vision.to_hf()
+    vision = dict(config.vision.to_hf())
     vision |= {"model_type": "idefics_vision", "embed_dim": vision.pop("hidden_size")}
     return {
         "model_type": "idefics",

@@ -99,12 +99,13 @@ def _layers(feature_layer: Any, depth: int) -> int:
 
 def write_llava(config: CaptionerConfig) -> dict[str, Any]:
     """Makes the ``config.json`` that :func:`read_llava` and transformers read; the tower ends at its feature layer."""
+    whole = isinstance(config.vision, VisionConfig) and config.vision.keep_class
     return {
         "model_type": "llava",
         "architectures": ["LlavaForConditionalGeneration"],
         "image_token_index": config.image_token_id,
         "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "full" if config.vision.keep_class else "default",
+        "vision_feature_select_strategy": "full" if whole else "default",
         "tie_word_embeddings": config.language.tie_embeddings,
         "vision_config": config.vision.to_hf(),
         "text_config": config.language.to_hf() | write_tokens(config),

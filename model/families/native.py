@@ -1,11 +1,11 @@
-"""blip2edge's native checkpoints: any bridge between BLIP-2's vision encoder and any language model.
+"""blip2edge's native checkpoints: any bridge between any vision encoder and any language model.
 
 A directory with ``model.safetensors``, the processor's files and this ``config.json``::
 
     {
       "model_type": "blip2edge",
       "image_token_index": 50265,
-      "vision_config": {…},     as in BLIP-2 (blip_2_vision_model)
+      "vision_config": {…},     of any encoder in vision/registry.py, with its model_type; without one, as in BLIP-2
       "bridge_config": {
         "kind": "pool",         a key of BRIDGE_CONFIGS; it decides the other keys
         "num_query_tokens": 32, "hidden_size": 768, "num_attention_heads": 12, "layer_norm_eps": 1e-6
@@ -13,8 +13,8 @@ A directory with ``model.safetensors``, the processor's files and this ``config.
       "text_config": {…}        the config of any language model, with its model_type
     }
 
-Tensors: ``vision_model.…`` as in BLIP-2, ``bridge.…`` as our modules name them, ``language_model.…`` as
-transformers does.
+Tensors: ``vision_model.…`` as the encoder's row names them, ``bridge.…`` as our modules name them,
+``language_model.…`` as transformers does.
 """
 
 from __future__ import annotations
@@ -27,15 +27,22 @@ from blip2edge.errors import UnsupportedModelError
 from blip2edge.model.bridges.mlp import MLPConfig
 from blip2edge.model.bridges.perceiver import PerceiverConfig
 from blip2edge.model.bridges.pool import AttentionPoolConfig
-from blip2edge.model.config import BridgeConfig, CaptionerConfig, LanguageConfig, VisionConfig
+from blip2edge.model.config import (
+    BLIP2_VISION,
+    BridgeConfig,
+    CaptionerConfig,
+    LanguageConfig,
+    QFormerConfig,
+    VisionEncoderConfig,
+)
 from blip2edge.model.config_json import Fields
 from blip2edge.model.families.tokens import read_tokens, write_tokens
 from blip2edge.model.language.registry import bridged_language
-from blip2edge.model.weights.blip2 import BLIP2_VISION
-from blip2edge.model.weights.rules import Rule, under
+from blip2edge.model.vision.registry import vision_encoder
+from blip2edge.model.weights.rules import Rule
 
 
-def _mlp(f: Fields, vision: VisionConfig, language: LanguageConfig) -> MLPConfig:
+def _mlp(f: Fields, vision: VisionEncoderConfig, language: LanguageConfig) -> MLPConfig:
     return MLPConfig(
         input_size=vision.hidden_size,
         hidden_size=language.embed_dim,
@@ -45,33 +52,52 @@ def _mlp(f: Fields, vision: VisionConfig, language: LanguageConfig) -> MLPConfig
     )
 
 
-def _perceiver(f: Fields, vision: VisionConfig, language: LanguageConfig) -> PerceiverConfig:
+def _perceiver(f: Fields, vision: VisionEncoderConfig, language: LanguageConfig) -> PerceiverConfig:
     plain = PerceiverConfig.from_hf(f.values, width=vision.hidden_size)
     return replace(plain, output_size=language.embed_dim)
 
 
-def _pool(f: Fields, vision: VisionConfig, _: LanguageConfig) -> AttentionPoolConfig:
+def _pool(f: Fields, vision: VisionEncoderConfig, _: LanguageConfig) -> AttentionPoolConfig:
     return AttentionPoolConfig.from_hf(f.values, encoder_hidden_size=vision.hidden_size)
 
 
-BRIDGE_CONFIGS: dict[str, Callable[[Fields, VisionConfig, LanguageConfig], BridgeConfig]] = {
+def _qformer(f: Fields, vision: VisionEncoderConfig, _: LanguageConfig) -> QFormerConfig:
+    queries = f.integer(QUERIES, 32)
+    return QFormerConfig.from_hf(f.values, num_query_tokens=queries, encoder_hidden_size=vision.hidden_size)
+
+
+QUERIES = "num_query_tokens"
+
+BRIDGE_CONFIGS: dict[str, Callable[[Fields, VisionEncoderConfig, LanguageConfig], BridgeConfig]] = {
     "pool": _pool,
     "mlp": _mlp,
     "perceiver": _perceiver,
+    "qformer": _qformer,
 }
 """Readers of ``bridge_config``."""
 
-NATIVE_RULES = (*under("vision.", "vision_model.", BLIP2_VISION), Rule("bridge", "bridge"))
+NATIVE_RULES = (Rule("bridge", "bridge"),)
+
+
+def read_any_vision(f: Fields) -> VisionEncoderConfig:
+    """Reads a ``vision_config`` of any vision encoder; without a ``model_type``, as BLIP-2's.
+
+    Raises:
+        UnsupportedModelError: The vision encoder is not supported.
+        CheckpointError: A key has a wrong value.
+    """
+    section = Fields("vision_config", f.values.get("vision_config", {}))
+    return vision_encoder(section.values.get("model_type", BLIP2_VISION)).read_config(section.values)
 
 
 def read_native(f: Fields) -> CaptionerConfig:
     """Reads this project's own ``config.json``, whose keys the module describes.
 
     Raises:
-        UnsupportedModelError: The bridge or the language model is not supported.
+        UnsupportedModelError: The vision encoder, the bridge or the language model is not supported.
         CheckpointError: A key is missing or has a wrong value.
     """
-    vision = VisionConfig.from_hf(f.values.get("vision_config", {}))
+    vision = read_any_vision(f)
     section = Fields("bridge_config", f.values.get("bridge_config", {}))
     kind = section.values.get("kind")
     if kind not in BRIDGE_CONFIGS:
@@ -93,11 +119,12 @@ def read_native(f: Fields) -> CaptionerConfig:
 
 def write_native(config: CaptionerConfig) -> dict[str, Any]:
     """Makes the ``config.json`` that :func:`read_native` reads."""
+    bridge = {QUERIES: config.bridge.num_visual_tokens} if isinstance(config.bridge, QFormerConfig) else {}
     return {
         "model_type": config.family,
         "image_token_index": config.image_token_id,
         "tie_word_embeddings": config.language.tie_embeddings,
         "vision_config": config.vision.to_hf(),
-        "bridge_config": config.bridge.to_hf() | {"kind": config.bridge.kind},
+        "bridge_config": config.bridge.to_hf() | bridge | {"kind": config.bridge.kind},
         "text_config": config.language.to_hf() | write_tokens(config),
     }

@@ -29,6 +29,7 @@ from blip2edge.model.families.retrieval import (
 from blip2edge.model.language.registry import bridged_languages, language_of
 from blip2edge.model.models import Config
 from blip2edge.model.retrieval import RetrievalConfig
+from blip2edge.model.vision.registry import vision_encoder
 from blip2edge.model.weights.blip import BLIP2_ITM, BLIP_ITM, BLIP_VISION, CLIP
 from blip2edge.model.weights.blip2 import BLIP2, INSTRUCTBLIP, LLAVA
 from blip2edge.model.weights.rules import Rule, WeightMap, under
@@ -49,7 +50,10 @@ class Family:
         title: Name of the family in tables.
         read: Function that makes the config from a ``config.json``.
         write: Function that makes the ``config.json`` from a config.
-        rules: Which tensors of a checkpoint the parameters of vision encoder and bridge are read from.
+        rules: Which tensors of a checkpoint the parameters of vision encoder and bridge are read from (see also
+            `vision_prefix`).
+        vision_prefix: Prefix of the vision encoder's tensors, if the family works with every encoder of
+            ``vision/registry.py``; empty if `rules` name these tensors.
         language_prefix: Prefix of the language model's tensors in a checkpoint.
         template: Template of a text, with the placeholders ``{image}`` and ``{prompt}``.
         default_prompt: Prompt of ``caption`` if none is given; None for no prompt.
@@ -73,6 +77,7 @@ class Family:
     read: Callable[[Fields], Config]
     write: Callable[[Any], dict[str, Any]]
     rules: tuple[Rule, ...]
+    vision_prefix: str = ""
     language_prefix: str = "language_model."
     template: str = "{image}{prompt}"
     default_prompt: str | None = None
@@ -133,6 +138,7 @@ FAMILIES: dict[str, Family] = {
         read=read_blip2_itm,
         write=write_blip2_itm,
         rules=BLIP2_ITM,
+        vision_prefix="vision_model.",
         model_type="blip-2",
         architectures=("Blip2ForImageTextRetrieval",),
     ),
@@ -169,6 +175,7 @@ FAMILIES: dict[str, Family] = {
         read=read_native,
         write=write_native,
         rules=NATIVE_RULES,
+        vision_prefix="vision_model.",
     ),
     "minigpt4": Family(
         title="MiniGPT-4",
@@ -266,8 +273,12 @@ def write_config(config: Config) -> dict[str, Any]:
 def weight_map(config: Config) -> WeightMap:
     """Makes the map from the parameters of this project's model to the tensors of a checkpoint."""
     family = FAMILIES[config.family]
+    vision: tuple[Rule, ...] = ()
+    if family.vision_prefix:
+        row = vision_encoder(config.vision.kind)
+        vision = under("vision.", family.vision_prefix, row.rules(config.vision))
     if isinstance(config, RetrievalConfig):
-        return WeightMap(family.rules, family.left_out)
+        return WeightMap((*family.rules, *vision), family.left_out)
     language = language_of(config.language.kind)
     rules = _language_rules(config)
     left_out = [
@@ -279,7 +290,7 @@ def weight_map(config: Config) -> WeightMap:
         tied = Rule("language.head", table.sources("language.embed_tokens"), table.rows("language.embed_tokens"))
         rules = (*(rule for rule in rules if rule.ours != "language.head"), tied)
     text_head = under(DRAFT_PREFIX, DRAFT_PREFIX, TEXT_HEAD_RULES)
-    return WeightMap((*family.rules, *rules, *text_head), left_out)
+    return WeightMap((*family.rules, *vision, *rules, *text_head), left_out)
 
 
 def ties_of(config: Config) -> tuple[Tie, ...]:

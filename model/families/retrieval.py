@@ -10,6 +10,7 @@ from blip2edge.model.bridges.instruct import InstructedQFormerConfig
 from blip2edge.model.config import VisionConfig
 from blip2edge.model.config_json import Fields
 from blip2edge.model.families.blip import BLIP_TOKEN_DEFAULTS, read_text_config, read_vision
+from blip2edge.model.families.native import read_any_vision
 from blip2edge.model.language.clip_text import ClipTextConfig
 from blip2edge.model.retrieval import RetrievalConfig
 
@@ -44,7 +45,7 @@ def read_blip2_itm(f: Fields) -> RetrievalConfig:
     Raises:
         CheckpointError: The Q-Former does not read text.
     """
-    vision = VisionConfig.from_hf(f.values.get("vision_config", {}))
+    vision = read_any_vision(f)
     values = f.values.get("qformer_config", {})
     text = InstructedQFormerConfig.from_hf(
         values, num_query_tokens=f.integer("num_query_tokens", 32), encoder_hidden_size=vision.hidden_size
@@ -65,7 +66,7 @@ def read_blip2_itm(f: Fields) -> RetrievalConfig:
 
 
 def write_blip2_itm(config: RetrievalConfig) -> dict[str, Any]:
-    """Makes the ``config.json`` that :func:`read_blip2_itm` and transformers read."""
+    """Makes the ``config.json`` that :func:`read_blip2_itm` reads, and transformers with BLIP-2's vision encoder."""
     qformer = config.text.to_hf() | {"model_type": "blip_2_qformer", "use_qformer_text_input": True}
     return {
         "model_type": "blip-2",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2edge.model.config import TransformerConfig, VisionConfig
+from blip2edge.model.interfaces import VisionModule
 from blip2edge.model.layers import MLP, attend, merge_heads, split_heads, stack
 from blip2edge.model.vision.token_merging import Pairs, TokenMatching, merge, merged_counts
 
@@ -71,8 +72,10 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x)), pairs
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(VisionModule):
     """Vision encoder (ViT): one embedding per patch, after that of the class token if it is kept."""
+
+    config: VisionConfig
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()

@@ -48,7 +48,6 @@ BLIP_ITM = (
 )
 
 BLIP2_ITM = (
-    *BLIP_VISION,
     Rule("matcher.qformer.query_tokens", "query_tokens"),
     *under("matcher.qformer.", "qformer.", (rule for rule in INSTRUCTBLIP_QFORMER if "layers" in rule.ours)),
     Rule("matcher.qformer.norm", "qformer.layernorm"),

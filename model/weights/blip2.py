@@ -31,6 +31,8 @@ CLIP_VISION = (
     Rule("layers.*.mlp", "encoder.layers.*.mlp"),
 )
 
+EFFICIENTNET_LITE = tuple(Rule(part, part) for part in ("stem", "blocks", "head"))
+
 LLAVA = (
     *under("vision.", "vision_tower.", CLIP_VISION),
     Rule("bridge.fc1", "multi_modal_projector.linear_1"),

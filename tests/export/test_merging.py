@@ -21,6 +21,7 @@ from blip2edge.export import verify  # noqa: E402
 from blip2edge.export.graphs import GRAPHS, graphs_of  # noqa: E402
 from blip2edge.export.merging import PAIRS, TOLERANCES, GuidedMatching, merging_of  # noqa: E402
 from blip2edge.model.checkpoint.directory import load_model  # noqa: E402
+from blip2edge.model.config import VisionConfig  # noqa: E402
 from blip2edge.model.models import build_model, with_merged_tokens  # noqa: E402
 from blip2edge.model.vision.token_merging import TokenMatching  # noqa: E402
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession  # noqa: E402
@@ -198,6 +199,7 @@ def test_every_graph_follows_the_number_that_is_left(family: str, tmp_path: Path
     FAMILIES[family](tmp_path / "checkpoint")
     plain = load_model(tmp_path / "checkpoint")
     config = with_merged_tokens(plain.config, 2)
+    assert isinstance(config.vision, VisionConfig)
     model = build_model(config)
     model.load_state_dict(plain.state_dict())
     model.eval()

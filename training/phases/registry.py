@@ -101,7 +101,8 @@ def _sources(run: TrainingRun, phase: str, rows: int) -> SampleSource | list[Sam
 def _vision(run: TrainingRun) -> Phase:
     config, model = run.config, run.parts.model
     torch.manual_seed(config.seed)  # for the initial weights of the head
-    module = VisionPretraining(model.vision, config.vision)
+    vision: Any = model.vision  # the miniature's ViT
+    module = VisionPretraining(vision, config.vision)
 
     def make(batch: list[Scene], names: list[str]) -> DenseBatch:
         return DenseBatch(tuple(names), pixel_values(batch), dense_labels(batch, config.model.patch_size))

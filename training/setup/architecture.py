@@ -12,22 +12,25 @@ from blip2edge.model.bridges.mlp import MLPConfig
 from blip2edge.model.bridges.perceiver import PerceiverConfig
 from blip2edge.model.bridges.pool import AttentionPoolConfig
 from blip2edge.model.config import (
+    BLIP2_VISION,
+    CLIP_VISION,
     BridgeConfig,
     CaptionerConfig,
     DraftConfig,
     LanguageConfig,
     QFormerConfig,
-    VisionConfig,
+    VisionEncoderConfig,
 )
 from blip2edge.model.language.flamingo import FlamingoConfig
 from blip2edge.model.language.llama_config import LlamaConfig
 from blip2edge.model.retrieval import RetrievalConfig
+from blip2edge.model.vision.registry import vision_encoder
 from blip2edge.training.model_config import ModelConfig
 
-MakeBridge = Callable[[ModelConfig, VisionConfig, LanguageConfig], BridgeConfig]
+MakeBridge = Callable[[ModelConfig, VisionEncoderConfig, LanguageConfig], BridgeConfig]
 
 
-def _qformer(sizes: ModelConfig, vision: VisionConfig, _: LanguageConfig) -> QFormerConfig:
+def _qformer(sizes: ModelConfig, vision: VisionEncoderConfig, _: LanguageConfig) -> QFormerConfig:
     """A Q-Former with the recipe's sizes."""
     return QFormerConfig(
         **asdict(sizes.qformer),
@@ -37,15 +40,15 @@ def _qformer(sizes: ModelConfig, vision: VisionConfig, _: LanguageConfig) -> QFo
     )
 
 
-def _mlp(_: ModelConfig, vision: VisionConfig, language: LanguageConfig) -> MLPConfig:
+def _mlp(_: ModelConfig, vision: VisionEncoderConfig, language: LanguageConfig) -> MLPConfig:
     return MLPConfig(vision.hidden_size, language.embed_dim, vision.num_embeds)
 
 
-def _perceiver(sizes: ModelConfig, vision: VisionConfig, language: LanguageConfig) -> PerceiverConfig:
+def _perceiver(sizes: ModelConfig, vision: VisionEncoderConfig, language: LanguageConfig) -> PerceiverConfig:
     return replace(_resampler(sizes, vision, language), output_size=language.embed_dim)
 
 
-def _resampler(sizes: ModelConfig, vision: VisionConfig, _: LanguageConfig) -> PerceiverConfig:
+def _resampler(sizes: ModelConfig, vision: VisionEncoderConfig, _: LanguageConfig) -> PerceiverConfig:
     block = sizes.qformer
     return PerceiverConfig(
         width=vision.hidden_size,
@@ -56,7 +59,7 @@ def _resampler(sizes: ModelConfig, vision: VisionConfig, _: LanguageConfig) -> P
     )
 
 
-def _pool(sizes: ModelConfig, vision: VisionConfig, _: LanguageConfig) -> AttentionPoolConfig:
+def _pool(sizes: ModelConfig, vision: VisionEncoderConfig, _: LanguageConfig) -> AttentionPoolConfig:
     block = sizes.qformer
     return AttentionPoolConfig(block.hidden_size, block.num_heads, sizes.num_query_tokens, vision.hidden_size)
 
@@ -69,6 +72,7 @@ class Architecture:
         bridge: Function that makes the bridge's config.
         family: Family in which the checkpoint is written, of `model/families/registry.py`; empty if unsupported.
         clip_family: Family in which a checkpoint with a CLIP picture encoder is written; empty if unsupported.
+        any_family: The same for every other picture encoder of `model/vision/registry.py`.
         language: Function that makes the language model's config from its original config and the number of rows to
             append to its token table.
     """
@@ -76,12 +80,13 @@ class Architecture:
     bridge: MakeBridge
     family: str
     clip_family: str = ""
-    language: Callable[[Any, VisionConfig, int], LanguageConfig] = lambda language, vision, extra: replace(
+    any_family: str = ""
+    language: Callable[[Any, VisionEncoderConfig, int], LanguageConfig] = lambda language, vision, extra: replace(
         language, vocab_size=language.vocab_size + extra
     )
 
 
-def _flamingo(language: LanguageConfig, vision: VisionConfig, extra: int) -> FlamingoConfig:
+def _flamingo(language: LanguageConfig, vision: VisionEncoderConfig, extra: int) -> FlamingoConfig:
     """A Llama with a gated cross-attention layer before each of its own."""
     if not isinstance(language, LlamaConfig) or language.kind != "llama" or language.num_kv_heads != language.num_heads:
         raise ConfigError(
@@ -102,28 +107,27 @@ def _flamingo(language: LanguageConfig, vision: VisionConfig, extra: int) -> Fla
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "qformer": Architecture(_qformer, "blip-2"),
-    "projection": Architecture(_qformer, "blip-2"),
-    "mlp": Architecture(_mlp, "blip2edge", clip_family="llava"),
-    "perceiver": Architecture(_perceiver, "blip2edge"),
-    "pool": Architecture(_pool, "blip2edge"),
+    "qformer": Architecture(_qformer, "blip-2", any_family="blip2edge"),
+    "projection": Architecture(_qformer, "blip-2", any_family="blip2edge"),
+    "mlp": Architecture(_mlp, "blip2edge", clip_family="llava", any_family="blip2edge"),
+    "perceiver": Architecture(_perceiver, "blip2edge", any_family="blip2edge"),
+    "pool": Architecture(_pool, "blip2edge", any_family="blip2edge"),
     "flamingo": Architecture(_resampler, "", clip_family="idefics", language=_flamingo),
 }
 
 
-def family_of(bridge: str, vision: VisionConfig) -> str:
+def family_of(bridge: str, vision: VisionEncoderConfig) -> str:
     """Returns the family in which a checkpoint of these parts is written, a key of `model/families/registry.py`.
 
     Raises:
         ConfigError: This bridge does not support this kind of picture encoder.
     """
     row = ARCHITECTURES[bridge]
-    family = row.clip_family if vision.clip else row.family
+    family = {BLIP2_VISION: row.family, CLIP_VISION: row.clip_family}.get(vision.kind, row.any_family)
     if not family:
-        kind, other = ("CLIP", "BLIP-2") if vision.clip else ("BLIP-2", "CLIP")
         raise ConfigError(
-            f"bridge = {bridge!r} does not support the picture encoder of a {kind}",
-            f"set model.vision_from to a {other}, or choose another bridge",
+            f"bridge = {bridge!r} does not support the picture encoder of a {vision_encoder(vision.kind).title}",
+            f"set model.vision_from to a {'CLIP' if row.clip_family else 'BLIP-2'}, or choose another bridge",
         )
     return family
 
@@ -131,7 +135,7 @@ def family_of(bridge: str, vision: VisionConfig) -> str:
 def captioner_config(
     bridge: str,
     sizes: ModelConfig,
-    vision: VisionConfig,
+    vision: VisionEncoderConfig,
     language: LanguageConfig,
     *,
     extra: int = 0,
@@ -179,7 +183,9 @@ def with_text_side(qformer: QFormerConfig, text: DraftConfig) -> InstructedQForm
     )
 
 
-def stage1_config(vision: VisionConfig, qformer: QFormerConfig, text: DraftConfig, embed_dim: int) -> RetrievalConfig:
+def stage1_config(
+    vision: VisionEncoderConfig, qformer: QFormerConfig, text: DraftConfig, embed_dim: int
+) -> RetrievalConfig:
     """Makes the config of the stage-1 model from a picture encoder and a Q-Former.
 
     Args:

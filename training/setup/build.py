@@ -15,7 +15,7 @@ from blip2edge.errors import ConfigError
 from blip2edge.model.checkpoint.directory import load_checkpoint
 from blip2edge.model.checkpoint.image_processor import load_preprocessing
 from blip2edge.model.checkpoint.stored.files import read_checkpoint_json
-from blip2edge.model.config import CaptionerConfig, DraftConfig, QFormerConfig
+from blip2edge.model.config import BLIP2_VISION, CLIP_VISION, CaptionerConfig, DraftConfig, QFormerConfig
 from blip2edge.model.config_json import Fields
 from blip2edge.training.config import TrainingConfig
 from blip2edge.training.loading.qformer_texts import CLS, SEP, QFormerTexts
@@ -122,6 +122,12 @@ def _composed(stage: str, config: TrainingConfig, base: Path, kept: Stage1Model 
     vision = pretrained.load_vision(model.vision_from or model.checkpoint, base)
     language = pretrained.load_language(model.language_from or model.checkpoint, base)
     instructed, text = stage == "instruct", has_text_side(stage, config)
+    if instructed and vision.module.config.kind != BLIP2_VISION:
+        raise ConfigError(
+            f"instruct supports the picture encoder of a BLIP-2 only, and model.vision_from is of kind "
+            f"{vision.module.config.kind}",
+            "set model.vision_from to the checkpoint of a BLIP-2, or run stage2",
+        )
     family = "instructblip" if instructed else family_of(config.bridge, vision.module.config)
     tokens = pretrained.picture_tokens(family)
     extra = language.with_tokens(tokens)
@@ -177,10 +183,10 @@ def new_stage1_model(parts: ModelParts, config: TrainingConfig, base: Path) -> S
     bridge, texts = parts.model.config.bridge, parts.qformer_texts
     if not isinstance(bridge, QFormerConfig) or texts is None:
         raise ConfigError(f"stage1 trains a Q-Former, and bridge is {config.bridge!r}", "set bridge to 'qformer'")
-    if parts.model.config.vision.clip:
+    if parts.model.config.vision.kind == CLIP_VISION:
         raise ConfigError(
-            "stage1 supports BLIP-2's kind of picture encoder only, and model.vision_from is a CLIP",
-            "set model.vision_from to the checkpoint of a BLIP-2, or run stage2",
+            "stage1 does not support the picture encoder of a CLIP, and model.vision_from is one",
+            "set model.vision_from to another encoder, such as a BLIP-2's, or run stage2",
         )
     draft = parts.model.config.draft or _text_config(texts, config, base, None)
     vision = parts.model.config.vision

@@ -18,6 +18,7 @@ from blip2edge.errors import CheckpointError, ConfigError
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint.adapters.folder import ADAPTER_CONFIG, has_adapter
 from blip2edge.model.checkpoint.directory import load_checkpoint, load_model
+from blip2edge.model.checkpoint.encoder import is_encoder, load_encoder
 from blip2edge.model.checkpoint.image_processor import load_preprocessing
 from blip2edge.model.checkpoint.stored import files
 from blip2edge.model.checkpoint.stored.files import find_checkpoint, read_checkpoint_json
@@ -29,9 +30,9 @@ from blip2edge.model.config import CaptionerConfig, LanguageConfig
 from blip2edge.model.config_json import Fields
 from blip2edge.model.families.registry import FAMILIES
 from blip2edge.model.families.tokens import read_tokens
+from blip2edge.model.interfaces import VisionModule
 from blip2edge.model.language.registry import LANGUAGES, bridged_language
 from blip2edge.model.layers import shapes_of
-from blip2edge.model.vision.vit import VisionTransformer
 from blip2edge.model.weights.rules import WeightMap, some
 from blip2edge.reading import read_bytes, reading
 from blip2edge.runtime.images.preprocess import Preprocessing
@@ -179,20 +180,21 @@ class VisionPart:
         file: The preprocessing as content of `preprocessor_config.json`.
     """
 
-    module: VisionTransformer
+    module: VisionModule
     preprocessing: Preprocessing
     file: bytes
 
 
 def load_vision(name: str, base: Path) -> VisionPart:
-    """Loads the picture encoder of a captioner or retrieval model.
+    """Loads a picture encoder: a checkpoint of it alone, or that of a captioner or retrieval model.
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or has no preprocessing.
     """
     directory = resolve(name, base)
     loaded = load_preprocessing(directory)
-    return VisionPart(load_model(directory).vision, loaded.preprocessing, json_file(loaded.values))
+    module = load_encoder(directory) if is_encoder(directory) else load_model(directory).vision
+    return VisionPart(module, loaded.preprocessing, json_file(loaded.values))
 
 
 def side_files(directory: Path) -> dict[str, bytes]:

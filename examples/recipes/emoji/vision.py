@@ -17,7 +17,7 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -150,7 +150,8 @@ def main() -> None:
     torch.manual_seed(options.seed)
     drawings = Drawings.load(options.data / "drawings.npz")
     model = load_checkpoint(options.start)
-    pair = Pair(model.vision, drawings.names).train()
+    vision: Any = model.vision
+    pair = Pair(vision, drawings.names).train()
     config = OptimizerConfig(
         steps=options.steps,
         batch_size=options.batch_size,
