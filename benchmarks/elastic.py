@@ -3,8 +3,8 @@
     python benchmarks/elastic.py --json benchmarks/results/elastic.json
 
 1. ``scenes``: `examples/recipes/scenes/elastic.toml` trains the miniature from the shipped weights (seven minutes
-   of CPU time); its bundle captions 1,000 held-out scenes at each m. The same weights without the mark of elastic queries
-   make the plain bundle, whose ids are compared with those at m = M.
+   of CPU time); its bundle captions 1,000 held-out scenes at each m. The same weights without the mark of elastic
+   queries make the plain bundle, whose ids are compared with those at m = M.
 2. ``video``: 60 frames in one prompt, at the sizes of the miniature and at those of BLIP-2 (ViT-B/16, 32 queries, the
    language model of OPT-125m), with random weights: tokens of the context, bytes of the KV cache, and CPU time of
    bridge, prefill and whole caption. The numbers m take turns on one thread, round by round; ratios are within a round.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import argparse
 
     from blip2edge.runtime.captioning.reuse.ladder import ReusePlan
-    from blip2edge.runtime.serving.streams.sinks import CaptionEvent, Sink
+    from blip2edge.runtime.serving.streams.queued_sink import CaptionEvent, Sink
     from blip2edge.runtime.serving.watch import WatchResult
 
 RECEIVERS = {
@@ -160,7 +160,7 @@ def run(options: argparse.Namespace) -> int:
     plan = _reuse_plan(options)
     frames = open_source(source, follow=not options.once, report=print_note)
     flags = given_generation(options)
-    dropped = failed = 0
+    frame_count = dropped = failed = 0
     with ExitStack() as opened:
         sinks = _open_sinks(options, opened)
         captioner = load_captioner(options, open_bundle(options))
@@ -174,6 +174,7 @@ def run(options: argparse.Namespace) -> int:
             max_fps=options.max_fps,
             **flags,
         ):
+            frame_count += 1
             dropped += caption.dropped
             if caption.result is None:
                 print_note(f"error: {caption.error}")
@@ -185,7 +186,10 @@ def run(options: argparse.Namespace) -> int:
                 sink.put(_event(name, caption, values))
     if dropped:
         print_note(f"{dropped} frames were dropped, because they came faster than captions")
-    return 1 if failed and options.once else 0
+    if not frame_count and options.once:
+        print_note(f"{name}: no pictures found")
+    lost = sum(sink.lost for sink in sinks)
+    return 1 if (failed or lost) and options.once else 0
 
 
 def _source(given: str) -> str:
@@ -216,7 +220,7 @@ def _about(caption: WatchResult) -> dict[str, Any]:
 
 
 def _event(source: str, caption: WatchResult, values: dict[str, Any]) -> CaptionEvent:
-    from blip2edge.runtime.serving.streams.sinks import CaptionEvent
+    from blip2edge.runtime.serving.streams.queued_sink import CaptionEvent
 
     now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
     return CaptionEvent({**values, "source": source, "time": now}, caption.image, caption.seconds)
@@ -224,10 +228,13 @@ def _event(source: str, caption: WatchResult, values: dict[str, Any]) -> Caption
 
 def _open_sinks(options: argparse.Namespace, opened: ExitStack) -> list[Sink]:
     """The receivers that the flags name; they are closed with the stack."""
+    if options.post_header and not options.post:
+        raise UsageError(f"{option('post_header')} needs {option('post')}", field="post_header")
     given = [(flag, filled_address(value)) for flag in RECEIVERS for value in getattr(options, flag)]
     if not given:
         return []
-    from blip2edge.runtime.serving.streams.sinks import SINKS, SinkOptions
+    from blip2edge.runtime.serving.streams.queued_sink import SinkOptions
+    from blip2edge.runtime.serving.streams.sinks import SINKS
 
     headers = {name: filled_text(value) for name, value in options.post_header}
     sinks = []

@@ -24,8 +24,10 @@ from blip2edge.cli import main
 from blip2edge.cli.flag_types import http_header
 from blip2edge.errors import BackendError, OutputError, UsageError
 from blip2edge.runtime.images.video import draw_caption
-from blip2edge.runtime.serving.streams import sinks
-from blip2edge.runtime.serving.streams.sinks import SINKS, AnnotatedVideo, CaptionEvent, QueuedSink, Sink, SinkOptions
+from blip2edge.runtime.serving.streams import queued_sink
+from blip2edge.runtime.serving.streams.annotated_video import AnnotatedVideo
+from blip2edge.runtime.serving.streams.queued_sink import CaptionEvent, QueuedSink, Sink, SinkOptions
+from blip2edge.runtime.serving.streams.sinks import SINKS
 from tests.waiting import until
 
 PATIENCE_S = 30.0
@@ -43,8 +45,8 @@ def reports() -> list[str]:
 @pytest.fixture
 def open_sink(reports: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Sink]]:
     """Opens a sink that tries again at once; it is closed at the end."""
-    monkeypatch.setattr(sinks, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(sinks, "CLOSE_S", 0.2)
+    monkeypatch.setattr(queued_sink, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(queued_sink, "CLOSE_S", 0.2)
     opened: list[Sink] = []
 
     def make(kind: str, address: str, **headers: str) -> Sink:
@@ -132,7 +134,7 @@ def test_a_failing_receiver_is_tried_again_and_reported_once(
     sink.put(event(1))
     until(lambda: len(receiver.bodies) == 2 and len(reports) == 2)
     assert frames_of(receiver) == ["0", "1"]
-    assert "cannot be reached (HTTP Error 503" in reports[0]
+    assert reports[0].endswith("answers with status 503; trying again")
     assert reports[1].endswith("captions are delivered again")
 
 
@@ -172,7 +174,7 @@ def test_a_redirect_is_refused_and_never_followed(
 def test_a_caption_in_delivery_is_not_dropped_and_counted_once(
     receiver: Receiver, open_sink: Callable[..., Sink], reports: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sinks, "CAPACITY", 2)
+    monkeypatch.setattr(queued_sink, "CAPACITY", 2)
     receiver.may_answer.clear()
     sink = open_sink("post", receiver.url)
     sink.put(event(0))
@@ -207,7 +209,7 @@ def test_an_unexpected_exception_refuses_one_caption(reports: list[str]) -> None
 def test_a_slow_receiver_never_blocks_and_the_newest_captions_are_kept(
     receiver: Receiver, open_sink: Callable[..., Sink], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sinks, "CAPACITY", 4)
+    monkeypatch.setattr(queued_sink, "CAPACITY", 4)
     receiver.may_answer.clear()
     sink = open_sink("post", receiver.url)
     for number in range(50):
@@ -226,6 +228,20 @@ def test_an_absent_receiver_does_not_keep_the_program(open_sink: Callable[..., S
     sink.close()
     assert reports[0].startswith(f"http://127.0.0.1:{port}/: cannot be reached (<urlopen error [Errno ")
     assert reports[1:] == [f"http://127.0.0.1:{port}/: 1 captions were not delivered"]
+
+
+def test_attempts_have_pauses_while_the_sink_closes(
+    receiver: Receiver, open_sink: Callable[..., Sink], reports: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a receiver that fails, each attempt of the closing time is FIRST_WAIT_S after the one before."""
+    monkeypatch.setattr(queued_sink, "FIRST_WAIT_S", 0.1)
+    monkeypatch.setattr(queued_sink, "CLOSE_S", 0.35)
+    receiver.statuses = [500] * 1000
+    sink = open_sink("post", receiver.url)
+    sink.put(event(0))
+    sink.close()
+    assert 2 <= len(receiver.keys) <= 6
+    assert (sink.lost, reports[-1].partition(": ")[2]) == (1, "1 captions were not delivered")
 
 
 @pytest.mark.parametrize("user", ["me:s3cret", "me:s3@cret", "me:s3/cret", "me", ":s3cret"])
@@ -381,6 +397,10 @@ def test_a_real_broker_that_is_started_again(
         *(("post", address) for address in ("ftp://host/", "host", "http://host:abc/", "http://host:65536/")),
         *(("post", address) for address in ("http://host/a b", "http://host/ü", "http://[::1/", "http://a..b/")),
         *(("mqtt", address) for address in ("mqtt://host", "mqtt://host/#", "a/b", "mqtt://h:abc/t", "mqtt://a b/t")),
+        *(
+            ("mqtt", address)
+            for address in ("mqtt://h/a/#", "mqtt://h/a#b", "mqtt://h/a?b", "mqtt://h/a%23", "mqtt://h/+/b")
+        ),
     ],
 )
 def test_wrong_addresses(kind: str, address: str, open_sink: Callable[..., Sink]) -> None:
@@ -425,6 +445,17 @@ def test_annotated_video(open_sink: Callable[..., Sink], reports: list[str], tmp
         AnnotatedVideo(str(tmp_path / "no" / "out.mp4"), SinkOptions(reports.append, {}))
 
 
+def test_an_annotated_video_can_be_played_before_its_end(open_sink: Callable[..., Sink], tmp_path: Path) -> None:
+    """A program that is killed leaves the frames it has captioned, but for the last one."""
+    av: Any = pytest.importorskip("av", reason="videos are written with PyAV")
+    path = tmp_path / "out.mp4"
+    sink = open_sink("annotated", str(path))
+    for number in range(5):
+        sink.put(event(number, Image.new("RGB", (64, 48), (50 * number, 0, 0)), number / 10))
+    with av.open(str(path)) as container:
+        assert len(list(container.decode(video=0))) >= 4
+
+
 def test_a_long_caption_is_written_in_lines_that_fit() -> None:
     picture = Image.new("RGB", (200, 400), (10, 200, 10))
     words = " ".join(["word"] * 40)
@@ -455,5 +486,10 @@ def test_the_command_sends_what_it_prints(
     assert receiver.keys == ["k", "k"]
     assert video.stat().st_size > 0
     assert main([*words, "--post-header", "none"]) == 2
+    capsys.readouterr()
+    assert main([*words, "--post-header", "X-Key: k"]) == 2
+    assert "--post-header needs --post" in capsys.readouterr().err
+    receiver.statuses = [404] * 2
+    assert main([*words, "--post", receiver.url]) == 1  # the captions are printed, but not delivered
     assert main([*words, "--post", "nowhere"]) == 2
     assert "expected --post to be an address" in capsys.readouterr().err

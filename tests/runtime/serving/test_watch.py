@@ -330,6 +330,7 @@ def test_the_command_passes_its_draft_model_on(
 ) -> None:
     words = ["watch", str(tmp_path), "--once", "-b", str(tiny_bundle), "--threads", "1"]
     assert main([*words, "--draft", "none"]) == 0
+    assert capsys.readouterr().err == f"{tmp_path}: no pictures found\n"
     assert main([*words, "--draft", "itg"]) == 2
     assert capsys.readouterr().err.startswith("error: --draft itg: the bundle has no draft")
 

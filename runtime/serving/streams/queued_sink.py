@@ -1,0 +1,166 @@
+"""A receiver of captions: what it gets, and a queue with a thread, so that it never delays a caption."""
+
+from __future__ import annotations
+
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from blip2edge.errors import one_line
+from blip2edge.runtime.serving.streams.sources import Report
+
+CAPACITY = 64  # captions that wait for a receiver
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # between attempts; doubled each time
+TIMEOUT_S = 10.0  # of one attempt
+CLOSE_S = 5.0  # at the end, for the captions that still wait
+
+
+@dataclass(frozen=True)
+class CaptionEvent:
+    """A caption on its way to the sinks.
+
+    Attributes:
+        values: What is sent, as a JSON object: that of ``watch --json`` with ``source`` and ``time``.
+        image: The picture.
+        seconds: Time of the frame in the video, or since the start.
+    """
+
+    values: Mapping[str, Any]
+    image: Any
+    seconds: float
+
+
+class Sink(ABC):
+    """A receiver of captions.
+
+    Attributes:
+        lost: Number of captions that were not delivered; final after :meth:`close`.
+    """
+
+    lost: int = 0
+
+    @abstractmethod
+    def put(self, event: CaptionEvent) -> None:
+        """Takes a caption."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Sends what waits, and ends."""
+
+
+@dataclass(frozen=True)
+class SinkOptions:
+    """What sinks need besides their address.
+
+    Attributes:
+        report: Called with a sentence for the user.
+        headers: HTTP headers of a webhook's requests.
+    """
+
+    report: Report
+    headers: Mapping[str, str]
+
+
+class RefusedError(Exception):
+    """The receiver will never take this caption."""
+
+
+class TryLaterError(OSError):
+    """The receiver was reached, and may take this caption later; the message says what it answered."""
+
+
+class QueuedSink(Sink):
+    """Delivers captions in a thread. If the queue is full, the oldest caption that waits is dropped.
+
+    A caption is tried again until it is delivered or refused. A failure and the recovery are reported once each.
+
+    Args:
+        name: The receiver, for messages.
+        deliver: Sends a caption. It raises an OSError if that can be tried again, and RefusedError, or any other
+            exception, if not.
+        report: Called with a sentence for the user.
+    """
+
+    def __init__(self, name: str, deliver: Callable[[CaptionEvent], None], report: Report) -> None:
+        self._name, self._deliver, self._report = name, deliver, report
+        self._waiting: deque[CaptionEvent] = deque()
+        self._current: CaptionEvent | None = None  # taken from the queue, and not delivered yet
+        self._changed = threading.Condition()
+        self._ends = float("inf")  # time.monotonic
+        self._dropped = 0
+        self._failing = False
+        self._thread = threading.Thread(target=self._run, name="blip2edge-sink", daemon=True)
+        self._thread.start()
+
+    def put(self, event: CaptionEvent) -> None:
+        """Adds a caption to the queue; never waits."""
+        with self._changed:
+            if len(self._waiting) == CAPACITY:
+                self._waiting.popleft()
+                self._dropped += 1
+            self._waiting.append(event)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Gives the waiting captions :data:`CLOSE_S` seconds, and reports how many were not delivered."""
+        with self._changed:
+            self._ends = time.monotonic() + CLOSE_S
+            self._changed.notify()
+        self._thread.join(CLOSE_S + TIMEOUT_S)
+        with self._changed:
+            self.lost = self._dropped + len(self._waiting) + (self._current is not None)
+        if self.lost:
+            self._report(f"{self._name}: {self.lost} captions were not delivered")
+
+    def _run(self) -> None:
+        wait = FIRST_WAIT_S
+        while True:
+            with self._changed:
+                while not (self._current or self._waiting) and self._ends == float("inf"):
+                    self._changed.wait()
+                if not (self._current or self._waiting) or time.monotonic() >= self._ends:
+                    return
+                event = self._current = self._current or self._waiting.popleft()
+            if self._try(event):
+                wait = FIRST_WAIT_S
+                with self._changed:
+                    self._current = None
+                continue
+            self._pause(wait)
+            wait = min(2 * wait, LONGEST_WAIT_S)
+
+    def _pause(self, seconds: float) -> None:
+        """Waits before the next attempt; :meth:`close` ends the wait. Later attempts are :data:`FIRST_WAIT_S` apart."""
+        with self._changed:
+            if self._ends == float("inf"):
+                self._changed.wait_for(lambda: self._ends < float("inf"), seconds)
+            else:
+                self._changed.wait(max(0.0, min(FIRST_WAIT_S, self._ends - time.monotonic())))
+
+    def _try(self, event: CaptionEvent) -> bool:
+        """Delivers a caption; whether it is done with, delivered or refused."""
+        try:
+            self._deliver(event)
+        except OSError as error:
+            if not self._failing:
+                answered = isinstance(error, TryLaterError)
+                problem = one_line(error) if answered else f"cannot be reached ({one_line(error)})"
+                self._report(f"{self._name}: {problem}; trying again")
+            self._failing = True
+            return False
+        except Exception as error:  # noqa: BLE001 - reported, and the thread goes on
+            if not self._failing:
+                kind = "" if isinstance(error, RefusedError) else f"{type(error).__name__}: "
+                self._report(f"{self._name}: a caption was refused ({kind}{one_line(error)})")
+            self._failing = True
+            with self._changed:
+                self._dropped += 1
+            return True
+        if self._failing:
+            self._report(f"{self._name}: captions are delivered again")
+        self._failing = False
+        return True
