@@ -47,6 +47,13 @@ def _loop_conflicts(config: TrainingConfig) -> Iterator[Conflict]:
             "[loop] cache_features does not work with crop or flip in [data], which change each picture every time",
             "set cache_features to false, or leave crop and flip out",
         )
+    for phase in (config.stage1, config.stage2, config.instruct):
+        if phase.unfreeze_vision and loop.cache_features:
+            yield Conflict(
+                f"[{phase.section}] unfreeze_vision does not work with [loop] cache_features: the features of a picture"
+                " change in every step",
+                "set cache_features to false, or unfreeze_vision to false",
+            )
     if loop.ema_weights != "everywhere" and not loop.ema_decay:
         yield Conflict(
             f"[loop] ema_weights = {loop.ema_weights!r}, but ema_decay is 0: there are no averaged weights",

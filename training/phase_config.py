@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from blip2edge.errors import ConfigError
-from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, SHARE, RecipeSection, at_least, one_of
+from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, SHARE, RecipeSection, ValidValues, at_least, one_of
+
+DECAY = ValidValues(lambda value: bool(0 < value <= 1), "be greater than 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,28 @@ class LanguagePhase(OptimizerConfig):
 
 
 @dataclass(frozen=True)
-class Stage1Phase(OptimizerConfig):
-    """Representation learning: trains the Q-Former and its text side. The picture encoder is frozen."""
+class BridgePhase(OptimizerConfig):
+    """A phase that trains the bridge. The picture encoder is frozen, unless it is trained too."""
+
+    unfreeze_vision: bool = False
+    """Train the picture encoder too, in float32. Pictures are then encoded in every step, also those that were encoded
+    before."""
+    layer_decay: Annotated[float, DECAY] = 1.0
+    """Layer-wise decay of the learning rate in a trained picture encoder, for example 0.9: the rate of a layer is that
+    of the next higher layer times this factor. 1: all layers have the same rate."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layer_decay != 1.0 and not self.unfreeze_vision:
+            raise ConfigError(
+                f"[{self.section}] layer_decay is {self.layer_decay}, but the picture encoder is frozen",
+                "set unfreeze_vision to true, or leave layer_decay out",
+            )
+
+
+@dataclass(frozen=True)
+class Stage1Phase(BridgePhase):
+    """Representation learning: trains the Q-Former and its text side."""
 
     steps: Annotated[int, NOT_NEGATIVE] = 0
     """Optimizer steps; with 0, `train stage2` starts with a new bridge."""
@@ -89,7 +111,7 @@ class Stage1Phase(OptimizerConfig):
 
 
 @dataclass(frozen=True)
-class Stage2Phase(OptimizerConfig):
+class Stage2Phase(BridgePhase):
     """Generative learning: trains the bridge through the frozen language model."""
 
     max_tokens: Annotated[int, POSITIVE] = 64

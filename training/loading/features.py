@@ -161,6 +161,33 @@ def _names(index: Path) -> list[str]:
     return [name for line in lines for name in line]
 
 
+class PictureReader:
+    """Opens the pictures of samples for a phase that trains the picture encoder: the phase encodes them itself.
+
+    Args:
+        preprocessing: Preprocessing of the pictures.
+        accelerator: The device.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, accelerator: Accelerator) -> None:
+        self.preprocessing = preprocessing
+        self._accelerator = accelerator
+
+    def open(self, sample: Sample) -> NDArray[np.float32] | None:
+        """Opens a sample's picture; returns its pixel values [3, H, W].
+
+        Raises:
+            ImageError: The picture is broken.
+        """
+        return self.preprocessing(sample.open_picture())
+
+    def encode(self, samples: Sequence[Sample], pixels: Sequence[NDArray[np.float32] | None]) -> Tensor:
+        """Returns the pixel values of a batch, float32 [B, 3, H, W], on the device; arguments as for FrozenEncoder."""
+        del samples
+        rows = [each for each in pixels if each is not None]
+        return torch.from_numpy(np.stack(rows)).to(self._accelerator.device)
+
+
 class FrozenEncoder:
     """Opens the pictures of samples and encodes them with the frozen picture encoder.
 

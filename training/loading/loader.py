@@ -26,7 +26,7 @@ from torch import Tensor
 from blip2edge.errors import Blip2EdgeError, DataError, ImageError, PromptError
 from blip2edge.training.data.sources import Sample, SampleSource
 from blip2edge.training.loading.batches import CaptionBatch, TextBatch
-from blip2edge.training.loading.features import FrozenEncoder
+from blip2edge.training.loading.features import FrozenEncoder, PictureReader
 
 Pixels = NDArray[np.float32] | None
 BROKEN = (ImageError, DataError, PromptError)
@@ -38,7 +38,8 @@ class PictureBatch(NamedTuple):
 
     Attributes:
         sample_ids: Names of the B samples.
-        image_embeds: float32 [B, P, Dv], output of the frozen picture encoder.
+        image_embeds: float32 [B, P, Dv], output of the frozen picture encoder; pixel values [B, 3, H, W], if the phase
+            trains the encoder.
         weight: Number of tokens that give loss; number of rows if there are no captions.
         captions: Texts for the language model.
         texts: Texts for the Q-Former's own text side.
@@ -109,7 +110,7 @@ class Loader:
     Args:
         source: The samples; or the sources of this process' own streams, which give an equal number of its rows each.
         rows: Number of samples of a batch on one process.
-        encoder: Opens and encodes the pictures.
+        encoder: Opens and encodes the pictures; only opens them, if the phase encodes them itself.
         texts: Makes the texts.
         accelerator: Device, rank and number of processes.
         workers: Number of threads that open the next batch's pictures; 0 for none.
@@ -119,7 +120,7 @@ class Loader:
         self,
         source: SampleSource | Sequence[SampleSource],
         rows: int,
-        encoder: FrozenEncoder,
+        encoder: FrozenEncoder | PictureReader,
         texts: TextMakers,
         accelerator: Accelerator,
         workers: int = 0,

@@ -22,7 +22,7 @@ from blip2edge.errors import DataError, option
 from blip2edge.training.loop import phase_state
 from blip2edge.training.loop.averaging import Averages
 from blip2edge.training.loop.journal import LINES
-from blip2edge.training.loop.optim import learning_rate, make_optimizer
+from blip2edge.training.loop.optim import learning_rate, make_optimizer, set_rate
 from blip2edge.training.loop.snapshots import Snapshot
 from blip2edge.training.loop.training_run import TrainingRun
 from blip2edge.training.loop.validation import Validation
@@ -72,6 +72,7 @@ class Phase:
         gauges: Returns values to log in addition to the losses.
         validation: Scores the model during the phase; None for no validation.
         before_step: Called with the number of a step before it is made, on every process.
+        rate_of: The factor on the learning rate, from the name of a parameter of the module.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Phase:
     gauges: Callable[[], Mapping[str, float]] = field(default=dict)
     validation: Validation | None = None
     before_step: Callable[[int], None] = lambda step: None
+    rate_of: Callable[[str], float] = lambda name: 1.0
 
 
 @dataclass
@@ -127,8 +129,7 @@ def run_phase(run: TrainingRun, phase: Phase, done: int, snapshot: Snapshot | No
     log_every = loop.log_every or max(1, config.steps // LINES)
     for step in range(first, config.steps):
         rate = learning_rate(step, config)
-        for group in live.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(live.optimizer, rate)
         phase.before_step(step)
         run.journal.add(_step(live, step))
         finished = step + 1
@@ -154,7 +155,7 @@ def run_phase(run: TrainingRun, phase: Phase, done: int, snapshot: Snapshot | No
 
 def _begin(run: TrainingRun, phase: Phase) -> _Live:
     """Prepares module and optimizer for this run's device, arithmetic and processes."""
-    optimizer = make_optimizer([phase.module], phase.config)
+    optimizer = make_optimizer([phase.module], phase.config, phase.rate_of)
     module, optimizer = run.accelerator.prepare(phase.module, optimizer)
     if phase.validation is not None:
         phase.validation.check(module)

@@ -7,14 +7,17 @@ a cosine. Gradients are also clipped, which LAVIS does not do, so that one bad b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from blip2edge.training.phase_config import OptimizerConfig
+
+RATE = "rate"  # key of an optimizer's group: its factor on the learning rate
 
 
 def learning_rate(step: int, config: OptimizerConfig) -> float:
@@ -35,32 +38,75 @@ def learning_rate(step: int, config: OptimizerConfig) -> float:
     return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * swing
 
 
-def make_optimizer(modules: Iterable[nn.Module], config: OptimizerConfig) -> torch.optim.AdamW:
+def layer_rates(layers: int, decay: float) -> list[float]:
+    """Computes the factors on the learning rate in a picture encoder (layer-wise learning-rate decay).
+
+    Factor i is ``decay ** (layers + 1 - i)``, for i from 0 (patch, class and position embeddings) over 1 (the first
+    layer) to ``layers`` (the last layer). The last one, 1, is for the norm after the layers and for all other modules.
+    The rule of BEiT (arXiv 2106.08254; microsoft/unilm, ``LayerDecayValueAssigner``) and EVA (arXiv 2211.07636).
+    LAVIS computes the same factors in ``get_optimizer_params``, but its schedules of the rate do not apply them.
+
+    Args:
+        layers: Number L of layers.
+        decay: Factor from one layer to the layer below it; 1 for equal rates.
+
+    Returns:
+        L + 2 factors.
+    """
+    return [decay ** (layers + 1 - number) for number in range(layers + 2)]
+
+
+def layer_number(name: str, layers: int) -> int:
+    """Finds the index of a picture encoder's parameter in :func:`layer_rates`.
+
+    Args:
+        name: Name of the parameter in :class:`~blip2edge.model.vision.vit.VisionTransformer`.
+        layers: Number of its layers.
+    """
+    part, _, rest = name.partition(".")
+    if part == "layers":
+        return int(rest.split(".")[0]) + 1
+    return layers + 1 if part == "post_norm" else 0
+
+
+def make_optimizer(
+    modules: Iterable[nn.Module], config: OptimizerConfig, rate_of: Callable[[str], float] = lambda name: 1.0
+) -> torch.optim.AdamW:
     """Makes an AdamW optimiser for all parameters with `requires_grad`.
 
     Args:
         modules: Modules to train; a parameter that two modules share is used once.
         config: Optimizer settings: learning rate, betas and weight decay.
+        rate_of: The factor on the learning rate, from the name of a parameter in its module.
 
     Returns:
-        An optimiser with two groups: weight decay on tensors of two or more dimensions, none on biases, norms and
-        scales.
+        An optimiser with two groups for each factor: weight decay on tensors of two or more dimensions, none on biases,
+        norms and scales. The factor is in the group's entry :data:`RATE`.
     """
-    seen: dict[int, nn.Parameter] = {}
+    seen: dict[int, tuple[nn.Parameter, float]] = {}
     for module in modules:
-        for parameter in module.parameters():
+        for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                seen.setdefault(id(parameter), parameter)
-    matrices = [parameter for parameter in seen.values() if parameter.ndim > 1]
-    vectors = [parameter for parameter in seen.values() if parameter.ndim <= 1]
+                seen.setdefault(id(parameter), (parameter, rate_of(name)))
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {
+            "params": [each for each, own in seen.values() if own == rate and (each.ndim > 1) == matrices],
+            "weight_decay": config.weight_decay if matrices else 0.0,
+            RATE: rate,
+        }
+        for rate in sorted({rate for _, rate in seen.values()}, reverse=True)
+        for matrices in (True, False)
     ]
     betas = (config.beta1, config.beta2)
     given = [group for group in groups if group["params"]]
     # Fused: one pass over the memory of each tensor. On a CPU this is four times as fast as single operations.
     return torch.optim.AdamW(given, lr=config.learning_rate, betas=betas, fused=True)
+
+
+def set_rate(optimizer: Any, rate: float) -> None:
+    """Sets the learning rate of a step: each group of parameters gets ``rate`` times its own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group[RATE]
 
 
 def recompute_activations(module: nn.Module) -> None:
@@ -73,6 +119,8 @@ def recompute_activations(module: nn.Module) -> None:
     for name, layers in list(module.named_modules()):
         if isinstance(layers, nn.ModuleList) and name.rpartition(".")[2] in ("layers", "cross_layers"):
             for layer in layers:
+                if "forward" in vars(layer):  # an earlier phase has done this
+                    continue
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 

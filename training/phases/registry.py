@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import ConfigError
 from blip2edge.model.config import QFormerConfig
+from blip2edge.model.vision.vit import VisionTransformer
 from blip2edge.runtime.text.prompt import InstructionTokenizer
 from blip2edge.runtime.text.tokenizer import Tokenizer
 from blip2edge.training.config import TrainingConfig
@@ -23,13 +24,13 @@ from blip2edge.training.evaluation.checkpoint_models import CheckpointCaptioner
 from blip2edge.training.evaluation.validation import validation_scores
 from blip2edge.training.loading.batches import KeywordTexts, SceneBatches, pixel_values
 from blip2edge.training.loading.caption_texts import CaptionTexts
-from blip2edge.training.loading.features import FeatureCache, FrozenEncoder, encoder_hash
+from blip2edge.training.loading.features import FeatureCache, FrozenEncoder, PictureReader, encoder_hash
 from blip2edge.training.loading.loader import Loader, TextMakers
 from blip2edge.training.loop.loop import Phase
-from blip2edge.training.loop.optim import freeze, recompute_activations
+from blip2edge.training.loop.optim import freeze, layer_number, layer_rates, recompute_activations
 from blip2edge.training.loop.training_run import TrainingRun
 from blip2edge.training.loop.validation import Validation
-from blip2edge.training.phase_config import Stage2Phase
+from blip2edge.training.phase_config import BridgePhase, Stage2Phase
 from blip2edge.training.phases.pretrain import (
     DenseBatch,
     LanguagePretraining,
@@ -62,8 +63,42 @@ def _scene_batches(run: TrainingRun, phase: str, rows: int, make: MakeSceneBatch
     return SceneBatches(rows, _seed(run, phase), moved, (here.process_index, here.num_processes))
 
 
-def _loader(run: TrainingRun, phase: str, rows: int, texts: TextMakers) -> Loader:
-    """Batches of the recipe's data, encoded by the frozen picture encoder."""
+def _loader(run: TrainingRun, phase: str, config: BridgePhase, texts: TextMakers) -> Loader:
+    """Batches of the recipe's data, encoded by the picture encoder if it is frozen."""
+    if config.unfreeze_vision:
+        encoder: FrozenEncoder | PictureReader = PictureReader(run.parts.preprocessing, run.accelerator)
+    else:
+        encoder = _frozen_encoder(run)
+    rows = config.batch_size
+    loader = Loader(_sources(run, phase, rows), rows, encoder, texts, run.accelerator, run.config.loop.workers)
+    run.loaders.append(loader)
+    return loader
+
+
+def _trained_vision(run: TrainingRun, phase: BridgePhase) -> VisionTransformer | None:
+    """The picture encoder if the phase trains it, in float32 (an earlier phase may have used half precision)."""
+    if not phase.unfreeze_vision:
+        return None
+    vision = run.parts.model.vision.to(run.accelerator.device, torch.float32)
+    if run.config.loop.recompute_activations:
+        recompute_activations(vision)
+    return vision
+
+
+def _rates(run: TrainingRun, phase: BridgePhase) -> Callable[[str], float]:
+    """The factor on the learning rate of a parameter: that of its layer in the picture encoder, else 1."""
+    layers = len(run.parts.model.vision.layers)
+    rates = layer_rates(layers, phase.layer_decay)
+
+    def rate_of(name: str) -> float:
+        part, _, rest = name.partition(".")
+        return rates[layer_number(rest, layers)] if part == "vision" else 1.0
+
+    return rate_of
+
+
+def _frozen_encoder(run: TrainingRun) -> FrozenEncoder:
+    """The frozen picture encoder, with a cache of its output if the recipe wants one."""
     vision, loop, preprocessing = run.parts.model.vision, run.config.loop, run.parts.preprocessing
     freeze(vision)
     vision.to(DTYPES[loop.frozen_dtype])
@@ -72,10 +107,7 @@ def _loader(run: TrainingRun, phase: str, rows: int, texts: TextMakers) -> Loade
         name = encoder_hash(vision, preprocessing, f"{loop.features_dtype} from {loop.autocast}")
         shape = (vision.config.num_embeds, vision.config.hidden_size)
         cache = FeatureCache(cache_directory() / "features" / name, shape, loop.features_dtype)
-    encoder = FrozenEncoder(vision, preprocessing, run.accelerator, cache)
-    loader = Loader(_sources(run, phase, rows), rows, encoder, texts, run.accelerator, loop.workers)
-    run.loaders.append(loader)
-    return loader
+    return FrozenEncoder(vision, preprocessing, run.accelerator, cache)
 
 
 def _sources(run: TrainingRun, phase: str, rows: int) -> SampleSource | list[SampleSource]:
@@ -126,9 +158,9 @@ def _stage1(run: TrainingRun) -> Phase:
     run.stage1 = model
     phase = config.stage1
     weights = {"itc": phase.itc_weight, "itm": phase.itm_weight, "itg": phase.itg_weight}
-    module = RepresentationStage(model, weights)
-    batches = _loader(run, "stage1", phase.batch_size, TextMakers(own=run.parts.qformer_texts))
-    return Phase("stage1", module, batches, phase, _seed(run, "stage1"), module.gauges)
+    module = RepresentationStage(model, weights, _trained_vision(run, phase))
+    batches = _loader(run, "stage1", phase, TextMakers(own=run.parts.qformer_texts))
+    return Phase("stage1", module, batches, phase, _seed(run, "stage1"), module.gauges, rate_of=_rates(run, phase))
 
 
 def _finish_stage1(run: TrainingRun) -> None:
@@ -162,8 +194,14 @@ def _generative(run: TrainingRun, name: str, phase: Stage2Phase) -> Phase:
         recompute_activations(model.language)
     elastic = elastic_draw(model.config, phase, _seed(run, name))
     model.config = replace(model.config, elastic=phase.elastic_min if phase.elastic else 0)
+    _trained_vision(run, phase)
     module = GenerativeStage(
-        model, config.bridge, phase.itg_weight, unfreeze_language=phase.unfreeze_language, elastic=elastic
+        model,
+        config.bridge,
+        phase.itg_weight,
+        unfreeze_language=phase.unfreeze_language,
+        unfreeze_vision=phase.unfreeze_vision,
+        elastic=elastic,
     )
     captions = CaptionTexts(model.config, parts.runtime_tokenizer, phase.max_tokens)
     texts = TextMakers(
@@ -171,9 +209,9 @@ def _generative(run: TrainingRun, name: str, phase: Stage2Phase) -> Phase:
         parts.qformer_texts if phase.itg_weight else None,
         _instruction(parts, captions) if model.config.instruction_positions else None,
     )
-    batches = _loader(run, name, phase.batch_size, texts)
-    seed = _seed(run, name)
-    return Phase(name, module, batches, phase, seed, module.gauges, _validation(run), module.begin_step)
+    batches = _loader(run, name, phase, texts)
+    seed, rates = _seed(run, name), _rates(run, phase)
+    return Phase(name, module, batches, phase, seed, module.gauges, _validation(run), module.begin_step, rates)
 
 
 def _validation(run: TrainingRun) -> Validation | None:
@@ -234,15 +272,20 @@ class PhaseKind:
 
 
 def _changed(config: TrainingConfig, phase: Stage2Phase) -> tuple[str, ...]:
-    own = ("language.",) if phase.unfreeze_language or phase.lora_rank else ()
+    language = ("language.",) if phase.unfreeze_language or phase.lora_rank else ()
+    vision = ("vision.",) if phase.unfreeze_vision else ()
     # The bridge is always included: a new projection is scaled as the phase begins, even if it is not trained.
-    return (*TRAINED[config.bridge], *own, "bridge.", "draft.")
+    return (*TRAINED[config.bridge], *language, *vision, "bridge.", "draft.")
+
+
+def _changed_in_stage1(config: TrainingConfig) -> tuple[str, ...]:
+    return ("bridge.", "draft.", *(("vision.",) if config.stage1.unfreeze_vision else ()))
 
 
 PHASES: dict[str, PhaseKind] = {
     "vision": PhaseKind(_vision, lambda run: freeze(run.parts.model.vision), lambda config: ("vision.",)),
     "language": PhaseKind(_language, lambda run: freeze(run.parts.model.language), lambda config: ("language.",)),
-    "stage1": PhaseKind(_stage1, _finish_stage1, lambda config: ("bridge.", "draft.")),
+    "stage1": PhaseKind(_stage1, _finish_stage1, _changed_in_stage1),
     "stage2": PhaseKind(_stage2, _merge_lora, lambda config: _changed(config, config.stage2)),
     "instruct": PhaseKind(_instruct, _merge_lora, lambda config: _changed(config, config.instruct)),
 }

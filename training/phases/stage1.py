@@ -244,22 +244,25 @@ def prepare_stage1(model: Stage1Model) -> None:
 
 
 class RepresentationStage(nn.Module):
-    """Stage 1 with a weight for each loss. The picture encoder is frozen.
+    """Stage 1 with a weight for each loss.
 
     Args:
         model: The model; it is trained in place, except for its picture encoder.
         weights: Weights of the losses "itc", "itm" and "itg".
+        vision: The picture encoder, if it is trained too; the batches then hold pixel values.
     """
 
-    def __init__(self, model: Stage1Model, weights: Mapping[str, float]) -> None:
+    def __init__(self, model: Stage1Model, weights: Mapping[str, float], vision: nn.Module | None = None) -> None:
         super().__init__()
         self.model = model
         self._weights = dict(weights)
         prepare_stage1(model)
+        self.vision = None if vision is None else vision.requires_grad_(True)
 
     def forward(self, batch: PictureBatch) -> dict[str, Tensor]:
         """Computes the three losses, and `loss`, their weighted sum."""
-        losses: dict[str, Tensor] = self.model(batch.image_embeds, batch.texts)
+        image_embeds = batch.image_embeds if self.vision is None else self.vision(batch.image_embeds)
+        losses: dict[str, Tensor] = self.model(image_embeds, batch.texts)
         total = torch.stack([self._weights[name] * loss for name, loss in losses.items()]).sum()
         return {**losses, "loss": total}
 

@@ -127,26 +127,28 @@ def _cross_loss(language: Any, visual_tokens: Tensor, batch: CaptionBatch) -> Te
     return _token_loss(logits, batch.labels[:, 1:])
 
 
-def is_trained(name: str, bridge: str, *, language: bool = False) -> bool:
+def is_trained(name: str, bridge: str, *, language: bool = False, vision: bool = False) -> bool:
     """Decides whether stage 2 trains a parameter of the captioner; those that LoRA added are always trained.
 
     Args:
         name: Name of the captioner's parameter.
         bridge: Value of the recipe's key `bridge`.
         language: Whether the language model is trained too.
+        vision: Whether the picture encoder is trained too.
     """
     trained = name.startswith((*TRAINED[bridge], "draft.")) or MARK in name
-    return trained or (language and name.startswith("language."))
+    return trained or (language and name.startswith("language.")) or (vision and name.startswith("vision."))
 
 
 class GenerativeStage(nn.Module):
     """The module of stage 2 and of instruction tuning: the trained bridge and the frozen language model.
 
     Args:
-        model: The captioner. Its modules are shared, not copied; the picture encoder is not used.
+        model: The captioner. Its modules are shared, not copied; the picture encoder is used only if it is trained.
         bridge: Value of the recipe's key `bridge`.
         itg_weight: Weight of the loss of the Q-Former's own text head; if 0, the head is not trained.
         unfreeze_language: Whether the language model is trained too.
+        unfreeze_vision: Whether the picture encoder is trained too; the batches then hold pixel values.
         elastic: How many of the first queries a step uses, by its number; None for all queries.
 
     Raises:
@@ -160,6 +162,7 @@ class GenerativeStage(nn.Module):
         itg_weight: float = 0.0,
         *,
         unfreeze_language: bool = False,
+        unfreeze_vision: bool = False,
         elastic: ElasticDraw | None = None,
     ) -> None:
         super().__init__()
@@ -171,10 +174,11 @@ class GenerativeStage(nn.Module):
         freeze(model)
         self.bridge, self.language = model.bridge, model.language
         self.draft = model.draft if itg_weight else None
+        self.vision = model.vision if unfreeze_vision else None
         self.itg_weight = itg_weight
         self._elastic, self._queries = elastic, 0
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(is_trained(name, bridge, language=unfreeze_language))
+            parameter.requires_grad_(is_trained(name, bridge, language=unfreeze_language, vision=unfreeze_vision))
         self._bridge = bridge
         self._unfrozen = unfreeze_language
         self.train()
@@ -198,14 +202,15 @@ class GenerativeStage(nn.Module):
         bridge: Any = self.bridge
         if batch.captions is None:
             raise ValueError("a batch of stage 2 needs captions")
+        image_embeds = batch.image_embeds if self.vision is None else self.vision(batch.image_embeds)
         queries: dict[str, Tensor] = {}
         if self._queries:
-            queries["query_ids"] = torch.arange(self._queries, device=batch.image_embeds.device)[None]
+            queries["query_ids"] = torch.arange(self._queries, device=image_embeds.device)[None]
         if self.draft is None or batch.texts is None:
-            visual_tokens = bridge(batch.image_embeds, *(batch.instruction or ()), **queries)
+            visual_tokens = bridge(image_embeds, *(batch.instruction or ()), **queries)
             loss = caption_loss(self.language, visual_tokens, batch.captions)
             return {"lm": loss, "loss": loss}
-        states, key_values = bridge.qformer.read(batch.image_embeds, **queries)
+        states, key_values = bridge.qformer.read(image_embeds, **queries)
         loss = caption_loss(self.language, bridge.projection(states), batch.captions)
         side = self.draft.text_side(bridge.qformer)
         own = text_loss(side, key_values, batch.texts, self.draft.config.dec_token_id)

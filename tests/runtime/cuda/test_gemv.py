@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from blip2edge.calibration.weights.blocks import BlockFormat, packed, restored
-from blip2edge.runtime.cuda.products import Matrix, Gemv
+from blip2edge.runtime.cuda.products import Gemv, Matrix
 from tests.runtime.cuda.shimmed import FORWARD, ORDERS, RANDOM, REVERSED, Memory, Shim, ulps
 
 WIDE = 160  # more than a tile of every format but one, and no multiple of it
