@@ -1,6 +1,6 @@
-"""Products of a few rows with a weight of the bundle: the choice of a kernel, its grid and its parameter.
+"""Products with a weight of the bundle: the choice of a kernel, its grid and its parameter.
 
-``kernels/gemv.cuh`` describes the computation.
+``kernels/gemv.cuh`` describes the computation; ``gemm.cuh`` is that of more rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ SEGMENT = 64
 """Bytes of a row of weights that neighbouring lanes read; ``SEGMENT`` of ``gemv.cuh``."""
 
 MOST_ROWS = 4
-"""Most rows that share one reading of the weights."""
+"""Most rows of ``gemv.cuh``; more take ``gemm.cuh``."""
+
+GEMM_ROWS, GEMM_COLUMNS = 32, 64
+"""Rows and columns of a block of ``gemm.cuh``."""
 
 MOST_MATRICES = 3
 CHUNK = 16
@@ -35,17 +38,17 @@ class GemvArguments(ctypes.Structure):
     _fields_ = [
         ("matrices", Matrix * MOST_MATRICES),
         *pointers("x", "gated", "parts", "arrived"),
-        *integers("depth", "block", "widest"),
+        *integers("depth", "block", "widest", "rows"),
     ]
 
 
 @dataclass(frozen=True)
-class Gemv:
+class RowProduct:
     """The form of a product ``[M, K] x [K, N]``; products of one launch share it.
 
     Attributes:
         bits: Bits of a weight: 16 (fp16), 8 or 4.
-        rows: M, from 1 to :data:`MOST_ROWS`.
+        rows: M.
         depth: K.
         widths: N of each matrix.
         block: Rows of weights that share a scale; 0 for fp16.
@@ -66,10 +69,15 @@ class Gemv:
     relu: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rows <= MOST_ROWS or not 1 <= len(self.widths) <= MOST_MATRICES:
+        if self.rows < 1 or not 1 <= len(self.widths) <= MOST_MATRICES:
             raise ValueError(f"{self.rows} rows and {len(self.widths)} matrices")
         if self.bits < 16 and (self.block % CHUNK or not self.block or self.depth % self.block):
             raise ValueError(f"blocks of {self.block} rows of {self.depth}")
+
+    @property
+    def few(self) -> bool:
+        """Whether the kernel is that of a few rows."""
+        return self.rows <= MOST_ROWS
 
     @property
     def load(self) -> int:
@@ -90,12 +98,12 @@ class Gemv:
     @property
     def lanes(self) -> int:
         """Lanes of a warp along the columns."""
-        return min(SEGMENT // self.load, WARP)
+        return min(SEGMENT // self.load, WARP) if self.few else WARP
 
     @property
     def tile(self) -> int:
         """Columns of a block."""
-        return self.lanes * self.load * 8 // self.bits
+        return self.lanes * self.load * 8 // self.bits if self.few else GEMM_COLUMNS
 
     @property
     def tiles(self) -> int:
@@ -108,6 +116,8 @@ class Gemv:
         Args:
             multiprocessors: Number of the GPU's multiprocessors.
         """
+        if not self.few:
+            return 1
         most = -(-self.depth // (CHUNK * THREADS // self.lanes))
         wanted = -(-2 * multiprocessors // (self.tiles * len(self.widths)))
         return max(1, min(most, wanted))
@@ -119,15 +129,13 @@ class Gemv:
     @property
     def kernel(self) -> Kernel:
         """The kernel for this form."""
-        values = (
-            *map(str, (self.bits, self.rows, self.load)),
-            self.scale,
-            self.out,
-            "SWIGLU" if self.swiglu else "PLAIN",
-            "RELU" if self.relu else "LINEAR",
-        )
-        shared = THREADS // WARP * self.rows * self.tile * 4
-        return Kernel("gemv.cuh", "gemv", values, GemvArguments, shared)
+        kinds = ("SWIGLU" if self.swiglu else "PLAIN", "RELU" if self.relu else "LINEAR")
+        if self.few:
+            sizes = (str(self.bits), str(self.rows), str(self.load))
+            shared = THREADS // WARP * self.rows * self.tile * 4
+            return Kernel("gemv.cuh", "gemv", (*sizes, self.scale, self.out, *kinds), GemvArguments, shared)
+        shared = CHUNK * (GEMM_ROWS + GEMM_COLUMNS) * 4
+        return Kernel("gemm.cuh", "gemm", (str(self.bits), self.scale, self.out, *kinds), GemvArguments, shared)
 
     def launch(
         self, matrices: Sequence[Matrix], x: int, parts: int, arrived: int, splits: int, gated: int = 0
@@ -143,9 +151,11 @@ class Gemv:
             gated: Address of the second input of SwiGLU.
         """
         arguments = GemvArguments(
-            x=x, gated=gated, parts=parts, arrived=arrived, depth=self.depth, block=self.block, widest=max(self.widths)
-        )
+            x=x, gated=gated, parts=parts, arrived=arrived,
+            depth=self.depth, block=self.block, widest=max(self.widths), rows=self.rows,
+        )  # fmt: skip
         for index, (matrix, width) in enumerate(zip(matrices, self.widths, strict=True)):
             matrix.width = width
             arguments.matrices[index] = matrix
-        return Launch(self.kernel, (self.tiles, splits, len(self.widths)), arguments)
+        along = splits if self.few else -(-self.rows // GEMM_ROWS)
+        return Launch(self.kernel, (self.tiles, along, len(self.widths)), arguments)

@@ -13,6 +13,9 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 
 extern __shared__ float4 shared_memory[];
 
+// What a maximum begins with; NVRTC has no INFINITY.
+__device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }
+
 // A float or half in memory, read and written as float.
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }

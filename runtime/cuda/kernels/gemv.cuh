@@ -38,6 +38,7 @@ struct GemvArguments {
     long long depth;      // K
     long long block;      // rows that share a scale; unused in 16 bits
     long long widest;     // N of the widest matrix
+    long long rows;       // M, for gemm.cuh; gemv.cuh has it as a template argument
 };
 
 enum Input { PLAIN = 0, SWIGLU = 1 };

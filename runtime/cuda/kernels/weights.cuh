@@ -60,3 +60,12 @@ struct Weights {
         return BITS == 4 ? 1.0f / static_cast<float>(1 << column % 4 * 4) : 1.0f;
     }
 };
+
+// One weight without its scale.
+template <int BITS>
+__device__ __forceinline__ float read_weight(const unsigned char* weights, long long at) {
+    if constexpr (BITS == 16) return __half2float(reinterpret_cast<const __half*>(weights)[at]);
+    if constexpr (BITS == 8) return static_cast<float>(static_cast<signed char>(weights[at]));
+    const int half = weights[at / 2] >> (at % 2 * 4) & 0xf;
+    return static_cast<float>((half ^ 8) - 8);  // the sign of four bits
+}

@@ -19,12 +19,22 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 
 from blip2edge.runtime.cuda.kernel import KERNELS
-from tests.runtime.cuda import test_gemv
+from tests.runtime.cuda import test_attention, test_products, test_steps
 from tests.runtime.cuda.shimmed import Shim
 
-SUITES = {"gemv.cuh": test_gemv, "weights.cuh": test_gemv, "common.cuh": test_gemv}
+SUITES: dict[str, tuple[ModuleType, ...]] = {
+    "gemv.cuh": (test_products,),
+    "gemm.cuh": (test_products,),
+    "weights.cuh": (test_products, test_steps),
+    "common.cuh": (test_products, test_steps, test_attention),
+    "norm.cuh": (test_steps,),
+    "embed.cuh": (test_steps,),
+    "choose.cuh": (test_steps,),
+    "attention.cuh": (test_attention,),
+}
 """The tests of each source: ``KERNELS`` and ``verify(shim)``."""
 
 CHANGES: tuple[tuple[str, str], ...] = (
@@ -105,12 +115,12 @@ def _child(mutant: Mutant, sources: Path) -> None:
     signal.alarm(SECONDS)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
-    suite = SUITES[mutant.file]
-    try:
-        shim = Shim(suite.KERNELS, sources, keep=False)
-    except RuntimeError:
-        os._exit(2)
-    suite.verify(shim)
+    for suite in SUITES[mutant.file]:
+        try:
+            shim = Shim(suite.KERNELS, sources, keep=False)
+        except RuntimeError:
+            os._exit(2)
+        suite.verify(shim)
     os._exit(0)
 
 

@@ -1,0 +1,102 @@
+"""The kernels of a decoder between its products: norm, attention, first input and choice of the token.
+
+The sources in ``kernels/`` describe the computations and the fields of the structures.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+from blip2edge.runtime.cuda.kernel import THREADS, WARP, Kernel, integers, pointers
+
+WARPS = THREADS // WARP
+MOST_GROUP = 8
+"""Most query heads that share a head of keys: each lane has their sums in registers."""
+
+CHANNELS = 8
+"""Channels of a lane; ``CHANNELS`` of ``attention.cuh``."""
+
+BEST_BYTES = 16
+"""Size of ``Best`` in ``choose.cuh``."""
+
+
+class NormArguments(ctypes.Structure):
+    """``NormArguments`` of ``norm.cuh``."""
+
+    _fields_ = [*pointers("x", "weight", "bias", "rows", "out"), *integers("width"), ("epsilon", ctypes.c_float)]
+
+
+class AttentionArguments(ctypes.Structure):
+    """``AttentionArguments`` of ``attention.cuh``."""
+
+    _fields_ = [
+        *pointers("query", "key", "value", "keys", "values", "rotation", "before", "fresh", "out", "parts", "arrived"),
+        *integers("steps", "heads", "capacity", "window"),
+        ("scale", ctypes.c_float),
+    ]
+
+
+class EmbedArguments(ctypes.Structure):
+    """``EmbedArguments`` of ``embed.cuh``."""
+
+    _fields_ = [
+        *pointers("embeddings", "positions", "before", "x"),
+        *integers("steps", "width", "offset", "longest"),
+    ]
+
+
+class ChooseArguments(ctypes.Structure):
+    """``ChooseArguments`` of ``choose.cuh``."""
+
+    _fields_ = [
+        *pointers("logits", "seen", "penalty", "held", "held_steps", "before", "tokens", "logprobs"),
+        *pointers("table", "scales", "positions", "x", "parts", "arrived"),
+        *integers("vocabulary", "width", "block", "offset", "longest"),
+    ]
+
+
+NORMS = ("LAYER_NORM", "RMS_NORM")
+TABLES = ("FLOATS", "ROWS_OF_INTEGERS", "COLUMNS_OF_INTEGERS")
+
+
+def norm_kernel(kind: str) -> Kernel:
+    """The norm of rows; ``kind`` is one of :data:`NORMS`."""
+    return Kernel("norm.cuh", "norm", (kind,), NormArguments, 4 * WARPS)
+
+
+def attention_kernel(width: int, group: int) -> Kernel:
+    """Attention over the cache.
+
+    Args:
+        width: d, width of a head.
+        group: Query heads that share a head of keys and values.
+
+    Raises:
+        ValueError: There is no kernel for these sizes.
+    """
+    if width % CHANNELS or not CHANNELS <= width <= CHANNELS * WARP or not 1 <= group <= MOST_GROUP:
+        raise ValueError(f"no kernel for heads {width} wide in groups of {group}")
+    return Kernel(
+        "attention.cuh", "attention", (str(width), str(group)), AttentionArguments, part_bytes(width, group) * WARPS
+    )
+
+
+def part_bytes(width: int, group: int) -> int:
+    """Size of the sums of a cut of the slots, for a head of keys and a token."""
+    return 4 * group * (width + 2)
+
+
+def embed_kernel(value: str) -> Kernel:
+    """The first layer's input, from embeddings of type ``value``: ``float`` or ``__half``."""
+    return Kernel("embed.cuh", "embed", (value,), EmbedArguments, 0)
+
+
+def choose_kernel(table: str, bits: int, value: str) -> Kernel:
+    """The choice of the next token.
+
+    Args:
+        table: Form of the token table, one of :data:`TABLES`.
+        bits: Bits of an integer of the table; 16 or 32 for floats.
+        value: Type of the table's floats or scales.
+    """
+    return Kernel("choose.cuh", "choose", (table, str(bits), value), ChooseArguments, BEST_BYTES * WARPS)
