@@ -43,8 +43,18 @@ class LoopConfig(RecipeSection):
     data_streams: Annotated[int, POSITIVE] = 1
     """Parts that the data is split into, each for an equal share of a batch's rows. A process reads only the parts of
     its own rows: set it to the number of processes, or a multiple of it. 1: every process reads all texts."""
+    trackers: tuple[str, ...] = ()
+    """Programs that show the run, by accelerate's names, such as "tensorboard" or "wandb". Each needs its package. They
+    get losses, learning rate, gauges and scores of validations."""
+    tracker_project: str = "blip2edge"
+    """Name of the project that the trackers record the run in."""
     tensorboard: bool = False
-    """Also write event files of TensorBoard; needs the package tensorboard."""
+    """The same as "tensorboard" in `trackers`."""
+
+    @property
+    def tracker_names(self) -> tuple[str, ...]:
+        """The trackers, each once."""
+        return tuple(dict.fromkeys([*self.trackers, *(["tensorboard"] if self.tensorboard else [])]))
 
 
 @dataclass(frozen=True)

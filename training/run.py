@@ -29,9 +29,10 @@ from blip2edge.training.config import TrainingConfig, config_hash, load_config
 from blip2edge.training.evaluation.models import ModelOptions
 from blip2edge.training.evaluation.open_model import open_captioner
 from blip2edge.training.evaluation.scene_scores import evaluate_scenes
-from blip2edge.training.loop.journal import BOARD, CURVE, LOG, Journal, draw_curve
+from blip2edge.training.loop.journal import CURVE, LOG, Journal, draw_curve
 from blip2edge.training.loop.loop import Phase, run_phase
 from blip2edge.training.loop.snapshots import Snapshot, Snapshots
+from blip2edge.training.loop.trackers import BOARD, TrackedRun, Trackers, check_trackers, flat, run_identity
 from blip2edge.training.loop.training_run import TrainingRun
 from blip2edge.training.phases.registry import PHASES, phases_of
 from blip2edge.training.setup.build import build_parts, write_stage1
@@ -118,10 +119,11 @@ def _train(
 ) -> dict[str, Any]:
     """Runs the phases and publishes the checkpoint."""
     first, target, config_path = accelerator.is_main_process, options.target, options.config_path
+    check_trackers(config.loop.tracker_names)
     snapshots = snapshots_of(target)
     snapshot = _snapshot_to_resume(snapshots, stage, config, resume=options.resume, force=options.force, first=first)
     accelerator.wait_for_everyone()
-    journal = Journal(snapshots.directory if first else None, tensorboard=config.loop.tensorboard)
+    journal = _journal(config, target, snapshots, resumed=snapshot is not None) if first else Journal(None)
     base = Path(config_path).resolve().parent
     torch.manual_seed(config.seed)
     run = TrainingRun(stage, config, base, accelerator, build_parts(stage, config, base), journal, snapshots)
@@ -140,6 +142,22 @@ def _train(
         snapshots.clear()
     accelerator.wait_for_everyone()
     return record
+
+
+def _journal(config: TrainingConfig, target: Path, snapshots: Snapshots, *, resumed: bool) -> Journal:
+    """The log of the first process, with the trackers.
+
+    Raises:
+        ConfigError: A tracker cannot be started.
+        OutputError: The directory of the run is not writable.
+    """
+    names, loop = config.loop.tracker_names, config.loop
+    if not names:
+        return Journal(snapshots.directory)
+    identity = run_identity(snapshots.directory, resumed=resumed)
+    first_step = (snapshots.steps or 0) if resumed else 0
+    tracked = TrackedRun(snapshots.directory, loop.tracker_project, target.name, identity, first_step)
+    return Journal(snapshots.directory, Trackers(names, tracked, flat(config)))
 
 
 def _first_phase(run: TrainingRun, snapshot: Snapshot, names: list[str]) -> int:

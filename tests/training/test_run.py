@@ -165,18 +165,6 @@ def test_a_recipe_without_the_phase_of_the_snapshot_is_refused(path: Path, tmp_p
         train("stage2", path, tmp_path / "out", resume=True)
 
 
-def test_tensorboard_is_written_or_missed_at_once(path: Path, tmp_path: Path) -> None:
-    recipes.write(path, loop="tensorboard = true")
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError:
-        with pytest.raises(ConfigError, match="tensorboard is true, but the package tensorboard is not installed"):
-            train("stage2", path, tmp_path / "out")
-    else:
-        train("stage2", path, tmp_path / "out", evaluation_scenes=0)
-        assert list((tmp_path / "out" / "tensorboard").iterdir())
-
-
 def test_there_must_be_something_to_resume(path: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no snapshot"):
         train("stage2", path, tmp_path / "out", resume=True)

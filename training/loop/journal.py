@@ -1,4 +1,4 @@
-"""The log of a training run: JSON lines, optionally TensorBoard, and a plot of the losses."""
+"""The log of a training run: JSON lines, trackers such as TensorBoard, and a plot of the losses."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 
 from blip2edge.bundle.outputs.disk_errors import output_error
 from blip2edge.bundle.outputs.locks import write_file
-from blip2edge.errors import ConfigError, DataError, OutputError
+from blip2edge.errors import DataError, OutputError
 from blip2edge.reading import parse_json, read_text, reading
+from blip2edge.training.loop.trackers import Trackers
 
-LOG, CURVE, BOARD = "log.jsonl", "curve.png", "tensorboard"
+LOG, CURVE = "log.jsonl", "curve.png"
 WHOLE = ("loss", "grad_norm")  # values that are fields of a line, not entries of `losses`
 LINES = 200  # approximate number of lines of a phase, unless the recipe sets log_every
 
@@ -28,28 +29,17 @@ class Journal:
 
     Args:
         directory: Directory of `log.jsonl`; None writes nothing (for all processes except the first).
-        tensorboard: Whether to write TensorBoard's event files to the directory too.
-
-    Raises:
-        ConfigError: `tensorboard` is true, and the package is not installed.
+        trackers: Get the values of each line too; None for no trackers.
     """
 
-    def __init__(self, directory: Path | None, *, tensorboard: bool = False) -> None:
+    def __init__(self, directory: Path | None, trackers: Trackers | None = None) -> None:
         self._path = None if directory is None else directory / LOG
         self._sums: dict[str, float] = {}
         self._count = 0
         self.lines: list[dict[str, Any]] = []
         self._started = time.monotonic()
-        self._board: Any = None
-        if tensorboard and directory is not None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ConfigError(
-                    "[loop] tensorboard is true, but the package tensorboard is not installed",
-                    "pip install tensorboard",
-                ) from error
-            self._board = SummaryWriter(str(directory / BOARD))
+        self._trackers = trackers
+        self._done = 0  # steps of the earlier phases
 
     def restart(self, state: Mapping[str, Any] | None = None) -> None:
         """Starts an empty log, or truncates the log to its length at a snapshot.
@@ -76,9 +66,10 @@ class Journal:
         except OSError as error:
             raise output_error(self._path, error) from error
 
-    def begin(self) -> None:
-        """Starts the clock of a phase, for the ``seconds`` in its log lines."""
+    def begin(self, done: int) -> None:
+        """Begins a phase after ``done`` steps of earlier phases; starts the clock of the ``seconds`` in its lines."""
         self._started = time.monotonic()
+        self._done = done
 
     def state(self) -> dict[str, Any]:
         """Returns the number of lines, and the sums of the interval that is not yet written."""
@@ -131,15 +122,15 @@ class Journal:
                     output_error(self._path, error).problem,
                     "free some space and run the command again: it resumes from the last snapshot",
                 ) from error
-        if self._board is not None:
-            for key, value in {**whole, **means, "rate": rate, **gauges, **(validation or {})}.items():
-                self._board.add_scalar(f"{phase}/{key}", value, step)
+        if self._trackers is not None:
+            values = {**whole, **means, "rate": rate, **gauges, **(validation or {})}
+            self._trackers.log({f"{phase}/{name}": value for name, value in values.items()}, self._done + step)
         return line
 
     def close(self) -> None:
-        """Closes TensorBoard's files."""
-        if self._board is not None:
-            self._board.close()
+        """Ends the trackers."""
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 def draw_curve(lines: Sequence[Mapping[str, Any]], path: Path) -> bool:

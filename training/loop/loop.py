@@ -124,7 +124,7 @@ def run_phase(run: TrainingRun, phase: Phase, done: int, snapshot: Snapshot | No
     """
     live = _begin(run, phase)
     first = _restore(live, snapshot)
-    run.journal.begin()
+    run.journal.begin(done)
     config, loop, validation = phase.config, run.config.loop, phase.validation
     log_every = loop.log_every or max(1, config.steps // LINES)
     for step in range(first, config.steps):

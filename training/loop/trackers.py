@@ -1,0 +1,161 @@
+"""Trackers of a training run: TensorBoard, Weights & Biases and the other ones that accelerate has.
+
+They get the values of every line of the log: losses, learning rate, gauges and scores of validations. A value is named
+``PHASE/NAME``, and its step counts the steps of all phases of the run. A run that is resumed goes on at the step of
+its snapshot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import LoggerType
+
+from blip2edge.bundle.outputs.disk_errors import output_error
+from blip2edge.bundle.outputs.locks import write_file
+from blip2edge.errors import ConfigError, DataError, one_line
+from blip2edge.reading import read_text
+from blip2edge.training.config import TrainingConfig
+
+BOARD = "tensorboard"
+"""Directory of TensorBoard's event files, in that of the run."""
+
+IDENTITY = "tracked-run"
+"""File with the run's id in the directory of the run, so that a resumed run continues the tracker's run."""
+
+_ID_BYTES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker is started with.
+
+    Attributes:
+        directory: Directory of the run.
+        project: Name of the project that the run belongs to.
+        name: Name of the run.
+        identity: Id of the run, the same after it is resumed.
+        first_step: Number of steps that are done already, over all phases; above 0 in a resumed run.
+    """
+
+    directory: Path
+    project: str
+    name: str
+    identity: str
+    first_step: int
+
+
+def _tensorboard(run: TrackedRun) -> dict[str, Any]:
+    # A killed run has written steps behind its snapshot. TensorBoard hides those from this step on.
+    return {"logging_dir": str(run.directory), "purge_step": run.first_step + 1}
+
+
+def _wandb(run: TrackedRun) -> dict[str, Any]:
+    # W&B keeps the steps behind the snapshot, which is right: a resumed run gives the same values again.
+    return {"name": run.name, "id": run.identity, "resume": "allow"}
+
+
+STARTS: Mapping[str, Callable[[TrackedRun], dict[str, Any]]] = {"tensorboard": _tensorboard, "wandb": _wandb}
+"""Arguments of accelerate's class besides the project's name, for the trackers that continue a run."""
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Checks that accelerate knows the trackers, and that their packages are installed. Call it on every process.
+
+    Raises:
+        ConfigError: It does not, or one is not installed.
+    """
+    available: Any = get_available_trackers
+    installed = set(map(str, available()))
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ConfigError(
+                f"[loop] trackers: {name!r} is not one of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}",
+                "name trackers that the package accelerate has",
+            )
+        if name in LoggerType.list() and name not in installed:
+            raise ConfigError(
+                f"[loop] wants the tracker {name}, but the package {name} is not installed", f"pip install {name}"
+            )
+
+
+class Trackers:
+    """The trackers of one run.
+
+    Args:
+        names: Names of trackers, checked by :func:`check_trackers`.
+        run: The run.
+        config: The recipe, by section and key; recorded when the run begins.
+
+    Raises:
+        ConfigError: A tracker cannot be started.
+    """
+
+    def __init__(self, names: Sequence[str], run: TrackedRun, config: Mapping[str, Any]) -> None:
+        self._open: list[Any] = []
+        kinds: dict[str, Any] = LOGGER_TYPE_TO_CLASS
+        for name in names:
+            try:
+                project = BOARD if name == "tensorboard" else run.project  # of TensorBoard: its directory
+                tracker = kinds[name](project, **STARTS.get(name, lambda run: {})(run))
+                tracker.start()
+                self._open.append(tracker)
+                if not run.first_step:
+                    tracker.store_init_configuration(dict(config))
+            except Exception as error:
+                self.close()
+                raise ConfigError(
+                    f"[loop] trackers: {name} does not start: {type(error).__name__}: {one_line(error)}",
+                    f"set up {name} (for wandb: wandb login, or the environment variable WANDB_MODE=offline), or take"
+                    " it out of trackers",
+                ) from error
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Records values by name, after `step` steps of all phases."""
+        for tracker in self._open:
+            tracker.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Writes what is left, and ends the trackers."""
+        for tracker in self._open:
+            tracker.finish()
+        self._open = []
+
+
+def run_identity(directory: Path, *, resumed: bool) -> str:
+    """The id of a run: that of the file :data:`IDENTITY` if the run is resumed, else a new one, which is written there.
+
+    Raises:
+        DataError: The file cannot be read.
+        OutputError: The file cannot be written.
+    """
+    path = directory / IDENTITY
+    if resumed and path.is_file():
+        return read_text(path, DataError, f"remove {path}").strip()
+    identity = secrets.token_hex(_ID_BYTES)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_file(path, f"{identity}\n".encode())
+    except OSError as error:
+        raise output_error(path, error) from error
+    return identity
+
+
+def flat(config: TrainingConfig) -> dict[str, Any]:
+    """The values of a recipe by ``section.key``; lists become texts, because trackers take numbers and texts."""
+    return _flat(dataclasses.asdict(config), "")
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return found
