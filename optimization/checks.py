@@ -19,6 +19,7 @@ from blip2edge.optimization.graph import prepare
 from blip2edge.optimization.passes.integers import without_rounding
 from blip2edge.optimization.recipes import PassContext, Recipe
 from blip2edge.optimization.storage import SMALLEST
+from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends.base import OptimizedFile, Session
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.backends.open_graph import RowByRow
@@ -47,6 +48,7 @@ class CopyTask:
         target: Directory that the copies are written to.
         within: Path of the copy inside the bundle; None if the copy is in the user's cache.
         upstream: Outputs of the portable graphs that ran already, by name; they are inputs of later graphs.
+        report: Called with a stage's name, steps done and steps in all.
     """
 
     bundle: Bundle
@@ -55,6 +57,7 @@ class CopyTask:
     target: Path
     within: str | None
     upstream: dict[str, Array]
+    report: ProgressCallback = lambda stage, done, total: None
 
     def parent(self, name: str) -> tuple[Path, float]:
         """Returns the file of a portable graph, and the largest relative difference of a copy's outputs.

@@ -104,14 +104,15 @@ def optimize(
             target=staging,
             within=str(directory.relative_to(opened.path)) if directory.is_relative_to(opened.path) else None,
             upstream={},
+            report=progress or (lambda stage, done, total: None),
         )
-        record = _record(task, backend, graphs, progress or (lambda stage, done, total: None))
+        record = _record(task, backend, graphs)
         record.write(staging)
         opened.check_unchanged()
     return OptimizedReport(directory, record, time.perf_counter() - start)
 
 
-def _record(task: CopyTask, backend: str, wanted: Sequence[str] | None, report: ProgressCallback) -> OptimizedRecord:
+def _record(task: CopyTask, backend: str, wanted: Sequence[str] | None) -> OptimizedRecord:
     """Makes the copies of the graphs; returns their record."""
     manifest, maker = task.bundle.manifest, BACKENDS[backend]
     graphs: dict[str, OptimizedGraph] = {}
@@ -120,7 +121,7 @@ def _record(task: CopyTask, backend: str, wanted: Sequence[str] | None, report: 
     names = list(manifest.graphs)
     last = max((names.index(name) for name in wanted), default=-1) if wanted is not None else len(names)
     for done, (name, graph) in enumerate(manifest.graphs.items()):
-        report(f"optimize {name}", done, len(manifest.graphs))
+        task.report(f"optimize {name}", 0, 1)
         if wanted is not None and name not in wanted:
             if done < last and name in PROBED_GRAPHS:  # its outputs are inputs of a later graph
                 task.upstream.update(run_session(task, name, Form(task.parent(name)[0]).open()))
@@ -135,7 +136,7 @@ def _record(task: CopyTask, backend: str, wanted: Sequence[str] | None, report: 
             else:
                 graphs[name], written = found
                 files |= written
-    report("optimize", len(manifest.graphs), len(manifest.graphs))
+    task.report("optimize", len(manifest.graphs), len(manifest.graphs))
     return OptimizedRecord(
         backend=backend,
         bundle_sha256=task.bundle.sha256,
@@ -187,7 +188,9 @@ def _checked_forms(
     parent, tolerance = task.parent(name)
     found: list[tuple[Form, Arrays]] = []
     fault = ""
-    for number, recipe in enumerate(recipes_for(name, load_graph(parent))):
+    recipes = recipes_for(name, load_graph(parent))
+    for number, recipe in enumerate(recipes):
+        task.report(f"optimize {name}", number, len(recipes))
         model = load_graph(parent)
         passes = apply_recipe(model, recipe, task.context)
         if passes is None or any(form.recipe == Recipe(passes) for form, _ in found):

@@ -13,6 +13,10 @@ from blip2edge.optimization.checks import CopyTask, Form, timed_run
 FEWEST, MOST, ENOUGH_SECONDS = 5, 15, 1.5
 """Rounds of a race: at least and at most so many; between the two, a race ends after so many seconds of CPU time."""
 
+FEWEST_LONG, LONG_SECONDS = 3, 10.0
+"""A race that takes longer than so many seconds of wall time ends after three rounds if their ratios differ by less
+than :data:`CLEARLY_SLOWER`. If they differ more, it has as many rounds as a short race."""
+
 CLEARLY_SLOWER = 1.05
 """A form is replaced by a later one if it takes more than this multiple of its time. So small differences, which change
 from measurement to measurement, do not decide."""
@@ -39,12 +43,27 @@ def race(first: Callable[[], object], second: Callable[[], object]) -> Times:
     """
     first()
     second()
+    start = time.perf_counter()
     rounds: list[tuple[float, float]] = []
-    while len(rounds) < FEWEST or (len(rounds) < MOST and sum(map(sum, rounds)) < ENOUGH_SECONDS):
-        rounds.append((_cpu_seconds(first), _cpu_seconds(second)))
-    ratio = statistics.median(one / max(other, 1e-9) for one, other in rounds)
-    one, other = (round(min(times) * 1e3, 3) for times in zip(*rounds, strict=True))
-    return Times(ratio, (one, other))
+    ratios: list[float] = []
+    while not (
+        _agree_after_long(ratios, start)
+        or (len(rounds) >= FEWEST and (len(rounds) >= MOST or sum(map(sum, rounds)) >= ENOUGH_SECONDS))
+    ):
+        one, other = _cpu_seconds(first), _cpu_seconds(second)
+        rounds.append((one, other))
+        ratios.append(one / max(other, 1e-9))
+    least = [round(min(times) * 1e3, 3) for times in zip(*rounds, strict=True)]
+    return Times(statistics.median(ratios), (least[0], least[1]))
+
+
+def _agree_after_long(measured: Sequence[float], start: float) -> bool:
+    """Whether a race that began at ``start`` is long, and the values that it has measured agree."""
+    return (
+        len(measured) >= FEWEST_LONG
+        and time.perf_counter() - start >= LONG_SECONDS
+        and max(measured) < min(measured) * CLEARLY_SLOWER
+    )
 
 
 def race_forms(task: CopyTask, name: str, first: Form, second: Form, *, together: bool = True) -> Times:
@@ -58,7 +77,11 @@ def race_forms(task: CopyTask, name: str, first: Form, second: Form, *, together
         together: Whether both may be in memory at the same time. If not, they are loaded and timed in turn, twice.
     """
     if not together:
-        alone = [_least_seconds(task, name, form) for form in (first, second, first, second)]
+        turns = first, second, first, second
+        alone = []
+        for done, form in enumerate(turns):
+            task.report(f"time {name}", done, len(turns))
+            alone.append(_least_seconds(task, name, form))
         one, other = min(alone[::2]), min(alone[1::2])
         return Times(one / other, (round(one * 1e3, 3), round(other * 1e3, 3)))
     with ExitStack() as stack:
@@ -86,7 +109,9 @@ def fastest(
         graph is used).
     """
     best, gained, milliseconds = portable, 0.0, (0.0, 0.0)
-    for form in forms:
+    for done, form in enumerate(forms):
+        if together:  # otherwise each form is one of several steps
+            task.report(f"time {name}", done, len(forms))
         found = race_forms(task, name, portable, form, together=together)
         if found.ratio <= _least_gain(form):
             milliseconds = milliseconds if gained else found.milliseconds
@@ -115,7 +140,11 @@ def _opened(task: CopyTask, name: str, form: Form) -> Iterator[Callable[[], obje
 def _least_seconds(task: CopyTask, name: str, form: Form) -> float:
     with _opened(task, name, form) as run:
         run()
-        return min(_cpu_seconds(run) for _ in range(FEWEST))
+        start = time.perf_counter()
+        seconds: list[float] = []
+        while len(seconds) < FEWEST and not _agree_after_long(seconds, start):
+            seconds.append(_cpu_seconds(run))
+        return min(seconds)
 
 
 def _cpu_seconds(run: Callable[[], object]) -> float:

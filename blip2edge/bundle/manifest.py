@@ -280,7 +280,12 @@ def read_manifest(directory: Path) -> Manifest:
     values = read_json(path, BundleError, again, missing=missing, strict=True)
     version = values.get("schema_version")
     if type(version) is not int or version < 1:
-        raise BundleError(f"{path} has no schema_version, a whole number from 1", again)
+        given = f"got {version!r:.40}" if "schema_version" in values else "found no such key"
+        raise BundleError(
+            f"{path}: expected schema_version to be a whole number of at least 1, {given}; the file was edited, or "
+            "another program wrote it",
+            f"copy the bundle again, or {again}",
+        )
     if version > SCHEMA_VERSION:
         raise BundleVersionError(
             f"{path} has schema version {version}, but this version of blip2edge reads up to {SCHEMA_VERSION}",

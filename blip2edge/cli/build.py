@@ -88,8 +88,11 @@ def add_arguments(parser: Parser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Build the engines and print a table of them."""
     from blip2edge.bundle.bundle import Bundle
+    from blip2edge.bundle.outputs.publishing import check_output
     from blip2edge.errors import EngineError
 
+    if options.output is not None:
+        check_output(options.output, options.force)
     require("onnx_ir", "reading graphs", EngineError)
     from blip2edge.engine.build import build_bundle
 

@@ -86,7 +86,10 @@ def run(options: argparse.Namespace) -> int:
     """Write captions, score all of them, and keep those that reach the threshold, in shards."""
     from dataclasses import replace
 
-    from blip2edge.training.capfilt.pipeline import CapFiltOptions, run_capfilt, score_locally
+    from blip2edge.bundle.outputs.publishing import check_output
+    from blip2edge.training.capfilt.pipeline import REPORT_FILE, CapFiltOptions, run_capfilt, score_locally
+
+    check_output(options.output, options.force, REPORT_FILE)
     from blip2edge.training.capfilt.ray_backend import score_on_ray
     from blip2edge.training.data.detect import detect_data
     from blip2edge.training.data.entries import by_picture

@@ -59,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Export a checkpoint and print a table of its graphs."""
     from blip2edge.bundle.bundle import Bundle
+    from blip2edge.bundle.outputs.publishing import check_output
+
+    check_output(options.output, options.force)  # before torch is imported
     from blip2edge.export.pipeline import export_checkpoint
 
     with Progress() as progress:

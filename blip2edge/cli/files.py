@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from blip2edge.bundle.outputs.disk_errors import output_error
-from blip2edge.bundle.outputs.locks import write_file
+from blip2edge.bundle.outputs.locks import check_name, write_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +24,7 @@ def write(path: Path, contents: str | bytes, flag: str) -> None:
     Raises:
         OutputError: It cannot be written.
     """
+    check_name(path)
     try:
         if not path.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))

@@ -45,9 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train one stage of the recipe, and print the path of the checkpoint."""
-    from blip2edge.training.run import train
+    from blip2edge.bundle.outputs.publishing import check_output
 
     output = options.output or Path("runs") / options.config.stem
+    check_output(output, options.force, None)  # before torch is imported
+    from blip2edge.training.run import train
+
     first = not int(os.environ.get("RANK", "0"))  # of several processes, only the first prints
     try:
         with Progress() as progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -265,7 +266,12 @@ def test_a_newer_schema(bundle: Path) -> None:
 @pytest.mark.parametrize("version", [None, "1", [], 1.5, True, 0, -1])
 def test_no_schema_version(version: Any, bundle: Path) -> None:
     edit(bundle, lambda values: values.update(schema_version=version))
-    with pytest.raises(BundleError, match="has no schema_version"):
+    found = re.escape(f"got {version!r}")
+    expected = "expected schema_version to be a whole number of at least 1, "
+    with pytest.raises(BundleError, match=f"{expected}{found}; the file was edited"):
+        Bundle.open(bundle)
+    edit(bundle, lambda values: values.pop("schema_version"))
+    with pytest.raises(BundleError, match=f"{expected}found no such key"):
         Bundle.open(bundle)
 
 

@@ -40,7 +40,14 @@ PROMPTS = (None, "a photo of", "Question: what is two? Short answer:", "red dog"
 def copied(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> OptimizedReport:
     bundle = tmp_path_factory.mktemp("optimised") / "bundle"
     shutil.copytree(tiny_bundle, bundle)
-    return optimize(bundle)
+    reports: list[tuple[str, int, int]] = []
+    made = optimize(bundle, progress=lambda stage, done, total: reports.append((stage, done, total)))
+    for name in ("vision_encoder", "bridge", "decoder"):  # a step for each recipe that is tried
+        steps = [(done, total) for stage, done, total in reports if stage == f"optimize {name}"]
+        assert steps == [(0, 1), *((done, len(steps) - 1) for done in range(len(steps) - 1))]
+        assert len(steps) > 2
+    assert reports[-1] == ("optimize", 3, 3)
+    return made
 
 
 @pytest.fixture(scope="module")

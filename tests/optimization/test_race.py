@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,6 +39,46 @@ def test_a_race_measures_the_ratio_of_cpu_times() -> None:
     assert list(times.milliseconds) == pytest.approx([4, 2], rel=0.25)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "second", "rounds"),
+    [(0.0, [1.0, 1.01, 0.99], 5), (4.0, [1.0, 1.01, 0.99], 3), (4.0, [1.0, 1.2, 0.9], 5), (2.0, [1.0, 1.01, 0.99], 3),
+     (1.0, [1.0, 1.01, 0.99], 5)],
+    ids=["short", "long", "long, and the rounds differ", "10 s in the third round", "10 s in the fifth round"],
+)  # fmt: skip
+def test_a_long_race_has_fewer_rounds_if_they_agree(
+    seconds: float, second: list[float], rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``seconds``: wall time of a run; ``second``: CPU time of the second form, whose first form takes 1 s."""
+    clock, runs = [0.0], iter(range(100))
+    done: list[int] = []
+
+    def cpu_seconds(run: Callable[[], object]) -> float:
+        clock[0] += seconds
+        done.append(next(runs))
+        return second[done[-1] // 2 % 3] if done[-1] % 2 else 1.0
+
+    monkeypatch.setattr(race, "_cpu_seconds", cpu_seconds)
+    monkeypatch.setattr(race, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    times = race.race(lambda: None, lambda: None)
+    assert len(done) == 2 * rounds
+    assert times.milliseconds == (1000, min(second) * 1000)
+    assert times.ratio == pytest.approx(1, rel=0.02)
+
+
+@pytest.mark.parametrize(("together", "steps"), [(True, 3), (False, 4)])
+def test_progress_moves_with_each_form(together: bool, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large form (not together with the portable graph) is the only one; it is loaded and timed in four turns."""
+    reports: list[tuple[str, int, int]] = []
+    task: Any = SimpleNamespace(report=lambda *report: reports.append(report))
+    if together:
+        monkeypatch.setattr(race, "race_forms", lambda *_, **__: Times(0.9, (1.0, 1.0)))
+    else:
+        monkeypatch.setattr(race, "_least_seconds", lambda *_: 1.0)
+    forms = [Form(Path(str(at)), PLAIN) for at in range(3 if together else 1)]
+    _FASTEST(task, VISION, Form(Path("portable")), forms, together=together)
+    assert reports == [(f"time {VISION}", done, steps) for done in range(steps)]
+
+
 def test_sleeping_is_not_counted() -> None:
     def sleepy() -> None:
         time.sleep(0.02)
@@ -57,7 +98,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, *forms: tuple[Recipe, float]) -> tup
         return Times(one / other, (one, other))
 
     monkeypatch.setattr(race, "race_forms", race_forms)
-    task: Any = None
+    task: Any = SimpleNamespace(report=lambda stage, done, total: None)
     made = [Form(Path(str(at)), recipe) for at, (recipe, _) in enumerate(forms)]
     best, times = _FASTEST(task, VISION, Form(Path("portable")), made, together=False)
     assert set(raced) <= {False}

@@ -97,7 +97,12 @@ def locked(target: Path) -> Iterator[Path]:
 
 
 def check_name(target: Path) -> None:
-    """Raises OutputError for a name that no file can have, and for the name of a bundle on the hub."""
+    """Checks that an output can have its name.
+
+    Raises:
+        OutputError: No file can have this name, a part of its path is not a directory, or it is the name of a bundle on
+            the hub.
+    """
     if "\0" in str(target):
         raise OutputError(f"{str(target)!r} is not a usable file name: it contains a NUL", "give another name")
     if is_hub_name(target):
@@ -105,6 +110,9 @@ def check_name(target: Path) -> None:
             f"expected an output on this machine, got {target}, the name of a bundle on the hub",
             "give a directory or a file, and upload a bundle afterwards: blip2edge push BUNDLE ORG/NAME",
         )
+    above = next((folder for folder in target.parents if os.path.lexists(folder)), None)
+    if above is not None and not above.is_dir():
+        raise OutputError(f"{target} cannot be written, because {above} is not a directory", "give another output")
 
 
 def recover(target: Path) -> None:

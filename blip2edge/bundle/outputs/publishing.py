@@ -46,10 +46,7 @@ def staged(target: Path, force: bool, marker: str | None = MANIFEST) -> Iterator
         OutputError: ``target`` exists and ``force`` is False, ``target`` has files but no ``marker``, another run
             writes it, a file in it or a directory around it, or it cannot be written.
     """
-    check_name(target)
-    if target.name in ("", ".."):
-        target = target.resolve()
-    check_target(target, force, marker)
+    target = check_output(target, force, marker)
     with locked(target) as part:
         check_target(target, force, marker)  # the lock may have restored the directory of a killed run
         _check_around(target)
@@ -64,6 +61,27 @@ def staged(target: Path, force: bool, marker: str | None = MANIFEST) -> Iterator
             if isinstance(error, OSError) or error_number(error) is not None:
                 raise output_error(target, error) from error
             raise
+
+
+def check_output(target: Path, force: bool, marker: str | None = MANIFEST) -> Path:
+    """Makes the checks of :func:`staged` that need no lock: a command refuses an output before it loads a model.
+
+    Args:
+        target: As for :func:`staged`, and so are ``force`` and ``marker``.
+        force: Whether an existing directory is replaced.
+        marker: A file that an existing directory must hold to be replaced.
+
+    Returns:
+        ``target``, with a name where it was ``.`` or ended with ``..``.
+
+    Raises:
+        OutputError: As :func:`staged`.
+    """
+    check_name(target)
+    if target.name in ("", ".."):
+        target = target.resolve()
+    check_target(target, force, marker)
+    return target
 
 
 def scratch(staging: Path, name: str) -> Path:
