@@ -61,7 +61,7 @@ def test_a_long_race_has_fewer_rounds_if_they_agree(
     monkeypatch.setattr(race, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     times = race.race(lambda: None, lambda: None)
     assert len(done) == 2 * rounds
-    assert times.milliseconds == (1000, min(second) * 1000)
+    assert list(times.milliseconds) == [1000, min(second) * 1000]
     assert times.ratio == pytest.approx(1, rel=0.02)
 
 
