@@ -77,7 +77,7 @@ class Output:
         check_name(target)
         if _ADDRESS.match(str(target)):
             raise UsageError(
-                f"expected an output on the local disk, got {target}",
+                f"expected an output on the local disk, got {str(target).replace(':/', '://', 1)}",
                 "give a local path, and copy the output to the object store afterwards",
             )
         if target.suffix.lower() in _OTHER_FILES:

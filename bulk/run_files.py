@@ -63,8 +63,16 @@ class Plan:
             if name == "list" and mine.get(name) != other.get(name):
                 return f"the pictures of {mine.get('source')} were added to, removed or changed"
             if mine.get(name) != other.get(name):
-                return f"{name} was {json.dumps(other.get(name))}, and is {json.dumps(mine.get(name))} now"
+                return _difference(name, other.get(name), mine.get(name))
         return ""
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """Describes the first difference of two unequal values; of dictionaries, that of one of their keys."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        key = next(key for key in sorted({*before, *now}) if before.get(key) != now.get(key))
+        return _difference(f"{name}.{key}", before.get(key), now.get(key))
+    return f"{name} was {json.dumps(before)}, and is {json.dumps(now)} now"
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,10 @@ COLUMNS = ("image", "image_path", "img", "path", "file_path", "file", "filename"
 
 _FOLDER, _SHARDS, _PARQUET, _CSV = BULK_SOURCES
 _SUFFIXES = {".tar": _SHARDS, ".parquet": _PARQUET, ".csv": _CSV, ".tsv": _CSV}
+_TEXTS = ("string", "large_string", "string_view")
+_BYTES = ("binary", "large_binary", "binary_view", "fixed_size_binary", "struct")
+"""Types of pyarrow that a column of paths, and one of bytes, may have; Hugging Face's datasets have structs."""
+
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -45,15 +49,19 @@ class PictureSource:
         path: A path or an address.
         kind: One of ``BULK_SOURCES``; ``auto`` to choose by the name and by what a folder contains.
         column: The column of a table; None for the first of :data:`COLUMNS` that it has.
+        leave_out: Path of an output, which is no part of the source, even if it lies in its folder.
     """
 
     path: str
     kind: str = "auto"
     column: str | None = None
+    leave_out: Path | None = None
 
     def __post_init__(self) -> None:
         if not is_address(self.path):  # for workers that run in another directory
             object.__setattr__(self, "path", os.path.abspath(self.path))
+        if self.leave_out is not None:
+            object.__setattr__(self, "leave_out", Path(os.path.abspath(self.leave_out)))
 
     def items(self) -> Iterator[ListedPicture]:
         """Lists the pictures.
@@ -85,7 +93,7 @@ class PictureSource:
         """
         store = store_of(self.path)
         if store.is_folder(self.path):
-            return [one for one in store.files(self.path, deep=False) if one.name.lower().endswith(suffix)]
+            return [one for one in self._files_of(store) if one.name.lower().endswith(suffix)]
         span = _BRACES.search(self.path)
         paths = [self.path]
         if span is not None:
@@ -99,6 +107,10 @@ class PictureSource:
                 f"{missing[0]}: no such file ({len(missing)} of {len(found)} are missing)", "check the path"
             )
         return [file for _, file in found if file is not None]
+
+    def _files_of(self, store: Store) -> Iterator[StoredFile]:
+        """The files of the folder itself, without the output."""
+        return (one for one in store.files(self.path, deep=False) if Path(one.path) != self.leave_out)
 
     def _kind(self) -> str:
         if self.kind != "auto":
@@ -129,7 +141,7 @@ class PictureSource:
         Raises:
             DataError: It has more than one kind, of which only one would be captioned.
         """
-        found = {_suffix(one) for one in store.files(self.path, deep=False)}
+        found = {_suffix(one) for one in self._files_of(store)}
         kinds = [_SUFFIXES[suffix] for suffix in (".tar", ".parquet") if suffix in found]
         if kinds and any(_suffix(one) in PICTURE_SUFFIXES for one in store.files(self.path)):
             kinds.append(_FOLDER)
@@ -188,11 +200,17 @@ def _of_parquet(source: PictureSource) -> Iterator[ListedPicture]:
             opened = parquet.ParquetFile(file)
             column = _column(source.column, list(opened.schema_arrow.names), table.path)
             kind = opened.schema_arrow.field(column).type
-            if types.is_string(kind) or types.is_large_string(kind):
+            kind = kind.value_type if types.is_dictionary(kind) else kind
+            if any(getattr(types, f"is_{name}")(kind) for name in _TEXTS):
                 batches = opened.iter_batches(columns=[column])
                 values = (value for batch in batches for value in batch.column(0).to_pylist())
                 yield from _named(values, table)
                 continue
+            if not any(getattr(types, f"is_{name}")(kind) for name in _BYTES):
+                raise DataError(
+                    f"{table.path}: expected the column {column} to hold paths, addresses or bytes, got {kind}",
+                    f"name another one with {option('column')}",
+                )
             number = 0
             for group in range(opened.metadata.num_row_groups):
                 for row in range(opened.metadata.row_group(group).num_rows):

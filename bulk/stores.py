@@ -130,6 +130,10 @@ class RemoteStore:
             with reading(f"{protocol}://", "an object store", DataError):
                 self._system: Any = fsspec.filesystem(protocol)
         except DataError as error:
+            if isinstance(error.__cause__, ValueError):
+                raise DataError(
+                    f"{protocol}:// is no protocol of an object store that fsspec knows", "check the address"
+                ) from error.__cause__
             if isinstance(error.__cause__, ImportError):
                 raise MissingPackageError(error.problem, "install the package that it names with pip") from error
             raise

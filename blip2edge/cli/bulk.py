@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
         require_signature=options.require_signature,
         limits=given_limits(options, Limits),
     )
-    source = PictureSource(options.source, options.source_format, options.column)
+    source = PictureSource(options.source, options.source_format, options.column, options.output)
     output = Output.named(options.output, options.format, options.force)
     cluster = None if options.ray is None else Cluster(options.ray, options.ray_workers)
     try:
@@ -119,11 +119,11 @@ def run(options: argparse.Namespace) -> int:
     except (KeyboardInterrupt, Interrupted):
         print_note("the finished parts are kept: run the same command again to go on")
         raise
-    if options.json:
-        print(json.dumps(counts))
-        return 0
-    print(_text(counts, str(options.output)))
-    if counts["broken"]:
+    print(json.dumps(counts) if options.json else _text(counts, str(options.output)))
+    if counts["broken"] == counts["pictures"]:
+        print_note("error: no picture could be read; the rows have the reason (error)")
+        return 1
+    if counts["broken"] and not options.json:
         print_note(
             f"note: {plural(counts['broken'], 'broken picture')}; rows of broken pictures have the reason (error)"
         )

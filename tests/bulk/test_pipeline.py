@@ -243,7 +243,13 @@ def test_the_command(folder: Path, tiny_bundle: Path, tmp_path: Path, capsys: py
     assert main([*words, "--max-new-tokens", "3"]) == 0
     assert "complete already" in capsys.readouterr().out
     assert main([*words, "--max-new-tokens", "4"]) == 1
-    assert "generation" in capsys.readouterr().err
+    assert "of another run: generation.max_new_tokens was 3, and is 4 now; " in capsys.readouterr().err
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.png").write_bytes(b"")
+    assert main(["bulk", str(broken), "-o", str(tmp_path / "none.parquet"), *words[4:]]) == 1
+    assert "error: no picture could be read" in capsys.readouterr().err
+    assert [row.error is not None for row in rows(tmp_path / "none.parquet")] == [True]
 
 
 def test_a_disk_that_fails_ends_the_run_and_its_parts_are_kept(

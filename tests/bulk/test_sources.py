@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import shutil
 import socket
 import tarfile
 import urllib.error
@@ -116,6 +117,11 @@ def test_a_table_in_parquet_has_bytes_or_paths(folder: Path) -> None:
         with pytest.raises(ImageError, match="has no bytes"):
             items[1].read()
     assert [item.read() for item in PictureSource(str(folder / "paths.parquet")).items()] == [png(2)]
+    parquet.write_table(arrow.table({"path": arrow.array(["a.png"]).dictionary_encode()}), folder / "few.parquet")
+    assert [item.read() for item in PictureSource(str(folder / "few.parquet")).items()] == [png(2)]
+    parquet.write_table(arrow.table({"image": [1, 2]}), folder / "numbers.parquet")
+    with pytest.raises(DataError, match=r"the column image to hold paths, addresses or bytes, got int64; .*column"):
+        names(PictureSource(str(folder / "numbers.parquet")))
     (folder / "bytes.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match="cannot be read as a Parquet file"):
         names(PictureSource(str(folder / "bytes.parquet")))
@@ -153,6 +159,20 @@ def test_a_folder_of_two_kinds_needs_the_kind(folder: Path, stray: str) -> None:
     assert names(PictureSource(str(folder), "folder")) == ["a/b/c.jpg", "a/z.png"]
 
 
+def test_an_output_in_its_source_is_no_part_of_it(folder: Path) -> None:
+    """The same command after the end of a run finds the same source."""
+    before = names(PictureSource(str(folder)))
+    for name in ("out.tar", "out.parquet"):
+        shard(folder / name, {"x.png": png(1)})
+        assert names(PictureSource(str(folder), leave_out=folder / name)) == before
+        (folder / name).unlink()
+    for one in folder.iterdir():
+        shutil.rmtree(one) if one.is_dir() else one.unlink()
+    for name in ("a.tar", "out.tar"):
+        shard(folder / name, {"x.png": png(1)})
+    assert names(PictureSource(str(folder), leave_out=folder / "out.tar")) == ["a.tar:x.png"]
+
+
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path, problem in (
         (str(tmp_path / "nothing"), "which does not exist"),
@@ -163,7 +183,7 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ):
         with pytest.raises(DataError, match=problem):
             names(PictureSource(path))
-    with pytest.raises(DataError, match="nowhere:// cannot be read as an object store"):
+    with pytest.raises(DataError, match="nowhere:// is no protocol of an object store that fsspec knows"):
         names(PictureSource("nowhere://bucket"))
     monkeypatch.setitem(__import__("sys").modules, "fsspec", None)
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
