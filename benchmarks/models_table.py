@@ -26,6 +26,7 @@ from blip2edge.model.families.registry import FAMILIES
 from blip2edge.model.language.registry import bridged_languages
 from blip2edge.model.models import Config, build_model
 from blip2edge.model.retrieval import RetrievalConfig
+from blip2edge.model.vision.registry import VISION_ENCODERS
 
 HERE = Path(__file__).parent
 PARITY = HERE / "results" / "parity.json"
@@ -69,6 +70,28 @@ def families() -> str:
         rows.append([family.title, reads, prompt, default, question])
     head = ["family", "`model_type`", "prompt", "without a prompt", "`ask`"]
     return table(head, rows)
+
+
+def encoders() -> str:
+    """One row for each vision encoder of the registry."""
+    rows = []
+    for name, row in VISION_ENCODERS.items():
+        kinds = ", ".join(code(kind) for kind in (name, *row.within))
+        rows.append([row.title, kinds, row.embeds, "yes" if row.resized else "no"])
+    return table(["vision encoder", "`model_type`", "embeddings", "other picture sizes"], rows)
+
+
+ENCODERS = """\
+Training puts a bridge between an encoder and a language model: name the encoder's checkpoint in `model.vision_from`.
+With an encoder other than BLIP-2's and CLIP's, `train` writes a checkpoint of the `model_type` `blip2edge`, with any
+bridge but Flamingo's. The preprocessing is that of the encoder's `preprocessor_config.json`. *Other picture sizes*:
+whether the encoder follows a preprocessing that makes pictures of another size than its config names.
+
+Two keys of the `vision_config` choose other features of a SigLIP, with the meaning that they have in LLaVA:
+`vision_feature_layer` (-1: the last block without the final norm, -2: the block before) and
+`vision_feature_select_strategy` (`default`: without the embeddings before the patches). SigLIP 2 NaFlex, which reads
+pictures of any proportions, is refused.
+"""
 
 
 def count(parameters: int) -> str:
@@ -162,6 +185,9 @@ def document() -> str:
     return "\n".join(
         [
             *head,
+            "## Vision encoders\n",
+            encoders(),
+            ENCODERS,
             "## Published checkpoints\n",
             EXPLANATION.format(bounds=bounds),
             checkpoints(),

@@ -29,6 +29,7 @@ from blip2edge.model.families.prompts import prompt_spec
 from blip2edge.model.families.registry import FAMILIES
 from blip2edge.model.models import Config
 from blip2edge.model.retrieval import RetrievalConfig
+from blip2edge.model.vision.siglip import SiglipConfig
 from blip2edge.runtime.images.preprocess import Preprocessing
 
 
@@ -234,10 +235,12 @@ def _check_processor(directory: Path, config: Config) -> list[str]:
         family = FAMILIES[config.family]
         if config.bridge.kind in ("qformer", "instructed-qformer"):
             accepted |= {"num_query_tokens": (config.bridge.num_visual_tokens,)}
-        if family.image_token and isinstance(config.vision, VisionConfig):
-            accepted |= {"image_token": (family.image_token,), "patch_size": (config.vision.patch_size,)}
+        vision = config.vision
+        if family.image_token and isinstance(vision, (VisionConfig, SiglipConfig)):
+            accepted |= {"image_token": (family.image_token,), "patch_size": (vision.patch_size,)}
             added = values.get("num_additional_image_tokens") or 0
-            wanted = int(config.vision.keep_class) + (values.get("vision_feature_select_strategy") == "default")
+            kept = int(vision.keep_class) if isinstance(vision, VisionConfig) else vision.keep_first - 1
+            wanted = kept + (values.get("vision_feature_select_strategy") == "default")
             if config.family == "llava" and added != wanted:
                 raise refused(str(path), "num_additional_image_tokens", added, (wanted,))
     elif config.family == "blip-2-itm":  # transformers would put placeholders of the picture into the text

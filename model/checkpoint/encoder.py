@@ -9,42 +9,71 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from blip2edge.errors import CheckpointError
 from blip2edge.model.checkpoint.stored.files import read_checkpoint_json
 from blip2edge.model.checkpoint.stored.tensors import TensorFiles
 from blip2edge.model.interfaces import VisionModule
 from blip2edge.model.layers import shapes_of
-from blip2edge.model.vision.registry import VISION_ENCODERS, build_vision, vision_encoder
+from blip2edge.model.vision.registry import REFUSED, VISION_ENCODERS, WHOLE_MODELS, build_vision, vision_encoder
 from blip2edge.model.weights.rules import WeightMap, under
 
 
 def is_encoder(directory: Path) -> bool:
-    """Whether a checkpoint is that of a vision encoder alone, a row of ``vision/registry.py``."""
+    """Whether a checkpoint is that of a vision encoder alone, a row of ``vision/registry.py``, or of a whole model.
+
+    Of whole models, only those count that no family reads, such as SigLIP's.
+    """
     path = directory / "config.json"
-    return path.is_file() and read_checkpoint_json(path).get("model_type") in VISION_ENCODERS
+    known = VISION_ENCODERS.keys() | WHOLE_MODELS.keys() | REFUSED.keys()
+    return path.is_file() and read_checkpoint_json(path).get("model_type") in known
 
 
-def load_encoder(directory: Path) -> VisionModule:
+def load_encoder(directory: Path, size: tuple[int, int] | None = None) -> VisionModule:
     """Reads a vision encoder in eval mode, float32.
 
+    Args:
+        directory: The checkpoint of the encoder, or of a whole model with it.
+        size: Height and width of the pictures that the preprocessing makes, in pixels; None for the encoder's own.
+
     Raises:
-        CheckpointError: Config and tensors do not fit together.
+        CheckpointError: Config and tensors do not fit together, or the encoder does not take pictures of this size.
         UnsupportedModelError: The encoder is not supported.
     """
     values = read_checkpoint_json(directory / "config.json")
-    row = vision_encoder(values.get("model_type"))
+    model_type = values.get("model_type")
+    if model_type in WHOLE_MODELS:
+        model_type, values = WHOLE_MODELS[model_type], values.get("vision_config", {})
+    row = vision_encoder(model_type)
     config = row.read_config(values)
-    names = WeightMap(under("", row.prefix, row.rules(config)), row.left_out)
     with torch.device("meta"):
         module = build_vision(config)
     shapes = shapes_of(module)
     files = TensorFiles(directory)
     try:
+        prefix = row.prefix if any(name.startswith(row.prefix) for name in files.shapes) else ""
+        cut = () if getattr(config, "post_norm", True) else row.cut
+        names = WeightMap(under("", prefix, row.rules(config)), (*row.left_out, *cut))
         names.check(shapes, files.shapes)
         state = {ours: files.read(names.sources(ours)).to(torch.float32, copy=True) for ours in shapes}
     finally:
         files.close()
     module.load_state_dict(state, assign=True)
-    return module.eval()
+    return _for_size(module.eval(), size, directory)
+
+
+def _for_size(module: VisionModule, size: tuple[int, int] | None, directory: Path) -> VisionModule:
+    """The encoder for pictures of this size; see :func:`load_encoder`."""
+    side = module.config.image_size
+    if size is None or size == (side, side):
+        return module
+    resized = vision_encoder(module.config.kind).resized
+    if resized is None or size[0] != size[1]:
+        raise CheckpointError(
+            f"{directory}: the vision encoder takes pictures of {side}x{side} pixels, but the preprocessing makes "
+            f"{size[0]}x{size[1]}",
+            "use the preprocessing that was saved with this checkpoint",
+        )
+    return resized(module, size[0])
 
 
 def save_encoder(module: VisionModule, directory: Path) -> None:

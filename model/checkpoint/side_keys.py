@@ -306,6 +306,7 @@ CONFIG = KeyTable(
         "type_vocab_size",
         "image_seq_length",
         "tie_word_embeddings",  # at the top level; that of the language model is read
+        "vision_use_head",  # of SigLIP, whose patches are used
         "use_resampler",  # in perceiver_config; the one at the top level is read
     ),
 )

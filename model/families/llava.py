@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from blip2edge.errors import CheckpointError, UnsupportedModelError
 from blip2edge.model.bridges.mlp import MLPConfig
-from blip2edge.model.config import CaptionerConfig, VisionConfig
+from blip2edge.model.config import CLIP_VISION, CaptionerConfig, VisionConfig, VisionEncoderConfig
 from blip2edge.model.config_json import Fields, layered
 from blip2edge.model.families.tokens import read_tokens, write_tokens
 from blip2edge.model.language.registry import bridged_language
+from blip2edge.model.vision.features import FULL, LAYER, STRATEGIES, STRATEGY, feature_blocks
+from blip2edge.model.vision.siglip import SiglipConfig
 
 LLAVA_VISION_DEFAULTS: dict[str, Any] = {
     "model_type": "clip_vision_model",
@@ -34,28 +37,29 @@ LLAVA_RENAMED = (
 LLAVA_LEFT_OUT = (
     r"vision_tower\.post_layernorm\..*",
     r"vision_tower\.encoder\.layers\.\d+\..*",
+    r"vision_tower\.head\..*",
 )
-"""Parts of the tower after the layer whose output is used."""
+"""Parts of the tower after the layer whose output is used; SigLIP's attention pooling head."""
 
 
 def read_llava(f: Fields) -> CaptionerConfig:
     """Reads the config of ``LlavaForConditionalGeneration``.
 
     Raises:
-        UnsupportedModelError: The vision tower is not a CLIP, or the bridge reads features of several layers.
+        UnsupportedModelError: The vision tower is neither a CLIP nor a SigLIP.
+        CheckpointError: A key has a wrong value, or the bridge reads features of several layers.
     """
     vision = Fields("vision_config", f.values.get("vision_config") or LLAVA_VISION_DEFAULTS)
-    if vision.values.get("model_type") != LLAVA_VISION_DEFAULTS["model_type"]:
+    read_tower = TOWERS.get(str(vision.values.get("model_type")))
+    if read_tower is None:
         raise UnsupportedModelError(
             f"the vision tower is of type {vision.values.get('model_type')!r}, which is not supported",
-            f"supported in a LLaVA: {LLAVA_VISION_DEFAULTS['model_type']}",
+            f"supported in a LLaVA: {', '.join(TOWERS)}",
         )
-    strategy = f.values.get("vision_feature_select_strategy", "default")
-    if strategy not in ("default", "full"):
-        raise CheckpointError(f"config.json: vision_feature_select_strategy must be default or full, not {strategy!r}")
-    tower = VisionConfig.from_clip(vision.values)
-    layers = _layers(f.values.get("vision_feature_layer", -2), tower.num_layers)
-    tower = replace(tower, num_layers=layers, keep_class=strategy == "full")
+    strategy = f.values.get(STRATEGY, "default")
+    if strategy not in STRATEGIES:
+        raise CheckpointError(f"config.json: {STRATEGY} must be default or full, not {strategy!r}")
+    tower = read_tower(vision.values, f.values.get(LAYER, -2), full=strategy == FULL)
     text = Fields("text_config", f.values.get("text_config", {}))
     tied = f.flag("tie_word_embeddings", False) or text.flag("tie_word_embeddings", False)
     own = {"tie_word_embeddings": tied}  # as in transformers, either key ties
@@ -77,37 +81,39 @@ def read_llava(f: Fields) -> CaptionerConfig:
     )
 
 
-def _layers(feature_layer: Any, depth: int) -> int:
-    """How many blocks run before the features are taken; transformers counts the input of the first as layer 0."""
-    if isinstance(feature_layer, (list, tuple)) and len(feature_layer) == 1:
-        feature_layer = feature_layer[0]
-    if isinstance(feature_layer, (list, tuple)):
-        raise UnsupportedModelError(
-            f"the features of {len(feature_layer)} vision layers are joined, which is not supported",
-            "supported: one vision_feature_layer",
-        )
-    layers = feature_layer
-    if isinstance(layers, int) and layers < 0:
-        layers += depth + 1
-    if not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= depth:
-        raise CheckpointError(
-            f"config.json: vision_feature_layer must be from 1 to {depth}, or from -{depth} to -1 (counted from the "
-            f"last layer), not {feature_layer!r}"
-        )
-    return layers
+def _clip_tower(values: Any, layer: Any, *, full: bool) -> VisionEncoderConfig:
+    tower = VisionConfig.from_clip(values)
+    return replace(tower, num_layers=feature_blocks(layer, tower.num_layers), keep_class=full)
+
+
+def _siglip_tower(values: Any, layer: Any, *, full: bool) -> VisionEncoderConfig:
+    """SigLIP's encoder. It has no class token: without `full`, transformers drops the first patch."""
+    tower = SiglipConfig.from_hf(values)
+    return replace(tower, num_layers=feature_blocks(layer, tower.num_layers), post_norm=False, keep_first=full)
+
+
+TOWERS: dict[str, Callable[..., VisionEncoderConfig]] = {
+    CLIP_VISION: _clip_tower,
+    SiglipConfig.model_type: _siglip_tower,
+}
+"""Readers of the vision tower, by its ``model_type``."""
 
 
 def write_llava(config: CaptionerConfig) -> dict[str, Any]:
     """Makes the ``config.json`` that :func:`read_llava` and transformers read; the tower ends at its feature layer."""
-    whole = isinstance(config.vision, VisionConfig) and config.vision.keep_class
+    vision = {key: value for key, value in config.vision.to_hf().items() if key not in (LAYER, STRATEGY)}
+    if isinstance(config.vision, SiglipConfig):
+        whole, vision = config.vision.keep_first, vision | {"vision_use_head": False}
+    else:
+        whole = isinstance(config.vision, VisionConfig) and config.vision.keep_class
     return {
         "model_type": "llava",
         "architectures": ["LlavaForConditionalGeneration"],
         "image_token_index": config.image_token_id,
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "full" if whole else "default",
+        LAYER: -1,
+        STRATEGY: FULL if whole else "default",
         "tie_word_embeddings": config.language.tie_embeddings,
-        "vision_config": config.vision.to_hf(),
+        "vision_config": vision,
         "text_config": config.language.to_hf() | write_tokens(config),
         **config.bridge.to_hf(),
     }

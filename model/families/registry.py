@@ -192,6 +192,7 @@ FAMILIES: dict[str, Family] = {
         read=read_llava,
         write=write_llava,
         rules=LLAVA,
+        vision_prefix="vision_tower.",
         template="USER: {image}\n{prompt} ASSISTANT:",
         architectures=("LlavaForConditionalGeneration",),
         default_prompt="Describe the image concisely.",

@@ -10,9 +10,11 @@ from blip2edge.errors import UnsupportedModelError
 from blip2edge.model.config import BLIP2_VISION, CLIP_VISION, VisionConfig, VisionEncoderConfig
 from blip2edge.model.interfaces import VisionModule
 from blip2edge.model.vision.efficientnet_lite import EfficientNetLite, EfficientNetLiteConfig
+from blip2edge.model.vision.siglip import SiglipConfig, SiglipVision
 from blip2edge.model.vision.vit import VisionTransformer
 from blip2edge.model.weights import blip2 as weights
 from blip2edge.model.weights.rules import Rule
+from blip2edge.model.weights.siglip import SIGLIP_VISION
 
 
 @dataclass(frozen=True)
@@ -21,34 +23,44 @@ class VisionEncoder:
 
     Attributes:
         title: Name of the encoder in tables and messages.
+        embeds: What its output embeddings are, for tables.
         read_config: Function that makes the config from a ``vision_config``.
         build: Function that makes the module from a config.
         rules: Function that returns, for a config, which tensors the parameters are read from, without a prefix.
         prefix: Prefix of the tensors in a checkpoint of the encoder alone, whose ``config.json`` is the
-            ``vision_config``.
+            ``vision_config``. Some versions of transformers write them without it.
         left_out: Tensors of such a checkpoint that are not used (regular expressions).
+        cut: Tensors that are not used if the features are those of an earlier block (regular expressions).
+        within: The ``model_type`` of whole models that have this encoder, in the section ``vision_config``.
+        resized: Function that makes an encoder for pictures of another size in pixels; None if there is none.
         image_processor: Class of the preprocessing where its file names none, a key of ``CLASSES`` in
             ``checkpoint/image_processor.py``.
     """
 
     title: str
+    embeds: str
     read_config: Callable[[Any], VisionEncoderConfig]
     build: Callable[[Any], VisionModule]
     rules: Callable[[Any], tuple[Rule, ...]]
     prefix: str = ""
     left_out: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
+    within: tuple[str, ...] = ()
+    resized: Callable[[VisionModule, int], VisionModule] | None = None
     image_processor: str = "Blip"
 
 
 VISION_ENCODERS: dict[str, VisionEncoder] = {
     BLIP2_VISION: VisionEncoder(
-        "BLIP-2",
+        "BLIP-2 (EVA-CLIP)",
+        "class token and patches, after the final norm",
         VisionConfig.from_hf,
         VisionTransformer,
         lambda config: weights.BLIP2_VISION,
     ),
     CLIP_VISION: VisionEncoder(
         "CLIP",
+        "class token and patches of the last block, without the final norm",
         VisionConfig.from_clip,
         VisionTransformer,
         lambda config: weights.CLIP_VISION,
@@ -58,12 +70,35 @@ VISION_ENCODERS: dict[str, VisionEncoder] = {
     ),
     EfficientNetLiteConfig.model_type: VisionEncoder(
         "EfficientNet-Lite",
+        "the cells of the last feature map",
         EfficientNetLiteConfig.from_hf,
         EfficientNetLite,
         lambda config: weights.EFFICIENTNET_LITE,
         image_processor="Bit",
     ),
+    SiglipConfig.model_type: VisionEncoder(
+        "SigLIP, SigLIP 2 (fixed resolution)",
+        "patches, after the final norm; there is no class token",
+        SiglipConfig.from_hf,
+        SiglipVision,
+        lambda config: SIGLIP_VISION,
+        prefix="vision_model.",
+        left_out=(r"(vision_model\.)?head\..*", r"text_model\..*", r"logit_(scale|bias)"),
+        cut=(r"(vision_model\.)?(post_layernorm|encoder\.layers)\..*",),
+        within=("siglip",),
+        image_processor="Siglip",
+    ),
 }
+
+NAFLEX = (
+    "SigLIP 2 NaFlex reads a varying number of patches of pictures of any proportions, which is not supported",
+    "use a SigLIP 2 of a fixed resolution, such as google/siglip2-base-patch16-256",
+)
+REFUSED = {"siglip2_vision_model": NAFLEX, "siglip2": NAFLEX}
+"""Encoders that are refused by name, by their ``model_type`` or that of whole models: the problem and what to do."""
+
+WHOLE_MODELS = {model: name for name, row in VISION_ENCODERS.items() for model in row.within}
+"""The encoder of a whole model, by the ``model_type`` of both."""
 
 
 def vision_encoder(model_type: Any) -> VisionEncoder:
@@ -72,6 +107,8 @@ def vision_encoder(model_type: Any) -> VisionEncoder:
     Raises:
         UnsupportedModelError: The ``model_type`` is not supported.
     """
+    if model_type in REFUSED:
+        raise UnsupportedModelError(*REFUSED[model_type])
     if not isinstance(model_type, str) or model_type not in VISION_ENCODERS:
         raise UnsupportedModelError(
             f"the vision encoder is of type {model_type!r}, which is not supported",

@@ -34,7 +34,6 @@ CLIP_VISION = (
 EFFICIENTNET_LITE = tuple(Rule(part, part) for part in ("stem", "blocks", "head"))
 
 LLAVA = (
-    *under("vision.", "vision_tower.", CLIP_VISION),
     Rule("bridge.fc1", "multi_modal_projector.linear_1"),
     Rule("bridge.fc2", "multi_modal_projector.linear_2"),
 )

@@ -28,6 +28,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
 )
 from transformers.utils import logging
 
@@ -141,6 +143,7 @@ def draw_llava(
     model_type: str = "llama",
     *,
     llava: dict[str, Any] | None = None,
+    siglip: bool = False,
     **changes: Any,
 ) -> tuple[Any, Any]:
     """A LLaVA, saved; the model and its processor.
@@ -150,20 +153,21 @@ def draw_llava(
         seed: Of the weights.
         model_type: The language model.
         llava: Fields of ``LlavaConfig``.
+        siglip: Whether the tower is a SigLIP, which has no class token; else a CLIP.
         **changes: Fields of the language model's config.
     """
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=24,
-        patch_size=8,
-        projection_dim=16,
-    )
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 24,
+        "patch_size": 8,
+    }
+    vision: Any = SiglipVisionConfig(**sizes) if siglip else CLIPVisionConfig(**sizes, projection_dim=16)
     fields = llava or {}
     strategy = fields.get("vision_feature_select_strategy", "default")
-    patches = 9 if strategy == "default" else 10
+    patches = 9 + (not siglip) - (strategy == "default")
     config = LlavaConfig(
         vision_config=vision,
         text_config=text_config(model_type, **changes),
@@ -176,12 +180,14 @@ def draw_llava(
     model.generation_config.eos_token_id = 2
     model.generation_config.pad_token_id = 3
     model.save_pretrained(directory)
+    square = {"height": 24, "width": 24}
+    images: Any = CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=square)
     processor = LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}),
+        SiglipImageProcessorPil(size=square) if siglip else images,
         tokenizer(),
         patch_size=8,
         vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=int(not siglip),
     )
     processor.tokenizer.padding_side = "left"
     processor.save_pretrained(directory)

@@ -32,6 +32,9 @@ FULL = {
     "projector_hidden_act": "relu",
 }
 
+SIGLIP = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
+"""As in llava-interleave."""
+
 CHAT = (
     "{{ bos_token }}{% for message in messages %}[INST] {% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }}{% endif %}{% endfor %} [/INST]{% endfor %}"
@@ -61,6 +64,8 @@ def reference_of(model: Any, processor: Any, template: str, default: str) -> dra
         pytest.param(1, {"llava": FULL, "tie_word_embeddings": True}, id="full", marks=pytest.mark.slow),
         pytest.param(2, {"model_type": "mistral", "sliding_window": 9}, id="mistral", marks=pytest.mark.slow),
         pytest.param(3, {"model_type": "qwen2", "eos_token_id": [2, 40]}, id="qwen2"),
+        pytest.param(4, {"siglip": True, "model_type": "qwen2", "llava": SIGLIP}, id="siglip"),
+        pytest.param(5, {"siglip": True}, id="siglip, first patch dropped", marks=pytest.mark.slow),
     ],
 )
 def test_answers_equal_transformers(seed: int, drawn: dict[str, Any], tmp_path: Path) -> None:
@@ -231,7 +236,7 @@ def test_saved_checkpoint_loads_in_transformers(tmp_path: Path) -> None:
         ({"architectures": ["LlavaLlamaForCausalLM"]}, "class LlavaLlamaForCausalLM, which is not supported"),
         ({"vision_feature_layer": -9}, r"vision_feature_layer must be from 1 to 3, or from -3 to -1 .*, not -9"),
         ({"vision_feature_select_strategy": "cls"}, "must be default or full"),
-        ({"vision_config": {"model_type": "siglip_vision_model"}}, "'siglip_vision_model'"),
+        ({"vision_config": {"model_type": "dinov2"}}, "'dinov2'"),
         ({"text_config": {"model_type": "gemma"}}, "language model is of type 'gemma'"),
         ({"projector_hidden_act": "mish"}, "projector_hidden_act is 'mish'"),
     ],

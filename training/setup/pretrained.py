@@ -192,8 +192,8 @@ def load_vision(name: str, base: Path) -> VisionPart:
         CheckpointError: The checkpoint cannot be read, or has no preprocessing.
     """
     directory = resolve(name, base)
-    loaded = load_preprocessing(directory)
-    module = load_encoder(directory) if is_encoder(directory) else load_model(directory).vision
+    loaded, alone = load_preprocessing(directory), is_encoder(directory)
+    module = load_encoder(directory, loaded.preprocessing.output_size) if alone else load_model(directory).vision
     return VisionPart(module, loaded.preprocessing, json_file(loaded.values))
 
 

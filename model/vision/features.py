@@ -1,0 +1,126 @@
+"""Which embeddings a vision encoder returns: the block they come from, and whether those before the patches stay.
+
+Two keys of a ``vision_config``, with the meaning that they have in transformers' LLaVA:
+
+- ``vision_feature_layer``: -1 for the output of the last block without the final norm, -2 for that of the block before,
+  and so on. Without this key: the encoder's ``last_hidden_state``, after the final norm.
+- ``vision_feature_select_strategy``: ``full`` (default) for all embeddings; ``default`` without those before the
+  patches: the class token and the registers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from blip2edge.errors import CheckpointError, UnsupportedModelError
+from blip2edge.model.config import TransformerConfig
+from blip2edge.model.config_json import Fields, key
+
+LAYER, STRATEGY = "vision_feature_layer", "vision_feature_select_strategy"
+FULL, PATCHES = STRATEGIES = ("full", "default")
+
+
+@dataclass(frozen=True)
+class PatchEncoderConfig(TransformerConfig):
+    """Config of a ViT that returns one embedding for each patch, after its class token and registers if it has some.
+
+    Attributes:
+        image_size: Side of the picture in pixels.
+        patch_size: Side of a patch in pixels.
+        post_norm: Whether the output passes the final norm; ``num_layers`` counts the blocks that run.
+        keep_prefix: Whether the embeddings before the patches stay in the output.
+    """
+
+    image_size: int = key("image_size", 224)
+    patch_size: int = key("patch_size", 16)
+    norm_eps: float = key("layer_norm_eps", 1e-6)
+    post_norm: bool = True
+    keep_prefix: bool = True
+
+    section = "vision_config"
+    merge_tokens = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patch_size > self.image_size:
+            raise CheckpointError(
+                f"config.json: vision_config: patch_size {self.patch_size} exceeds image_size {self.image_size}"
+            )
+
+    @property
+    def kind(self) -> str:
+        """The encoder's ``model_type``, a key in ``vision/registry.py``."""
+        return self.model_type
+
+    @property
+    def prefix(self) -> int:
+        """Number of embeddings before the patches: class token and registers."""
+        return 0
+
+    @property
+    def num_patches(self) -> int:
+        """Number of patches."""
+        return int((self.image_size // self.patch_size) ** 2)
+
+    @property
+    def num_embeds(self) -> int:
+        """Number of output embeddings."""
+        return self.num_patches + (self.prefix if self.keep_prefix else 0)
+
+    def select(self, x: Tensor) -> Tensor:
+        """Selects the output of ``x [B, prefix + patches, D]``: all, or the patches ``[B, P, D]``."""
+        return x if self.keep_prefix or not self.prefix else x[:, self.prefix :]
+
+    @classmethod
+    def read_features(cls, values: Any, depth: int) -> dict[str, Any]:
+        """Reads the two keys of a ``vision_config``; returns the fields that they set.
+
+        Args:
+            values: Content of the section.
+            depth: Number of blocks of the encoder.
+
+        Raises:
+            CheckpointError: A key has a wrong value, or names several layers.
+        """
+        found = Fields(cls.section, values).values
+        strategy = found.get(STRATEGY, FULL)
+        if strategy not in STRATEGIES:
+            raise CheckpointError(f"config.json: {cls.section}.{STRATEGY} must be full or default, not {strategy!r}")
+        fields: dict[str, Any] = {"keep_prefix": strategy == FULL}
+        if found.get(LAYER) is not None:
+            fields |= {"num_layers": feature_blocks(found[LAYER], depth), "post_norm": False}
+        return fields
+
+    def to_hf(self) -> dict[str, Any]:
+        """Returns the section of ``config.json`` that ``from_hf`` reads."""
+        layer = {} if self.post_norm else {LAYER: -1}
+        return super().to_hf() | layer | ({} if self.keep_prefix else {STRATEGY: PATCHES})
+
+
+def feature_blocks(layer: Any, depth: int) -> int:
+    """How many blocks run before the features are taken; transformers counts the input of the first as layer 0.
+
+    Args:
+        layer: The value of ``vision_feature_layer``: a number, or a list of one.
+        depth: Number of blocks of the encoder.
+
+    Raises:
+        CheckpointError: The number is outside 1 to ``depth`` and -``depth`` to -1.
+        UnsupportedModelError: There are several numbers.
+    """
+    if isinstance(layer, (list, tuple)) and len(layer) != 1:
+        raise UnsupportedModelError(
+            f"the features of {len(layer)} vision layers are joined, which is not supported",
+            f"supported: one {LAYER}",
+        )
+    one = layer[0] if isinstance(layer, (list, tuple)) and len(layer) == 1 else layer
+    count = one + depth + 1 if isinstance(one, int) and one < 0 else one
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= depth:
+        raise CheckpointError(
+            f"config.json: {LAYER} must be from 1 to {depth}, or from -{depth} to -1 (counted from the last layer), "
+            f"not {layer!r:.60}"
+        )
+    return count

@@ -1,0 +1,114 @@
+"""Vision encoders beside CLIP and EVA: equal to transformers, in training, and in bundles of both precisions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers", reason="encoders are drawn with transformers")
+pytest.importorskip("onnxruntime", reason="bundles run on ONNX Runtime")
+
+import torch
+
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.errors import CheckpointError, UnsupportedModelError
+from blip2edge.export.pipeline import export_checkpoint
+from blip2edge.export.verify import TOLERANCES
+from blip2edge.model.checkpoint.directory import load_checkpoint
+from blip2edge.model.checkpoint.encoder import load_encoder
+from blip2edge.model.vision.registry import vision_encoder
+from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
+from blip2edge.runtime.images.preprocess import Preprocessing
+from blip2edge.training import run as runs
+from blip2edge.training.run import train
+from tests.drawing import draw_pictures
+from tests.families.drawing_encoders import ENCODERS, SIZE, save_encoder
+from tests.training.setup.test_build import recipe
+
+PICTURE = draw_pictures(1, 5)[0]
+
+
+def relative(found: Any, wanted: Any) -> float:
+    """The largest difference over the largest value."""
+    return float(np.abs(np.asarray(found) - np.asarray(wanted)).max() / np.abs(np.asarray(wanted)).max())
+
+
+@torch.no_grad()
+def features(model: Any, pixels: torch.Tensor, layer: int | None = None) -> torch.Tensor:
+    """transformers' last hidden state, or that of a layer."""
+    output = model(pixels, output_hidden_states=True)
+    return output.last_hidden_state if layer is None else output.hidden_states[layer]
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_features_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+    model, _ = save_encoder(kind, tmp_path, seed=1)
+    pixels = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    section = values.get("vision_config", values)
+    for layer in (None, -1, -2, 1):
+        section["vision_feature_layer"] = layer
+        path.write_text(json.dumps(values))
+        encoder = load_encoder(tmp_path)
+        wanted = features(model, pixels, layer)
+        with torch.no_grad():
+            found = encoder(pixels)
+        assert found.shape == wanted.shape == (2, encoder.config.num_embeds, 24)
+        assert relative(found, wanted) < 1e-5
+        row = vision_encoder(encoder.config.kind)
+        assert row.read_config(encoder.config.to_hf()) == encoder.config
+    assert relative(features(model, pixels), features(model, pixels, -1)) > 0.1  # the final norm matters
+
+
+TRAINED = (pytest.param("siglip", "fp32", id="siglip"), pytest.param("siglip", "fp16", marks=pytest.mark.slow))
+
+
+@pytest.mark.parametrize(("kind", "precision"), TRAINED)
+def test_trained_and_exported(
+    kind: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Any
+) -> None:
+    """A training step of stage 2 with the frozen encoder; its embeddings of a picture in a bundle are transformers'."""
+    monkeypatch.setattr(runs, "draw_curve", lambda lines, path: False)
+    model, processor = save_encoder(kind, tmp_path / kind, seed=3)
+    (tmp_path / "blip2").symlink_to(tiny_checkpoint.directory)
+    path = recipe(tmp_path, "recipe", f'vision_from = "{kind}"\nlanguage_from = "blip2"', 'bridge = "pool"')
+    record = train("stage2", path, tmp_path / "trained", evaluation_scenes=0)
+    assert record["phases"]["stage2"]["final_loss"] > 0
+    assert load_checkpoint(tmp_path / "trained").config.family == "blip2edge"
+    verify = "sample" if precision == "fp16" else "full"
+    wanted = features(model, processor(PICTURE, return_tensors="pt")["pixel_values"]).numpy()
+    bundle = Bundle.open(
+        export_checkpoint(tmp_path / "trained", tmp_path / "bundle", precision=precision, verify=verify).bundle
+    )
+    pixels = Preprocessing.from_json(bundle.manifest.preprocessing).batch([PICTURE])
+    session = OnnxRuntimeSession(bundle.file("vision_encoder.onnx"), 1)
+    dtype = np.float16 if precision == "fp16" else np.float32
+    found = session.run({"pixel_values": pixels.astype(dtype)})["image_embeds"]
+    assert found.shape == wanted.shape
+    assert relative(found, wanted) < TOLERANCES[precision]
+
+
+def test_tensors_beyond_the_config_are_refused(tmp_path: Path) -> None:
+    save_encoder("siglip", tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 2}))
+    with pytest.raises(CheckpointError, match=r"its config does not describe: encoder\.layers\.2"):
+        load_encoder(tmp_path)
+
+
+def test_another_size_than_the_positions_is_refused(tmp_path: Path) -> None:
+    save_encoder("siglip", tmp_path)
+    with pytest.raises(CheckpointError, match="takes pictures of 32x32 pixels, but the preprocessing makes 48x48"):
+        load_encoder(tmp_path, (48, 48))
+
+
+def test_naflex_is_refused_by_name(tmp_path: Path) -> None:
+    for model_type in ("siglip2", "siglip2_vision_model"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        with pytest.raises(UnsupportedModelError, match="SigLIP 2 NaFlex reads a varying number of patches"):
+            load_encoder(tmp_path)
