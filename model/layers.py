@@ -45,6 +45,16 @@ def stack(layers: Iterable[Module]) -> Sequence[Module]:
     return cast("Sequence[Module]", nn.ModuleList(layers))
 
 
+def entry_points(layer: nn.Module) -> tuple[str, ...]:
+    """Returns the names of the methods by which others run a layer: ``forward``, or the class' ``entry_points``.
+
+    Nothing else calls a layer's inner modules. So training can act before and after each use of a layer's weights: it
+    gathers them from all processes (FSDP), or runs the layer again in the backward pass (activation checkpointing).
+    """
+    names: tuple[str, ...] = getattr(layer, "entry_points", ("forward",))
+    return names
+
+
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Returns name and shape of every parameter of a module; also works on the meta device."""
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}

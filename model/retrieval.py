@@ -102,7 +102,7 @@ class RetrievalQFormer(InstructedQFormer):
         text = self.dropout(text)
         bias = key_mask_bias(attention_mask, text.dtype)
         for layer in self.layers:
-            text = layer.text_feed_forward(layer.self_attention(text, text, bias))
+            text = layer.read_text(text, bias)
         return text
 
 

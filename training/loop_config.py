@@ -22,8 +22,8 @@ class LoopConfig(RecipeSection):
     """Type in which the frozen picture encoder and the frozen language model are held and computed. The checkpoint
     holds their rounded weights, because the bridge was trained with them. A part that is trained stays in float32."""
     recompute_activations: bool = False
-    """Save memory (activation checkpointing): the backward pass runs each layer of the language model, and of a trained
-    picture encoder, again, instead of keeping what the forward pass computed. Losses and gradients stay the same."""
+    """Save memory (activation checkpointing): the backward pass runs each layer of language model, bridge and trained
+    picture encoder again, instead of keeping what the forward pass computed. Losses and gradients stay the same."""
     ema_decay: Annotated[float, DECAY] = 0.0
     """Decay of an exponential moving average of the trained weights (EMA), such as 0.999; 0: no average. It needs
     4 more bytes for each trained weight."""

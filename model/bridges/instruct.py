@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,14 +39,18 @@ class InstructedQFormerConfig(QFormerConfig):
 class InstructedLayer(QFormerLayer):
     """A Q-Former layer for query tokens and text."""
 
+    entry_points: ClassVar[tuple[str, ...]] = ("forward", "read", "read_text", "write")
+
     def __init__(self, config: InstructedQFormerConfig, index: int) -> None:
         super().__init__(config, index)
         self.text_feed_forward = BertFeedForward(config)
 
-    def forward(self, queries: Tensor, text: Tensor, bias: Tensor, image_embeds: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, queries: Tensor, text: Tensor, bias: Tensor, image_embeds: Tensor, *, last: bool
+    ) -> tuple[Tensor, Tensor]:
         """Updates queries ``[B, Q, D]`` and text ``[B, T, D]``, same shapes; ``bias [B, 1, 1, Q + T]`` hides padding.
 
-        The text is returned after self-attention; the caller applies ``text_feed_forward``.
+        ``last`` leaves out the text's feed-forward: the text after the last layer is not used.
         """
         count = queries.shape[1]
         both = torch.cat([queries, text], dim=1)  # [B, Q + T, D]
@@ -53,7 +58,11 @@ class InstructedLayer(QFormerLayer):
         queries, text = both[:, :count], both[:, count:]
         if self.cross_attention is not None:
             queries = self.cross_attention(queries, image_embeds)
-        return self.feed_forward(queries), text
+        return self.feed_forward(queries), text if last else self.text_feed_forward(text)
+
+    def read_text(self, text: Tensor, bias: Tensor) -> Tensor:
+        """Updates a text alone, ``[B, T, D]``; ``bias [B, 1, 1, T]`` hides padding."""
+        return self.text_feed_forward(self.self_attention(text, text, bias))
 
 
 class InstructedQFormer(QFormerBase):
@@ -94,7 +103,5 @@ class InstructedQFormer(QFormerBase):
         query_mask = instruction_mask.new_ones(instruction_mask.shape[0], queries.shape[1])
         bias = key_mask_bias(torch.cat([query_mask, instruction_mask], dim=1), text.dtype)
         for index, layer in enumerate(self.layers):
-            queries, text = layer(queries, text, bias, image_embeds)
-            if index + 1 < len(self.layers):  # the text after the last layer is not used
-                text = layer.text_feed_forward(text)
+            queries, text = layer(queries, text, bias, image_embeds, last=index + 1 == len(self.layers))
         return queries

@@ -7,6 +7,7 @@ Post-norm layers as in BERT (arXiv 1810.04805). Queries have their own feed-forw
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from blip2edge.errors import CheckpointError
 from blip2edge.model.bert_blocks import BertAttention, BertFeedForward
 from blip2edge.model.config import LanguageConfig, QFormerConfig
-from blip2edge.model.layers import KeyValue, chosen_queries, stack
+from blip2edge.model.layers import KeyValue, append_to_cache, chosen_queries, stack
 
 
 class QFormerLayer(nn.Module):
     """A Q-Former layer: self-attention, attention to the picture (only in some layers), feed-forward."""
+
+    entry_points: ClassVar[tuple[str, ...]] = ("read", "write")
 
     def __init__(self, config: QFormerConfig, index: int) -> None:
         super().__init__()
@@ -27,6 +30,37 @@ class QFormerLayer(nn.Module):
         if index % config.cross_attention_frequency == 0:
             self.cross_attention = BertAttention(config, config.encoder_hidden_size)
         self.feed_forward = BertFeedForward(config)
+
+    def read(self, queries: Tensor, image_embeds: Tensor) -> tuple[Tensor, KeyValue]:
+        """Updates the queries, which attend to each other and to the picture.
+
+        Args:
+            queries: ``[B, Q, D]``, or ``[1, Q, D]`` while they are the same for every row.
+            image_embeds: The picture's embeddings, ``[B, P, Dv]``.
+
+        Returns:
+            The queries, and keys and values of the self-attention, as many rows as the given queries.
+        """
+        key_value = self.self_attention.key_value(queries)
+        queries = self.self_attention.attend_to(queries, key_value)
+        if self.cross_attention is not None:
+            queries = self.cross_attention(queries, image_embeds)
+        return self.feed_forward(queries), key_value
+
+    def write(self, x: Tensor, past: KeyValue, bias: Tensor, feed_forward: BertFeedForward) -> tuple[Tensor, KeyValue]:
+        """Runs the tokens of a text, which attend to the queries and to each other.
+
+        Args:
+            x: States of the tokens, ``[B, S, D]``.
+            past: Keys and values ``[B, H, P, d]`` of the queries and the earlier tokens.
+            bias: Added to the scores, broadcastable to ``[B, H, S, P + S]``.
+            feed_forward: The text's own feed-forward.
+
+        Returns:
+            States ``[B, S, D]``, and keys and values ``[B, H, P + S, d]``.
+        """
+        present = append_to_cache(past, self.self_attention.key_value(x))
+        return feed_forward(self.self_attention.attend_to(x, present, bias)), present
 
 
 class QFormerBase(nn.Module):
@@ -60,11 +94,7 @@ class QFormerBase(nn.Module):
         queries = self.dropout(self.norm(queries))
         key_values: list[KeyValue] = []
         for layer in self.layers:
-            key, value = layer.self_attention.key_value(queries)
-            queries = layer.self_attention.attend_to(queries, (key, value))
-            if layer.cross_attention is not None:
-                queries = layer.cross_attention(queries, image_embeds)
-            queries = layer.feed_forward(queries)
+            queries, (key, value) = layer.read(queries, image_embeds)
             key_values.append((key.expand(rows, -1, -1, -1), value.expand(rows, -1, -1, -1)))
         return queries, key_values
 

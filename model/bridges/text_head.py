@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blip2edge.model.bert_blocks import BertAttention, BertFeedForward
+from blip2edge.model.bert_blocks import BertFeedForward
+from blip2edge.model.bridges.qformer import QFormerLayer
 from blip2edge.model.config import DraftConfig, QFormerConfig
-from blip2edge.model.layers import ACTIVATIONS, KeyValue, append_to_cache, gather_positions, stack
+from blip2edge.model.layers import ACTIVATIONS, KeyValue, gather_positions, stack
 from blip2edge.model.weights.rules import Rule
 
 DRAFT_FILE = "draft.safetensors"
@@ -54,7 +55,7 @@ class TextSide(NamedTuple):
         positions: Position table; [DEC], the first token, has position 0.
         norm: The norm before the first layer, shared with the queries.
         dropout: Dropout after the norm.
-        layers: For each layer, self-attention (shared with the queries) and the text's feed-forward.
+        layers: The Q-Former's layers, whose self-attention the text shares, each with the text's feed-forward.
         head: Maps states to logits.
     """
 
@@ -62,7 +63,7 @@ class TextSide(NamedTuple):
     positions: nn.Embedding
     norm: nn.LayerNorm
     dropout: nn.Dropout
-    layers: Sequence[tuple[BertAttention, BertFeedForward]]
+    layers: Sequence[tuple[QFormerLayer, BertFeedForward]]
     head: WordHead
 
     def write(
@@ -87,9 +88,9 @@ class TextSide(NamedTuple):
         """
         x = self.dropout(self.norm(self._embed(input_ids) + self.positions(positions)))
         presents: list[KeyValue] = []
-        for (attention, feed_forward), before in zip(self.layers, past, strict=True):
-            presents.append(append_to_cache(before, attention.key_value(x)))
-            x = feed_forward(attention.attend_to(x, presents[-1], bias))
+        for (layer, feed_forward), before in zip(self.layers, past, strict=True):
+            x, present = layer.write(x, before, bias, feed_forward)
+            presents.append(present)
         return self.head(gather_positions(x, logits_indices), self.words.weight), presents
 
     def _embed(self, input_ids: Tensor) -> Tensor:
@@ -114,10 +115,7 @@ class TextHead(nn.Module):
 
     def text_side(self, qformer: Any) -> TextSide:
         """Joins the text head with the shared modules of ``qformer`` (``model.bridge.qformer``)."""
-        layers = [
-            (layer.self_attention, feed_forward)
-            for layer, feed_forward in zip(qformer.layers, self.feed_forwards, strict=True)
-        ]
+        layers = list(zip(qformer.layers, self.feed_forwards, strict=True))
         return TextSide(self.words, self.positions, qformer.norm, qformer.dropout, layers, self.head)
 
 

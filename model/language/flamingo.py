@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,8 @@ class FlamingoConfig(LlamaConfig):
 class GatedLayer(nn.Module):
     """Attention to the pictures and a feed-forward, each with a norm before and a gate after."""
 
+    entry_points: ClassVar[tuple[str, ...]] = ("forward", "key_value")
+
     def __init__(self, config: FlamingoConfig) -> None:
         super().__init__()
         shape = (1, 1, config.hidden_size) if config.gates == "vector" else (1,)
@@ -137,6 +139,10 @@ class GatedLayer(nn.Module):
         x = x + torch.tanh(self.attention_gate) * attended
         return x + torch.tanh(self.feed_forward_gate) * self.feed_forward(self.feed_forward_norm(x))
 
+    def key_value(self, source: Tensor) -> KeyValue:
+        """Computes keys and values ``[B, H, E, d]`` of the pictures, from ``source [B, E, Ds]``."""
+        return self.attention.key_value(source)
+
 
 class Flamingo(LlamaDecoder):
     """A Llama with gated cross-attention layers; additional rows are at the end of its token table."""
@@ -150,7 +156,7 @@ class Flamingo(LlamaDecoder):
 
     def cross_key_values(self, source: Tensor) -> list[KeyValue]:
         """Computes keys and values ``[B, H, E, d]`` of each gated layer, from ``source [B, E, Ds]``."""
-        return [layer.attention.key_value(source) for layer in self.cross_layers]
+        return [layer.key_value(source) for layer in self.cross_layers]
 
     def start(
         self, x: Tensor, mask: Tensor, positions: Tensor, cross: Sequence[KeyValue], cross_mask: Tensor | None

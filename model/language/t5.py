@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +148,8 @@ class T5Layer(nn.Module):
     T5 does not scale the attention scores.
     """
 
+    entry_points: ClassVar[tuple[str, ...]] = ("forward", "cross_key_value")
+
     def __init__(self, config: T5Config, *, decoder: bool) -> None:
         super().__init__()
         width, sizes = config.hidden_size, (config.hidden_size, config.num_heads, config.head_dim)
@@ -175,6 +177,10 @@ class T5Layer(nn.Module):
         if cross is not None:
             x = x + self.dropout(self.cross_attention(self.cross_norm(x), cross, cross_bias))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), present
+
+    def cross_key_value(self, states: Tensor) -> KeyValue:
+        """Computes keys and values ``[B, H, E, d]`` of the encoder's states ``[B, E, D]``; only in a decoder."""
+        return self.cross_attention.key_value(states)
 
 
 class T5Encoder(nn.Module):
@@ -224,7 +230,7 @@ class T5(DecoderModule):
 
     def cross_key_values(self, states: Tensor) -> list[KeyValue]:
         """Computes keys and values ``[B, H, E, d]`` of each layer's cross-attention, from ``states [B, E, D]``."""
-        return [layer.cross_attention.key_value(states) for layer in self.layers]
+        return [layer.cross_key_value(states) for layer in self.layers]
 
     def start(
         self, x: Tensor, mask: Tensor, positions: Tensor, cross: Sequence[KeyValue], cross_mask: Tensor | None

@@ -15,8 +15,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from blip2edge.model.layers import entry_points
 from blip2edge.training.phase_config import OptimizerConfig
 
+LAYER_LISTS = ("layers", "cross_layers")
 RATE = "rate"  # key of an optimizer's group: its factor on the learning rate
 
 
@@ -109,19 +111,22 @@ def set_rate(optimizer: Any, rate: float) -> None:
         group["lr"] = rate * group[RATE]
 
 
+def layers_of(module: nn.Module) -> list[nn.Module]:
+    """Finds the layers of all transformers in a module: the entries of lists with a name of :data:`LAYER_LISTS`."""
+    lists = [each for name, each in module.named_modules() if name.rpartition(".")[2] in LAYER_LISTS]
+    return [layer for each in lists if isinstance(each, nn.ModuleList) for layer in each]
+
+
 def recompute_activations(module: nn.Module) -> None:
     """Makes layers run again in the backward pass, instead of keeping their activations.
 
     The method is activation checkpointing (Chen et al., arXiv 1604.06174), by ``torch.utils.checkpoint``.
-    A layer is an entry of a list named ``layers`` or ``cross_layers`` in any submodule. Dropout draws the same mask
-    again. Without gradients nothing changes.
+    Dropout draws the same mask again. Without gradients nothing changes.
     """
-    for name, layers in list(module.named_modules()):
-        if isinstance(layers, nn.ModuleList) and name.rpartition(".")[2] in ("layers", "cross_layers"):
-            for layer in layers:
-                if "forward" in vars(layer):  # an earlier phase has done this
-                    continue
-                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    for layer in layers_of(module):
+        for name in entry_points(layer):
+            if name not in vars(layer):  # else an earlier phase has done this
+                setattr(layer, name, partial(checkpoint, getattr(layer, name), use_reentrant=False))
 
 
 def freeze(module: nn.Module) -> None:

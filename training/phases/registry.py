@@ -77,9 +77,10 @@ def _loader(run: TrainingRun, phase: str, config: BridgePhase, texts: TextMakers
 
 def _trained_vision(run: TrainingRun, phase: BridgePhase) -> VisionTransformer | None:
     """The picture encoder if the phase trains it, in float32 (an earlier phase may have used half precision)."""
-    if not phase.unfreeze_vision:
+    vision = run.parts.model.vision
+    if not phase.unfreeze_vision or not isinstance(vision, VisionTransformer):
         return None
-    vision = run.parts.model.vision.to(run.accelerator.device, torch.float32)
+    vision.to(run.accelerator.device, torch.float32)
     if run.config.loop.recompute_activations:
         recompute_activations(vision)
     return vision
@@ -87,7 +88,8 @@ def _trained_vision(run: TrainingRun, phase: BridgePhase) -> VisionTransformer |
 
 def _rates(run: TrainingRun, phase: BridgePhase) -> Callable[[str], float]:
     """The factor on the learning rate of a parameter: that of its layer in the picture encoder, else 1."""
-    layers = len(run.parts.model.vision.layers)
+    vision = run.parts.model.vision
+    layers = len(vision.layers) if isinstance(vision, VisionTransformer) else 0
     rates = layer_rates(layers, phase.layer_decay)
 
     def rate_of(name: str) -> float:
@@ -155,6 +157,8 @@ def _stage1(run: TrainingRun) -> Phase:
     config = run.config
     model = new_stage1_model(run.parts, config, run.base)
     model.vision = nn.Identity()  # type: ignore[assignment]  # the batches hold its output
+    if config.loop.recompute_activations:
+        recompute_activations(model)
     run.stage1 = model
     phase = config.stage1
     weights = {"itc": phase.itc_weight, "itm": phase.itm_weight, "itg": phase.itg_weight}
@@ -191,6 +195,7 @@ def _generative(run: TrainingRun, name: str, phase: Stage2Phase) -> Phase:
     if phase.lora_rank:
         add_lora(model.language, phase.lora_rank, phase.lora_alpha, phase.lora_targets)
     if config.loop.recompute_activations:
+        recompute_activations(model.bridge)
         recompute_activations(model.language)
     elastic = elastic_draw(model.config, phase, _seed(run, name))
     model.config = replace(model.config, elastic=phase.elastic_min if phase.elastic else 0)

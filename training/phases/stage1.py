@@ -161,7 +161,7 @@ class Stage1Model(RetrievalModel):
     def text_side(self) -> TextSide:
         """Returns the modules that generate a text."""
         qformer: Any = self.matcher.qformer
-        layers = [(layer.self_attention, layer.text_feed_forward) for layer in qformer.layers]
+        layers = [(layer, layer.text_feed_forward) for layer in qformer.layers]
         return TextSide(
             qformer.word_embeddings,
             qformer.position_embeddings,

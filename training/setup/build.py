@@ -17,6 +17,7 @@ from blip2edge.model.checkpoint.image_processor import load_preprocessing
 from blip2edge.model.checkpoint.stored.files import read_checkpoint_json
 from blip2edge.model.config import BLIP2_VISION, CLIP_VISION, CaptionerConfig, DraftConfig, QFormerConfig
 from blip2edge.model.config_json import Fields
+from blip2edge.model.vision.vit import VisionTransformer
 from blip2edge.training.config import TrainingConfig
 from blip2edge.training.loading.qformer_texts import CLS, SEP, QFormerTexts
 from blip2edge.training.phases.stage1 import Stage1Model
@@ -63,6 +64,7 @@ def build_parts(stage: str, config: TrainingConfig, base: Path) -> ModelParts:
         parts = build_miniature(config, draft=text and not instructed, instructed=instructed)
     else:
         parts = _whole(stage, config, base) or _composed(stage, config, base, kept if text else None)
+    _check_trained_vision(parts, config)
     if kept is not None:
         begin_stage2(kept, parts.model)
     draft = parts.model.config.draft
@@ -71,6 +73,17 @@ def build_parts(stage: str, config: TrainingConfig, base: Path) -> ModelParts:
     ):  # an existing draft model may have fewer positions than the recipe sets
         parts.qformer_texts.max_length = min(parts.qformer_texts.max_length, draft.max_positions)
     return parts
+
+
+def _check_trained_vision(parts: ModelParts, config: TrainingConfig) -> None:
+    """Raises ConfigError if the recipe trains a picture encoder that is not a ViT."""
+    trained = [each.section for each in (config.stage1, config.stage2, config.instruct) if each.unfreeze_vision]
+    if trained and not isinstance(parts.model.vision, VisionTransformer):
+        raise ConfigError(
+            f"[{trained[0]}] unfreeze_vision trains a ViT only, and the picture encoder is of the kind"
+            f" {parts.model.config.vision.kind!r}",
+            "set unfreeze_vision to false",
+        )
 
 
 def _whole(stage: str, config: TrainingConfig, base: Path) -> ModelParts | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from blip2edge.training.loop.optim import (  # noqa: E402
 )
 from blip2edge.training.phases.stage2 import GenerativeStage  # noqa: E402
 from blip2edge.training.run import train  # noqa: E402
+from blip2edge.training.setup import build  # noqa: E402
 from tests.training import recipes  # noqa: E402
 from tests.training.phases.test_stage2 import case, draw  # noqa: E402
 
@@ -61,7 +63,8 @@ def test_the_rule_of_the_rates() -> None:
 def test_each_factor_has_its_own_groups(tmp_path: Path) -> None:
     made = case(draw("opt", tmp_path), tmp_path)
     stage = GenerativeStage(made.ours, unfreeze_vision=True)
-    layers = len(made.ours.vision.layers)
+    vision: Any = made.ours.vision
+    layers = len(vision.layers)
     rates = layer_rates(layers, 0.5)
 
     def rate_of(name: str) -> float:
@@ -140,6 +143,15 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
             train("stage2", path, tmp_path / "resumed", evaluation_scenes=0, progress=interrupt)
     train("stage2", path, tmp_path / "resumed", evaluation_scenes=0)
     assert not changed(whole, weights(tmp_path / "resumed"))
+
+
+def test_an_encoder_that_is_not_a_vit_is_refused() -> None:
+    config = parse_config(f"[stage2]\n{UNFREEZE}")
+    parts = SimpleNamespace(
+        model=SimpleNamespace(vision=torch.nn.Identity(), config=SimpleNamespace(vision=SimpleNamespace(kind="other")))
+    )
+    with pytest.raises(ConfigError, match=r"\[stage2\] unfreeze_vision trains a ViT only, and the .* kind 'other'"):
+        build._check_trained_vision(parts, config)  # type: ignore[arg-type]  # what the check reads of it
 
 
 @pytest.mark.parametrize(
