@@ -1,1 +1,1 @@
-"""Backends: they load and run graphs. Also detects processor, GPUs and providers of this machine."""
+"""The backends, which load and run graphs; and the detection of this machine's processor, GPUs and providers."""

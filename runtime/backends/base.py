@@ -184,7 +184,7 @@ class DeviceArray:
         return np.array(self.value.numpy())
 
     def __getitem__(self, key: Any) -> DeviceArray | Array:
-        """Selects rows by an array of indices, or slices positions, on the device; any other key on the host."""
+        """Selects rows by an array of indices, or slices positions, on the device; applies other keys on the host."""
         if isinstance(key, np.ndarray) and key.ndim == 1 and key.dtype.kind in "iu":
             return self._compute(gather_model(self.dtype.name), {"rows": key.astype(np.int64)})
         everything = slice(None)

@@ -29,7 +29,7 @@ STEP = "step"
 """Name of the engine between two decode steps: it chooses the token and reads its row of the token table."""
 
 TOKEN_LOGPROBS = "token_logprobs"
-"""Its output with the log-probabilities of the chosen tokens; engines of version 0.1 have none."""
+"""Name of the output of that engine with the log-probabilities of the chosen tokens; engines of version 0.1 lack it."""
 
 CONSTANT, IN_PLACE = "constant", "in-place"
 """Forms of a decoder's KV cache that the runtime supports: ``present`` is another tensor than ``past``, or the same."""

@@ -26,7 +26,8 @@ PRESENT = np.uint64(63)  # bit of an entry; linux: Documentation/admin-guide/mm/
 ENTRY = 8  # bytes a page
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # linux: include/uapi/asm-generic/mman-common.h
 LEAST_FILLED = 0.75
-"""The least share of small pages in use for a region to become a huge page, which takes memory for all of them."""
+"""A region becomes a huge page if at least this share of its small pages is in use: a huge page needs memory for all.
+"""
 
 
 def huge_page_bytes() -> int:

@@ -31,7 +31,7 @@ from blip2edge.runtime.backends.probe import (
 
 CUDA, TENSORRT, FALLBACK = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
 CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "do_copy_in_default_stream": "1", "use_tf32": "0"}
-"""TF32 is off: it has 10 bits of mantissa, and FP32 graphs promise the token ids of FP32."""
+"""TF32 is off: with its 10 bits of mantissa, token ids could differ from those of FP32."""
 
 CAPTURE = "enable_cuda_graph"
 GRAPHS_VARIABLE = "BLIP2EDGE_CUDA_GRAPHS"

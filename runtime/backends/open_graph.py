@@ -1,8 +1,8 @@
 """Opens the graphs of a bundle: chooses the file of each graph and the backend that runs it.
 
 ``optimized/<backend>/`` in a bundle holds graphs rewritten for one backend (an optimized copy). ``optimized.json``
-there names the bundle that they were made from, by its hash. A copy of another bundle, or one made by another version
-of the backend, is not used; the portable graph is used instead. So is a copy that a required signature does not list.
+there names the bundle that they were made from, by its hash. A copy is not used if it was made from another bundle or
+by another version of the backend, or if a required signature does not list it. The portable graph is used instead.
 """
 
 from __future__ import annotations

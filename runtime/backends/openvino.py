@@ -101,7 +101,7 @@ def _with_float32_ports(openvino: Any, model: Any) -> Any:
 
 
 def _name(port: Any) -> str:
-    """The graph's own name for a port, which may have several."""
+    """The name that the graph gives to a port. A port may have several names."""
     return str(port.get_any_name())
 
 

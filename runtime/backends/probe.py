@@ -319,7 +319,8 @@ def check_matmul(
 def load_cuda_libraries(ort: ModuleType) -> None:
     """Loads CUDA and cuDNN from packages of pip if the system's search path does not find them.
 
-    ONNX Runtime before 1.21 cannot do so; nothing is loaded then. Its messages go to standard error.
+    ONNX Runtime before 1.21 has no function for this; then nothing is loaded. Messages of ONNX Runtime go to standard
+    error.
     """
     if hasattr(ort, "preload_dlls"):
         with redirect_stdout(sys.stderr):

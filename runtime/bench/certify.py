@@ -1,7 +1,8 @@
 """Compares a bundle on this machine and backend with the reference outputs that it carries, for `certify`.
 
-Each graph gets the same seeded inputs on its own, so a deviation names the graph, and the first output of it that is
-wrong. The captions of drawn pictures show what the deviations change, and the speed of each stage.
+Each graph gets the same seeded inputs, independent of the other graphs. So a deviation shows which graph is wrong, and
+which of its outputs is the first wrong one. The captions of drawn pictures show what the deviations change, and the
+speed of each stage.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class Certificate:
 
     @property
     def faults(self) -> list[str]:
-        """What does not hold, one sentence each; empty if all holds."""
+        """The checks that failed, one sentence for each; empty if all passed."""
         found = [
             f"{one.graph}: {one.first_beyond} is the first output beyond its tolerance; the largest deviation is "
             f"{one.worst.deviation:.1e} ({one.worst.output}), and {one.worst.tolerance:.0e} is allowed"

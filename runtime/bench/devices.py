@@ -18,7 +18,7 @@ THIS = "this"
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What the graphs of this project are assumed to reach, by the format of the weights (``WEIGHT_BYTES``).
+    """The shares of the peak rates that graphs are assumed to reach, by the format of the weights (``WEIGHT_BYTES``).
 
     Attributes:
         products: Share of the product rate that :meth:`Board.rate` chooses for the format.

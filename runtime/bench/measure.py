@@ -1,7 +1,7 @@
 """Measures a bundle on this machine, for ``blip2edge bench``: stages, throughput, memory, and growth with the input.
 
-Every stage is timed in wall time (how long a user waits) and in CPU time of the process (what it costs, whatever load
-other processes make). All captions of a run have the same length, so that runs can be compared.
+Every stage is timed in wall time (how long a user waits) and in CPU time of the process (which hardly depends on the
+load of other processes). All captions of a run have the same length, so that runs can be compared.
 """
 
 from __future__ import annotations

@@ -85,9 +85,9 @@ class MemoryNeed:
 
     Attributes:
         what: The command, for the message: ``the export``.
-        least: Without this much it fails for certain.
+        least: With less memory, the command certainly fails.
         likely: An estimate of the peak.
-        mend: What lowers it.
+        mend: How to lower the need.
     """
 
     what: str
@@ -199,7 +199,7 @@ class RunMemory:
 
 
 def held_precision(precision: str, device: Board) -> str:
-    """The precision that the weights have in memory: a CPU computes fp16 in fp32, so it holds them so too."""
+    """The precision of the weights in memory: a CPU computes fp16 in fp32, so its weights are in fp32 too."""
     return "fp32" if device.is_cpu and precision == "fp16" else precision
 
 

@@ -193,7 +193,7 @@ class Pending(Generic[Outcome]):
         expires: The deadline (``time.monotonic`` seconds); None for no deadline.
         future: Holds the result or the error.
         submitted: When it was submitted (``time.perf_counter`` seconds).
-        queue_s: Seconds from then to its beginning; None until that.
+        queue_s: Seconds between the submission and the start of the work; None before the start.
     """
 
     expires: float | None = None
@@ -257,7 +257,7 @@ class Request(Pending[CaptionResult]):
         separate: Whether the request is encoded and decoded without other requests in its batch.
         prompt_tokens: Length of the prompt in tokens; 0 until the request is encoded.
         stage_ms: Milliseconds by stage so far.
-        first_token_s: Seconds from its submission to the first token (of a beam search: to the text); None until that.
+        first_token_s: Seconds from its submission to the first token (of a beam search: to the text); None before it.
         generation: The request's row of the batch, once it is decoded; None for a beam search.
         on_piece: Called by the decoder's thread with each piece of the text, and with None at the end. If it is set,
             :meth:`pieces` yields nothing.

@@ -5,8 +5,8 @@
 Both queues are bounded. Requests are served in the order of submission. A step gives each running row one token, so
 that a short caption does not wait for a long one. ``caption_many``, ``watch`` and ``serve`` use it.
 
-A batch rounds otherwise than a single row, which may change a random draw. So a request that samples with a seed is
-encoded and decoded in batches of its own; it takes turns with the others, step by step.
+The logits of a batch are rounded differently from those of a single row, which may change a random draw. So a request
+that samples with a seed is encoded and decoded in batches of its own; it takes turns with the others, step by step.
 """
 
 from __future__ import annotations

@@ -188,7 +188,8 @@ class _BeamGroup:
     def _can_improve(self) -> bool:
         """Whether the best running beam has a better score than a finished text.
 
-        Its length is the present one; with `early_stopping` "never", the longest possible.
+        The running beam's score is computed for its present length; with `early_stopping` "never", for the longest
+        possible.
         """
         penalty = self._options.length_penalty
         longest = self._options.early_stopping == "never" and penalty > 0

@@ -113,7 +113,7 @@ class TextTokens:
         """Adds a piece of the text; returns the tokens that it completes.
 
         Args:
-            ids: All tokens so far; more than the pieces have is no harm.
+            ids: All tokens so far; tokens that are not in the pieces yet are allowed.
             logprobs: The log-probability of each.
             likeliest: The likeliest tokens at the place of each; may be empty.
             piece: The next piece.
@@ -163,7 +163,7 @@ class TextTokens:
         return TextToken(text, logprobs[at], tuple((self._alone(before, other), value) for other, value in others))
 
     def _alone(self, before: list[int], token: int) -> str:
-        """The text of a token after another; special tokens are written out."""
+        """The text that a token adds after another token; special tokens are written as they are."""
         start = self._tokenizer.decode_raw(before, skip_special_tokens=False)
         return self._tokenizer.decode_raw([*before, token], skip_special_tokens=False)[len(start) :]
 

@@ -50,7 +50,7 @@ class LogitsProcessor:
 
 @dataclass(frozen=True)
 class TextStart:
-    """What the processors of one text are made from.
+    """The values that the processors of one text are made from.
 
     Attributes:
         prompt: int64 [P], the ids before the first generated one.
@@ -210,7 +210,7 @@ def _suppressed(tokens: Iterable[int], start: TextStart, steps: range = ALWAYS) 
 
 
 def _suppressed_first(tokens: Iterable[int], start: TextStart) -> LogitsProcessor:
-    """Acts on the first token, or on the one after a forced first one."""
+    """Acts on the first token; if the first token is forced, on the second."""
     forced = len(start.prompt) <= 1 and start.options.forced_bos_token_id is not None
     return _suppressed(tokens, start, range(int(forced), int(forced) + 1))
 

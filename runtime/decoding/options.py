@@ -223,7 +223,7 @@ class GenerationOptions:
 
 
 def check_stream(num_beams: int | None, abstain_below: float | None) -> None:
-    """Raises UsageError if a text cannot be given word by word: it is known only at its end. None: not given."""
+    """Raises UsageError for options with which a text is known only at its end, so that it cannot be streamed."""
     for name, above, used, why in (
         ("num_beams", " above 1", (num_beams or 1) > 1, "beam search chooses the words at the end"),
         ("abstain_below", "", abstain_below is not None, "the confidence is known at the end"),
@@ -236,7 +236,7 @@ def check_stream(num_beams: int | None, abstain_below: float | None) -> None:
 
 
 def _samples(values: Mapping[str, Any]) -> bool:
-    """Whether options sample; they need not be checked."""
+    """Whether the options select sampling; their values may be unchecked."""
     temperature = values.get("temperature")
     greedy = isinstance(temperature, (int, float)) and temperature < MIN_SAMPLING_TEMPERATURE
     return not greedy and any(values.get(name) is not None for name in SAMPLING)
@@ -245,8 +245,8 @@ def _samples(values: Mapping[str, Any]) -> bool:
 def merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """A bundle's defaults, replaced by what a caller gives.
 
-    Sampling and beam search exclude each other: the one that the caller gives replaces the bundle's. The bundle's
-    limits of length give way to the caller's.
+    Sampling and beam search exclude each other: the one that the caller gives replaces the bundle's. If a limit of
+    length of the bundle contradicts one of the caller, the bundle's is adjusted.
 
     Args:
         defaults: The manifest's `generation`; keys that are no options are ignored.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from blip2edge.errors import BackendError, option
 
 Filter = Callable[[NDArray[np.float32]], NDArray[np.bool_]]
-"""Which of the finite scores [N] stay, [N]; at least one does."""
+"""Takes finite scores [N] and returns which of them are kept, [N]; at least one is kept."""
 
 _CHUNK = 128  # values per chunk when the largest k of many are searched
 _NUCLEUS = 512  # tokens that top-p sorts first; a nucleus is rarely larger

@@ -147,7 +147,7 @@ def _decode(file: Any, size: int, name: str, limits: Limits) -> Image.Image:
 
 
 def _opened(file: Any, name: str) -> Image.Image:
-    """Read a picture's header; Pillow's own bomb warning is made an error."""
+    """Read a picture's header; Pillow's warning of a picture with too many pixels becomes an error."""
     try:
         with _warning_filters, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -232,7 +232,7 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
 
 
 def _blend_on_white(image: Image.Image) -> Image.Image:
-    """RGB as transformers' image processors make it of a picture that was not loaded by `load_image`."""
+    """Converts a picture that `load_image` did not load to RGB, as transformers' image processors do it."""
     if image.mode == "RGB" and image.info.get("transparency") is None:
         return image
     grey16 = Grey16.of(image, "the picture passed in")

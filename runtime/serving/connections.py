@@ -27,8 +27,9 @@ LINGER_S = 2.0
 """Seconds in which a client can still read an answer that came before the end of its body."""
 
 MOST_LINGERING = 100
-"""Refused connections that may wait for their clients to read the answer, and as many that may wait after their close
-for their clients to read the rest; others are closed at once."""
+"""Largest number of refused connections that stay open until their clients have read the answer. The same limit holds
+for closed connections whose clients still read. Further ones are closed at once.
+"""
 
 SPARE_FILES = 128 + 2 * MOST_LINGERING
 """File descriptors besides those of connections: graphs, logs, pictures, the event loop; and refused connections."""
@@ -158,12 +159,12 @@ class GuardedProtocol(H11Protocol):
                 self._start("header", self._table.limits.header_s, self._header_late)
 
     def pause_writing(self) -> None:
-        """The client does not take what is sent: its time begins."""
+        """Called when the client does not read what was sent: starts its time limit."""
         super().pause_writing()
         self._start("write", self._table.limits.write_s, partial(self._abort, "write_timeout"))
 
     def resume_writing(self) -> None:
-        """The client has taken what was sent."""
+        """Called when the client has read what was sent: ends its time limit."""
         super().resume_writing()
         self._stop("write")
 
@@ -174,7 +175,7 @@ class GuardedProtocol(H11Protocol):
             self.end()
 
     def send_400_response(self, msg: str) -> None:
-        """Answers what is no HTTP, in the form of all errors."""
+        """Answers bytes that are not HTTP with an error in the server's usual form."""
         self.refuse(400, "invalid_http", msg.rstrip(".").lower())
 
     def refuse(self, status: int, code: str, problem: str) -> None:
@@ -245,7 +246,7 @@ class GuardedProtocol(H11Protocol):
 
 
 class GentleTransport:
-    """The transport of a connection as uvicorn's cycle of a request sees it.
+    """The transport of a connection that uvicorn uses while it answers a request.
 
     Args:
         connection: The connection; it is closed gently if its body is not read to its end.
@@ -255,7 +256,7 @@ class GentleTransport:
         self._connection = connection
 
     def __getattr__(self, name: str) -> Any:
-        """All else is as of the connection's own transport."""
+        """Returns every other attribute from the connection's own transport."""
         return getattr(self._connection.transport, name)
 
     def close(self) -> None:

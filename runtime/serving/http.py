@@ -156,7 +156,7 @@ class Server:
         self.models.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Callable[[Any], Awaitable[None]]) -> None:
-        """One connection, by the ASGI specification, where ``headers`` may be missing."""
+        """Handles one connection, as the ASGI specification describes; ``headers`` may be missing."""
         with self.memory.share() as share:
             await self._app({"headers": [], **scope, SHARE: share}, receive, send)
 

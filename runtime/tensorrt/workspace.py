@@ -17,13 +17,13 @@ TOKENS_IN_FLIGHT = 4
 """Tokens that may be on the way from the GPU to the host at once."""
 
 MOST_IDLE = 4
-"""Idle workspaces that are kept. A workspace holds KV caches, so that one for every size of a batch is too much."""
+"""Idle workspaces that are kept. Each holds KV caches, so one for every batch size would need too much memory."""
 
 LARGE = ("logits", "seen", "held")
 """Tensors with an element for each token of the vocabulary, which stay in the GPU's own memory."""
 
 WIDE = 2
-"""Used in place of the number of a half (0 or 1): the buffers of prompts, and of several tokens at once."""
+"""Given in place of the number of a half (0 or 1), it names the buffers for prompts and for several tokens at once."""
 
 
 @dataclass

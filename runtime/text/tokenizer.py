@@ -35,7 +35,7 @@ _TRIM_AT = 16  # most tokens that a stream decodes again; older ones, whose text
 
 
 CHARACTERS_PER_TOKEN = 32
-"""Characters a token in the longest text that is tokenized. Ordinary text has 4 to 5."""
+"""A text with more characters for each token of the context is not tokenized. Ordinary text has 4 to 5."""
 
 
 def check_characters_fit(texts: Iterable[str], max_positions: int, field: str = "prompt") -> None:
@@ -157,7 +157,7 @@ class Tokenizer:
             return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def check_plain(self, text: str, reserved: Sequence[str], field: str = "prompt") -> None:
-        """Checks that a text holds none of the reserved ones, also after the tokenizer's own normalization.
+        """Checks that a text contains no reserved text, before and after the tokenizer's normalization.
 
         Args:
             text: What a user typed.
@@ -192,8 +192,8 @@ class Tokenizer:
 def reserved_texts(spec: PromptSpec, tokenizer: Tokenizer) -> tuple[str, ...]:
     """The texts that no prompt may hold: those that the tokenizer reads as special tokens, and the picture's marker.
 
-    Inside a prompt they would be commands to the model (the end of a text, a picture's place) that the template did not
-    write. Interleaved prompts declare two of them: a picture's marker, and the end of a document.
+    Only the template may write such texts: in a prompt of a user, they would end the text or mark the place of a
+    picture. An interleaved prompt may contain two of them: the marker of a picture, and the end of a document.
     """
     declared: set[str | None] = set()
     video = VIDEO_MARKER if spec.frames > 1 else ""
@@ -226,10 +226,10 @@ def clean_up_spaces(text: str) -> str:
 class TextStream:
     """Turns tokens into text one by one; text that was returned never changes afterwards.
 
-    The pieces of `push` and the rest from `flush`, joined, equal `tokenizer.decode(all ids)`. Held back are:
-    bytes that are not yet a whole UTF-8 character; with byte-fallback tokenizers (Llama) a run of byte
-    tokens until another token ends it, because one invalid byte turns the whole run into U+FFFD; with the
-    clean-up of spaces, an ending that the next character could change.
+    The pieces of `push` and the rest from `flush`, joined, equal `tokenizer.decode(all ids)`. Text is held back while a
+    later token can change it. This happens in three cases: bytes that are not yet a whole UTF-8 character; a run of
+    byte tokens (byte-fallback tokenizers such as Llama's), because one invalid byte turns the whole run into U+FFFD;
+    and, with the clean-up of spaces, an ending that the next character could change.
 
     Each push decodes a short window of the latest tokens, never the whole text, so its cost is constant.
 

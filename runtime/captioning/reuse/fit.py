@@ -28,7 +28,7 @@ CONFIDENCE = 0.95
 """Probability with which all the bounds of a run hold."""
 
 AUDIT_EVERY = 50
-"""One of so many reused frames is encoded in full all the same."""
+"""One in this number of reused frames is encoded in full, to check the reused caption."""
 
 ALARM = 100.0
 """Likelihood ratio of the audits at which the thresholds are fitted again: a false alarm in 100 audits at most."""

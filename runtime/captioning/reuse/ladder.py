@@ -8,8 +8,8 @@
         '----------------------no---> full      the text is generated
 
 The thresholds come from :func:`fit_thresholds`. Until there are enough frames for it, each is encoded in full: ``fit``.
-One of :data:`AUDIT_EVERY` frames that would reuse something is encoded in full all the same (``audit``). So the rate of
-missed changes is measured all the time; if it rises above the stated one, the thresholds are fitted again.
+One in :data:`AUDIT_EVERY` frames that could be reused is encoded in full as a check (``audit``). So the rate of missed
+changes is measured during the whole run; if it rises above the stated one, the thresholds are fitted again.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class _Shown:
 
 
 class ReuseLadder:
-    """Captions frames one by one, and reuses the last caption where it is likely to hold. For a single thread.
+    """Captions frames one by one, and reuses the last caption where it is probably still right. For a single thread.
 
     Args:
         encoder: Encodes pictures and prompts.

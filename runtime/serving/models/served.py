@@ -75,7 +75,7 @@ def load_served(
     require_signature: Path | None,
     queries: int | None = None,
 ) -> Loaded:
-    """Loads a bundle as what it is, a captioner or a matcher; see :meth:`Captioner.load`.
+    """Loads a bundle: as a captioner, or as a matcher if it is for retrieval; see :meth:`Captioner.load`.
 
     ``queries`` is the number of visual tokens of each picture for requests that do not set it, of an elastic bundle.
 

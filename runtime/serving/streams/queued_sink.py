@@ -142,7 +142,7 @@ class QueuedSink(Sink):
                 self._changed.wait(max(0.0, min(FIRST_WAIT_S, self._ends - time.monotonic())))
 
     def _try(self, event: CaptionEvent) -> bool:
-        """Delivers a caption; whether it is done with, delivered or refused."""
+        """Tries to deliver a caption; returns True if no further attempt is needed (it was delivered or refused)."""
         try:
             self._deliver(event)
         except OSError as error:
