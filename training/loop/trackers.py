@@ -70,8 +70,7 @@ def check_trackers(names: Sequence[str]) -> None:
     Raises:
         ConfigError: It does not, or one is not installed.
     """
-    available: Any = get_available_trackers
-    installed = set(map(str, available()))
+    installed = set(map(str, get_available_trackers()))
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise ConfigError(
@@ -98,11 +97,11 @@ class Trackers:
 
     def __init__(self, names: Sequence[str], run: TrackedRun, config: Mapping[str, Any]) -> None:
         self._open: list[Any] = []
-        kinds: dict[str, Any] = LOGGER_TYPE_TO_CLASS
         for name in names:
             try:
+                starts = STARTS[name](run) if name in STARTS else {}
                 project = BOARD if name == "tensorboard" else run.project  # of TensorBoard: its directory
-                tracker = kinds[name](project, **STARTS.get(name, lambda run: {})(run))
+                tracker = LOGGER_TYPE_TO_CLASS[name](project, **starts)
                 tracker.start()
                 self._open.append(tracker)
                 if not run.first_step:
