@@ -30,7 +30,7 @@ DECODER_CACHES = ("auto", "in-place", "constant", "concatenated")
 
 TRAINING_STAGES = ("stage1", "stage2", "instruct")
 
-METRICS = ("exact", "captions", "chair", "pope", "vqa", "retrieval")
+METRICS = ("exact", "captions", "chair", "pope", "vqa", "retrieval", "clip", "reader")
 
 Ranking = Literal["probability", "lavis"]
 RANKINGS: tuple[Ranking, ...] = get_args(Ranking)

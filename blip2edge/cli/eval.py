@@ -71,6 +71,7 @@ def add_arguments(parser: Parser) -> None:
         help="with the metric pope: ask the model POPE's questions (default: derive the answers from the objects that "
         "the model's captions name)",
     )
+    _add_judges(parser)
     parser.add_argument(
         "--predictions",
         metavar="FILE",
@@ -82,6 +83,29 @@ def add_arguments(parser: Parser) -> None:
     add_backend(parser)
     add_some_generation(parser, *DECODING)
     parser.add_argument("--json", action="store_true", help="print the scores as one JSON object")
+
+
+def _add_judges(parser: Parser) -> None:
+    """Add the flags of models that judge the captions."""
+    parser.add_argument(
+        "--clip",
+        metavar="MODEL",
+        type=Path,
+        help="compute CLIPScore of the captions with this bundle or checkpoint of CLIP, or of another model that "
+        "compares pictures with texts; a folder of pictures then needs no texts",
+    )
+    parser.add_argument(
+        "--reader",
+        metavar="MODEL",
+        type=Path,
+        help="on questions: let the language model of this bundle or checkpoint answer them from the captions alone",
+    )
+    parser.add_argument(
+        "--reader-prompt",
+        metavar="P",
+        help="prompt of the reader, with {caption} and {question} (default: "
+        "'Picture: {caption}\\nQuestion: {question}\\nShort answer:')",
+    )
 
 
 def _add_retrieval_flags(parser: Parser) -> None:
@@ -123,6 +147,9 @@ def run(options: argparse.Namespace) -> int:
             top=options.top,
             ranking=options.ranking,
             ask=options.ask,
+            clip=options.clip,
+            reader=options.reader,
+            reader_prompt=options.reader_prompt,
             predictions=options.predictions is not None,
             backend=options.backend,
             threads=options.threads,

@@ -297,10 +297,10 @@ class Matcher(LoadedBundle):
         vectors: Vectors = self.embed_texts([text])[0]
         return vectors
 
-    def embed_texts(self, texts: Sequence[str], *, batch_size: int = 1) -> Vectors:
-        """Computes the vectors of N texts, ``[N, F]``; see :meth:`embed_text`."""
+    def embed_texts(self, texts: Sequence[str], *, batch_size: int = 1, cut: bool = False) -> Vectors:
+        """Computes the vectors of N texts, ``[N, F]``; ``cut`` cuts too long ones before their last token."""
         self._check_open()
-        ids = [self.token_ids(text) for text in listed("texts", texts)]
+        ids = [self.token_ids(text, cut=cut) for text in listed("texts", texts)]
         parts = [self._embed(ids[at : at + batch_size]) for at in starts(len(ids), batch_size)]
         if not parts:
             raise UsageError("expected at least one text, got none")
@@ -356,8 +356,8 @@ class Matcher(LoadedBundle):
         text = _padded([ids] * len(image_embeds))
         return self.head.run({"image_embeds": image_embeds, **text}, ["probability"])["probability"]
 
-    def token_ids(self, text: str) -> list[int]:
-        """The text's token ids, with the special tokens of the tokenizer.
+    def token_ids(self, text: str, *, cut: bool = False) -> list[int]:
+        """The text's token ids, with the special tokens of the tokenizer; ``cut`` as in :meth:`embed_texts`.
 
         Raises:
             PromptError: It is empty, too long, holds a special token, or has a token that the model lacks.
@@ -367,9 +367,10 @@ class Matcher(LoadedBundle):
         if not text.strip():
             raise PromptError("the text is empty", f"give a {option('text')}", field="text")
         manifest = self.bundle.manifest
-        check_characters_fit([text], manifest.max_positions, "text")
+        check_characters_fit([] if cut else [text], manifest.max_positions, "text")
         self.tokenizer.check_plain(text, (*self.tokenizer.special_tokens, MARKERS[1]), "text")
         ids = self.tokenizer.encode(text)
+        ids = [*ids[: manifest.max_positions - 1], ids[-1]] if cut and len(ids) > manifest.max_positions else ids
         if len(ids) > manifest.max_positions:
             raise PromptError(
                 f"the text has {len(ids)} tokens, but the model takes at most {manifest.max_positions}",

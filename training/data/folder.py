@@ -57,6 +57,15 @@ def read_folder(directory: Path, max_broken: int) -> tuple[list[Entry], BrokenSa
     return entries, broken
 
 
+def read_pictures(directory: Path) -> list[Entry]:
+    """Reads the pictures of a folder and of all folders below it, without captions; empty if there are .txt files."""
+    files = visible_files(directory)
+    if any(path.suffix == ".txt" for path in files):
+        return []
+    names = [(str(path.relative_to(directory)), path) for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
+    return [Entry(name, name, FilePicture(path)) for name, path in names]
+
+
 def _captions(path: Path | None, picture: str, broken: BrokenSamples) -> list[str]:
     """The captions of a picture. A picture without a readable text is added to `broken` and has none."""
     if path is None:

@@ -81,7 +81,7 @@ class CheckpointCaptioner:
         self._prompts = captioner_prompts(config, tokenizer)
         self._encoder = TorchEncoder(model, preprocessing, TextParts(tokenizer, self._prompts, reader))
         self._generator = TextGenerator(
-            TorchLanguage(model.language, config),
+            TorchLanguage(model.language, config.language, config.decoder_start_token_id),
             tokenizer,
             config.language.max_positions,
             DraftSelector(default="none"),
@@ -269,7 +269,7 @@ def open_checkpoint_model(directory: Path, options: ModelOptions) -> EvaluatedMo
         CheckpointError: A file is missing or does not fit the model.
         UsageError: An option is set that only bundles support, or torch has no GPU and the backend is ``cuda``.
     """
-    device = _device_for(options.backend)
+    device = device_for(options.backend)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     model = load_model(directory).to(device)
@@ -280,7 +280,7 @@ def open_checkpoint_model(directory: Path, options: ModelOptions) -> EvaluatedMo
     return EvaluatedModel(matcher=CheckpointMatcher(model, tokenizer, preprocessing, options.batch_size))
 
 
-def _device_for(backend: str) -> str:
+def device_for(backend: str) -> str:
     """The torch device of a checkpoint, by the name of a backend."""
     if backend not in ("auto", "cpu", "cuda"):
         raise UsageError(

@@ -63,7 +63,7 @@ class BundleMatcher:
 
     def text_vectors(self, texts: Sequence[str]) -> Vectors:
         """Computes the vectors of texts; see :class:`MatchModel`."""
-        return self._matcher.embed_texts(texts, batch_size=self._batch_size)
+        return self._matcher.embed_texts(texts, batch_size=self._batch_size, cut=True)
 
     def probabilities(
         self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]], *, logits: bool = False

@@ -12,9 +12,11 @@ from blip2edge.errors import UsageError, option
 from blip2edge.progress import ProgressCallback
 from blip2edge.training.data.detect import detect_data
 from blip2edge.training.data.entries import BrokenSamples, Entry, by_picture
+from blip2edge.training.data.folder import read_pictures
 from blip2edge.training.data.registry import read_entries
-from blip2edge.training.evaluation.models import ModelOptions
+from blip2edge.training.evaluation.models import MatchModel, ModelOptions
 from blip2edge.training.evaluation.open_model import open_model
+from blip2edge.training.evaluation.reader import TEMPLATE, Reader, open_reader
 from blip2edge.training.evaluation.scoring import Figures, ScoringOptions, score_entries, score_scenes
 
 if TYPE_CHECKING:
@@ -41,6 +43,9 @@ def evaluate(
     top: int | None = None,
     ranking: Ranking = "probability",
     ask: bool = False,
+    clip: str | Path | None = None,
+    reader: str | Path | None = None,
+    reader_prompt: str | None = None,
     predictions: bool = False,
     backend: BackendName = "auto",
     threads: int | None = None,
@@ -66,6 +71,10 @@ def evaluate(
             or 128 with the ranking ``lavis``.
         ranking: How the matching head ranks: ``probability``, or ``lavis``, its logit plus the cosine.
         ask: Whether POPE's questions are given to the model; otherwise its captions answer them.
+        clip: A bundle or checkpoint that compares pictures with texts (CLIP), for CLIPScore of the captions. With it, a
+            folder of pictures without texts can be scored too.
+        reader: A bundle or a checkpoint whose language model answers the questions of the data from the captions alone.
+        reader_prompt: The reader's prompt, with ``{caption}`` and ``{question}``; None for the default.
         predictions: Whether the figures contain ``predictions``, the generated texts in COCO's result format.
         backend: Name of a bundle's backend, or ``auto``; for a checkpoint, which runs in torch, ``auto``, ``cpu`` or
             ``cuda``.
@@ -90,15 +99,16 @@ def evaluate(
         if count is not None and count < 2:
             raise UsageError(f"expected {option('count')} to be at least 2 pictures, got {count}")
     else:
-        entries = _read(str(data), images, annotations, max_broken, count)
+        entries = _read(str(data), images, annotations, max_broken, count, alone=clip is not None)
     opened = open_model(Path(model), ModelOptions(backend, threads, batch_size, dict(generation), require_signature))
+    judges = _judges(clip, reader, reader_prompt, ModelOptions(backend, threads, batch_size))
     if predictions and (entries is None or opened.captioner is None):
         raise UsageError(
             f"{option('predictions')} needs a captioner and a data set from files", f"leave {option('predictions')} out"
         )
     report = progress or (lambda stage, done, total: None)
     wanted = ScoringOptions(
-        tuple(metrics), prompt, top, ranking, ask, lambda done, total: report("scoring", done, total)
+        tuple(metrics), prompt, top, ranking, ask, *judges, lambda done, total: report("scoring", done, total)
     )
     if entries is None:
         return score_scenes(opened, count or SCENES_COUNT, split, wanted)
@@ -106,11 +116,46 @@ def evaluate(
     return figures if predictions else {key: value for key, value in figures.items() if key != "predictions"}
 
 
+def _judges(
+    clip: str | Path | None, reader: str | Path | None, reader_prompt: str | None, options: ModelOptions
+) -> tuple[MatchModel | None, Reader | None]:
+    """Opens the models that judge captions.
+
+    Raises:
+        UsageError: A model is of the wrong kind, or the prompt has no reader.
+    """
+    if reader_prompt is not None and reader is None:
+        raise UsageError(
+            f"{option('reader_prompt')} needs {option('reader')}",
+            f"name the model that reads: {option('reader')} MODEL",
+        )
+    matcher = None
+    if clip is not None:
+        matcher = open_model(Path(clip), options).matcher
+        if matcher is None:
+            raise UsageError(
+                f"{option('clip')} {clip} is a captioner",
+                "give a model that compares pictures with texts, such as CLIP",
+            )
+    read = None if reader is None else open_reader(Path(reader), options, reader_prompt or TEMPLATE)
+    return matcher, read
+
+
 def _read(
-    data: str, images: str | Path | None, annotations: str | Path | None, max_broken: int, count: int | None
+    data: str,
+    images: str | Path | None,
+    annotations: str | Path | None,
+    max_broken: int,
+    count: int | None,
+    *,
+    alone: bool,
 ) -> tuple[list[Entry], BrokenSamples]:
-    """The samples of the first `count` pictures, and the broken samples."""
+    """The samples of the first `count` pictures, and the broken samples; `alone`: pictures may have no texts."""
     config, base = detect_data(data, _text(images), _text(annotations), max_broken)
+    if alone and config.kind == "folder":
+        pictures = read_pictures(Path(data))
+        if pictures:
+            return pictures[:count], BrokenSamples(data, max_broken)
     found, broken = read_entries(config, base=base)
     entries = list(found)
     if count is not None:

@@ -10,12 +10,14 @@ import numpy as np
 from PIL import Image
 
 from blip2edge.choices import Ranking, Split
-from blip2edge.errors import ImageError, UsageError
+from blip2edge.errors import ImageError, UsageError, option
 from blip2edge.training.data.entries import AnnotatedPicture, BrokenSamples, Entry, StoredPicture, by_picture
 from blip2edge.training.data.scenes import Scene, scenes
 from blip2edge.training.evaluation.models import CaptionModel, EvaluatedModel, MatchModel, Vectors
+from blip2edge.training.evaluation.reader import Reader
 from blip2edge.training.evaluation.scene_scores import EVALUATION_SEED, PICTURES_AT_ONCE, evaluate_scenes
 from blip2edge.training.metrics.captions import caption_scores
+from blip2edge.training.metrics.clip_score import mean_scores
 from blip2edge.training.metrics.hallucination import (
     chair,
     pope,
@@ -51,6 +53,8 @@ class ScoringOptions:
         ranking: How the matching head ranks candidates: by its ``probability``, or as ``lavis``, by its logit plus the
             cosine.
         ask: Whether POPE's questions are given to the model; otherwise its captions answer them.
+        clip: Compares pictures and captions for CLIPScore; None for no CLIPScore.
+        reader: Answers questions from captions; None for no such score.
         progress: Called with (pictures done, all pictures).
     """
 
@@ -59,14 +63,28 @@ class ScoringOptions:
     top: int | None = None
     ranking: Ranking = "probability"
     ask: bool = False
+    clip: MatchModel | None = None
+    reader: Reader | None = None
     progress: CountProgress = field(default=lambda done, total: None)
 
-    def chosen(self, possible: Sequence[str]) -> tuple[str, ...]:
-        """Returns the metrics to compute, of those that are `possible` for model and data.
+    def chosen(self, possible: Sequence[str], *, captions: bool = False, questions: bool = False) -> tuple[str, ...]:
+        """Returns the metrics to compute.
+
+        Args:
+            possible: Those that model and data support by themselves.
+            captions: Whether there are captions, which a CLIP can score.
+            questions: Whether there are questions, which a reader can answer.
 
         Raises:
-            UsageError: A requested metric is not possible.
+            UsageError: A requested metric is not possible, or there is nothing for the CLIP or the reader to do.
         """
+        possible = [*possible, *(["clip"] if self.clip else []), *(["reader"] if self.reader else [])]
+        for name, fits, needs in (("clip", captions, "captions of pictures"), ("reader", questions, "questions")):
+            if name in possible and not fits:
+                raise UsageError(
+                    f"{option(name)} scores a captioner on {needs}, which this evaluation does not have",
+                    f"leave {option(name)} out",
+                )
         for name in self.metrics:
             if name not in possible:
                 raise UsageError(
@@ -106,12 +124,15 @@ def score_scenes(model: EvaluatedModel, count: int, split: Split, options: Scori
 
 
 def _captioned_scenes(captioner: CaptionModel, shown: list[Scene], split: Split, options: ScoringOptions) -> Figures:
-    metrics = options.chosen(("exact", "captions", "chair", "pope"))
+    metrics = options.chosen(("exact", "captions", "chair", "pope"), captions=True)
     said: list[str] = []
+    judged: list[Vectors] = []
 
     def caption_many(pictures: Sequence[Image.Image]) -> list[str]:
         texts = captioner(pictures, [options.prompt] * len(pictures))
         said.extend(texts)
+        if options.clip is not None and "clip" in metrics:
+            judged.append(options.clip.image_vectors(pictures))
         return texts
 
     exact = evaluate_scenes(caption_many, len(shown), split=split, progress=options.progress)
@@ -119,6 +140,10 @@ def _captioned_scenes(captioner: CaptionModel, shown: list[Scene], split: Split,
     things = [things_shown(scene) for scene in shown]
     if "captions" in metrics:
         figures |= caption_scores(said, [[scene.caption] for scene in shown])
+    if options.clip is not None and "clip" in metrics:
+        figures |= mean_scores(
+            np.concatenate(judged), said, [[scene.caption] for scene in shown], options.clip.text_vectors
+        )
     if "chair" in metrics:
         figures |= chair(said, things)
     if "pope" in metrics:
@@ -186,10 +211,8 @@ def score_entries(
         raise broken.none_usable("sample to score")
     asks = bool(entries[0].question)
     if model.captioner is not None and asks:
-        options.chosen(("vqa",))
-        figures = _answered(model.captioner, entries, broken, options)
+        figures = _asked(model.captioner, entries, broken, options)
     elif model.captioner is not None:
-        options.chosen(("captions",))
         figures = _captioned(model.captioner, by_picture(entries), broken, options)
     elif model.matcher is not None and not asks:
         options.chosen(("retrieval",))
@@ -220,16 +243,64 @@ def _opened(
 def _captioned(
     captioner: CaptionModel, shown: Sequence[AnnotatedPicture], broken: BrokenSamples, options: ScoringOptions
 ) -> Figures:
+    referenced = all(each.captions for each in shown)
+    metrics = options.chosen(("captions",) if referenced else (), captions=True)
+    if not metrics:
+        raise UsageError("the pictures have no captions to compare with", f"give {option('clip')} to score without any")
     said: dict[int, str] = {}
+    judged: list[Vectors] = []
     pictures = [(each.image_id, each.picture) for each in shown]
     for numbers, images in _opened(pictures, broken, options.progress):
         said |= dict(zip(numbers, captioner(images, [options.prompt] * len(images)), strict=True))
-    scores = caption_scores(list(said.values()), [shown[number].captions for number in said])
+        if options.clip is not None and "clip" in metrics:
+            judged.append(options.clip.image_vectors(images))
+    texts, references = list(said.values()), [shown[number].captions for number in said]
+    scores: Figures = dict(caption_scores(texts, references)) if "captions" in metrics else {}
+    if options.clip is not None and judged:
+        scores |= mean_scores(np.concatenate(judged), texts, references, options.clip.text_vectors)
     predictions = [
         {"image_id": _as_in_data(shown[at].image_id, shown[at].entries[0]), "caption": text}
         for at, text in said.items()
     ]
     return {"n": len(said), **scores, "predictions": predictions}
+
+
+def _asked(
+    captioner: CaptionModel, entries: Sequence[Entry], broken: BrokenSamples, options: ScoringOptions
+) -> Figures:
+    """Scores on questions: the captioner's own answers, and those of a reader of its captions."""
+    metrics = options.chosen(("vqa",), questions=True)
+    figures: Figures = {}
+    if "vqa" in metrics:
+        figures = _answered(captioner, entries, broken, options)
+    if options.reader is not None and "reader" in metrics:
+        read = _read(captioner, options.reader, entries, broken, options)
+        figures = {**read, **figures}
+    return figures
+
+
+def _read(
+    captioner: CaptionModel, reader: Reader, entries: Sequence[Entry], broken: BrokenSamples, options: ScoringOptions
+) -> Figures:
+    """VQA accuracy of a reader that sees the captions alone, and of the same reader without the captions."""
+    shown = by_picture(entries)
+    pictures = [(each.image_id, each.picture) for each in shown]
+    texts: list[str] = []
+    asked: list[Entry] = []
+    for numbers, images in _opened(pictures, broken, options.progress):
+        for number, caption in zip(numbers, captioner(images, [options.prompt] * len(images)), strict=True):
+            asked += shown[number].entries
+            texts += [caption] * len(shown[number].entries)
+    questions, truths = [entry.question for entry in asked], [entry.answers for entry in asked]
+    kinds = [entry.kinds for entry in asked]
+    with_caption = vqa_scores(reader(texts, questions), truths, kinds)
+    blind = vqa_scores(reader([""] * len(texts), questions), truths, kinds)
+    return {
+        "n": len(asked),
+        "reader_accuracy": with_caption["vqa_accuracy"],
+        "blind_accuracy": blind["vqa_accuracy"],
+        **{f"reader_{name}": value for name, value in with_caption.items() if name != "vqa_accuracy"},
+    }
 
 
 def _answered(

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import CROSS_MASK
-from blip2edge.model.config import CaptionerConfig
+from blip2edge.model.config import LanguageConfig
 from blip2edge.model.interfaces import DecoderModule
 from blip2edge.model.language.registry import language_of
 from blip2edge.model.layers import KeyValue
@@ -149,17 +149,18 @@ class TorchLanguage(LanguageModel):
 
     Args:
         language: The language model, in eval mode.
-        config: Config of the captioner.
+        config: Its config.
+        start: First token of the decoder of an encoder-decoder model; None for 0.
     """
 
     decoder: TorchDecoder
 
-    def __init__(self, language: DecoderModule, config: CaptionerConfig) -> None:
-        encodes = config.language.is_encoder_decoder
-        super().__init__(TorchDecoder(language), (config.decoder_start_token_id or 0,) if encodes else ())
+    def __init__(self, language: DecoderModule, config: LanguageConfig, start: int | None = None) -> None:
+        encodes = config.is_encoder_decoder
+        super().__init__(TorchDecoder(language), (start or 0,) if encodes else ())
         self._language = language
-        self._cross = config.language.cross
-        self._encoder_inputs = language_of(config.language.kind).encoder_inputs if encodes else ()
+        self._cross = config.cross
+        self._encoder_inputs = language_of(config.kind).encoder_inputs if encodes else ()
 
     def prefill(self, prompts: Sequence[Prompt], pictures: Mapping[str, Any]) -> tuple[NDArray[np.float32], RowState]:
         """Runs the prompts of a batch; see :class:`LanguageModel`.

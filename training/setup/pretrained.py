@@ -30,8 +30,8 @@ from blip2edge.model.config import CaptionerConfig, LanguageConfig
 from blip2edge.model.config_json import Fields
 from blip2edge.model.families.registry import FAMILIES
 from blip2edge.model.families.tokens import read_tokens
-from blip2edge.model.interfaces import VisionModule
-from blip2edge.model.language.registry import LANGUAGES, bridged_language
+from blip2edge.model.interfaces import DecoderModule, VisionModule
+from blip2edge.model.language.registry import LANGUAGES, bridged_language, language_of
 from blip2edge.model.layers import shapes_of
 from blip2edge.model.weights.rules import WeightMap, some
 from blip2edge.reading import read_bytes, reading
@@ -244,6 +244,22 @@ def assemble_captioner(config: CaptionerConfig, vision: VisionPart, language: La
             f"{language.directory} lacks the tensors {some(missing)}", "copy or download the checkpoint again"
         )
     return model
+
+
+def build_language(part: LanguagePart) -> DecoderModule:
+    """Builds a loaded language model, in eval mode on the CPU.
+
+    Raises:
+        CheckpointError: Tensors are missing.
+    """
+    with torch.device("meta"):
+        language = language_of(part.config.kind).build(part.config)
+    missing = _assign(language, part.state)
+    if missing:
+        raise CheckpointError(
+            f"{part.directory} lacks the tensors {some(missing)}", "copy or download the checkpoint again"
+        )
+    return language.eval()
 
 
 def new_modules(model: CaptionerModel) -> list[nn.Module]:

@@ -276,9 +276,9 @@ def test_the_device_is_chosen_by_the_backend(tiny_checkpoint: Drawn, monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="finds no GPU"):
         open_captioner(tiny_checkpoint.directory, ModelOptions("cuda"))
-    assert checkpoint_models._device_for("auto") == "cpu"
+    assert checkpoint_models.device_for("auto") == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [checkpoint_models._device_for(name) for name in ("auto", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
+    assert [checkpoint_models.device_for(name) for name in ("auto", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")

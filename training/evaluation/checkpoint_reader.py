@@ -1,0 +1,53 @@
+"""The language model of a checkpoint as a reader, run in torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from blip2edge.model.checkpoint.stored.files import find_checkpoint, read_checkpoint_json
+from blip2edge.model.language.registry import LANGUAGES, language_of
+from blip2edge.runtime.captioning.pipeline import TextGenerator
+from blip2edge.runtime.decoding.confidence import Confidence
+from blip2edge.runtime.decoding.draft_model import DraftSelector
+from blip2edge.runtime.text.tokenizer import Tokenizer
+from blip2edge.training.evaluation.checkpoint_models import device_for
+from blip2edge.training.evaluation.models import ModelOptions
+from blip2edge.training.evaluation.reader import needs_picture
+from blip2edge.training.evaluation.torch_decoding import TorchLanguage
+from blip2edge.training.setup.pretrained import build_language, load_language
+
+
+def checkpoint_generator(directory: Path, options: ModelOptions) -> tuple[TextGenerator, tuple[int, ...]]:
+    """Loads the language model of a checkpoint.
+
+    Args:
+        directory: A checkpoint of a language model or of a captioner.
+        options: Backend (auto, cpu or cuda) and threads.
+
+    Returns:
+        What generates its texts, and the ids that end a text.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read.
+        UsageError: The language model does not work without a picture.
+    """
+    device = device_for(options.backend)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    directory = find_checkpoint(directory)
+    named = LANGUAGES.get(str(read_checkpoint_json(directory / "config.json").get("model_type")))
+    if named is not None and not named.bridged:
+        raise needs_picture(directory)
+    part = load_language(str(directory.absolute()), directory)
+    config = part.config
+    if not language_of(config.kind).bridged:
+        raise needs_picture(directory)
+    language = TorchLanguage(
+        build_language(part).requires_grad_(False).to(device), config, part.tokens.get("decoder_start_token_id")
+    )
+    generator = TextGenerator(
+        language, Tokenizer(part.tokenizer), config.max_positions, DraftSelector(default="none"), Confidence(None)
+    )
+    return generator, tuple(part.tokens.get("eos_token_ids") or ())

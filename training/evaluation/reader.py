@@ -1,0 +1,130 @@
+"""A reader: a language model that answers questions from a caption alone, without the picture.
+
+A caption that lets the reader answer contains what the questions are about. The idea is that of QACE (Lee et al., arXiv
+2108.12560), with the questions of a data set in place of generated ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.hub.download import find_bundle
+from blip2edge.bundle.manifest import MANIFEST
+from blip2edge.bundle.schema import CROSS_KV, TEXT_ENCODER
+from blip2edge.errors import PromptError, UsageError, option
+from blip2edge.runtime.backends.base import check_threads
+from blip2edge.runtime.captioning.captioner import Captioner
+from blip2edge.runtime.captioning.encoder import EncodedBatch
+from blip2edge.runtime.captioning.pipeline import TextGenerator
+from blip2edge.runtime.captioning.request import StageClock
+from blip2edge.runtime.decoding.options import GenerationOptions
+from blip2edge.runtime.text.prompt import Prompt
+from blip2edge.training.evaluation.models import ModelOptions
+
+TEMPLATE = "Picture: {caption}\nQuestion: {question}\nShort answer:"
+"""The reader's prompt; ``{caption}`` is empty when it answers without the caption."""
+
+FIELDS = ("{caption}", "{question}")
+
+MAX_ANSWER_TOKENS = 10
+"""Longest answer; the limit of LAVIS in VQA."""
+
+STOP = "\n"
+"""Ends an answer."""
+
+
+class Reader:
+    """A language model that continues texts, greedily.
+
+    Args:
+        generator: Language model and tokenizer.
+        ends: Ids that end a text.
+        batch_size: Number of texts in one batch.
+        template: The prompt of a question, with the two :data:`FIELDS`.
+
+    Raises:
+        UsageError: The template lacks a field.
+    """
+
+    def __init__(
+        self, generator: TextGenerator, ends: Sequence[int], batch_size: int, template: str = TEMPLATE
+    ) -> None:
+        for name in FIELDS:
+            if name not in template:
+                raise UsageError(f"expected {option('reader_prompt')} to contain {name}, got {template!r}")
+        self._generator = generator
+        self._options = GenerationOptions(
+            max_new_tokens=MAX_ANSWER_TOKENS, eos_token_ids=tuple(ends), stop=(STOP,), draft="none"
+        )
+        self._batch_size = batch_size
+        self._template = template
+
+    def __call__(self, captions: Sequence[str], questions: Sequence[str]) -> list[str]:
+        """Answers one question from each caption.
+
+        Raises:
+            PromptError: A prompt is longer than the context of the language model.
+        """
+        filled = [
+            self._template.replace("{caption}", caption).replace("{question}", question)
+            for caption, question in zip(captions, questions, strict=True)
+        ]
+        prompts = [self._prompt(text) for text in filled]
+        answers: list[str] = []
+        for start in range(0, len(prompts), self._batch_size):
+            part = prompts[start : start + self._batch_size]
+            batch = EncodedBatch(part, {}, [1] * len(part))
+            rows = range(start, start + len(part))
+            generated = self._generator.complete(batch, self._options, rows, StageClock())
+            answers += [self._generator.text(one, self._options) for one in generated]
+        return answers
+
+    def _prompt(self, text: str) -> Prompt:
+        ids = self._generator.tokenizer.encode(text)
+        if len(ids) > self._generator.max_positions:
+            raise PromptError(
+                f"the reader's prompt has {len(ids)} tokens, but its context has {self._generator.max_positions}",
+                f"take a reader with a longer context, or a shorter {option('reader_prompt')}",
+            )
+        return Prompt((tuple(ids),), 0, None)
+
+
+def open_reader(path: Path, options: ModelOptions, template: str = TEMPLATE) -> Reader:
+    """Opens a reader: the language model of a bundle, of a captioner's checkpoint, or of a language model's checkpoint.
+
+    Args:
+        path: A bundle, also by its name on the hub, or a checkpoint directory.
+        options: How the model is run; its generation options are not used.
+        template: The prompt of a question.
+
+    Raises:
+        UsageError: The language model does not work without a picture, or the template lacks a field.
+        BundleError, CheckpointError: The model cannot be read.
+    """
+    path = find_bundle(path, public_key=options.require_signature)
+    if not (path / MANIFEST).is_file():
+        # Imported here: it needs torch, which a machine that only runs bundles does not have.
+        from blip2edge.training.evaluation.checkpoint_reader import checkpoint_generator
+
+        generator, ends = checkpoint_generator(path, options)
+        return Reader(generator, ends, options.batch_size, template)
+    check_threads(options.threads)
+    bundle = Bundle.open(path, require_signature=options.require_signature)
+    graphs = bundle.manifest.graphs
+    if CROSS_KV in graphs and TEXT_ENCODER not in graphs:
+        raise needs_picture(path)
+    if TEXT_ENCODER in graphs and "image_embeds" in [one.name for one in bundle.graph(TEXT_ENCODER).spec.inputs]:
+        raise needs_picture(path)
+    captioner = Captioner(bundle, options.backend, options.threads, "none")
+    return Reader(captioner.generator, bundle.manifest.generation["eos_token_ids"], options.batch_size, template)
+
+
+def needs_picture(path: Path) -> UsageError:
+    """The error for a language model that cannot be run without a picture."""
+    return UsageError(
+        f"the language model of {path} attends to a picture in each layer, and cannot read a caption alone",
+        f"give {option('reader')} a language model, or a captioner whose language model takes visual tokens (BLIP-2,"
+        " InstructBLIP, LLaVA)",
+    )
