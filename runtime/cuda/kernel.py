@@ -61,11 +61,15 @@ class Launch:
         kernel: The kernel.
         grid: Blocks along x, y and z.
         arguments: The kernel's structure; addresses in it are those of the GPU.
+        parts: Bytes that the kernel needs at ``arguments.parts``; launches of a stream may share them.
+        counters: Counters that it needs at ``arguments.arrived``, uint32, zero before and after.
     """
 
     kernel: Kernel
     grid: tuple[int, int, int]
     arguments: Any
+    parts: int = 0
+    counters: int = 0
 
 
 def module_source(kernels: Iterable[Kernel]) -> str:

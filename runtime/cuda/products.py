@@ -158,4 +158,5 @@ class RowProduct:
             matrix.width = width
             arguments.matrices[index] = matrix
         along = splits if self.few else -(-self.rows // GEMM_ROWS)
-        return Launch(self.kernel, (self.tiles, along, len(self.widths)), arguments)
+        grid = (self.tiles, along, len(self.widths))
+        return Launch(self.kernel, grid, arguments, self.parts_bytes(splits), self.tiles * len(self.widths))

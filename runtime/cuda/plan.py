@@ -1,0 +1,232 @@
+"""The launches of one run of a decoder: B rows of S new tokens, with logits of K of them.
+
+Addresses of buffers are fixed for a run's sizes, so the list of launches is too: it can be replayed, or captured as a
+CUDA graph. What changes from run to run lies in the buffers (embeddings, lengths, which positions get logits).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from blip2edge.runtime.cuda.kernel import Kernel, Launch
+from blip2edge.runtime.cuda.products import Matrix
+from blip2edge.runtime.cuda.steps import (
+    AttentionArguments,
+    EmbedArguments,
+    NormArguments,
+    attention_kernel,
+    embed_kernel,
+    norm_kernel,
+    part_bytes,
+)
+from blip2edge.runtime.cuda.weights import DecoderWeights, Device, LayerWeights, MatrixWeights, NormWeights
+
+SLOTS_OF_A_CUT = 64
+"""Slots of the cache that make a further block of attention worthwhile."""
+
+HALF, FLOAT, INT = 2, 4, 4  # bytes
+
+
+@dataclass(frozen=True)
+class RunSizes:
+    """Sizes of a run.
+
+    Attributes:
+        rows: B.
+        steps: S, new tokens of each row.
+        asked: K, positions of each row that get logits.
+        capacity: C, slots of a row of the cache.
+    """
+
+    rows: int
+    steps: int
+    asked: int
+    capacity: int
+
+    @property
+    def tokens(self) -> int:
+        """B * S."""
+        return self.rows * self.steps
+
+
+@dataclass
+class RunBuffers:
+    """Buffers of the runs of one size.
+
+    Attributes:
+        embeddings: fp32 ``[B, S, D]``, written by the host.
+        before: int32 ``[B]``, tokens of each row in the cache.
+        fresh: int32 ``[B]``, valid new tokens of each row.
+        chosen: int32 ``[B * K]``, positions that get logits, as rows of ``[B * S, D]``.
+        logits: fp32 ``[B * K, V]``.
+        x: The residual stream, fp32 ``[B * S, D]``.
+    """
+
+    embeddings: int
+    before: int
+    fresh: int
+    chosen: int
+    logits: int
+    x: int
+    normed: int
+    heads: dict[str, int]
+    attended: int
+    hidden: tuple[int, int]
+    parts: int = 0
+    arrived: int = 0
+    addresses: list[int] = field(default_factory=list)
+
+
+def new_buffers(device: Device, weights: DecoderWeights, sizes: RunSizes) -> RunBuffers:
+    """Allocates the buffers of the runs of these sizes."""
+    layout, tokens, picked = weights.layout, sizes.tokens, sizes.rows * sizes.asked
+    addresses: list[int] = []
+
+    def take(size: int) -> int:
+        addresses.append(device.allocate(max(size, 1)))
+        return addresses[-1]
+
+    query, key = (count * layout.head_dim for count in (layout.heads, layout.kv_heads))
+    buffers = RunBuffers(
+        embeddings=take(FLOAT * tokens * layout.width),
+        before=take(INT * sizes.rows),
+        fresh=take(INT * sizes.rows),
+        chosen=take(INT * picked),
+        logits=take(FLOAT * picked * layout.vocabulary),
+        x=take(FLOAT * tokens * layout.width),
+        normed=take(HALF * max(tokens, picked) * layout.width),
+        heads={"query": take(HALF * tokens * query), **{k: take(HALF * tokens * key) for k in ("key", "value")}},
+        attended=take(HALF * tokens * query),
+        hidden=(take(HALF * tokens * layout.inner), take(HALF * tokens * layout.inner)),
+        addresses=addresses,
+    )
+    nowhere = CacheAddresses([0] * len(weights.layers), [0] * len(weights.layers))
+    launches = plan_run(weights, sizes, buffers, nowhere, device.multiprocessors)
+    buffers.parts = take(max(launch.parts for launch in launches))
+    buffers.arrived = take(INT * max(launch.counters for launch in launches))
+    return buffers
+
+
+@dataclass(frozen=True)
+class CacheAddresses:
+    """Addresses of each layer's keys and values, fp16 ``[B, G, C, d]``, from the first row of a run on."""
+
+    keys: Sequence[int]
+    values: Sequence[int]
+
+
+def plan_run(
+    weights: DecoderWeights, sizes: RunSizes, buffers: RunBuffers, cache: CacheAddresses, multiprocessors: int
+) -> list[Launch]:
+    """Makes the launches of a run, in their order.
+
+    Args:
+        weights: The decoder's weights.
+        sizes: Sizes of the run.
+        buffers: Its buffers.
+        cache: Keys and values.
+        multiprocessors: Number of the GPU's multiprocessors.
+    """
+    return list(_Planner(weights, sizes, buffers, cache, multiprocessors).launches())
+
+
+def needed_kernels(weights: DecoderWeights, rows: Sequence[int] = (1, 2, 3, 4, 5)) -> list[Kernel]:
+    """Returns the kernels of all runs of a decoder.
+
+    Args:
+        weights: The decoder's weights.
+        rows: Numbers of rows of the products: each number up to four has its own kernels, all others share theirs.
+    """
+    nowhere = CacheAddresses([0] * len(weights.layers), [0] * len(weights.layers))
+    buffers = RunBuffers(0, 0, 0, 0, 0, 0, 0, dict.fromkeys(("query", "key", "value"), 0), 0, (0, 0))
+    plans = [plan_run(weights, RunSizes(count, 1, 1, 1), buffers, nowhere, 1) for count in rows]
+    return list({launch.kernel.name: launch.kernel for plan in plans for launch in plan}.values())
+
+
+@dataclass(frozen=True)
+class _Planner:
+    weights: DecoderWeights
+    sizes: RunSizes
+    buffers: RunBuffers
+    cache: CacheAddresses
+    multiprocessors: int
+
+    def launches(self) -> Iterator[Launch]:
+        weights, buffers, sizes = self.weights, self.buffers, self.sizes
+        yield self._embed()
+        for index, layer in enumerate(weights.layers):
+            yield from self._attention(index, layer)
+            yield from self._feed_forward(layer)
+        yield self._norm(weights.final_norm, sizes.rows * sizes.asked, buffers.chosen)
+        picked = sizes.rows * sizes.asked
+        yield from self._products(picked, buffers.normed, [(weights.head, buffers.logits)], out="float")
+
+    def _embed(self) -> Launch:
+        layout, buffers, sizes = self.weights.layout, self.buffers, self.sizes
+        longest = layout.positions.shape[0] if layout.positions is not None else 0
+        arguments = EmbedArguments(
+            buffers.embeddings, self.weights.positions, buffers.before, buffers.x,
+            sizes.steps, layout.width, layout.position_offset, longest,
+        )  # fmt: skip
+        return Launch(embed_kernel("float"), (sizes.tokens, 1, 1), arguments)
+
+    def _norm(self, norm: NormWeights, rows: int, chosen: int = 0) -> Launch:
+        buffers = self.buffers
+        arguments = NormArguments(
+            buffers.x, norm.weight, norm.bias, chosen, buffers.normed, self.weights.layout.width, norm.epsilon
+        )
+        return Launch(norm_kernel(norm.kind), (rows, 1, 1), arguments)
+
+    def _attention(self, index: int, layer: LayerWeights) -> Iterator[Launch]:
+        layout, buffers, sizes = self.weights.layout, self.buffers, self.sizes
+        yield self._norm(layer.attention_norm, sizes.tokens)
+        parts = [(matrix, buffers.heads[name]) for name, matrix in
+                 (("query", layer.query), ("key", layer.key), ("value", layer.value))]  # fmt: skip
+        yield from self._products(sizes.tokens, buffers.normed, parts)
+        arguments = AttentionArguments(
+            *buffers.heads.values(), self.cache.keys[index], self.cache.values[index], self.weights.rotation,
+            buffers.before, buffers.fresh, buffers.attended, buffers.parts, buffers.arrived,
+            sizes.steps, layout.kv_heads, sizes.capacity, layout.window, layout.scale,
+        )  # fmt: skip
+        blocks = sizes.tokens * layout.kv_heads
+        cuts = max(1, min(-(-sizes.capacity // SLOTS_OF_A_CUT), -(-2 * self.multiprocessors // blocks)))
+        kernel: Kernel = attention_kernel(layout.head_dim, layout.group)
+        scratch = blocks * cuts * part_bytes(layout.head_dim, layout.group)
+        yield Launch(kernel, (cuts, layout.kv_heads, sizes.tokens), arguments, scratch, blocks)
+        yield from self._products(sizes.tokens, buffers.attended, [(layer.out, buffers.x)], residual=True, out="float")
+
+    def _feed_forward(self, layer: LayerWeights) -> Iterator[Launch]:
+        tokens, buffers = self.sizes.tokens, self.buffers
+        first, second = buffers.hidden
+        yield self._norm(layer.feed_forward_norm, tokens)
+        if layer.gate is None:
+            yield from self._products(tokens, buffers.normed, [(layer.up, first)], relu=True)
+            yield from self._products(tokens, first, [(layer.down, buffers.x)], residual=True, out="float")
+            return
+        yield from self._products(tokens, buffers.normed, [(layer.gate, first), (layer.up, second)])
+        yield from self._products(
+            tokens, first, [(layer.down, buffers.x)], residual=True, out="float", swiglu=True, gated=second
+        )
+
+    def _products(
+        self,
+        rows: int,
+        source: int,
+        parts: Sequence[tuple[MatrixWeights, int]],
+        *,
+        residual: bool = False,
+        gated: int = 0,
+        **given: object,
+    ) -> Iterator[Launch]:
+        """Products of one input: a launch for each form of matrices that are neighbours."""
+        for _, same in groupby(parts, key=lambda part: part[0].form):
+            group = list(same)
+            product = group[0][0].product(rows, [matrix.width for matrix, _ in group], **given)
+            matrices = [
+                Matrix(matrix.weight, matrix.scales, matrix.bias, out if residual else 0, out) for matrix, out in group
+            ]
+            splits = product.splits(self.multiprocessors)
+            buffers = self.buffers
+            yield product.launch(matrices, source, buffers.parts, buffers.arrived, splits, gated)

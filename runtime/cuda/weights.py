@@ -1,0 +1,190 @@
+"""A decoder's weights on the GPU: matrices as the bundle stores them, vectors in fp32.
+
+Floating-point matrices in fp32 are rounded to fp16; integers and their scales are copied as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from blip2edge.bundle.dtypes import Array
+from blip2edge.runtime.cuda.kernel import Launch
+from blip2edge.runtime.cuda.layout import DecoderLayout, Stored, StoredMatrix, StoredNorm
+from blip2edge.runtime.cuda.products import RowProduct
+
+
+class Device(Protocol):
+    """Memory, copies and launches on one GPU, in one stream: each call sees the results of those before.
+
+    Attributes:
+        multiprocessors: Number of the GPU's multiprocessors.
+    """
+
+    multiprocessors: int
+
+    def allocate(self, size: int) -> int:
+        """Allocates ``size`` bytes, filled with zeros; returns the address, a multiple of 256."""
+
+    def free(self, address: int) -> None:
+        """Frees what :meth:`allocate` returned, after the launches so far."""
+
+    def write(self, address: int, values: Array) -> None:
+        """Copies an array to the GPU."""
+
+    def read(self, address: int, shape: Sequence[int], dtype: Any) -> Array:
+        """Copies an array from the GPU."""
+
+    def copy_rows(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
+        """Copies ``rows`` rows of ``width`` bytes on the GPU; a pitch is the bytes between two row starts."""
+
+    def run(self, launch: Launch) -> None:
+        """Launches a kernel."""
+
+
+@dataclass(frozen=True)
+class MatrixWeights:
+    """A matrix ``[K, N]`` on the GPU; addresses are 0 for what there is not.
+
+    Attributes:
+        bits: Bits of a value: 16, 8 or 4.
+        depth: K.
+        width: N.
+        block: Rows that share a scale; 0 for fp16.
+        scale: Type of the scales.
+        weight: Address of the values.
+        scales: Address of the scales.
+        bias: Address of the bias, fp32 ``[N]``.
+    """
+
+    bits: Literal[4, 8, 16]
+    depth: int
+    width: int
+    block: int
+    scale: Literal["float", "__half"]
+    weight: int
+    scales: int
+    bias: int
+
+    @property
+    def form(self) -> tuple[int, int, str]:
+        """What matrices of one launch share, besides K."""
+        return self.bits, self.block, self.scale
+
+    def product(self, rows: int, widths: Sequence[int], **given: Any) -> RowProduct:
+        """The product of ``rows`` rows with matrices of this form and these widths."""
+        return RowProduct(self.bits, rows, self.depth, tuple(widths), self.block, self.scale, **given)
+
+
+@dataclass(frozen=True)
+class NormWeights:
+    """A norm on the GPU; ``bias`` is 0 for none."""
+
+    kind: str
+    weight: int
+    bias: int
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """A layer on the GPU, as in :class:`blip2edge.runtime.cuda.layout.LayerLayout`."""
+
+    attention_norm: NormWeights
+    query: MatrixWeights
+    key: MatrixWeights
+    value: MatrixWeights
+    out: MatrixWeights
+    feed_forward_norm: NormWeights
+    gate: MatrixWeights | None
+    up: MatrixWeights
+    down: MatrixWeights
+
+
+@dataclass(frozen=True)
+class DecoderWeights:
+    """All weights of a decoder on the GPU.
+
+    Attributes:
+        layout: The decoder.
+        layers: The layers.
+        final_norm: The norm before the head.
+        head: The head.
+        positions: Address of the table of learned positions, fp32; 0 for none.
+        rotation: Address of the table of rotary positions, fp32; 0 for none.
+    """
+
+    layout: DecoderLayout
+    layers: tuple[LayerWeights, ...]
+    final_norm: NormWeights
+    head: MatrixWeights
+    positions: int
+    rotation: int
+
+
+def load_weights(layout: DecoderLayout, directory: Path, device: Device) -> DecoderWeights:
+    """Copies a decoder's weights to the GPU.
+
+    Args:
+        layout: The decoder.
+        directory: Directory of the bundle.
+        device: The GPU.
+    """
+    loader = _Loader(directory, device)
+    layers = tuple(
+        LayerWeights(
+            attention_norm=loader.norm(one.attention_norm),
+            query=loader.matrix(one.query),
+            key=loader.matrix(one.key),
+            value=loader.matrix(one.value),
+            out=loader.matrix(one.out),
+            feed_forward_norm=loader.norm(one.feed_forward_norm),
+            gate=None if one.gate is None else loader.matrix(one.gate),
+            up=loader.matrix(one.up),
+            down=loader.matrix(one.down),
+        )
+        for one in layout.layers
+    )
+    rotation = 0 if layout.rotation is None else loader.put(np.ascontiguousarray(layout.rotation, np.float32))
+    return DecoderWeights(
+        layout,
+        layers,
+        loader.norm(layout.final_norm),
+        loader.matrix(layout.head),
+        loader.floats(layout.positions),
+        rotation,
+    )
+
+
+class _Loader:
+    def __init__(self, directory: Path, device: Device) -> None:
+        self._directory, self._device = directory, device
+
+    def put(self, values: Array) -> int:
+        address = self._device.allocate(values.nbytes)
+        self._device.write(address, values)
+        return address
+
+    def floats(self, stored: Stored | None) -> int:
+        """A floating-point tensor in fp32."""
+        return 0 if stored is None else self.put(stored.read(self._directory).astype(np.float32))
+
+    def norm(self, stored: StoredNorm) -> NormWeights:
+        return NormWeights(stored.kind, self.floats(stored.weight), self.floats(stored.bias), stored.epsilon)
+
+    def matrix(self, stored: StoredMatrix) -> MatrixWeights:
+        depth, width = stored.weight.shape
+        values = stored.weight.read(self._directory)
+        scales, scale = 0, "__half"
+        if stored.scales is None:
+            values = values.astype(np.float16)
+        else:
+            array = stored.scales.read(self._directory)
+            scales, scale = self.put(array), "__half" if array.dtype == np.float16 else "float"
+        bits = {"int8": 8, "int4": 4}.get(stored.weight.dtype, 16)
+        weight, bias = self.put(values), self.floats(stored.bias)
+        return MatrixWeights(bits, depth, width, stored.block, scale, weight, scales, bias)  # type: ignore[arg-type]

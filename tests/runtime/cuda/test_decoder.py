@@ -1,0 +1,225 @@
+"""A whole decoder in kernels, run on the CPU through the shim, against its portable graph: OPT and Llama."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
+pytest.importorskip("onnxruntime", reason="the portable graph runs in ONNX Runtime")
+
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.schema import DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR
+from blip2edge.bundle.token_table import TokenTable
+from blip2edge.calibration.pipeline import calibrate
+from blip2edge.errors import BundleError
+from blip2edge.export.pipeline import export_checkpoint
+from blip2edge.graph_files import load_graph
+from blip2edge.optimization.decoder_layout import read_layout
+from blip2edge.runtime.cuda.plan import needed_kernels
+from blip2edge.runtime.cuda.session import KernelSession
+from blip2edge.runtime.cuda.weights import load_weights
+from blip2edge.runtime.decoding.kv.growing import GrowingDecoder
+from blip2edge.runtime.decoding.kv.in_place import InPlaceDecoder
+from tests import drawing
+from tests.families import drawing_llama
+from tests.runtime.cuda.shim_device import ShimDevice
+from tests.runtime.cuda.shimmed import FORWARD, RANDOM
+
+Array = np.ndarray[Any, Any]
+Logits = Callable[[Any], Array]
+
+TOLERANCE = 0.01
+"""Largest difference of a logit, as a share of the largest: the graph rounds every value to fp16, the kernels fewer."""
+
+
+class Portable:
+    """The portable graph in ONNX Runtime as it is: without the fused products that round activations to int8."""
+
+    def __init__(self, path: Path) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.intra_op_num_threads = 1
+        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.input_names = tuple(value.name for value in self._session.get_inputs())
+        self.output_names = tuple(value.name for value in self._session.get_outputs())
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        names = list(outputs or self.output_names)
+        given = {name: array for name, array in inputs.items() if name in self.input_names}
+        return dict(zip(names, self._session.run(names, given), strict=True))
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def draw_opt(directory: Path) -> None:
+    drawing.save(directory, seed=5)
+
+
+def draw_llama(directory: Path) -> None:
+    """Two query heads share a head of keys; heads are 16 wide, as rotary positions in ONNX Runtime need."""
+    drawing_llama.draw_blip2(directory, 6, hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+
+
+KINDS = {"opt": draw_opt, "llama": draw_llama}
+
+
+@pytest.fixture(scope="module")
+def bundle_of(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """The bundle of a kind in a precision: fp16, fp32, or with weights in int8 or int4 on fp16."""
+    root = tmp_path_factory.mktemp("decoders")
+
+    def exported(kind: str, precision: str) -> Path:
+        checkpoint, output = root / kind, root / f"{kind}-{precision}"
+        if not checkpoint.exists():
+            KINDS[kind](checkpoint)
+        return output if output.exists() else export_checkpoint(checkpoint, output, precision=precision).bundle
+
+    def made(kind: str, precision: str) -> Path:
+        if (kind, precision) == ("opt", "fp32"):
+            return tiny_bundle
+        if not precision.startswith("int"):
+            return exported(kind, precision)
+        output, pictures = root / f"{kind}-{precision}", root / "pictures"
+        if not pictures.exists():
+            pictures.mkdir()
+            for at, picture in enumerate(drawing.draw_pictures(4)):
+                picture.save(pictures / f"{at}.png")
+        if not output.exists():
+            parent = exported(kind, "fp16")
+            calibrate(parent, output, images=pictures, weights=precision, activations=(), threads=1)
+        return output
+
+    return made
+
+
+class Pair:
+    """The same decoder in kernels and as the portable graph."""
+
+    def __init__(self, directory: Path, rows: Sequence[int], order: int = FORWARD, multiprocessors: int = 4) -> None:
+        bundle = Bundle.open(directory)
+        manifest, spec, path = bundle.manifest, bundle.graph(DECODER).spec, bundle.file(f"{DECODER}.onnx")
+        assert manifest.cache is not None
+        self.layout = read_layout(load_graph(path), manifest.cache, manifest.max_positions)
+        self.device = ShimDevice(multiprocessors, order)
+        weights = load_weights(self.layout, directory, self.device)
+        self.device.compile(needed_kernels(weights, rows))
+        dtype = next(tensor.dtype for tensor in spec.inputs if tensor.name == "inputs_embeds")
+        self.table = TokenTable(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, dtype)
+        session = KernelSession(weights, self.device)
+        self.kernels = InPlaceDecoder(session, spec, manifest.cache, self.table, manifest.max_positions)
+        self.graph = GrowingDecoder(Portable(path), spec, manifest.cache, self.table)
+        self.compared = 0
+
+    def prompts(self, lengths: Sequence[int], seed: int = 0) -> list[Array]:
+        random = np.random.default_rng(seed)
+        return [self.table.rows(random.integers(4, 100, length)) for length in lengths]
+
+    def same(self, found: Array, wanted: Array) -> Array:
+        """Checks logits, and returns the likeliest tokens, which must be equal."""
+        assert np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+        tokens: Array = wanted.argmax(axis=-1)
+        assert np.array_equal(found.argmax(axis=-1), tokens)
+        self.compared += tokens.size
+        return tokens
+
+
+@pytest.fixture
+def pair_of(bundle_of: Callable[[str, str], Path]) -> Iterator[Callable[..., Pair]]:
+    made: list[Pair] = []
+
+    def make(kind: str, precision: str, rows: Sequence[int], **given: Any) -> Pair:
+        made.append(Pair(bundle_of(kind, precision), rows, **given))
+        return made[-1]
+
+    yield make
+    for pair in made:
+        pair.device.close()
+
+
+SLOW = pytest.mark.slow
+EVERY = [
+    pytest.param("opt", "fp32"),  # its weights are rounded to fp16
+    pytest.param("llama", "int4"),
+    pytest.param("opt", "fp16", marks=SLOW),
+    pytest.param("opt", "int8", marks=SLOW),
+    pytest.param("opt", "int4", marks=SLOW),
+    pytest.param("llama", "fp16", marks=SLOW),
+    pytest.param("llama", "int8", marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("kind", "precision"), EVERY)
+def test_ragged_batches_drafts_and_beams_give_the_graphs_ids(
+    pair_of: Callable[..., Pair], kind: str, precision: str
+) -> None:
+    pair = pair_of(kind, precision, (1, 2, 3, 5))
+    prompts = pair.prompts((6, 3))
+    (found, ours), (wanted, theirs) = pair.kernels.prefill(prompts), pair.graph.prefill(prompts)
+    for _ in range(4):  # greedy, rows of different lengths
+        tokens = pair.same(found, wanted)
+        found, wanted = ours.step(tokens), theirs.step(tokens)
+    drafted = np.array([[7, 8, 9], [10, 11, 12]])  # three tokens are verified; one, and two, are kept
+    pair.same(ours.extend(drafted), theirs.extend(drafted))
+    kept = ours.lengths - np.array([2, 1])
+    ours.truncate(kept)
+    theirs.truncate(kept)
+    assert np.array_equal(ours.lengths, theirs.lengths)
+    for order in ([1, 0], [0, 0], [1, 0, 1]):  # beams: rows are exchanged, repeated, added
+        rows = np.array(order)
+        ours.select(rows)
+        theirs.select(rows)
+        tokens = np.arange(20, 20 + len(rows))
+        pair.same(ours.step(tokens), theirs.step(tokens))
+    assert pair.compared == 2 * 4 + 6 + 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "precision"), [("opt", "int4"), ("llama", "fp16")])
+def test_rows_join_and_the_order_of_threads_changes_nothing(
+    pair_of: Callable[..., Pair], kind: str, precision: str
+) -> None:
+    """Also with as many blocks as a large GPU gets: K and the cache are cut, and the last block adds up."""
+    found = []
+    for order, multiprocessors in ((FORWARD, 4), (RANDOM, 4), (RANDOM, 200)):
+        pair = pair_of(kind, precision, (1, 2, 3, 5), order=order, multiprocessors=multiprocessors)
+        ours, theirs = pair.kernels, pair.graph
+        (_, first), (_, oracle) = ours.prefill(pair.prompts((20,))), theirs.prefill(pair.prompts((20,)))
+        (_, second), (_, other) = ours.prefill(pair.prompts((2, 5), 1)), theirs.prefill(pair.prompts((2, 5), 1))
+        first.join(second)
+        oracle.join(other)
+        tokens, logits = np.array([30, 40, 50]), []
+        for _ in range(3):
+            logits.append(first.step(tokens))
+            tokens = pair.same(logits[-1], oracle.step(tokens))
+        found.append(np.array(logits))
+    assert np.array_equal(found[0], found[1])  # bit for bit
+    assert np.abs(found[0] - found[2]).max() < TOLERANCE * np.abs(found[0]).max()
+
+
+CHANGES: tuple[tuple[str, str, str], ...] = (
+    ("Relu", "Gelu", "the activation of layer 1 is neither ReLU nor SwiGLU"),
+    ("LayerNormalization", "Identity", "the final norm is neither a LayerNorm nor an RMSNorm"),
+    ("GatherElements", "Identity", "the choice of the positions with logits has another form"),
+    ("Softmax", "LogSoftmax", "its attention is not causal self-attention"),
+    ("Gather", "GatherND", "its first layer begins with more than embeddings and learned positions"),
+)
+
+
+@pytest.mark.parametrize(("operator", "other", "message"), CHANGES, ids=[change[0] for change in CHANGES])
+def test_other_decoders_are_refused_by_name(tiny_bundle: Path, operator: str, other: str, message: str) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    model = load_graph(bundle.file(f"{DECODER}.onnx"))
+    for node in model.graph:
+        if node.op_type == operator:
+            node.op_type = other
+    assert bundle.manifest.cache is not None
+    with pytest.raises(BundleError, match=message):
+        read_layout(model, bundle.manifest.cache, bundle.manifest.max_positions)
