@@ -21,7 +21,7 @@ from blip2edge.runtime.cuda.steps import (
     norm_kernel,
     part_bytes,
 )
-from blip2edge.runtime.cuda.weights import DecoderWeights, Device, LayerWeights, MatrixWeights, NormWeights
+from blip2edge.runtime.cuda.weights import DecoderWeights, KernelDevice, LayerOnDevice, MatrixWeights, NormWeights
 
 SLOTS_OF_A_CUT = 64
 """Slots of the cache that make a further block of attention worthwhile."""
@@ -79,7 +79,7 @@ class RunBuffers:
     addresses: list[int] = field(default_factory=list)
 
 
-def new_buffers(device: Device, weights: DecoderWeights, sizes: RunSizes) -> RunBuffers:
+def new_buffers(device: KernelDevice, weights: DecoderWeights, sizes: RunSizes) -> RunBuffers:
     """Allocates the buffers of the runs of these sizes."""
     layout, tokens, picked = weights.layout, sizes.tokens, sizes.rows * sizes.asked
     addresses: list[int] = []
@@ -179,7 +179,7 @@ class _Planner:
         )
         return Launch(norm_kernel(norm.kind), (rows, 1, 1), arguments)
 
-    def _attention(self, index: int, layer: LayerWeights) -> Iterator[Launch]:
+    def _attention(self, index: int, layer: LayerOnDevice) -> Iterator[Launch]:
         layout, buffers, sizes = self.weights.layout, self.buffers, self.sizes
         yield self._norm(layer.attention_norm, sizes.tokens)
         parts = [(matrix, buffers.heads[name]) for name, matrix in
@@ -197,7 +197,7 @@ class _Planner:
         yield Launch(kernel, (cuts, layout.kv_heads, sizes.tokens), arguments, scratch, blocks)
         yield from self._products(sizes.tokens, buffers.attended, [(layer.out, buffers.x)], residual=True, out="float")
 
-    def _feed_forward(self, layer: LayerWeights) -> Iterator[Launch]:
+    def _feed_forward(self, layer: LayerOnDevice) -> Iterator[Launch]:
         tokens, buffers = self.sizes.tokens, self.buffers
         first, second = buffers.hidden
         yield self._norm(layer.feed_forward_norm, tokens)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.runtime.cuda.plan import HALF, CacheAddresses, RunBuffers, RunSizes, new_buffers, plan_run
-from blip2edge.runtime.cuda.weights import DecoderWeights, Device
+from blip2edge.runtime.cuda.weights import DecoderWeights, KernelDevice
 from blip2edge.runtime.decoding.kv.in_place import LENGTHS, TOTAL
 
 KEPT_SIZES = 4
@@ -31,7 +31,7 @@ class KernelSession:
 
     input_names: tuple[str, ...] = ("inputs_embeds", "logits_indices", LENGTHS, TOTAL)
 
-    def __init__(self, weights: DecoderWeights, device: Device) -> None:
+    def __init__(self, weights: DecoderWeights, device: KernelDevice) -> None:
         self.weights, self.device = weights, device
         self._buffers: dict[RunSizes, RunBuffers] = {}
 
@@ -134,6 +134,6 @@ class KernelBuffers:
             self._device.copy_rows(target, slot * self._shape[2], source, slot * had[2], slot * used, heads)
 
 
-def _free_all(device: Device, addresses: list[int]) -> None:
+def _free_all(device: KernelDevice, addresses: list[int]) -> None:
     for address in addresses:
         device.free(address)

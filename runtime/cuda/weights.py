@@ -18,7 +18,7 @@ from blip2edge.runtime.cuda.layout import DecoderLayout, Stored, StoredMatrix, S
 from blip2edge.runtime.cuda.products import RowProduct
 
 
-class Device(Protocol):
+class KernelDevice(Protocol):
     """Memory, copies and launches on one GPU, in one stream: each call sees the results of those before.
 
     Attributes:
@@ -91,7 +91,7 @@ class NormWeights:
 
 
 @dataclass(frozen=True)
-class LayerWeights:
+class LayerOnDevice:
     """A layer on the GPU, as in :class:`blip2edge.runtime.cuda.layout.LayerLayout`."""
 
     attention_norm: NormWeights
@@ -119,14 +119,14 @@ class DecoderWeights:
     """
 
     layout: DecoderLayout
-    layers: tuple[LayerWeights, ...]
+    layers: tuple[LayerOnDevice, ...]
     final_norm: NormWeights
     head: MatrixWeights
     positions: int
     rotation: int
 
 
-def load_weights(layout: DecoderLayout, directory: Path, device: Device) -> DecoderWeights:
+def load_weights(layout: DecoderLayout, directory: Path, device: KernelDevice) -> DecoderWeights:
     """Copies a decoder's weights to the GPU.
 
     Args:
@@ -136,7 +136,7 @@ def load_weights(layout: DecoderLayout, directory: Path, device: Device) -> Deco
     """
     loader = _Loader(directory, device)
     layers = tuple(
-        LayerWeights(
+        LayerOnDevice(
             attention_norm=loader.norm(one.attention_norm),
             query=loader.matrix(one.query),
             key=loader.matrix(one.key),
@@ -161,7 +161,7 @@ def load_weights(layout: DecoderLayout, directory: Path, device: Device) -> Deco
 
 
 class _Loader:
-    def __init__(self, directory: Path, device: Device) -> None:
+    def __init__(self, directory: Path, device: KernelDevice) -> None:
         self._directory, self._device = directory, device
 
     def put(self, values: Array) -> int:

@@ -15,7 +15,7 @@ ALIGNMENT, GUARD = 256, 256
 
 
 class ShimDevice:
-    """Implements :class:`blip2edge.runtime.cuda.weights.Device`.
+    """Implements :class:`blip2edge.runtime.cuda.weights.KernelDevice`.
 
     Args:
         multiprocessors: Number of multiprocessors that launches are planned for.
