@@ -212,7 +212,7 @@ def one_line(error: BaseException) -> str:
 def shown_address(address: str) -> str:
     """An address, a GStreamer pipeline or a message as it is printed: ``***`` in place of passwords.
 
-    Replaced are the password of ``scheme://user:password@host``, the values of properties and parameters such as
+    It replaces the password of ``scheme://user:password@host``, the values of properties and parameters such as
     ``user-pw=``, ``passphrase=``, ``password=`` and ``token=``, and everything that was given to :func:`hide`.
     """
     return hidden(_SECRET.sub(r"\1***", _USER_PASSWORD.sub(r"\1:***@", address)))
@@ -221,7 +221,7 @@ def shown_address(address: str) -> str:
 def hide(secret: str) -> None:
     """Hides a text from now on in errors, addresses and messages. Fewer than four characters are not hidden.
 
-    Hidden are also its forms in one line: with single spaces, as errors are written, and escaped, as in ``repr``.
+    Its forms in one line are hidden too: with single spaces, as errors are written, and escaped, as in ``repr``.
     """
     forms = {secret, " ".join(secret.split()), repr(secret)[1:-1]}
     _HIDDEN.update(form for form in forms if len(form) >= SHORTEST_HIDDEN)

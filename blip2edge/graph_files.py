@@ -53,8 +53,8 @@ def _check_tensor(tensor: ir.TensorProtocol, path: Path) -> None:
         size = (path.parent / location).stat().st_size
         if start < 0 or length != tensor.nbytes or start + length > size:
             raise ValueError(
-                f"the weight {tensor.name} of {tensor.nbytes} bytes is not whole in {location}: it has {size} bytes, "
-                f"and the weight is said to have {length} from byte {start}"
+                f"the weight {tensor.name} of {tensor.nbytes} bytes is not whole in {location}: the file has {size} "
+                f"bytes, and the graph places the weight at byte {start} with {length} bytes"
             )
     else:
         if tensor.size > VALUES_PER_BYTE * path.stat().st_size:

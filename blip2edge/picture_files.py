@@ -205,7 +205,8 @@ def _next(archive: tarfile.TarFile, file: BinaryIO, last: int) -> tarfile.TarInf
     """The next member, or None at the end; ``last`` is the position of the last member's header.
 
     Raises:
-        tarfile.ReadError: A header is damaged, where tarfile ends without an error, or leads back.
+        tarfile.ReadError: A header is damaged (tarfile itself then ends without an error), or points to an earlier
+        header.
     """
     member = archive.next()
     archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header, and its types hide the list

@@ -1,9 +1,9 @@
 """Reads files that others wrote: every fault of a file becomes one declared error that names the file.
 
-Parsers raise what a broken file leads them to: ``RecursionError``, ``OverflowError``, ``struct.error``, ``zlib.error``
-and more, and libraries in Rust panic. :func:`reading` turns all of them into an error of this project. It guards the
-call of a parser only, so that a fault of our own code is not taken for a fault of the file. :func:`checking` is for our
-checks of parsed values: it turns only their ``ValueError`` into that error.
+On a broken file, parsers raise many kinds of exceptions: ``RecursionError``, ``OverflowError``, ``struct.error``,
+``zlib.error`` and more, and libraries in Rust panic. :func:`reading` turns all of them into an error of this project.
+It guards the call of a parser only, so that a fault of our own code is not taken for a fault of the file.
+:func:`checking` is for our checks of parsed values: it turns only their ``ValueError`` into that error.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def checking(
     """Turns the ``ValueError`` of a check of parsed values into a declared error; all others pass unchanged.
 
     Args:
-        path: As for :func:`reading`, and so are the others.
+        path: As for :func:`reading`; the other arguments as well.
         form: What the file should be.
         error: Class of the error.
         fix: What the user can do.

@@ -1,4 +1,4 @@
-"""Opens files for reading where a name may be that of a pipe, a device or a socket: no wait without an end."""
+"""Opens files for reading; if the name is that of a pipe, a device or a socket, the call never waits forever."""
 
 from __future__ import annotations
 

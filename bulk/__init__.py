@@ -1,1 +1,1 @@
-"""Captions by the million: from folders, shards, tables and object stores to tables or shards, with exact resume."""
+"""Captions many pictures: from folders, shards, tables and object stores to tables or shards, with exact resume."""

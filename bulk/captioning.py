@@ -1,9 +1,9 @@
 """Captions the pictures of a part of the output.
 
-The result depends only on the part, never on time, on other parts or on the machine's load: batches are the pictures
-of the part that can be decoded, in their order, and the random stream of a sampled caption comes from the picture's
-name. So a part that is computed again, or on another machine of the same kind, has the same bytes. Exception: if
-duplicates are searched, a part also depends on the embeddings of the earlier parts.
+The result depends only on the part, and not on time, on other parts or on the machine's load. Batches are the decodable
+pictures of the part, in their order. The random stream of a sampled caption comes from the picture's name. So a part
+that is computed again, or on another machine of the same kind, has the same bytes. Exception: if duplicates are
+searched, a part also depends on the embeddings of the earlier parts.
 
     threads: bytes --> picture --> pixel values  ──┐
     this thread:                                   └─> batch --> vision, bridge --> duplicates --> captions

@@ -19,7 +19,7 @@ WIDTH = 256
 """Numbers of an embedding."""
 
 BLOCK = 4096
-"""Embeddings that are compared in one product; its shape is constant, so that a resumed run rounds alike."""
+"""Embeddings that are compared in one product; its shape is constant, so that a resumed run rounds in the same way."""
 
 _SEED = 0
 _SOURCES = ("visual_tokens", "image_embeds")

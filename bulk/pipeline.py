@@ -46,7 +46,7 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path has one slash of :
 _SUFFIXES = {".parquet": "parquet", ".tar": "webdataset"}
 _OTHER_FILES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".gz", ".tgz", ".zip", ".zst", ".arrow",
                 ".feather", ".html", ".xlsx", ".db", ".sqlite", ".npz", ".jpg", ".jpeg", ".png")  # fmt: skip
-"""Suffixes of file types that are not written: a directory of such a name would surprise."""
+"""Suffixes of file types that are not written: a directory of such a name would look like a file of that type."""
 
 
 @dataclass(frozen=True)

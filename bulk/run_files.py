@@ -246,7 +246,9 @@ class RunDirectory:
             write()
         except OSError as error:
             problem = output_error(self.path, error)
-            raise OutputError(problem.problem, "mend it and run the command again: it goes on from here") from error
+            raise OutputError(
+                problem.problem, "correct this and run the command again: it goes on from here"
+            ) from error
 
 
 def _plan_text(plan: Plan) -> str:

@@ -174,7 +174,7 @@ class PictureRunner:
 
 
 def _numbers_of_queries(elastic: ElasticSpec | None) -> Iterator[int | None]:
-    """The number of queries of each picture: for every second one all, for the others each number in turn."""
+    """The number of queries of each picture: every second uses all of them, the others use each number in turn."""
     if elastic is None:
         return repeat(None)
     least, most = elastic.min_queries, elastic.max_queries

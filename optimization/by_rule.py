@@ -34,7 +34,8 @@ FP16_TOLERANCE = 1e-1
 RULED_PRECISIONS = ("fp32", "fp16", "int8", "int4", "int8-weights")
 
 LARGE = 1 << 30
-"""Bytes of an FP16 graph from which step 1 is skipped: it needs the graph in FP32 on the disk and in memory."""
+"""For an FP16 graph of at least this many bytes, step 1 is skipped: it needs the graph in FP32 on disk and in memory.
+"""
 
 Copy = tuple[OptimizedGraph, dict[str, FileRecord]]
 

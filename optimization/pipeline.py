@@ -41,8 +41,9 @@ SOONER = 0.95
 """A compiled graph is kept if it opens in less than this share of the portable graph's time."""
 
 LARGE = 1 << 30
-"""Bytes of a graph from which only the first recipe is tried that shares the bundle's weights: each try reads and
-writes the weights several times."""
+"""For a graph of at least this many bytes, only the first recipe is tried that shares the bundle's weights, because
+each try reads and writes the weights several times.
+"""
 
 PRECISIONS = ("fp32", "int8", "int4", "int8-weights")
 """Precisions with CPU kernels in ONNX Runtime; it computes fp16 in fp32 between casts."""

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from blip2edge.optimization.checks import CopyTask, Form, timed_run
 
 FEWEST, MOST, ENOUGH_SECONDS = 5, 15, 1.5
-"""Rounds of a race: at least and at most so many; between the two, a race ends after so many seconds of CPU time."""
+"""Smallest and largest number of rounds of a race. Between the two, it ends after this many seconds of CPU time."""
 
 FEWEST_LONG, LONG_SECONDS = 3, 10.0
-"""A race that takes longer than so many seconds of wall time ends after three rounds if their ratios differ by less
-than :data:`CLEARLY_SLOWER`. If they differ more, it has as many rounds as a short race."""
+"""A race that takes longer than this many seconds of wall time ends after three rounds if their ratios differ by less
+than :data:`CLEARLY_SLOWER`. If they differ more, it has as many rounds as a short race.
+"""
 
 CLEARLY_SLOWER = 1.05
 """A form is replaced by a later one if it takes more than this multiple of its time. So small differences, which change

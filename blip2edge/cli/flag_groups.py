@@ -133,7 +133,7 @@ def print_unsigned(bundle: Bundle) -> None:
         again = f", or sign the bundle again: blip2edge sign {quoted(bundle.path)} --key KEY"
         print_note(
             f"note: not used, because the signature does not list it: {', '.join(bundle.unsigned)}; "
-            f"remove what is not yours{'' if is_downloaded(bundle.path) else again}"
+            f"remove the files that are not yours{'' if is_downloaded(bundle.path) else again}"
         )
 
 

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _proof(name: Path, bundle: Bundle) -> list[str]:
-    """What the hashes prove, and what only a signature does."""
+    """What the hashes prove, and what only a signature proves."""
     from blip2edge.bundle.trust.signature import SIGNATURE, how_to_sign
 
     known = f"{SIGNATURE} was not checked: blip2edge verify {quoted(name)} --key PUBLIC_KEY"

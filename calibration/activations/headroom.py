@@ -167,7 +167,7 @@ def _scores(graph: ir.Model) -> set[str]:
 
 
 def _with_largest(graph: ir.Model, tensors: Mapping[str, bool]) -> onnx.ModelProto:
-    """The graph with new outputs: the largest ``|x|`` of each tensor; the largest ``x`` if ``tensors`` says true."""
+    """The graph with new outputs: of each tensor the largest ``|x|``, or ``x`` if its value in ``tensors`` is true."""
     proto = ir.to_proto(graph)
     outputs = []
     for name, signed in tensors.items():

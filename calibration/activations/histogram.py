@@ -78,7 +78,7 @@ def percentile(histogram: Histogram, share: float = PERCENTILE) -> float:
 
 
 def mse(histogram: Histogram, candidates: int = 64) -> float:
-    """Returns that of ``candidates`` thresholds with the least mean squared error of rounding and saturation."""
+    """Tries ``candidates`` thresholds; returns the one with the least mean squared error of rounding and saturation."""
     if histogram.width == 0.0:
         return histogram.maximum
     centres, counts = histogram.centres, histogram.counts.astype(np.float64)

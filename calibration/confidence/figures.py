@@ -1,4 +1,4 @@
-"""How good confidences are: calibration error, reliability diagram, coverage and accuracy, order."""
+"""Measures the quality of confidences: calibration error, reliability diagram, coverage and accuracy, order."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def calibration_error(confidences: Values, right: Right) -> float:
 
 
 def accuracy_at(confidences: Values, right: Right, coverage: float) -> float:
-    """Share of right texts among the surest ones, of which ``coverage`` is the share in all (0 to 1)."""
+    """Share of right texts among the most confident ones, which are the share ``coverage`` (0 to 1) of all texts."""
     count = max(1, round(coverage * len(right)))
     return float(right[np.argsort(-confidences, kind="stable")[:count]].mean())
 

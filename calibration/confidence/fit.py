@@ -1,8 +1,9 @@
 """Fits maps from the features of a text to the probability that it is right, and chooses one by cross-validation.
 
 Candidates: the logistic function of one or of all features (Platt, 1999), and isotonic regression, a rising step
-function (Zadrozny and Elkan, KDD 2002), over one feature or over the logistic's score. The lowest Brier score of the
-held-out tenths wins: the mean square of (probability - right), which punishes wrong order and wrong probabilities.
+function (Zadrozny and Elkan, KDD 2002), over one feature or over the logistic's score. The candidate with the lowest
+Brier score on held-out tenths is chosen. That score is the mean square of (probability - right): it rises with a wrong
+order, and with wrong probabilities.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class FittedMap:
     Attributes:
         kind: Its name.
         score: The candidate, fitted on all pictures.
-        bounds: Lowest and highest probability: half a picture of those of the fit.
+        bounds: Lowest and highest probability: 0.5 / (N + 1) and 1 - 0.5 / (N + 1) for N pictures.
         held_out: Probability of each picture by the fit without its tenth, ``[N]``.
         brier: Brier score of each candidate on held-out tenths, by name.
     """
@@ -90,7 +91,8 @@ def probabilities(score: Score, rows: Rows, bounds: tuple[float, float]) -> Rows
 def logistic(columns: tuple[int, ...]) -> Fit:
     """Makes a logistic regression on some features, by Newton's method.
 
-    Its targets are Platt's: not 0 and 1 but the means of a uniform prior, so that few pictures give no certainty.
+    The targets are Platt's: not 0 and 1 but the means under a uniform prior. So a fit on few pictures never gives the
+    probability 0 or 1.
     """
 
     def fit(rows: Rows, right: Right) -> Score:

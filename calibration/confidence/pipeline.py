@@ -33,7 +33,7 @@ LEAST, ADVISED = 20, 500
 """Fewest pictures of a fit, and the number below which it warns."""
 
 ADVISED_EACH = 20
-"""Right texts, and wrong ones, below which a fit warns."""
+"""A fit with fewer right texts, or with fewer wrong texts, warns."""
 
 Progress = Callable[[int, int], None]
 

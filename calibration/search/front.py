@@ -1,4 +1,4 @@
-"""The points of a search, which of them no other beats (the Pareto front), and which one is published."""
+"""The points of a search, the Pareto front (points that no other beats), and the choice of the published point."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class FormatPoint:
             parts' until it is measured.
         drop: Loss of the captions in percentage points; None until it is measured.
         proven: Whether every part that is not the parent's was faster than the parent's.
-        preset: The plain flags of today that make the same, if any.
+        preset: The flags without a search that make the same formats; empty if there are none.
     """
 
     names: Mapping[str, str]
@@ -80,7 +80,7 @@ class FormatPoint:
 
     @property
     def loss(self) -> tuple[float, float]:
-        """The order of points by loss: captions first; where as many change, the change of the next token."""
+        """The key that orders points by loss: first the loss of captions, then the change of the next token."""
         return (0.0 if self.drop is None else self.drop, self.nats)
 
     def beats(self, other: FormatPoint) -> bool:
@@ -125,8 +125,9 @@ def allowed(points: Sequence[FormatPoint], limits: PointLimits) -> list[FormatPo
 def to_measure(points: Sequence[FormatPoint], limits: PointLimits, most: int) -> list[FormatPoint]:
     """Chooses the points of the predicted front whose captions are compared.
 
-    First those that are best in one figure, and within the limits the fastest and the one with the least loss. Then,
-    again and again, the point that is farthest from those chosen, by the logarithms of time, size and loss.
+    First come the points that are best in one figure and, within the limits, the fastest point and the point with the
+    least loss. After them, the point with the largest distance from the chosen points is added repeatedly. The distance
+    is computed from the logarithms of time, size and loss.
 
     Args:
         points: All points, with predicted loss.

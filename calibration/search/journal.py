@@ -159,4 +159,6 @@ class SearchJournal:
             flush_names(self.path)
         except OSError as error:
             problem = output_error(self.path, error)
-            raise OutputError(problem.problem, "mend it and run the command again: it goes on from here") from error
+            raise OutputError(
+                problem.problem, "correct this and run the command again: it goes on from here"
+            ) from error

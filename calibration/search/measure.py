@@ -47,7 +47,7 @@ StageMs = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Workload:
-    """What every measurement of a search shares.
+    """The data that all measurements of a search share.
 
     Attributes:
         variants: The graphs of all formats.

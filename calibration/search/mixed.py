@@ -37,7 +37,7 @@ def mixed_choices(work: Workload, base: PartChoice, wide: NumberFormat) -> list[
 
 
 def _ranking(work: Workload, base: PartChoice) -> list[QuantizedLayer]:
-    """The layers of the decoder, the one first that changes the next token most if it alone is in ``base``."""
+    """Orders the decoder's layers by how much the next token changes if only that layer is in ``base``, most first."""
     variants = work.variants
     layers = group_by_layer(DECODER, list(variants.made(DECODER, base.form).summary.matrices))
     source = work.context.parent.file(work.context.parent.graph(DECODER).spec.file)

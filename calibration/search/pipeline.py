@@ -1,4 +1,4 @@
-"""``calibrate --search``: finds which formats cost the least captions, time and bytes, and publishes one combination.
+"""``calibrate --search``: finds the formats with the least loss, time and bytes, and publishes one combination.
 
 1. Make: each format of each part once (``choices``, ``variants``), with its optimized copy.
 2. Measure each alone: its stages' time here (``measure``) or on a board (``predicted``), its bytes, and how much it

@@ -73,8 +73,7 @@ class PrecisionPlan:
     Attributes:
         memory: Bytes while pictures are captioned.
         build: Bytes at the peak of building the engines, or a CPU's optimized copy, on the device.
-        fits_run, fits_build: Whether these fit the device's usable memory; both false for a precision that the device
-            does not run.
+        fits_run, fits_build: Whether these fit the device's usable memory; false if the precision is refused.
         refused: Why the device does not run this precision; empty if it does.
         ms: Predicted milliseconds: ``preprocess``, ``vision``, ``bridge``, ``prefill``, ``decode_per_token``,
             ``decode`` (all tokens after the first), ``total``.

@@ -53,19 +53,14 @@ class DeferredImage:
 
     Attributes:
         name: The picture's name in errors.
-        read: Returns the picture. It is called again if the picture has to be decoded again, which happens if another
-            picture of the batch is broken.
+        read: Returns the picture. It is called again if another picture of the batch is broken.
     """
 
     name: str
     read: Callable[[], Content]
 
     def content(self) -> Content:
-        """Reads the picture with :attr:`read`.
-
-        Raises:
-            ImageError: :attr:`read` raised an error.
-        """
+        """Reads the picture with :attr:`read`; raises ImageError if that raises an error."""
         try:
             return self.read()
         except Blip2EdgeError:
@@ -75,7 +70,6 @@ class DeferredImage:
 
 
 ImageSource = Union[Content, "DeferredImage"]
-
 
 _MODE_BYTES = {"1": 1, "L": 1, "P": 1, "LA": 4, "PA": 4, "I;16": 2, "I;16L": 2, "I;16B": 2, "I;16N": 2}
 """Bytes of a pixel in Pillow's memory by mode; 4 for all other modes."""
@@ -89,14 +83,14 @@ def load_image(source: ImageSource, limits: Limits = DEFAULT_LIMITS) -> Image.Im
     Args:
         source: A path, the bytes of a picture file, a Pillow image, a uint8 array [H,W], [H,W,1], [H,W,3] (RGB) or
             [H,W,4] (RGBA), or a `DeferredImage` of one of these.
-        limits: The largest picture; checked before it is decoded.
+        limits: The largest picture.
 
     Returns:
         The picture in mode RGB; an upright RGB Pillow image is returned without a copy.
 
     Raises:
-        ImageError: The file is missing, empty, broken, truncated or not a picture; the picture has no pixel or
-            is larger than `limits`, or its pixels are 32-bit numbers; the array has another shape or dtype.
+        ImageError: The file is missing, broken or not a picture; the picture has no pixel, is larger than `limits`, or
+            has 32-bit pixels; the array has another shape or dtype.
     """
     given = "the picture passed in"
     if isinstance(source, DeferredImage):
@@ -133,9 +127,7 @@ def _check_file(name: str) -> None:
     if exists:
         raise ImageError(f"{name}: expected a picture, got something that is not a regular file", "name a picture file")
     if is_broken_link(path):
-        raise ImageError(
-            f"{name}: a link to {os.readlink(path)}, which does not exist", "restore that file, or remove the link"
-        )
+        raise ImageError(f"{name}: a link to {os.readlink(path)}, which does not exist", "restore that file")
     raise ImageError(f"{name}: no such file", "check the path")
 
 

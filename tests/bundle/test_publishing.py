@@ -192,7 +192,7 @@ def test_the_old_directory_is_kept_where_its_other_name_is_taken(
     with pytest.raises(OutputError, match=rf"the old directory is {left}"), staged(out, force=True) as staging:
         holding(staging, "new")
     for _ in range(2):  # no later run removes it either
-        with pytest.raises(OutputError, match="could not give their name back"), staged(out, force=True):
+        with pytest.raises(OutputError, match="could not be renamed back"), staged(out, force=True):
             pytest.fail("it began")
         assert (left / MARK).read_text() == "old"
     left.rename(tmp_path / "moved")
@@ -230,7 +230,7 @@ def test_what_must_not_be_replaced_is_kept_if_it_cannot_get_its_name_back(
         os.rename(source, target)
 
     monkeypatch.setattr(publishing, "_replaceable", checked)
-    with pytest.raises(OutputError, match="could not get its name back: it is ") as raised:
+    with pytest.raises(OutputError, match="could not be renamed back: its files are in ") as raised:
         write_new(out)
     kept = Path(str(raised.value.problem).rpartition(" ")[2])
     assert (kept.parent == part_of(out)) == taken

@@ -267,8 +267,8 @@ def test_a_forged_copy_is_found_by_the_signature(signed: Path, keys: Key, capsys
     assert main([*words, "--require-signature", str(keys[1])]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "signature" in line]
     note = (
-        "note: not used, because the signature does not list it: optimized/cpu; remove what is not yours, or sign the "
-        "bundle again: blip2edge sign"
+        "note: not used, because the signature does not list it: optimized/cpu; remove the files that are not "
+        "yours, or sign the bundle again: blip2edge sign"
     )
     assert lines == [f"{note} {signed} --key KEY"]
 

@@ -7,8 +7,8 @@ Everything is in the hub's own cache, in the directory of the repository, ``mode
     blobs/ETAG.*.incomplete      a download that was cut off; the next run continues it
     bundles/COMMIT/NAME/FILE     the bundle
 
-ONNX Runtime and ONNX refuse weights that are symbolic links to another directory or hard links, and a required
-signature does too. So the bundle is a directory of regular files, and the blobs are links to them. Only files that
+ONNX Runtime, ONNX and the check of a required signature refuse weights that are hard links, or symbolic links to
+another directory. So the bundle is a directory of regular files, and the blobs are links to them. Only files that
 ``bundle.json`` lists are downloaded, and those that a required signature lists. A file is compared with its SHA-256
 before it gets its name. Optimized copies and engines go to the user's cache.
 """

@@ -45,7 +45,8 @@ def output_error(path: Path, error: BaseException, fix: str = "check the path an
 def error_number(error: BaseException) -> int | None:
     """The operating system's number of an error, or of one that it was raised from; None if there is none.
 
-    An error that was only being handled when another was raised need not be its reason: it counts if the disk is full.
+    An error that was being handled when another one was raised may not be its cause. It counts only if it means a full
+    disk.
     """
     current: BaseException | None = error
     raised_from = True

@@ -9,10 +9,10 @@ While a run writes ``NAME``, its files are in the directory ``.NAME.part`` besid
     .NAME.part/...     scratch files
 
 The system releases the lock when the process ends, also after a kill or a power cut. So a directory whose lock is free
-belongs to a run that is dead: the next run of the same output gives ``old`` its name back and removes the rest.
+belongs to a run that has ended: the next run of the same output renames ``old`` back and removes the rest.
 
-Where the file system has no locks, or where it is shared over a network and the other run was on another machine, it
-is not known whether that run is alive. Its files are then kept, and a warning names them.
+Where the file system has no locks, or where it is shared over a network and the other run was on another machine, it is
+not known whether that run has ended. Its files are then kept, and a warning names them.
 """
 
 from __future__ import annotations
@@ -97,12 +97,7 @@ def locked(target: Path) -> Iterator[Path]:
 
 
 def check_name(target: Path) -> None:
-    """Checks that an output can have its name.
-
-    Raises:
-        OutputError: No file can have this name, a part of its path is not a directory, or it is the name of a bundle on
-            the hub.
-    """
+    """Raises OutputError if no file can have this name, part of its path is a file, or it names a bundle on the hub."""
     if "\0" in str(target):
         raise OutputError(f"{str(target)!r} is not a usable file name: it contains a NUL", "give another name")
     if is_hub_name(target):
@@ -118,7 +113,8 @@ def check_name(target: Path) -> None:
 def recover(target: Path) -> None:
     """Restores the name of an output that a killed run had renamed; does nothing if the name exists.
 
-    The run was killed between the two renames of a replacement. If a living run is between them, this function waits.
+    The run was killed between the two renames of a replacement. If a run that still goes on is between them, this
+    function waits.
     """
     part = part_of(target)
     end = time.monotonic() + WAIT_S
@@ -271,7 +267,7 @@ def _acquire(target: Path) -> tuple[Path, int | None]:
             _recover_old(part, target)
             if is_kept(part):
                 raise OutputError(
-                    f"{part} has files that an earlier run of {target} could not give their name back",
+                    f"{part} has files of an earlier run of {target} that could not be renamed back",
                     f"move {part / OLD} or {part / NEW} to where it belongs, and remove {part / KEEP}",
                 )
             _clean(part, target, keep=(OWNER,))
@@ -319,7 +315,7 @@ def _escaped(name: str) -> str:
 
 
 def _clean(part: Path, target: Path, keep: tuple[str, ...]) -> None:
-    """Removes what is in a directory, the lock last; keeps ``old`` where it could not get its name back."""
+    """Removes what is in a directory, the lock last; keeps ``old`` where it could not be renamed back."""
     if is_kept(part):
         return
     with contextlib.suppress(OSError):

@@ -313,7 +313,7 @@ def _give_back(replaced: Path, target: Path, fresh: Path) -> None:
         exchanged = False
     if not exchanged and os.path.lexists(replaced):
         raise OutputError(
-            f"{target} was replaced, although it is not of this kind, and could not get its name back: it is "
+            f"{target} was replaced by mistake, and could not be renamed back: its files are in "
             f"{_keep(replaced, target)}",
             "rename it, and give another output directory",
         )

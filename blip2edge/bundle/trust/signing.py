@@ -112,7 +112,7 @@ def verify_bundle(
     if opened.unsigned:
         raise BundleSignatureError(
             f"{signed.path} does not list {', '.join(opened.unsigned)} of {opened.path}",
-            "remove what is not yours, or sign the bundle again",
+            "remove the files that are not yours, or sign the bundle again",
         )
     files = {name: sha256 for name, sha256 in signed.files.items() if Path(name).name != STAMPS}
     for done, (name, sha256) in enumerate(files.items()):
