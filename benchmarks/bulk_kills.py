@@ -3,11 +3,11 @@
     python benchmarks/bulk_kills.py BUNDLE --json benchmarks/results/bulk-kills.json
 
 5,000 generated pictures (1 % broken, 2 % copies of others) are captioned to one Parquet file, with search for
-duplicates to a directory of WebDataset shards, and with `--force` to a file that replaces another one. Each output is
-made once without a kill for each way of killing, and again by a run that is killed (SIGKILL) every few seconds, at a
-random moment, as it is about to change the disk, or as the system has just done so (`tests/faults.py`), and started
-again by the same call until it is complete. Expected: the bytes are equal, no picture is missing or there twice, and
-nothing is left beside the output.
+duplicates to a directory of WebDataset shards, and with `--force` to a file that replaces another one. For each way of
+killing, each output is made twice: once without a kill, and once by a run that is killed (SIGKILL) every few seconds
+and started again by the same call until the output is complete. The ways of killing (`tests/faults.py`): at a random
+moment, just before a change of the disk, and just after one. Expected: the bytes are equal, no picture is missing or
+there twice, and nothing is left beside the output.
 
 Exit status 1 if one of the expectations is not met.
 """

@@ -3,7 +3,7 @@
     python benchmarks/bulk_speed.py BUNDLE --json benchmarks/results/bulk-speed.json
 
 The pictures are generated JPEGs of the size of photos (640 x 480, noise of a camera), so that reading and decoding them
-costs what it costs for photos. The loop calls `Captioner.caption` picture by picture. Both are measured in turn in one
+takes as long as for photos. The loop calls `Captioner.caption` picture by picture. Both are measured in turn in one
 process (A B A B), by wall time; the load of the machine is in the result. The bundle is loaded before the clock starts
 for the loop, and within the time of `bulk`, which also lists the pictures and writes the output. Other rows: `bulk`
 with one thread for the pictures, with batches of one picture, and decoding alone by threads and by processes.
@@ -64,7 +64,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--size", type=int, nargs=2, default=(640, 480))
-    parser.add_argument("--least", type=float, default=1.3, help="smallest ratio that counts as held")
+    parser.add_argument("--least", type=float, default=1.3, help="smallest ratio that passes")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     preprocessing = Preprocessing.from_json(Bundle.open(arguments.bundle).manifest.preprocessing)

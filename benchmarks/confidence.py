@@ -1,4 +1,4 @@
-"""Is a fitted confidence true? Calibration error, coverage and rejection on the miniature, in fp32 and INT8.
+"""Checks fitted confidences: calibration error, coverage and rejection on the miniature, in fp32 and INT8.
 
     python benchmarks/confidence.py --work DIR --write benchmarks/results/confidence.json
     python benchmarks/confidence.py --page docs/confidence.md          # the tables, from the written figures
@@ -6,14 +6,15 @@
 Scenes of held-out pairs of objects are disturbed as by a camera: no change, noise, blur, occlusion or JPEG, each with a
 drawn strength. Three maps are fitted by ``calibrate --references`` for each bundle, on pictures that no test has:
 
-- ``clean``: on undisturbed scenes, of which the miniature captions nearly all rightly. All else is a shift.
-- ``noise``: on noisy scenes alone. Blur, occlusion and JPEG are then shifts that the fit has not seen.
+- ``clean``: on undisturbed scenes, nearly all of which the miniature captions correctly. All other pictures differ from
+  these.
+- ``noise``: on noisy scenes alone. Blur, occlusion and JPEG are then kinds that the fit did not have.
 - ``mixed``: on all five kinds in equal parts.
 
 Each map is tested on further scenes: the calibration error on its own distribution, on each kind, and at other
-strengths of noise than those of the fit (``strong noise``); the share of right captions in the surer half; and pictures
-without content (grey, noise, gradients), which have no right caption.
-The rule of a right caption is equality with the scene's only caption.
+strengths of noise than those of the fit (``strong noise``); the share of right captions in the more confident half; and
+pictures without content (grey, noise, gradients), which have no right caption. The rule of a right caption is equality
+with the scene's only caption.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 Draws a checkpoint with random weights, the sizes and the vocabulary of Salesforce/blip-image-captioning-base (224
 million parameters), and pictures to calibrate on. Then it exports, calibrates and captions, each command in a process
 of its own, and samples RssAnon + RssShmem of that process and its children. Nothing is downloaded. The captions of
-random weights say nothing, and are longer than real ones.
+random weights have no meaning, and are longer than real ones.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ The models run on one thread. The constants of ``plan`` were chosen on the first
 comparison is a fit. ``--independent`` takes three models of ``plan_shapes.py`` on which no constant was chosen, in
 fp32, INT8 and INT4.
 
-Random weights but for the miniature. Each model is drawn, exported, calibrated where it is not fp32, and optimized, and
-captions a picture of 480 x 640. The bundles stay in ``--work`` and are used again. The least CPU time of a stage
-counts, and for the decoding that of a step, as for the rates of the machine, so that the load of other programs counts
-little; medians and wall times are recorded beside it.
+All weights are random, except the miniature's. Each model is drawn, exported, calibrated where it is not fp32, and
+optimized, and captions a picture of 480 x 640. The bundles stay in ``--work`` and are used again. The least CPU time of
+a stage counts, and for the decoding that of a step, as for the rates of the machine, so that the load of other programs
+has little effect; medians and wall times are recorded beside it.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python benchmarks/search.py smollm2 --bundle BUNDLE     the bundle of benchmarks/smollm2_captioner.py
 
 The miniature is the example checkpoint, on scenes of the training split. The SmolLM2 captioner has a random vision
-encoder, so its captions have no sense, but the language model is real. A killed run goes on when it is started again.
+encoder, so its captions have no meaning, but the language model is real. A killed run goes on when it is started again.
 The result is the front, what the plain flags make (measured in the same run), and the CPU minutes on one thread.
 """
 

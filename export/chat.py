@@ -37,7 +37,7 @@ class ChatFormat:
         template: Text with one ``{image}`` and one ``{prompt}``.
         turns: ``PromptSpec.turns``; empty for a bundle without conversations.
         framed: Whether the tokenizer adds its special tokens. If not, the template has them.
-        warnings: What a checkpoint's chat template says and the bundle does not do.
+        warnings: Parts of the checkpoint's chat template that the bundle does not follow.
     """
 
     template: str
@@ -158,7 +158,7 @@ def conversation_texts(render: Render) -> dict[str, str]:
 
 
 def _attempt(make: Callable[[], dict[str, str]]) -> dict[str, str]:
-    """What a function returns; empty where the chat template refuses a message, as jinja2 raises a dozen kinds."""
+    """Calls a function; returns an empty result if the chat template refuses a message (with one of many errors)."""
     try:
         return make()
     except Exception:  # noqa: BLE001 - see above

@@ -3,9 +3,9 @@
 A tokenizer of transformers stores every key of its ``tokenizer_config.json``, also an unknown one. A key counts as read
 if it is in :data:`~blip2edge.model.checkpoint.side_keys.TOKENIZER`, an argument of the tokenizer's class, or an
 attribute that the class sets. Keys that say what a tokenizer does (its tokens and their ids, ``add_bos_token``,
-``do_lower_case``) are compared with the loaded tokenizer instead. For transformers skips ``special_tokens_map.json``
-and ``added_tokens.json`` where ``tokenizer_config.json`` has ``added_tokens_decoder``, and ``add_bos_token`` next to a
-``tokenizer.json``.
+``do_lower_case``) are compared with the loaded tokenizer instead. The reason is that transformers skips
+``special_tokens_map.json`` and ``added_tokens.json`` where ``tokenizer_config.json`` has ``added_tokens_decoder``, and
+``add_bos_token`` next to a ``tokenizer.json``.
 """
 
 from __future__ import annotations

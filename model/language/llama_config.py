@@ -1,4 +1,4 @@
-"""Configs of Llama and its relatives."""
+"""Configs of Llama and similar models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weight tables of the language models that any bridge can feed: OPT, Llama and its relatives, T5."""
+"""Weight tables of the language models that any bridge can feed: OPT, Llama and similar models, T5."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """PEFT adapters: merges them into the tensors of their base, one layer at a time.
 
-``adapter_config.json`` beside the weights, or in a folder of its own, describes an adapter: LoRA or a relative of it.
+``adapter_config.json`` beside the weights, or in a folder of its own, describes an adapter: LoRA or a similar method.
 transformers' ``from_pretrained`` applies it. Here the library peft builds the same layers on a model without weights
-(every parameter is one zero, expanded). A layer gets its weights when one of its tensors is read, peft merges them,
-and the layer is emptied again.
+(every parameter is one zero, expanded). A layer gets its weights when one of its tensors is read, peft merges them, and
+the layer is emptied again.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ MERGED_TYPES = (
 """The values of ``peft_type`` that are merged. Each is compared with peft in the tests."""
 
 REFUSED_INITS = ("pissa_", "corda", "loftq", "lora_ga")
-"""Such values (or how they begin) whose change cannot be repeated: it is random, or needs the training data."""
+"""Values (or beginnings of values) whose change of the weights cannot be repeated: it is random, or needs training
+data.
+"""
 
 REFUSED_KEYS = {
     "alora_invocation_tokens": "limit it to a part of each text",
@@ -76,7 +78,7 @@ def base_of(directory: Path, base: Path | None) -> Path:
 
     Args:
         directory: The adapter's directory.
-        base: The directory that the user names; it goes first.
+        base: The directory that the user names; it has priority.
 
     Raises:
         CheckpointError: There is no such directory, or it has an adapter too.

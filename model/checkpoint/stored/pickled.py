@@ -64,7 +64,7 @@ def read_pickled(path: Path) -> dict[str, Any]:
 
 
 class _BoundedReader(io.BufferedReader):
-    """A file that never reserves memory for more than it holds, however long a text in it is said to be."""
+    """A file whose reads never reserve more memory than it has bytes, whatever length a text in it declares."""
 
     def __init__(self, path: Path) -> None:
         self._size = path.stat().st_size
@@ -83,7 +83,7 @@ def _check_zip(path: Path) -> None:
 
 
 def save_again(path: Path) -> str:
-    """What mends a file that holds more than tensors: a line to run where it was written."""
+    """How to correct a file that holds more than tensors: a line of Python to run where it was written."""
     return f'save its tensors alone where it was trained: torch.save({{"model": model.state_dict()}}, "{path.name}")'
 
 

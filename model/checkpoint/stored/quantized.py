@@ -34,7 +34,7 @@ MARKS = (
     ),
     (r"(lora_\w+(\..+)?|base_layer\..+|modules_to_save\..+)", "a PEFT adapter that is not merged", MERGE),
 )
-"""Last components of a tensor's name (a regular expression), what they belong to, and what mends it."""
+"""Last components of a tensor's name (a regular expression), what they belong to, and how to correct it."""
 
 
 def refuse_quantized(values: Mapping[str, Any], files: TensorFiles, used: Collection[str]) -> None:
@@ -95,7 +95,7 @@ def _method(content: Mapping[str, Any]) -> str:
 
 
 def _marks(files: TensorFiles) -> tuple[str, str | None]:
-    """The first kind of tensors that belong to a method, with a few names, and what mends it."""
+    """The first kind of tensors that belong to a method, with a few names, and how to correct it."""
     for pattern, what, mend in MARKS:
         names = sorted(name for name in files.shapes if re.search(rf"\.{pattern}$", name))
         if names:

@@ -43,7 +43,7 @@ OTHER_LAYOUTS = (
     ("global_step*", "DeepSpeed's shards", "run its zero_to_fp32.py there with --safe_serialization"),
     ("pytorch_model_fsdp_*", "FSDP's shards", "run: accelerate merge-weights FOLDER DIRECTORY"),
 )
-"""Weights in a form that is not read: a glob pattern, what it is, and what mends it."""
+"""Weights in a form that is not read: a glob pattern, what it is, and how to correct it."""
 
 
 class TensorFiles:
