@@ -47,6 +47,16 @@ def _loop_conflicts(config: TrainingConfig) -> Iterator[Conflict]:
             "[loop] cache_features does not work with crop or flip in [data], which change each picture every time",
             "set cache_features to false, or leave crop and flip out",
         )
+    if loop.fsdp and loop.autocast == "float16":
+        yield Conflict(
+            "[loop] fsdp does not work with autocast = 'float16', whose losses are scaled",
+            "set autocast to 'bfloat16' or 'float32'",
+        )
+    if loop.fsdp and validation.every:
+        yield Conflict(
+            "[validation] every is above 0, but the parameters are sharded over processes ([loop] fsdp)",
+            "leave [validation] out, and score the result with blip2edge eval",
+        )
     for phase in (config.stage1, config.stage2, config.instruct):
         if phase.unfreeze_vision and loop.cache_features:
             yield Conflict(

@@ -24,6 +24,9 @@ class LoopConfig(RecipeSection):
     recompute_activations: bool = False
     """Save memory (activation checkpointing): the backward pass runs each layer of language model, bridge and trained
     picture encoder again, instead of keeping what the forward pass computed. Losses and gradients stay the same."""
+    fsdp: bool = False
+    """Save memory with several processes: each holds a part of all parameters, of frozen ones too, of gradients and of
+    optimizer states, and gathers the rest layer by layer (FSDP)."""
     ema_decay: Annotated[float, DECAY] = 0.0
     """Decay of an exponential moving average of the trained weights (EMA), such as 0.999; 0: no average. It needs
     4 more bytes for each trained weight."""

@@ -31,6 +31,7 @@ from blip2edge.training.evaluation.open_model import open_captioner
 from blip2edge.training.evaluation.scene_scores import evaluate_scenes
 from blip2edge.training.loop.journal import CURVE, LOG, Journal, draw_curve
 from blip2edge.training.loop.loop import Phase, run_phase
+from blip2edge.training.loop.sharding import check_sharding
 from blip2edge.training.loop.snapshots import Snapshot, Snapshots
 from blip2edge.training.loop.trackers import BOARD, TrackedRun, Trackers, check_trackers, flat, run_identity
 from blip2edge.training.loop.training_run import TrainingRun
@@ -90,6 +91,8 @@ def train(
     check_target(target, force, None)
     torch.set_num_threads(config.threads)
     accelerator = _accelerator(config)
+    if config.loop.fsdp:
+        check_sharding(accelerator)
     first = accelerator.is_main_process
     with locked(target) if first else contextlib.nullcontext(target) as part:
         check_target(target, force, None)

@@ -23,6 +23,7 @@ from blip2edge.training.loop import phase_state
 from blip2edge.training.loop.averaging import Averages
 from blip2edge.training.loop.journal import LINES
 from blip2edge.training.loop.optim import learning_rate, make_optimizer, set_rate
+from blip2edge.training.loop.sharding import Sharding, clip_gradients, shard
 from blip2edge.training.loop.snapshots import Snapshot
 from blip2edge.training.loop.training_run import TrainingRun
 from blip2edge.training.loop.validation import Validation
@@ -72,6 +73,7 @@ class Phase:
         gauges: Returns values to log in addition to the losses.
         validation: Scores the model during the phase; None for no validation.
         before_step: Called with the number of a step before it is made, on every process.
+        frozen: Frozen modules outside of `module` that make the batches; their parameters are sharded too.
         rate_of: The factor on the learning rate, from the name of a parameter of the module.
     """
 
@@ -84,6 +86,7 @@ class Phase:
     validation: Validation | None = None
     before_step: Callable[[int], None] = lambda step: None
     rate_of: Callable[[str], float] = lambda name: 1.0
+    frozen: Sequence[nn.Module] = ()
 
 
 @dataclass
@@ -96,6 +99,7 @@ class _Live:
         module: Its module from `accelerator.prepare`.
         optimizer: The optimizer from `accelerator.prepare`.
         averages: Averages of the trained weights; None without `ema_decay`.
+        sharding: The spread parameters; None without `fsdp`.
     """
 
     run: TrainingRun
@@ -103,6 +107,7 @@ class _Live:
     module: nn.Module
     optimizer: Any
     averages: Averages | None
+    sharding: Sharding | None
 
     def averaged(self, where: str) -> bool:
         """Whether the recipe uses the averaged weights in "validation" or in the "checkpoint"."""
@@ -155,12 +160,16 @@ def run_phase(run: TrainingRun, phase: Phase, done: int, snapshot: Snapshot | No
 
 def _begin(run: TrainingRun, phase: Phase) -> _Live:
     """Prepares module and optimizer for this run's device, arithmetic and processes."""
+    sharding = shard(run.accelerator, (phase.module, *phase.frozen)) if run.config.loop.fsdp else None
     optimizer = make_optimizer([phase.module], phase.config, phase.rate_of)
-    module, optimizer = run.accelerator.prepare(phase.module, optimizer)
+    if sharding is None:
+        module, optimizer = run.accelerator.prepare(phase.module, optimizer)
+    else:
+        module, optimizer = phase.module, run.accelerator.prepare(optimizer)
     if phase.validation is not None:
         phase.validation.check(module)
     decay = run.config.loop.ema_decay
-    return _Live(run, phase, module, optimizer, Averages(phase.module, decay) if decay else None)
+    return _Live(run, phase, module, optimizer, Averages(phase.module, decay) if decay else None, sharding)
 
 
 def _restore(live: _Live, snapshot: Snapshot | None) -> int:
@@ -193,6 +202,8 @@ def _finish(live: _Live) -> None:
     phase, accelerator = live.phase, live.run.accelerator
     if live.averages is not None and live.averaged("checkpoint"):
         live.averages.exchange()
+    if live.sharding is not None:
+        live.sharding.undo()
     phase_state.gather_parameters(accelerator, live.module, phase.module)
     accelerator.free_memory()
     if phase.validation is not None:
@@ -208,17 +219,13 @@ def _step(live: _Live, step: int) -> dict[str, float]:
     values: dict[str, float] = {}
     for number, (batch, share) in enumerate(zip(batches, shares, strict=True), 1):
         last = number == len(batches)
-        with nullcontext() if last else accelerator.no_sync(module):
-            losses: dict[str, Tensor] = dict(module(batch))
-            total = losses.pop("loss", None)
-            if total is None:
-                total = torch.stack(list(losses.values())).sum()
+        with nullcontext() if last or live.sharding is not None else accelerator.no_sync(module):
+            losses, total = _losses(live, batch)
             accelerator.backward(total if share == 1.0 else total * share)
         for name, loss in {"loss": total, **losses}.items():
             values[name] = values.get(name, 0.0) + share * float(loss.detach())
     values = _over_processes(accelerator, values)
-    norm = accelerator.clip_grad_norm_(module.parameters(), config.clip_norm)
-    values["grad_norm"] = float(norm) if norm is not None else 0.0
+    values["grad_norm"] = _clip(live)
     # With a scaled loss (float16), a step whose gradients overflow is skipped and the scale is lowered.
     scaled = accelerator.scaler is not None
     wrong = [
@@ -233,6 +240,25 @@ def _step(live: _Live, step: int) -> dict[str, float]:
     if live.averages is not None and not live.optimizer.step_was_skipped:
         live.averages.update()
     return values
+
+
+def _losses(live: _Live, batch: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """Runs the module on a batch. Returns its losses by name, and the loss to minimise."""
+    # accelerate's wrapper of a module begins autocast itself; sharded parameters have no wrapper.
+    with nullcontext() if live.sharding is None else live.run.accelerator.autocast():
+        losses: dict[str, Tensor] = dict(live.module(batch))
+    total = losses.pop("loss", None)
+    return losses, torch.stack(list(losses.values())).sum() if total is None else total
+
+
+def _clip(live: _Live) -> float:
+    """Clips the gradients; returns their norm before."""
+    largest = live.phase.config.clip_norm
+    if live.sharding is not None:
+        live.sharding.sync_whole()
+        return clip_gradients(live.module, largest)
+    norm = live.run.accelerator.clip_grad_norm_(live.module.parameters(), largest)
+    return float(norm) if norm is not None else 0.0
 
 
 def _shares(accelerator: Accelerator, weights: Sequence[int]) -> list[float]:
@@ -274,7 +300,9 @@ def _save(live: _Live, step: int, done: int) -> None:
             own, known = part.state()
             tensors, facts = tensors | own, facts | known
     position = phase.batches.state_dict()
-    if run.accelerator.is_main_process:
+    first = run.accelerator.is_main_process
+    if first or live.sharding is not None:  # sharded tensors of finished phases are gathered
         kept = run.snapshot(phase=phase.name, step=step, batches=position, **facts)
-        run.snapshots.write(done + step, Snapshot({**kept.tensors, **tensors}, kept.facts))
+        if first:
+            run.snapshots.write(done + step, Snapshot({**kept.tensors, **tensors}, kept.facts))
     run.accelerator.wait_for_everyone()

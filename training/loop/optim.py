@@ -7,7 +7,7 @@ a cosine. Gradients are also clipped, which LAVIS does not do, so that one bad b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -111,9 +111,9 @@ def set_rate(optimizer: Any, rate: float) -> None:
         group["lr"] = rate * group[RATE]
 
 
-def layers_of(module: nn.Module) -> list[nn.Module]:
-    """Finds the layers of all transformers in a module: the entries of lists with a name of :data:`LAYER_LISTS`."""
-    lists = [each for name, each in module.named_modules() if name.rpartition(".")[2] in LAYER_LISTS]
+def layers_of(module: nn.Module, names: Sequence[str] = LAYER_LISTS) -> list[nn.Module]:
+    """Finds the layers of all transformers in a module: the entries of the module lists with one of these names."""
+    lists = [each for name, each in module.named_modules() if name.rpartition(".")[2] in names]
     return [layer for each in lists if isinstance(each, nn.ModuleList) for layer in each]
 
 

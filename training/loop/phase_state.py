@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from blip2edge.errors import DataError, option
+from blip2edge.training.loop.sharding import gather_sharded
 from blip2edge.training.loop.snapshots import Snapshot
 
 _WEIGHTS, _MOMENTS, _CHANCE = "weights.", "moments.", "chance."
@@ -110,14 +111,7 @@ def gather_parameters(accelerator: Accelerator, module: nn.Module, plain: nn.Mod
     """
     accelerator.unwrap_model(module, keep_fp32_wrapper=False)
     plain.zero_grad(set_to_none=True)
-    gathered: dict[int, nn.Parameter] = {}  # a tied parameter stays one
-    for owner in list(plain.modules()):
-        for name, parameter in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
-            if not isinstance(parameter, DTensor):
-                continue
-            if id(parameter) not in gathered:
-                gathered[id(parameter)] = nn.Parameter(parameter.full_tensor(), parameter.requires_grad)
-            setattr(owner, name, gathered[id(parameter)])
+    gather_sharded(plain)
 
 
 def _generators(accelerator: Accelerator) -> dict[str, Tensor]:

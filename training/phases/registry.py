@@ -99,6 +99,11 @@ def _rates(run: TrainingRun, phase: BridgePhase) -> Callable[[str], float]:
     return rate_of
 
 
+def _frozen(run: TrainingRun, phase: BridgePhase) -> Sequence[nn.Module]:
+    """Modules whose output the batches hold; with a cache, processes use the encoder at different times, so not it."""
+    return () if phase.unfreeze_vision or run.config.loop.cache_features else (run.parts.model.vision,)
+
+
 def _frozen_encoder(run: TrainingRun) -> FrozenEncoder:
     """The frozen picture encoder, with a cache of its output if the recipe wants one."""
     vision, loop, preprocessing = run.parts.model.vision, run.config.loop, run.parts.preprocessing
@@ -164,7 +169,16 @@ def _stage1(run: TrainingRun) -> Phase:
     weights = {"itc": phase.itc_weight, "itm": phase.itm_weight, "itg": phase.itg_weight}
     module = RepresentationStage(model, weights, _trained_vision(run, phase))
     batches = _loader(run, "stage1", phase, TextMakers(own=run.parts.qformer_texts))
-    return Phase("stage1", module, batches, phase, _seed(run, "stage1"), module.gauges, rate_of=_rates(run, phase))
+    return Phase(
+        "stage1",
+        module,
+        batches,
+        phase,
+        _seed(run, "stage1"),
+        module.gauges,
+        rate_of=_rates(run, phase),
+        frozen=_frozen(run, phase),
+    )
 
 
 def _finish_stage1(run: TrainingRun) -> None:
@@ -193,6 +207,7 @@ def _generative(run: TrainingRun, name: str, phase: Stage2Phase) -> Phase:
     if not phase.unfreeze_language:
         model.language.to(DTYPES[config.loop.frozen_dtype])
     if phase.lora_rank:
+        torch.manual_seed(_seed(run, name))  # the same first values in every process and in a resumed run
         add_lora(model.language, phase.lora_rank, phase.lora_alpha, phase.lora_targets)
     if config.loop.recompute_activations:
         recompute_activations(model.bridge)
@@ -215,8 +230,18 @@ def _generative(run: TrainingRun, name: str, phase: Stage2Phase) -> Phase:
         _instruction(parts, captions) if model.config.instruction_positions else None,
     )
     batches = _loader(run, name, phase, texts)
-    seed, rates = _seed(run, name), _rates(run, phase)
-    return Phase(name, module, batches, phase, seed, module.gauges, _validation(run), module.begin_step, rates)
+    return Phase(
+        name,
+        module,
+        batches,
+        phase,
+        _seed(run, name),
+        module.gauges,
+        _validation(run),
+        module.begin_step,
+        _rates(run, phase),
+        _frozen(run, phase),
+    )
 
 
 def _validation(run: TrainingRun) -> Validation | None:

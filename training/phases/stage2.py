@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blip2edge.errors import ConfigError
+from blip2edge.model.bridges.instruct import InstructedQFormer
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.config import LEARNED_QUERIES, CaptionerConfig
 from blip2edge.training.loading.batches import IGNORED, CaptionBatch
 from blip2edge.training.loading.loader import PictureBatch
 from blip2edge.training.loop.optim import freeze
+from blip2edge.training.loop.sharding import whole
 from blip2edge.training.phase_config import Stage2Phase
 from blip2edge.training.phases.distributed import mean_over_ranks
 from blip2edge.training.phases.stage1 import text_loss
@@ -179,6 +181,9 @@ class GenerativeStage(nn.Module):
         self._elastic, self._queries = elastic, 0
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_trained(name, bridge, language=unfreeze_language, vision=unfreeze_vision))
+        qformer = getattr(model.bridge, "qformer", None)
+        if isinstance(qformer, InstructedQFormer):  # it gets no gradient, which several processes would wait for
+            qformer.layers[-1].text_feed_forward.requires_grad_(False)
         self._bridge = bridge
         self._unfrozen = unfreeze_language
         self.train()
@@ -222,7 +227,7 @@ class GenerativeStage(nn.Module):
         for name, parameter in self.language.named_parameters():
             if name.endswith("_gate"):
                 _, number, kind = name.split(".")
-                found[f"gate.{number}.{kind}"] = float(torch.tanh(parameter.detach()).abs().mean())
+                found[f"gate.{number}.{kind}"] = float(torch.tanh(whole(parameter.detach())).abs().mean())
         return found
 
 

@@ -1,0 +1,157 @@
+"""Spreads a phase's parameters over its processes (FSDP), layer by layer.
+
+Zhao et al., arXiv 2304.11277, by torch's ``fully_shard``: each process holds a part of each parameter, of its gradient
+and of its optimizer state. A layer's parameters are gathered before the layer runs, forward and backward, and released
+after it. So a process holds its share of the model, one whole layer, and what belongs to no layer (token table, head,
+norms). Frozen parameters are spread too.
+
+``fully_shard`` acts before and after a module's ``forward``. Layers that are also run by other methods name them
+(:func:`~blip2edge.model.layers.entry_points`), and these are registered here.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed import _composable_state
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from blip2edge.errors import ConfigError
+from blip2edge.model.layers import entry_points
+from blip2edge.training.loop.optim import LAYER_LISTS, layers_of
+
+_LISTS = (*LAYER_LISTS, "feed_forwards")  # the latter: of the text head, whose layers are those of the Q-Former
+
+
+def check_sharding(accelerator: Accelerator) -> None:
+    """Checks that this run can spread its parameters.
+
+    Raises:
+        ConfigError: There is one process, or accelerate's launcher shards the parameters too.
+    """
+    if accelerator.num_processes == 1:
+        raise ConfigError(
+            "[loop] fsdp is true, but there is only one process",
+            "start several: torchrun --nproc-per-node N -m blip2edge train …; or set fsdp to false",
+        )
+    if accelerator.distributed_type.name == "FSDP":
+        raise ConfigError(
+            "[loop] fsdp is true, and accelerate's launcher shards the parameters too (--use_fsdp)",
+            "leave --use_fsdp out: fsdp = true shards layer by layer; or set fsdp to false",
+        )
+
+
+@dataclass
+class Sharding:
+    """The modules of a phase whose parameters are spread, and how they were before.
+
+    Attributes:
+        modules: The outermost modules.
+        before: Class and attributes of each module in them, before it was spread.
+        whole: Parameters without dimensions, which cannot be spread; each process has them.
+    """
+
+    modules: tuple[nn.Module, ...]
+    before: list[tuple[nn.Module, type, dict[str, Any]]] = field(default_factory=list)
+    whole: list[nn.Parameter] = field(default_factory=list)
+
+    def sync_whole(self) -> None:
+        """Averages the gradients of the parameters that are not spread; call it after the backward pass."""
+        for parameter in self.whole:
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
+
+    def undo(self) -> None:
+        """Gathers all parameters on every process, and makes the modules those that they were before."""
+        for module in self.modules:
+            for each in module.modules():
+                if isinstance(each, FSDPModule):
+                    each.reshard()
+            gather_sharded(module)
+        for module, kind, attributes in self.before:
+            module.__class__ = kind
+            # torch has no public way back, and a later phase may shard the same module again.
+            _composable_state._module_state_mapping.pop(module, None)
+            for name in list(vars(module)):
+                if name not in attributes:  # the state of fully_shard, and the methods that it has wrapped
+                    del vars(module)[name]
+                elif _is_hooks(name):
+                    vars(module)[name] = attributes[name]
+
+
+def shard(accelerator: Accelerator, modules: Iterable[nn.Module]) -> Sharding:
+    """Spreads the parameters of modules over all processes, each layer on its own.
+
+    Args:
+        accelerator: The accelerator of this process. Every process must call this function.
+        modules: Modules that share no parameter; changed in place.
+    """
+    # A view that a layer returns must not be changed in place; no layer changes its input.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    sharding = Sharding(tuple(modules))
+    for root in sharding.modules:
+        for each in root.modules():
+            kept = {name: value.copy() if _is_hooks(name) else None for name, value in vars(each).items()}
+            sharding.before.append((each, type(each), kept))
+        scalars = {each for each in root.parameters() if each.ndim == 0}
+        for scalar in scalars:
+            scalar.data = scalar.data.to(accelerator.device)
+        sharding.whole += scalars
+        for unit in (*layers_of(root, _LISTS), root):
+            fully_shard(unit, mesh=mesh, ignored_params=scalars)
+            for name in entry_points(unit):
+                if name != "forward":
+                    register_fsdp_forward_method(unit, name)
+    return sharding
+
+
+def gather_sharded(module: nn.Module) -> None:
+    """Replaces sharded parameters by whole ones, on every process; a tied parameter stays one."""
+    gathered: dict[int, nn.Parameter] = {}
+    for owner in list(module.modules()):
+        for name, parameter in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
+            if not isinstance(parameter, DTensor):
+                continue
+            if id(parameter) not in gathered:
+                gathered[id(parameter)] = nn.Parameter(whole(parameter.detach()), parameter.requires_grad)
+            setattr(owner, name, gathered[id(parameter)])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns the whole of a sharded tensor, on every process; another tensor unchanged."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def clip_gradients(module: nn.Module, largest: float) -> float:
+    """Clips the gradients of spread parameters to a norm; returns their norm, the same on every process.
+
+    Args:
+        module: The module after the backward pass.
+        largest: Largest norm over all gradients.
+    """
+    trained = [each for each in module.parameters() if each.grad is not None]
+    spread = [each for each in trained if isinstance(each.grad, DTensor)]
+    kinds = [kind for kind in (spread, [each for each in trained if not isinstance(each.grad, DTensor)]) if kind]
+    norms = [get_total_norm([each.grad for each in kind if each.grad is not None]) for kind in kinds]
+    norm = math.sqrt(sum(float(whole(each)) ** 2 for each in norms))
+    for kind in kinds:
+        clip_grads_with_norm_(kind, largest, torch.tensor(norm))
+    return norm
+
+
+def _is_hooks(name: str) -> bool:
+    """Whether an attribute of a module holds functions that torch calls."""
+    return "_hooks" in name
