@@ -85,12 +85,18 @@ ENCODERS = """\
 Training puts a bridge between an encoder and a language model: name the encoder's checkpoint in `model.vision_from`.
 With an encoder other than BLIP-2's and CLIP's, `train` writes a checkpoint of the `model_type` `blip2edge`, with any
 bridge but Flamingo's. The preprocessing is that of the encoder's `preprocessor_config.json`. *Other picture sizes*:
-whether the encoder follows a preprocessing that makes pictures of another size than its config names.
+whether the encoder follows a preprocessing that makes pictures of another size than its config names. DINOv2 has
+positions for pictures of 518 pixels and a preprocessing that makes 224: its positions are interpolated, once, as
+transformers does in every run.
 
-Two keys of the `vision_config` choose other features of a SigLIP, with the meaning that they have in LLaVA:
+Two keys of the `vision_config` choose other features of a SigLIP or a DINO, with the meaning that they have in LLaVA:
 `vision_feature_layer` (-1: the last block without the final norm, -2: the block before) and
-`vision_feature_select_strategy` (`default`: without the embeddings before the patches). SigLIP 2 NaFlex, which reads
-pictures of any proportions, is refused.
+`vision_feature_select_strategy` (`default`: without the embeddings before the patches, which are the class token and
+the registers). A DINO's feed-forward may be gated (the giant models). Refused by name: SigLIP 2 NaFlex, which reads
+pictures of any proportions, and `unfreeze_vision` with one of these encoders.
+
+transformers' image processor of DINOv3 resizes after it rescales, in floating point. Such a bundle does the same: it
+has `rescale_first` in the `preprocessing` of its `bundle.json`, which older versions refuse.
 """
 
 

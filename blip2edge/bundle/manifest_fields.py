@@ -125,6 +125,7 @@ PREPROCESSING = record(
         "do_normalize": flag,
         "mean": _CHANNELS,
         "std": _CHANNELS,
+        "rescale_first": flag,
     },
     closed=True,
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.errors import CheckpointError, UnsupportedModelError
+from blip2edge.shapes.encoders import SIGLIP, encoder_shape
 from blip2edge.shapes.languages import LanguageShape, bert, bridged_shape, flamingo
 from blip2edge.shapes.model_shape import ModelPart, ModelShape
 from blip2edge.shapes.parts import (
@@ -127,7 +128,8 @@ def _blip(f: Sizes, family: str, *, reads_question: bool = False) -> ModelShape:
 def _llava(f: Sizes, family: str) -> ModelShape:
     section = f.values.get("vision_config")
     defaults = LLAVA_VISION if not section else CLIP_VISION
-    whole = vit(section, defaults, clip=True)
+    siglip = encoder_shape(section) if isinstance(section, Mapping) else None
+    whole = vit(section, defaults, clip=True) if siglip is None else siglip.part
     layer, depth = f.values.get("vision_feature_layer", -2), whole.attentions[0].count
     layer = layer[0] if isinstance(layer, (list, tuple)) and len(layer) == 1 else layer
     if isinstance(layer, bool) or not isinstance(layer, int) or not -depth <= layer <= depth or layer == 0:
@@ -135,7 +137,11 @@ def _llava(f: Sizes, family: str) -> ModelShape:
             f"config.json: vision_feature_layer must be from 1 to {depth}, or from -{depth} to -1, not {layer!r}"
         )
     layers = layer + depth + 1 if layer < 0 else layer
-    tower = vit({**(section or {}), "num_hidden_layers": layers}, defaults, clip=True, post_norm=False)
+    if siglip is None:
+        tower = vit({**(section or {}), "num_hidden_layers": layers}, defaults, clip=True, post_norm=False)
+    else:
+        cut = encoder_shape({**(section or {}), "vision_feature_layer": layers})
+        tower, defaults = (siglip if cut is None else cut).part, SIGLIP
     text = Sizes("text_config", f.values.get("text_config"), {})
     tied = f.flag("tie_word_embeddings", False) or text.flag("tie_word_embeddings", False)
     language = bridged_shape(text.values, "llama", tied)
@@ -143,6 +149,7 @@ def _llava(f: Sizes, family: str) -> ModelShape:
     keep = f.values.get("vision_feature_select_strategy", "default") == "full"
     shape = _model(family, f, tower, bridge, language, defaults, bridge="mlp", keep_class=keep,
                    unused=whole.parameters - tower.parameters)  # fmt: skip
+    shape = shape if siglip is None else replace(shape, prefix=siglip.prefix)
     return replace(shape, slots=shape.embeds, source="encoder" if language.cache.cross else "")
 
 
@@ -162,7 +169,9 @@ def _idefics(f: Sizes, family: str) -> ModelShape:
 
 
 def _native(f: Sizes, family: str) -> ModelShape:
-    vision, width = vit(f.values.get("vision_config"), EVA), _width(f, EVA)
+    given = Sizes("vision_config", f.values.get("vision_config"), EVA)
+    other = encoder_shape(given.values)
+    vision, width = (vit(given.values, EVA), given["hidden_size"]) if other is None else (other.part, other.width)
     section = Sizes("bridge_config", f.values.get("bridge_config"), {})
     text = Sizes("text_config", f.values.get("text_config"), {})
     language = bridged_shape(text.values, "opt")
@@ -173,13 +182,19 @@ def _native(f: Sizes, family: str) -> ModelShape:
     elif kind == "perceiver":
         bridge = perceiver(section.values, width, output)
         queries = section.get("resampler_n_latents", PERCEIVER["resampler_n_latents"])
+    elif kind == "qformer":
+        queries = section.get("num_query_tokens", 32)
+        bridge = qformer(section.values, width, queries, language.width)
     elif kind == "pool":
         bridge = pool(section.values, width, output)
         queries = section.get("num_query_tokens", POOL["num_query_tokens"])
     else:
-        raise UnsupportedModelError(f"the bridge is of kind {kind!r}, expected one of pool, mlp, perceiver")
-    shape = _model(family, f, vision, bridge, language, EVA, bridge=kind, queries=queries,
+        raise UnsupportedModelError(f"the bridge is of kind {kind!r}, expected one of pool, mlp, perceiver, qformer")
+    sizes = {} if other is None else {"image_size": other.image_size, "patch_size": other.patch_size}
+    shape = _model(family, f, vision, bridge, language, {**EVA, **sizes}, bridge=kind, queries=queries,
                    source="encoder" if language.cache.cross else "")  # fmt: skip
+    if other is not None:
+        shape = replace(shape, prefix=other.prefix, keep_class=other.keep_prefix)
     return replace(shape, slots=shape.visual_tokens)
 
 

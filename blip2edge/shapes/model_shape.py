@@ -235,7 +235,8 @@ class ModelShape:
         parts: The graphs: vision encoder, bridge, text encoder, keys and values of the cross-attention, decoder.
         bridge: Kind of the bridge: ``qformer``, ``instructed-qformer``, ``mlp``, ``perceiver``, ``pool`` or ``none``.
         image_size, patch_size: In pixels.
-        keep_class: Whether the class token is among the vision encoder's embeddings.
+        keep_class: Whether the class token, and what else is before the patches, is among the vision encoder's
+            embeddings. A SigLIP in a LLaVA without them lacks its first patch.
         queries: Number of query tokens of the bridge; 0 for a bridge without.
         least_queries: Smallest number of query tokens that the bridge works with. ``queries`` for a bundle that is not
             elastic; 1 where the model can still be trained with fewer.
@@ -248,6 +249,7 @@ class ModelShape:
         source: What the decoder cross-attends to: ``embeds``, ``queries`` or ``encoder``; empty without.
         width: Width of the language model's layers.
         text_side: Parameters of the Q-Former's text side, with which it is pretrained and which is not deployed.
+        prefix: Number of positions before those of the patches: the class token and registers.
         unused: Parameters of the published checkpoint that are not deployed.
     """
 
@@ -269,6 +271,7 @@ class ModelShape:
     text_side: int = 0
     unused: int = 0
     least_queries: int = 1
+    prefix: int = 1
 
     def part(self, name: str) -> ModelPart | None:
         """The part of this name; None if the model has none."""
@@ -281,13 +284,13 @@ class ModelShape:
 
     @property
     def patches(self) -> int:
-        """Positions of a picture in the vision encoder, the class token included."""
-        return int((self.image_size // self.patch_size) ** 2 + 1)
+        """Positions of a picture in the vision encoder, the class token and registers included."""
+        return int((self.image_size // self.patch_size) ** 2 + self.prefix)
 
     @property
     def embeds(self) -> int:
         """Embeddings of a picture that the vision encoder returns."""
-        return self.patches - (not self.keep_class)
+        return self.patches - (0 if self.keep_class else max(self.prefix, 1))
 
     @property
     def visual_tokens(self) -> int:
@@ -324,7 +327,7 @@ class ModelShape:
         """
         prompt = self.slots * frames + text
         counts = {
-            "grid": self.patches - 1,
+            "grid": self.patches - self.prefix,
             "patches": self.patches,
             "embeds": self.embeds,
             "queries": self.queries,

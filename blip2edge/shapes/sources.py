@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,8 @@ def bundle_shape(manifest: Manifest, path: Path) -> ModelShape:
     graphs = manifest.graphs
     pixels, embeds = graphs[VISION].spec.inputs[0], graphs[VISION].spec.outputs[0]
     image, count, encoder = pixels.width, _fixed(embeds.dims[1]), embeds.width
+    side = math.isqrt(count)
+    before = count - side * side  # class token and registers
     weights = {name: _parameters(manifest, graph) for name, graph in graphs.items()}
     width = next(tensor.width for tensor in graphs[DECODER].spec.inputs if tensor.name == "inputs_embeds")
     queries = _fixed(graphs[BRIDGE].spec.outputs[0].dims[1]) if BRIDGE in graphs else 0
@@ -126,8 +129,9 @@ def bundle_shape(manifest: Manifest, path: Path) -> ModelShape:
         parts=tuple(parts),
         bridge="none" if BRIDGE not in graphs else "mlp" if queries == count else "qformer",
         image_size=image,
-        patch_size=max(1, round(image / max(count - 1, 1) ** 0.5)),
-        keep_class=round(max(count - 1, 1) ** 0.5) ** 2 == count - 1,
+        patch_size=max(1, round(image / max(side, 1))),
+        keep_class=before > 0,
+        prefix=max(before, 1),
         queries=0 if queries == count else queries,
         least_queries=queries if manifest.elastic is None else manifest.elastic.min_queries,
         slots=prompt.visual_tokens // max(prompt.frames, 1),

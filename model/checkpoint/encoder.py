@@ -53,7 +53,8 @@ def load_encoder(directory: Path, size: tuple[int, int] | None = None) -> Vision
         prefix = row.prefix if any(name.startswith(row.prefix) for name in files.shapes) else ""
         cut = () if getattr(config, "post_norm", True) else row.cut
         names = WeightMap(under("", prefix, row.rules(config)), (*row.left_out, *cut))
-        names.check(shapes, files.shapes)
+        found = {name: shape for name, shape in files.shapes.items() if 0 not in shape}  # no registers: an empty tensor
+        names.check(shapes, found)
         state = {ours: files.read(names.sources(ours)).to(torch.float32, copy=True) for ours in shapes}
     finally:
         files.close()

@@ -38,6 +38,7 @@ SQUARE_384 = {"height": 384, "width": 384}
 SQUARE_224 = {"height": 224, "width": 224}
 SHORT_224 = {"shortest_edge": 224}
 HALF = (0.5, 0.5, 0.5)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class ImageProcessorClass:
         resample: Pillow's code of the filter.
         mean, std: One value for each channel, R, G, B.
         square: Whether a number as ``size`` is both edges; else it is the shortest edge.
+        rescale_first: Whether it rescales before it resizes, as an exception.
     """
 
     size: Mapping[str, int] = field(default_factory=lambda: SHORT_224)
@@ -60,6 +62,7 @@ class ImageProcessorClass:
     mean: tuple[float, float, float] = OPENAI_CLIP_MEAN
     std: tuple[float, float, float] = OPENAI_CLIP_STD
     square: bool = False
+    rescale_first: bool = False
 
     def settings(self) -> dict[str, Any]:
         """The defaults by transformers' keys."""
@@ -88,8 +91,18 @@ CLASSES: dict[str, ImageProcessorClass] = {
     "Llava": _CLIP,
     "Bit": _CLIP,
     "Idefics": ImageProcessorClass(SQUARE_224, None, do_crop=False, square=True),
-    "Siglip": ImageProcessorClass(SQUARE_224, None, do_crop=False, mean=HALF, std=HALF, square=True),
+    "Siglip": ImageProcessorClass(SQUARE_224, None, do_crop=False, mean=HALF, std=HALF),
     "ViT": ImageProcessorClass(SQUARE_224, None, do_crop=False, resample=BILINEAR, mean=HALF, std=HALF, square=True),
+    "DINOv3ViT": ImageProcessorClass(
+        SQUARE_224,
+        None,
+        do_crop=False,
+        resample=BILINEAR,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        square=True,
+        rescale_first=True,
+    ),
     "DeiT": ImageProcessorClass({"height": 256, "width": 256}, mean=HALF, std=HALF, square=True),
 }
 """By the name without its ending (``ImageProcessor``, ``ImageProcessorFast``, ``FeatureExtractor`` …)."""
@@ -226,6 +239,7 @@ def read_image_processor(
             do_normalize=steps["do_normalize"],
             mean=_channels("image_mean", settings["image_mean"]),
             std=_channels("image_std", settings["image_std"]),
+            rescale_first=row.rescale_first,
         )
     if not named:
         values = {"image_processor_type": f"{kind}ImageProcessor", **values}

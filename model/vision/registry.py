@@ -9,10 +9,13 @@ from typing import Any
 from blip2edge.errors import UnsupportedModelError
 from blip2edge.model.config import BLIP2_VISION, CLIP_VISION, VisionConfig, VisionEncoderConfig
 from blip2edge.model.interfaces import VisionModule
+from blip2edge.model.vision.dinov2 import PLAIN, WITH_REGISTERS, Dinov2Config, Dinov2Vision, resized_dinov2
+from blip2edge.model.vision.dinov3 import Dinov3Config, Dinov3Vision, resized_dinov3
 from blip2edge.model.vision.efficientnet_lite import EfficientNetLite, EfficientNetLiteConfig
 from blip2edge.model.vision.siglip import SiglipConfig, SiglipVision
 from blip2edge.model.vision.vit import VisionTransformer
 from blip2edge.model.weights import blip2 as weights
+from blip2edge.model.weights.dino import dinov2_rules, dinov3_rules
 from blip2edge.model.weights.rules import Rule
 from blip2edge.model.weights.siglip import SIGLIP_VISION
 
@@ -87,6 +90,41 @@ VISION_ENCODERS: dict[str, VisionEncoder] = {
         cut=(r"(vision_model\.)?(post_layernorm|encoder\.layers)\..*",),
         within=("siglip",),
         image_processor="Siglip",
+    ),
+    PLAIN: VisionEncoder(
+        "DINOv2",
+        "class token and patches, after the final norm",
+        Dinov2Config.from_hf,
+        Dinov2Vision,
+        dinov2_rules,
+        prefix="dinov2.",
+        left_out=(r"(dinov2\.)?embeddings\.mask_token", r"classifier\..*"),
+        cut=(r"(dinov2\.)?(layernorm|encoder\.layer)\..*",),
+        resized=resized_dinov2,
+        image_processor="Bit",
+    ),
+    WITH_REGISTERS: VisionEncoder(
+        "DINOv2 with registers",
+        "class token, registers and patches, after the final norm",
+        Dinov2Config.with_registers,
+        Dinov2Vision,
+        dinov2_rules,
+        prefix="dinov2_with_registers.",
+        left_out=(r"(dinov2_with_registers\.)?embeddings\.mask_token", r"classifier\..*"),
+        cut=(r"(dinov2_with_registers\.)?(layernorm|encoder\.layer)\..*",),
+        resized=resized_dinov2,
+        image_processor="Bit",
+    ),
+    Dinov3Config.model_type: VisionEncoder(
+        "DINOv3 (ViT)",
+        "class token, registers and patches, after the final norm",
+        Dinov3Config.from_hf,
+        Dinov3Vision,
+        dinov3_rules,
+        left_out=(r"embeddings\.mask_token",),
+        cut=(r"(norm|layer)\..*",),
+        resized=resized_dinov3,
+        image_processor="DINOv3ViT",
     ),
 }
 

@@ -28,7 +28,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from blip2edge.errors import Blip2EdgeError, BundleError, ImageError, one_line
 from blip2edge.limits import DEFAULT_LIMITS, MAX_PIXELS, Limits
 from blip2edge.picture_files import is_broken_link
+from blip2edge.runtime.images.floats import resized_floats
 from blip2edge.runtime.images.grey16 import Grey16
+from blip2edge.runtime.images.modes import WITHOUT_PREMULTIPLIED_ALPHA, blend_on_white
 
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
 """Formats that are decoded, by Pillow's names. Pillow runs other programs for some of the others (EPS: Ghostscript)."""
@@ -40,7 +42,6 @@ OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = 1  # EXIF orientation of a picture that needs no turning
-_WITHOUT_PREMULTIPLIED_ALPHA = {"La": "LA", "RGBa": "RGBA"}
 _RESAMPLING_CODES = range(6)  # Pillow: nearest, lanczos, bilinear, bicubic, box, hamming
 _warning_filters = threading.Lock()
 
@@ -172,8 +173,8 @@ def _upright_rgb(image: Image.Image, name: str, limits: Limits) -> Image.Image:
             return image
         if grey16 is not None:
             return grey16.in_8_bits(image).convert("RGB")
-        if image.mode in _WITHOUT_PREMULTIPLIED_ALPHA:
-            image = image.convert(_WITHOUT_PREMULTIPLIED_ALPHA[image.mode])
+        if image.mode in WITHOUT_PREMULTIPLIED_ALPHA:
+            image = image.convert(WITHOUT_PREMULTIPLIED_ALPHA[image.mode])
         if isinstance(image.info.get("transparency"), bytes):
             image = image.convert("RGBA")  # per-colour alpha: the same colours without Pillow's warning
         return image.convert("RGB")
@@ -223,21 +224,6 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _blend_on_white(image: Image.Image) -> Image.Image:
-    """Converts a picture that `load_image` did not load to RGB, as transformers' image processors do it."""
-    if image.mode == "RGB" and image.info.get("transparency") is None:
-        return image
-    grey16 = Grey16.of(image, "the picture passed in")
-    if grey16 is not None:
-        return grey16.in_8_bits(image).convert("RGB")
-    if image.mode in _WITHOUT_PREMULTIPLIED_ALPHA:
-        image = image.convert(_WITHOUT_PREMULTIPLIED_ALPHA[image.mode])
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
-    return image.convert("RGB")
-
-
 @dataclass(frozen=True)
 class Preprocessing:
     """The preprocessing of a decoded picture for the vision encoder; the defaults are BLIP's.
@@ -252,6 +238,7 @@ class Preprocessing:
         do_normalize: Whether to subtract `mean` and divide by `std`, per channel.
         mean: Mean of each channel, R, G, B, after rescaling.
         std: Standard deviation of each channel, R, G, B, after rescaling.
+        rescale_first: Whether it rescales before it resizes, which is then in floating point (DINOv3).
 
     Raises:
         ValueError: A field is outside its range.
@@ -266,6 +253,7 @@ class Preprocessing:
     do_normalize: bool = True
     mean: tuple[float, float, float] = OPENAI_CLIP_MEAN
     std: tuple[float, float, float] = OPENAI_CLIP_STD
+    rescale_first: bool = False
 
     def __post_init__(self) -> None:
         for name in ("size", "crop"):
@@ -308,8 +296,9 @@ class Preprocessing:
             raise BundleError(f"bundle.json, preprocessing: {error}", "export the checkpoint again") from error
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """The fields as a JSON object; `rescale_first` only where it is true, for older versions."""
+        fields = {name: value for name, value in asdict(self).items() if name != "rescale_first" or value}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
 
     def __call__(self, image: ImageSource, limits: Limits = DEFAULT_LIMITS) -> NDArray[np.float32]:
         """Pixel values of one picture.
@@ -329,7 +318,7 @@ class Preprocessing:
             image = load_image(image, limits)
         check_pixels(image.width, image.height, "the picture passed in", limits)
         try:
-            return self._pixels(_blend_on_white(image))
+            return self._pixels(blend_on_white(image))
         except MemoryError as error:
             raise ImageError(
                 f"the picture passed in: memory ran out for {image.width}×{image.height} pixels",
@@ -338,6 +327,9 @@ class Preprocessing:
 
     def _pixels(self, image: Image.Image) -> NDArray[np.float32]:
         """Computes the pixel values float32 [3,H,W] of an RGB picture."""
+        if self.rescale_first and self.resize and self.do_rescale:
+            size = self.resized(image.width, image.height)
+            return self._normalized(resized_floats(image, size, self.resample, self.rescale_factor, self.crop))
         if self.resize:
             image = image.resize(self.resized(image.width, image.height), resample=self.resample)
         if self.crop is not None:
@@ -381,10 +373,12 @@ class Preprocessing:
         values = np.arange(256, dtype=np.float64)
         if self.do_rescale:
             values = values * self.rescale_factor
-        table = np.tile(values.astype(np.float32), (3, 1))
-        if self.do_normalize:
-            table = (table - np.array(self.mean, np.float32)[:, None]) / np.array(self.std, np.float32)[:, None]
-        return table
+        return self._normalized(np.tile(values.astype(np.float32), (3, 1)))
+
+    def _normalized(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Normalizes rescaled values [3,...] by the channels' mean and std, if that is wanted."""
+        mean, std = (np.array(one, np.float32).reshape(3, *(1,) * (values.ndim - 1)) for one in (self.mean, self.std))
+        return np.divide(values - mean, std, dtype=np.float32) if self.do_normalize else values
 
 
 def _checked_size(name: str, size: Any) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ import torch
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.errors import CheckpointError, UnsupportedModelError
+from blip2edge.explanation.grid import patch_grid
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.export.verify import TOLERANCES
+from blip2edge.graph_files import load_graph
 from blip2edge.model.checkpoint.directory import load_checkpoint
 from blip2edge.model.checkpoint.encoder import load_encoder
+from blip2edge.model.checkpoint.image_processor import load_preprocessing, read_image_processor
 from blip2edge.model.vision.registry import vision_encoder
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.images.preprocess import Preprocessing
@@ -51,11 +55,13 @@ def test_features_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     values = json.loads(path.read_text())
     section = values.get("vision_config", values)
-    for layer in (None, -1, -2, 1):
-        section["vision_feature_layer"] = layer
+    for layer, strategy in ((None, "full"), (-1, "full"), (-2, "full"), (1, "full"), (None, "default")):
+        section |= {"vision_feature_layer": layer, "vision_feature_select_strategy": strategy}
         path.write_text(json.dumps(values))
-        encoder = load_encoder(tmp_path)
+        encoder = load_encoder(tmp_path, (SIZE, SIZE))
         wanted = features(model, pixels, layer)
+        if strategy == "default":
+            wanted = wanted[:, -((SIZE // 8) ** 2) :]  # the patches alone
         with torch.no_grad():
             found = encoder(pixels)
         assert found.shape == wanted.shape == (2, encoder.config.num_embeds, 24)
@@ -65,7 +71,23 @@ def test_features_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     assert relative(features(model, pixels), features(model, pixels, -1)) > 0.1  # the final norm matters
 
 
-TRAINED = (pytest.param("siglip", "fp32", id="siglip"), pytest.param("siglip", "fp16", marks=pytest.mark.slow))
+TRAINED = (
+    pytest.param("siglip", "fp32", id="siglip"),
+    pytest.param("dinov2-with-registers", "fp32", id="dinov2-with-registers"),
+    *(
+        pytest.param(kind, precision, marks=pytest.mark.slow)
+        for kind, precision in (
+            ("siglip", "fp16"),
+            ("dinov2", "fp32"),
+            ("dinov2", "fp16"),
+            ("dinov2-giant", "fp16"),
+            ("dinov2-with-registers", "fp16"),
+            ("dinov3", "fp32"),
+            ("dinov3", "fp16"),
+            ("dinov3-gated", "fp16"),
+        )
+    ),
+)
 
 
 @pytest.mark.parametrize(("kind", "precision"), TRAINED)
@@ -91,6 +113,32 @@ def test_trained_and_exported(
     found = session.run({"pixel_values": pixels.astype(dtype)})["image_embeds"]
     assert found.shape == wanted.shape
     assert relative(found, wanted) < TOLERANCES[precision]
+    spec = bundle.graph("vision_encoder").spec
+    grid = patch_grid(load_graph(bundle.file("vision_encoder.onnx")), spec)  # of `explain`
+    assert (grid.rows, grid.columns, grid.before) == (4, 4, wanted.shape[1] - 16)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "dinov2", "dinov3"])
+def test_the_preprocessing_is_that_of_the_file(kind: str, tmp_path: Path) -> None:
+    _, processor = save_encoder(kind, tmp_path)
+    preprocessing = load_preprocessing(tmp_path).preprocessing
+    again = Preprocessing.from_json(json.loads(json.dumps(preprocessing.to_json())))
+    for picture in (*draw_pictures(2, 7), PICTURE.resize((90, 41)), PICTURE.resize((20, 64))):
+        wanted = processor(picture, return_tensors="pt")["pixel_values"].numpy()
+        np.testing.assert_allclose(again.batch([picture]), wanted, atol=2e-6)
+    assert ("rescale_first" in preprocessing.to_json()) == (kind == "dinov3")
+
+
+def test_defaults_of_dinov3s_image_processor() -> None:
+    found = read_image_processor({"image_processor_type": "DINOv3ViTImageProcessorFast"}).preprocessing
+    assert (found.size, found.crop, found.resample) == ({"height": 224, "width": 224}, None, 2)
+    assert (found.mean, found.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    picture = draw_pictures(1, 3)[0]
+    crop = {"height": 40, "width": 40}
+    padded = replace(found, size={"height": 32, "width": 36}, crop=crop)(picture)
+    inner = replace(found, size={"height": 32, "width": 36})(picture)
+    np.testing.assert_array_equal(padded[:, 4:36, 2:38], inner)
+    assert np.unique(padded[0, :4]).size == 1  # black, normalized
 
 
 def test_tensors_beyond_the_config_are_refused(tmp_path: Path) -> None:

@@ -91,6 +91,45 @@ def test_variants(values: dict[str, Any], text: dict[str, Any]) -> None:
     assert shape_of(values).parameters() == module_counts(values)
 
 
+ENCODERS: tuple[dict[str, Any], ...] = (
+    {"model_type": "siglip_vision_model"},
+    {"model_type": "siglip_vision_model", "vision_feature_layer": -2, "vision_feature_select_strategy": "default"},
+    {"model_type": "dinov2", "image_size": 518},
+    {"model_type": "dinov2", "use_swiglu_ffn": True, "hidden_size": 1536, "num_attention_heads": 24, "qkv_bias": False},
+    {"model_type": "dinov2_with_registers", "vision_feature_select_strategy": "default"},
+    {"model_type": "dinov3_vit", "num_register_tokens": 4, "vision_feature_layer": 3},
+    {"model_type": "dinov3_vit", "use_gated_mlp": True, "key_bias": True, "proj_bias": False},
+)
+
+
+@pytest.mark.parametrize("vision", ENCODERS, ids=lambda values: values["model_type"])
+@pytest.mark.parametrize("kind", ["pool", "qformer"])
+def test_other_encoders(kind: str, vision: dict[str, Any]) -> None:
+    bridge = {"kind": kind, "num_query_tokens": 7}
+    values = {"model_type": "blip2edge", "vision_config": vision, "bridge_config": bridge, "text_config": {}}
+    shape = shape_of(values)
+    assert shape.parameters() == module_counts(values)
+    assert shape.embeds == read_config(values).vision.num_embeds
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_a_llava_with_a_siglip(strategy: str) -> None:
+    vision = {"model_type": "siglip_vision_model", "patch_size": 14, "image_size": 56, "vision_use_head": False}
+    values: dict[str, Any] = {"model_type": "llava", "vision_config": vision}
+    values |= {
+        "vision_feature_select_strategy": strategy,
+        "vision_feature_layer": -3,
+        "text_config": {"model_type": "qwen2", "num_hidden_layers": 2},
+    }
+    shape, config = shape_of(values), read_config(values)
+    assert shape.parameters() == module_counts(values)
+    assert shape.slots == config.vision.num_embeds == 16 - (strategy == "default")
+    model_class: Any = transformers.LlavaForConditionalGeneration
+    with torch.device("meta"):
+        model = model_class(model_class.config_class.from_dict(values))
+    assert shape.parameters()["total"] + shape.unused == distinct(model)
+
+
 def test_the_qformer_with_and_without_its_text_side() -> None:
     """BLIP-2 with OPT-2.7b.
 

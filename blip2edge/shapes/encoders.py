@@ -1,0 +1,128 @@
+"""Shapes of the vision encoders beside BLIP-2's and CLIP's: SigLIP, DINOv2 and DINOv3; defaults as in transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from blip2edge.bundle.schema import VISION
+from blip2edge.errors import CheckpointError
+from blip2edge.shapes.model_shape import AttentionProducts, ModelPart, WeightMatrix
+from blip2edge.shapes.parts import BASE, Sizes, attention, feed_forward
+
+SIGLIP = {**BASE, "image_size": 224, "patch_size": 16}
+DINOV2 = {**BASE, "image_size": 224, "patch_size": 14, "mlp_ratio": 4}
+DINOV2_WITH_REGISTERS = {**DINOV2, "patch_size": 16, "num_register_tokens": 4}
+DINOV3 = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6,
+          "image_size": 224, "patch_size": 16}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EncoderShape:
+    """A vision encoder.
+
+    Attributes:
+        part: Its matrices.
+        image_size, patch_size: In pixels.
+        width: Channels of an embedding.
+        prefix: Number of embeddings before those of the patches: class token and registers.
+        keep_prefix: Whether these are in the output.
+    """
+
+    part: ModelPart
+    image_size: int
+    patch_size: int
+    width: int
+    prefix: int
+    keep_prefix: bool
+
+
+def encoder_shape(values: Mapping[str, Any]) -> EncoderShape | None:
+    """The shape of a ``vision_config``; None for BLIP-2's and CLIP's encoders, which ``parts.vit`` reads.
+
+    Raises:
+        CheckpointError: A key has a wrong value.
+    """
+    read = READERS.get(str(values.get("model_type")))
+    return None if read is None else read(values)
+
+
+def _depth(f: Sizes) -> tuple[int, bool]:
+    """Number of blocks that run, and whether the final norm follows (``vision_feature_layer``)."""
+    depth, layer = f["num_hidden_layers"], f.values.get("vision_feature_layer")
+    if layer is None:
+        return depth, True
+    layer = layer[0] if isinstance(layer, (list, tuple)) and len(layer) == 1 else layer
+    if isinstance(layer, bool) or not isinstance(layer, int) or not -depth <= layer <= depth or layer == 0:
+        raise CheckpointError(
+            f"config.json: vision_feature_layer must be from 1 to {depth}, or from -{depth} to -1, not {layer!r}"
+        )
+    return (layer + depth + 1 if layer < 0 else layer), False
+
+
+def _encoder(f: Sizes, matrices: tuple[WeightMatrix, ...], layers: int, prefix: int, vectors: int) -> EncoderShape:
+    width, patch, image = f["hidden_size"], f["patch_size"], f["image_size"]
+    if patch > image or width % f["num_attention_heads"]:
+        raise CheckpointError(
+            "config.json: vision_config: patch_size exceeds image_size, or the heads do not divide the width"
+        )
+    patches = WeightMatrix("patch embedding", 3 * patch * patch, width, "grid", 1, True)
+    scores = AttentionProducts(width, f["num_attention_heads"], "patches", "patches", layers)
+    part = ModelPart(VISION, (patches, *matrices), (scores,), vectors)
+    keep = f.values.get("vision_feature_select_strategy", "full") == "full"
+    return EncoderShape(part, image, patch, width, prefix, keep)
+
+
+def siglip(values: Mapping[str, Any]) -> EncoderShape:
+    """SigLIP's encoder without its pooling head: no class token, a position for each patch."""
+    f = Sizes("vision_config", values, SIGLIP)
+    (layers, norm), width = _depth(f), f["hidden_size"]
+    matrices = (
+        *attention(layers, width, width, "patches", bias=True),
+        *feed_forward(layers, width, f["intermediate_size"], "patches", bias=True),
+    )
+    positions = (f["image_size"] // f["patch_size"]) ** 2
+    shape = _encoder(f, matrices, layers, 0, positions * width + 2 * width * (2 * layers + norm))
+    return replace(shape, keep_prefix=True)
+
+
+def dinov2(values: Mapping[str, Any], defaults: Mapping[str, int] = DINOV2) -> EncoderShape:
+    """DINOv2: a class token, positions, two scales of the width in each layer; registers if ``defaults`` has some."""
+    f = Sizes("vision_config", values, defaults)
+    (layers, norm), width = _depth(f), f["hidden_size"]
+    registers = f["num_register_tokens"] if "num_register_tokens" in defaults else 0
+    inner, gated = width * f["mlp_ratio"], f.flag("use_swiglu_ffn", False)
+    if gated:
+        inner = (int(inner * 2 / 3) + 7) // 8 * 8
+    matrices = (
+        *attention(layers, width, width, "patches", bias=f.flag("qkv_bias", True), out_bias=True),
+        *feed_forward(layers, width, inner, "patches", gated=gated, bias=True),
+    )
+    tokens = 2 + registers + (f["image_size"] // f["patch_size"]) ** 2  # class token, its position, registers, patches
+    return _encoder(f, matrices, layers, 1 + registers, tokens * width + 2 * width * (3 * layers + norm))
+
+
+def dinov3(values: Mapping[str, Any]) -> EncoderShape:
+    """DINOv3's ViT: as DINOv2 with rotary positions, which are no parameters."""
+    f = Sizes("vision_config", values, DINOV3)
+    (layers, norm), width = _depth(f), f["hidden_size"]
+    registers = f["num_register_tokens"] if values.get("num_register_tokens") else 0
+    biases = {name: f.flag(f"{name}_bias", name != "key") for name in ("query", "key", "value", "proj")}
+    names = {"query": "queries", "key": "keys", "value": "values", "proj": "attention output"}
+    matrices = (
+        *(WeightMatrix(text, width, width, "patches", layers, biases[name]) for name, text in names.items()),
+        *feed_forward(
+            layers, width, f["intermediate_size"], "patches", gated=f.flag("use_gated_mlp", False), bias=True
+        ),
+    )
+    return _encoder(f, matrices, layers, 1 + registers, (1 + registers) * width + 2 * width * (3 * layers + norm))
+
+
+READERS: Mapping[str, Callable[[Mapping[str, Any]], EncoderShape]] = {
+    "siglip_vision_model": siglip,
+    "dinov2": dinov2,
+    "dinov2_with_registers": lambda values: dinov2(values, DINOV2_WITH_REGISTERS),
+    "dinov3_vit": dinov3,
+}
+"""Readers by the ``model_type`` of a ``vision_config``."""
