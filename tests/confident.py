@@ -1,4 +1,4 @@
-"""Fits a confidence of a random tiny bundle, whose captions have no truth: the surer half of them is called right."""
+"""Fits a confidence of a random tiny bundle; the half with the higher log-probability counts as right."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Random tiny BLIP-2 checkpoints, saved by transformers, whose captions depend on their picture.
 
-Small random weights give logits that hardly move with the input, and parity of such a model proves nothing.
+Small random weights give logits that hardly depend on the input, so wrong code could give the same ids.
 Here every matrix keeps the magnitude of a signal (normal, standard deviation 2.2 / sqrt(fan_in)), embeddings are large,
 norms are not identities, and biases are not zero.
 """

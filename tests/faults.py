@@ -1,4 +1,4 @@
-"""Kills the commands that write, again and again, and checks what each kill leaves.
+"""Kills the commands that write files, many times, and checks the files after each kill.
 
     python -m tests.faults --kills 300 --seed 1 --json benchmarks/results/faults.json
 

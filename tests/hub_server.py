@@ -1,4 +1,4 @@
-"""A local HTTP server that speaks the endpoints of the Hugging Face hub, as far as its client uses them here.
+"""A local HTTP server with those endpoints of the Hugging Face hub that its client uses in the tests.
 
 Repositories are in memory. Files of at least :data:`LFS_BYTES` are served as the hub serves large files: a redirect to
 another host, with ranges. Faults are attributes of :class:`HubServer`.

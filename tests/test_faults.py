@@ -1,4 +1,4 @@
-"""Hostile and unlucky input: one picture, request or file fails alone, with one clear line."""
+"""Hostile or damaged input: only the picture, request or file in question fails, with an error of one line."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Files made to hurt: small ones that ask for much memory, and ones that lead outside their place.
+"""Hostile files: small files that ask for much memory, and files with paths outside their directory.
 
-Each is one declared error, or is read for what it holds, within a bound on memory.
+Each is read, or refused with a declared error, within a limit on memory.
 """
 
 from __future__ import annotations

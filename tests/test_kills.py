@@ -1,4 +1,4 @@
-"""A sample of the kills of ``make faults``: what a killed run leaves is old or new, and the next run cleans up."""
+"""A sample of the kills of ``make faults``: the output is the old or the new one, and the next run cleans up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process that captions writes nothing below HOME, and asks for no address."""
+"""A process that captions writes nothing below HOME, and opens no connection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one guard of all readers, and the description of fields: cases, and properties over any JSON value."""
+"""The module that guards all readers, and the description of fields: single cases, and rules for any JSON value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A typed special token is refused at every door: Python, the command line, HTTP and watch."""
+"""A typed special token is refused by every interface: Python, the command line, HTTP and watch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bundles on the hub, against a local server that speaks its endpoints: download, faults, push."""
+"""Bundles on the hub, with a local server that has the hub's endpoints: download, errors, push."""
 
 from __future__ import annotations
 

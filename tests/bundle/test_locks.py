@@ -1,4 +1,4 @@
-"""Locks of outputs: one run at a time, no litter of dead runs, and nothing of living or unknown ones is removed."""
+"""Locks of outputs: one run at a time, files of killed runs are removed, files of other runs are kept."""
 
 from __future__ import annotations
 

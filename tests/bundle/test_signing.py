@@ -1,4 +1,4 @@
-"""Signed bundles: what a signature lists is what is loaded, and other tools read it."""
+"""Signed bundles: only files that the signature lists are loaded, and other tools can read the signature."""
 
 from __future__ import annotations
 

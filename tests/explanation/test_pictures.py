@@ -1,4 +1,4 @@
-"""Heat maps lie where the model looked: through resizing, crop and EXIF orientation; the matrix and its cosines."""
+"""Heat maps are in the right place after resizing, crop and EXIF orientation; the matrix and its cosines."""
 
 from __future__ import annotations
 

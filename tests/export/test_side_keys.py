@@ -1,4 +1,4 @@
-"""The tables of side-file keys: complete for the installed transformers, and right for drawn keys and values."""
+"""The tables of side-file keys: complete for the installed transformers, and correct for random keys and values."""
 
 from __future__ import annotations
 

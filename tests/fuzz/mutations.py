@@ -1,4 +1,6 @@
-"""Mutations of files: bytes, and structures whose lengths and checksums stay right, so that parsers read further.
+"""Mutations of files: single bytes, and structures whose lengths and checksums are corrected afterwards.
+
+A wrong length or checksum would stop a parser before the mutated place.
 
 A mutation raises any exception for a file that it cannot parse; the caller then changes its bytes.
 """

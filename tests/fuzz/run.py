@@ -1,9 +1,9 @@
 """Runs mutated files through the readers: ``python -m tests.fuzz.run --inputs 1000000 --json out.json``.
 
 Each target runs in processes of its own, with a limit on memory (``RLIMIT_AS``) and on the time of an input. An input
-holds if the reader returns, or raises one of its declared errors. Anything else is a finding: another exception, a
-declared error that hides a fault of our own code, a crash, no end, or memory that the system refused. The input of a
-number is the same in every run with the same seed.
+passes if the reader returns, or raises one of its declared errors. Anything else is a finding: another exception, a
+declared error that hides a fault of our own code, a crash, no end, or memory that the system refused. Runs with the
+same seed have the same inputs, by number.
 """
 
 from __future__ import annotations

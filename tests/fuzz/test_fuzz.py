@@ -1,4 +1,4 @@
-"""A few mutated files of every reader, in this process; ``make fuzz`` reads as many as one likes."""
+"""A few mutated files of every reader, in this process; ``make fuzz N=…`` reads more."""
 
 from __future__ import annotations
 

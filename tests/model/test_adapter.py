@@ -1,4 +1,4 @@
-"""PEFT adapters: merged into the base as transformers and peft apply them, or refused by name."""
+"""PEFT adapters: merged into the base as transformers and peft apply them, or refused with an error that names them."""
 
 from __future__ import annotations
 

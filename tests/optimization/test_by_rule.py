@@ -1,4 +1,4 @@
-"""Copies for CUDA: made by rule, checked on the CPU, run by the CUDA backend's code with the CPU as the device."""
+"""Copies for CUDA: made by fixed rules, checked on the CPU, run by the CUDA backend's code on the CPU."""
 
 from __future__ import annotations
 

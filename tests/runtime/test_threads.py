@@ -1,4 +1,4 @@
-"""Contracts of ``Session`` on every backend: eight threads get one thread's tokens; closed sessions run nothing."""
+"""Rules of ``Session`` on every backend: eight threads get the tokens of one thread; closed sessions refuse."""
 
 from __future__ import annotations
 

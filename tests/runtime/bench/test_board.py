@@ -1,4 +1,4 @@
-"""What the doctor finds on a board: stand-ins for the files of a Jetson, and the closing sentence."""
+"""What the doctor finds on a board: simulated files of a Jetson, and the last sentence of the report."""
 
 from __future__ import annotations
 

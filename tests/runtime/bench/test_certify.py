@@ -1,4 +1,4 @@
-"""`certify`: the recorded outputs hold on every backend, and a wrong kernel is found in every graph."""
+"""`certify`: every backend gives the recorded outputs, and a wrong kernel is found in every graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Thresholds that are fitted to a stated rate of missed changes: the bound, the fit, the ladder and the kept file."""
+"""Thresholds fitted to a stated rate of missed changes: the bound, the fit, the steps of reuse, and the kept file."""
 
 from __future__ import annotations
 

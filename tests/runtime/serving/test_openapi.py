@@ -1,4 +1,4 @@
-"""The OpenAPI document: valid, complete, and true for requests that are made from it."""
+"""The OpenAPI document: valid, complete, and requests that are made from it succeed."""
 
 from __future__ import annotations
 

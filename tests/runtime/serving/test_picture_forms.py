@@ -1,4 +1,4 @@
-"""``POST /caption`` and ``/ask``: the three forms of a request, and what is said about any other."""
+"""``POST /caption`` and ``/ask``: the three forms of a request, and the error for any other form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A broken engine is loaded again; a request that fails alone ends nothing."""
+"""A broken engine is loaded again; a request that fails on its own does not stop the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Crops within their bounds, mirroring that spares texts with a side, and the same changes for the same seed."""
+"""Crops within their bounds, no mirroring for texts that say left or right, and the same changes for the same seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixtures: draws that fit the ratios, the same for a seed, resumed at every place."""
+"""Mixtures: draws follow the ratios, are equal for the same seed, and can be resumed at every place."""
 
 from __future__ import annotations
 
