@@ -25,7 +25,7 @@ def placed(page: str) -> str:
 def main() -> None:
     """Writes the tables into a page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--write", type=Path, metavar="FILE", required=True, help="put them into that page")
+    parser.add_argument("--write", type=Path, metavar="FILE", required=True, help="write the tables into the page FILE")
     path: Path = parser.parse_args().write
     path.write_text(placed(path.read_text(encoding="utf-8")), encoding="utf-8")
 

@@ -206,7 +206,7 @@ def main() -> None:
     """Writes the page, prints it, or compares it with an existing one."""
     parser = parser_of(__doc__)
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--write", type=Path, metavar="FILE", help="write the page there")
+    how.add_argument("--write", type=Path, metavar="FILE", help="write the page to FILE")
     how.add_argument("--check", type=Path, metavar="FILE", help="exit 1 unless that is the page")
     options = parser.parse_args()
     page = document()

@@ -151,7 +151,7 @@ def summary(results: dict[str, Any]) -> dict[str, float]:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path, help="in fp32")
-    parser.add_argument("--texts", type=Path, required=True, help="what benchmarks/texts.py wrote")
+    parser.add_argument("--texts", type=Path, required=True, help="directory that benchmarks/texts.py wrote")
     parser.add_argument("--tokens", type=int, default=20480, help="of the evaluation, at least")
     parser.add_argument("--calibration-tokens", type=int, default=16384)
     parser.add_argument("--only", action="append", choices=VARIANTS, help="a variant; may be repeated (all)")

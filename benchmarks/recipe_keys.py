@@ -107,7 +107,7 @@ def main() -> None:
     """Writes the tables into a page, or compares them with those that are there."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--write", type=Path, metavar="FILE", help="put them into that page")
+    how.add_argument("--write", type=Path, metavar="FILE", help="write the tables into the page FILE")
     how.add_argument("--check", type=Path, metavar="FILE", help="exit 1 unless they are those of that page")
     options = parser.parse_args()
     path: Path = options.write or options.check

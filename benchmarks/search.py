@@ -51,7 +51,7 @@ def row(point: FormatPoint, front: Sequence[FormatPoint]) -> dict[str, Any]:
 
 
 def rows(found: FoundPoints) -> dict[str, Any]:
-    """The front, the plain flags, and whether a preset beats a point of the front."""
+    """The front, the plain flags, and whether a plain flag is better than a point of the front."""
     measured = [point for point in found.points if point.drop is not None]
     presets = [point for point in measured if point.preset]
     return {

@@ -33,7 +33,7 @@ def paragraphs(text: str) -> str:
 
 
 def documents(novel: Path, addresses: Path) -> Iterator[tuple[str, str]]:
-    """Name and text of each document. Two chapters and two addresses alternate; each kind is in its own order."""
+    """Name and text of each document: two chapters of the novel, then two addresses, and so on, each in their order."""
     chapters = sorted(novel.glob("data/chapter_*.txt"), key=lambda path: int(path.stem.split("_")[1]))
     speeches = [path for path in sorted(addresses.glob("data/*.txt")) if int(path.stem[:4]) >= FIRST_YEAR]
     fours = zip(chapters[::2], chapters[1::2], speeches[::2], speeches[1::2], strict=False)

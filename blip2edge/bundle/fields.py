@@ -165,7 +165,7 @@ def record(
 
 
 def either(key: str, with_key: Check, without: Check) -> Check:
-    """An object of one of two forms, which differ in whether they have a key."""
+    """An object of one of two forms: ``with_key`` checks it if it has the key, ``without`` if not."""
     return lambda value, where: (with_key if isinstance(value, Mapping) and key in value else without)(value, where)
 
 

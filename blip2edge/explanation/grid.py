@@ -67,7 +67,7 @@ class View:
         return np.where((numbers >= 0) & (numbers < count), numbers, -1)
 
     def rectangle(self, row: int, column: int, grid: PatchGrid) -> tuple[float, float, float, float]:
-        """Left, top, right and bottom of a patch in pixels of the upright picture, without what lies outside it."""
+        """Left, top, right and bottom of a patch in pixels of the upright picture, cut at the picture's borders."""
         sides = []
         for axis, (number, count) in enumerate(((column, grid.columns), (row, grid.rows))):
             for edge in (number, number + 1):

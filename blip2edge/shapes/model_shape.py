@@ -182,7 +182,7 @@ class ModelPart:
         return sum(matrix.count for matrix in self.matrices)
 
     def elements(self, tokens: TokenCounts) -> float:
-        """Numbers that the operators between the matrices compute: the outputs, and three for each attention score."""
+        """Number of values that the operators between the matrices compute: outputs, and three per attention score."""
         outputs = sum(one.count * one.outputs * tokens_of(one.rows, tokens) for one in self.matrices)
         return float(outputs + 3 * sum(one.count * one.scores(tokens) for one in self.attentions))
 
@@ -235,8 +235,8 @@ class ModelShape:
         parts: The graphs: vision encoder, bridge, text encoder, keys and values of the cross-attention, decoder.
         bridge: Kind of the bridge: ``qformer``, ``instructed-qformer``, ``mlp``, ``perceiver``, ``pool`` or ``none``.
         image_size, patch_size: In pixels.
-        keep_class: Whether the class token, and what else is before the patches, is among the vision encoder's
-            embeddings. A SigLIP in a LLaVA without them lacks its first patch.
+        keep_class: Whether the bridge gets the class token and all other tokens before the patches. If not, a LLaVA
+            always drops the first embedding. For a SigLIP, which has no class token, this is the first patch.
         queries: Number of query tokens of the bridge; 0 for a bridge without.
         least_queries: Smallest number of query tokens that the bridge works with. ``queries`` for a bundle that is not
             elastic; 1 where the model can still be trained with fewer.

@@ -67,7 +67,7 @@ class PerceiverAttention(Attention):
 
 
 class PerceiverFeedForward(FeedForward):
-    """A norm, and two matrices without bias around a ReLU (the paper's squared ReLU is plain in Idefics)."""
+    """A norm, and two matrices without bias around a ReLU (Flamingo's paper squares it, Idefics does not)."""
 
     def __init__(self, config: PerceiverConfig) -> None:
         super().__init__(config.width, 4 * config.width, "relu", gated=False)

@@ -66,7 +66,7 @@ def read_blip2_itm(f: Fields) -> RetrievalConfig:
 
 
 def write_blip2_itm(config: RetrievalConfig) -> dict[str, Any]:
-    """Makes the ``config.json`` that :func:`read_blip2_itm` reads, and transformers with BLIP-2's vision encoder."""
+    """Makes the ``config.json`` for :func:`read_blip2_itm`; with BLIP-2's vision encoder, transformers reads it too."""
     qformer = config.text.to_hf() | {"model_type": "blip_2_qformer", "use_qformer_text_input": True}
     return {
         "model_type": "blip-2",

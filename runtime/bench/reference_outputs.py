@@ -69,7 +69,7 @@ class ReferenceOutputs:
     Attributes:
         inputs: Sketches of the graphs' inputs, by ``graph/input``: seeded numbers, which depend on NumPy alone.
         outputs: Sketches of the graphs' outputs, by ``graph/output``, in the order in which the graphs compute them.
-            Those of the decoder's KV cache show its layers.
+            Those of the decoder's KV cache show which of its layers differ.
         prompt: The prompt of every picture; None for the bundle's default.
         tokens: The caption of each drawn picture as token ids; empty for a model that compares pictures with texts.
         made_with: Versions and processor.

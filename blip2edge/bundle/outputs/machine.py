@@ -11,7 +11,7 @@ NETWORK = ("nfs", "cifs", "smb", "9p", "ceph", "lustre", "glusterfs", "afs", "fu
 
 
 def command() -> str:
-    """The program and its command, without other arguments: an API key may be among them."""
+    """The program and its command, without other arguments, because these may have an API key."""
     if not sys.argv or not sys.argv[0]:
         return ""
     return " ".join([Path(sys.argv[0]).name, *(word for word in sys.argv[1:2] if word.isalnum())])[:200]
