@@ -41,7 +41,8 @@ class ModelConfig(RecipeSection):
     checkpoint: str = ""
     """A captioner (directory or hub name) to start from; its bridge is used if it is of the kind `bridge`."""
     vision_from: str = ""
-    """A checkpoint (directory or hub name) whose picture encoder and preprocessing are used."""
+    """A checkpoint (directory or hub name) whose picture encoder and preprocessing are used: a captioner, or an encoder
+    alone, such as a SigLIP or a DINO (`models.md`)."""
     language_from: str = ""
     """A language model or a captioner (directory or hub name) whose language model and tokenizer are used."""
     bridge_from: str = ""

@@ -29,8 +29,7 @@ from blip2edge.errors import Blip2EdgeError, BundleError, ImageError, one_line
 from blip2edge.limits import DEFAULT_LIMITS, MAX_PIXELS, Limits
 from blip2edge.picture_files import is_broken_link
 from blip2edge.runtime.images.floats import resized_floats
-from blip2edge.runtime.images.grey16 import Grey16
-from blip2edge.runtime.images.modes import WITHOUT_PREMULTIPLIED_ALPHA, blend_on_white
+from blip2edge.runtime.images.modes import WITHOUT_PREMULTIPLIED_ALPHA, Grey16, blend_on_white
 
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
 """Formats that are decoded, by Pillow's names. Pillow runs other programs for some of the others (EPS: Ghostscript)."""

@@ -18,6 +18,7 @@ import torch
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.errors import CheckpointError, UnsupportedModelError
 from blip2edge.explanation.grid import patch_grid
+from blip2edge.explanation.pipeline import explain
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.export.verify import TOLERANCES
 from blip2edge.graph_files import load_graph
@@ -31,7 +32,7 @@ from blip2edge.training import run as runs
 from blip2edge.training.run import train
 from tests.drawing import draw_pictures
 from tests.families.drawing_encoders import ENCODERS, SIZE, save_encoder
-from tests.training.setup.test_build import recipe
+from tests.training.setup.test_build import STEPS, recipe
 
 PICTURE = draw_pictures(1, 5)[0]
 
@@ -116,6 +117,25 @@ def test_trained_and_exported(
     spec = bundle.graph("vision_encoder").spec
     grid = patch_grid(load_graph(bundle.file("vision_encoder.onnx")), spec)  # of `explain`
     assert (grid.rows, grid.columns, grid.before) == (4, 4, wanted.shape[1] - 16)
+
+
+@pytest.mark.slow
+def test_both_stages_and_explain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Any) -> None:
+    """A Q-Former and its text head, trained in both stages on a DINOv2's registers and patches."""
+    monkeypatch.setattr(runs, "draw_curve", lambda lines, path: False)
+    save_encoder("dinov2-with-registers", tmp_path / "dino", seed=5)
+    (tmp_path / "blip2").symlink_to(tiny_checkpoint.directory)
+    parts = 'vision_from = "dino"\nlanguage_from = "blip2"'
+    first = recipe(tmp_path, "first", parts)
+    first.write_text(first.read_text() + f"[stage1]\n{STEPS}embed_dim = 8\nmax_tokens = 12\n")
+    train("stage1", first, tmp_path / "stage1")
+    second = recipe(tmp_path, "second", f'{parts}\nbridge_from = "stage1"')
+    train("stage2", second, tmp_path / "trained", evaluation_scenes=0)
+    config = load_checkpoint(tmp_path / "trained").config
+    assert (config.family, config.bridge.kind, config.vision.num_embeds) == ("blip2edge", "qformer", 1 + 4 + 16)
+    bundle = export_checkpoint(tmp_path / "trained", tmp_path / "bundle").bundle
+    document = explain([PICTURE], bundle, tmp_path / "out", threads=1).document
+    assert document["grid"] == {"rows": 4, "columns": 4, "before": 5}
 
 
 @pytest.mark.parametrize("kind", ["siglip", "dinov2", "dinov3"])
