@@ -26,6 +26,13 @@ def conflicts(config: TrainingConfig) -> Iterator[Conflict]:
         Problem and correction of each conflict.
     """
     yield from _loop_conflicts(config)
+    for section, data in (("data", config.data), ("validation", config.validation)):
+        if data.most_shots and config.bridge != "flamingo":
+            yield Conflict(
+                f"[{section}] shots = {data.most_shots} does not work with bridge = {config.bridge!r}, whose model"
+                " reads one picture in a text",
+                "leave shots out, or set bridge = 'flamingo'",
+            )
     if config.model.is_miniature and not config.data.only_scenes:
         yield Conflict(
             "[model] names no trained parts, so the recipe trains the miniature model, which supports the data kind"

@@ -72,6 +72,7 @@ def add_arguments(parser: Parser) -> None:
         "the model's captions name)",
     )
     _add_judges(parser)
+    _add_shots(parser)
     parser.add_argument(
         "--predictions",
         metavar="FILE",
@@ -83,6 +84,25 @@ def add_arguments(parser: Parser) -> None:
     add_backend(parser)
     add_some_generation(parser, *DECODING)
     parser.add_argument("--json", action="store_true", help="print the scores as one JSON object")
+
+
+def _add_shots(parser: Parser) -> None:
+    """Add the flags of examples."""
+    add_number(
+        parser,
+        "--shots",
+        "examples before each caption or question, with their pictures; for a model that reads several pictures in one "
+        "text (default: 0)",
+        0,
+        kind=non_negative_int,
+        metavar="K",
+    )
+    parser.add_argument(
+        "--shots-from",
+        metavar="DATA",
+        help="data set that the examples are drawn from, for example the training data (default: the other pictures of "
+        "--data)",
+    )
 
 
 def _add_judges(parser: Parser) -> None:
@@ -150,6 +170,8 @@ def run(options: argparse.Namespace) -> int:
             clip=options.clip,
             reader=options.reader,
             reader_prompt=options.reader_prompt,
+            shots=options.shots,
+            shots_from=options.shots_from,
             predictions=options.predictions is not None,
             backend=options.backend,
             threads=options.threads,

@@ -11,6 +11,7 @@ from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, SHARE, RecipeSecti
 
 MIXTURE = "mixture"
 DATA_KINDS = ("scenes", "coco-captions", "coco-vqa", "karpathy", "table", "folder", "shards", "parquet", MIXTURE)
+WITHOUT_SHOTS = ("scenes", "shards", "parquet", MIXTURE)
 LEFT_RIGHT = ("left", "right", "leftmost", "rightmost", "clockwise", "counterclockwise", "anticlockwise")
 _CROP = ValidValues(lambda value: bool(0 < value <= 1), "be greater than 0 and at most 1")
 
@@ -53,6 +54,9 @@ class DataConfig(RecipeSection):
     set's size."""
     size: Annotated[int, NOT_NEGATIVE] = 0
     """Number of samples, for a mixture without ratios; 0: counted, which shards and unlimited scenes do not allow."""
+    shots: Annotated[int, NOT_NEGATIVE] = 0
+    """Examples (few-shot) before each sample, drawn from other pictures of the same set; they give no loss. Only for
+    bridge = "flamingo", and not for shards, Parquet files and scenes."""
     crop: Annotated[float, _CROP] = 1.0
     """Smallest share of a picture's area that a random crop keeps; 1: no crop."""
     flip: Annotated[float, SHARE] = 0.0
@@ -77,6 +81,12 @@ class DataConfig(RecipeSection):
         elif self.kind != "scenes" and not self.path:
             raise ConfigError(
                 f"[{self.section}] kind = {self.kind!r} expects a path, got none", f'add path = "…" to [{self.section}]'
+            )
+        if self.shots and self.kind in WITHOUT_SHOTS:
+            raise ConfigError(
+                f"[{self.section}] shots = {self.shots} does not work with kind = {self.kind!r}: examples are drawn"
+                " from a list of all samples",
+                "leave shots out, or give the data as a JSON file, a table or a folder",
             )
         for template in self.questions:
             if template.count("{}") != 1:
@@ -119,6 +129,11 @@ class DataConfig(RecipeSection):
     def only_scenes(self) -> bool:
         """Whether all pictures are generated scenes."""
         return all(part.kind == "scenes" for part in self.parts)
+
+    @property
+    def most_shots(self) -> int:
+        """The largest number of examples before a sample."""
+        return max(part.shots for part in self.parts)
 
     @property
     def augments(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from blip2edge.training.data.sources import PassOrder, Sample, draw_prompt
 from blip2edge.training.data.streams.augmentation import changed, draw_change
 
 _TEXT = 2  # random stream of prompts and answers
+_SHOTS = 5  # random stream of examples
 
 
 def sample_of(entry: Entry, config: DataConfig, rng: np.random.Generator) -> Sample:
@@ -75,6 +77,7 @@ class ListSource(RejectingSource):
         self._position = 0
         self._order = PassOrder(len(entries), seed)
         ids = "\n".join(entry.sample_id for entry in entries)
+        self._check_shots()
         self._digest = hashlib.sha256(ids.encode()).hexdigest()[:16]
 
     @property
@@ -88,7 +91,30 @@ class ListSource(RejectingSource):
             position = self._position
             self._position += 1
             rng = np.random.default_rng([_TEXT, self._seed, position])
-            yield sample_of(self._entries[self._order[position]], self._config, rng)
+            entry = self._entries[self._order[position]]
+            sample = sample_of(entry, self._config, rng)
+            yield replace(sample, shots=self._shots(entry, sample.prompt, position)) if self._config.shots else sample
+
+    def _check_shots(self) -> None:
+        pictures = len({entry.picture.identity for entry in self._entries}) if self._config.shots else 1
+        if pictures <= self._config.shots:
+            raise DataError(
+                f"{self._name}: expected more than {self._config.shots} pictures, to draw as many examples, got"
+                f" {pictures}",
+                "lower shots",
+            )
+
+    def _shots(self, entry: Entry, prompt: str, position: int) -> tuple[Sample, ...]:
+        """The examples before an entry, each of another picture; captions follow the prompt of the entry."""
+        rng = np.random.default_rng([_SHOTS, self._seed, position])
+        shots: dict[str, Sample] = {}
+        while len(shots) < self._config.shots:
+            other = self._entries[int(rng.integers(len(self._entries)))]
+            identity = other.picture.identity
+            if identity != entry.picture.identity and identity not in shots:
+                shot = sample_of(other, self._config, rng)
+                shots[identity] = replace(shot, prompt=prompt) if entry.text and other.text else shot
+        return tuple(shots.values())
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position in the stream, the rejected samples, and a fingerprint of the data."""

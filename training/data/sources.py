@@ -31,6 +31,7 @@ class Sample:
             then calls `SampleSource.reject` and uses the next sample.
         text: The target text: a caption or an answer, without surrounding space.
         prompt: The text before the target, without loss: a prompt, a question in its template, or an instruction.
+        shots: Examples that are shown before the sample, each with its picture, prompt and text; they give no loss.
     """
 
     sample_id: str
@@ -38,6 +39,12 @@ class Sample:
     open_picture: Callable[[], Image.Image]
     text: str
     prompt: str = ""
+    shots: tuple[Sample, ...] = ()
+
+    @property
+    def pictures(self) -> tuple[Sample, ...]:
+        """The samples whose pictures are shown, in order: the examples, then the sample itself."""
+        return (*self.shots, self)
 
 
 def draw_prompt(config: DataConfig, rng: np.random.Generator) -> str:

@@ -15,6 +15,7 @@ from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.matcher import Matcher
 from blip2edge.runtime.images.video import ItemSource
+from blip2edge.runtime.text.prompt import PromptBuilder
 from blip2edge.training.evaluation.models import (
     CaptionModel,
     EvaluatedModel,
@@ -40,9 +41,14 @@ class BundleCaptioner:
         )
         return [result.text for result in results]
 
+    @property
+    def prompts(self) -> PromptBuilder:
+        """The prompt builder of the bundle."""
+        return self._captioner.prompts
+
     def question(self, text: str) -> str:
         """Makes the prompt that asks a question."""
-        return self._captioner.prompts.question(text)
+        return self.prompts.question(text)
 
 
 class BundleMatcher:
@@ -101,7 +107,7 @@ def open_model(model: Path, options: ModelOptions) -> EvaluatedModel:
                 "export the checkpoint, and sign the bundle",
             )
         # Imported here: it needs torch, which a machine that only runs bundles does not have.
-        from blip2edge.training.evaluation.checkpoint_models import open_checkpoint_model
+        from blip2edge.training.evaluation.checkpoints.models import open_checkpoint_model
 
         return open_checkpoint_model(model, options)
     raise BundleError(

@@ -14,6 +14,7 @@ from blip2edge.training.data.detect import detect_data
 from blip2edge.training.data.entries import BrokenSamples, Entry, by_picture
 from blip2edge.training.data.folder import read_pictures
 from blip2edge.training.data.registry import read_entries
+from blip2edge.training.evaluation.few_shots import Examples
 from blip2edge.training.evaluation.models import MatchModel, ModelOptions
 from blip2edge.training.evaluation.open_model import open_model
 from blip2edge.training.evaluation.reader import TEMPLATE, Reader, open_reader
@@ -46,6 +47,8 @@ def evaluate(
     clip: str | Path | None = None,
     reader: str | Path | None = None,
     reader_prompt: str | None = None,
+    shots: int = 0,
+    shots_from: str | Path | None = None,
     predictions: bool = False,
     backend: BackendName = "auto",
     threads: int | None = None,
@@ -75,6 +78,8 @@ def evaluate(
             folder of pictures without texts can be scored too.
         reader: A bundle or a checkpoint whose language model answers the questions of the data from the captions alone.
         reader_prompt: The reader's prompt, with ``{caption}`` and ``{question}``; None for the default.
+        shots: Number of examples before each caption or question, for a model that reads several pictures.
+        shots_from: Data that the examples are drawn from; None for the other pictures of `data`.
         predictions: Whether the figures contain ``predictions``, the generated texts in COCO's result format.
         backend: Name of a bundle's backend, or ``auto``; for a checkpoint, which runs in torch, ``auto``, ``cpu`` or
             ``cuda``.
@@ -107,13 +112,33 @@ def evaluate(
             f"{option('predictions')} needs a captioner and a data set from files", f"leave {option('predictions')} out"
         )
     report = progress or (lambda stage, done, total: None)
+    examples = _examples(shots, shots_from, None if entries is None else entries[0], max_broken)
     wanted = ScoringOptions(
-        tuple(metrics), prompt, top, ranking, ask, *judges, lambda done, total: report("scoring", done, total)
+        tuple(metrics), prompt, top, ranking, ask, *judges, examples, lambda done, total: report("scoring", done, total)
     )
     if entries is None:
         return score_scenes(opened, count or SCENES_COUNT, split, wanted)
     figures = score_entries(opened, *entries, wanted)
     return figures if predictions else {key: value for key, value in figures.items() if key != "predictions"}
+
+
+def _examples(
+    shots: int, shots_from: str | Path | None, entries: list[Entry] | None, max_broken: int
+) -> Examples | None:
+    """What examples are drawn from; None for no examples.
+
+    Raises:
+        UsageError: There is a source of examples, and none is wanted.
+    """
+    if not shots:
+        if shots_from is not None:
+            raise UsageError(
+                f"{option('shots_from')} needs {option('shots')}", f"give the number of examples: {option('shots')} K"
+            )
+        return None
+    if shots_from is not None:
+        entries = _read(str(shots_from), None, None, max_broken, None, alone=False)[0]
+    return Examples(entries or [], shots)
 
 
 def _judges(

@@ -106,7 +106,7 @@ def open_reader(path: Path, options: ModelOptions, template: str = TEMPLATE) -> 
     path = find_bundle(path, public_key=options.require_signature)
     if not (path / MANIFEST).is_file():
         # Imported here: it needs torch, which a machine that only runs bundles does not have.
-        from blip2edge.training.evaluation.checkpoint_reader import checkpoint_generator
+        from blip2edge.training.evaluation.checkpoints.reader import checkpoint_generator
 
         generator, ends = checkpoint_generator(path, options)
         return Reader(generator, ends, options.batch_size, template)

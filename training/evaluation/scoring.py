@@ -13,6 +13,7 @@ from blip2edge.choices import Ranking, Split
 from blip2edge.errors import ImageError, UsageError, option
 from blip2edge.training.data.entries import AnnotatedPicture, BrokenSamples, Entry, StoredPicture, by_picture
 from blip2edge.training.data.scenes import Scene, scenes
+from blip2edge.training.evaluation.few_shots import Examples, generate, no_examples
 from blip2edge.training.evaluation.models import CaptionModel, EvaluatedModel, MatchModel, Vectors
 from blip2edge.training.evaluation.reader import Reader
 from blip2edge.training.evaluation.scene_scores import EVALUATION_SEED, PICTURES_AT_ONCE, evaluate_scenes
@@ -55,6 +56,7 @@ class ScoringOptions:
         ask: Whether POPE's questions are given to the model; otherwise its captions answer them.
         clip: Compares pictures and captions for CLIPScore; None for no CLIPScore.
         reader: Answers questions from captions; None for no such score.
+        examples: Examples before each request to the captioner; None for none.
         progress: Called with (pictures done, all pictures).
     """
 
@@ -65,6 +67,7 @@ class ScoringOptions:
     ask: bool = False
     clip: MatchModel | None = None
     reader: Reader | None = None
+    examples: Examples | None = None
     progress: CountProgress = field(default=lambda done, total: None)
 
     def chosen(self, possible: Sequence[str], *, captions: bool = False, questions: bool = False) -> tuple[str, ...]:
@@ -115,6 +118,8 @@ def score_scenes(model: EvaluatedModel, count: int, split: Split, options: Scori
     """
     if count < 2:
         raise UsageError(f"an evaluation needs at least 2 pictures, not {count}")
+    if options.examples is not None:
+        raise no_examples("generated scenes")
     shown = list(scenes(count, split=split, seed=EVALUATION_SEED))
     if model.captioner is not None:
         return _captioned_scenes(model.captioner, shown, split, options)
@@ -210,6 +215,10 @@ def score_entries(
     if not entries:
         raise broken.none_usable("sample to score")
     asks = bool(entries[0].question)
+    if options.examples is not None:
+        if model.captioner is None:
+            raise no_examples("a model that compares pictures with texts")
+        options.examples.check(model.captioner, questions=asks)
     if model.captioner is not None and asks:
         figures = _asked(model.captioner, entries, broken, options)
     elif model.captioner is not None:
@@ -251,7 +260,9 @@ def _captioned(
     judged: list[Vectors] = []
     pictures = [(each.image_id, each.picture) for each in shown]
     for numbers, images in _opened(pictures, broken, options.progress):
-        said |= dict(zip(numbers, captioner(images, [options.prompt] * len(images)), strict=True))
+        prompts = [options.prompt] * len(images)
+        asked = [shown[number].entries[0] for number in numbers]
+        said |= dict(zip(numbers, generate(captioner, asked, images, prompts, options.examples), strict=True))
         if options.clip is not None and "clip" in metrics:
             judged.append(options.clip.image_vectors(images))
     texts, references = list(said.values()), [shown[number].captions for number in said]
@@ -270,6 +281,8 @@ def _asked(
 ) -> Figures:
     """Scores on questions: the captioner's own answers, and those of a reader of its captions."""
     metrics = options.chosen(("vqa",), questions=True)
+    if "reader" in metrics and options.examples is not None:
+        raise no_examples("captions for a reader")
     figures: Figures = {}
     if "vqa" in metrics:
         figures = _answered(captioner, entries, broken, options)
@@ -310,7 +323,8 @@ def _answered(
     pictures = [(entry.sample_id, entry.picture) for entry in entries]
     for numbers, images in _opened(pictures, broken, options.progress):
         prompts = [captioner.question(entries[number].question) for number in numbers]
-        said |= dict(zip(numbers, captioner(images, prompts), strict=True))
+        wanted = [entries[number] for number in numbers]
+        said |= dict(zip(numbers, generate(captioner, wanted, images, prompts, options.examples), strict=True))
     asked = [entries[number] for number in said]
     scores: Mapping[str, Any] = vqa_scores(
         list(said.values()), [entry.answers for entry in asked], [entry.kinds for entry in asked]

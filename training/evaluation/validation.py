@@ -8,6 +8,7 @@ from pathlib import Path
 from blip2edge.errors import ConfigError
 from blip2edge.training.data.entries import by_picture
 from blip2edge.training.data.registry import read_entries
+from blip2edge.training.evaluation.few_shots import Examples
 from blip2edge.training.evaluation.models import CaptionModel, EvaluatedModel
 from blip2edge.training.evaluation.scoring import Figures, ScoringOptions, score_entries, score_scenes
 from blip2edge.training.loop_config import ValidationConfig
@@ -47,7 +48,8 @@ def validation_scores(
     if not entries:
         raise broken.none_usable("sample to validate with")
     metric = _metric("questions" if entries[0].question else "captions", config)
-    return lambda: score_entries(model, entries, broken, ScoringOptions()), metric
+    examples = Examples(entries, config.shots) if config.shots else None
+    return lambda: score_entries(model, entries, broken, ScoringOptions(examples=examples)), metric
 
 
 def _metric(data: str, config: ValidationConfig) -> str:

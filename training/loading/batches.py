@@ -33,8 +33,8 @@ class CaptionBatch(NamedTuple):
             `IGNORED` elsewhere. Not shifted, as in transformers.
         before_ids: int64 [N]: the tokens before the picture, equal in all rows; usually empty.
         decoder_ids: int64 [B, T]: for an encoder-decoder model, the start token and the caption; else None.
-        picture_mask: int64 [B, S]: for a language model with cross-attention, 1 where a token attends to the picture;
-            None if all tokens do, and for other models.
+        picture_mask: int64 [B, S]: for a language model with cross-attention, the number of the picture that a token
+            attends to, from 1; 0 for none. None if all tokens attend to the only one, and for other models.
     """
 
     input_ids: Tensor

@@ -14,6 +14,7 @@ from blip2edge.runtime.text.prompt import PromptBuilder
 from blip2edge.runtime.text.tokenizer import Tokenizer
 from blip2edge.training.data.sources import Sample
 from blip2edge.training.loading.batches import IGNORED, CaptionBatch, caption_batch, pad_rows, pad_with_mask
+from blip2edge.training.loading.few_shot import Shot, few_shot_prompt
 
 SHORTEST = 2  # shortest target text in tokens: one token and the end token
 
@@ -48,6 +49,11 @@ class CaptionTexts:
         """Returns the prompt of a sample, or the family's default prompt if the sample has none."""
         return sample.prompt or self._spec.default
 
+    def _whole_prompt(self, sample: Sample) -> str | None:
+        """The prompt of a sample with its examples."""
+        shots = [Shot(self.prompt(shot) or "", shot.text) for shot in sample.shots]
+        return few_shot_prompt(self._prompts, shots, self.prompt(sample))
+
     def _caption(self, sample: Sample, room: int) -> list[int]:
         """Token ids of the target text and the end token, at most `room` of them."""
         if room < SHORTEST:
@@ -66,9 +72,9 @@ class CaptionTexts:
 
         Raises:
             PromptError: A prompt is longer than the context.
-            DataError: A prompt leaves no position for a text.
+            DataError: A prompt leaves no position for a text, or an example marks a place of a picture.
         """
-        prompts = [self._prompts(self.prompt(sample)) for sample in samples]
+        prompts = [self._prompts(self._whole_prompt(sample), len(sample.pictures)) for sample in samples]
         longest = self._config.language.max_positions
         apart = self._config.language.is_encoder_decoder
         captions = []
@@ -87,7 +93,7 @@ class CaptionTexts:
         if self._spec.kind == INTERLEAVED:
             picture_mask = pad_rows(
                 [
-                    [*(int(picture >= 0) for picture in prompt.attends_to), *[1] * len(caption)]
+                    [*(picture + 1 for picture in prompt.attends_to), *[prompt.images] * len(caption)]
                     for prompt, caption in zip(prompts, captions, strict=True)
                 ],
                 0,

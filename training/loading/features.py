@@ -187,6 +187,9 @@ class PictureReader:
         rows = [each for each in pixels if each is not None]
         return torch.from_numpy(np.stack(rows)).to(self._accelerator.device)
 
+    def close(self) -> None:
+        """Does nothing: no file stays open."""
+
 
 class FrozenEncoder:
     """Opens the pictures of samples and encodes them with the frozen picture encoder.
@@ -219,6 +222,11 @@ class FrozenEncoder:
         if self.cache is not None and sample.image_id in self.cache:
             return None
         return self.preprocessing(sample.open_picture())
+
+    def close(self) -> None:
+        """Closes the files of the cache."""
+        if self.cache is not None:
+            self.cache.close()
 
     @torch.no_grad()
     def encode(self, samples: Sequence[Sample], pixels: Sequence[NDArray[np.float32] | None]) -> Tensor:

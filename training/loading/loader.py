@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from blip2edge.errors import Blip2EdgeError, DataError, ImageError, PromptError
 from blip2edge.training.data.sources import Sample, SampleSource
@@ -29,6 +31,8 @@ from blip2edge.training.loading.batches import CaptionBatch, TextBatch
 from blip2edge.training.loading.features import FrozenEncoder, PictureReader
 
 Pixels = NDArray[np.float32] | None
+Opened = list[Pixels]
+"""Pixels of the pictures of one sample."""
 BROKEN = (ImageError, DataError, PromptError)
 """Errors of a single sample, which is then replaced."""
 
@@ -44,6 +48,7 @@ class PictureBatch(NamedTuple):
         captions: Texts for the language model.
         texts: Texts for the Q-Former's own text side.
         instruction: Ids and mask, int64 [B, T] each, for a Q-Former that reads the prompt.
+        pictures: N, the number of pictures of each sample; `image_embeds` then has B * N rows, sample by sample.
     """
 
     sample_ids: tuple[str, ...]
@@ -52,6 +57,7 @@ class PictureBatch(NamedTuple):
     captions: CaptionBatch | None = None
     texts: TextBatch | None = None
     instruction: tuple[Tensor, Tensor] | None = None
+    pictures: int = 1
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,12 @@ class TextMakers:
             self.instruction([sample])
 
     def batch(self, samples: Sequence[Sample], image_embeds: Tensor) -> PictureBatch:
-        """Makes a batch of the samples' texts and their pictures' embeddings, float32 [B, P, Dv]."""
+        """Makes a batch of the samples' texts and their pictures' embeddings, float32 [number of pictures, P, Dv]."""
+        counts = [len(sample.pictures) for sample in samples]
+        if min(counts) < max(
+            counts
+        ):  # sets of a mixture with other numbers of examples; no text attends to the padding
+            image_embeds = pad_sequence(list(torch.split(image_embeds, counts)), batch_first=True).flatten(0, 1)
         captions = None if self.captions is None else self.captions(samples)
         own = None
         if self.own is not None:
@@ -88,6 +99,7 @@ class TextMakers:
             captions,
             own,
             None if self.instruction is None else self.instruction(samples),
+            max(counts),
         )
 
 
@@ -100,7 +112,7 @@ class _Prefetched(NamedTuple):
     """The next batch, whose pictures are being opened in threads."""
 
     samples: list[Sample]
-    opened: list[Future[Pixels | Blip2EdgeError]]
+    opened: list[Future[Opened | Blip2EdgeError]]
     states: list[dict[str, Any]]
 
 
@@ -152,7 +164,8 @@ class Loader:
             following = self._read()
             futures = [self._pool.submit(self._opened, sample) for sample in following[own]]
             self._prefetched = _Prefetched(following, futures, self._positions())
-        batch = self._texts.batch(samples[own], self._encoder.encode(samples[own], pixels))
+        shown = [picture for sample in samples[own] for picture in sample.pictures]
+        batch = self._texts.batch(samples[own], self._encoder.encode(shown, pixels))
         moved: PictureBatch = send_to_device(batch, self._accelerator.device)
         return moved
 
@@ -163,15 +176,16 @@ class Loader:
         """The position of each source."""
         return [source.state_dict() for source in self._sources]
 
-    def _opened(self, sample: Sample) -> Pixels | Blip2EdgeError:
+    def _opened(self, sample: Sample) -> Opened | Blip2EdgeError:
+        """The pixels of a sample's pictures, or the error of the sample."""
         try:
             self._texts.check(sample)
-            return self._encoder.open(sample)
+            return [self._encoder.open(picture) for picture in sample.pictures]
         except BROKEN as error:
             return error
 
     def _replace_broken(
-        self, samples: list[Sample], opened: list[Pixels | Blip2EdgeError]
+        self, samples: list[Sample], opened: list[Opened | Blip2EdgeError]
     ) -> tuple[list[Sample], list[Pixels]]:
         """Replaces samples that could not be opened, in the same way on all processes that read them."""
         own = self._own
@@ -184,7 +198,7 @@ class Loader:
             if not self._split and self._accelerator.num_processes > 1:
                 broken = {place: what for part in gather_object([broken]) for place, what in part.items()}
             if not broken:
-                return samples, [each for each in opened if not isinstance(each, Blip2EdgeError)]
+                return samples, [one for each in opened if not isinstance(each, Blip2EdgeError) for one in each]
             for place, problem in sorted(broken.items()):
                 self._sources[place // self._count].reject(samples[place], ImageError(problem))
             samples = list(samples)
@@ -240,6 +254,7 @@ class Loader:
         return {name: problem for part in gather_object([found]) for name, problem in part.items()}
 
     def close(self) -> None:
-        """Stops the threads that open pictures."""
+        """Stops the threads that open pictures, and closes the cache of features."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+        self._encoder.close()

@@ -20,7 +20,7 @@ from blip2edge.training.config import TrainingConfig
 from blip2edge.training.data.registry import open_sample_source
 from blip2edge.training.data.scenes import Scene
 from blip2edge.training.data.sources import Sample, SampleSource
-from blip2edge.training.evaluation.checkpoint_models import CheckpointCaptioner
+from blip2edge.training.evaluation.checkpoints.models import CheckpointCaptioner
 from blip2edge.training.evaluation.validation import validation_scores
 from blip2edge.training.loading.batches import KeywordTexts, SceneBatches, pixel_values
 from blip2edge.training.loading.caption_texts import CaptionTexts

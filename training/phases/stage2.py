@@ -50,7 +50,7 @@ PROJECTIONS: Mapping[str, str] = {
 """Name of the last layer of each kind of bridge, whose output the language model reads."""
 
 
-def caption_loss(language: nn.Module, visual_tokens: Tensor, batch: CaptionBatch) -> Tensor:
+def caption_loss(language: nn.Module, visual_tokens: Tensor, batch: CaptionBatch, pictures: int = 1) -> Tensor:
     """Computes the cross-entropy of captions, given their pictures.
 
     The value equals that of `labels=…` in transformers: labels are shifted by one, and the mean is over all labels of
@@ -58,8 +58,9 @@ def caption_loss(language: nn.Module, visual_tokens: Tensor, batch: CaptionBatch
 
     Args:
         language: Any language model of `model/language/registry.py`.
-        visual_tokens: The bridge's output, float [B, Q, D].
-        batch: The texts of the B pictures.
+        visual_tokens: The bridge's output, float [B, Q, D]; of several pictures one after the other, [B, N * Q, D].
+        batch: The texts of the B samples.
+        pictures: N, the number of pictures of a sample; above 1 only for a language model with cross-attention.
 
     Returns:
         A scalar.
@@ -68,7 +69,7 @@ def caption_loss(language: nn.Module, visual_tokens: Tensor, batch: CaptionBatch
     if config.is_encoder_decoder:
         return _encoder_decoder_loss(language, visual_tokens, batch)
     if config.cross is not None:
-        return _cross_loss(language, visual_tokens, batch)
+        return _cross_loss(language, visual_tokens, batch, pictures)
     return _prefix_loss(language, visual_tokens, batch)
 
 
@@ -113,10 +114,11 @@ def _encoder_decoder_loss(language: Any, visual_tokens: Tensor, batch: CaptionBa
     return _token_loss(logits, batch.labels)
 
 
-def _cross_loss(language: Any, visual_tokens: Tensor, batch: CaptionBatch) -> Tensor:
-    """Loss of a decoder with cross-attention to the visual tokens."""
+def _cross_loss(language: Any, visual_tokens: Tensor, batch: CaptionBatch, pictures: int) -> Tensor:
+    """Loss of a decoder with cross-attention to the visual tokens; a token attends to those of one picture."""
     rows, count = visual_tokens.shape[:2]
     mask = batch.attention_mask if batch.picture_mask is None else batch.picture_mask
+    owner = torch.arange(count, device=visual_tokens.device) // (count // pictures) + 1  # the picture of a visual token
     positions = torch.arange(batch.input_ids.shape[1], device=visual_tokens.device).expand(rows, -1)
     logits, _ = language(
         language.embed(batch.input_ids),
@@ -124,7 +126,7 @@ def _cross_loss(language: Any, visual_tokens: Tensor, batch: CaptionBatch) -> Te
         positions,
         positions[:, :-1],
         cross=language.cross_key_values(visual_tokens),
-        cross_attention_mask=mask[:, :, None].expand(-1, -1, count),
+        cross_attention_mask=(mask[:, :, None] == owner).long(),
     )
     return _token_loss(logits, batch.labels[:, 1:])
 
@@ -213,7 +215,8 @@ class GenerativeStage(nn.Module):
             queries["query_ids"] = torch.arange(self._queries, device=image_embeds.device)[None]
         if self.draft is None or batch.texts is None:
             visual_tokens = bridge(image_embeds, *(batch.instruction or ()), **queries)
-            loss = caption_loss(self.language, visual_tokens, batch.captions)
+            visual_tokens = visual_tokens.unflatten(0, (-1, batch.pictures)).flatten(1, 2)
+            loss = caption_loss(self.language, visual_tokens, batch.captions, batch.pictures)
             return {"lm": loss, "loss": loss}
         states, key_values = bridge.qformer.read(image_embeds, **queries)
         loss = caption_loss(self.language, bridge.projection(states), batch.captions)

@@ -15,8 +15,8 @@ import torch
 
 from blip2edge.cli import main
 from blip2edge.errors import UsageError
-from blip2edge.training.evaluation import checkpoint_models
-from blip2edge.training.evaluation.checkpoint_models import CheckpointCaptioner
+from blip2edge.training.evaluation.checkpoints import models as checkpoint_models
+from blip2edge.training.evaluation.checkpoints.models import CheckpointCaptioner
 from blip2edge.training.evaluation.models import ModelOptions
 from blip2edge.training.evaluation.open_model import open_captioner, open_matcher
 from tests.drawing import Variant, draw_pictures, draw_processor, save, with_ends

@@ -31,9 +31,9 @@ from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.runtime.images.video import ItemSource
 from blip2edge.runtime.text.prompt import InstructionTokenizer
 from blip2edge.runtime.text.tokenizer import Tokenizer
+from blip2edge.training.evaluation.checkpoints.decoding import TorchLanguage
+from blip2edge.training.evaluation.checkpoints.encoding import TorchEncoder
 from blip2edge.training.evaluation.models import EvaluatedModel, ModelOptions, Prompts, Vectors
-from blip2edge.training.evaluation.torch_decoding import TorchLanguage
-from blip2edge.training.evaluation.torch_encoding import TorchEncoder
 from blip2edge.training.loading.batches import pad_with_mask
 from blip2edge.training.loading.caption_texts import captioner_prompts
 
@@ -51,6 +51,9 @@ class CheckpointCaptioner:
         batch_size: Number of pictures in one batch.
         defaults: The options of the checkpoint's bundle; None for greedy decoding to the family's end of a text.
         generation: Fields of `GenerationOptions`; they replace the defaults.
+
+    Attributes:
+        prompts: The prompt builder of the model's family.
 
     Raises:
         UsageError: An option is out of range, needs a bundle, or does not fit the model.
@@ -78,8 +81,8 @@ class CheckpointCaptioner:
         reader = None
         if instructions is not None:
             reader = InstructionTokenizer(instructions, config.instruction_positions, config.frames)
-        self._prompts = captioner_prompts(config, tokenizer)
-        self._encoder = TorchEncoder(model, preprocessing, TextParts(tokenizer, self._prompts, reader))
+        self.prompts = captioner_prompts(config, tokenizer)
+        self._encoder = TorchEncoder(model, preprocessing, TextParts(tokenizer, self.prompts, reader))
         self._generator = TextGenerator(
             TorchLanguage(model.language, config.language, config.decoder_start_token_id),
             tokenizer,
@@ -88,7 +91,7 @@ class CheckpointCaptioner:
             Confidence(None),
         )
         check_ids(self._options, config.language.vocab_size)
-        check_prompt_ids(self._options, given=self._prompts.spec.gives_ids)
+        check_prompt_ids(self._options, given=self.prompts.spec.gives_ids)
         self._batch_size = batch_size
 
     @classmethod
@@ -114,7 +117,7 @@ class CheckpointCaptioner:
 
     def question(self, text: str) -> str:
         """Makes the prompt that asks a question."""
-        return self._prompts.question(text)
+        return self.prompts.question(text)
 
     def __call__(self, pictures: Sequence[ItemSource], prompts: Prompts | None = None) -> list[str]:
         """Generates one text for each picture; prompts of different lengths share a batch."""

@@ -1,0 +1,1 @@
+"""Checkpoints under evaluation, run in torch."""

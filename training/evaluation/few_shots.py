@@ -1,0 +1,143 @@
+"""Examples before each question or caption of an evaluation (few-shot), for models that read several pictures."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from PIL import Image
+
+from blip2edge.errors import DataError, ImageError, UsageError, option
+from blip2edge.runtime.text.prompt import PromptBuilder
+from blip2edge.training.data.entries import Entry
+from blip2edge.training.evaluation.models import CaptionModel, Prompts
+from blip2edge.training.loading.few_shot import Shot, few_shot_prompt, is_interleaved
+
+_SHOTS = 6  # random stream of examples
+
+
+@runtime_checkable
+class Prompted(Protocol):
+    """A captioner that shows how it makes its prompts."""
+
+    @property
+    def prompts(self) -> PromptBuilder:
+        """The prompt builder of its family."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What examples are drawn from.
+
+    Attributes:
+        entries: Captions, or questions with answers.
+        count: Number of examples before each request.
+    """
+
+    entries: Sequence[Entry]
+    count: int
+
+    def check(self, captioner: CaptionModel, *, questions: bool) -> None:
+        """Checks that a captioner can be shown the examples.
+
+        Args:
+            captioner: The captioner.
+            questions: Whether it is asked questions.
+
+        Raises:
+            UsageError: It reads one picture in a text, or the examples are of the other kind.
+            DataError: There are too few pictures.
+        """
+        _builder(captioner)
+        if any(bool(entry.question) != questions for entry in self.entries):
+            kinds = ("questions", "captions") if questions else ("captions", "questions")
+            raise UsageError(f"expected examples with {kinds[0]}, got {kinds[1]}", "give examples of the same kind")
+        pictures = len({entry.picture.identity for entry in self.entries})
+        if pictures <= self.count:
+            raise DataError(
+                f"expected more than {self.count} pictures, to draw as many examples, got {pictures}",
+                f"lower {option('shots')}",
+            )
+
+    def ask(
+        self, captioner: CaptionModel, asked: Sequence[Entry], images: Sequence[Image.Image], prompts: Prompts
+    ) -> list[str]:
+        """Lets a captioner generate a text for each entry, after its examples.
+
+        Args:
+            captioner: The captioner.
+            asked: The entries; none is shown its own picture as an example.
+            images: The picture of each.
+            prompts: The prompt of each; None for the default.
+        """
+        items: list[Any] = []
+        texts: list[str | None] = []
+        for entry, image, prompt in zip(asked, images, prompts, strict=True):
+            shots, shown = self._drawn(captioner, entry, prompt)
+            items.append([*shown, image])
+            texts.append(few_shot_prompt(_builder(captioner), shots, prompt))
+        return captioner(items, texts)
+
+    def _drawn(self, captioner: CaptionModel, entry: Entry, prompt: str | None) -> tuple[list[Shot], list[Image.Image]]:
+        """The examples of an entry with their pictures; its id decides. Broken pictures are no examples."""
+        rng = np.random.default_rng([_SHOTS, zlib.crc32(entry.sample_id.encode())])
+        shots: list[Shot] = []
+        images: list[Image.Image] = []
+        used = {entry.picture.identity}
+        for number in rng.permutation(len(self.entries)):
+            other = self.entries[int(number)]
+            if other.picture.identity in used:
+                continue
+            used.add(other.picture.identity)
+            try:
+                image = other.picture.open()
+            except ImageError:
+                continue  # it is counted as broken where it is asked
+            images.append(image)
+            asks = captioner.question(other.question) if other.question else prompt or ""
+            shots.append(Shot(asks, _answer(other)))
+            if len(shots) == self.count:
+                return shots, images
+        raise DataError(
+            f"expected {self.count} pictures besides that of {entry.sample_id} that can be opened, got {len(shots)}",
+            f"repair the pictures, or lower {option('shots')}",
+        )
+
+
+def generate(
+    captioner: CaptionModel,
+    asked: Sequence[Entry],
+    images: Sequence[Image.Image],
+    prompts: Prompts,
+    examples: Examples | None,
+) -> list[str]:
+    """The texts of a captioner for some entries, after examples if there are any; see :meth:`Examples.ask`."""
+    return captioner(images, prompts) if examples is None else examples.ask(captioner, asked, images, prompts)
+
+
+def no_examples(what: str) -> UsageError:
+    """The error for an evaluation that shows no examples."""
+    return UsageError(f"{option('shots')} does not work with {what}", f"leave {option('shots')} out")
+
+
+def _builder(captioner: CaptionModel) -> PromptBuilder:
+    """The prompt builder of a captioner that reads several pictures.
+
+    Raises:
+        UsageError: It reads one picture in a text.
+    """
+    if not isinstance(captioner, Prompted) or not is_interleaved(captioner.prompts):
+        raise UsageError(
+            f"{option('shots')}: this model reads one picture in a text, and cannot be shown examples",
+            f"leave {option('shots')} out, or give a model that reads several pictures (Flamingo, Idefics)",
+        )
+    return captioner.prompts
+
+
+def _answer(entry: Entry) -> str:
+    """The caption, or the answer that most people gave."""
+    return entry.text or Counter(entry.answers).most_common(1)[0][0]

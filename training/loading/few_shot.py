@@ -1,0 +1,66 @@
+"""Examples before a question (few-shot), for models that read several pictures in one text (Flamingo).
+
+An example is written as a training sample is: picture, prompt, text, end token. So the text of two examples and a
+question is, in the template of the family::
+
+    <image>Question: What is it? Answer: a dog</s><image>Question: How many? Answer: two</s><image>Question: …
+
+Each token attends to the last picture before it, and none between an end token and the next picture, as in Flamingo
+(Alayrac et al., arXiv 2204.14198, section 3.1.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from blip2edge.bundle.schema import INTERLEAVED, MARKERS
+from blip2edge.errors import DataError
+from blip2edge.runtime.text.prompt import PromptBuilder
+
+
+class Shot(NamedTuple):
+    """The texts of an example.
+
+    Attributes:
+        prompt: The prompt or question, already in its template; empty for the default prompt of the family.
+        text: The caption or answer.
+    """
+
+    prompt: str
+    text: str
+
+
+def is_interleaved(prompts: PromptBuilder) -> bool:
+    """Whether a model reads several pictures in one text."""
+    return prompts.spec.kind == INTERLEAVED
+
+
+def few_shot_prompt(prompts: PromptBuilder, shots: Sequence[Shot], prompt: str | None) -> str | None:
+    """Makes the prompt that has examples before it; each example and the prompt itself have one picture.
+
+    Args:
+        prompts: The prompt builder of a model that reads several pictures.
+        shots: The examples, in order.
+        prompt: The prompt; None for the family's default.
+
+    Returns:
+        The text for the prompt builder; `prompt` itself without examples.
+
+    Raises:
+        DataError: A text holds the marker of a picture, or an end token.
+    """
+    if not shots:
+        return prompt
+    spec = prompts.spec
+    end = "" if spec.end_token_id is None else prompts.tokenizer.id_to_token(spec.end_token_id) or ""
+    reserved = [text for text in (*MARKERS, spec.picture_token, end) if text]
+    parts = []
+    for shot in (*shots, Shot(prompt or "", "")):
+        begin = spec.template.replace("{prompt}", shot.prompt or spec.default or "")
+        found = next((text for text in reserved if text in shot.prompt or text in shot.text), None)
+        if found is not None:
+            raise DataError(f"a text of an example holds {found!r}, which marks the place of a picture or an end")
+        gap = " " if shot.text and (shot.prompt or spec.default) else ""
+        parts.append(f"{begin}{gap}{shot.text}{end if shot.text else ''}")
+    return "".join(parts)
