@@ -6,6 +6,7 @@ in-place decoders.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 
@@ -33,6 +34,7 @@ class KernelSession:
 
     def __init__(self, weights: DecoderWeights, device: KernelDevice) -> None:
         self.weights, self.device = weights, device
+        self.lock = threading.Lock()  # of the buffers of runs
         self._buffers: dict[RunSizes, RunBuffers] = {}
 
     def in_place(self, pairs: Mapping[str, str]) -> KernelBuffers:  # noqa: ARG002 - the names of graphs
@@ -104,17 +106,22 @@ class KernelBuffers:
         is_prefill = int(inputs[TOTAL]) == steps  # else all rows have S valid new tokens
         fresh = after if is_prefill else np.full(rows, steps, np.int32)
         sizes = RunSizes(rows, steps, indices.shape[1], self._shape[2])
-        buffers, device = self._session.buffers(sizes), self._device
-        device.write(buffers.embeddings, np.ascontiguousarray(embeds, np.float32))
-        device.write(buffers.before, after - fresh)
-        device.write(buffers.fresh, fresh)
-        device.write(buffers.chosen, (indices + np.arange(rows)[:, None] * steps).astype(np.int32))
+        session, device = self._session, self._device
+        with session.lock:
+            buffers = session.buffers(sizes)
+            device.write(buffers.embeddings, np.ascontiguousarray(embeds, np.float32))
+            device.write(buffers.before, after - fresh)
+            device.write(buffers.fresh, fresh)
+            device.write(buffers.chosen, (indices + np.arange(rows)[:, None] * steps).astype(np.int32))
+            for launch in plan_run(session.weights, sizes, buffers, self.addresses(first), device.multiprocessors):
+                device.run(launch)
+            return device.read(buffers.logits, (rows, indices.shape[1], self._layout.vocabulary), np.float32)
+
+    def addresses(self, first: int) -> CacheAddresses:
+        """Returns the addresses of keys and values from a row on."""
         start = first * self._row_bytes(self._shape)
         places = [address + start for address in self._addresses]
-        cache = CacheAddresses(places[0::2], places[1::2])
-        for launch in plan_run(self._session.weights, sizes, buffers, cache, device.multiprocessors):
-            device.run(launch)
-        return device.read(buffers.logits, (rows, indices.shape[1], self._layout.vocabulary), np.float32)
+        return CacheAddresses(places[0::2], places[1::2])
 
     def _new(self) -> int:
         return self._device.allocate(self._shape[0] * self._row_bytes(self._shape))

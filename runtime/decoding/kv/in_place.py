@@ -78,8 +78,11 @@ class InPlaceDecoder(Decoder):
         embeds = np.zeros((len(prompts), longest, self.table.width), self.embeds_dtype)
         for row, prompt in enumerate(prompts):  # slots after a shorter prompt are overwritten later
             embeds[row, : len(prompt)] = prompt
-        state = InPlaceState(self, len(prompts), longest)
+        state = self._new_state(len(prompts), longest)
         return state.read(embeds, lengths), state
+
+    def _new_state(self, rows: int, slots: int) -> InPlaceState:
+        return InPlaceState(self, rows, slots)
 
 
 class InPlaceState:

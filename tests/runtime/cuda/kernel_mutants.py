@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import json
 import os
 import random
@@ -64,9 +65,24 @@ CHANGES: tuple[tuple[str, str], ...] = (
 EQUIVALENT = (
     r"^#|#pragma|unroll|__launch_bounds__|static_assert",
     r"constexpr int (SEGMENT|MOST_MATRICES|THREADS|WARP|WARPS|LEAST_BLOCK)\b",  # the host's constants
-    r"enum (Input|Output)",
+    r"^enum \w+ \{.*=",
+    r"constexpr int (NEEDED|LANES|LOADED)\b",  # more lanes or words than needed change no result
 )
-"""Lines that are not changed: directives, and constants that the host shares."""
+"""Lines that are not changed: directives, constants that the host shares, and sizes that only decide about time."""
+
+SAME: tuple[tuple[str, str], ...] = (
+    (r"threadIdx\.x( % WARP == 1| \+ 1\) % WARP == 0)\) (scratch|shared)", "all lanes of a warp have the sum"),
+    (r"== 0\) (scratch|shared)\[\(threadIdx\.x \+ 1\) / WARP\]", "lane 0 and lane 1 are of the same warp"),
+    (r"(threadIdx\.x \+ 1\) % WARP < LANES|WARP <= LANES)", "the sums of lane i are also those of lane i + LANES"),
+    (r"lane <= LANES && channel < WIDTH", "the channels of this lane lie behind the head"),
+    (r"first_column > m\.width", "a block without columns writes nothing"),
+    (r"threadIdx\.x (== 1|!= 0)\) (\*flag|part|parts)", "one thread writes, whichever; or all write the same"),
+    (r"b\.token <= a\.token", "tokens differ"),
+    (r"= broken \? 1 :", "a row with a NaN has no log-probability"),
+    (r"a\.seen\[start \+ token\] = 2", "any mark counts"),
+    (r"BITS == 17", "fp16 has no scales, and their address is not read"),
+)
+"""Changes that change no result, with the reason; they are not counted."""
 
 SECONDS = 60
 
@@ -91,7 +107,9 @@ def mutants(file: str) -> Iterator[Mutant]:
         for pattern, replacement in CHANGES:
             for match in re.finditer(pattern, code):
                 new = str(int(match[1]) + 1) if replacement == "{+1}" else replacement
-                yield Mutant(file, number, line.strip(), f"{line[: match.start()]}{new}{line[match.end() :]}")
+                after = f"{line[: match.start()]}{new}{line[match.end() :]}"
+                if not any(re.search(same, after) for same, _ in SAME):
+                    yield Mutant(file, number, line.strip(), after)
 
 
 def outcome(mutant: Mutant) -> str:
@@ -113,6 +131,7 @@ def outcome(mutant: Mutant) -> str:
 
 def _child(mutant: Mutant, sources: Path) -> None:
     signal.alarm(SECONDS)
+    faulthandler.disable()  # a mutant may crash
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     for suite in SUITES[mutant.file]:

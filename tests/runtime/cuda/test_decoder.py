@@ -20,11 +20,15 @@ from blip2edge.errors import BundleError
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.graph_files import load_graph
 from blip2edge.optimization.decoder_layout import read_layout
+from blip2edge.runtime.cuda.greedy import KernelDecoder, load_table
 from blip2edge.runtime.cuda.plan import needed_kernels
 from blip2edge.runtime.cuda.session import KernelSession
+from blip2edge.runtime.cuda.steps import choose_kernel
 from blip2edge.runtime.cuda.weights import load_weights
+from blip2edge.runtime.decoding.kv import in_place
 from blip2edge.runtime.decoding.kv.growing import GrowingDecoder
-from blip2edge.runtime.decoding.kv.in_place import InPlaceDecoder
+from blip2edge.runtime.decoding.sampling import StepScores, penalize_repetition
+from blip2edge.runtime.decoding.state import GreedyState
 from tests import drawing
 from tests.families import drawing_llama
 from tests.runtime.cuda.shim_device import ShimDevice
@@ -110,11 +114,13 @@ class Pair:
         self.layout = read_layout(load_graph(path), manifest.cache, manifest.max_positions)
         self.device = ShimDevice(multiprocessors, order)
         weights = load_weights(self.layout, directory, self.device)
-        self.device.compile(needed_kernels(weights, rows))
+        stored = load_table(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, self.device)
+        choice = choose_kernel(stored.form, stored.bits, stored.value)
+        self.device.compile([*needed_kernels(weights, rows), choice])
         dtype = next(tensor.dtype for tensor in spec.inputs if tensor.name == "inputs_embeds")
         self.table = TokenTable(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, dtype)
         session = KernelSession(weights, self.device)
-        self.kernels = InPlaceDecoder(session, spec, manifest.cache, self.table, manifest.max_positions)
+        self.kernels = KernelDecoder(session, spec, manifest.cache, self.table, manifest.max_positions, stored)
         self.graph = GrowingDecoder(Portable(path), spec, manifest.cache, self.table)
         self.compared = 0
 
@@ -179,6 +185,42 @@ def test_ragged_batches_drafts_and_beams_give_the_graphs_ids(
         tokens = np.arange(20, 20 + len(rows))
         pair.same(ours.step(tokens), theirs.step(tokens))
     assert pair.compared == 2 * 4 + 6 + 7
+
+
+@pytest.mark.parametrize(("kind", "precision"), EVERY)
+def test_greedy_tokens_are_chosen_on_the_device(
+    pair_of: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, kind: str, precision: str
+) -> None:
+    """With a penalty, an end token that is held, rows of different lengths, and a cache that grows on the way."""
+    monkeypatch.setattr(in_place, "ROOM", 2)
+    pair = pair_of(kind, precision, (1, 2, 3, 5))
+    prompts = pair.prompts((12, 3))  # the cache has room for 16 slots at first
+    (found, ours), (wanted, theirs) = pair.kernels.prefill(prompts), pair.graph.prefill(prompts)
+    tokens = pair.same(found, wanted)
+    held = np.array([int(theirs_next) for theirs_next in wanted.argsort(axis=-1)[1, -3:]])
+    rules = [StepScores(np.array([7, 8]), 1.0), StepScores(np.arange(5, 40), 1.3, held, 2)]
+    seen = [list(rule.seen) for rule in rules]
+    assert isinstance(ours, GreedyState)
+    assert ours.gives_logprobs
+    greedy = ours.greedy(tokens, rules)
+    for step in range(6):
+        logits = theirs.step(tokens)
+        scores = logits.copy()
+        for row, rule in enumerate(rules):
+            penalize_repetition(scores[row], np.unique(seen[row]), rule.penalty)
+            if step < rule.held_steps:
+                scores[row, rule.held] = -np.inf
+        tokens = scores.argmax(axis=-1)
+        chosen, logprobs = next(greedy)
+        assert chosen.tolist() == tokens.tolist()
+        exact = logits[[0, 1], tokens] - np.log(np.exp(logits.astype(np.float64)).sum(axis=-1))
+        assert np.abs(logprobs - exact).max() < 2 * TOLERANCE * np.abs(logits).max()
+        for row, token in enumerate(tokens):
+            seen[row].append(token)
+    greedy.close()
+    assert ours.lengths.tolist() == [18, 9]
+    found, wanted = ours.step(tokens), theirs.step(tokens)  # the state holds all tokens but the last ones
+    assert np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max()
 
 
 @pytest.mark.slow

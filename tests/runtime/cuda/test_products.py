@@ -16,7 +16,7 @@ WIDE = 160  # more than a tile of every format but one, and no multiple of it
 
 CASES = (
     RowProduct(16, 1, 72, (WIDE,), out="float"),
-    RowProduct(16, 4, 37, (WIDE, 32, 40)),  # a depth that is no multiple of a chunk; narrower matrices
+    RowProduct(16, 4, 33, (WIDE, 32, 40)),  # a chunk of one row; narrower matrices
     RowProduct(16, 3, 16, (6,), relu=True),
     RowProduct(16, 1, 300, (7,)),
     RowProduct(8, 1, 128, (WIDE,), 64),

@@ -1,8 +1,8 @@
 // CUDA C++ on a CPU, for tests: a fiber for each thread of a block, one block after the other.
 //
 // A thread runs until it waits: __syncthreads() waits for all threads of the block, a shuffle for those of the warp. So
-// a missing barrier shows in some order of the threads, which the launch chooses: forward, reversed or random. A barrier
-// that not all threads reach is an error, as is a write behind the launch's shared memory. Shared memory is filled with
+// a missing barrier shows in some order of the threads, which the launch chooses: forward, reversed or random, where a
+// warp may run far ahead of the others. A barrier that not all threads reach is an error, as is a write behind the launch's shared memory. Shared memory is filled with
 // NaN before each block.
 #pragma once
 
@@ -112,12 +112,15 @@ inline Fault run_block(std::vector<unsigned>& order, std::mt19937* random) {
     for (unsigned i = 0; i < threads; ++i) fibers[i].status = RUNS;
     for (;;) {
         if (random) std::shuffle(order.begin(), order.end(), *random);
+        const unsigned awake = random ? (*random)() : ~0u;  // a bit for each warp: the others stay where they are
         for (unsigned index : order)
-            if (fibers[index].status == RUNS) resume(index);
+            if (fibers[index].status == RUNS && awake >> index / LANES & 1) resume(index);
         bool moves = release(0, threads, WAITS_BLOCK), done = true;
-        for (unsigned warp = 0; warp < threads; warp += LANES)
-            moves |= release(warp, std::min<unsigned>(LANES, threads - warp), WAITS_WARP);
-        for (unsigned i = 0; i < threads; ++i) done &= fibers[i].status == DONE;
+        for (unsigned warp = 0; warp < threads; warp += LANES) moves |= release(warp, LANES, WAITS_WARP);
+        for (unsigned i = 0; i < threads; ++i) {
+            done &= fibers[i].status == DONE;
+            moves |= fibers[i].status == RUNS;
+        }
         if (done) return FINE;
         if (!moves) return DEADLOCK;
     }
