@@ -37,6 +37,7 @@ from blip2edge.training.loop.trackers import BOARD, TrackedRun, Trackers, check_
 from blip2edge.training.loop.training_run import TrainingRun
 from blip2edge.training.phases.registry import PHASES, phases_of
 from blip2edge.training.setup.build import build_parts, write_stage1
+from blip2edge.training.setup.memory import announce
 
 RECORD_FILE = "training.json"  # in the checkpoint: the record of the training
 _RUN_SUFFIX = ".run"  # added to the output's name: the directory of log and snapshots during the run
@@ -134,6 +135,7 @@ def _train(
         run.log, run.progress = log or run.log, progress
     if snapshot is not None:
         run.log(f"resumes from the snapshot of step {snapshots.steps} in {snapshots.directory}")
+    announce(run.parts.model.config, config, stage, accelerator, run.log)
     start, cpu_start = time.monotonic(), time.process_time()
     if config.validation.every and stage == "stage1":
         run.log("stage1: [validation] is not used: stage 1 generates no captions")

@@ -88,12 +88,14 @@ class MemoryNeed:
         least: With less memory, the command certainly fails.
         likely: An estimate of the peak.
         mend: How to lower the need.
+        ignorable: Whether the command has the option ``anyway``.
     """
 
     what: str
     least: int
     likely: int
     mend: str
+    ignorable: bool = True
 
 
 def export_need(largest: int, total: int, *, full: bool) -> MemoryNeed:
@@ -163,7 +165,7 @@ def check_memory(
         raise error(
             f"{need.what} needs at least {need.least / GB:.1f} GB of memory, and this machine has "
             f"{memory.total / GB:.1f} GB with its swap",
-            f"{need.mend}, or try it with {option('anyway', on=True)}",
+            f"{need.mend}, or try it with {option('anyway', on=True)}" if need.ignorable else need.mend,
         )
     if need.likely > memory.free and notify is not None:
         notify(

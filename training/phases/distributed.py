@@ -6,16 +6,31 @@ ranks. Here the gradient flows back, and N processes at batch B make the same st
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within this context the losses are those of this process only, as if there were no other."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
 
 def rank_and_size() -> tuple[int, int]:
     """Returns the rank of this process and the number of processes: 0 and 1 without a process group."""
-    if dist.is_available() and dist.is_initialized():
+    if not _ALONE.get() and dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 

@@ -1,0 +1,131 @@
+"""The memory of a step, predicted from shapes, against plan's parameters and against the tensors of a real step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("accelerate")
+pytest.importorskip("transformers")
+
+from accelerate import Accelerator  # noqa: E402
+
+from blip2edge.errors import ConfigError  # noqa: E402
+from blip2edge.model.families.registry import read_config  # noqa: E402
+from blip2edge.runtime.bench import memory as machine  # noqa: E402
+from blip2edge.shapes.families import published_config, shape_of  # noqa: E402
+from blip2edge.training.config import TrainingConfig, parse_config  # noqa: E402
+from blip2edge.training.loop.optim import recompute_activations  # noqa: E402
+from blip2edge.training.phases.stage2 import GenerativeStage  # noqa: E402
+from blip2edge.training.setup.memory import GIB, StepMemory, announce, memory_table, predict  # noqa: E402
+from tests.training.phases.test_memory import step  # noqa: E402
+from tests.training.phases.test_stage2 import PROMPTS, case, draw  # noqa: E402
+
+OPT = "blip2-opt-2.7b"
+NAMED = '[model]\ncheckpoint = "x"\n'
+
+
+def recipe(loop: str = "", stage2: str = "", top: str = "") -> TrainingConfig:
+    return parse_config(f"{top}\n{NAMED}[loop]\n{loop}\n[stage2]\nbatch_size = 8\nmax_tokens = 32\n{stage2}")
+
+
+def published(name: str) -> Any:
+    values = published_config(name)
+    assert values is not None
+    return read_config(values)
+
+
+def of(name: str, processes: int = 1, **lines: str) -> StepMemory:
+    given = recipe(**lines)
+    return predict(published(name), given, given.stage2, processes)
+
+
+@pytest.mark.parametrize(
+    ("name", "bridge"), [(OPT, "qformer"), ("instructblip-vicuna-7b", "qformer"), ("idefics-9b", "flamingo")]
+)
+def test_the_parameters_are_those_of_plan(name: str, bridge: str) -> None:
+    found = of(name, top=f'bridge = "{bridge}"')
+    counted = shape_of(published_config(name)).parameters()["total"]
+    assert (found.frozen + found.trained) / 4 == pytest.approx(counted, rel=1e-3)
+    assert found.reading == found.frozen + found.trained
+    assert found.gradients == found.trained
+    assert found.optimizer == 2 * found.trained
+
+
+def test_what_each_choice_saves() -> None:
+    plain = of(OPT)
+    half = of(OPT, loop='frozen_dtype = "bfloat16"')
+    assert half.frozen * 2 == plain.frozen
+    assert half.trained == plain.trained
+    assert half.activations < plain.activations
+    again = of(OPT, loop="recompute_activations = true")
+    assert again.activations < 0.3 * plain.activations
+    averaged = of(OPT, loop="ema_decay = 0.9")
+    assert averaged.averages == averaged.trained
+    assert averaged.step - plain.step == averaged.trained
+    spread = of(OPT, 2, loop="fsdp = true")
+    assert spread.frozen * 2 == plain.frozen
+    assert 0 < spread.gathered < plain.frozen / 8
+    assert spread.step < 0.7 * plain.step
+    pytest.importorskip("peft")
+    config = published(OPT).language
+    lora = of(OPT, stage2="lora_rank = 8")
+    width = config.hidden_size
+    assert lora.trained - plain.trained == 4 * config.num_layers * 4 * 2 * 8 * width  # A and B of four matrices
+    vision = of(OPT, stage2="unfreeze_vision = true")
+    assert vision.trained > plain.trained + 4 * 900_000_000
+    assert vision.activations > 2 * plain.activations
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5", "llava"])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_the_kept_tensors_are_those_of_a_real_step(kind: str, recomputed: bool, tmp_path: Path) -> None:
+    """The real batch is as long as the predicted one; a CPU's attention keeps a little less than the meta device's."""
+    bridge = "mlp" if kind == "llava" else "qformer"
+    made = case(draw(kind, tmp_path), tmp_path, PROMPTS)
+    captions = made.batch.captions
+    assert captions is not None
+    rows, length = captions.labels.shape
+    text = length if made.ours.config.language.is_encoder_decoder else length - 8
+    given = parse_config(f'bridge = "{bridge}"\n{NAMED}[stage2]\nbatch_size = {rows}\nmax_tokens = {text}')
+    plain = predict(made.ours.config, given, given.stage2)
+    stage = GenerativeStage(made.ours, bridge)
+    if recomputed:
+        recompute_activations(stage)
+        given = parse_config(
+            f'bridge = "{bridge}"\n{NAMED}[loop]\nrecompute_activations = true\n'
+            f"[stage2]\nbatch_size = {rows}\nmax_tokens = {text}"
+        )
+        assert predict(made.ours.config, given, given.stage2).activations < plain.activations
+        return
+    held = step(stage, made.batch)[2]
+    assert plain.activations == pytest.approx(held, rel=0.25)
+
+
+def test_the_table_and_the_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = recipe()
+    lines: list[str] = []
+    one: Any = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+    monkeypatch.setattr(machine, "machine_memory", lambda: machine.MachineMemory(64 * GIB, 64 * GIB))
+    announce(published(OPT), given, "stage2", one, lines.append)
+    predicted = predict(published(OPT), given, given.stage2)
+    assert lines == memory_table(predicted, "stage2: predicted memory of a step of 8 samples with 32 tokens")
+    assert f"  peak        {predicted.peak / GIB:9.3f} GiB" in lines
+    monkeypatch.setattr(machine, "machine_memory", lambda: machine.MachineMemory(8 * GIB, 64 * GIB))
+    announce(published(OPT), given, "stage2", one, lines.append)
+    assert lines[-1].startswith("warning: the training may need about 18.")
+    monkeypatch.setattr(machine, "machine_memory", lambda: machine.MachineMemory(8 * GIB, 8 * GIB))
+    with pytest.raises(ConfigError, match=r"the training needs at least .* set frozen_dtype to bfloat16") as caught:
+        announce(published(OPT), given, "stage2", one, lines.append)
+    assert "anyway" not in str(caught.value)
+
+
+def test_nothing_is_printed_for_stage_1_and_for_the_miniature() -> None:
+    lines: list[str] = []
+    announce(published(OPT), recipe(), "stage1", Accelerator(), lines.append)
+    announce(published(OPT), parse_config(""), "stage2", Accelerator(), lines.append)
+    assert lines == []

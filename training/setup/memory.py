@@ -1,0 +1,257 @@
+"""Predicts the memory of a training step of stage 2 or instruction tuning, before the training starts.
+
+Weights, gradients and optimizer state are counted from the parameters: 4 bytes for a trained one, in weight, gradient,
+both of AdamW's moments and average, and the bytes of its type for a frozen one. The tensors that the forward pass keeps
+for the backward pass are counted by running it on torch's meta device, which computes shapes only. So the prediction
+is that of the code that trains, for any family, and needs neither weights nor time. The parameters of these modules are
+those that ``blip2edge plan`` counts (tests compare them).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from blip2edge.errors import ConfigError
+from blip2edge.model.captioner import CaptionerModel
+from blip2edge.model.config import CaptionerConfig
+from blip2edge.runtime.bench.memory import MachineMemory, MemoryNeed, check_memory
+from blip2edge.runtime.bench.plan import PlanOptions
+from blip2edge.training.config import TrainingConfig
+from blip2edge.training.loading.batches import CaptionBatch, TextBatch
+from blip2edge.training.loading.loader import PictureBatch
+from blip2edge.training.loop.optim import layers_of, recompute_activations
+from blip2edge.training.phase_config import Stage2Phase
+from blip2edge.training.phases.distributed import alone
+from blip2edge.training.phases.stage2 import GenerativeStage
+from blip2edge.training.setup.lora import add_lora
+from blip2edge.training.setup.model_parts import DTYPES
+
+GIB = 1 << 30
+_TRAINED = 4  # bytes of a value in float32
+_PROMPT = PlanOptions().prompt_tokens
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of one process during a step; those of sharded parameters are its share.
+
+    Attributes:
+        frozen: Frozen weights, with those of the picture encoder.
+        trained: Trained weights.
+        gradients: Gradients of the trained weights.
+        optimizer: AdamW's two moments.
+        averages: Averages of the trained weights.
+        gathered: With sharding: the largest layer, and the parameters that belong to no layer.
+        activations: What the forward pass keeps for the backward pass, and the largest layer that runs again.
+        working: Gradient of the largest kept tensor, usually of the logits.
+        reading: Before the first step: the whole model in float32, as it is read from the checkpoint.
+    """
+
+    frozen: int
+    trained: int
+    gradients: int
+    optimizer: int
+    averages: int
+    gathered: int
+    activations: int
+    working: int
+    reading: int
+
+    @property
+    def step(self) -> int:
+        """The peak of a step: activations are released while gradients appear, so the larger of both counts."""
+        held = self.frozen + self.trained + self.optimizer + self.averages + self.gathered
+        return held + max(self.activations + self.working, self.gradients)
+
+    @property
+    def peak(self) -> int:
+        """The peak of the phase."""
+        return max(self.step, self.reading)
+
+
+def predict(config: CaptionerConfig, recipe: TrainingConfig, phase: Stage2Phase, processes: int = 1) -> StepMemory:
+    """Predicts the memory of a step.
+
+    Args:
+        config: The captioner.
+        recipe: The recipe; the key `bridge` and the section `[loop]` are used.
+        phase: Section `[stage2]` or `[instruct]`. Texts are assumed to have `max_tokens` tokens.
+        processes: Number of processes; with `fsdp` the parameters are spread over them.
+    """
+    with alone(), torch.device("meta"):
+        stage, vision = _stage(config, recipe, phase)
+        batch = _batch(stage, config, recipe, phase)
+        kept, largest, working = _kept(stage, batch)
+        if recipe.loop.recompute_activations:
+            recompute_activations(stage)
+            kept = _kept(stage, batch)[0] + largest
+    shares = processes if recipe.loop.fsdp else 1
+    frozen, trained = _parameter_bytes([stage, vision])
+    parameters = {id(each): each.numel() for module in (stage, vision) for each in module.parameters()}
+    own = -(-trained // shares)
+    return StepMemory(
+        frozen=-(-frozen // shares),
+        trained=own,
+        gradients=own,
+        optimizer=2 * own,
+        averages=own if recipe.loop.ema_decay else 0,
+        gathered=_gathered(stage) if shares > 1 else 0,
+        activations=kept,
+        working=working,
+        reading=_TRAINED * sum(parameters.values()),
+    )
+
+
+def memory_table(predicted: StepMemory, title: str) -> list[str]:
+    """The lines of a short table, in GiB."""
+    rows = {each.name: getattr(predicted, each.name) for each in fields(predicted)}
+    reading = rows.pop("reading")
+    rows |= {"step": predicted.step, "reading": reading, "peak": predicted.peak}
+    shown = [(name, size) for name, size in rows.items() if size]
+    return [title, *(f"  {name:<12}{size / GIB:9.3f} GiB" for name, size in shown)]
+
+
+def announce(
+    config: CaptionerConfig, recipe: TrainingConfig, stage: str, accelerator: Accelerator, log: Callable[[str], None]
+) -> None:
+    """Prints the predicted memory of stage 2 or instruction tuning, and compares it with that of the device.
+
+    Args:
+        config: The captioner.
+        recipe: The recipe. Nothing is printed for the miniature, which is small.
+        stage: The last stage of the run; nothing is printed for "stage1".
+        accelerator: Device and processes.
+        log: Receives the lines.
+
+    Raises:
+        ConfigError: The weights and the optimizer state alone need more than all memory of the device.
+    """
+    if stage == "stage1" or recipe.model.is_miniature:
+        return
+    phase = recipe.instruct if stage == "instruct" else recipe.stage2
+    processes = accelerator.num_processes
+    predicted = predict(config, recipe, phase, processes)
+    title = f"{stage}: predicted memory of a step of {phase.batch_size} samples with {phase.max_tokens} tokens"
+    for line in memory_table(predicted, f"{title}, for each of {processes} processes" if processes > 1 else title):
+        log(line)
+    on_gpu = accelerator.device.type == "cuda"
+    here = 1 if on_gpu else int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # processes that share the memory
+    need = MemoryNeed(
+        "the training",
+        here * (predicted.frozen + predicted.trained + predicted.optimizer),
+        here * predicted.peak,
+        "set frozen_dtype to bfloat16, recompute_activations to true, or fsdp to true with several processes ([loop]);"
+        " or lower batch_size and raise accumulate",
+        ignorable=False,
+    )
+    memory = None
+    if on_gpu:
+        free, total = torch.cuda.mem_get_info(accelerator.device)
+        memory = MachineMemory(free, total, 0, 0, None)
+    check_memory(need, ConfigError, notify=log, memory=memory)
+
+
+def _stage(config: CaptionerConfig, recipe: TrainingConfig, phase: Stage2Phase) -> tuple[GenerativeStage, nn.Module]:
+    """The module of the phase and the picture encoder, on the meta device."""
+    model = CaptionerModel(config)
+    frozen = DTYPES[recipe.loop.frozen_dtype]
+    if not phase.unfreeze_language:
+        model.language.to(frozen)
+    if phase.lora_rank:
+        add_lora(model.language, phase.lora_rank, phase.lora_alpha, phase.lora_targets)
+    if not phase.unfreeze_vision:
+        model.vision.to(frozen).requires_grad_(False)
+    stage = GenerativeStage(
+        model,
+        recipe.bridge,
+        phase.itg_weight,
+        unfreeze_language=phase.unfreeze_language,
+        unfreeze_vision=phase.unfreeze_vision,
+    )
+    return stage, model.vision
+
+
+def _batch(stage: GenerativeStage, config: CaptionerConfig, recipe: TrainingConfig, phase: Stage2Phase) -> PictureBatch:
+    """A batch of the longest texts."""
+    rows, vision = phase.batch_size, config.vision
+    size = vision.image_size
+    picture = (3, size, size) if stage.vision is not None else (vision.num_embeds, vision.hidden_size)
+
+    def ids(length: int) -> Tensor:
+        return torch.ones(rows, length, dtype=torch.int64)
+
+    separate = config.language.is_encoder_decoder
+    length = _PROMPT if separate else _PROMPT + phase.max_tokens
+    target = ids(phase.max_tokens)
+    captions = CaptionBatch(
+        ids(length),
+        ids(length),
+        target if separate else ids(length),
+        torch.ones(0, dtype=torch.int64),
+        target if separate else None,
+    )
+    own = TextBatch(ids(recipe.stage1.max_tokens), ids(recipe.stage1.max_tokens)) if stage.draft is not None else None
+    instruction = (ids(_PROMPT), ids(_PROMPT)) if config.instruction_positions else None
+    return PictureBatch((), torch.empty(rows, *picture), rows, captions, own, instruction)
+
+
+def _kept(stage: nn.Module, batch: PictureBatch) -> tuple[int, int, int]:
+    """Bytes that the forward pass keeps besides weights: in all, the most in one layer, and the largest tensor."""
+    sizes: dict[int, int] = {}
+    weights = {each.untyped_storage()._cdata for each in stage.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    layers: list[int] = [0]
+    with _counting(stage, sizes, layers), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = stage(batch)["loss"]
+    found = sum(sizes.values()), max(layers), max(sizes.values(), default=0)
+    del loss  # the graph keeps the tensors, and so their addresses, until here
+    return found
+
+
+@contextmanager
+def _counting(stage: nn.Module, sizes: dict[int, int], layers: list[int]) -> Iterator[None]:
+    """Adds to ``layers`` the bytes that each layer adds to ``sizes`` while the stage runs."""
+    began: list[int] = []
+    hooks: list[Any] = []
+    for layer in layers_of(stage):
+        hooks.append(layer.register_forward_pre_hook(lambda *_: began.append(sum(sizes.values()))))
+        hooks.append(layer.register_forward_hook(lambda *_: layers.append(sum(sizes.values()) - began.pop())))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _parameter_bytes(modules: list[nn.Module]) -> tuple[int, int]:
+    """Bytes of frozen and of trained parameters; a shared one counts once."""
+    distinct = {id(each): each for module in modules for each in module.parameters()}.values()
+    frozen = sum(each.numel() * each.element_size() for each in distinct if not each.requires_grad)
+    return frozen, sum(each.numel() * _TRAINED for each in distinct if each.requires_grad)
+
+
+def _gathered(stage: nn.Module) -> int:
+    """Bytes of the largest layer, with the gradients of its trained weights, and of what belongs to no layer."""
+    layers = layers_of(stage)
+    within = {id(each) for layer in layers for each in layer.parameters()}
+    outside = nn.ParameterList([each for each in stage.parameters() if id(each) not in within])
+    largest = 0
+    for layer in layers:
+        frozen, trained = _parameter_bytes([layer])
+        largest = max(largest, frozen + 2 * trained)
+    frozen, trained = _parameter_bytes([outside])
+    return largest + frozen + 2 * trained
