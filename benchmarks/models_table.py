@@ -95,6 +95,9 @@ Two keys of the `vision_config` choose other features of a SigLIP or a DINO, wit
 the registers). A DINO's feed-forward may be gated (the giant models). Refused by name: SigLIP 2 NaFlex, which reads
 pictures of any proportions, and `unfreeze_vision` with one of these encoders.
 
+Tests train a bridge on each of these encoders, export it in fp32 and fp16, check its operators against every version
+of TensorRT, and build it with TensorRT for RTX where that is installed.
+
 transformers' image processor of DINOv3 resizes after it rescales, in floating point. Such a bundle does the same: it
 has `rescale_first` in the `preprocessing` of its `bundle.json`, which older versions refuse.
 """

@@ -16,7 +16,7 @@ from blip2edge.model.checkpoint.directory import load_model
 
 
 def torch_attention(
-    directory: Path, pixels: NDArray[np.float32], queries: int, *inputs: Tensor
+    directory: Path, pixels: NDArray[np.float32], queries: int, *inputs: Tensor, **named: Tensor
 ) -> tuple[list[NDArray[np.float64]], NDArray[np.float32]]:
     """Softmax of the scores of every attention of Q queries to at least P keys, and the visual tokens.
 
@@ -25,6 +25,7 @@ def torch_attention(
         pixels: ``[1, 3, H, W]``.
         queries: Q.
         *inputs: Inputs of the bridge besides the picture's embeddings.
+        **named: The same by name.
     """
     model: Any = load_model(directory).eval()
     found: list[Tensor] = []
@@ -38,6 +39,8 @@ def torch_attention(
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         embeds = model.vision(torch.from_numpy(pixels))
         patch.setattr(F, "scaled_dot_product_attention", recorded)
-        tokens = model.bridge(embeds, *inputs) if hasattr(model, "bridge") else model.matcher.image_features(embeds)
+        tokens = (
+            model.bridge(embeds, *inputs, **named) if hasattr(model, "bridge") else model.matcher.image_features(embeds)
+        )
     wide = [one for one in found if one.shape[-1] >= embeds.shape[1] and one.shape[-2] == queries]
     return [one.numpy() for one in wide], tokens.numpy()

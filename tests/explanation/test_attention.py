@@ -21,8 +21,9 @@ from blip2edge.explanation.attention import AttentionLayer, LayerWeights, layer_
 from blip2edge.explanation.pipeline import explain
 from blip2edge.explanation.probe import Probe, open_bridge
 from blip2edge.export.pipeline import export_checkpoint
-from tests.drawing import Drawn, draw_pictures
+from tests.drawing import Drawn, draw_pictures, save
 from tests.explanation.oracle import torch_attention
+from tests.export.test_elastic import mark
 from tests.families.drawing_blip import save_blip2
 from tests.families.drawing_idefics import draw_idefics
 from tests.families.drawing_instruct import draw_instructblip
@@ -127,6 +128,24 @@ def test_other_bridges(kind: str, tiny_checkpoint: Drawn, tmp_path: Path) -> Non
     inputs = save(tmp_path / "checkpoint", tiny_checkpoint)
     probe = opened(export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle").bundle)
     assert len(assert_same(probe, tmp_path / "checkpoint", *inputs)) == layers
+
+
+@pytest.mark.slow
+def test_the_first_queries_of_an_elastic_bundle(tmp_path: Path) -> None:
+    save(tmp_path / "checkpoint", seed=4)
+    mark(tmp_path / "checkpoint")
+    bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle").bundle
+    for queries in (2, None):
+        probe = open_bridge(Bundle.open(bundle), None, queries, 1, gated=False)
+        assert probe is not None
+        ids = torch.arange(queries or 5)[None]
+        weights, tokens, _ = probe(PICTURE)
+        expected, visual = torch_attention(
+            tmp_path / "checkpoint", probe.preprocessing.batch([PICTURE]), len(tokens), query_ids=ids
+        )
+        assert len(tokens) == len(weights[0].patches) == ids.shape[1]
+        np.testing.assert_allclose(weights[0].patches, averaged(probe, expected, 17)[0].patches, atol=2e-5)
+        np.testing.assert_allclose(tokens, visual[0], atol=1e-3)
 
 
 def test_an_instruction_changes_the_weights(tmp_path: Path) -> None:

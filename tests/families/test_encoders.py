@@ -16,6 +16,10 @@ pytest.importorskip("onnxruntime", reason="bundles run on ONNX Runtime")
 import torch
 
 from blip2edge.bundle.bundle import Bundle
+from blip2edge.engine.builder import BuildOptions, build_engine
+from blip2edge.engine.operators import VERSIONS
+from blip2edge.engine.prepare import plans_of
+from blip2edge.engine.support import check_graph
 from blip2edge.errors import CheckpointError, UnsupportedModelError
 from blip2edge.explanation.grid import patch_grid
 from blip2edge.explanation.pipeline import explain
@@ -28,9 +32,11 @@ from blip2edge.model.checkpoint.image_processor import load_preprocessing, read_
 from blip2edge.model.vision.registry import vision_encoder
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.images.preprocess import Preprocessing
+from blip2edge.runtime.tensorrt.session import load_tensorrt
 from blip2edge.training import run as runs
 from blip2edge.training.run import train
 from tests.drawing import draw_pictures
+from tests.engine.rtx import HAS_RTX
 from tests.families.drawing_encoders import ENCODERS, SIZE, save_encoder
 from tests.training.setup.test_build import STEPS, recipe
 
@@ -117,6 +123,13 @@ def test_trained_and_exported(
     spec = bundle.graph("vision_encoder").spec
     grid = patch_grid(load_graph(bundle.file("vision_encoder.onnx")), spec)  # of `explain`
     assert (grid.rows, grid.columns, grid.before) == (4, 4, wanted.shape[1] - 16)
+    plan = next(plan for plan in plans_of(bundle, VERSIONS["rtx"], capacity=32) if plan.name == "vision_encoder")
+    for name, version in VERSIONS.items():
+        assert check_graph(plan.model(), version) == [], name
+    if precision == "fp16" and HAS_RTX:
+        file = tmp_path / "vision.engine"
+        built = build_engine(load_tensorrt("rtx"), plan, VERSIONS["rtx"], file, BuildOptions("rtx", (86,)))
+        assert built.size == file.stat().st_size > 0
 
 
 @pytest.mark.slow
