@@ -153,7 +153,7 @@ def join(pieces: Path, output: Path) -> int:
 
 
 def main() -> int:
-    """Cuts or joins."""
+    """Cuts a wheel into pieces, or joins the pieces."""
     parser = parser_of(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("cut", help="cut a wheel to one GPU, and write pieces")

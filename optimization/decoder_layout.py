@@ -2,7 +2,7 @@
 
 The passes for the CUDA provider bring a graph into one form: they check by its values that the mask is causal, compute
 the tables of rotary positions, and fuse the norms. What remains is a chain of products, norms and additions, which is
-read from its end to its beginning. Anything else is refused by name.
+read from its end to its beginning. A graph of another form is refused, and the error says what differs.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class _Reader:
             if last is not plus:
                 node = None
         if node is None or node.inputs[0] is None:
-            raise _Unfit(f"{where} is no product with a weight")
+            raise _Unfit(f"{where} is not a product with a weight")
         weight, scales = node.inputs[1], None
         blocks = producer(weight, "DequantizeLinear")
         if blocks is not None:
@@ -180,7 +180,7 @@ class _Reader:
             weight, scales = blocks.inputs[0], blocks.inputs[1]
         stored = [None if one is None else self._place(one, where) for one in (weight, scales, bias)]
         if stored[0] is None:
-            raise _Unfit(f"{where} is no product with a weight")
+            raise _Unfit(f"{where} is not a product with a weight")
         return StoredMatrix(stored[0], stored[1], stored[2]), node.inputs[0]
 
     def _norm(self, value: ir.Value, where: str) -> tuple[StoredNorm, ir.Value]:

@@ -102,7 +102,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
 
 @pytest.fixture(scope="session")
 def confident_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same bundle with a confidence, fitted where the surer half of its captions is right; not to be changed."""
+    """The same bundle with a confidence; the likelier half of its captions counts as right. Not to be changed."""
     pytest.importorskip("onnxruntime", reason="the confidence is fitted on captions of the cpu backend")
     from tests.confident import fit_on_drawings
 

@@ -350,5 +350,6 @@ def confidence_line(fitted: ConfidenceReport) -> str:
     half = dict(map(tuple, found["coverage"]))[0.5]
     return (
         f"confidence ({fitted.task}): {fitted.kind}, on {fitted.pictures} pictures of which {found['accuracy']:.1%} "
-        f"are right; held out: calibration error {found['calibration_error']:.2%}, {half:.1%} right in the surer half"
+        f"are right; held out: calibration error {found['calibration_error']:.2%}, {half:.1%} right in the "
+        "half with the higher confidence"
     )

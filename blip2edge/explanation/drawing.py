@@ -23,7 +23,7 @@ COLUMNS = 8  # pictures in a row of a sheet
 TEXT = 11  # px, height of the letters
 LINE = 16  # px, height of a line of text
 GAP = 6  # px between pictures
-UNSEEN = 0.35  # brightness of the part of a picture that the model does not see
+UNSEEN = 0.35  # brightness of the part of a picture that is not in the model's input
 INK, PAPER, BAR = (29, 36, 51), (255, 255, 255), (59, 91, 219)
 
 Colours = NDArray[np.uint8]
@@ -42,12 +42,12 @@ def colours(values: NDArray[np.float64], scale: Sequence[str]) -> Colours:
 def heat_map(picture: Image.Image, view: View, weights: NDArray[np.float64], most: float | None = None) -> Image.Image:
     """Draws the weights of the patches over a picture; each square is one patch.
 
-    The picture is grey, and the stronger the weight, the more its colour covers. What the model does not see, such as
-    the sides that a crop cuts off, is dark and has no colour.
+    The picture is drawn in grey, and the colour of a weight covers it: more for a larger weight. Parts that are not in
+    the model's input, such as the sides that a crop cuts off, are dark and have no colour.
 
     Args:
         picture: The upright picture, or a smaller copy of it with the same proportions.
-        view: The part of the original picture that the model sees.
+        view: The part of the original picture that is the model's input.
         weights: Weights of the patches, ``[rows, columns]``, at least 0.
         most: The weight with the last colour; None for the largest one.
 
@@ -75,7 +75,7 @@ def layer_sheet(picture: Image.Image, view: View, layer: LayerWeights) -> Image.
 
     Args:
         picture: The upright picture.
-        view: The part of it that the model sees.
+        view: The part of it that is the model's input.
         layer: The weights.
     """
     small = picture.copy()

@@ -34,7 +34,7 @@ class PatchGrid:
 
 @dataclass(frozen=True)
 class View:
-    """The part of a picture that the model sees, and its size in the model's pixels.
+    """The part of a picture that is the model's input, and its size in the model's pixels.
 
     A point ``x`` of the picture is at ``(x / scale_x) - left`` of the model's input.
 
@@ -60,7 +60,7 @@ class View:
             count: Number of patches along the axis.
 
         Returns:
-            int64 ``[N]``: numbers from 0; -1 for a point that the model does not see.
+            int64 ``[N]``: numbers from 0; -1 for a point that is not in the model's input.
         """
         places = (points / self.scale[axis] - self.corner[axis]) * count / self.size[axis]
         numbers = np.floor(places).astype(np.int64)
@@ -78,7 +78,7 @@ class View:
 
 
 def view_of(preprocessing: Preprocessing, width: int, height: int) -> View:
-    """Computes which part of an upright picture the model sees.
+    """Computes which part of an upright picture is the model's input.
 
     Args:
         preprocessing: The bundle's preprocessing.

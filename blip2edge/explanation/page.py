@@ -104,6 +104,6 @@ def _picture(picture: Mapping[str, Any], images: Mapping[str, str]) -> str:
         parts.append(f"<h3>Layer {layer['layer']} <span>{'; '.join(others)}</span></h3>{images[layer['file']]}")
     note = (
         "<p class=note>The picture, the mean over all queries, then each query with the weight of its strongest patch. "
-        "Every map has its own scale. The model does not see what is dark.</p>"
+        "Every map has its own scale. The dark parts are not part of the model's input.</p>"
     )
     return f"<section><h2>{escape(picture['image'])}</h2>{note}{''.join(parts)}</section>"

@@ -202,7 +202,7 @@ class ModelPart:
 
 
 def tokens_of(name: str, tokens: TokenCounts) -> int:
-    """The number of tokens of a name, which may be a sum."""
+    """The number of tokens by its name in :data:`TokenCounts`, or by a sum of such names (``a+b``)."""
     return sum(tokens[part] for part in name.split("+"))
 
 

@@ -35,9 +35,9 @@ def _task(task: str, record: Mapping[str, Any]) -> str:
     half = dict(map(tuple, found["coverage"])).get(0.5, found["accuracy"])
     tiles = (
         (f"{found['accuracy']:.1%}", f"of {record['pictures']} texts are right ({record['right_if']})"),
-        (f"{found['calibration_error']:.2%}", "expected calibration error, on held-out tenths"),
-        (f"{half:.1%}", "of the surer half are right"),
-        (auroc, "AUROC: a right text is surer than a wrong one"),
+        (f"{found['calibration_error']:.2%}", "expected calibration error, on pictures left out of the fit"),
+        (f"{half:.1%}", "of the half with the higher confidence are right"),
+        (auroc, "AUROC: chance that a right text has a higher confidence than a wrong one"),
     )
     cards = "".join(f"<div><b>{escape(figure)}</b><span>{escape(text)}</span></div>" for figure, text in tiles)
     charts = _reliability(found["reliability"]) + _coverage(found["coverage"], found["accuracy"])

@@ -1,7 +1,7 @@
 """Maps the names of our parameters to a checkpoint's tensors, by tables of rules.
 
-A :class:`Rule` renames a module path. ``*`` matches one path component (a layer's number). The longest rule
-that matches wins; the rest of the name is kept. A rule may name several tensors of the checkpoint:
+A :class:`Rule` renames a module path. ``*`` matches one path component (a layer's number). Of the rules that
+match, the longest is used; the rest of the name is kept. A rule may name several tensors of the checkpoint:
 they are stacked along dimension 0 (our matrix is fused, theirs are separate), in equal parts unless
 ``rows`` gives their sizes.
 """

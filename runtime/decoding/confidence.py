@@ -37,7 +37,7 @@ Scores = NDArray[np.float64]
 
 
 def features(token_logprobs: Sequence[float]) -> Scores:
-    """Returns the features of a text ``[3]``: ``-log(FLOOR - x)`` of each of :data:`FEATURES`, larger for surer texts.
+    """Returns the features of a text ``[3]``: ``-log(FLOOR - x)`` of each of :data:`FEATURES`; larger if likelier.
 
     The logarithm spreads the log-probabilities near 0, where most texts are.
     """

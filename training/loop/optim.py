@@ -1,7 +1,7 @@
 """The optimiser of every phase.
 
 AdamW as in the BLIP-2 paper (arXiv 2301.12597, section 4): weight decay on matrices only, a linear warm-up, then half
-a cosine. Gradients are also clipped, which LAVIS does not do, so that one bad batch cannot spoil the weights.
+a cosine. Gradients are also clipped, which LAVIS does not do, so that a batch with large gradients has less effect.
 """
 
 from __future__ import annotations

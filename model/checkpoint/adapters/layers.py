@@ -44,7 +44,7 @@ INITS: Mapping[str, Callable[[Any], None]] = {
 
 
 def cannot_merge(path: Path, reason: str) -> CheckpointError:
-    """The error for an adapter that cannot be merged here, but where it was trained."""
+    """The error for an adapter that the export cannot merge; PEFT can, where the adapter was trained."""
     return CheckpointError(
         f"the adapter of {path} cannot be merged: {reason}",
         "merge it where it was trained: merge_and_unload() of the PEFT model, then save_pretrained",
