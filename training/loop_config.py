@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from blip2edge.runtime.decoding.options import MAX_BEAMS
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, RecipeSection, ValidValues, at_least, one_of
 
 DECAY = ValidValues(lambda value: bool(0 <= value < 1), "be at least 0 and less than 1")
+BEAMS = ValidValues(lambda value: bool(1 <= value <= MAX_BEAMS), f"be from 1 to {MAX_BEAMS}")
 VALIDATION_METRICS = ("exact_match", "cider_d", "bleu_4", "rouge_l", "vqa_accuracy")
 
 
@@ -83,3 +85,5 @@ class ValidationConfig(DataConfig):
     """Pictures that are captioned together."""
     max_new_tokens: Annotated[int, POSITIVE] = 30
     """Longest generated text in tokens."""
+    num_beams: Annotated[int, BEAMS] = 1
+    """Beams of the search for each text; 1: greedy decoding."""

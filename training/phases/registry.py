@@ -258,7 +258,7 @@ def _validation(run: TrainingRun) -> Validation | None:
         parts.preprocessing,
         instructions,
         batch_size=config.batch_size,
-        generation={"max_new_tokens": config.max_new_tokens},
+        generation={"max_new_tokens": config.max_new_tokens, "num_beams": config.num_beams},
     )
     score, metric = validation_scores(config, run.base, captioner)
     return Validation(config, score, metric, run.accelerator)

@@ -57,7 +57,7 @@ def test_a_validation_changes_no_step_and_scores_as_eval_does(tmp_path: Path) ->
         tmp_path / "scored.toml",
         TOP,
         loop="log_every = 1",
-        validation=f'{EVERY}keep_best = false\nmetric = "rouge_l"',
+        validation=f'{EVERY}keep_best = false\nmetric = "rouge_l"\nnum_beams = 3',
     )
     lines: list[str] = []
     record = train("stage2", scored, tmp_path / "scored", evaluation_scenes=0, log=lines.append)
@@ -70,7 +70,7 @@ def test_a_validation_changes_no_step_and_scores_as_eval_does(tmp_path: Path) ->
     assert found["steps"] == [1, 2, 3, 4]
     assert found["metric"] == "rouge_l"
     assert "validation" not in record["phases"]["stage1"]
-    bundle_free = evaluate(tmp_path / "scored", count=4, metrics=("exact", "captions"), max_new_tokens=6)
+    bundle_free = evaluate(tmp_path / "scored", count=4, metrics=("exact", "captions"), max_new_tokens=6, num_beams=3)
     assert with_scores[-1]["validation"]["rouge_l"] == pytest.approx(bundle_free["rouge_l"], abs=1e-9)
     assert any(line.startswith("stage2: step 4 rouge_l ") for line in lines)
 
