@@ -92,7 +92,7 @@ def _add_shots(parser: Parser) -> None:
         parser,
         "--shots",
         "examples before each caption or question, with their pictures; for a model that reads several pictures in one "
-        "text (default: 0)",
+        "text",
         0,
         kind=non_negative_int,
         metavar="K",
