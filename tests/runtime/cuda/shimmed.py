@@ -27,6 +27,13 @@ ORDERS = (FORWARD, REVERSED, RANDOM)
 GUARD = 512  # bytes before and after each array
 
 
+LOAD = np.dtype(
+    [("address", np.uint64), ("size", np.uint32), ("block", np.uint32), ("warp", np.uint32), ("number", np.uint32)],
+    align=True,
+)
+"""A load of weights by one lane; the lanes of a warp with the same number load at once."""
+
+
 class FaultError(Exception):
     """A kernel did what would hang or corrupt memory on a GPU."""
 
@@ -58,6 +65,16 @@ class Shim:
         fault = function(ctypes.byref(launch.arguments), grid, THREADS, ctypes.c_size_t(launch.kernel.shared), order)
         if fault:
             raise FaultError(f"{launch.kernel.name}: {FAULTS[fault]}")
+
+    def loads(self, launch: Launch) -> np.ndarray[Any, Any]:
+        """Runs a launch; returns the loads of weights that its threads do, an array of :data:`LOAD`."""
+        place = ctypes.c_void_p()
+        self.library.shim_record.restype = ctypes.c_size_t
+        self.library.shim_record(True, ctypes.byref(place))
+        self.run(launch)
+        count = self.library.shim_record(False, ctypes.byref(place))
+        raw = ctypes.string_at(place.value or 0, count * LOAD.itemsize)
+        return np.frombuffer(raw, LOAD)
 
 
 def _entry(kernel: Kernel) -> str:

@@ -187,7 +187,7 @@ def test_ragged_batches_drafts_and_beams_give_the_graphs_ids(
     assert pair.compared == 2 * 4 + 6 + 7
 
 
-@pytest.mark.parametrize(("kind", "precision"), EVERY)
+@pytest.mark.parametrize(("kind", "precision"), [EVERY[0], pytest.param("llama", "int4", marks=SLOW), *EVERY[2:]])
 def test_greedy_tokens_are_chosen_on_the_device(
     pair_of: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, kind: str, precision: str
 ) -> None:

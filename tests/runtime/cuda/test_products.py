@@ -139,6 +139,37 @@ def test_a_null_bias_and_residual_are_none_and_the_result_may_replace_the_residu
     assert ulps(out, exact, np.float32, float(np.abs(exact).max())) <= 8
 
 
+STREAMED = (RowProduct(4, 1, 256, (2 * WIDE, 64), 128, scale="float"), RowProduct(8, 1, 128, (WIDE,), 64),
+            RowProduct(16, 1, 72, (WIDE,), out="float"))  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STREAMED, ids=lambda case: case.kernel.name)
+@pytest.mark.parametrize("splits", [1, 2])
+def test_each_weight_is_read_once_in_whole_sectors(shim: Shim, case: RowProduct, splits: int) -> None:
+    """A GPU reads memory in sectors of 32 bytes: what a warp loads at once fills them, if rows are whole sectors."""
+    random = np.random.default_rng(4)
+    memory = Memory()
+    drawn = [draw(case, width, random) for width in case.widths]
+    x = memory.put(random.normal(0, 1, (1, case.depth)).astype(np.float16))
+    outs = [memory.empty((1, width), np.float32 if case.out == "float" else np.float16) for width in case.widths]
+    weights = [memory.put(one.stored) for one in drawn]
+    matrices = [
+        Matrix(weight.ctypes.data, memory.put(one.scales).ctypes.data, 0, 0, out.ctypes.data)
+        for weight, one, out in zip(weights, drawn, outs, strict=True)
+    ]
+    parts = memory.empty((case.parts_bytes(splits),), np.uint8)
+    arrived = memory.put(np.zeros(case.tiles * len(drawn), np.uint32))
+    loads = shim.loads(case.launch(matrices, x.ctypes.data, parts.ctypes.data, arrived.ctypes.data, splits))
+    assert set(loads["size"].tolist()) == {case.load}
+    wanted = np.concatenate([weight.ctypes.data + np.arange(0, weight.nbytes, case.load) for weight in weights])
+    assert np.array_equal(np.sort(loads["address"]), np.sort(wanted).astype(np.uint64))
+    together = np.stack([loads[name] for name in ("block", "warp", "number")], axis=1)
+    groups, group = np.unique(together, axis=0, return_inverse=True)
+    sectors = np.unique(np.stack([group.reshape(-1).astype(np.uint64), loads["address"] // 32], axis=1), axis=0)
+    assert len(groups) < len(loads) / 2
+    assert len(sectors) * 32 == loads["size"].sum()
+
+
 def test_the_largest_load_that_fits_is_chosen_and_odd_widths_in_four_bits_are_refused() -> None:
     opt = RowProduct(4, 1, 2560, (2560, 2560, 2560), 128)
     assert (opt.load, opt.lanes, opt.tile, opt.tiles) == (16, 4, 128, 20)

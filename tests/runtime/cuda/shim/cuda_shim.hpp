@@ -36,7 +36,6 @@ inline __half __float2half(float f) { return {static_cast<_Float16>(f)}; }
 template <class To, class From> To shim_bits(From from) { To to; std::memcpy(&to, &from, sizeof to); return to; }
 inline __half __ushort_as_half(unsigned short bits) { return shim_bits<__half>(bits); }
 inline float __uint_as_float(unsigned bits) { return shim_bits<float>(bits); }
-template <class T> T __ldcs(const T* place) { return *place; }
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
     const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
     unsigned result = 0;
@@ -62,8 +61,13 @@ struct Fiber {
     jmp_buf place;
     bool born = false;
     Status status = DONE;
-    unsigned shuffles = 0;
+    unsigned shuffles = 0, loads = 0;
 };
+
+// A load of weights by one lane: lanes of a warp with the same number load at once.
+struct Load { uint64_t address; uint32_t size, block, warp, number; };
+inline std::vector<Load> loads;
+inline bool records = false;
 
 inline std::vector<Fiber> fibers(1024);
 inline std::vector<uint64_t> deposits;  // [2, threads]: what lanes exchange
@@ -109,7 +113,7 @@ inline bool release(unsigned first, unsigned count, Status status) {
 // Runs a block: rounds over the threads that can run, until all are done.
 inline Fault run_block(std::vector<unsigned>& order, std::mt19937* random) {
     const unsigned threads = blockDim.x;
-    for (unsigned i = 0; i < threads; ++i) fibers[i].status = RUNS;
+    for (unsigned i = 0; i < threads; ++i) fibers[i].status = RUNS, fibers[i].loads = 0;
     for (;;) {
         if (random) std::shuffle(order.begin(), order.end(), *random);
         const unsigned awake = random ? (*random)() : ~0u;  // a bit for each warp: the others stay where they are
@@ -175,6 +179,25 @@ template <class Arguments> Fault launch(void (*kernel)(Arguments), const Argumen
 }
 
 }  // namespace shim
+
+template <class T> T __ldcs(const T* place) {
+    if (shim::records) {
+        const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+        shim::loads.push_back({reinterpret_cast<uint64_t>(place), sizeof(T), block, shim::current / shim::LANES,
+                               shim::fibers[shim::current].loads++});
+    }
+    return *place;
+}
+
+// Records the loads of the next launch, and returns those of the launches since the last call.
+extern "C" std::size_t shim_record(bool records, const shim::Load** loads) {
+    static std::vector<shim::Load> last;
+    last.swap(shim::loads);
+    shim::loads.clear();
+    shim::records = records;
+    *loads = last.data();
+    return last.size();
+}
 
 inline void __syncthreads() { shim::yield(shim::WAITS_BLOCK); }
 inline void __syncwarp(unsigned = ~0u) { shim::yield(shim::WAITS_WARP); }
