@@ -38,9 +38,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from blip2edge.calibration.pipeline import calibrate
 from blip2edge.cli.optimize import optimized
 from blip2edge.export.pipeline import export_checkpoint
-from blip2edge.runtime.bench.measure import Bench, BenchOptions, CpuClock, bench
+from blip2edge.runtime.bench.measure import Bench, BenchOptions, bench
 from blip2edge.runtime.bench.memory import run_memory
-from blip2edge.runtime.bench.meters import MemoryMeter, resident_bytes
+from blip2edge.runtime.bench.meters import CpuClock, MemoryMeter, resident_bytes
 from blip2edge.runtime.bench.plan import PlanOptions, stage_ms
 from blip2edge.runtime.bench.roofline import this_device
 from blip2edge.runtime.captioning.captioner import Captioner

@@ -30,7 +30,7 @@ from blip2edge.calibration.agreement import (
     compare_captions,
 )
 from blip2edge.calibration.batches import Feeds, collect
-from blip2edge.calibration.confidence.pipeline import add_confidence, copy_with_confidence
+from blip2edge.calibration.confidence.pipeline import add_confidence, check_fit, copy_with_confidence
 from blip2edge.calibration.confidence.references import References
 from blip2edge.calibration.context import CalibrationContext
 from blip2edge.calibration.formats import (
@@ -150,6 +150,7 @@ def calibrate(
         return _copied_bundle(bundle, target, references, force=force, threads=threads, progress=progress)
     parent = open_parent(bundle, method, weights)
     check_not_source(target, parent.path)
+    check_fit(parent, references)
     unknown = sorted(set(activations) - set(INT8_ACTIVATIONS) - set(parent.manifest.graphs))
     if unknown:
         known = ", ".join(parent.manifest.graphs)

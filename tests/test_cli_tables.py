@@ -11,10 +11,10 @@ import pytest
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.manifest import MergingRecord
+from blip2edge.bundle.outputs.files import write_output
 from blip2edge.bundle.schema import DECODER
 from blip2edge.cli import demo, main
 from blip2edge.cli.export import merging_line
-from blip2edge.cli.files import write
 from blip2edge.cli.table import difference, size, table
 from blip2edge.errors import OutputError
 from blip2edge.runtime.backends.probe import Check
@@ -190,10 +190,10 @@ def test_demo_tells_why_no_engine_ran(works: tuple[bool, bool], said: str, monke
 
 
 def test_a_file_that_cannot_be_written_names_its_flag(tmp_path: Path) -> None:
-    write(tmp_path / "page.html", "é", "--html")
+    write_output(tmp_path / "page.html", "é", "html")
     assert (tmp_path / "page.html").read_bytes() == "é".encode()
-    with pytest.raises(OutputError, match=r"could not be written \(.*\); give another --html$"):
-        write(tmp_path / "absent" / "page.html", "", "--html")
+    with pytest.raises(OutputError, match=r"could not be written \(.*\); give another html$"):
+        write_output(tmp_path / "absent" / "page.html", "", "html")
 
 
 def test_units_and_tables() -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from blip2edge.bundle.outputs.files import check_file
+from blip2edge.bundle.outputs.locks import BusyError, locked
 from blip2edge.bundle.outputs.publishing import check_output
 from blip2edge.cli import main
-from blip2edge.errors import OutputError
+from blip2edge.errors import OutputError, UsageError
 
 # Replaces the packages of models by nothing, so that importing one of them is another error.
 WITHOUT = (
@@ -28,6 +30,17 @@ COMMANDS = {
     "capfilt": ["capfilt", "data", "--captioner", "bundle", "--matcher", "bundle"],
     "bulk": ["bulk", "pictures", "-b", "bundle"],
 }
+
+
+FILES = {
+    "bench": (["bench", "bundle", "--html"], "page.html"),
+    "build": (["build", "bundle", "--timing-cache"], "kernels"),
+    "certify": (["certify", "bundle", "--output"], "certificate.json"),
+    "embed": (["embed", "picture.png", "-b", "bundle", "--output"], "v.npy"),
+    "eval": (["eval", "bundle", "--predictions"], "said.json"),
+    "watch": (["watch", "pictures", "-b", "bundle", "--reuse-below", "auto", "--reuse-fit"], "fit.json"),
+}
+"""Commands that write one file, up to the flag that names it, and a usual name of the file."""
 
 
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
@@ -49,6 +62,49 @@ def test_a_wrong_output_is_refused_first(words: list[str], tmp_path: Path) -> No
         assert (done.returncode, done.stdout) == (1, "")
         assert message in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"exists", "pictures", "file"}
+
+
+@pytest.mark.parametrize(("words", "name"), FILES.values(), ids=FILES)
+def test_a_file_that_cannot_be_written_is_refused_first(words: list[str], name: str, tmp_path: Path) -> None:
+    for directory in ("pictures", "exists"):
+        (tmp_path / directory / name).mkdir(parents=True)
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    for output, message in (
+        (f"absent/{name}", f"absent/{name} could not be written (No such file or directory); give another {words[-1]}"),
+        (f"exists/{name}", f"exists/{name} could not be written (Is a directory); give another {words[-1]}"),
+        (f"file/{name}", f"file/{name} cannot be written, because file is not a directory"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", WITHOUT, *words, output],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (done.returncode, done.stdout) == (1, ""), done.stderr
+        assert message in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_check_of_a_file_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "v.npy"
+    check_file(path, "output", ".npy")
+    assert list(tmp_path.iterdir()) == []
+    path.write_bytes(b"old")
+    check_file(path, "output", ".npy")
+    assert (path.read_bytes(), list(tmp_path.iterdir())) == (b"old", [path])
+    check_file(Path(os.devnull), "output", ".npy")
+    with pytest.raises(UsageError, match=r"suffix .html or .htm, got .*v.npy; give a name such as .*v.html"):
+        check_file(path, "html", ".html", ".htm")
+    with locked(path), pytest.raises(BusyError, match="another run writes"):
+        check_file(path, "output")
+    monkeypatch.setattr(os, "access", lambda place, mode: place == path)
+    check_file(path, "output")  # it is written in place
+    monkeypatch.setattr(os, "access", lambda place, mode: False)
+    with pytest.raises(OutputError, match=r"could not be written \(Permission denied\); give another output"):
+        check_file(path, "output")
 
 
 def test_a_search_that_a_kill_ended_after_it_published_may_go_on(

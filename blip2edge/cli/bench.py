@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blip2edge.cli.files import write
+from blip2edge.bundle.outputs.files import check_file, write_output
 from blip2edge.cli.flag_groups import add_backend, add_bundle, add_draft, add_number, print_unsigned
 from blip2edge.cli.flag_types import non_negative_int, positive_int
 from blip2edge.cli.next_steps import calibrate_command, print_next, quoted
@@ -52,6 +52,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure a bundle and print a table, or JSON; write a page with --html."""
+    if options.html is not None:
+        check_file(options.html, "html", ".html", ".htm")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the memory bandwidth is measured on one core
     from blip2edge.runtime.bench.measure import BenchOptions, bench
     from blip2edge.runtime.bench.meters import MemoryMeter
@@ -78,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
         )
     print(json.dumps(report.to_json(), indent=2) if options.json else markdown(report))
     if options.html is not None:
-        write(options.html, bench_page(report), "--html")
+        write_output(options.html, bench_page(report), "html")
         print(f"{options.html}: the results with charts", file=sys.stderr)
     if not options.json:
         smaller = calibrate_command(options.bundle, captioner.bundle.manifest)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blip2edge.cli.files import write
+from blip2edge.bundle.outputs.files import check_file, write_output
 from blip2edge.cli.flag_groups import add_backend, add_bundle
 from blip2edge.cli.flag_types import number
 from blip2edge.cli.table import table
@@ -44,6 +44,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run a bundle's graphs and captions here, and compare them with its references; 1 if something does not hold."""
+    if options.output is not None:
+        check_file(options.output, "output")
     from blip2edge.runtime.bench.certify import certify
 
     with Progress() as progress:
@@ -57,9 +59,9 @@ def run(options: argparse.Namespace) -> int:
             progress=progress,
         )
     document = json.dumps(found.to_json(), indent=2)
+    print(document if options.json else certificate_text(found), flush=True)
     if options.output is not None:
-        write(options.output, f"{document}\n", "--output")
-    print(document if options.json else certificate_text(found))
+        write_output(options.output, f"{document}\n", "output")
     return 1 if found.faults else 0
 
 

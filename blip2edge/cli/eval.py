@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blip2edge.bundle.outputs.files import check_file, write_output
 from blip2edge.choices import METRICS, RANKINGS, SPLITS
-from blip2edge.cli.files import write
 from blip2edge.cli.flag_groups import (
     DATA,
     DECODING,
@@ -149,6 +149,8 @@ def _add_retrieval_flags(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Score a checkpoint or a bundle on scenes or on data from files, and print the figures."""
+    if options.predictions is not None:
+        check_file(options.predictions, "predictions")
     from blip2edge.bundle.hub.names import is_hub_name
     from blip2edge.bundle.manifest import MANIFEST
     from blip2edge.training.evaluation.pipeline import evaluate
@@ -180,9 +182,10 @@ def run(options: argparse.Namespace) -> int:
             progress=progress,
             **given_generation(options),
         )
+    predictions = figures.pop("predictions", None)
+    print(json.dumps(figures) if options.json else text_of(figures), flush=True)
     if options.predictions is not None:
-        write(options.predictions, json.dumps(figures.pop("predictions")) + "\n", "--predictions")
-    print(json.dumps(figures) if options.json else text_of(figures))
+        write_output(options.predictions, json.dumps(predictions) + "\n", "predictions")
     if not options.json:
         path = quoted(options.model)
         is_bundle = is_hub_name(options.model) or (options.model / MANIFEST).is_file()

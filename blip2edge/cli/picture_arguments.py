@@ -59,11 +59,13 @@ class PictureArgument:
         name: The file's path, the address, or ``-``.
         kept: Reads the bytes of the file; None for a path that the runtime opens itself.
         found: Whether the picture was found in a folder or by a pattern.
+        problem: Why there is no such picture, where it is known: an empty folder, a pattern without a match.
     """
 
     name: str
     kept: KeptBytes | None = None
     found: bool = False
+    problem: ImageError | None = None
 
     @property
     def source(self) -> ImageSource:
@@ -71,6 +73,19 @@ class PictureArgument:
         from blip2edge.runtime.images.preprocess import DeferredImage
 
         return self.name if self.kept is None else DeferredImage(self.name, self.kept)
+
+    def check(self) -> None:
+        """Checks that there is a file, without reading it; an address or a pipe is not checked.
+
+        Raises:
+            ImageError: There is none.
+        """
+        from blip2edge.runtime.images.preprocess import check_picture_file
+
+        if self.problem is not None:
+            raise self.problem
+        if self.kept is None:
+            check_picture_file(self.name)
 
     def release(self) -> None:
         """Releases the bytes of the file; call it when the result is printed."""
@@ -169,4 +184,4 @@ def _unreadable(name: str, error: ImageError) -> PictureArgument:
     def read() -> bytes:
         raise error
 
-    return PictureArgument(name, KeptBytes(read))
+    return PictureArgument(name, KeptBytes(read), problem=error)

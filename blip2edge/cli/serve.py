@@ -139,18 +139,20 @@ def run(options: argparse.Namespace) -> int:
     if allowed < connections.connections:
         print_note(f"warning: the limit of open files (ulimit -n) allows {allowed} connections only")
         connections = replace(connections, connections=allowed)
+    local, key = options.host in LOOPBACK, _api_key(options)
+    hosts = (*LOOPBACK, *options.allowed_host) if local else tuple(options.allowed_host)
+    origins = tuple(origin.lower() for origin in options.cors)
+    access = Access(key, origins, tuple(name.lower() for name in hosts))
     with ExitStack() as opened:
         listening = opened.enter_context(_listen(options.host, options.port))
         log = _open_log(options.access_log, opened)
         sources = [_source(name, path, options, limits) for name, path in _bundles(options)]
-        local, key = options.host in LOOPBACK, _api_key(options)
-        hosts = (*LOOPBACK, *options.allowed_host) if local else tuple(options.allowed_host)
         server = Server(
             sources,
             max_batch=options.max_batch,
             max_waiting=options.queue,
             deadline=options.deadline,
-            access=Access(key, tuple(options.cors), tuple(name.lower() for name in hosts)),
+            access=access,
             limits=limits,
             connections=connections,
             log=log,

@@ -8,12 +8,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip2edge.bundle.outputs.locks import write_file
+from blip2edge.bundle.outputs.files import check_file, write_output
 from blip2edge.cli.caption import load_captioner, open_bundle
 from blip2edge.cli.credentials import FORM, filled_address, filled_text, has_credentials
 from blip2edge.cli.flag_groups import add_bundle_option, add_generation, add_limits, add_number, given_generation
 from blip2edge.cli.flag_types import http_header, non_negative_number, positive_number, share_or_auto
 from blip2edge.cli.messages import print_note
+from blip2edge.cli.table import plural
 from blip2edge.errors import UsageError, option, shown_address
 from blip2edge.limits import FILE_LIMITS, Limits
 
@@ -129,10 +130,13 @@ def _reuse_plan(options: argparse.Namespace) -> ReusePlan | None:
 
     def on_fit(document: dict[str, Any]) -> None:
         if page is not None:
-            write_file(page, reuse_page(document, shown_address(options.source)).encode())
+            write_output(page, reuse_page(document, shown_address(options.source)), "reuse_fit")
             print_note(f"report: {page}")
 
-    return ReusePlan(**given, on_fit=on_fit, report=print_note)
+    plan = ReusePlan(**given, on_fit=on_fit, report=print_note)
+    if page is not None:
+        check_file(page, "reuse_fit")
+    return plan
 
 
 def _report_of(fit: Path) -> Path:
@@ -188,8 +192,11 @@ def run(options: argparse.Namespace) -> int:
         print_note(f"{dropped} frames were dropped, because they came faster than captions")
     if not frame_count and options.once:
         print_note(f"{name}: no pictures found")
+    if frames.undecoded:
+        print_note(f"{name}: {plural(frames.undecoded, 'frame')} could not be decoded")
+    damaged = frames.undecoded and not frames.is_live  # a live stream begins between two key frames
     lost = sum(sink.lost for sink in sinks)
-    return 1 if (failed or lost) and options.once else 0
+    return 1 if (failed or lost or damaged) and options.once else 0
 
 
 def _source(given: str) -> str:

@@ -26,6 +26,7 @@ from blip2edge.errors import Blip2EdgeError, DataError, ImageError, option
 from blip2edge.progress import ProgressCallback
 from blip2edge.reading import read_json
 from blip2edge.runtime.bench.reference_outputs import default_prompt
+from blip2edge.runtime.captioning.assemble import captioning_prompt
 from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
 from blip2edge.runtime.decoding.confidence import ConfidenceMap, decoding_options, features, task_of
 
@@ -151,7 +152,7 @@ def copy_with_confidence(
     parent = Bundle.open(bundle)
     parent.require_graphs("calibration")
     check_not_source(target, parent.path)
-    _check(references)
+    check_fit(parent, references)
     with staged(target, force) as staging:
         for file in parent.manifest.files:
             shutil.copyfile(parent.file(file), staging / file)
@@ -159,6 +160,18 @@ def copy_with_confidence(
         report = add_confidence(staging, references, title=target.resolve().name, threads=threads, progress=progress)
         parent.check_unchanged()
     return report, time.perf_counter() - start
+
+
+def check_fit(bundle: Bundle, references: References | None) -> None:
+    """Checks, before the work, that a confidence of a bundle can be fitted on references; None needs no check.
+
+    Raises:
+        BundleError: The bundle generates no captions.
+        DataError: Only some of the references have questions.
+    """
+    if references is not None:
+        captioning_prompt(bundle)
+        _check(references)
 
 
 def _check(references: References) -> bool:

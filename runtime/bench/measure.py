@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,16 +17,15 @@ from numpy.typing import NDArray
 
 import blip2edge
 from blip2edge.bundle.schema import VISION
-from blip2edge.errors import BackendError, UsageError, option
+from blip2edge.errors import PromptError, UsageError, option
 from blip2edge.packages import installed
 from blip2edge.progress import ProgressCallback
-from blip2edge.runtime.backends.base import BACKENDS
 from blip2edge.runtime.backends.probe import processor
-from blip2edge.runtime.bench.meters import EnergyMeter, MemoryMeter, resident_bytes
-from blip2edge.runtime.bench.roofline import PICTURE, measure
+from blip2edge.runtime.bench.meters import CpuClock, EnergyMeter, MemoryMeter, resident_bytes
+from blip2edge.runtime.bench.roofline import PICTURE, measure_available
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.encoder import EncodedBatch
-from blip2edge.runtime.captioning.request import STAGES, StageClock
+from blip2edge.runtime.captioning.request import STAGES
 from blip2edge.runtime.decoding.generate import argmax
 from blip2edge.runtime.decoding.options import CaptionOptions
 from blip2edge.shapes.cost import Roofline, StageCost
@@ -127,28 +124,15 @@ class BenchReport:
         return asdict(self)
 
 
-class CpuClock(StageClock):
-    """Measures wall time and CPU time of each stage, in milliseconds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cpu_ms = dict.fromkeys(STAGES, 0.0)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Adds the time of the block to a stage."""
-        start = time.process_time()
-        with super().__call__(stage):
-            yield
-        self.cpu_ms[stage] += (time.process_time() - start) * 1e3
-
-
 class Bench:
     """Runs the measurements on one loaded captioner.
 
     Args:
         captioner: The captioner.
         picture: The picture to caption, ``[H, W, 3]`` uint8; None for random noise.
+
+    Attributes:
+        left_out: What a sweep did not measure, with the reason.
     """
 
     def __init__(self, captioner: Captioner, picture: NDArray[np.uint8] | None = None) -> None:
@@ -157,6 +141,7 @@ class Bench:
         self.picture = made if picture is None else picture
         spec = captioner.bundle.manifest.prompt
         self.frames = 1 if spec is None else spec.frames
+        self.left_out: dict[str, str] = {}
         self.prompt = "" if spec is not None and spec.required and spec.default is None else None
 
     def caption(self, tokens: int, pictures: int = 1, prompt: str | None = None) -> CpuClock:
@@ -195,16 +180,26 @@ class Bench:
         found = [self.captioner.caption(item, prompt=self.prompt, **forced) for _ in range(runs)]
         return {"kind": kind, "tokens_per_pass": float(np.median([one.tokens_per_pass for one in found]))}
 
-    def prompt_length(self, prompt: str | None = None) -> int:
-        """Number of tokens in the decoder's prompt, visual tokens included."""
+    def prompt_length(self, prompt: str | None = None, *, decoder: bool = True) -> int:
+        """Number of tokens in the prompt, visual tokens included; ``decoder``: of what the decoder takes of it."""
         text = self.captioner.prompts.with_default(self.prompt if prompt is None else prompt)
-        initial = self.captioner.generator.language.initial
+        initial = self.captioner.generator.language.initial if decoder else []
         return len(initial) or self.captioner.prompts(text, self.frames).length
 
+    def room(self) -> int:
+        """Length of the longest caption in tokens; its last token needs no slot of the context."""
+        return self.captioner.generator.max_positions - self.prompt_length() + 1
+
     def sweep_batches(self, batches: Sequence[int], tokens: int) -> list[dict[str, float]]:
-        """Measures pictures per second (CPU and wall time) for each batch size; captions have ``tokens`` tokens."""
-        rows = []
+        """Measures pictures per second (CPU and wall time) for each batch size; captions have ``tokens`` tokens.
+
+        Sizes that the decoder's engine does not support are left out.
+        """
+        rows, most = [], self.captioner.generator.language.decoder.max_rows
         for size in batches:
+            if most is not None and size > most:
+                self.left_out[f"batches of {size} pictures"] = f"the decoder takes at most {most} rows"
+                continue
             runs = [self.caption(tokens, size) for _ in range(GROWTH_RUNS)]
             cpu = min(sum(run.cpu_ms.values()) for run in runs) / 1e3
             wall = min(sum(run.ms.values()) for run in runs) / 1e3
@@ -216,8 +211,10 @@ class Bench:
         rows = []
         for count in words:
             text = "a " * count
-            slots = self.prompt_length(text)
-            if slots + 1 > self.captioner.bundle.manifest.max_positions:
+            try:
+                slots = self.prompt_length(text, decoder=False)
+            except PromptError as error:
+                self.left_out[f"prompts of {count} words"] = error.problem
                 break
             runs = [self.caption(1, prompt=text) for _ in range(GROWTH_RUNS)]
             rows.append({"slots": float(slots), "prefill_cpu_ms": min(run.cpu_ms["prefill"] for run in runs)})
@@ -227,7 +224,10 @@ class Bench:
         """Measures the CPU milliseconds per token for captions of each of these lengths in tokens."""
         rows = []
         for tokens in lengths:
-            if tokens < 2 or self.prompt_length() + tokens > self.captioner.bundle.manifest.max_positions:
+            if tokens < 2:
+                continue
+            if tokens > self.room():
+                self.left_out[f"captions of {tokens} tokens"] = f"the context leaves room for {self.room()}"
                 continue
             runs = [self.caption(tokens) for _ in range(GROWTH_RUNS)]
             least = min(run.cpu_ms["decode"] for run in runs)
@@ -257,11 +257,17 @@ def bench(
         start_bytes: Peak memory while the bundle was loaded; 0 if it was not measured.
         cost_of: Counts the operations and bytes of the stages; None if the graphs cannot be read.
         progress: Called with the name of the current measurement, steps done and steps in all.
+
+    Raises:
+        UsageError: The context has no room for the caption's tokens.
     """
     report = progress or (lambda stage, done, total: None)
-    run = Bench(captioner)
-    room = captioner.bundle.manifest.max_positions - run.prompt_length()
-    tokens = max(1, min(options.tokens, room))
+    run, tokens = Bench(captioner), options.tokens
+    if tokens > run.room():
+        raise UsageError(
+            f"expected {option('tokens')} to be at most {run.room()}, the room that the prompt leaves in the context "
+            f"of {captioner.generator.max_positions} tokens, got {tokens}"
+        )
     clocks: list[CpuClock] = []
     energy = EnergyMeter()
     with MemoryMeter() as whole:
@@ -271,17 +277,20 @@ def bench(
             for number in range(options.runs):
                 report("captions", number, options.runs)
                 clocks.append(run.caption(tokens))
+            report("captions", options.runs, options.runs)
         draft = run.drafted(tokens, options.runs)
         report("roofline", 0, 1)
-        roofline, measured_with = _roofline(captioner)
+        roofline, measured_with = measure_available(captioner.graphs.backend)
         costs = cost_of(run.prompt_length(), tokens) if cost_of is not None and roofline is not None else {}
         stages = _stages(clocks, costs, roofline)
+        report("roofline", 1, 1)
         report("sweeps", 0, 3)
         sweeps = {"batch": run.sweep_batches(options.batches, tokens)}
         report("sweeps", 1, 3)
         sweeps["prompt"] = run.sweep_prompts(options.prompts)
         report("sweeps", 2, 3)
         sweeps["caption"] = run.sweep_lengths(options.lengths)
+        report("sweeps", 3, 3)
     resident = resident_bytes()
     decode = stages["decode"].ms["p50"] / 1e3
     return BenchReport(
@@ -304,27 +313,11 @@ def bench(
             "graphs": _graph_bytes(captioner),
         },
         sweeps=sweeps,
-        left_out=_left_out(captioner, energy, cost_of is not None, roofline is not None),
+        left_out={**_left_out(captioner, energy, cost_of is not None, roofline is not None), **run.left_out},
         energy=_energy(energy, options.runs),
         draft=draft,
         roofline={} if roofline is None else {"backend": measured_with, **roofline.to_json()},
     )
-
-
-def _roofline(captioner: Captioner) -> tuple[Roofline | None, str]:
-    """Measures the roofline with the captioner's backend, or with another one for the CPU; returns both.
-
-    Returns:
-        None and an empty name if no such backend is installed.
-    """
-    own = captioner.graphs.backend
-    hosts = [name for name, row in BACKENDS.items() if row.host]
-    for backend in sorted(hosts, key=lambda name: name != own):
-        try:
-            return measure(backend), backend
-        except BackendError:  # its package is not installed
-            continue
-    return None, ""
 
 
 def _stages(

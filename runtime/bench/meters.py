@@ -1,13 +1,16 @@
-"""Meters of ``bench``: energy (NVML on an NVIDIA card, the power rails of a Jetson, RAPL on a PC) and memory."""
+"""Meters of ``bench``: times, memory, energy (NVML on an NVIDIA card, the power rails of a Jetson, RAPL on a PC)."""
 
 from __future__ import annotations
 
 import ctypes
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+
+from blip2edge.runtime.captioning.request import STAGES, StageClock
 
 HWMON = Path("/sys/class/hwmon")
 RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
@@ -175,3 +178,19 @@ class MemoryMeter:
     def _watch(self) -> None:
         while not self._stop.wait(INTERVAL):
             self.peak = max(self.peak, resident_bytes())
+
+
+class CpuClock(StageClock):
+    """Measures wall time and CPU time of each stage, in milliseconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cpu_ms = dict.fromkeys(STAGES, 0.0)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Adds the time of the block to a stage."""
+        start = time.process_time()
+        with super().__call__(stage):
+            yield
+        self.cpu_ms[stage] += (time.process_time() - start) * 1e3

@@ -284,3 +284,18 @@ def product_graph(rows: int, second: Array) -> bytes:
         ]
     inner, columns = second.shape
     return onnx_model(nodes, {"a": ("float32", (rows, inner))}, ("c", ("float32", (rows, columns))), weights)
+
+
+def measure_available(own: str) -> tuple[Roofline | None, str]:
+    """Measures the roofline with the backend ``own``, or with another one for the CPU; returns both.
+
+    Returns:
+        None and an empty name if no such backend is installed.
+    """
+    hosts = [name for name, row in BACKENDS.items() if row.host]
+    for backend in sorted(hosts, key=lambda name: name != own):
+        try:
+            return measure(backend), backend
+        except BackendError:  # its package is not installed
+            continue
+    return None, ""

@@ -16,6 +16,7 @@ from blip2edge.bundle.schema import (
     VISION,
     BackendName,
     DraftName,
+    PromptSpec,
 )
 from blip2edge.errors import BundleError, UsageError, option
 from blip2edge.limits import DEFAULT_LIMITS, Limits
@@ -114,18 +115,24 @@ def queries_of(bundle: Bundle) -> int | None:
     return count if isinstance(count, int) else count.max
 
 
-def text_parts(bundle: Bundle) -> TextParts:
-    """Loads the parts that encode prompts: the tokenizers and the prompt template.
-
-    Raises:
-        BundleError: The bundle has no prompts, because its model only matches pictures with texts.
-    """
+def captioning_prompt(bundle: Bundle) -> PromptSpec:
+    """The prompt template of a bundle; raises BundleError if its model only matches pictures with texts."""
     spec = bundle.manifest.prompt
     if spec is None:
         raise BundleError(
             f"{bundle.path} compares pictures with texts and cannot caption them",
             "use match or embed instead",
         )
+    return spec
+
+
+def text_parts(bundle: Bundle) -> TextParts:
+    """Loads the parts that encode prompts: the tokenizers and the prompt template.
+
+    Raises:
+        BundleError: The bundle has no prompts, because its model only matches pictures with texts.
+    """
+    spec = captioning_prompt(bundle)
     tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE), **bundle.manifest.tokenizer)
     prompts = PromptBuilder(spec, tokenizer, bundle.manifest.max_positions, token_table(bundle).num_rows)
     instructions = None

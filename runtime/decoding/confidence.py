@@ -172,7 +172,8 @@ class Confidence:
             return f"the bundle has no fitted confidence for {task}"
         filled = self._spec.default if prompt is None else prompt
         if task == CAPTION and filled != fitted.prompt:
-            return f"it was fitted with the prompt {fitted.prompt!r}"
+            used = "the bundle's own prompt" if fitted.prompt is None else f"the prompt {fitted.prompt!r}"
+            return f"it was fitted with {used}"
         given = decoding_options(options)
         if given != dict(fitted.options):
             names = sorted(name for name in {**given, **fitted.options} if given.get(name) != fitted.options.get(name))

@@ -104,7 +104,7 @@ def load_image(source: ImageSource, limits: Limits = DEFAULT_LIMITS) -> Image.Im
     if not isinstance(source, (str, os.PathLike)):
         raise ImageError(f"expected a path, bytes, a Pillow image or an array, got {type(source).__name__}")
     name = os.fspath(source)
-    _check_file(name)
+    check_picture_file(name)
     try:
         with open(name, "rb") as file:
             return _decode(file, os.fstat(file.fileno()).st_size, name, limits)
@@ -112,7 +112,8 @@ def load_image(source: ImageSource, limits: Limits = DEFAULT_LIMITS) -> Image.Im
         raise ImageError(f"{name}: cannot be opened ({error.strerror or error})") from error
 
 
-def _check_file(name: str) -> None:
+def check_picture_file(name: str) -> None:
+    """Checks that a name is that of a file, without reading it; raises ImageError."""
     if "://" in name:
         raise ImageError(f"{name}: expected a file, got an address", "download the picture first")
     try:

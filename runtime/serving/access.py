@@ -15,6 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope
 
+from blip2edge.errors import UsageError, option
 from blip2edge.runtime.decoding.options import shown
 from blip2edge.runtime.serving.chat_keys import RequestError, error_json
 
@@ -22,6 +23,9 @@ Send = Callable[[Any], Awaitable[None]]
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """Names under which a browser on this machine calls a server that listens on the loopback address."""
+
+ORIGIN = r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\s/?#@:\[\]*A-Z]+)(:\d{1,5})?"
+"""The origin of a page, as browsers send it: RFC 6454, section 6.2."""
 
 OPEN = ("/", "/health")
 """Paths that need no API key: the page asks for the key, and a supervisor asks for the health."""
@@ -36,11 +40,30 @@ class Access:
         origins: Origins of other pages that may use the server, such as ``https://example.org``; ``*`` for all.
         hosts: Names that a request's ``Host`` header may have; empty for any. A request with another name is
             refused, which stops pages whose name resolves to this address (DNS rebinding).
+
+    Raises:
+        UsageError: An origin or a host name has a form that no request has.
     """
 
     api_key: str = ""
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Checks the forms: a browser compares an origin letter by letter."""
+        for origin in self.origins:
+            if origin not in ("*", "null") and not re.fullmatch(ORIGIN, origin):
+                raise UsageError(
+                    f"expected {option('cors')} to be an origin, SCHEME://HOST[:PORT] in small letters, or *, got "
+                    f"{origin!r}",
+                    "give it as in https://example.org:8443, without a path and without a slash at its end",
+                )
+        for host in self.hosts:
+            if host_name(f"[{host}]" if host.count(":") > 1 else host) != host or "/" in host or not host:
+                raise UsageError(
+                    f"expected {option('allowed_host')} to be the name of a host without a port, got {host!r}",
+                    "give it as in example.org",
+                )
 
 
 class AccessControl:

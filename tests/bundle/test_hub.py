@@ -241,7 +241,13 @@ def test_without_a_network_nothing_is_repeated(
     monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=waits.append, time=time.time))
     assert main(["inspect", HUB]) == 0  # from the cache
     capsys.readouterr()
-    for words in (["inspect", "hub:org/other"], ["plan", "hub:org/other"], ["plan", "org/other"]):
+    for words in (
+        ["inspect", "hub:org/other"],
+        ["plan", "hub:org/other"],
+        ["plan", "org/other"],
+        ["caption", "cat.png", "-b", "hub:org/other"],
+        ["caption", "cat.png", "-b", HUB, "--require-signature", str(tmp_path / "key")],
+    ):
         assert main(words) == 1
         assert "the hub cannot be reached" in capsys.readouterr().err
     assert not waits

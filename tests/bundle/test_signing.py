@@ -30,7 +30,7 @@ from blip2edge.bundle.trust.signature import SIGNATURE
 from blip2edge.bundle.trust.signing import sign_bundle, verify_bundle
 from blip2edge.cli import main
 from blip2edge.cli.sign import PASSWORD
-from blip2edge.errors import MissingPackageError
+from blip2edge.errors import MissingPackageError, OutputError
 from blip2edge.optimization.pipeline import optimize
 from blip2edge.runtime.backends import onnxruntime_cpu
 from blip2edge.runtime.backends.open_graph import RECORD
@@ -191,6 +191,9 @@ def test_a_signature_elsewhere(optimized: Path, keys: Key, tmp_path: Path) -> No
         with pytest.raises(BundleSignatureError, match=r"has no signature.*blip2edge sign"):
             Bundle.open(bundle, require_signature=keys[1])
         place.unlink()
+    with pytest.raises(OutputError, match=r"x.sig could not be written \(No such file or directory\); give another"):
+        sign_bundle(bundle, keys[0], output=tmp_path / "absent" / "x.sig")
+    assert not (tmp_path / "absent").exists()
 
 
 # What was changed
@@ -356,9 +359,28 @@ def test_a_bundle_without_signature(optimized: Path, keys: Key, tmp_path: Path) 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"verificationMaterial": {}}', "[" * 100000, "\0"])
 def test_what_is_no_signature(content: str, signed: Path, keys: Key) -> None:
     (signed / SIGNATURE).write_text(content)
-    with pytest.raises(BundleSignatureError, match="is not a signature of the key") as caught:
+    expected = r"model\.sig is damaged, or is not a signature: it|expected a JSON object in .*model\.sig"
+    with pytest.raises(BundleSignatureError, match=expected) as caught:
         caption(signed, keys[1])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.99])
+def test_a_signature_that_is_cut_off(kept: float, signed: Path, keys: Key) -> None:
+    content = (signed / SIGNATURE).read_bytes()
+    (signed / SIGNATURE).write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(BundleSignatureError, match=r"model\.sig is damaged, or is not a signature: it is not JSON"):
+        verify_bundle(signed, keys[1])
+
+
+@pytest.mark.parametrize("part", ["verificationMaterial", "dsseEnvelope", "payload", "signatures", "mediaType"])
+def test_a_signature_that_lacks_a_part(part: str, signed: Path, keys: Key) -> None:
+    values = json.loads((signed / SIGNATURE).read_text())
+    del (values if part in values else values["dsseEnvelope"])[part]
+    (signed / SIGNATURE).write_text(json.dumps(values))
+    with pytest.raises(BundleSignatureError, match=r"model\.sig is damaged, or is not a signature: .*") as caught:
+        verify_bundle(signed, keys[1])
+    assert "object" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["private", "text", "rsa", "missing", "curve"])
@@ -376,8 +398,10 @@ def test_what_is_no_public_key(kind: str, signed: Path, keys: Key, tmp_path: Pat
     elif kind == "curve":
         key.write_bytes(ec.generate_private_key(ec.SECP256K1()).public_key().public_bytes(pem, form))
     fix = "contains a private key; give the public key of the pair" if kind == "private" else "openssl"
-    with pytest.raises(UsageError, match=rf"expected a public key in PEM format .*{fix}"):
+    reason = {"rsa": "it is a key of another kind, RSA", "missing": "No such file or directory"}.get(kind, "")
+    with pytest.raises(UsageError, match=rf"expected a public key in PEM format .*\({reason}.*\); .*{fix}") as caught:
         caption(signed, key)
+    assert "object" not in str(caught.value)
 
 
 # Links, changes while loading, hashing

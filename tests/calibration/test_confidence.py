@@ -211,7 +211,7 @@ def test_a_scheduler_publishes_no_text_before_it_is_sure(captioner: Captioner) -
         ({"num_beams": 2}, "num_beams"),
         ({"temperature": 0.7, "seed": 1}, "temperature"),
         ({"repetition_penalty": 1.5}, "repetition_penalty"),
-        ({"prompt": "a photo of"}, "prompt"),
+        ({"prompt": "a photo of"}, "it was fitted with the bundle's own prompt"),
     ],
     ids=lambda value: str(value),
 )

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from blip2edge import Captioner, Matcher
+from blip2edge.calibration.confidence.references import References
+from blip2edge.calibration.pipeline import calibrate
 from blip2edge.cli import main
 from blip2edge.errors import BundleError, CheckpointError, PromptError, UsageError
 from blip2edge.export.pipeline import export_checkpoint
@@ -168,7 +170,36 @@ def test_broken_picture_fails_alone(
         ]
     target = tmp_path / "vectors.npy"  # a row of the array belongs to each picture, so that none can be left out
     assert main(["embed", str(tmp_path), "-b", str(half), "--output", str(target)]) == 1
+    assert f"b.png: not a picture in one of the formats {', '.join(FORMATS)}" in (error := capsys.readouterr().err)
+    assert f"{target} was not written, because it would lack the row of this picture" in error
     assert not target.exists()
+
+
+def test_missing_pictures_are_found_before_the_bundle_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw_pictures(1)[0].save(tmp_path / "a.png")
+    (tmp_path / "empty").mkdir()
+    target = tmp_path / "vectors.npy"
+    for wrong, problem in (
+        ("nope.png", "no such file"),
+        ("empty", "expected a folder of pictures"),
+        ("*.jpg", "no picture matches this pattern"),
+    ):
+        pictures = [str(tmp_path / name) for name in ("a.png", wrong)]
+        assert main(["embed", *pictures, "-b", str(tmp_path / "no bundle"), "--output", str(target)]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{pictures[1]}: {problem}" in line
+        assert line.endswith(f"{target} was not written, because it would lack the row of this picture")
+
+
+def test_vectors_are_not_lost_with_their_file(half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["embed", "--text", "a dog", "--text", "a cat", "-b", str(half), "--output", "/dev/full"]) == 1
+    output = capsys.readouterr()
+    assert [json.loads(line)["text"] for line in output.out.splitlines()] == ["a dog", "a cat"]
+    assert "the disk is full" in output.err
+    assert main(["embed", "--text", "a dog", "-b", str(half), "--output", str(tmp_path / "v.txt")]) == 2
+    assert "expected --output to be a file with the suffix .npy" in capsys.readouterr().err
 
 
 def test_channel_order_of_arrays(half: Path) -> None:
@@ -179,6 +210,14 @@ def test_channel_order_of_arrays(half: Path) -> None:
     np.testing.assert_array_equal(matcher.embed_image(frame, channels="bgr"), matcher.embed_image(picture))
     probabilities = matcher.probabilities([picture], [["a dog"]])
     assert matcher.probabilities([frame], [["a dog"]], channels="bgr") == probabilities
+
+
+def test_an_error_of_calibrate_names_the_bundle(half: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    for images in (None, tmp_path):
+        with pytest.raises(BundleError, match=f"^{re.escape(str(half))} compares .* cannot caption them"):
+            calibrate(half, output, images=images, references=References((), "cider >= 1"))
+    assert not output.exists()
 
 
 def test_what_does_not_fit_is_told_in_a_line(half: Path) -> None:

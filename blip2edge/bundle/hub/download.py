@@ -144,7 +144,7 @@ class _Download:
         """Downloads the signature, and the derived files that it lists if it is of the key."""
         with self._errors():
             try:
-                found = Path(self._hub.hf_hub_download(self._name.repository, SIGNATURE, revision=self.snapshot.name))
+                found = first_file(self._hub, self._name.repository, SIGNATURE, self.snapshot.name)
             except self._hub.errors.EntryNotFoundError:  # the error of a missing signature comes later
                 return
         signature = read_signature(found, public_key)

@@ -8,6 +8,7 @@ model-signing makes and checks signatures, and its own command reads them. Keys 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -20,9 +21,13 @@ from blip2edge.bundle.schema import DERIVED
 from blip2edge.bundle.trust.integrity import STAMPS
 from blip2edge.errors import BundleSignatureError, MissingPackageError, UsageError, one_line
 from blip2edge.packages import require
+from blip2edge.reading import read_json
 
 SIGNATURE = "model.sig"
 """Name of the signature in a bundle: the default of the command ``model_signing``."""
+
+_AGAIN = "get the bundle and its signature again from their author, or sign the bundle again"
+_FAULTS = (KeyError, TypeError, AttributeError, IndexError)  # of a parser that does not check the form
 
 CURVES = "elliptic curve P-256, P-384 or P-521"
 MAKE_KEYS = (
@@ -130,6 +135,7 @@ def read_signature(path: Path, public_key: Path) -> Signature:
         UsageError: ``public_key`` is neither.
     """
     package = model_signing()
+    _check_form(path)
     listed = _Listed()
     verifier = package.verifying.Config().set_hashing_config(listed)
     with reading_key(public_key, "public key"):
@@ -141,12 +147,43 @@ def read_signature(path: Path, public_key: Path) -> Signature:
         with redirect_stdout(sys.stderr):  # the package prints warnings to standard output
             verifier.verify(path.parent, path)
     except Exception as error:  # the exceptions of the package share no base class but Exception
-        reason = one_line(error)
+        if isinstance(error, _FAULTS) or type(error).__name__ == "ValidationError":  # the latter is pydantic's
+            raise _damaged(path, f"a part of it is missing or has another form: {_reason(error)}") from error
         raise BundleSignatureError(
-            f"{path} is not a signature of the key {public_key} ({reason})",
+            f"{path} is not a signature of the key {public_key} ({_reason(error)})",
             "check the key, or get the bundle and its signature again from their author",
         ) from error
     return Signature(path, listed.files, listed.ignored)
+
+
+def _check_form(path: Path) -> None:
+    """Raises BundleSignatureError if a file is cut off, or is no signature of any key."""
+
+    def explain(error: Exception) -> BundleSignatureError | None:
+        return None if isinstance(error, OSError) else _damaged(path, f"it is not JSON ({one_line(error)})")
+
+    values = read_json(path, BundleSignatureError, _AGAIN, explain=explain)
+    missing = [name for name in ("verificationMaterial", "dsseEnvelope") if not isinstance(values.get(name), dict)]
+    if missing:
+        raise _damaged(path, f"it has no {' and no '.join(missing)}")
+
+
+def _damaged(path: Path, how: str) -> BundleSignatureError:
+    return BundleSignatureError(f"{path} is damaged, or is not a signature: {how}", _AGAIN)
+
+
+def _reason(error: Exception) -> str:
+    """The message of an exception of the package or of Python, without Python's names of objects and numbers."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, AttributeError) and error.name == "curve":
+        kind = re.sub(r"(Public|Private)Key$", "", type(error.obj).__name__)
+        return f"it is a key of another kind, {kind}"
+    if isinstance(error, KeyError):
+        return f"no {error.args[0]}"
+    if type(error).__name__ == "InvalidSignature":
+        return "another key made it, or it was changed"
+    return one_line(error)
 
 
 def unsigned_paths(bundle: Path, signature: Signature) -> list[str]:
@@ -206,6 +243,6 @@ def reading_key(path: Path, kind: str) -> Iterator[None]:
         yield
     except Exception as error:  # the exceptions of the package share no base class but Exception
         raise UsageError(
-            f"expected a {kind} in PEM format ({CURVES}), but {path} cannot be read as one ({one_line(error)})",
+            f"expected a {kind} in PEM format ({CURVES}), but {path} cannot be read as one ({_reason(error)})",
             _key_fix(path, kind),
         ) from error

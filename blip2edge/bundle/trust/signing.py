@@ -11,8 +11,7 @@ from typing import Any
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.hub.names import is_downloaded
 from blip2edge.bundle.manifest import MANIFEST
-from blip2edge.bundle.outputs.disk_errors import output_error
-from blip2edge.bundle.outputs.locks import write_file
+from blip2edge.bundle.outputs.files import check_file, write_output
 from blip2edge.bundle.schema import DERIVED
 from blip2edge.bundle.trust.integrity import STAMPS
 from blip2edge.bundle.trust.signature import SIGNATURE, Signature, how_to_sign, model_signing, reading_key
@@ -67,6 +66,7 @@ def sign_bundle(
             f"give {option('output')}, or sign your own copy of the bundle and upload it with `blip2edge push`",
         )
     target = opened.path / SIGNATURE if output is None else Path(output)
+    check_file(target, "output")
     package = model_signing()
     hashing = _CheckedHashing(opened, package.hashing.Config().set_ignored_paths(paths=_left_out(opened.path, target)))
     signer = package.signing.Config().set_hashing_config(hashing)
@@ -74,12 +74,9 @@ def sign_bundle(
         protected = ask_password is not None and ENCRYPTED in private.read_bytes()
         password = ask_password().encode() if protected and ask_password is not None else None
         signer.use_elliptic_key_signer(private_key=private, password=password)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            signer.sign(opened.path, written := Path(folder, target.name))
-            write_file(target, written.read_bytes())
-    except OSError as error:
-        raise output_error(target, error) from error
+    with tempfile.TemporaryDirectory() as folder:
+        signer.sign(opened.path, written := Path(folder, target.name))
+        write_output(target, written.read_bytes(), "output")
     return SigningReport(target, hashing.files)
 
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.fields import finite_number, list_of, nullable, record, whole
-from blip2edge.bundle.outputs.locks import write_file
+from blip2edge.bundle.outputs.files import check_file, write_output
 from blip2edge.errors import DataError, UsageError, option
 from blip2edge.reading import checking, read_json
 from blip2edge.runtime.backends.probe import processor
@@ -77,6 +77,7 @@ class ReusePlan:
         report: Called with a sentence for the user.
 
     Raises:
+        OutputError: ``path`` cannot be written.
         UsageError: ``rate`` is not between 0 and 1, or ``frames`` is below 2.
     """
 
@@ -90,6 +91,8 @@ class ReusePlan:
         """Checks the values."""
         check_number("miss_rate", self.rate, 0.0, 0.5, above=True)
         check_integer("fit_frames", self.frames, 2)
+        if self.path is not None:
+            check_file(self.path, "reuse_fit")
 
 
 @dataclass(frozen=True)
@@ -254,7 +257,7 @@ class ReuseLadder:
             self.audits, self._clock = AuditMonitor(self._plan.rate), AuditClock(self._attempts)
         document = fit_document(fit, self._key)
         if self._plan.path is not None:
-            write_file(self._plan.path, (json.dumps(document, indent=2) + "\n").encode())
+            write_output(self._plan.path, json.dumps(document, indent=2) + "\n", "reuse_fit")
         self._plan.report(_sentence(fit, self._plan.rate))
         self._plan.on_fit(document)
 

@@ -6,6 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from blip2edge.bundle.outputs.files import check_file
 from blip2edge.errors import BackendError, ImageError, OutputError, one_line
 from blip2edge.packages import require
 from blip2edge.runtime.images.preprocess import load_image
@@ -27,7 +28,8 @@ class AnnotatedVideo(Sink):
         options: ``report`` is called for a picture that cannot be read any more.
 
     Raises:
-        OutputError: The file exists, or its folder does not.
+        OutputError: The file exists, or cannot be written.
+        UsageError: Its suffix is not ``.mp4``.
         BackendError: PyAV is not installed.
     """
 
@@ -35,8 +37,7 @@ class AnnotatedVideo(Sink):
         path = Path(file)
         if path.exists():
             raise OutputError(f"{path} exists already", "give another name, or remove the file")
-        if not path.parent.is_dir():
-            raise OutputError(f"{path.parent} is no folder", "make it, or give another name")
+        check_file(path, "annotated", ".mp4")
         self._av = require("av", "writing a video", BackendError)
         self._path, self._report, self._last = path, options.report, -1
         self._container: Any = None

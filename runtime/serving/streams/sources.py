@@ -20,17 +20,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from blip2edge.errors import BackendError, DataError, one_line, shown_address
-from blip2edge.packages import require
+from blip2edge.errors import DataError, one_line, shown_address
 from blip2edge.picture_files import PICTURE_SUFFIXES, is_broken_link
 from blip2edge.runtime.images.preprocess import DeferredImage
 from blip2edge.runtime.images.video import VIDEO_SUFFIXES
 from blip2edge.runtime.serving.streams import gstreamer
+from blip2edge.runtime.serving.streams.decoder import Ending, decoded, pyav
 from blip2edge.runtime.serving.streams.gstreamer import CSI
 
 POLL_S = 0.2  # between two listings of a folder
 SETTLED_POLLS = 10  # listings that show a broken picture unchanged before its error is reported
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 5.0  # before a live source is opened again; doubled each time
+DAMAGE_REPORT_S = 60.0  # between two reports of frames of a live source that could not be decoded
 NETWORK_TIMEOUT_S = 5.0  # to connect, and between two packets; FFmpeg returns at the second timeout in a row
 
 AT_ONCE = {"fpsprobesize": "0"}
@@ -67,13 +68,14 @@ class Source(Iterator[Frame]):
     """An iterator of frames. It ends with the frames, or when :meth:`close` is called from any thread.
 
     Args:
-        make: Makes the frames; its event is set when the source is closed.
+        make: Makes the frames; its argument is set when the source is closed.
         is_queue: Whether frames wait until they are taken, as the files of a folder do; a camera drops them.
+        is_live: Whether it has no end of its own, as a camera.
     """
 
-    def __init__(self, make: Callable[[threading.Event], Frames], *, is_queue: bool = False) -> None:
-        self.is_queue = is_queue
-        self._closed = threading.Event()
+    def __init__(self, make: Callable[[Ending], Frames], *, is_queue: bool = False, is_live: bool = False) -> None:
+        self.is_queue, self.is_live = is_queue, is_live
+        self._closed = Ending()
         self._running = threading.Lock()
         self._frames = make(self._closed)
 
@@ -86,6 +88,11 @@ class Source(Iterator[Frame]):
                 return next(self._frames)
         finally:
             self._end_if_closed()
+
+    @property
+    def undecoded(self) -> int:
+        """Number of frames so far that could not be decoded, in whole or in part."""
+        return self._closed.undecoded
 
     def close(self) -> None:
         """Ends the frames: at once, or when the frame that a thread waits for has arrived."""
@@ -116,7 +123,7 @@ class SourceKind:
 
     form: str
     matches: Callable[[str], bool]
-    frames: Callable[[str, bool, threading.Event], Frames]
+    frames: Callable[[str, bool, Ending], Frames]
     check: Callable[[], object]
     is_queue: bool = False
     is_live: bool = False
@@ -138,33 +145,48 @@ def open_source(source: str, *, follow: bool = True, report: Report | None = Non
         BackendError: The source needs a package or a program that is not installed.
     """
     kind = next((kind for kind in KINDS if kind.matches(source)), None)
-    if kind is None and os.path.splitext(source)[1] and not os.path.lexists(source):
-        raise DataError(f"{shown_address(source)}: no such file", "check the path")
     if kind is None:
-        raise DataError(
-            f"expected a folder, a video file or a camera, got {shown_address(source)}",
-            f"give {', '.join(one.form for one in KINDS)}",
-        )
+        raise _no_source(source)
     kind.check()
     make = partial(kind.frames, source, follow)
     if kind.is_live and follow:
         make = partial(_reconnecting, make, shown_address(source), report or (lambda _: None))
-    return Source(make, is_queue=kind.is_queue)
+    return Source(make, is_queue=kind.is_queue, is_live=kind.is_live)
 
 
-def _reconnecting(
-    make: Callable[[threading.Event], Frames], name: str, report: Report, closed: threading.Event
-) -> Frames:
+def _no_source(source: str) -> DataError:
+    """The error of a text that names no source."""
+    suffix, name = os.path.splitext(source)[1], shown_address(source)
+    if suffix and not os.path.lexists(source):
+        return DataError(f"{name}: no such file", "check the path")
+    if os.path.isfile(source):
+        return DataError(
+            f"{name}: expected a video file with a suffix of {', '.join(sorted(VIDEO_SUFFIXES))}, got {suffix}",
+            "convert the video to MP4, or put pictures into a folder and give the folder",
+        )
+    return DataError(
+        f"expected a folder, a video file or a camera, got {name if source.strip() else 'an empty text'}",
+        f"give {', '.join(one.form for one in KINDS)}",
+    )
+
+
+def _reconnecting(make: Callable[[Ending], Frames], name: str, report: Report, closed: Ending) -> Frames:
     """Yields the frames of a live source. When it ends or fails after its first frame, it is opened again.
 
-    The loss and the return are reported once each. An error before the very first frame is raised.
+    The loss and the return are reported once each, damaged frames at most once in :data:`DAMAGE_REPORT_S`. An error
+    before the very first frame is raised.
     """
     wait, lost, any_frame = FIRST_WAIT_S, 0.0, False
+    told, due = 0, 0.0  # the count of damaged frames that was last reported, and when it may be reported again
     while not closed.is_set():
         problem = "it ended"
         try:
             with closing(make(closed)) as frames:
                 for frame in frames:
+                    if closed.undecoded > told and time.monotonic() >= due:
+                        count = closed.undecoded - told
+                        report(f"{name}: {count} frame{'s' * (count > 1)} could not be decoded")
+                        told, due = closed.undecoded, time.monotonic() + DAMAGE_REPORT_S
                     if lost:
                         report(f"{name}: frames come again, after {time.monotonic() - lost:.1f} s")
                     wait, lost, any_frame = FIRST_WAIT_S, 0.0, True
@@ -182,7 +204,7 @@ def _reconnecting(
         wait = min(2 * wait, LONGEST_WAIT_S)
 
 
-def _folder(folder: str, follow: bool, closed: threading.Event) -> Frames:
+def _folder(folder: str, follow: bool, closed: Ending) -> Frames:
     """Yields the pictures of a folder, oldest first; with `follow`, once two listings show a file unchanged.
 
     With `follow`, a frame can be given back: its file is tried again when it changes, and a last time when
@@ -238,7 +260,7 @@ def _pictures(folder: Path) -> set[_Version]:
     return found
 
 
-def _file(path: str, follow: bool, closed: threading.Event) -> Frames:
+def _file(path: str, follow: bool, closed: Ending) -> Frames:
     """Yields the frames of a video file; with `follow`, at the video's own speed."""
     start = time.perf_counter()
     for frame in _decoded(path, path, closed):
@@ -249,23 +271,19 @@ def _file(path: str, follow: bool, closed: threading.Event) -> Frames:
         yield frame
 
 
-def _device(source: str, _follow: bool, closed: threading.Event) -> Frames:
+def _device(source: str, _follow: bool, closed: Ending) -> Frames:
     """Yields the frames of a camera of Video4Linux, given as its number or its device."""
     yield from _decoded(source, f"/dev/video{source}" if source.isdigit() else source, closed, format="v4l2")
 
 
-def _address(source: str, _follow: bool, closed: threading.Event) -> Frames:
+def _address(source: str, _follow: bool, closed: Ending) -> Frames:
     """Yields the frames of a network stream. A server that sends nothing for a while counts as lost."""
     options = AT_ONCE if _scheme(source) in LIVE_SCHEMES else {}
     tcp = {"rtsp_transport": "tcp"} if _scheme(source).startswith("rtsp") else {}
     yield from _decoded(source, source, closed, options={**options, **tcp}, timeout=NETWORK_TIMEOUT_S)
 
 
-def _pyav() -> Any:
-    return require("av", "reading videos and cameras", BackendError)
-
-
-def _decoded(source: str, file: Any, closed: threading.Event, **how: Any) -> Frames:
+def _decoded(source: str, file: Any, closed: Ending, **how: Any) -> Frames:
     """Yields the frames that FFmpeg decodes; they are converted to RGB when they are captioned.
 
     Args:
@@ -274,12 +292,11 @@ def _decoded(source: str, file: Any, closed: threading.Event, **how: Any) -> Fra
         closed: Ends the frames.
         **how: Arguments of ``av.open``.
     """
-    av = _pyav()
+    av = pyav()
     shown, empty = shown_address(source), True
     try:
         with av.open(file, **how) as container:
-            stream = container.streams.video[0]
-            for frame in container.decode(stream):
+            for frame in decoded(container, closed):
                 if closed.is_set():
                     return
                 at, empty = float(frame.time or 0.0), False
@@ -298,7 +315,7 @@ def _decoded(source: str, file: Any, closed: threading.Event, **how: Any) -> Fra
         )
 
 
-def _pipeline(source: str, _follow: bool, closed: threading.Event) -> Frames:
+def _pipeline(source: str, _follow: bool, closed: Ending) -> Frames:
     """Yields the frames of a GStreamer pipeline or of ``csi:N``.
 
     OpenCV reads it if it is built with GStreamer, otherwise ``gst-launch-1.0`` runs it and PyAV reads its frames.
@@ -308,14 +325,14 @@ def _pipeline(source: str, _follow: bool, closed: threading.Event) -> Frames:
     return _by_launch(text, closed) if cv2 is None else _by_opencv(cv2, text, closed)
 
 
-def _by_opencv(cv2: Any, text: str, closed: threading.Event) -> Frames:
+def _by_opencv(cv2: Any, text: str, closed: Ending) -> Frames:
     """Yields the frames of a pipeline that OpenCV reads."""
     with closing(gstreamer.opencv_pictures(cv2, text, closed)) as pictures:
         for at, picture in pictures:
             yield Frame(f"{at:.2f} s", picture)
 
 
-def _by_launch(text: str, closed: threading.Event) -> Frames:
+def _by_launch(text: str, closed: Ending) -> Frames:
     """Yields the frames of a pipeline that ``gst-launch-1.0`` runs, which writes them uncompressed into a pipe."""
     end = " ! videoconvert ! video/x-raw,format=I420 ! y4menc ! fdsink fd=1"
     command = ["gst-launch-1.0", "-q", *gstreamer.pipeline_words(text), *end.split()]
@@ -340,7 +357,7 @@ def _by_launch(text: str, closed: threading.Event) -> Frames:
 def _check_pipeline() -> None:
     """Raises BackendError if nothing can read a pipeline."""
     if gstreamer.pipeline_reader() is None:
-        _pyav()
+        pyav()
 
 
 def _scheme(source: str) -> str:
@@ -356,16 +373,18 @@ def _is_device(source: str) -> bool:
 
 
 def _is_video(source: str) -> bool:
-    return Path(source).suffix.lower() in VIDEO_SUFFIXES and os.path.isfile(source)
+    """Whether it is a file with the suffix of a video, or without a suffix: FFmpeg reads the form from its content."""
+    suffix = Path(source).suffix.lower()
+    return (not suffix or suffix in VIDEO_SUFFIXES) and os.path.isfile(source)
 
 
 KINDS = (
     SourceKind("a folder of pictures", os.path.isdir, _folder, lambda: None, is_queue=True),
     SourceKind("csi:0 for a camera of a Jetson", _is_csi, _pipeline, _check_pipeline),
     SourceKind("a GStreamer pipeline", lambda text: " ! " in text, _pipeline, _check_pipeline),
-    SourceKind("a camera's number", _is_device, _device, _pyav, is_live=True),
-    SourceKind("an address such as rtsp://…", lambda at: _scheme(at) in LIVE_SCHEMES, _address, _pyav, is_live=True),
-    SourceKind("the address of a video", lambda at: bool(_scheme(at)), _address, _pyav),
-    SourceKind("a video file", _is_video, _file, _pyav),
+    SourceKind("a camera's number", _is_device, _device, pyav, is_live=True),
+    SourceKind("an address such as rtsp://…", lambda at: _scheme(at) in LIVE_SCHEMES, _address, pyav, is_live=True),
+    SourceKind("the address of a video", lambda at: bool(_scheme(at)), _address, pyav),
+    SourceKind("a video file", _is_video, _file, pyav),
 )
 """All kinds of sources; the first that matches is used."""

@@ -201,6 +201,10 @@ def test_limits(bundle: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
     words = ["certify", str(bundle), "--backend", "cpu", "--threads", "1", "--tolerance", "1"]
     assert main([*words, "--min-equal", "0", "--output", str(path)]) == 0
     assert "certified: " in capsys.readouterr().out
+    assert main([*words, "--min-equal", "0", "--output", "/dev/full"]) == 1
+    output = capsys.readouterr()
+    assert "certified: " in output.out
+    assert "the disk is full" in output.err
     found = json.loads(path.read_text())
     assert found["tokens"]["equal"] < found["tokens"]["all"]
     assert main([*words, "--min-equal", "1"]) == 1

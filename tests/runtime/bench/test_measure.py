@@ -20,8 +20,9 @@ from blip2edge.cli import main
 from blip2edge.errors import BackendError, UsageError
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.bench import measure as bench_module
-from blip2edge.runtime.bench.measure import Bench, BenchOptions, BenchReport, CpuClock, bench
-from blip2edge.runtime.bench.meters import EnergyMeter
+from blip2edge.runtime.bench import roofline
+from blip2edge.runtime.bench.measure import Bench, BenchOptions, BenchReport, bench
+from blip2edge.runtime.bench.meters import CpuClock, EnergyMeter
 from blip2edge.runtime.bench.report import bench_page, facts, markdown
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.decoding.speculative import SpeculationCost
@@ -67,7 +68,7 @@ def report(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> BenchReport
         return clock
 
     monkeypatch.setattr(Bench, "caption", caption)
-    monkeypatch.setattr(bench_module, "measure", lambda backend: MACHINE)
+    monkeypatch.setattr(roofline, "measure", lambda backend: MACHINE)
     monkeypatch.setattr(bench_module, "EnergyMeter", Joules)
     options = BenchOptions(runs=len(RUNS), warmup=1, tokens=7, batches=(1, 4), prompts=(0, 2), lengths=(1, 4))
     return bench(captioner, options, start_s=1.25, cost_of=lambda prompt, tokens: COSTS)
@@ -161,6 +162,34 @@ def test_tokens_a_pass_with_a_draft(
     assert re.search(r"- \d\.\d\d tokens per pass \(draft model: lookup\)", capsys.readouterr().out)
 
 
+def test_more_tokens_than_the_context_holds(
+    captioner: Captioner, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    most = Bench(captioner).room()
+    flags = ["--runs", "1", "--warmup", "0", "--batch-sizes", "1", "--threads", "1", "--json", "--tokens"]
+    assert main(["bench", str(tiny_bundle), *flags, str(most + 1)]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert f"expected --tokens to be at most {most}, the room that the prompt leaves" in output.err
+    alone = captioner.caption(Bench(captioner).picture, max_new_tokens=most + 9, min_new_tokens=most + 9)
+    assert len(alone.tokens) == most
+
+
+def test_what_the_sweeps_leave_out_is_said(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "measure", lambda backend: MACHINE)
+    monkeypatch.setattr(type(captioner.generator.language.decoder), "max_rows", 2)
+    most, calls = Bench(captioner).room(), []
+    options = BenchOptions(1, 0, 2, batches=(1, 3), prompts=(0, 10_000), lengths=(2, most, most + 1))
+    report = bench(captioner, options, start_s=1.0, progress=lambda *state: calls.append(state))
+    assert [row["batch"] for row in report.sweeps["batch"]] == [1]
+    assert [row["tokens"] for row in report.sweeps["caption"]] == [2, most]
+    assert len(report.sweeps["prompt"]) == 1
+    left = {f"captions of {most + 1} tokens", "batches of 3 pictures", "prompts of 10000 words"}
+    assert left < report.left_out.keys()
+    last = {stage: (done, total) for stage, done, total in calls}
+    assert last == {"captions": (1, 1), "roofline": (1, 1), "sweeps": (3, 3)}
+
+
 @pytest.mark.parametrize("name", ["runs", "tokens"])
 def test_limits(name: str) -> None:
     changed: dict[str, Any] = {name: 0}
@@ -189,7 +218,7 @@ def test_without_a_backend_for_the_cpu_there_is_no_roofline(
         asked.append(backend)
         raise BackendError(f"{backend} is not installed")
 
-    monkeypatch.setattr(bench_module, "measure", missing)
+    monkeypatch.setattr(roofline, "measure", missing)
     options = BenchOptions(runs=1, warmup=0, tokens=2, batches=(1,), prompts=(0,), lengths=(2,))
     report = bench(captioner, options, start_s=1.0, cost_of=lambda prompt, tokens: COSTS)
     assert asked == ["cpu", "openvino"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import ssl
 import subprocess
@@ -20,6 +21,7 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 pytest.importorskip("starlette", reason="the server needs the extra serve")
 
 from blip2edge.cli import main
+from blip2edge.errors import UsageError
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.serving.access import LOOPBACK, Access, content_security_policy, host_name
 from blip2edge.runtime.serving.http import PAGE, Server
@@ -78,6 +80,32 @@ def test_host_names(make: Make, host: str, status: int) -> None:
     server = make(hosts=(*LOOPBACK, "board.local"))
     got(ask(server, "GET", "/health", headers={"Host": host}), status)
     got(ask(make(), "GET", "/health", headers={"Host": host}))  # without the rule, any name
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        *({"origins": (origin,)} for origin in ("x", "example.org", "https://", "https://a.org/", "https://A.org")),
+        *({"origins": (origin,)} for origin in ("https://*.org", "https://a.org:port", "https://user@a.org", "")),
+        *({"hosts": (host,)} for host in ("a.org:80", "http://a.org", "a.org/b", "A.org", "")),
+    ],
+)
+def test_rules_that_no_request_meets_are_refused(rules: dict[str, Any]) -> None:
+    (value,) = next(iter(rules.values()))
+    with pytest.raises(UsageError, match=f"expected (cors|allowed_host) .*got {re.escape(repr(value))}"):
+        Access(**rules)
+    for origin in ("*", "null", "https://example.org", "http://localhost:8000", "http://[::1]:80", "app://x.y-z"):
+        Access(origins=(origin,))
+    Access(hosts=("localhost", "::1", "127.0.0.1", "example.org"))
+
+
+def test_a_wrong_origin_is_refused_before_a_bundle_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", str(tmp_path / "absent"), "--port", "0", "--cors", "x"]) == 2
+    assert "expected --cors to be an origin, SCHEME://HOST[:PORT] in small letters, or *, got 'x'" in (
+        capsys.readouterr().err
+    )
 
 
 def test_host_name() -> None:

@@ -441,8 +441,11 @@ def test_annotated_video(open_sink: Callable[..., Sink], reports: list[str], tmp
     assert np.abs(frames[3].to_ndarray(format="rgb24")[:80].astype(int) - (0, 0, 255)).mean() < 6
     with pytest.raises(OutputError, match="exists already"):
         AnnotatedVideo(str(path), SinkOptions(reports.append, {}))
-    with pytest.raises(OutputError, match="is no folder"):
+    with pytest.raises(OutputError, match=r"out.mp4 could not be written \(No such file or directory\)"):
         AnnotatedVideo(str(tmp_path / "no" / "out.mp4"), SinkOptions(reports.append, {}))
+    with pytest.raises(UsageError, match=r"suffix .mp4, got .*an.txt; give a name such as .*an.mp4"):
+        AnnotatedVideo(str(tmp_path / "an.txt"), SinkOptions(reports.append, {}))
+    assert not (tmp_path / "an.txt").exists()
 
 
 def test_an_annotated_video_can_be_played_before_its_end(open_sink: Callable[..., Sink], tmp_path: Path) -> None:

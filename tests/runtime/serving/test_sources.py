@@ -18,6 +18,7 @@ from PIL import Image
 from blip2edge.errors import BackendError, DataError, one_line, shown_address
 from blip2edge.runtime.images.preprocess import load_image
 from blip2edge.runtime.serving.streams import gstreamer, sources
+from blip2edge.runtime.serving.streams.decoder import Ending
 from blip2edge.runtime.serving.streams.gstreamer import APPSINK
 from blip2edge.runtime.serving.streams.sources import (
     KINDS,
@@ -92,7 +93,7 @@ def test_no_message_has_the_password_of_a_pipeline(monkeypatch: pytest.MonkeyPat
     assert "s3cret" not in str(raised.value)
 
 
-class Clock(threading.Event):
+class Clock(Ending):
     """An event that notes the waits, and is set after some of them."""
 
     def __init__(self, most: int) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.reuse.fit import CurvePoint, FrameTimes, ReuseFit, Thresholds
 from blip2edge.runtime.captioning.reuse.ladder import ReusePlan, fit_document, fit_key
 from blip2edge.runtime.serving.streams import sources
+from blip2edge.runtime.serving.streams.decoder import Ending
 from blip2edge.runtime.serving.streams.sources import Frame, Frames, Source, _folder, open_source
 from blip2edge.runtime.serving.watch import NewestFrame, watch
 from tests.drawing import draw_pictures
@@ -115,7 +117,7 @@ def test_picture_is_taken_when_two_listings_show_it_unchanged(tmp_path: Path) ->
     path, sizes = tmp_path / "slow.png", iter([10, 20, 20, 30, 30, 30])
     (tmp_path / "a folder.png").mkdir()
 
-    class Closing(threading.Event):
+    class Closing(Ending):
         """An event whose wait writes the file."""
 
         def wait(self, timeout: float | None = None) -> bool:
@@ -138,7 +140,7 @@ def test_a_half_written_picture_is_tried_again_and_a_broken_one_is_reported_once
     whole = (tmp_path / "whole.bin").read_bytes()
     writes = iter([0.3, 0.3, None, None, 0.6, None, None, None, 1.0, *[None] * (sources.SETTLED_POLLS + 4)])
 
-    class Closing(threading.Event):
+    class Closing(Ending):
         """An event whose wait writes a part of the picture."""
 
         def wait(self, timeout: float | None = None) -> bool:
@@ -278,10 +280,27 @@ def test_a_source_that_breaks_off(captioner: Captioner) -> None:
         list(watch(captioner, frames(), max_new_tokens=2))
 
 
-@pytest.mark.parametrize("source", ["nowhere", "pyproject.toml"])
-def test_what_is_no_source(source: str) -> None:
-    with pytest.raises(DataError, match="expected a folder, a video file or a camera"):
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere", "expected a folder, a video file or a camera, got nowhere; give a folder of pictures"),
+        ("", "expected a folder, a video file or a camera, got an empty text; give"),
+        ("pyproject.toml", r"pyproject.toml: expected a video file with a suffix of \.avi, .*, got \.toml; convert"),
+    ],
+)
+def test_what_is_no_source(source: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         open_source(source)
+
+
+def test_a_video_file_without_a_suffix(video: Path, tmp_path: Path) -> None:
+    with closing(open_source(str(video), follow=False)) as frames:
+        named = [frame.seconds for frame in frames]
+    with closing(open_source(str(video.rename(tmp_path / "film")), follow=False)) as frames:
+        assert [frame.seconds for frame in frames] == named
+    (tmp_path / "notes").write_text("no video")
+    with pytest.raises(DataError, match=r"notes cannot be read as a video \("):
+        list(open_source(str(tmp_path / "notes"), follow=False))
 
 
 def test_a_video_file_that_is_missing(tmp_path: Path) -> None:

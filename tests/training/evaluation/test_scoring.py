@@ -153,7 +153,9 @@ def ask(capsys: pytest.CaptureFixture[str]) -> Ask:
     return run
 
 
-def test_captions_of_a_file(ask: Ask, data: Path, tiny_checkpoint: Drawn, tiny_bundle: Path) -> None:
+def test_captions_of_a_file(
+    ask: Ask, data: Path, tiny_checkpoint: Drawn, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     predictions = data / "said.json"
     flags = ["--data", str(data / "captions.json"), "--max-new-tokens", "6"]
     figures = ask(tiny_checkpoint.directory, *flags, "--predictions", str(predictions))
@@ -168,6 +170,11 @@ def test_captions_of_a_file(ask: Ask, data: Path, tiny_checkpoint: Drawn, tiny_b
     expected = caption_scores([row["caption"] for row in said], references)
     assert {name: figures[name] for name in expected} == expected
     assert ask(tiny_bundle, *flags) == figures  # the same figures, torch or runtime
+    full = ["eval", str(tiny_bundle), "--threads", "1", "--json", *flags, "--predictions", "/dev/full"]
+    assert main(full) == 1
+    output = capsys.readouterr()
+    assert json.loads(output.out) == figures
+    assert "the disk is full" in output.err
     assert ask(tiny_bundle, *flags, "--num-beams", "3", "--count", "2")["n"] == 2
 
 
