@@ -33,7 +33,7 @@ from blip2edge.training.loop.journal import CURVE, LOG, Journal, draw_curve
 from blip2edge.training.loop.loop import Phase, run_phase
 from blip2edge.training.loop.sharding import check_sharding
 from blip2edge.training.loop.snapshots import Snapshot, Snapshots
-from blip2edge.training.loop.trackers import BOARD, TrackedRun, Trackers, check_trackers, flat, run_identity
+from blip2edge.training.loop.trackers import BOARD, TrackedRun, Trackers, check_trackers, recipe_values, run_identity
 from blip2edge.training.loop.training_run import TrainingRun
 from blip2edge.training.phases.registry import PHASES, phases_of
 from blip2edge.training.setup.build import build_parts, write_stage1
@@ -162,7 +162,7 @@ def _journal(config: TrainingConfig, target: Path, snapshots: Snapshots, *, resu
     identity = run_identity(snapshots.directory, resumed=resumed)
     first_step = (snapshots.steps or 0) if resumed else 0
     tracked = TrackedRun(snapshots.directory, loop.tracker_project, target.name, identity, first_step)
-    return Journal(snapshots.directory, Trackers(names, tracked, flat(config)))
+    return Journal(snapshots.directory, Trackers(names, tracked, recipe_values(config)))
 
 
 def _first_phase(run: TrainingRun, snapshot: Snapshot, names: list[str]) -> int:

@@ -108,7 +108,7 @@ class Examples:
         )
 
 
-def generate(
+def generate_texts(
     captioner: CaptionModel,
     asked: Sequence[Entry],
     images: Sequence[Image.Image],

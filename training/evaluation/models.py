@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from blip2edge.bundle.schema import BackendName
+from blip2edge.errors import UsageError, option
 
 Vectors = NDArray[np.float32]
 Prompts = Sequence[str | None]
@@ -87,3 +88,12 @@ class EvaluatedModel:
 
     captioner: CaptionModel | None = None
     matcher: MatchModel | None = None
+
+
+def needs_picture(path: Path) -> UsageError:
+    """The error for the language model of ``path``, which cannot be run without a picture."""
+    return UsageError(
+        f"the language model of {path} attends to a picture in each layer, and cannot read a caption alone",
+        f"give {option('reader')} a language model, or a captioner whose language model takes visual tokens (BLIP-2,"
+        " InstructBLIP, LLaVA)",
+    )

@@ -21,7 +21,7 @@ from blip2edge.runtime.captioning.pipeline import TextGenerator
 from blip2edge.runtime.captioning.request import StageClock
 from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.text.prompt import Prompt
-from blip2edge.training.evaluation.models import ModelOptions
+from blip2edge.training.evaluation.models import ModelOptions, needs_picture
 
 TEMPLATE = "Picture: {caption}\nQuestion: {question}\nShort answer:"
 """The reader's prompt; ``{caption}`` is empty when it answers without the caption."""
@@ -119,12 +119,3 @@ def open_reader(path: Path, options: ModelOptions, template: str = TEMPLATE) -> 
         raise needs_picture(path)
     captioner = Captioner(bundle, options.backend, options.threads, "none")
     return Reader(captioner.generator, bundle.manifest.generation["eos_token_ids"], options.batch_size, template)
-
-
-def needs_picture(path: Path) -> UsageError:
-    """The error for a language model that cannot be run without a picture."""
-    return UsageError(
-        f"the language model of {path} attends to a picture in each layer, and cannot read a caption alone",
-        f"give {option('reader')} a language model, or a captioner whose language model takes visual tokens (BLIP-2,"
-        " InstructBLIP, LLaVA)",
-    )

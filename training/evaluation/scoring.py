@@ -13,7 +13,7 @@ from blip2edge.choices import Ranking, Split
 from blip2edge.errors import ImageError, UsageError, option
 from blip2edge.training.data.entries import AnnotatedPicture, BrokenSamples, Entry, StoredPicture, by_picture
 from blip2edge.training.data.scenes import Scene, scenes
-from blip2edge.training.evaluation.few_shots import Examples, generate, no_examples
+from blip2edge.training.evaluation.few_shots import Examples, generate_texts, no_examples
 from blip2edge.training.evaluation.models import CaptionModel, EvaluatedModel, MatchModel, Vectors
 from blip2edge.training.evaluation.reader import Reader
 from blip2edge.training.evaluation.scene_scores import EVALUATION_SEED, PICTURES_AT_ONCE, evaluate_scenes
@@ -262,7 +262,7 @@ def _captioned(
     for numbers, images in _opened(pictures, broken, options.progress):
         prompts = [options.prompt] * len(images)
         asked = [shown[number].entries[0] for number in numbers]
-        said |= dict(zip(numbers, generate(captioner, asked, images, prompts, options.examples), strict=True))
+        said |= dict(zip(numbers, generate_texts(captioner, asked, images, prompts, options.examples), strict=True))
         if options.clip is not None and "clip" in metrics:
             judged.append(options.clip.image_vectors(images))
     texts, references = list(said.values()), [shown[number].captions for number in said]
@@ -324,7 +324,7 @@ def _answered(
     for numbers, images in _opened(pictures, broken, options.progress):
         prompts = [captioner.question(entries[number].question) for number in numbers]
         wanted = [entries[number] for number in numbers]
-        said |= dict(zip(numbers, generate(captioner, wanted, images, prompts, options.examples), strict=True))
+        said |= dict(zip(numbers, generate_texts(captioner, wanted, images, prompts, options.examples), strict=True))
     asked = [entries[number] for number in said]
     scores: Mapping[str, Any] = vqa_scores(
         list(said.values()), [entry.answers for entry in asked], [entry.kinds for entry in asked]

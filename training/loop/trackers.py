@@ -145,7 +145,7 @@ def run_identity(directory: Path, *, resumed: bool) -> str:
     return identity
 
 
-def flat(config: TrainingConfig) -> dict[str, Any]:
+def recipe_values(config: TrainingConfig) -> dict[str, Any]:
     """The values of a recipe by ``section.key``; lists become texts, because trackers take numbers and texts."""
     return _flat(dataclasses.asdict(config), "")
 

@@ -14,8 +14,7 @@ from blip2edge.runtime.decoding.draft_model import DraftSelector
 from blip2edge.runtime.text.tokenizer import Tokenizer
 from blip2edge.training.evaluation.checkpoints.decoding import TorchLanguage
 from blip2edge.training.evaluation.checkpoints.models import device_for
-from blip2edge.training.evaluation.models import ModelOptions
-from blip2edge.training.evaluation.reader import needs_picture
+from blip2edge.training.evaluation.models import ModelOptions, needs_picture
 from blip2edge.training.setup.pretrained import build_language, load_language
 
 
