@@ -90,7 +90,7 @@ def read_generation(directory: Path, config: CaptionerConfig) -> tuple[dict[str,
             for key, value in values.items()
             if GENERATION.effect(key) != "neutral"
             and not (key == "eos_token_id" and _as_list(value) == list(config.eos_token_ids))
-            and value not in (defaults.get(key), *GENERATION.checked.get(key, ()))
+            and value not in (defaults.get(key), generation.get(key), *GENERATION.checked.get(key, ()))
         ]
         warning = f"{path}: not used for {family.title}, as in transformers: {', '.join(changed)}"
         return generation, [warning] if changed else []

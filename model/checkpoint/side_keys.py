@@ -68,6 +68,7 @@ IMAGE_PROCESSOR = KeyTable(
         "disable_grouping",
         "device",
         "image_seq_length",
+        "processor_class",  # compared with the model's by export.side_files
         "_processor_class",
         "auto_map",  # code of the repository; transformers' own class goes before it
         "fps",  # only with do_sample_frames

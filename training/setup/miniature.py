@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from blip2edge.model.captioner import CaptionerModel
+from blip2edge.model.checkpoint.generation import MAX_NEW_TOKENS
 from blip2edge.model.config import VisionConfig
 from blip2edge.model.language.opt import OPTConfig
 from blip2edge.model.layers import RMSNorm
@@ -151,7 +152,7 @@ def _files(model: CaptionerModel, tokenizer: Tokenizer) -> dict[str, bytes]:
             "bos_token_id": config.bos_token_id,
             "eos_token_id": config.eos_token_ids[0],
             "pad_token_id": config.pad_token_id,
-            "max_new_tokens": 20,
+            "max_new_tokens": MAX_NEW_TOKENS,
         },
     }
     content = {name: json_file(values) for name, values in files.items()}
