@@ -257,11 +257,39 @@ def startup(document: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
+def training_memory(document: dict[str, Any]) -> list[str]:
+    """Table of the memory of a training step (`training_memory.py`)."""
+    heads = ("", "weights", "gradients, AdamW", "activations", "step", "a tenth: predicted", "measured", "losses apart")
+    rows = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * 7]
+    for each in document["models"]:
+        rows.append(f"| **{each['model']}** | | | | | | | |")
+        for row in each["rows"]:
+            full = row["predicted"]
+            held = full["frozen"] + full["trained"] + full["gathered"]
+            moments, kept = full["gradients"] + full["optimizer"], full["activations"] + full["working"]
+            sizes = [held, moments, kept, full["step"], row["small"]["step"]]
+            shown = " | ".join(f"{size / (1 << 30):.2f}" for size in sizes)
+            rows.append(f"| {row['choice']} | {shown} | {_measured(row, each['rows'][0])} |")
+    where = f"{document['machine']['cpu']}, one thread for each process"
+    batch = f"{document['batch']} samples of {document['tokens']} tokens; at a tenth {document['small_batch']} samples"
+    return [*rows, "", f"GiB for each process; {batch}. {where}."]
+
+
+def _measured(row: dict[str, Any], first: dict[str, Any]) -> str:
+    """Cells of a row: the measured peak, and the largest relative difference of the losses from the first row's."""
+    run, plain = row["measured"], first["measured"]
+    if run is None or plain is None:
+        return "not measured | "
+    apart = max(abs(own / other - 1) for own, other in zip(run["losses"], plain["losses"], strict=True))
+    return f"{run['peak'] / (1 << 30):.2f} ({row['error']:+.0%}) | {apart:.1e}"
+
+
 def _where(document: dict[str, Any]) -> str:
     return f"{document['machine']['cpu']}, one thread"
 
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
+    "training-memory": ("training-memory.json", training_memory),
     "first-caption": ("first_caption.json", first_caption),
     "captions": ("peers-cpu.json", captions),
     "captions-batch": ("peers-batch-cpu.json", captions),

@@ -20,7 +20,9 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("tables")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/speed.md", "docs/serving.md", "docs/reuse.md", "docs/elastic.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/speed.md", "docs/serving.md", "docs/reuse.md", "docs/elastic.md", "docs/training.md"]
+)
 def test_a_page_is_what_the_results_say(page: str, tables: Any) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     assert tables.MARKED.search(text)

@@ -1,0 +1,220 @@
+"""Memory of a training step of stage 2: predicted for published shapes, and measured at about a tenth of their size.
+
+    python benchmarks/training_memory.py --json benchmarks/results/training-memory.json
+
+The choices are added one after the other: float32; frozen parts in bfloat16; activation checkpointing; LoRA on the
+attentions; parameters sharded over two processes. For each, `training/setup/memory.py` predicts the peak of a step at
+the shape of a published model, and of a smaller one of the same family with random weights. The smaller one makes three
+steps in processes of its own. The largest resident memory of the second and third step is read from /proc (Linux), less
+the memory before the model was built. The weights, the batch and the seed are the same for all choices, so that their
+losses can be compared. Environment variables make malloc return freed memory.
+
+The file is written after each measurement. The same command goes on where an interrupted one stopped; remove the file
+to measure again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from reporting import ROOT, command, machine, parser_of, python, write_json
+
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+CHOICES = {
+    "float32": ("", ""),
+    "frozen parts in bfloat16": ('frozen_dtype = "bfloat16"', ""),
+    "+ checkpointing": ('frozen_dtype = "bfloat16"\nrecompute_activations = true', ""),
+    "+ LoRA of rank 8": ('frozen_dtype = "bfloat16"\nrecompute_activations = true', "lora_rank = 8"),
+    "+ FSDP, 2 processes": ('frozen_dtype = "bfloat16"\nrecompute_activations = true\nfsdp = true', "lora_rank = 8"),
+}
+VISION = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 20, "num_attention_heads": 10}
+QFORMER = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6,
+           "encoder_hidden_size": 640}  # fmt: skip
+TENTHS: dict[str, dict[str, int]] = {
+    "blip2-opt-2.7b": {"hidden_size": 1024, "word_embed_proj_dim": 1024, "ffn_dim": 4096, "num_hidden_layers": 16,
+                       "num_attention_heads": 16},
+    "instructblip-vicuna-7b": {"hidden_size": 1280, "intermediate_size": 3456, "num_hidden_layers": 26,
+                               "num_attention_heads": 10, "num_key_value_heads": 10},
+}  # fmt: skip
+"""Sizes of the smaller language models; vision encoder and Q-Former are in `VISION` and `QFORMER`."""
+ROWS, SMALL_ROWS, TOKENS, STEPS = 16, 4, 32, 3
+
+
+def values_of(name: str, *, small: bool) -> dict[str, Any]:
+    """The ``config.json`` of a published model, or of the smaller one of its family."""
+    from blip2edge.shapes.families import published_config
+
+    values: dict[str, Any] = json.loads(json.dumps(published_config(name)))
+    if small:
+        for section, sizes in (("vision_config", VISION), ("qformer_config", QFORMER), ("text_config", TENTHS[name])):
+            values[section] |= sizes
+    return values
+
+
+def recipe_of(choice: str, rows: int) -> Any:
+    """The recipe of a choice."""
+    from blip2edge.training.config import parse_config
+
+    loop, stage2 = CHOICES[choice]
+    return parse_config(
+        f'[model]\ncheckpoint = "x"\n[loop]\n{loop}\n[stage2]\nbatch_size = {rows}\nmax_tokens = {TOKENS}\n{stage2}'
+    )
+
+
+def predicted(name: str, choice: str, *, small: bool) -> dict[str, int]:
+    """The prediction for one process."""
+    from blip2edge.model.families.registry import read_config
+    from blip2edge.training.setup.memory import predict
+
+    recipe = recipe_of(choice, SMALL_ROWS if small else ROWS)
+    found = predict(read_config(values_of(name, small=small)), recipe, recipe.stage2, 2)
+    return {**asdict(found), "step": found.step, "peak": found.peak}
+
+
+def resident(field: str) -> int:
+    """A figure of /proc/self/status in bytes, such as VmRSS or VmHWM."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def settle() -> int:
+    """Returns freed memory to the system, and forgets the peak so far; the resident memory."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    return resident("VmRSS")
+
+
+def measure(name: str, choice: str) -> dict[str, Any] | None:
+    """Makes the steps of a choice in this process; None in all processes but the first."""
+    import peft
+    import torch
+    import torch._dynamo
+    from accelerate import Accelerator
+    from torch import nn
+
+    from blip2edge.model.captioner import CaptionerModel
+    from blip2edge.model.families.registry import read_config
+    from blip2edge.training.loop.optim import make_optimizer, recompute_activations
+    from blip2edge.training.loop.sharding import clip_gradients, shard
+    from blip2edge.training.phases.stage2 import GenerativeStage
+    from blip2edge.training.setup import memory
+    from blip2edge.training.setup.lora import add_lora
+    from blip2edge.training.setup.model_parts import DTYPES
+
+    del peft  # like _dynamo, which the optimizer imports: loaded before the memory is measured
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    nn.Linear(2, 2)(torch.ones(1, 2)).sum().backward()  # what torch allocates once
+    config, recipe = read_config(values_of(name, small=True)), recipe_of(choice, SMALL_ROWS)
+    phase, loop = recipe.stage2, recipe.loop
+    before = settle()
+    torch.manual_seed(0)
+    model = CaptionerModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.02)
+    model.vision.to(DTYPES[loop.frozen_dtype]).requires_grad_(False)
+    model.language.to(DTYPES[loop.frozen_dtype])
+    if phase.lora_rank:
+        add_lora(model.language, phase.lora_rank, phase.lora_alpha, phase.lora_targets)
+    stage = GenerativeStage(model).eval()  # without dropout, so that all losses can be compared
+    if loop.recompute_activations:
+        recompute_activations(stage)
+    sharding = shard(accelerator, (stage, model.vision)) if loop.fsdp else None
+    optimizer = make_optimizer([stage], phase)
+    torch.manual_seed(1)
+    batch = memory._batch(stage, config, recipe, phase)
+    ids = torch.randint(4, 5000, batch.captions.input_ids.shape)
+    captions = batch.captions._replace(input_ids=ids, labels=ids)
+    batch = batch._replace(image_embeds=torch.randn(batch.image_embeds.shape), captions=captions)
+    losses, peaks = [], []
+    for _ in range(STEPS):
+        settle()
+        loss = stage(batch)["loss"]
+        loss.backward()
+        if sharding is not None:
+            sharding.sync_whole()
+            clip_gradients(stage, phase.clip_norm)
+        else:
+            torch.nn.utils.clip_grad_norm_(stage.parameters(), phase.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        peaks.append(resident("VmHWM") - before)
+    return {"losses": losses, "peak": max(peaks[1:])} if accelerator.is_main_process else None
+
+
+def measured(name: str, choice: str) -> dict[str, Any]:
+    """The same in processes of its own."""
+    own = [str(Path(__file__)), "--one", name, choice]
+    several = "fsdp" in CHOICES[choice][0]
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", "2", *own] if several else own
+    environment = {**os.environ, **MALLOC, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *start], check=True, capture_output=True, text=True, env=environment)
+    found: dict[str, Any] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    return found
+
+
+def row_of(name: str, choice: str, known: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
+    """The predictions of a choice, and its measurement if an earlier call made it with the same small model."""
+    small = predicted(name, choice, small=True)
+    row = {"choice": choice, "predicted": predicted(name, choice, small=False), "small": small}
+    earlier = known.get((name, choice), {})
+    same = earlier.get("small") == small
+    return {
+        **row,
+        "measured": earlier.get("measured") if same else None,
+        "error": earlier.get("error") if same else None,
+    }
+
+
+def kept_rows(path: Path | None) -> dict[tuple[str, str], dict[str, Any]]:
+    """The rows of an earlier call, by model and choice."""
+    if path is None or not path.exists():
+        return {}
+    models = json.loads(path.read_text(encoding="utf-8"))["models"]
+    return {(model["model"], row["choice"]): row for model in models for row in model["rows"]}
+
+
+def main() -> None:
+    """Predicts and measures all choices for both models."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to it")
+    parser.add_argument("--one", nargs=2, metavar=("MODEL", "CHOICE"), help="measure one choice in this process")
+    options = parser.parse_args()
+    if options.one:
+        found = measure(*options.one)
+        if found is not None:
+            print(json.dumps(found), flush=True)
+        return
+    document = {
+        "command": command(),
+        "machine": machine(),
+        "versions": python("torch"),
+        "batch": ROWS,
+        "small_batch": SMALL_ROWS,
+        "tokens": TOKENS,
+    }
+    known = kept_rows(options.json)
+    models = [{"model": name, "rows": [row_of(name, choice, known) for choice in CHOICES]} for name in TENTHS]
+    for model in models:
+        for row in model["rows"]:
+            if row["measured"] is None:
+                run = row["measured"] = measured(model["model"], row["choice"])
+                row["error"] = round(row["small"]["step"] / run["peak"] - 1, 4)
+                print(model["model"], row["choice"], row["error"], run, file=sys.stderr, flush=True)
+                write_json(options.json, {**document, "models": models})
+
+
+if __name__ == "__main__":
+    main()
