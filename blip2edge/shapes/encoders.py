@@ -1,19 +1,21 @@
-"""Shapes of the vision encoders beside BLIP-2's and CLIP's: SigLIP, DINOv2 and DINOv3; defaults as in transformers."""
+"""Shapes of the vision encoders by their ``model_type``; defaults as in transformers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from blip2edge.bundle.schema import VISION
-from blip2edge.errors import CheckpointError
+from blip2edge.errors import CheckpointError, UnsupportedModelError
+from blip2edge.shapes.efficientnet_lite import convolutions, feature_side
 from blip2edge.shapes.model_shape import AttentionProducts, ModelPart, WeightMatrix
-from blip2edge.shapes.parts import BASE, Sizes, attention, feed_forward
+from blip2edge.shapes.parts import BASE, CLIP_VISION, EVA, Sizes, attention, feed_forward, vit
 
 SIGLIP = {**BASE, "image_size": 224, "patch_size": 16}
 DINOV2 = {**BASE, "image_size": 224, "patch_size": 14, "mlp_ratio": 4}
 DINOV2_WITH_REGISTERS = {**DINOV2, "patch_size": 16, "num_register_tokens": 4}
+EFFICIENTNET_LITE = {"image_size": 224, "hidden_dim": 1280}
 DINOV3 = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6,
           "image_size": 224, "patch_size": 16}  # fmt: skip
 
@@ -28,6 +30,7 @@ class EncoderShape:
         width: Channels of an embedding.
         prefix: Number of embeddings before those of the patches: class token and registers.
         keep_prefix: Whether these are in the output.
+        cells: Number of embeddings of a picture where the sizes do not give it; else 0.
     """
 
     part: ModelPart
@@ -36,16 +39,26 @@ class EncoderShape:
     width: int
     prefix: int
     keep_prefix: bool
+    cells: int = 0
 
 
-def encoder_shape(values: Mapping[str, Any]) -> EncoderShape | None:
-    """The shape of a ``vision_config``; None for BLIP-2's and CLIP's encoders, which ``parts.vit`` reads.
+def encoder_shape(values: Mapping[str, Any], kinds: Collection[str] | None = None) -> EncoderShape:
+    """The shape of a ``vision_config``; without a ``model_type``, of BLIP-2's encoder.
+
+    Args:
+        values: Content of the section.
+        kinds: The ``model_type`` of encoders that the model can have; None for all of :data:`READERS`.
 
     Raises:
+        UnsupportedModelError: The encoder is of another type.
         CheckpointError: A key has a wrong value.
     """
-    read = READERS.get(str(values.get("model_type")))
-    return None if read is None else read(values)
+    kind, kinds = values.get("model_type", BLIP2), READERS if kinds is None else kinds
+    if not isinstance(kind, str) or kind not in kinds:
+        raise UnsupportedModelError(
+            f"the vision encoder is of type {kind!r}, which is not supported", f"supported: {', '.join(kinds)}"
+        )
+    return READERS[kind](values)
 
 
 def _depth(f: Sizes) -> tuple[int, bool]:
@@ -119,10 +132,43 @@ def dinov3(values: Mapping[str, Any]) -> EncoderShape:
     return _encoder(f, matrices, layers, 1 + registers, (1 + registers) * width + 2 * width * (3 * layers + norm))
 
 
+def blip2(values: Mapping[str, Any]) -> EncoderShape:
+    """BLIP-2's ViT: a class token, and a norm after the layers."""
+    f = Sizes("vision_config", values, EVA)
+    return EncoderShape(vit(values, EVA), f["image_size"], f["patch_size"], f["hidden_size"], 1, True)
+
+
+def clip(values: Mapping[str, Any]) -> EncoderShape:
+    """CLIP's ViT, all of its layers, without the norm after them."""
+    f, part = Sizes("vision_config", values, CLIP_VISION), vit(values, CLIP_VISION, clip=True, post_norm=False)
+    return EncoderShape(part, f["image_size"], f["patch_size"], f["hidden_size"], 1, True)
+
+
+def efficientnet_lite(values: Mapping[str, Any]) -> EncoderShape:
+    """EfficientNet-Lite: an embedding for each cell of its last feature map."""
+    f = Sizes("vision_config", values, EFFICIENTNET_LITE)
+    width, depth = (values.get(f"{name}_coefficient", 1.0) for name in ("width", "depth"))
+    if not all(type(each) in (int, float) and 0 < each <= 10 for each in (width, depth)):
+        raise CheckpointError(
+            "config.json: vision_config: width_coefficient and depth_coefficient must be above 0 and at most 10, not "
+            f"{width!r} and {depth!r}"
+        )
+    image, hidden = f["image_size"], f["hidden_dim"]
+    side = feature_side(image)
+    return EncoderShape(convolutions(image, width, depth, hidden), image, image // side, hidden, 0, True, side * side)
+
+
+BLIP2 = "blip_2_vision_model"
+CLIP = "clip_vision_model"
+SIGLIP_MODEL = "siglip_vision_model"
+
 READERS: Mapping[str, Callable[[Mapping[str, Any]], EncoderShape]] = {
-    "siglip_vision_model": siglip,
+    BLIP2: blip2,
+    CLIP: clip,
+    "efficientnet_lite": efficientnet_lite,
+    SIGLIP_MODEL: siglip,
     "dinov2": dinov2,
     "dinov2_with_registers": lambda values: dinov2(values, DINOV2_WITH_REGISTERS),
     "dinov3_vit": dinov3,
 }
-"""Readers by the ``model_type`` of a ``vision_config``."""
+"""Readers by the ``model_type`` of a ``vision_config``: the same types as in ``model/vision/registry.py``."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.errors import CheckpointError, UnsupportedModelError
-from blip2edge.shapes.encoders import SIGLIP, encoder_shape
+from blip2edge.shapes.encoders import CLIP, SIGLIP, SIGLIP_MODEL, encoder_shape
 from blip2edge.shapes.languages import LanguageShape, bert, bridged_shape, flamingo
 from blip2edge.shapes.model_shape import ModelPart, ModelShape
 from blip2edge.shapes.parts import (
@@ -128,7 +128,9 @@ def _blip(f: Sizes, family: str, *, reads_question: bool = False) -> ModelShape:
 def _llava(f: Sizes, family: str) -> ModelShape:
     section = f.values.get("vision_config")
     defaults = LLAVA_VISION if not section else CLIP_VISION
-    siglip = encoder_shape(section) if isinstance(section, Mapping) else None
+    given = Sizes("vision_config", section, {}).values
+    found = encoder_shape(given, (CLIP, SIGLIP_MODEL)) if given else None
+    siglip = found if given.get("model_type") == SIGLIP_MODEL else None
     whole = vit(section, defaults, clip=True) if siglip is None else siglip.part
     layer, depth = f.values.get("vision_feature_layer", -2), whole.attentions[0].count
     layer = layer[0] if isinstance(layer, (list, tuple)) and len(layer) == 1 else layer
@@ -140,8 +142,7 @@ def _llava(f: Sizes, family: str) -> ModelShape:
     if siglip is None:
         tower = vit({**(section or {}), "num_hidden_layers": layers}, defaults, clip=True, post_norm=False)
     else:
-        cut = encoder_shape({**(section or {}), "vision_feature_layer": layers})
-        tower, defaults = (siglip if cut is None else cut).part, SIGLIP
+        tower, defaults = encoder_shape({**given, "vision_feature_layer": layers}).part, SIGLIP
     text = Sizes("text_config", f.values.get("text_config"), {})
     tied = f.flag("tie_word_embeddings", False) or text.flag("tie_word_embeddings", False)
     language = bridged_shape(text.values, "llama", tied)
@@ -169,9 +170,8 @@ def _idefics(f: Sizes, family: str) -> ModelShape:
 
 
 def _native(f: Sizes, family: str) -> ModelShape:
-    given = Sizes("vision_config", f.values.get("vision_config"), EVA)
-    other = encoder_shape(given.values)
-    vision, width = (vit(given.values, EVA), given["hidden_size"]) if other is None else (other.part, other.width)
+    encoder = encoder_shape(Sizes("vision_config", f.values.get("vision_config"), {}).values)
+    vision, width = encoder.part, encoder.width
     section = Sizes("bridge_config", f.values.get("bridge_config"), {})
     text = Sizes("text_config", f.values.get("text_config"), {})
     language = bridged_shape(text.values, "opt")
@@ -190,11 +190,10 @@ def _native(f: Sizes, family: str) -> ModelShape:
         queries = section.get("num_query_tokens", POOL["num_query_tokens"])
     else:
         raise UnsupportedModelError(f"the bridge is of kind {kind!r}, expected one of pool, mlp, perceiver, qformer")
-    sizes = {} if other is None else {"image_size": other.image_size, "patch_size": other.patch_size}
-    shape = _model(family, f, vision, bridge, language, {**EVA, **sizes}, bridge=kind, queries=queries,
-                   source="encoder" if language.cache.cross else "")  # fmt: skip
-    if other is not None:
-        shape = replace(shape, prefix=other.prefix, keep_class=other.keep_prefix)
+    sizes = {"image_size": encoder.image_size, "patch_size": encoder.patch_size}
+    shape = _model(family, f, vision, bridge, language, sizes, bridge=kind, queries=queries,
+                   source="encoder" if language.cache.cross else "", cells=encoder.cells,
+                   prefix=encoder.prefix, keep_class=encoder.keep_prefix)  # fmt: skip
     return replace(shape, slots=shape.visual_tokens)
 
 

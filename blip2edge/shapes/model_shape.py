@@ -23,7 +23,7 @@ TokenCounts = Mapping[str, int]
 - ``steps``, ``context``: new tokens of a run of the decoder, and keys that they attend to;
 - ``asked``: tokens that logits are computed for.
 
-A name with ``+`` is the sum of two counts.
+A name with ``+`` is the sum of two counts. A name of digits is that number, as of the cells of a feature map.
 """
 
 WEIGHT_BYTES: Mapping[str, float] = {
@@ -203,7 +203,7 @@ class ModelPart:
 
 def tokens_of(name: str, tokens: TokenCounts) -> int:
     """The number of tokens by its name in :data:`TokenCounts`, or by a sum of such names (``a+b``)."""
-    return sum(tokens[part] for part in name.split("+"))
+    return sum(int(part) if part.isdigit() else tokens[part] for part in name.split("+"))
 
 
 @dataclass(frozen=True)
@@ -251,6 +251,7 @@ class ModelShape:
         text_side: Parameters of the Q-Former's text side, with which it is pretrained and which is not deployed.
         prefix: Number of positions before those of the patches: the class token and registers.
         unused: Parameters of the published checkpoint that are not deployed.
+        cells: Number of patches of a picture where ``image_size`` and ``patch_size`` do not give it; else 0.
     """
 
     family: str
@@ -272,6 +273,7 @@ class ModelShape:
     unused: int = 0
     least_queries: int = 1
     prefix: int = 1
+    cells: int = 0
 
     def part(self, name: str) -> ModelPart | None:
         """The part of this name; None if the model has none."""
@@ -285,7 +287,7 @@ class ModelShape:
     @property
     def patches(self) -> int:
         """Positions of a picture in the vision encoder, the class token and registers included."""
-        return int((self.image_size // self.patch_size) ** 2 + self.prefix)
+        return int((self.cells or (self.image_size // self.patch_size) ** 2) + self.prefix)
 
     @property
     def embeds(self) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,44 +19,9 @@ from torch.nn import functional as F
 from blip2edge.errors import CheckpointError
 from blip2edge.model.config_json import Section, key
 from blip2edge.model.interfaces import VisionModule
+from blip2edge.shapes.efficientnet_lite import STEM, BlockShape, block_shapes, feature_side, scaled_channels
 
-STEM = 32  # channels after the first convolution, in every size of the network
-DIVISOR = 8  # numbers of channels are multiples of it
 BATCH_NORM_EPS = 1e-3
-
-
-class Stage(NamedTuple):
-    """Blocks of one resolution: their number, kernel, stride of the first, expansion, and output channels."""
-
-    repeats: int
-    kernel: int
-    stride: int
-    expansion: int
-    channels: int
-
-
-STAGES = (
-    Stage(1, 3, 1, 1, 16),
-    Stage(2, 3, 2, 6, 24),
-    Stage(2, 5, 2, 6, 40),
-    Stage(3, 3, 2, 6, 80),
-    Stage(3, 5, 1, 6, 112),
-    Stage(4, 5, 2, 6, 192),
-    Stage(1, 3, 1, 6, 320),
-)
-"""Stages of EfficientNet-Lite0 (arXiv 1905.11946, table 1)."""
-
-
-class BlockShape(NamedTuple):
-    """Shape of a block: channels in, inside and out, kernel, stride, side of its input, whether the input is added."""
-
-    inputs: int
-    inner: int
-    outputs: int
-    kernel: int
-    stride: int
-    side: int
-    residual: bool
 
 
 @dataclass(frozen=True)
@@ -96,31 +60,15 @@ class EfficientNetLiteConfig(Section):
     @property
     def num_embeds(self) -> int:
         """Number of output embeddings: the cells of the last feature map."""
-        side = math.ceil(self.image_size / 2)  # after the stem
-        for stage in STAGES:
-            side = math.ceil(side / stage.stride)
-        return side * side
+        return feature_side(self.image_size) ** 2
 
     def channels(self, plain: int) -> int:
         """Scales a number of channels; the result is a multiple of 8, and not more than 10 % below the exact one."""
-        exact = plain * self.width_coefficient
-        rounded = max(DIVISOR, int(exact + DIVISOR / 2) // DIVISOR * DIVISOR)
-        return rounded + DIVISOR if rounded < 0.9 * exact else rounded
+        return scaled_channels(plain, self.width_coefficient)
 
     def blocks(self) -> list[BlockShape]:
         """Returns the shape of each block."""
-        found: list[BlockShape] = []
-        inputs, side = STEM, math.ceil(self.image_size / 2)
-        for number, stage in enumerate(STAGES):
-            ends = number in (0, len(STAGES) - 1)
-            repeats = stage.repeats if ends else math.ceil(self.depth_coefficient * stage.repeats)
-            outputs = self.channels(stage.channels)
-            for repeat in range(repeats):
-                stride = 1 if repeat else stage.stride
-                inner = inputs * stage.expansion
-                found.append(BlockShape(inputs, inner, outputs, stage.kernel, stride, side, repeat > 0))
-                inputs, side = outputs, math.ceil(side / stride)
-        return found
+        return block_shapes(self.image_size, self.width_coefficient, self.depth_coefficient)
 
 
 class SamePad(nn.Module):

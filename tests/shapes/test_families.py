@@ -16,6 +16,8 @@ import transformers
 from blip2edge.errors import CheckpointError, UnsupportedModelError
 from blip2edge.model.families.registry import read_config
 from blip2edge.model.models import build_model
+from blip2edge.model.vision.registry import VISION_ENCODERS
+from blip2edge.shapes.encoders import READERS
 from blip2edge.shapes.families import CONFIGS, PUBLISHED, published_config, shape_of
 from blip2edge.shapes.languages import LANGUAGES
 from blip2edge.shapes.sources import find_shape
@@ -92,6 +94,10 @@ def test_variants(values: dict[str, Any], text: dict[str, Any]) -> None:
 
 
 ENCODERS: tuple[dict[str, Any], ...] = (
+    {"model_type": "blip_2_vision_model", "num_hidden_layers": 3},
+    {"model_type": "clip_vision_model"},
+    {"model_type": "efficientnet_lite"},
+    {"model_type": "efficientnet_lite", "width_coefficient": 1.2, "depth_coefficient": 1.4, "image_size": 260},
     {"model_type": "siglip_vision_model"},
     {"model_type": "siglip_vision_model", "vision_feature_layer": -2, "vision_feature_select_strategy": "default"},
     {"model_type": "dinov2", "image_size": 518},
@@ -110,6 +116,20 @@ def test_other_encoders(kind: str, vision: dict[str, Any]) -> None:
     shape = shape_of(values)
     assert shape.parameters() == module_counts(values)
     assert shape.embeds == read_config(values).vision.num_embeds
+
+
+def test_the_encoders_are_those_of_the_modules() -> None:
+    assert set(READERS) == set(VISION_ENCODERS)
+
+
+def test_an_efficientnet_lite() -> None:
+    """Lite0 has about 0.4 billion multiplications, each with an addition, and 49 cells."""
+    values = {"model_type": "blip2edge", "vision_config": {"model_type": "efficientnet_lite"}}
+    shape = shape_of({**values, "bridge_config": {"kind": "pool"}, "text_config": {}})
+    tokens = shape.tokens(1, 0)
+    assert (tokens["grid"], tokens["patches"], tokens["embeds"]) == (49, 49, 49)
+    operations = sum(each.operations(tokens) for each in shape.parts[0].matrices)
+    assert 0.7e9 < operations < 0.9e9
 
 
 @pytest.mark.parametrize("strategy", ["default", "full"])
@@ -178,6 +198,18 @@ def test_matching_models_are_refused(name: str) -> None:
         ({"model_type": "blip-2", "num_query_tokens": 0}, "num_query_tokens must be a positive whole number, not 0"),
         ({"model_type": "blip-2", "vision_config": {"patch_size": "x"}}, "vision_config.patch_size"),
         ({"model_type": "llava", "vision_feature_layer": 99}, "vision_feature_layer must be from 1 to 24"),
+        (
+            {"model_type": "blip2edge", "vision_config": {"model_type": "convnext"}, "bridge_config": {"kind": "mlp"}},
+            "vision encoder is of type 'convnext', which is not supported; supported: blip_2_vision_model, clip",
+        ),
+        (
+            {"model_type": "llava", "vision_config": {"model_type": "dinov2"}},
+            "is of type 'dinov2', which is not supported; supported: clip_vision_model, siglip_vision_model",
+        ),
+        (
+            {"model_type": "blip2edge", "vision_config": {"model_type": "efficientnet_lite", "width_coefficient": 0}},
+            "width_coefficient and depth_coefficient must be above 0 and at most 10, not 0 and 1.0",
+        ),
         ({"model_type": "blip2edge", "bridge_config": {"kind": "lstm"}}, "kind 'lstm', expected one of pool"),
         ([], "config.json must be an object"),
     ],
