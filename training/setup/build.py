@@ -76,13 +76,13 @@ def build_parts(stage: str, config: TrainingConfig, base: Path) -> ModelParts:
 
 
 def _check_trained_vision(parts: ModelParts, config: TrainingConfig) -> None:
-    """Raises ConfigError if the recipe trains a picture encoder that is not a ViT."""
+    """Raises ConfigError if the recipe trains a picture encoder whose training is not supported."""
     trained = [each.section for each in (config.stage1, config.stage2, config.instruct) if each.unfreeze_vision]
     if trained and not isinstance(parts.model.vision, VisionTransformer):
         raise ConfigError(
-            f"[{trained[0]}] unfreeze_vision trains a ViT only, and the picture encoder is of the kind"
-            f" {parts.model.config.vision.kind!r}",
-            "set unfreeze_vision to false",
+            f"[{trained[0]}] unfreeze_vision trains picture encoders of the kinds {BLIP2_VISION} (BLIP-2, BLIP) and "
+            f"{CLIP_VISION} (CLIP), and this one is of the kind {parts.model.config.vision.kind!r}",
+            "set unfreeze_vision to false, or give another encoder",
         )
 
 

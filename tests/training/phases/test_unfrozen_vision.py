@@ -15,6 +15,8 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file  # noqa: E402
 
 from blip2edge.errors import ConfigError  # noqa: E402
+from blip2edge.model.vision.registry import VISION_ENCODERS  # noqa: E402
+from blip2edge.model.vision.vit import VisionTransformer  # noqa: E402
 from blip2edge.training.config import OptimizerConfig, parse_config  # noqa: E402
 from blip2edge.training.loop.optim import (  # noqa: E402
     RATE,
@@ -145,12 +147,15 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     assert not changed(whole, weights(tmp_path / "resumed"))
 
 
-def test_an_encoder_that_is_not_a_vit_is_refused() -> None:
+def test_another_kind_of_encoder_is_refused_and_the_supported_ones_are_named() -> None:
     config = parse_config(f"[stage2]\n{UNFREEZE}")
     parts = SimpleNamespace(
-        model=SimpleNamespace(vision=torch.nn.Identity(), config=SimpleNamespace(vision=SimpleNamespace(kind="other")))
+        model=SimpleNamespace(vision=torch.nn.Identity(), config=SimpleNamespace(vision=SimpleNamespace(kind="dinov2")))
     )
-    with pytest.raises(ConfigError, match=r"\[stage2\] unfreeze_vision trains a ViT only, and the .* kind 'other'"):
+    kinds = [name for name, row in VISION_ENCODERS.items() if row.build is VisionTransformer]
+    named = " and ".join(rf"{name} \([\w ,-]+\)" for name in kinds)
+    said = rf"\[stage2\] unfreeze_vision trains picture encoders of the kinds {named}, and .* kind 'dinov2'"
+    with pytest.raises(ConfigError, match=said):
         build._check_trained_vision(parts, config)  # type: ignore[arg-type]  # what the check reads of it
 
 
