@@ -41,6 +41,9 @@ class LoopConfig(RecipeSection):
     """Steps between two lines of the log; 0: about 200 lines for each phase."""
     cache_features: bool = False
     """Cache the frozen picture encoder's output on disk. Each picture is then encoded once, for all runs."""
+    encoder_autocast: bool = True
+    """Whether the frozen picture encoder runs in the arithmetic of `autocast` too. With false it runs in float32, so
+    that phases and runs of different `autocast` share the cached features."""
     features_dtype: Annotated[str, one_of("float32", "float16")] = "float32"
     """Type of the cached output: "float32" or "float16"."""
     workers: Annotated[int, NOT_NEGATIVE] = 0

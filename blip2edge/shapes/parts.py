@@ -11,10 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from blip2edge.bundle.schema import BRIDGE, VISION
-from blip2edge.errors import CheckpointError
+from blip2edge.errors import CheckpointError, UnsupportedModelError
 from blip2edge.shapes.model_shape import AttentionProducts, ModelPart, WeightMatrix
 
 MOST = 1 << 31
+
+CONVOLUTIONAL = ("efficientnet_lite",)
+"""Values of ``model_type`` of vision encoders that are no ViT."""
 
 EVA = {"hidden_size": 1408, "intermediate_size": 6144, "num_hidden_layers": 39, "num_attention_heads": 16,
        "image_size": 224, "patch_size": 14}  # fmt: skip
@@ -116,7 +119,16 @@ def feed_forward(
 
 
 def vit(values: Any, defaults: Mapping[str, int], *, clip: bool = False, post_norm: bool = True) -> ModelPart:
-    """The vision encoder; ``clip``: as CLIP's, without a bias of the patches and with a norm before the layers."""
+    """The vision encoder; ``clip``: as CLIP's, without a bias of the patches and with a norm before the layers.
+
+    Raises:
+        UnsupportedModelError: It is no ViT.
+    """
+    if isinstance(values, Mapping) and values.get("model_type") in CONVOLUTIONAL:
+        raise UnsupportedModelError(
+            f"the vision encoder is of type {values['model_type']!r}, whose size is not computed from config.json",
+            "measure a bundle of it instead: blip2edge bench BUNDLE",
+        )
     f = Sizes("vision_config", values, defaults)
     width, layers, patch = f["hidden_size"], f["num_hidden_layers"], f["patch_size"]
     if patch > f["image_size"] or width % f["num_attention_heads"]:

@@ -13,6 +13,7 @@ import json
 import os
 import uuid
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO
 
@@ -199,6 +200,7 @@ class FrozenEncoder:
         preprocessing: Preprocessing of the pictures.
         accelerator: Device and arithmetic.
         cache: Cache of the encoder's output; None encodes every picture again.
+        autocast: Whether the encoder runs in the accelerator's arithmetic; else in that of its weights.
     """
 
     def __init__(
@@ -207,8 +209,10 @@ class FrozenEncoder:
         preprocessing: Preprocessing,
         accelerator: Accelerator,
         cache: FeatureCache | None = None,
+        autocast: bool = True,
     ) -> None:
         self.vision = vision.to(accelerator.device)
+        self._autocast = autocast
         self.preprocessing = preprocessing
         self.cache = cache
         self._accelerator = accelerator
@@ -244,7 +248,7 @@ class FrozenEncoder:
             self.preprocessing(sample.open_picture()) if each is None else each
             for sample, each in zip(samples, pixels, strict=True)
         ]
-        with self._accelerator.autocast():
+        with self._accelerator.autocast() if self._autocast else nullcontext():
             pixels_in = torch.from_numpy(np.stack(opened)).to(device, next(self.vision.parameters()).dtype)
             embeds: Tensor = self.vision(pixels_in)
         embeds = embeds.float()

@@ -111,10 +111,11 @@ def _frozen_encoder(run: TrainingRun) -> FrozenEncoder:
     vision.to(DTYPES[loop.frozen_dtype])
     cache = None
     if loop.cache_features:
-        name = encoder_hash(vision, preprocessing, f"{loop.features_dtype} from {loop.autocast}")
+        arithmetic = loop.autocast if loop.encoder_autocast else "float32"
+        name = encoder_hash(vision, preprocessing, f"{loop.features_dtype} from {arithmetic}")
         shape = (vision.config.num_embeds, vision.config.hidden_size)
         cache = FeatureCache(cache_directory() / "features" / name, shape, loop.features_dtype)
-    return FrozenEncoder(vision, preprocessing, run.accelerator, cache)
+    return FrozenEncoder(vision, preprocessing, run.accelerator, cache, autocast=loop.encoder_autocast)
 
 
 def _sources(run: TrainingRun, phase: str, rows: int) -> SampleSource | list[SampleSource]:

@@ -171,7 +171,9 @@ class Stage1Model(RetrievalModel):
             self.head,
         )
 
-    def forward(self, image_embeds: Tensor, texts: TextBatch, draw: Draw = draw_negative) -> dict[str, Tensor]:
+    def forward(
+        self, image_embeds: Tensor, texts: TextBatch, draw: Draw = draw_negative, matching: bool = True
+    ) -> dict[str, Tensor]:
         """Computes the three losses of stage 1 for captioned pictures.
 
         Call the module, not its parts: DistributedDataParallel synchronises gradients only then. B must be the same
@@ -182,9 +184,10 @@ class Stage1Model(RetrievalModel):
             texts: One text for each picture.
             draw: Draws the hard negatives: first a picture for each text, then a text for each picture. Columns are
                 numbered over all ranks.
+            matching: Whether the matching loss is computed, which takes more than half of the time.
 
         Returns:
-            ``itc``, ``itm`` and ``itg``, scalars; their sum is the loss of stage 1.
+            ``itc``, ``itm`` (if `matching`) and ``itg``, scalars; their sum is the loss of stage 1.
         """
         matcher: Any = self.matcher
         queries, key_values = matcher.qformer.read(image_embeds)
@@ -193,10 +196,13 @@ class Stage1Model(RetrievalModel):
         image_to_text = query_text_similarity(image_features, gather(text_features)) / self.temperature  # [B, N]
         text_to_image = query_text_similarity(gather(image_features), text_features).t() / self.temperature
         same = _same_picture(texts, image_to_text.shape[1])
-        logits, counted = self._matched(image_embeds, texts, (image_to_text, text_to_image), same, draw)
+        matched: dict[str, Tensor] = {}
+        if matching:
+            logits, counted = self._matched(image_embeds, texts, (image_to_text, text_to_image), same, draw)
+            matched = {"itm": itm_loss(logits, counted)}
         return {
             "itc": itc_loss(image_to_text, text_to_image, same),
-            "itm": itm_loss(logits, counted),
+            **matched,
             "itg": text_loss(self.text_side(), key_values, texts, self.draft_config.dec_token_id),
         }
 
@@ -248,7 +254,8 @@ class RepresentationStage(nn.Module):
 
     Args:
         model: The model; it is trained in place, except for its picture encoder.
-        weights: Weights of the losses "itc", "itm" and "itg".
+        weights: Weights of the losses "itc", "itm" and "itg". With 0 for "itm" this loss is not computed, and
+            the matching head is not trained.
         vision: The picture encoder, if it is trained too; the batches then hold pixel values.
     """
 
@@ -256,13 +263,16 @@ class RepresentationStage(nn.Module):
         super().__init__()
         self.model = model
         self._weights = dict(weights)
+        self._matching = self._weights["itm"] > 0
         prepare_stage1(model)
+        if not self._matching:
+            freeze(model.matcher.get_submodule("match_head"))
         self.vision = None if vision is None else vision.requires_grad_(True)
 
     def forward(self, batch: PictureBatch) -> dict[str, Tensor]:
-        """Computes the three losses, and `loss`, their weighted sum."""
+        """Computes the losses, and `loss`, their weighted sum."""
         image_embeds = batch.image_embeds if self.vision is None else self.vision(batch.image_embeds)
-        losses: dict[str, Tensor] = self.model(image_embeds, batch.texts)
+        losses: dict[str, Tensor] = self.model(image_embeds, batch.texts, matching=self._matching)
         total = torch.stack([self._weights[name] * loss for name, loss in losses.items()]).sum()
         return {**losses, "loss": total}
 

@@ -89,6 +89,21 @@ def loader(source: Any, vision: Any, cache: FeatureCache | None = None, workers:
     )
 
 
+def test_the_encoder_stays_in_float32_where_autocast_is_off(vision: Any) -> None:
+    """Under bfloat16 the features differ in the third digit; without autocast they are those of float32."""
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    source = iter(Faulty())
+    samples = [next(source)]
+    pixels = [PREPROCESSING(samples[0].open_picture())]
+    wanted = vision(torch.from_numpy(np.stack(pixels)))
+    kept, cast = (
+        FrozenEncoder(vision, PREPROCESSING, accelerator, autocast=autocast).encode(samples, pixels)
+        for autocast in (False, True)
+    )
+    assert torch.equal(kept, wanted)
+    assert not torch.allclose(cast, wanted, atol=1e-4)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_pictures_are_replaced_by_the_next_samples(vision: Any, workers: int) -> None:
     source = Faulty()

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from blip2edge.model.masks import TASKS, attention_mask
 from blip2edge.training.loading.batches import TextBatch
+from blip2edge.training.loading.loader import PictureBatch
 from blip2edge.training.phases.stage1 import (
+    RepresentationStage,
     draw_negative,
     itm_loss,
     prepare_stage1,
@@ -90,6 +92,28 @@ def test_nothing_but_the_picture_encoder_is_frozen() -> None:
     optimizer.step()
     assert recipes.tensor_hashes(model.vision) == before
     assert float(model.temperature.detach()) != pytest.approx(0.07)
+
+
+def test_without_a_weight_the_matching_loss_is_left_out() -> None:
+    model = draw_stage1()
+    whole = RepresentationStage(draw_stage1(), {"itc": 1.0, "itm": 1.0, "itg": 0.5}).eval()
+    part = RepresentationStage(model, {"itc": 1.0, "itm": 0.0, "itg": 0.5}).eval()
+    with torch.no_grad():
+        embeds = model.vision(torch.randn(4, 3, 16, 16))
+    _, texts = draw_batch(4)
+    batch = PictureBatch(("0", "1", "2", "3"), embeds, 4, texts=texts)
+    with torch.no_grad():
+        wanted = whole(batch)
+    losses = part(batch)
+    assert set(losses) == {"itc", "itg", "loss"}
+    for name in ("itc", "itg"):
+        torch.testing.assert_close(losses[name].detach(), wanted[name])
+    torch.testing.assert_close(losses["loss"], losses["itc"] + 0.5 * losses["itg"])
+    losses["loss"].backward()
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all(dict(model.named_parameters())[name].grad is not None for name in trained), "every rank needs a gradient"
+    assert not any("match_head" in name for name in trained)
 
 
 @torch.no_grad()
