@@ -234,7 +234,7 @@ class ModelShape:
         family: Name of the family, as in ``bundle.json``.
         parts: The graphs: vision encoder, bridge, text encoder, keys and values of the cross-attention, decoder.
         bridge: Kind of the bridge: ``qformer``, ``instructed-qformer``, ``mlp``, ``perceiver``, ``pool`` or ``none``.
-        image_size, patch_size: In pixels.
+        image_size, patch_size: In pixels; a ``patch_size`` of 0 is not known.
         keep_class: Whether the bridge gets the class token and all other tokens before the patches. If not, a LLaVA
             always drops the first embedding. For a SigLIP, which has no class token, this is the first patch.
         queries: Number of query tokens of the bridge; 0 for a bridge without.

@@ -25,6 +25,7 @@ from blip2edge.shapes.model_shape import (
 from blip2edge.shapes.parts import attention, feed_forward
 
 CONFIG = "config.json"
+MOST_PREFIX = 16  # a class token and registers; DINOv2 and DINOv3 have five
 LATENT_SHARE = 0.12
 """Share of a Q-Former's weights that multiply the picture's embeddings; the others multiply its queries (BLIP-2)."""
 
@@ -83,7 +84,8 @@ def bundle_shape(manifest: Manifest, path: Path) -> ModelShape:
     """Estimates a model's shape from a bundle, which records the sizes of its tensors and files but not its config.
 
     The KV cache, tokens and vocabulary are exact. Parameters are the bytes of the weights divided by those of one
-    weight; the layers of the vision encoder are assumed to be four times as wide inside as outside.
+    weight; the layers of the vision encoder are assumed to be four times as wide inside as outside. The patches follow
+    from the number of embeddings where it is that of a square grid (:func:`_positions`).
 
     Raises:
         BundleError: The bundle's model writes no captions, or it holds engines only.
@@ -97,8 +99,6 @@ def bundle_shape(manifest: Manifest, path: Path) -> ModelShape:
     graphs = manifest.graphs
     pixels, embeds = graphs[VISION].spec.inputs[0], graphs[VISION].spec.outputs[0]
     image, count, encoder = pixels.width, _fixed(embeds.dims[1]), embeds.width
-    side = math.isqrt(count)
-    before = count - side * side  # class token and registers
     weights = {name: _parameters(manifest, graph) for name, graph in graphs.items()}
     width = next(tensor.width for tensor in graphs[DECODER].spec.inputs if tensor.name == "inputs_embeds")
     queries = _fixed(graphs[BRIDGE].spec.outputs[0].dims[1]) if BRIDGE in graphs else 0
@@ -129,9 +129,7 @@ def bundle_shape(manifest: Manifest, path: Path) -> ModelShape:
         parts=tuple(parts),
         bridge="none" if BRIDGE not in graphs else "mlp" if queries == count else "qformer",
         image_size=image,
-        patch_size=max(1, round(image / max(side, 1))),
-        keep_class=before > 0,
-        prefix=max(before, 1),
+        **_positions(manifest, image, count),
         queries=0 if queries == count else queries,
         least_queries=queries if manifest.elastic is None else manifest.elastic.min_queries,
         slots=prompt.visual_tokens // max(prompt.frames, 1),
@@ -143,6 +141,34 @@ def bundle_shape(manifest: Manifest, path: Path) -> ModelShape:
         width=width,
         source=source,
     )
+
+
+def _positions(manifest: Manifest, image: int, count: int) -> dict[str, Any]:
+    """What the number of embeddings tells of the positions in the vision encoder: fields of :class:`ModelShape`.
+
+    - A square and a small rest: the patches, a class token and registers.
+    - A square: LLaVA's CLIP, whose class token is dropped; in a native model an encoder without class token. A LLaVA
+      with all patches of a SigLIP looks like the first, so it has one position too many.
+    - A square less one, in a LLaVA: a SigLIP, which has no class token and whose first patch is dropped.
+    - Any other number: the grid is not known, and every embedding counts as one position.
+
+    Args:
+        manifest: The bundle's manifest.
+        image: Side of the picture in pixels.
+        count: Number of embeddings that the vision encoder returns.
+    """
+    whole = count if manifest.merging is None else manifest.merging.embeds_before
+    llava = manifest.family == "llava"
+    side = math.isqrt(whole + 1 if llava else whole)
+    before = whole - side * side
+    if not -1 <= before <= MOST_PREFIX:
+        return {"patch_size": 0, "cells": count, "prefix": 0, "keep_class": True}
+    patch = max(1, round(image / max(side, 1)))
+    if before < 0:
+        return {"patch_size": patch, "cells": side * side, "prefix": 0, "keep_class": False}
+    dropped = before == 0 and llava
+    cells = count - before  # fewer than those of the grid if patches are merged
+    return {"patch_size": patch, "cells": cells, "prefix": 1 if dropped else before, "keep_class": not dropped}
 
 
 def _parameters(manifest: Manifest, graph: GraphRecord) -> int:
