@@ -55,9 +55,8 @@ def heat_map(picture: Image.Image, view: View, weights: NDArray[np.float64], mos
         An RGB picture of the size of ``picture``.
     """
     width, height = picture.size
-    rows, columns = weights.shape
-    across = view.patch_of((np.arange(width) + 0.5) * view.picture[0] / width, 0, columns)
-    down = view.patch_of((np.arange(height) + 0.5) * view.picture[1] / height, 1, rows)
+    across = view.patch_of((np.arange(width) + 0.5) * view.picture[0] / width, 0)
+    down = view.patch_of((np.arange(height) + 0.5) * view.picture[1] / height, 1)
     top = most if most is not None else float(weights.max())
     values = weights[np.maximum(down, 0)][:, np.maximum(across, 0)] / (top or 1.0)  # [height, width]
     seen = (down >= 0)[:, None] & (across >= 0)[None, :]

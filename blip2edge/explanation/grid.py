@@ -25,72 +25,75 @@ class PatchGrid:
         rows: Rows of patches.
         columns: Columns of patches.
         before: Number of embeddings before those of the patches: the class token, registers.
+        stride: Height and width of a patch in pixels of the model's input. The patches begin at its upper left corner;
+            a rest at its right and lower edges is in no patch.
     """
 
     rows: int
     columns: int
     before: int
+    stride: tuple[float, float]
 
 
 @dataclass(frozen=True)
 class View:
-    """The part of a picture that is the model's input, and its size in the model's pixels.
+    """The part of a picture that is the model's input, and its patches.
 
     A point ``x`` of the picture is at ``(x / scale_x) - left`` of the model's input.
 
     Attributes:
         picture: Width and height of the upright picture in pixels.
-        size: Width and height of the model's input in pixels.
         scale: Pixels of the picture for one of the resized picture, across and down.
         corner: Left and top of the crop in the resized picture, in its pixels; below 0 if the crop is larger than the
             resized picture, which is then padded.
+        grid: The patches of the model's input.
     """
 
     picture: tuple[int, int]
-    size: tuple[int, int]
     scale: tuple[float, float]
     corner: tuple[int, int]
+    grid: PatchGrid
 
-    def patch_of(self, points: NDArray[np.float64], axis: int, count: int) -> NDArray[np.int64]:
+    def patch_of(self, points: NDArray[np.float64], axis: int) -> NDArray[np.int64]:
         """The numbers of the patches at points of the picture along one axis.
 
         Args:
             points: Points of the picture in its pixels, ``[N]``.
             axis: 0: across, 1: down.
-            count: Number of patches along the axis.
 
         Returns:
-            int64 ``[N]``: numbers from 0; -1 for a point that is not in the model's input.
+            int64 ``[N]``: numbers from 0; -1 for a point that is in no patch.
         """
-        places = (points / self.scale[axis] - self.corner[axis]) * count / self.size[axis]
+        count = (self.grid.columns, self.grid.rows)[axis]
+        places = (points / self.scale[axis] - self.corner[axis]) / self.grid.stride[1 - axis]
         numbers = np.floor(places).astype(np.int64)
         return np.where((numbers >= 0) & (numbers < count), numbers, -1)
 
-    def rectangle(self, row: int, column: int, grid: PatchGrid) -> tuple[float, float, float, float]:
+    def rectangle(self, row: int, column: int) -> tuple[float, float, float, float]:
         """Left, top, right and bottom of a patch in pixels of the upright picture, cut at the picture's borders."""
         sides = []
-        for axis, (number, count) in enumerate(((column, grid.columns), (row, grid.rows))):
+        for axis, number in enumerate((column, row)):
             for edge in (number, number + 1):
-                place = (edge * self.size[axis] / count + self.corner[axis]) * self.scale[axis]
+                place = (edge * self.grid.stride[1 - axis] + self.corner[axis]) * self.scale[axis]
                 sides.append(min(max(place, 0.0), float(self.picture[axis])))
         left, right, top, bottom = sides
         return left, top, right, bottom
 
 
-def view_of(preprocessing: Preprocessing, width: int, height: int) -> View:
+def view_of(preprocessing: Preprocessing, width: int, height: int, grid: PatchGrid) -> View:
     """Computes which part of an upright picture is the model's input.
 
     Args:
         preprocessing: The bundle's preprocessing.
         width: Width of the upright picture in pixels.
         height: Its height.
+        grid: The patches of the model's input.
     """
     across, down = preprocessing.resized(width, height) if preprocessing.resize else (width, height)
-    size, corner = (across, down), (0, 0)
+    corner = 0, 0
     if preprocessing.crop is not None:
-        size = preprocessing.crop["width"], preprocessing.crop["height"]
-        corner = (across - size[0]) // 2, (down - size[1]) // 2
-    return View((width, height), size, (width / across, height / down), corner)
+        corner = (across - preprocessing.crop["width"]) // 2, (down - preprocessing.crop["height"]) // 2
+    return View((width, height), (width / across, height / down), corner, grid)
 
 
 def patch_grid(vision: ir.Model, spec: GraphSpec) -> PatchGrid:
@@ -113,19 +116,20 @@ def patch_grid(vision: ir.Model, spec: GraphSpec) -> PatchGrid:
             "expected a vision encoder of a fixed number of patches, found one whose number varies",
             "export a checkpoint with a fixed image size",
         )
-    stride = _patch_size(vision)
+    stride: tuple[float, float] | None = _patch_size(vision)
     if stride is None:
         share = math.gcd(height, width)
         times = math.isqrt(embeds // (height // share * (width // share)))
         rows, columns = times * (height // share), times * (width // share)
+        stride = height / max(rows, 1), width / max(columns, 1)
     else:
-        rows, columns = height // stride[0], width // stride[1]
+        rows, columns = int(height // stride[0]), int(width // stride[1])
     if not 0 < rows * columns <= embeds:
         raise BundleError(
             f"expected at least one embedding for each of {rows} x {columns} patches, found {embeds}",
             "export the checkpoint again",
         )
-    return PatchGrid(rows, columns, embeds - rows * columns)
+    return PatchGrid(rows, columns, embeds - rows * columns, stride)
 
 
 def _patch_size(vision: ir.Model) -> tuple[int, int] | None:

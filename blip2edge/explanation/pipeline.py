@@ -19,7 +19,7 @@ from blip2edge.errors import BackendError, BundleError, ImageError, UsageError, 
 from blip2edge.explanation.attention import LayerWeights
 from blip2edge.explanation.drawing import gates_picture, layer_sheet, matrix_picture
 from blip2edge.explanation.gates import Gate, read_gates
-from blip2edge.explanation.grid import PatchGrid, View, view_of
+from blip2edge.explanation.grid import View, view_of
 from blip2edge.explanation.page import explanation_page, picture_tag
 from blip2edge.explanation.probe import Probe, open_bridge
 from blip2edge.explanation.queries import QueryComparison
@@ -173,8 +173,8 @@ def _explained(
             failures.append(error)
             continue
         compared.add(tokens)
-        view, name = view_of(probe.preprocessing, *picture.size), _name(source, number)
-        layers = [_layer_record(layer, view, probe.grid) for layer in weights]
+        view, name = view_of(probe.preprocessing, *picture.size, probe.grid), _name(source, number)
+        layers = [_layer_record(layer, view) for layer in weights]
         shown = len(pictures) < maps
         for layer, record in zip(weights, layers, strict=True) if shown else ():
             record["file"] = f"{len(pictures):03d}-{_file_stem(name)}-layer-{layer.layer}.png"
@@ -198,14 +198,14 @@ def _explained(
     return document, failures
 
 
-def _layer_record(layer: LayerWeights, view: View, grid: PatchGrid) -> dict[str, Any]:
+def _layer_record(layer: LayerWeights, view: View) -> dict[str, Any]:
     """An object of the list ``layers`` of a picture in ``explain.json``."""
     queries = []
     for number, weights in enumerate(layer.patches):
-        row, column = divmod(int(weights.argmax()), grid.columns)
+        row, column = divmod(int(weights.argmax()), view.grid.columns)
         queries.append(
             {
-                "peak": [round(edge, 2) for edge in view.rectangle(row, column, grid)],
+                "peak": [round(edge, 2) for edge in view.rectangle(row, column)],
                 "weight": float(weights.max()),
                 "spread": float(layer.spread[number]),
                 "before": float(layer.before[number]),

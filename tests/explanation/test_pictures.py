@@ -18,7 +18,8 @@ from blip2edge.explanation.grid import PatchGrid, view_of
 from blip2edge.explanation.queries import QueryComparison
 from blip2edge.runtime.images.preprocess import Preprocessing, load_image
 
-GRID = PatchGrid(8, 8, 1)
+GRID = PatchGrid(8, 8, 1, (8, 8))
+RAGGED = PatchGrid(7, 7, 1, (9, 9))  # the last pixel of 64 is in no patch
 STRETCHED = Preprocessing(size={"height": 64, "width": 64})
 CROPPED = Preprocessing(size={"shortest_edge": 72}, crop={"height": 64, "width": 64})
 PADDED = Preprocessing(size={"shortest_edge": 48}, crop={"height": 64, "width": 64})
@@ -33,40 +34,43 @@ def marked(width: int, height: int, left: int, top: int, side: int) -> PIL.Image
     return picture
 
 
-def brightest_patch(preprocessing: Preprocessing, picture: PIL.Image.Image) -> tuple[int, int]:
+def brightest_patch(preprocessing: Preprocessing, picture: PIL.Image.Image, grid: PatchGrid = GRID) -> tuple[int, int]:
     """Row and column of the patch that the model sees brightest."""
     pixels = preprocessing(picture)[0]
-    patches = pixels.reshape(GRID.rows, 64 // GRID.rows, GRID.columns, 64 // GRID.columns).sum(axis=(1, 3))
+    side = int(grid.stride[0])
+    pixels = pixels[: grid.rows * side, : grid.columns * side]
+    patches = pixels.reshape(grid.rows, side, grid.columns, side).sum(axis=(1, 3))
     row, column = np.unravel_index(int(patches.argmax()), patches.shape)
     return int(row), int(column)
 
 
-def planted(row: int, column: int, queries: int = 2) -> LayerWeights:
+def planted(row: int, column: int, queries: int = 2, grid: PatchGrid = GRID) -> LayerWeights:
     """All attention of the last query on one patch, of the others on the class token."""
-    softmax = np.zeros((1, 3, queries, 1 + GRID.rows * GRID.columns))
+    softmax = np.zeros((1, 3, queries, 1 + grid.rows * grid.columns))
     softmax[0, :, :-1, 0] = 1
-    softmax[0, :, -1, 1 + row * GRID.columns + column] = 1
-    return layer_weights(AttentionLayer(0, "softmax"), softmax, softmax.shape[-1], GRID.rows, GRID.columns)
+    softmax[0, :, -1, 1 + row * grid.columns + column] = 1
+    return layer_weights(AttentionLayer(0, "softmax"), softmax, softmax.shape[-1], grid.rows, grid.columns)
 
 
 @pytest.mark.parametrize("preprocessing", [STRETCHED, CROPPED, PADDED, PLAIN], ids=["stretch", "crop", "pad", "plain"])
 @pytest.mark.parametrize("size", [(160, 80), (80, 160), (120, 120)], ids=["wide", "tall", "square"])
 @pytest.mark.parametrize("place", [(0.5, 0.5), (0.36, 0.62), (0.62, 0.4)])
+@pytest.mark.parametrize("grid", [GRID, RAGGED], ids=["whole", "rest"])
 def test_a_patch_lies_where_its_pixels_are(
-    preprocessing: Preprocessing, size: tuple[int, int], place: tuple[float, float]
+    preprocessing: Preprocessing, size: tuple[int, int], place: tuple[float, float], grid: PatchGrid
 ) -> None:
     side = 4
     left, top = (round(share * length - side / 2) for share, length in zip(place, size, strict=True))
     picture = marked(*size, left, top, side)
-    row, column = brightest_patch(preprocessing, picture)
-    view = view_of(preprocessing, *size)
-    edges = view.rectangle(row, column, GRID)
+    row, column = brightest_patch(preprocessing, picture, grid)
+    view = view_of(preprocessing, *size, grid)
+    edges = view.rectangle(row, column)
     assert edges[0] - side <= left
     assert left + side <= edges[2] + side
     assert edges[1] - side <= top
     assert top + side <= edges[3] + side
     # The heat map of attention to this patch alone has its last colour there, and nowhere else.
-    drawn = np.asarray(heat_map(picture, view, planted(row, column).patches[-1]), np.int64)
+    drawn = np.asarray(heat_map(picture, view, planted(row, column, grid=grid).patches[-1]), np.int64)
     hottest = np.abs(drawn - (0.15 * np.asarray(picture, np.int64) + 0.85 * colours(np.ones(1), HEAT)[0])).sum(-1) < 4
     rows, columns = np.nonzero(hottest)
     found = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
@@ -74,9 +78,19 @@ def test_a_patch_lies_where_its_pixels_are(
     assert hottest.sum() == (found[2] - found[0]) * (found[3] - found[1])
 
 
+def test_pixels_beyond_the_last_patch_are_dark() -> None:
+    """SigLIP so400m has 27 patches of 14 pixels on 384: 6 pixels are in no patch."""
+    view = view_of(Preprocessing(size={"height": 384, "width": 384}), 384, 384, PatchGrid(27, 27, 0, (14, 14)))
+    assert view.rectangle(26, 26) == (364, 364, 378, 378)
+    drawn = np.asarray(heat_map(PIL.Image.new("RGB", (384, 384), (200, 200, 200)), view, np.full((27, 27), 0.1)))
+    assert (drawn[378:] == 70).all()
+    assert (drawn[:, 378:] == 70).all()
+    assert (drawn[:378, :378].max(axis=-1) > 150).all()
+
+
 def test_what_a_crop_cuts_off_is_dark() -> None:
     picture = PIL.Image.new("RGB", (160, 80), (200, 200, 200))
-    view = view_of(CROPPED, *picture.size)
+    view = view_of(CROPPED, *picture.size, GRID)
     drawn = np.asarray(heat_map(picture, view, np.full((8, 8), 0.1)))
     assert (drawn[:, 0] == 70).all()
     assert (drawn[:, -1] == 70).all()
@@ -92,13 +106,13 @@ def test_the_exif_orientation_turns_picture_and_map_alike(orientation: int) -> N
     upright = load_image(buffer.getvalue())
     assert upright.size == ((80, 160) if orientation > 4 else (160, 80))
     row, column = brightest_patch(STRETCHED, upright)
-    left, top, right, bottom = map(round, view_of(STRETCHED, *upright.size).rectangle(row, column, GRID))
+    left, top, right, bottom = map(round, view_of(STRETCHED, *upright.size, GRID).rectangle(row, column))
     assert np.asarray(upright)[top:bottom, left:right].mean() > 50
 
 
 def test_a_sheet_has_a_map_for_each_query() -> None:
     picture = marked(40, 20, 0, 0, 4)
-    page = np.asarray(layer_sheet(picture, view_of(STRETCHED, 40, 20), planted(0, 0, queries=3)))
+    page = np.asarray(layer_sheet(picture, view_of(STRETCHED, 40, 20, GRID), planted(0, 0, queries=3)))
     assert page.shape[1] > 5 * 144  # the picture, the mean and three queries
     hottest = (page == colours(np.ones(1), HEAT)[0]).all(axis=-1)
     assert not hottest.any()  # a share of the picture always remains
