@@ -187,7 +187,7 @@ def _explained(
     writer.save(MATRIX, matrix_picture(similarity.matrix), "cosines of the queries")
     document = _empty_document(probe.bundle) | {
         "precision": probe.bundle.graph(probe.graph).precision,
-        "grid": dict(vars(probe.grid)),
+        "grid": {**vars(probe.grid), "stride": list(probe.grid.stride)},
         "queries": len(similarity.matrix),
         "heads": heads,
         "layers": [layer.layer for layer in probe.layers],

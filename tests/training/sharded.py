@@ -22,7 +22,7 @@ from torch import Tensor
 
 from blip2edge.training import run as runs
 from blip2edge.training.loop.optim import recompute_activations
-from blip2edge.training.loop.sharding import clip_gradients, shard, whole
+from blip2edge.training.loop.sharding import clip_gradients, shard, whole_tensor
 from blip2edge.training.phases.stage2 import GenerativeStage
 from blip2edge.training.run import train
 from blip2edge.training.setup.lora import add_lora, merge_lora
@@ -65,7 +65,7 @@ def steps(root: Path, kind: str, name: str, *, spread: bool, lora: bool = False)
         loss.backward()
         if not losses:
             trained = {name: each.grad for name, each in stage.named_parameters() if each.grad is not None}
-            gradients = {name: whole(each).clone() for name, each in trained.items()}
+            gradients = {name: whole_tensor(each).clone() for name, each in trained.items()}
         if sharding is not None:
             sharding.sync_whole()
             clip_gradients(stage, 1.0)

@@ -111,7 +111,7 @@ def set_rate(optimizer: Any, rate: float) -> None:
         group["lr"] = rate * group[RATE]
 
 
-def layers_of(module: nn.Module, names: Sequence[str] = LAYER_LISTS) -> list[nn.Module]:
+def transformer_layers(module: nn.Module, names: Sequence[str] = LAYER_LISTS) -> list[nn.Module]:
     """Finds the layers of all transformers in a module: the entries of the module lists with one of these names."""
     lists = [each for name, each in module.named_modules() if name.rpartition(".")[2] in names]
     return [layer for each in lists if isinstance(each, nn.ModuleList) for layer in each]
@@ -123,7 +123,7 @@ def recompute_activations(module: nn.Module) -> None:
     The method is activation checkpointing (Chen et al., arXiv 1604.06174), by ``torch.utils.checkpoint``.
     Dropout draws the same mask again. Without gradients nothing changes.
     """
-    for layer in layers_of(module):
+    for layer in transformer_layers(module):
         for name in entry_points(layer):
             if name not in vars(layer):  # else an earlier phase has done this
                 setattr(layer, name, partial(checkpoint, getattr(layer, name), use_reentrant=False))

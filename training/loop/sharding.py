@@ -29,7 +29,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from blip2edge.errors import ConfigError
 from blip2edge.model.layers import entry_points
-from blip2edge.training.loop.optim import LAYER_LISTS, layers_of
+from blip2edge.training.loop.optim import LAYER_LISTS, transformer_layers
 
 _LISTS = (*LAYER_LISTS, "feed_forwards")  # the latter: of the text head, whose layers are those of the Q-Former
 
@@ -110,7 +110,7 @@ def shard(accelerator: Accelerator, modules: Iterable[nn.Module]) -> Sharding:
         for scalar in scalars:
             scalar.data = scalar.data.to(accelerator.device)
         sharding.whole += scalars
-        for unit in (*layers_of(root, _LISTS), root):
+        for unit in (*transformer_layers(root, _LISTS), root):
             fully_shard(unit, mesh=mesh, ignored_params=scalars)
             for name in entry_points(unit):
                 if name != "forward":
@@ -126,11 +126,11 @@ def gather_sharded(module: nn.Module) -> None:
             if not isinstance(parameter, DTensor):
                 continue
             if id(parameter) not in gathered:
-                gathered[id(parameter)] = nn.Parameter(whole(parameter.detach()), parameter.requires_grad)
+                gathered[id(parameter)] = nn.Parameter(whole_tensor(parameter.detach()), parameter.requires_grad)
             setattr(owner, name, gathered[id(parameter)])
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole_tensor(tensor: Tensor) -> Tensor:
     """Returns the whole of a sharded tensor, on every process; another tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -146,7 +146,7 @@ def clip_gradients(module: nn.Module, largest: float) -> float:
     spread = [each for each in trained if isinstance(each.grad, DTensor)]
     kinds = [kind for kind in (spread, [each for each in trained if not isinstance(each.grad, DTensor)]) if kind]
     norms = [get_total_norm([each.grad for each in kind if each.grad is not None]) for kind in kinds]
-    norm = math.sqrt(sum(float(whole(each)) ** 2 for each in norms))
+    norm = math.sqrt(sum(float(whole_tensor(each)) ** 2 for each in norms))
     for kind in kinds:
         clip_grads_with_norm_(kind, largest, torch.tensor(norm))
     return norm

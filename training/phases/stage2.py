@@ -24,7 +24,7 @@ from blip2edge.model.config import LEARNED_QUERIES, CaptionerConfig
 from blip2edge.training.loading.batches import IGNORED, CaptionBatch
 from blip2edge.training.loading.loader import PictureBatch
 from blip2edge.training.loop.optim import freeze
-from blip2edge.training.loop.sharding import whole
+from blip2edge.training.loop.sharding import whole_tensor
 from blip2edge.training.phase_config import Stage2Phase
 from blip2edge.training.phases.distributed import mean_over_ranks
 from blip2edge.training.phases.stage1 import text_loss
@@ -230,7 +230,7 @@ class GenerativeStage(nn.Module):
         for name, parameter in self.language.named_parameters():
             if name.endswith("_gate"):
                 _, number, kind = name.split(".")
-                found[f"gate.{number}.{kind}"] = float(torch.tanh(whole(parameter.detach())).abs().mean())
+                found[f"gate.{number}.{kind}"] = float(torch.tanh(whole_tensor(parameter.detach())).abs().mean())
         return found
 
 

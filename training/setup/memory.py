@@ -27,7 +27,7 @@ from blip2edge.runtime.bench.plan import PlanOptions
 from blip2edge.training.config import TrainingConfig
 from blip2edge.training.loading.batches import CaptionBatch, TextBatch
 from blip2edge.training.loading.loader import PictureBatch
-from blip2edge.training.loop.optim import layers_of, recompute_activations
+from blip2edge.training.loop.optim import recompute_activations, transformer_layers
 from blip2edge.training.phase_config import Stage2Phase
 from blip2edge.training.phases.distributed import alone
 from blip2edge.training.phases.stage2 import GenerativeStage
@@ -227,7 +227,7 @@ def _counting(stage: nn.Module, sizes: dict[int, int], layers: list[int]) -> Ite
     """Adds to ``layers`` the bytes that each layer adds to ``sizes`` while the stage runs."""
     began: list[int] = []
     hooks: list[Any] = []
-    for layer in layers_of(stage):
+    for layer in transformer_layers(stage):
         hooks.append(layer.register_forward_pre_hook(lambda *_: began.append(sum(sizes.values()))))
         hooks.append(layer.register_forward_hook(lambda *_: layers.append(sum(sizes.values()) - began.pop())))
     try:
@@ -246,7 +246,7 @@ def _parameter_bytes(modules: list[nn.Module]) -> tuple[int, int]:
 
 def _gathered(stage: nn.Module) -> int:
     """Bytes of the largest layer, with the gradients of its trained weights, and of what belongs to no layer."""
-    layers = layers_of(stage)
+    layers = transformer_layers(stage)
     within = {id(each) for layer in layers for each in layer.parameters()}
     outside = nn.ParameterList([each for each in stage.parameters() if id(each) not in within])
     largest = 0

@@ -15,7 +15,7 @@ from blip2edge.model.checkpoint.directory import save_checkpoint
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.runtime.text.tokenizer import Tokenizer
 from blip2edge.training.loading.qformer_texts import QFormerTexts
-from blip2edge.training.loop.sharding import whole
+from blip2edge.training.loop.sharding import whole_tensor
 from blip2edge.training.setup.lora import without_lora
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -66,7 +66,7 @@ class ModelParts:
         If tensors are sharded, every process must call this method.
         """
         return {
-            name: whole(tensor.detach()).cpu().clone()
+            name: whole_tensor(tensor.detach()).cpu().clone()
             for name, tensor in without_lora(self.model.state_dict()).items()
             if prefixes and name.startswith(prefixes)
         }
