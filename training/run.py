@@ -31,7 +31,7 @@ from blip2edge.training.evaluation.open_model import open_captioner
 from blip2edge.training.evaluation.scene_scores import evaluate_scenes
 from blip2edge.training.loop.journal import CURVE, LOG, Journal, draw_curve
 from blip2edge.training.loop.loop import Phase, run_phase
-from blip2edge.training.loop.sharding import check_sharding
+from blip2edge.training.loop.sharding import check_launcher, check_sharding
 from blip2edge.training.loop.snapshots import Snapshot, Snapshots
 from blip2edge.training.loop.trackers import BOARD, TrackedRun, Trackers, check_trackers, recipe_values, run_identity
 from blip2edge.training.loop.training_run import TrainingRun
@@ -82,7 +82,8 @@ def train(
         The record, also saved as `training.json`: losses of each phase, scores, hash of the recipe, machine.
 
     Raises:
-        ConfigError: The recipe is wrong, or the snapshots belong to another recipe or stage.
+        ConfigError: The recipe is wrong, the snapshots belong to another recipe or stage, or accelerate's launcher
+            divides the model.
         OutputError: `out_dir` exists, or cannot be written.
         DataError, CheckpointError: A loss is not finite; data or a checkpoint cannot be read.
     """
@@ -90,6 +91,7 @@ def train(
     target = Path(out_dir)
     phases_of(stage, config)  # refuses a stage without steps
     check_target(target, force, None)
+    check_launcher()
     torch.set_num_threads(config.threads)
     accelerator = _accelerator(config)
     if config.loop.fsdp:

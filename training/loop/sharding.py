@@ -12,6 +12,7 @@ norms). Frozen parameters are spread too.
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -33,22 +34,43 @@ from blip2edge.training.loop.optim import LAYER_LISTS, transformer_layers
 
 _LISTS = (*LAYER_LISTS, "feed_forwards")  # the latter: of the text head, whose layers are those of the Q-Former
 
+_SHARDING_LAUNCHES = (
+    ("FSDP", "ACCELERATE_USE_FSDP", "use_fsdp"),
+    ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED", "use_deepspeed"),
+    ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM", "use_megatron_lm"),
+    ("accelerate's parallelism config", "ACCELERATE_USE_PARALLELISM_CONFIG", "use_parallelism_config"),
+)
+"""What `accelerate launch` can divide a model with: name, the environment variable that it sets, and its option."""
+
+
+def check_launcher() -> None:
+    """Checks that `accelerate launch` only starts the processes; call it before the ``Accelerator`` is made.
+
+    The loop does not support models that the launcher divides: its first process reads parameters alone, and would
+    wait forever for the others' parts.
+
+    Raises:
+        ConfigError: The launcher was told to use FSDP, DeepSpeed, Megatron-LM or its parallelism config.
+    """
+    for name, variable, flag in _SHARDING_LAUNCHES:
+        if os.environ.get(variable, "false").lower() == "true":
+            raise ConfigError(
+                f"accelerate's launcher divides the model with {name} ({variable}=true)",
+                f"leave --{flag} out, and its section in accelerate's config file; [loop] fsdp = true in the recipe"
+                " shards the parameters over the processes",
+            )
+
 
 def check_sharding(accelerator: Accelerator) -> None:
     """Checks that this run can spread its parameters.
 
     Raises:
-        ConfigError: There is one process, or accelerate's launcher shards the parameters too.
+        ConfigError: There is only one process.
     """
     if accelerator.num_processes == 1:
         raise ConfigError(
             "[loop] fsdp is true, but there is only one process",
             "start several: torchrun --nproc-per-node N -m blip2edge train …; or set fsdp to false",
-        )
-    if accelerator.distributed_type.name == "FSDP":
-        raise ConfigError(
-            "[loop] fsdp is true, and accelerate's launcher shards the parameters too (--use_fsdp)",
-            "leave --use_fsdp out: fsdp = true shards layer by layer; or set fsdp to false",
         )
 
 

@@ -106,6 +106,27 @@ def test_one_process_is_told_to_start_several(tmp_path: Path) -> None:
     assert not (tmp_path / "out.run").exists()
 
 
+@pytest.mark.parametrize("fsdp", ["false", "true"])
+@pytest.mark.parametrize(
+    ("variable", "said"),
+    [
+        ("ACCELERATE_USE_FSDP", r"the model with FSDP \(ACCELERATE_USE_FSDP=true\); leave --use_fsdp out"),
+        ("ACCELERATE_USE_DEEPSPEED", "the model with DeepSpeed .*; leave --use_deepspeed out"),
+        ("ACCELERATE_USE_MEGATRON_LM", "the model with Megatron-LM .*; leave --use_megatron_lm out"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "parallelism config .*; leave --use_parallelism_config out"),
+    ],
+)
+def test_a_launcher_that_divides_the_model_is_refused(
+    variable: str, said: str, fsdp: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the start, whatever `fsdp` is: the variables are those that `accelerate launch` sets."""
+    monkeypatch.setenv(variable, "true")
+    path = recipes.write(tmp_path / "recipe.toml", loop=f"fsdp = {fsdp}")
+    with pytest.raises(ConfigError, match=said):
+        train("stage2", path, tmp_path / "out")
+    assert not (tmp_path / "out.run").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
