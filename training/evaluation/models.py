@@ -97,3 +97,11 @@ def needs_picture(path: Path) -> UsageError:
         f"give {option('reader')} a language model, or a captioner whose language model takes visual tokens (BLIP-2,"
         " InstructBLIP, LLaVA)",
     )
+
+
+def unsigned_checkpoint(path: Path) -> UsageError:
+    """The error for a checkpoint where a signature is required: only bundles are signed."""
+    return UsageError(
+        f"{option('require_signature')} works with bundles only, but {path} is a checkpoint",
+        "export the checkpoint, and sign the bundle",
+    )

@@ -10,7 +10,7 @@ from PIL import Image
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.hub.download import find_bundle
 from blip2edge.bundle.manifest import MANIFEST
-from blip2edge.errors import BundleError, UsageError, option
+from blip2edge.errors import BundleError, UsageError
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.matcher import Matcher
@@ -23,6 +23,7 @@ from blip2edge.training.evaluation.models import (
     ModelOptions,
     Prompts,
     Vectors,
+    unsigned_checkpoint,
 )
 
 
@@ -102,10 +103,7 @@ def open_model(model: Path, options: ModelOptions) -> EvaluatedModel:
         return EvaluatedModel(captioner=BundleCaptioner(captioner, options))
     if (model / "config.json").is_file():
         if options.require_signature is not None:
-            raise UsageError(
-                f"{option('require_signature')} works with bundles only, but {model} is a checkpoint",
-                "export the checkpoint, and sign the bundle",
-            )
+            raise unsigned_checkpoint(model)
         # Imported here: it needs torch, which a machine that only runs bundles does not have.
         from blip2edge.training.evaluation.checkpoints.models import open_checkpoint_model
 

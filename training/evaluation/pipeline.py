@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from blip2edge.training.data.registry import read_entries
 from blip2edge.training.evaluation.few_shots import Examples
 from blip2edge.training.evaluation.models import MatchModel, ModelOptions
 from blip2edge.training.evaluation.open_model import open_model
-from blip2edge.training.evaluation.reader import TEMPLATE, Reader, open_reader
+from blip2edge.training.evaluation.reader import TEMPLATE, Reader, check_template, open_reader
 from blip2edge.training.evaluation.scoring import Figures, ScoringOptions, score_entries, score_scenes
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def evaluate(
             ``cuda``.
         threads: CPU threads; None for all cores.
         batch_size: Number of pictures in one batch.
-        require_signature: A public key that a bundle must be signed for.
+        require_signature: A public key that the bundles of `model`, `clip` and `reader` must be signed for.
         progress: Called with ("scoring", pictures done, all pictures).
         **generation: Fields of ``GenerationOptions``; ``draft`` and ``abstain_below`` need a bundle.
 
@@ -99,14 +100,13 @@ def evaluate(
         CheckpointError: The checkpoint cannot be read.
         BackendError: The backend is not installed, or does not run on this machine.
     """
+    _check_combinations(str(data), count, reader, reader_prompt)
     entries: tuple[list[Entry], BrokenSamples] | None = None
-    if data == SCENES:
-        if count is not None and count < 2:
-            raise UsageError(f"expected {option('count')} to be at least 2 pictures, got {count}")
-    else:
+    if data != SCENES:
         entries = _read(str(data), images, annotations, max_broken, count, alone=clip is not None)
-    opened = open_model(Path(model), ModelOptions(backend, threads, batch_size, dict(generation), require_signature))
-    judges = _judges(clip, reader, reader_prompt, ModelOptions(backend, threads, batch_size))
+    shared = ModelOptions(backend, threads, batch_size, require_signature=require_signature)
+    opened = open_model(Path(model), replace(shared, generation=dict(generation)))
+    judges = _judges(clip, reader, reader_prompt, shared)
     if predictions and (entries is None or opened.captioner is None):
         raise UsageError(
             f"{option('predictions')} needs a captioner and a data set from files", f"leave {option('predictions')} out"
@@ -120,6 +120,23 @@ def evaluate(
         return score_scenes(opened, count or SCENES_COUNT, split, wanted)
     figures = score_entries(opened, *entries, wanted)
     return figures if predictions else {key: value for key, value in figures.items() if key != "predictions"}
+
+
+def _check_combinations(data: str, count: int | None, reader: str | Path | None, reader_prompt: str | None) -> None:
+    """Refuses options that do not fit together, before a model is loaded.
+
+    Raises:
+        UsageError: There are too few scenes, or the prompt has no reader.
+    """
+    if data == SCENES and count is not None and count < 2:
+        raise UsageError(f"expected {option('count')} to be at least 2 pictures, got {count}")
+    if reader_prompt is not None:
+        if reader is None:
+            raise UsageError(
+                f"{option('reader_prompt')} needs {option('reader')}",
+                f"name the model that reads: {option('reader')} MODEL",
+            )
+        check_template(reader_prompt)
 
 
 def _examples(
@@ -147,13 +164,8 @@ def _judges(
     """Opens the models that judge captions.
 
     Raises:
-        UsageError: A model is of the wrong kind, or the prompt has no reader.
+        UsageError: A model is of the wrong kind, or a signature is required and a model is a checkpoint.
     """
-    if reader_prompt is not None and reader is None:
-        raise UsageError(
-            f"{option('reader_prompt')} needs {option('reader')}",
-            f"name the model that reads: {option('reader')} MODEL",
-        )
     matcher = None
     if clip is not None:
         matcher = open_model(Path(clip), options).matcher

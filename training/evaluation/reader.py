@@ -6,6 +6,7 @@ A caption that lets the reader answer contains what the questions are about. The
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from blip2edge.runtime.captioning.pipeline import TextGenerator
 from blip2edge.runtime.captioning.request import StageClock
 from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.text.prompt import Prompt
-from blip2edge.training.evaluation.models import ModelOptions, needs_picture
+from blip2edge.training.evaluation.models import ModelOptions, needs_picture, unsigned_checkpoint
 
 TEMPLATE = "Picture: {caption}\nQuestion: {question}\nShort answer:"
 """The reader's prompt; ``{caption}`` is empty when it answers without the caption."""
@@ -51,9 +52,7 @@ class Reader:
     def __init__(
         self, generator: TextGenerator, ends: Sequence[int], batch_size: int, template: str = TEMPLATE
     ) -> None:
-        for name in FIELDS:
-            if name not in template:
-                raise UsageError(f"expected {option('reader_prompt')} to contain {name}, got {template!r}")
+        check_template(template)
         self._generator = generator
         self._options = GenerationOptions(
             max_new_tokens=MAX_ANSWER_TOKENS, eos_token_ids=tuple(ends), stop=(STOP,), draft="none"
@@ -65,13 +64,12 @@ class Reader:
         """Answers one question from each caption.
 
         Raises:
-            PromptError: A prompt is longer than the context of the language model.
+            PromptError: The context of the language model has no room for a prompt and its answer.
         """
-        filled = [
-            self._template.replace("{caption}", caption).replace("{question}", question)
+        prompts = [
+            self._prompt(filled(self._template, caption, question))
             for caption, question in zip(captions, questions, strict=True)
         ]
-        prompts = [self._prompt(text) for text in filled]
         answers: list[str] = []
         for start in range(0, len(prompts), self._batch_size):
             part = prompts[start : start + self._batch_size]
@@ -83,12 +81,32 @@ class Reader:
 
     def _prompt(self, text: str) -> Prompt:
         ids = self._generator.tokenizer.encode(text)
-        if len(ids) > self._generator.max_positions:
+        prompt = Prompt((tuple(ids),), 0, None)
+        size = self._generator.max_positions
+        if len(ids) > size or self._generator.limited(prompt, self._options) != self._options:
             raise PromptError(
-                f"the reader's prompt has {len(ids)} tokens, but its context has {self._generator.max_positions}",
+                f"the reader's prompt has {len(ids)} tokens and its answer up to {MAX_ANSWER_TOKENS}, but its context"
+                f" has {size}",
                 f"take a reader with a longer context, or a shorter {option('reader_prompt')}",
             )
-        return Prompt((tuple(ids),), 0, None)
+        return prompt
+
+
+def check_template(template: str) -> None:
+    """Checks that a prompt has the two :data:`FIELDS`.
+
+    Raises:
+        UsageError: It lacks one.
+    """
+    for name in FIELDS:
+        if name not in template:
+            raise UsageError(f"expected {option('reader_prompt')} to contain {name}, got {template!r}")
+
+
+def filled(template: str, caption: str, question: str) -> str:
+    """The prompt of a question. Braces within the caption and the question stay as they are."""
+    values = dict(zip(FIELDS, (caption, question), strict=True))
+    return re.sub("|".join(map(re.escape, FIELDS)), lambda found: values[found[0]], template)
 
 
 def open_reader(path: Path, options: ModelOptions, template: str = TEMPLATE) -> Reader:
@@ -100,11 +118,14 @@ def open_reader(path: Path, options: ModelOptions, template: str = TEMPLATE) -> 
         template: The prompt of a question.
 
     Raises:
-        UsageError: The language model does not work without a picture, or the template lacks a field.
+        UsageError: The language model does not work without a picture, the template lacks a field, or a signature is
+            required and `path` is a checkpoint.
         BundleError, CheckpointError: The model cannot be read.
     """
     path = find_bundle(path, public_key=options.require_signature)
     if not (path / MANIFEST).is_file():
+        if options.require_signature is not None:
+            raise unsigned_checkpoint(path)
         # Imported here: it needs torch, which a machine that only runs bundles does not have.
         from blip2edge.training.evaluation.checkpoints.reader import checkpoint_generator
 

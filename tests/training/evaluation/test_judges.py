@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +15,14 @@ pytest.importorskip("transformers", reason="checkpoints are drawn with transform
 import torch
 
 from blip2edge.cli import main
-from blip2edge.errors import PromptError, UsageError
+from blip2edge.errors import BundleSignatureError, PromptError, UsageError
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioning.matcher import Matcher
 from blip2edge.training.data.coco import read_captions
 from blip2edge.training.evaluation.models import EvaluatedModel, ModelOptions
 from blip2edge.training.evaluation.open_model import open_model
 from blip2edge.training.evaluation.pipeline import evaluate
-from blip2edge.training.evaluation.reader import MAX_ANSWER_TOKENS, open_reader
+from blip2edge.training.evaluation.reader import MAX_ANSWER_TOKENS, filled, open_reader
 from blip2edge.training.evaluation.scoring import ScoringOptions, score_entries
 from blip2edge.training.metrics.vqa import answer_accuracy
 from tests.drawing import Variant, draw_pictures, draw_processor
@@ -242,3 +243,61 @@ def test_what_cannot_judge_is_refused_by_name(
         open_reader(export_checkpoint(tmp_path / "blip", tmp_path / "bundle").bundle, OPTIONS)
     with pytest.raises(PromptError, match="the reader's prompt has"):
         open_reader(tiny_bundle, OPTIONS, TEMPLATE)(["two " * 500], ["what"])
+
+
+def test_a_required_signature_holds_for_the_judges_too(
+    clip: tuple[Path, dict[str, float]], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """Only the scored model is signed; a judge without a signature does not run."""
+    pytest.importorskip("model_signing", reason="pip install 'blip2edge[sign]'", exc_type=ImportError)
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    from blip2edge.bundle.trust.signing import sign_bundle
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem = serialization.Encoding.PEM
+    private, public = tmp_path / "own.pem", tmp_path / "own.pub"
+    private.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
+    signed = Path(shutil.copytree(tiny_bundle, tmp_path / "signed"))
+    sign_bundle(signed, private)
+    judge = export_checkpoint(clip[0], tmp_path / "judge").bundle
+    given: dict[str, Any] = {"backend": "cpu", "max_new_tokens": 3, "require_signature": public}
+    captions = captioned(tmp_path)
+    with pytest.raises(BundleSignatureError):
+        evaluate(signed, data=captions, clip=judge, **given)
+    with pytest.raises(UsageError, match=r"require_signature works with bundles only, but .* is a checkpoint"):
+        evaluate(signed, data=captions, clip=clip[0], **given)
+    questions, answers = asked(tmp_path, ["a", "b", "c"]), tmp_path / "answers.json"
+    with pytest.raises(BundleSignatureError):
+        evaluate(signed, data=questions, annotations=answers, reader=tiny_bundle, **given)
+    with pytest.raises(UsageError, match=r"require_signature works with bundles only, but .* is a checkpoint"):
+        evaluate(signed, data=questions, annotations=answers, reader=clip[0], **given)
+    sign_bundle(judge, private)
+    assert "clip_score" in evaluate(signed, data=captions, clip=judge, **given)
+    scored = evaluate(signed, data=questions, annotations=answers, reader=signed, reader_prompt=TEMPLATE, **given)
+    assert "reader_accuracy" in scored
+
+
+def test_a_wrong_prompt_of_the_reader_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    captions = captioned(tmp_path)
+    with pytest.raises(UsageError, match="reader_prompt needs reader"):
+        evaluate(tmp_path / "absent", data=captions, reader_prompt=TEMPLATE)
+    with pytest.raises(UsageError, match=r"reader_prompt to contain \{question\}"):
+        evaluate(tmp_path / "absent", data=captions, reader=tmp_path / "absent", reader_prompt="{caption}")
+
+
+def test_braces_within_a_caption_are_not_filled() -> None:
+    assert filled("{caption}: {question}", "a sign {question}", "what {caption}") == "a sign {question}: what {caption}"
+
+
+def test_the_context_of_a_reader_has_room_for_an_answer(tiny_bundle: Path) -> None:
+    reader = open_reader(tiny_bundle, OPTIONS, "{caption}{question}")
+    generator = reader._generator
+    room = generator.max_positions - MAX_ANSWER_TOKENS + 1  # the last token needs no slot
+    texts = {len(generator.tokenizer.encode(text)): text for text in (" ".join(["two"] * n) for n in range(1, 600))}
+    assert reader([texts[room]], [""])
+    for length in (room + 1, generator.max_positions):
+        with pytest.raises(PromptError, match=rf"prompt has {length} tokens and its answer up to {MAX_ANSWER_TOKENS}"):
+            reader([texts[length]], [""])
