@@ -1,9 +1,9 @@
-"""Captions the pictures of a part of the output.
+"""Captions the pictures of one part of the output. A part is a fixed number of pictures of the source, in their order.
 
-The result depends only on the part, and not on time, on other parts or on the machine's load. Batches are the decodable
-pictures of the part, in their order. The random stream of a sampled caption comes from the picture's name. So a part
-that is computed again, or on another machine of the same kind, has the same bytes. Exception: if duplicates are
-searched, a part also depends on the embeddings of the earlier parts.
+The result depends only on the pictures of the part, not on time, on other parts or on the machine's load. Batches are
+made of the decodable pictures of the part, in their order. The random numbers for a sampled caption are seeded with the
+picture's name. So a part has the same bytes if a later run or another machine of the same kind computes the part again.
+Exception: if duplicates are searched, the result also depends on the embeddings of the earlier parts.
 
     threads: bytes --> picture --> pixel values  ──┐
     this thread:                                   └─> batch --> vision, bridge --> duplicates --> captions
@@ -49,9 +49,9 @@ class DecodedPicture:
     Attributes:
         number: Number of the picture in the source.
         item: The picture.
-        pixels: ``[3, H, W]`` float32; None if it is broken.
+        pixels: Preprocessed pixels, float32 ``[3, H, W]``; None if the picture is broken.
         content: Bytes of the picture file, if the output has them.
-        error: Why it is broken; empty if it is not.
+        error: Why the picture is broken; empty if the picture is usable.
     """
 
     number: int
@@ -63,14 +63,14 @@ class DecodedPicture:
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """The result of a part.
+    """The captions of one part of the output, and what the duplicate search found in the part.
 
     Attributes:
-        rows: One row for each picture. A duplicate of a picture in another part has no captions yet.
-        originals: The original of each duplicate, by the picture's number in the source.
+        rows: One row for each picture. The row of a duplicate has no captions yet.
+        originals: The original of each duplicate, by the duplicate's number in the source.
         pictures: Suffix and bytes of each picture, if the output has them.
         numbers: Numbers of the pictures that are no duplicates, if duplicates are searched.
-        embeddings: Their embeddings.
+        embeddings: Embeddings of the pictures in ``numbers``, float16 ``[len(numbers), 256]``.
     """
 
     rows: list[Row]
@@ -81,7 +81,7 @@ class ChunkResult:
 
 
 class ChunkCaptioner:
-    """Loads a bundle, and captions parts with it; close it after use.
+    """Loads a bundle, and captions parts of the output with the bundle; call :meth:`close` after use.
 
     Args:
         options: How to caption.
@@ -115,7 +115,7 @@ class ChunkCaptioner:
         self._threads = ThreadPoolExecutor(options.workers or os.cpu_count() or 1, "blip2edge-pictures")
 
     def _checked(self) -> GenerationOptions:
-        """The options of the generation; raises the errors of options, prompt and kind of model."""
+        """Returns the options of the generation. Raises an error if the options, the prompt or the model do not fit."""
         options, prompts = self._options, self.captioner.prompts
         if prompts.spec.frames > 1:
             raise UsageError(f"expected a model of pictures, but {options.bundle} is one of videos", "use caption")
@@ -127,7 +127,7 @@ class ChunkCaptioner:
         return generation
 
     def loaded(self) -> dict[str, Any]:
-        """What this machine loaded, by the names of the plan: the bundle's hash, the backend, the optimized graphs."""
+        """Returns what this machine loaded, by the keys of the plan: bundle hash, backend, optimized graphs' names."""
         graphs = self.captioner.graphs
         return {
             "bundle": self.captioner.bundle.sha256,
@@ -136,7 +136,7 @@ class ChunkCaptioner:
         }
 
     def close(self) -> None:
-        """Releases the graphs; pictures that are not decoded yet are dropped."""
+        """Releases the graphs, and cancels the decoding of pictures that no thread has begun to decode."""
         self._threads.shutdown(cancel_futures=True)
         self.captioner.close()
 
@@ -145,21 +145,21 @@ class ChunkCaptioner:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Closes it."""
+        """Calls :meth:`close`."""
         self.close()
 
     def captions(self, chunks: Iterable[Chunk], find: Find | None) -> Iterator[ChunkResult]:
-        """Captions parts, one after the other; pictures of the next part are decoded meanwhile.
+        """Yields the result of each part of the output, in order; threads decode the next part's pictures meanwhile.
 
         Args:
-            chunks: The parts.
+            chunks: The parts of the output.
             find: Finds duplicates; None to look for none.
         """
         for _, group in groupby(self._decoded(chunks), key=lambda one: one[0]):
             yield self._chunk((decoded for _, decoded in group), find)
 
     def embeddings(self, chunk: Chunk) -> list[tuple[list[int], Embeddings]]:
-        """The embeddings of a part's pictures, batch by batch, each with the numbers of its pictures."""
+        """Returns, for each batch of a part's usable pictures, the picture numbers and the embeddings."""
         decoded = (one for _, one in self._decoded([chunk]) if one.pixels is not None)
         found = []
         while batch := list(islice(decoded, self._batch_size)):
@@ -167,7 +167,7 @@ class ChunkCaptioner:
         return found
 
     def _decoded(self, chunks: Iterable[Chunk]) -> Iterator[tuple[int, DecodedPicture]]:
-        """Yields the pictures of the parts in order, each with its part's number; threads decode the next ones."""
+        """Yields (number of the part, decoded picture), in order; threads decode the following pictures meanwhile."""
         coming: deque[tuple[int, Future[DecodedPicture]]] = deque()
         for chunk in chunks:
             for number, item in enumerate(chunk.items, chunk.first):
@@ -179,7 +179,7 @@ class ChunkCaptioner:
             yield chunk_number, future.result()
 
     def _decode(self, number: int, item: ListedPicture) -> DecodedPicture:
-        """Reads, decodes and preprocesses a picture."""
+        """Reads, decodes and preprocesses a picture; a broken picture is returned with its error."""
         try:
             content = item.read()
             picture = load_image(DeferredImage(item.image, lambda: content), self._options.limits)
@@ -189,7 +189,7 @@ class ChunkCaptioner:
         return DecodedPicture(number, item, pixels, content if self._pictures else b"")
 
     def _chunk(self, decoded: Iterator[DecodedPicture], find: Find | None) -> ChunkResult:
-        """Captions the pictures of one part."""
+        """Captions the pictures of one part of the output; returns the part's result."""
         rows: dict[int, Row] = {}
         contents: dict[int, tuple[str, bytes]] = {}
         originals: dict[int, Original] = {}
@@ -229,7 +229,7 @@ class ChunkCaptioner:
         )
 
     def _encoded(self, batch: Sequence[DecodedPicture]) -> EncodedBatch:
-        """Runs vision encoder and bridge on a batch."""
+        """Runs the vision encoder and the bridge on a batch of pictures."""
         encoder, clock = self.captioner.encoder, StageClock()
         pixels = np.stack([one.pixels for one in batch if one.pixels is not None])
         prompts, queries = [self._options.prompt] * len(batch), self.generation.queries
@@ -241,7 +241,7 @@ class ChunkCaptioner:
     def _texts(
         self, encoded: EncodedBatch, batch: Sequence[DecodedPicture], places: list[int]
     ) -> Iterator[tuple[tuple[str, ...], tuple[float, ...], tuple[float | None, ...]]]:
-        """Yields captions, log-probabilities and confidences of the pictures at ``places`` of a batch."""
+        """Yields (captions, log-probabilities, confidences) of each picture of a batch whose index is in ``places``."""
         generator, count = self.captioner.generator, self._options.captions
         most = generator.language.decoder.max_rows
         size = len(batch) if most is None else max(1, most // max(count, self.generation.num_beams))
@@ -260,6 +260,6 @@ class ChunkCaptioner:
 
 
 def _stream(image: str, text: int) -> int:
-    """Number of the random stream of a picture's caption: 63 bits of a hash of the picture's name and the number."""
+    """Returns the number of a caption's random stream: 63 bits of a hash of picture name and caption number."""
     digest = hashlib.sha256(f"{text}\0{image}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -1,8 +1,8 @@
-"""Near-duplicates: pictures whose embeddings by the bridge have a cosine of at least a threshold.
+"""Finds near-duplicates: pictures whose embeddings have a cosine similarity of at least a threshold.
 
-The embedding of a picture is the mean of its visual tokens, projected to 256 numbers by a fixed random matrix, which
-keeps distances within a few percent (Johnson and Lindenstrauss, 1984); a million pictures take 1 GB. A picture is
-compared with all earlier ones that are no duplicates themselves.
+The embedding of a picture is the mean of its visual tokens (output of the bridge), projected to 256 numbers by a fixed
+random matrix. The projection keeps distances within a few percent (Johnson and Lindenstrauss, 1984). The embeddings of
+a million pictures take 1 GB. A picture is compared with all earlier pictures that are no duplicates themselves.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Embeddings = NDArray[np.float16]
 
 
 class Embedder:
-    """Computes embeddings from the outputs of vision encoder and bridge."""
+    """Computes the embedding of each picture, from its visual tokens or, without a bridge, from its vision features."""
 
     def __init__(self) -> None:
         self._matrix: NDArray[np.float32] | None = None
 
     def __call__(self, pictures: Mapping[str, Array]) -> Embeddings:
-        """Embeddings of length 1, float16 ``[B, 256]``, of the outputs ``[B, …]`` by name."""
+        """Returns unit-length embeddings, float16 ``[B, 256]``, of B pictures, given the graph outputs by name."""
         tokens = np.asarray(next(pictures[name] for name in _SOURCES if name in pictures), np.float32)
         means = tokens.reshape(len(tokens), -1, tokens.shape[-1]).mean(axis=1)
         if self._matrix is None:
@@ -47,7 +47,7 @@ class Embedder:
 
 
 class DuplicateIndex:
-    """The embeddings of all pictures that are no duplicates, in their order.
+    """Holds the embeddings of all pictures that are no duplicates, in the order of the source, and searches them.
 
     Args:
         threshold: The smallest cosine of a duplicate and its original, above 0 and at most 1.
@@ -63,10 +63,10 @@ class DuplicateIndex:
 
         Args:
             numbers: Numbers of the pictures in the source, ascending.
-            embeddings: ``[B, 256]``.
+            embeddings: Embeddings of the pictures, float16 ``[B, 256]``.
 
         Returns:
-            For each picture the most similar earlier one, or None if none reaches the threshold.
+            For each picture the most similar earlier picture; None if no cosine reaches the threshold.
         """
         vectors = _normalized(embeddings)
         best, places = np.full(len(vectors), -np.inf, np.float32), np.zeros(len(vectors), np.int64)
@@ -95,7 +95,7 @@ class DuplicateIndex:
         return originals
 
     def restore(self, numbers: Sequence[int], embeddings: Embeddings) -> None:
-        """Adds the originals of a part that an earlier run finished."""
+        """Adds the pictures without an original from a part of the output that an earlier run finished."""
         for number, vector in zip(numbers, _normalized(embeddings), strict=True):
             self._add(number, vector)
 
@@ -108,7 +108,7 @@ class DuplicateIndex:
 
 
 def _normalized(embeddings: Embeddings) -> NDArray[np.float32]:
-    """Embeddings in float32, of length 1 again: rounding to float16 has changed it a little."""
+    """Returns the embeddings in float32, scaled to length 1 again: rounding to float16 changed the length a little."""
     values = embeddings.astype(np.float32)
     norms = np.linalg.norm(values, axis=1, keepdims=True)
     normalized: NDArray[np.float32] = (values / np.maximum(norms, 1e-12)).astype(np.float32)

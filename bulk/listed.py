@@ -1,6 +1,6 @@
-"""The pictures of a source: where the bytes of each are, and how they are read.
+"""Items of the list of pictures: each item says where the bytes of a picture are; :meth:`read` reads the bytes.
 
-An item is small and has a JSON form, so that the list of a source is a file, and items can be sent to other machines.
+An item can be written as a line of JSON. So the list of a source is a file, and items can be sent to other machines.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ _MAGIC = (
 
 @dataclass(frozen=True)
 class ListedPicture:
-    """A picture of a source.
+    """A picture of a source, not read yet.
 
     Attributes:
         image: Name of the picture in the source.
-        kind: Where its bytes are: :data:`FILE` and so on.
-        place: The place, by kind: path; address; path of the shard, offset, size; path of the table, row group, row,
-            column; the reason why there is no picture.
-        version: Changes with the picture's file.
+        kind: Where the bytes of the picture are: :data:`FILE`, :data:`WEB`, :data:`MEMBER`, :data:`CELL`;
+            :data:`BROKEN` for an item without a picture.
+        place: The place of the bytes. FILE: (path). WEB: (address). MEMBER: (path of the shard, offset, size), both in
+            bytes. CELL: (path of the table, row group, row, column). BROKEN: (reason why there is no picture).
+        version: Text that changes when the picture's file is changed.
     """
 
     image: str
@@ -54,12 +55,12 @@ class ListedPicture:
     version: str = ""
 
     def to_json(self) -> str:
-        """The item as one line of JSON."""
+        """Returns the item as one line of JSON."""
         return json.dumps([self.image, self.kind, list(self.place), self.version])
 
     @classmethod
     def from_json(cls, line: str) -> ListedPicture:
-        """Reads an item from the line that :meth:`to_json` made.
+        """Makes an item from a line that :meth:`to_json` returned.
 
         Raises:
             DataError: The line is damaged.
@@ -72,13 +73,13 @@ class ListedPicture:
         """Reads the bytes of the picture file.
 
         Raises:
-            ImageError: There is none, it is cut off, too large or damaged, or a web server does not give it.
+            ImageError: There is no such picture; its file is cut off, too large or damaged; or a web server refuses.
             StorageError: The disk or the object store fails.
         """
         return with_attempts(lambda: _READERS[self.kind](*self.place))
 
     def suffix(self, content: bytes) -> str:
-        """Suffix of a file with the picture: that of its name, or the usual one of its format; ``.img`` if unknown."""
+        """Returns the file suffix: from the picture's name, else from the first bytes; ``.img`` if both are unknown."""
         suffix = PurePosixPath(self.image).suffix.lower()
         if suffix in PICTURE_SUFFIXES:
             return suffix
@@ -88,7 +89,7 @@ class ListedPicture:
 
 
 def parquet_package(purpose: str) -> Any:
-    """Imports ``pyarrow.parquet``; ``purpose`` begins the error if pyarrow is not installed (MissingPackageError)."""
+    """Imports ``pyarrow.parquet``. If pyarrow is missing, raises MissingPackageError, whose text names ``purpose``."""
     require("pyarrow", purpose, MissingPackageError)
     return import_module("pyarrow.parquet")
 
@@ -114,17 +115,17 @@ def _refuse(reason: str) -> bytes:
 
 
 class RowGroups:
-    """Reads cells of Parquet files, and keeps the last row groups: neighbouring pictures share one."""
+    """Reads cells of Parquet files. Keeps the last row groups: neighbouring pictures are in the same row group."""
 
     def __init__(self) -> None:
         self._groups: OrderedDict[tuple[str, int, str], Any] = OrderedDict()
         self._lock = Lock()
 
     def cell(self, path: str, group: int, row: int, column: str) -> bytes:
-        """Reads the bytes in a cell.
+        """Returns the bytes in a cell of a Parquet file.
 
         Raises:
-            ImageError: The cell is empty, has no bytes, or is damaged.
+            ImageError: The cell is empty, its value is not bytes, or the file is damaged.
             StorageError: The disk or the object store fails.
         """
         arrow = require("pyarrow", f"reading {path}", MissingPackageError)

@@ -1,4 +1,4 @@
-"""What a run of ``bulk`` does with each picture, in a form that can be sent to other machines."""
+"""The options of a run of ``bulk``, which can be written as JSON and sent to other machines."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ DEFAULT_SEED = 0
 
 @dataclass(frozen=True)
 class BulkOptions:
-    """How pictures are captioned, and how the output is divided.
+    """Options: how pictures are captioned, and how the output is divided into parts.
 
     Attributes:
         bundle: The bundle's directory.
         prompt: The prompt of every picture; None for the bundle's default.
-        captions: Number of captions of a picture: of a beam search the best ones, otherwise drawn one by one.
-        generation: Fields of :class:`GenerationOptions`; the bundle's defaults replace missing ones.
-        duplicates: The smallest cosine of a duplicate and its original; None to look for none.
+        captions: Number of captions of each picture. Beam search gives the best captions; sampling draws each caption.
+        generation: Fields of :class:`GenerationOptions`; missing fields get the bundle's defaults.
+        duplicates: Smallest cosine similarity of a duplicate and its original; None: duplicates are not searched.
         chunk_size: Number of pictures in one part of the output.
         batch_size: Number of pictures that are encoded and decoded together.
-        workers: Threads that read and decode pictures; None for as many as there are cores.
+        workers: Number of threads that read and decode pictures; None for the number of CPU cores.
         backend: Name of the backend that runs the graphs.
-        threads: CPU threads within an operator; None for as many as there are cores.
-        require_signature: A public key that the bundle must be signed for.
-        limits: The largest picture that is decoded.
+        threads: Number of CPU threads within an operator; None for the number of CPU cores.
+        require_signature: A public key; the bundle must have a signature that fits this key. None: no signature needed.
+        limits: Limits on the size of a picture; a larger picture is not decoded.
 
     Raises:
         UsageError: A number is below 1, or ``duplicates`` is not above 0 and at most 1.
@@ -64,7 +64,7 @@ class BulkOptions:
             raise UsageError(f"expected {option('duplicates')} above 0 and at most 1, got {self.duplicates}")
 
     def to_json(self) -> str:
-        """The options as JSON, with absolute paths."""
+        """Returns the options as JSON, with absolute paths."""
         key = self.require_signature
         bundle = self.bundle.absolute() if self.bundle.exists() else self.bundle
         paths = {
@@ -75,21 +75,21 @@ class BulkOptions:
 
     @classmethod
     def from_json(cls, text: str) -> BulkOptions:
-        """Makes the options from the JSON of :meth:`to_json`."""
+        """Makes the options from JSON that :meth:`to_json` returned."""
         values = json.loads(text)
         key = values["require_signature"]
         values["require_signature"] = None if key is None else Path(key)
         return cls(**{**values, "bundle": Path(values["bundle"]), "limits": Limits(**values["limits"])})
 
     def plan(self, generation: GenerationOptions) -> dict[str, Any]:
-        """The options that decide the output: these and the resolved ``generation``, but not the number of workers."""
+        """Returns the options that change the output, with the resolved ``generation``; for example not ``workers``."""
         names = ("prompt", "captions", "duplicates", "chunk_size", "batch_size", "threads")
         limits = {name: getattr(self.limits, name) for name in PICTURE_LIMITS}
         return {**{name: getattr(self, name) for name in names}, "generation": asdict(generation), "limits": limits}
 
 
 def check_captions(count: int, generation: GenerationOptions) -> None:
-    """Checks that a number of captions of one picture can differ.
+    """Checks that the decoding can give ``count`` different captions of one picture.
 
     Raises:
         UsageError: Greedy decoding gives one caption, or there are fewer beams than captions.

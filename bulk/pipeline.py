@@ -1,7 +1,8 @@
 """Captions all pictures of a source, and writes the result as Parquet or as WebDataset shards.
 
-The output is made in parts of fixed content. A run that is killed at any moment leaves its finished parts in
-``OUT.run``; the same command makes the others, and the output is byte for byte that of a run that was not killed.
+The output is made in parts, each with a fixed number of pictures. If a run is killed, its finished parts stay in
+``OUT.run``. The same command then makes the missing parts. The output is byte for byte equal to the output of a run
+that was not killed.
 """
 
 from __future__ import annotations
@@ -51,14 +52,14 @@ _OTHER_FILES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".gz", ".t
 
 @dataclass(frozen=True)
 class Output:
-    """The output: one file, or a directory with a file for each part.
+    """Path and format of the output: one file, or a directory with a file for each part.
 
     Attributes:
-        target: Path of the result.
+        target: Path of the output.
         form: Format, one of ``BULK_FORMATS``.
-        single: Whether it is one file.
-        force: Whether to replace an output of bulk that has its name, and to remove the parts of a killed run with
-            another plan. A killed run with this plan is resumed.
+        single: True if the output is one file, False if the output is a directory.
+        force: Whether to replace an earlier output of bulk at ``target``, and to remove the parts of a killed run with
+            another plan. A killed run with the same plan is resumed.
     """
 
     target: Path
@@ -68,11 +69,11 @@ class Output:
 
     @classmethod
     def named(cls, target: Path, form: str | None, force: bool) -> Output:
-        """Chooses the format: ``NAME.parquet`` and ``NAME.tar`` are files, other names directories.
+        """Makes the output of a path: one file for ``NAME.parquet`` or ``NAME.tar``, a directory for other names.
 
         Raises:
-            UsageError: The output is an address or a file of another type, the format contradicts the name, or there is
-                no format of that name.
+            UsageError: The output is an address or a file of another type, the format does not fit the name, or the
+                format is unknown.
         """
         check_name(target)
         if _ADDRESS.match(str(target)):
@@ -105,26 +106,27 @@ def run_bulk(
     cluster: Cluster | None = None,
     progress: ProgressCallback = lambda stage, done, total: None,
 ) -> dict[str, Any]:
-    """Captions all pictures of a source.
+    """Captions all pictures of a source and writes the output.
 
-    The output appears when it is complete. Until then its parts are in ``OUT.run``, from which the same call goes on.
-    If the output is complete already, nothing is computed.
+    The output appears when it is complete. Until then, the finished parts are in ``OUT.run``, and the same call
+    continues after them. If the output is complete already, nothing is computed.
 
     Args:
         source: The pictures.
-        output: The output.
+        output: Path and format of the output.
         options: How to caption.
         cluster: A Ray cluster; None to compute in this process.
-        progress: Called with (stage, pictures done, pictures in all).
+        progress: Called with (stage, pictures done, number of all pictures).
 
     Returns:
-        The counts ``pictures``, ``broken``, ``duplicates`` and ``parts`` of the output; ``computed`` (pictures of this
-        run), ``seconds``, ``pictures_per_s``.
+        The counts ``pictures``, ``broken``, ``duplicates`` and ``parts`` of the output; ``computed`` (number of
+        pictures that this run captioned), ``seconds``, ``pictures_per_s``.
 
     Raises:
         DataError: The source cannot be read, has no picture, or was changed since the killed run began; or a disk or
             an object store fails.
-        OutputError: The output exists, another run writes it, the killed run had another plan, or the disk is full.
+        OutputError: The output exists, another run writes the same output, the killed run had another plan, or the disk
+            is full.
         BundleError, BackendError, PromptError, UsageError: As ``Captioner.load`` and ``Captioner.caption``.
         MissingPackageError: A package for this source or output is not installed.
     """
@@ -152,10 +154,10 @@ def run_bulk(
 
 
 def _check_exists(output: Output, sink: RowFormat) -> None:
-    """Checks that the output's name is free, or that of an output of ``bulk``; before the bundle is loaded.
+    """Checks, before the bundle is loaded, that nothing exists at the output's path, or an output of ``bulk``.
 
     Raises:
-        OutputError: Something else has the name.
+        OutputError: Something exists there that ``bulk`` did not make.
     """
     target = output.target
     if not os.path.lexists(target) or _record_of(output, sink) is not None:
@@ -166,7 +168,7 @@ def _check_exists(output: Output, sink: RowFormat) -> None:
 
 
 def _record_of(output: Output, sink: RowFormat) -> dict[str, Any] | None:
-    """The record in a complete output, with its plan and its counts; None if there is none."""
+    """Returns the record (plan and counts) that a complete output holds; None if there is no complete output."""
     path = output.target if output.single else output.target / REPORT_FILE
     if not path.is_file():
         return None
@@ -182,10 +184,10 @@ def _record_of(output: Output, sink: RowFormat) -> dict[str, Any] | None:
 
 
 class _OutputWriter:
-    """Writes an output from the results of its parts.
+    """Computes the parts of an output, writes each part to a file, and makes the output of the parts.
 
     Attributes:
-        files: The finished parts.
+        files: The directory of the run, with the finished parts.
     """
 
     def __init__(self, output: Output, options: BulkOptions, sink: RowFormat, part: Path) -> None:
@@ -198,10 +200,10 @@ class _OutputWriter:
     def begin(
         self, source: PictureSource, captioner: ChunkCaptioner, progress: ProgressCallback
     ) -> dict[str, Any] | None:
-        """Lists the source, and finds what an earlier run did.
+        """Lists the pictures of the source, and finds the parts that an earlier run finished.
 
         Returns:
-            The counts of the output if it is complete already, else None.
+            The counts of the output if the output is complete already, else None.
         """
         listed = self._part / "pictures"
         digest, count = write_list(source.items(), listed, lambda done: progress("listing", done, 0))
@@ -233,7 +235,7 @@ class _OutputWriter:
         return None
 
     def compute(self, captioner: ChunkCaptioner, cluster: Cluster | None, progress: ProgressCallback) -> int:
-        """Makes the parts that are missing; returns their number of pictures."""
+        """Computes and writes the missing parts of the output; returns the number of pictures in these parts."""
         finished, pictures = self.files.finished(), int(self._plan.values["pictures"])
         before = done = min(finished * self._size, pictures)
         find = self._finder(finished)
@@ -252,7 +254,7 @@ class _OutputWriter:
         return done - before
 
     def _finder(self, finished: int) -> Find | None:
-        """The search for duplicates, with the embeddings of the finished parts; None if they are not searched."""
+        """Returns the function that finds duplicates, also of pictures in finished parts; None without a search."""
         if self._options.duplicates is None:
             return None
         index = DuplicateIndex(self._options.duplicates)
@@ -261,7 +263,7 @@ class _OutputWriter:
         return index.find
 
     def _write(self, number: int, result: ChunkResult) -> None:
-        """Writes a part, and its embeddings before it."""
+        """Writes the embeddings of a part of the output (if duplicates are searched), then the part."""
         first, rows = number * self._size, list(result.rows)
         for place, row in enumerate(rows):
             original = result.originals.get(first + place)
@@ -274,9 +276,9 @@ class _OutputWriter:
         )
 
     def _duplicate(self, row: Row, original: Original, number: int, rows: list[Row]) -> Row:
-        """The row of a duplicate, with the captions of its original, which is in this part or an earlier one.
+        """Returns the row of a duplicate with the captions of its original, which is in this part or an earlier part.
 
-        The original may have an error: on Ray it is read twice, and may be readable the first time only.
+        The original may have an error: on Ray, a picture is read twice, and the second reading may fail.
         """
         part, place = divmod(original.number, self._size)
         if part != number:
@@ -295,7 +297,7 @@ class _OutputWriter:
         )
 
     def publish(self) -> dict[str, Any]:
-        """Makes the output of the parts; returns the counts."""
+        """Makes the output from the finished parts; returns the counts of pictures, broken pictures and so on."""
         parts = self.files.parts(self.files.finished())
         counts = self._counts(parts)
         record = json.dumps(

@@ -1,8 +1,9 @@
-"""Captions the parts of the output on many machines with Ray Data, by the same function as on one.
+"""Captions the parts of the output on many machines with Ray Data, by the same function as on one machine.
 
-Parts are computed in any order and on any machine, and are written here, in their order. Whether a picture is a
-duplicate depends on all earlier ones. So with duplicates there are two passes: the first computes the embeddings, this
-process compares them, and the second pass captions the pictures that are no duplicates.
+Parts are computed in any order and on any machine. This process writes the parts, in their order. Whether a picture is
+a duplicate depends on all earlier pictures. So if duplicates are searched, there are two passes. In the first pass, the
+machines compute the embeddings, and this process compares the embeddings. In the second pass, the machines caption the
+pictures that are no duplicates.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ class Cluster:
 
 
 class _Worker:
-    """Holds a bundle on a machine of the cluster.
+    """Base of the workers: loads a bundle in a process on a machine of the cluster.
 
     Args:
-        options: JSON of the options, with the backend that the run's plan names.
+        options: The options as JSON, with the backend that the plan of the run names.
         pictures: Whether the results have the bytes of the pictures.
-        loaded: JSON of what the machine of the run loaded, see :meth:`ChunkCaptioner.loaded`.
+        loaded: JSON of what the machine that started the run loaded, see :meth:`ChunkCaptioner.loaded`.
 
     Raises:
-        BundleError: This machine loads something else, which may give other captions.
+        BundleError: This machine loads another bundle, backend or set of optimized graphs, which may change captions.
     """
 
     def __init__(self, options: str, pictures: bool, loaded: str) -> None:
@@ -59,16 +60,16 @@ class _Worker:
 
 
 class CaptionWorker(_Worker):
-    """Captions parts on a machine of the cluster."""
+    """A worker that captions parts of the output on a machine of the cluster."""
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Captions one part.
+        """Captions one part of the output.
 
         Args:
-            row: The part, and ``originals``: null, or number and similarity of the original of each duplicate.
+            row: The part, and ``originals``: null, or the number and similarity of the original of each duplicate.
 
         Returns:
-            The rows as JSON, and the pictures' suffixes and bytes.
+            The rows of the output as JSON, and the suffix and bytes of each picture.
         """
         known = json.loads(row["originals"])
 
@@ -84,10 +85,10 @@ class CaptionWorker(_Worker):
 
 
 class EmbeddingWorker(_Worker):
-    """Computes embeddings on a machine of the cluster."""
+    """A worker that computes the embeddings of pictures on a machine of the cluster."""
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The embeddings of one part's batches, and the numbers of their pictures."""
+        """Returns the embeddings of the pictures of one part, batch by batch, and the pictures' numbers."""
         found = self._captioner.embeddings(_chunk(row))
         return {
             "numbers": json.dumps([numbers for numbers, _ in found]),
@@ -103,15 +104,15 @@ def captions_on_ray(
     find: Find | None,
     cluster: Cluster,
 ) -> Iterator[ChunkResult]:
-    """Captions parts on a cluster; yields their results in order.
+    """Captions parts of the output on a cluster; yields the result of each part, in order.
 
     Args:
-        chunks: The parts.
+        chunks: The parts of the output.
         options: How to caption.
         pictures: Whether the results have the bytes of the pictures.
-        loaded: What this machine loaded; the workers must load the same.
-        find: Finds duplicates; None to look for none.
-        cluster: Where to compute.
+        loaded: What this machine loaded (:meth:`ChunkCaptioner.loaded`); each worker must load the same files.
+        find: Finds duplicates; None: duplicates are not searched.
+        cluster: The Ray cluster that computes.
 
     Raises:
         BundleError: A machine of the cluster loads another bundle, backend or other optimized graphs.

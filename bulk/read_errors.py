@@ -29,20 +29,20 @@ _FIX = "make the storage readable, and run the same command again: it goes on fr
 
 
 class StorageError(DataError):
-    """A storage fails; the picture may be whole."""
+    """Raised if a disk or an object store fails; the picture itself may be undamaged."""
 
 
 @contextmanager
 def reading_picture(path: str, form: str = "a picture", faults: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turns every error in the block into a declared one.
+    """Turns every error in the ``with`` block into an ImageError or a StorageError.
 
     Args:
         path: The file, for the error.
-        form: What it should be, for the error.
+        form: What the file should be, such as "a Parquet file", for the error.
         faults: Exceptions of a parser that mean a damaged file, besides ValueError and an OSError without a number.
 
     Raises:
-        ImageError: There is no such file, or it is cut off, too large or damaged.
+        ImageError: There is no such file, or the file is cut off, too large or damaged.
         StorageError: The storage fails.
     """
 
@@ -60,11 +60,11 @@ def reading_picture(path: str, form: str = "a picture", faults: tuple[type[Excep
 
 
 def with_attempts(read: Callable[[], bytes]) -> bytes:
-    """Reads a picture; tries again if the storage fails, or if a web server may answer later.
+    """Calls ``read`` and returns the bytes; calls ``read`` again if the storage fails or a web server may answer later.
 
     Raises:
-        ImageError: The picture is broken, or a web server does not give it.
-        StorageError: The storage still fails.
+        ImageError: The picture is broken, or a web server refuses to send the picture.
+        StorageError: The storage also fails in the last attempt.
     """
     for attempt in range(1, ATTEMPTS):
         try:
@@ -79,7 +79,7 @@ def with_attempts(read: Callable[[], bytes]) -> bytes:
 
 
 def is_passing(error: BaseException | None) -> bool:
-    """Whether the fault of a download may be gone later: a timeout, a connection error, a status of 429 or 5xx."""
+    """Returns whether a later download may succeed: after a timeout, a connection error, or a status of 429 or 5xx."""
     if isinstance(error, urllib.error.HTTPError):
         return error.code == http.client.TOO_MANY_REQUESTS or error.code >= http.client.INTERNAL_SERVER_ERROR
     if isinstance(error, urllib.error.URLError):

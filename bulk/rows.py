@@ -1,4 +1,4 @@
-"""The result of one picture."""
+"""The row of the output that holds the captions of one picture."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ LISTS = ("captions", "logprobs", "confidences")
 
 @dataclass(frozen=True)
 class Row:
-    """The result of one picture: a row of a table, or the JSON file of a sample.
+    """The captions of one picture, written as a row of a table or as the JSON file of a shard's sample.
 
     Attributes:
         image: Name of the picture in the source.
-        captions: Captions of the picture; empty if it is broken. Those of a duplicate are its original's.
-        logprobs: The log-probability of each caption: the sum over its tokens, by the model, natural logarithm.
-        confidences: The confidence of each caption; None where the bundle has none. A caption is empty if its
-            confidence is below ``abstain_below``.
-        duplicate_of: Name of the earlier picture that this one resembles; None without one.
-        similarity: Cosine of the two pictures' embeddings; None without such a picture.
-        error: Why there is no caption; None if there is one.
+        captions: Captions of the picture; empty if the picture is broken. A duplicate has the captions of its original.
+        logprobs: The log-probability of each caption: the sum over its tokens, natural logarithm.
+        confidences: The confidence of each caption; None if the bundle has no fitted confidence. A caption is empty if
+            its confidence is below ``abstain_below``.
+        duplicate_of: Name of the original (an earlier, similar picture) if this picture is a duplicate, else None.
+        similarity: Cosine of the embeddings of this picture and its original; None if there is no original.
+        error: Why there is no caption; None if the picture has a caption.
     """
 
     image: str
@@ -36,22 +36,22 @@ class Row:
     error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The row as a JSON object."""
+        """Returns the row as a JSON object."""
         return {**vars(self), **{name: list(getattr(self, name)) for name in LISTS}}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Row:
-        """Makes the row from the object that :meth:`to_json` returned."""
+        """Makes a row from a JSON object that :meth:`to_json` returned."""
         return cls(**{**values, **{name: tuple(values.get(name, ())) for name in LISTS}})
 
 
 @dataclass(frozen=True)
 class Original:
-    """The picture that a duplicate resembles.
+    """The original of a duplicate: the earlier picture that is most similar to the duplicate.
 
     Attributes:
-        number: Number of the picture in the source.
-        similarity: Cosine of the embeddings.
+        number: Number of the original in the source.
+        similarity: Cosine of the embeddings of the duplicate and the original.
     """
 
     number: int

@@ -1,9 +1,9 @@
-"""The files of a run that is not finished: the plan, the list of pictures, and the finished parts.
+"""Files of an unfinished run of ``bulk``: the plan, the list of pictures, and the finished parts of the output.
 
-    OUT.run/plan.json            what decides the output: source, bundle, options, versions
-    OUT.run/pictures.jsonl       the source's pictures, one item a line
+    OUT.run/plan.json            everything that changes the output: source, bundle, options, versions
+    OUT.run/pictures.jsonl       the source's pictures, one item in each line
     OUT.run/part-000012.parquet  the rows of pictures 12 * N to 13 * N - 1
-    OUT.run/part-000012.npz      their embeddings, where duplicates are searched
+    OUT.run/part-000012.npz      the embeddings of these pictures, if duplicates are searched
 
 A file appears under its name when it is complete and on the disk (fsync). So a killed run leaves whole parts only, and
 the next run of the same command makes the missing ones.
@@ -43,21 +43,21 @@ _MARKER = {"made_by": "blip2edge bulk"}  # in the plan's file: a training has a 
 
 @dataclass(frozen=True)
 class Plan:
-    """What decides the output, byte for byte.
+    """All values that change the bytes of the output. Two runs with equal plans give equal outputs.
 
     Attributes:
-        values: JSON values by name: ``source``, ``list`` (hash of the list of pictures), ``pictures``, ``bundle`` (its
-            hash), the options by their names, and ``versions`` of the packages that compute.
+        values: JSON values by name: ``source``, ``list`` (hash of the list of pictures), ``pictures`` (their number),
+            ``bundle`` (hash of the bundle), the options by their names, and ``versions`` of the packages.
     """
 
     values: Mapping[str, Any]
 
     def to_json(self) -> str:
-        """The plan as one line of JSON, in a fixed order."""
+        """Returns the plan as one line of JSON, with keys in a fixed order."""
         return json.dumps(self.values, sort_keys=True)
 
     def difference(self, other: Mapping[str, Any]) -> str:
-        """Describes the first difference from the values of another plan; empty if there is none."""
+        """Describes the first difference between this plan and another plan; returns an empty text for equal plans."""
         mine = json.loads(self.to_json())
         for name in sorted({*mine, *other}):
             if name == "list" and mine.get(name) != other.get(name):
@@ -68,7 +68,7 @@ class Plan:
 
 
 def _difference(name: str, before: Any, now: Any) -> str:
-    """Describes the first difference of two unequal values; of dictionaries, that of one of their keys."""
+    """Describes the first difference of two unequal values; for two dictionaries, the first key with unequal values."""
     if isinstance(before, dict) and isinstance(now, dict):
         key = next(key for key in sorted({*before, *now}) if before.get(key) != now.get(key))
         return _difference(f"{name}.{key}", before.get(key), now.get(key))
@@ -80,8 +80,8 @@ class Chunk:
     """The pictures of one part of the output.
 
     Attributes:
-        number: Number of the part.
-        first: Number of its first picture in the source.
+        number: Number of the part, from 0.
+        first: Number, in the source, of the part's first picture.
         items: Pictures of the part.
     """
 
@@ -91,11 +91,11 @@ class Chunk:
 
 
 class RunDirectory:
-    """The directory of a run, ``OUT.run``.
+    """The directory ``OUT.run`` of an unfinished run.
 
     Args:
-        target: The output.
-        suffix: Suffix of the parts.
+        target: Path of the output.
+        suffix: File suffix of the parts, such as ``.parquet``.
     """
 
     def __init__(self, target: Path, suffix: str) -> None:
@@ -104,17 +104,17 @@ class RunDirectory:
         self._remove = f"remove {self.path}, and run the command again"
 
     def begin(self, plan: Plan, pictures: Path) -> bool:
-        """Prepares the directory for a run, or checks that it belongs to the same one.
+        """Prepares the directory for a new run, or checks that an earlier run in the directory had the same plan.
 
         Args:
             plan: The plan of this run.
-            pictures: The list of pictures that was made for it; it is moved.
+            pictures: File with the list of pictures for this run; the file is moved into the directory.
 
         Returns:
             Whether an earlier run is resumed.
 
         Raises:
-            DataError: The source was changed since the earlier run began, or its files are damaged.
+            DataError: The source was changed since the earlier run began, or the earlier run's files are damaged.
             OutputError: The earlier run had another plan, or the directory cannot be written.
         """
         self._check_made_by_bulk()
@@ -130,10 +130,10 @@ class RunDirectory:
         return False
 
     def _check_made_by_bulk(self) -> None:
-        """Checks that the directory is free, has a plan of bulk, or only files that a killed run of bulk left.
+        """Checks that the directory is missing, has a plan of bulk, or holds only files that a killed run of bulk left.
 
         Raises:
-            OutputError: It is another program's, such as that of a training.
+            OutputError: Another program made the directory, such as a training.
         """
         if not os.path.lexists(self.path) or self._plan().items() >= _MARKER.items():
             return
@@ -141,14 +141,14 @@ class RunDirectory:
             raise OutputError(f"{self.path} exists, and was not made by bulk", "move it away, or give another output")
 
     def _plan(self) -> dict[str, Any]:
-        """The values in the plan's file; empty if there is none, or if it is damaged."""
+        """Returns the values of the file ``plan.json``; empty if the file is missing or damaged."""
         try:
             return read_json(self.path / PLAN, DataError)
         except DataError:
             return {}
 
     def holds(self, plan: Plan) -> bool:
-        """Whether the directory is of a run with this plan."""
+        """Returns whether the directory belongs to a run with this plan."""
         expected: dict[str, Any] = json.loads(_plan_text(plan))
         return self._plan() == expected
 
@@ -170,14 +170,14 @@ class RunDirectory:
             )
 
     def finished(self) -> int:
-        """Number of finished parts. Parts are made in order: one behind a missing part does not count."""
+        """Returns the number of finished parts before the first missing part; parts are made in order."""
         number = 0
         while self.part(number).exists():
             number += 1
         return number
 
     def chunks(self, size: int, first: int) -> Iterator[Chunk]:
-        """Yields the parts from ``first`` on, of ``size`` pictures each; raises DataError if the list is damaged."""
+        """Yields the pictures of each part, from part ``first`` on, ``size`` pictures a part; DataError if damaged."""
         path = self.path / PICTURES
         with reading(path, "the list of pictures", DataError, self._remove), open(path, encoding="utf-8") as file:
             lines = islice(file, first * size, None)
@@ -188,15 +188,15 @@ class RunDirectory:
                 yield Chunk(number, number * size, items)
 
     def part(self, number: int) -> Path:
-        """The file of a part."""
+        """Returns the path of the file of part ``number``."""
         return self.path / f"{_PART}{number:06d}{self._suffix}"
 
     def parts(self, number: int) -> list[Path]:
-        """The files of the first parts."""
+        """Returns the paths of the files of the first ``number`` parts."""
         return [self.part(each) for each in range(number)]
 
     def publish(self, name: str, write: Callable[[Path], Any]) -> None:
-        """Writes a file, flushes it to the disk, and gives it its name.
+        """Writes a file under a temporary name, flushes the file to the disk, and renames the file to ``name``.
 
         Raises:
             OutputError: The disk is full, or the file cannot be written.
@@ -212,7 +212,7 @@ class RunDirectory:
         self._writing(publish)
 
     def write_embeddings(self, number: int, numbers: list[int], embeddings: NDArray[np.float16]) -> None:
-        """Writes the numbers and the embeddings of a part's originals, before the part itself."""
+        """Writes the numbers and embeddings of a part's pictures that are no duplicates. Call it before the part."""
 
         def write(path: Path) -> None:
             with open(path, "wb") as file:
@@ -221,7 +221,7 @@ class RunDirectory:
         self.publish(self._embeddings(number).name, write)
 
     def read_embeddings(self, number: int) -> tuple[list[int], NDArray[np.float16]]:
-        """Reads what :meth:`write_embeddings` wrote."""
+        """Reads the numbers and embeddings that :meth:`write_embeddings` wrote."""
         path = self._embeddings(number)
         with reading(path, "embeddings", DataError, self._remove), np.load(path, allow_pickle=False) as values:
             return values["numbers"].tolist(), values["embeddings"]
@@ -230,7 +230,7 @@ class RunDirectory:
         return self.path / f"{_PART}{number:06d}.npz"
 
     def clear(self) -> None:
-        """Removes the directory. The plan is renamed first, so that a removal that is killed is not taken for a run.
+        """Removes the directory. The plan is renamed first, so that a half removed directory does not count as a run.
 
         Raises:
             OutputError: The directory was not made by bulk.
@@ -252,23 +252,23 @@ class RunDirectory:
 
 
 def _plan_text(plan: Plan) -> str:
-    """Content of the plan's file."""
+    """Returns the content of the file ``plan.json``."""
     return f"{json.dumps({**plan.values, **_MARKER}, sort_keys=True)}\n"
 
 
 def write_list(items: Iterable[ListedPicture], path: Path, progress: Callable[[int], None]) -> tuple[str, int]:
-    """Writes the list of a source's pictures.
+    """Writes the list of a source's pictures, one line of JSON for each picture.
 
     Args:
         items: The pictures.
-        path: The file.
+        path: The file to write.
         progress: Called with the number of pictures found so far.
 
     Returns:
         The hash of the list, and the number of pictures.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: The file cannot be written.
     """
     digest, found = hashlib.sha256(), 0
     try:
@@ -285,7 +285,7 @@ def write_list(items: Iterable[ListedPicture], path: Path, progress: Callable[[i
 
 
 def _first_change(old: Path, new: Path) -> str:
-    """The first picture in which two lists differ, and how."""
+    """Describes the first difference between two files with lists of pictures."""
     with open(old, encoding="utf-8") as before, open(new, encoding="utf-8") as now:
         for one, other in zip_longest(before, now):
             if one == other:

@@ -1,7 +1,7 @@
 """The formats of the output: Parquet tables and WebDataset shards.
 
-Each writes a part of fixed content into one file, reads its rows again, and joins parts into a single file. Equal rows
-give equal bytes: no file has a time or a name of the machine in it.
+For each format, a class writes one part of the output into one file, reads the rows of such a file, and joins several
+parts into a single file. Equal rows give equal bytes: the files contain no time and no name of the machine.
 """
 
 from __future__ import annotations
@@ -25,38 +25,38 @@ RECORD_KEY = "blip2edge.bulk"
 
 
 class RowFormat(Protocol):
-    """A format of the output.
+    """Interface of a format: reads and writes the files of the output.
 
     Attributes:
-        suffix: Suffix of its files.
-        pictures: Whether the parts have the bytes of the pictures.
+        suffix: Suffix of the format's files.
+        pictures: Whether the files contain the bytes of the pictures.
     """
 
     suffix: str
     pictures: bool
 
     def write(self, path: Path, first: int, rows: Sequence[Row], pictures: Sequence[tuple[str, bytes]]) -> None:
-        """Writes a part.
+        """Writes one part of the output to a file.
 
         Args:
-            path: The file.
-            first: Number of the first row in the source.
+            path: The file to write.
+            first: Number, in the source, of the first row's picture.
             rows: The rows.
-            pictures: Suffix and bytes of each picture if ``self.pictures``; no bytes for a broken one.
+            pictures: Suffix and bytes of each picture if ``self.pictures``; a broken picture has no bytes.
         """
 
     def rows(self, path: Path) -> list[Row]:
-        """Reads the rows of a part; raises DataError if the part is damaged."""
+        """Reads the rows of one part of the output; raises DataError if the file is damaged."""
 
     def join(self, parts: Iterable[Path], path: Path, record: str) -> None:
-        """Writes the rows of all parts to one file, with the record of the run in its metadata."""
+        """Writes the rows of all parts to one file; the record of the run (plan, counts) goes into the metadata."""
 
     def record(self, path: Path) -> str | None:
-        """Reads the record from the metadata of a joined file; None if the file has none or is of another kind."""
+        """Reads the run's record from a joined file's metadata; None if the file has no record or another format."""
 
 
 class ParquetSink:
-    """Parquet tables with one row for each picture."""
+    """Reads and writes Parquet tables with one row for each picture."""
 
     suffix, pictures = ".parquet", False
 
@@ -76,17 +76,17 @@ class ParquetSink:
         )
 
     def write(self, path: Path, first: int, rows: Sequence[Row], pictures: Sequence[tuple[str, bytes]]) -> None:  # noqa: ARG002
-        """Writes a part as one row group."""
+        """Writes one part of the output as a table with one row group."""
         table = self._arrow.Table.from_pylist([row.to_json() for row in rows], self._schema)
         self._parquet.write_table(table, path, compression="zstd", row_group_size=max(1, len(rows)))
 
     def rows(self, path: Path) -> list[Row]:
-        """Reads the rows of a part."""
+        """Reads the rows of one part of the output."""
         with reading(path, "a Parquet file", DataError):
             return [Row.from_json(values) for values in self._parquet.read_table(path).to_pylist()]
 
     def join(self, parts: Iterable[Path], path: Path, record: str) -> None:
-        """Writes one table, a row group a part."""
+        """Writes one table with a row group for each part of the output."""
         schema = self._schema.with_metadata({RECORD_KEY: record})
         with self._parquet.ParquetWriter(path, schema, compression="zstd") as writer:
             for part in parts:
@@ -95,7 +95,7 @@ class ParquetSink:
                 writer.write_table(table.cast(schema), row_group_size=max(1, len(table)))
 
     def record(self, path: Path) -> str | None:
-        """Reads the record of a table."""
+        """Reads the record of the run from the metadata of a table."""
         try:
             with reading(path, "a Parquet file", DataError):
                 metadata: dict[bytes, bytes] = self._parquet.read_schema(path).metadata or {}
@@ -106,12 +106,12 @@ class ParquetSink:
 
 
 class WebDatasetSink:
-    """WebDataset shards: the picture's own bytes, its captions as text, and the row as JSON."""
+    """Reads and writes WebDataset shards with, for each picture: its bytes, its captions as text, its row as JSON."""
 
     suffix, pictures = ".tar", True
 
     def write(self, path: Path, first: int, rows: Sequence[Row], pictures: Sequence[tuple[str, bytes]]) -> None:
-        """Writes a shard."""
+        """Writes one part of the output as a shard."""
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
             for number, (row, (suffix, content)) in enumerate(zip(rows, pictures, strict=True), first):
                 key = f"{number:09d}"
@@ -134,7 +134,7 @@ class WebDatasetSink:
                         add_member(archive, file.name, read())
 
     def record(self, path: Path) -> str | None:
-        """Reads the record of a shard."""
+        """Reads the record of the run from the PAX header of a shard."""
         try:
             with reading(path, "a shard", DataError), tarfile.open(path, "r:") as archive:
                 found: Any = archive.pax_headers.get(RECORD_KEY)
@@ -147,7 +147,7 @@ _SINKS: dict[str, type[ParquetSink | WebDatasetSink]] = {"parquet": ParquetSink,
 
 
 def sink_of(form: str) -> RowFormat:
-    """The sink of a format, one of ``BULK_FORMATS``.
+    """Returns the object that reads and writes a format, given its name, one of ``BULK_FORMATS``.
 
     Raises:
         MissingPackageError: pyarrow is not installed, and the format is Parquet.
@@ -156,7 +156,7 @@ def sink_of(form: str) -> RowFormat:
 
 
 def copy_part(part: Path, path: Path) -> None:
-    """Gives a part a second name; copies it where the file system has no links."""
+    """Makes a hard link ``path`` to the file of a part; copies the file if the file system has no links."""
     try:
         path.hardlink_to(part)
     except OSError:

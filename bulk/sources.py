@@ -5,7 +5,7 @@
     parquet       a file or a folder of files; a column of bytes, of paths or of addresses
     csv           a .csv or .tsv file; a column of paths or of addresses
 
-Each may be on the local disk or in an object store, and a table may name pictures anywhere.
+Each source may be on the local disk or in an object store. A table may name pictures in other places.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 @dataclass(frozen=True)
 class PictureSource:
-    """Where pictures come from.
+    """A source of pictures: a path or an address, and how the files there are read.
 
     Attributes:
         path: A path or an address.
-        kind: One of ``BULK_SOURCES``; ``auto`` to choose by the name and by what a folder contains.
-        column: The column of a table; None for the first of :data:`COLUMNS` that it has.
-        leave_out: Path of an output, which is no part of the source, even if it lies in its folder.
+        kind: One of ``BULK_SOURCES``; ``auto`` to choose the kind by the name and by the files of a folder.
+        column: Column of a table with the pictures; None for the first of :data:`COLUMNS` that the table has.
+        leave_out: Path of the output. Its files are not listed, even if the output is inside the source's folder.
     """
 
     path: str
@@ -64,10 +64,10 @@ class PictureSource:
             object.__setattr__(self, "leave_out", Path(os.path.abspath(self.leave_out)))
 
     def items(self) -> Iterator[ListedPicture]:
-        """Lists the pictures.
+        """Yields the pictures of the source, in a fixed order.
 
         Raises:
-            DataError: There is nothing of that name, it cannot be read, or it has no picture.
+            DataError: The source does not exist, cannot be read, or has no picture.
             MissingPackageError: A package for this kind of source is not installed.
             UsageError: A column is given for a source without columns.
         """
@@ -86,10 +86,10 @@ class PictureSource:
         return chain((first,), items)
 
     def files(self, suffix: str) -> list[StoredFile]:
-        """The shards or tables: the files of a folder, those of a range in braces, or the file itself.
+        """Returns the shards or tables: the files of a folder, the files of a range in braces, or the single file.
 
         Raises:
-            DataError: There is none, or one of the range is missing.
+            DataError: There is no such file, or a file of the range is missing.
         """
         store = store_of(self.path)
         if store.is_folder(self.path):
@@ -109,7 +109,7 @@ class PictureSource:
         return [file for _, file in found if file is not None]
 
     def _files_of(self, store: Store) -> Iterator[StoredFile]:
-        """The files of the folder itself, without the output."""
+        """Yields the files of the source's folder, without the output."""
         return (one for one in store.files(self.path, deep=False) if Path(one.path) != self.leave_out)
 
     def _kind(self) -> str:
@@ -136,10 +136,10 @@ class PictureSource:
         return self._kind_of_folder(store)
 
     def _kind_of_folder(self, store: Store) -> str:
-        """The kind of a folder by its files.
+        """Returns the kind of a folder (pictures, shards, tables), by the suffixes of its files.
 
         Raises:
-            DataError: It has more than one kind, of which only one would be captioned.
+            DataError: The folder has files of more than one kind; only one kind would be captioned.
         """
         found = {_suffix(one) for one in self._files_of(store)}
         kinds = [_SUFFIXES[suffix] for suffix in (".tar", ".parquet") if suffix in found]
@@ -167,7 +167,7 @@ def _of_folder(source: PictureSource) -> Iterator[ListedPicture]:
 
 
 def _of_shards(source: PictureSource) -> Iterator[ListedPicture]:
-    """The pictures of tar shards. A shard that is cut off gets one more item, a broken one with the reason."""
+    """Yields the pictures of tar shards. For a shard that is cut off, also yields a broken item with the reason."""
     for shard in source.files(".tar"):
         name, store = printable(shard.name), store_of(shard.path)
         with ExitStack() as stack:
@@ -230,7 +230,7 @@ def _of_csv(source: PictureSource) -> Iterator[ListedPicture]:
 
 
 def _named(values: Iterator[Any], table: StoredFile) -> Iterator[ListedPicture]:
-    """Items of the paths and addresses in a table; paths are relative to the folder of the table."""
+    """Yields an item for each path or address in a table; paths are relative to the folder of the table."""
     folder = folder_of(table.path)
     for number, value in enumerate(values):
         name = (value or "").strip()
@@ -249,10 +249,10 @@ def _named(values: Iterator[Any], table: StoredFile) -> Iterator[ListedPicture]:
 
 
 def _column(given: str | None, names: list[str], path: str) -> str:
-    """The column of pictures.
+    """Returns the name of the column with the pictures.
 
     Raises:
-        DataError: The table does not have it.
+        DataError: The table has no such column.
     """
     found = [name for name in ((given,) if given is not None else COLUMNS) if name in names]
     if not found:

@@ -1,6 +1,7 @@
-"""Places of files: the local disk, and object stores (``s3://``, ``gs://``, ``memory://``) by fsspec.
+"""Lists and reads files on the local disk and in object stores (``s3://``, ``gs://``, ``memory://``; by fsspec).
 
-Both list files in one order and give each file a version, by which a later run notices that the file was changed.
+Files are always listed in the same order. Each listed file has a version text; if the version differs in a later run,
+the file was changed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class StoredFile:
     Attributes:
         path: Path or address, for :meth:`Store.open`.
         name: Path relative to the listed folder, with ``/`` between its parts.
-        version: Size and time of change, or what the store has in their place.
+        version: Text with the size and the time of the last change, or a similar mark that the object store gives.
     """
 
     path: str
@@ -36,10 +37,10 @@ class StoredFile:
 
 
 class Store(Protocol):
-    """A place of files."""
+    """Interface to the local disk or to an object store."""
 
     def files(self, folder: str, *, deep: bool = True) -> Iterator[StoredFile]:
-        """Lists the files of a folder, with those of its subfolders if ``deep``, sorted by the parts of their names.
+        """Yields the files of a folder, sorted by the components of their paths; with ``deep`` also of its subfolders.
 
         Files and folders whose name begins with a dot are skipped.
 
@@ -48,28 +49,28 @@ class Store(Protocol):
         """
 
     def file(self, path: str) -> StoredFile | None:
-        """Describes a file; None if there is no file of that name."""
+        """Returns name and version of a file; None if there is no file at ``path``."""
 
     def is_folder(self, path: str) -> bool:
-        """Whether there is a folder of that name."""
+        """Returns whether there is a folder at ``path``."""
 
     def open(self, path: str) -> BinaryIO:
-        """Opens a file for reading at any position; use it inside ``reading``."""
+        """Opens a file for reading at any position; call it in a ``with reading(...)`` block."""
 
     def read(self, path: str, start: int = 0, size: int | None = None) -> bytes:
-        """Reads a file, or ``size`` bytes from ``start``; use it inside :func:`reading_picture`.
+        """Returns the bytes of a file, or ``size`` bytes from position ``start``; call it in :func:`reading_picture`.
 
         Raises:
             OSError: The file cannot be read; an object store raises errors of its own.
-            ValueError: It is larger than ``MAX_FILE_BYTES``, or ends before.
+            ValueError: The content is larger than ``MAX_FILE_BYTES``, or the file ends before ``size`` bytes.
         """
 
 
 class LocalStore:
-    """The local disk; a :class:`Store`."""
+    """Lists and reads files of the local disk; a :class:`Store`."""
 
     def files(self, folder: str, *, deep: bool = True) -> Iterator[StoredFile]:
-        """Lists the files of a folder, and links to files that do not exist; links to folders are not followed."""
+        """Yields the files of a folder, and links to missing files; links to folders are not followed."""
         yield from self._files(folder, "", deep)
 
     def _files(self, folder: str, prefix: str, deep: bool) -> Iterator[StoredFile]:
@@ -88,7 +89,7 @@ class LocalStore:
                 yield StoredFile(entry.path, f"{prefix}{entry.name}", "")
 
     def file(self, path: str) -> StoredFile | None:
-        """Describes a file."""
+        """Returns name and version of a file; None if there is no file at ``path``."""
         try:
             status = os.stat(path)
         except (OSError, ValueError):
@@ -96,7 +97,7 @@ class LocalStore:
         return None if os.path.isdir(path) else StoredFile(path, os.path.basename(path), _version(status))
 
     def is_folder(self, path: str) -> bool:
-        """Whether there is a folder of that name."""
+        """Returns whether there is a folder at ``path``."""
         return os.path.isdir(path)
 
     def open(self, path: str) -> BinaryIO:
@@ -104,7 +105,7 @@ class LocalStore:
         return open_file(path)
 
     def read(self, path: str, start: int = 0, size: int | None = None) -> bytes:
-        """Reads a file, or a part of it."""
+        """Returns the bytes of a file, or ``size`` bytes of the file from position ``start``."""
         if size is None:
             return read_bytes(Path(path), MAX_FILE_BYTES)
         with open(path, "rb") as file:
@@ -113,7 +114,7 @@ class LocalStore:
 
 
 class RemoteStore:
-    """An object store of fsspec; a :class:`Store`.
+    """Lists and reads files of an object store, by fsspec; a :class:`Store`.
 
     Args:
         protocol: The beginning of the addresses, such as ``s3``.
@@ -139,7 +140,7 @@ class RemoteStore:
             raise
 
     def files(self, folder: str, *, deep: bool = True) -> Iterator[StoredFile]:
-        """Lists the files of a folder."""
+        """Yields the files of a folder."""
         root = self._system._strip_protocol(folder).rstrip("/")
         with reading(folder, "a folder", DataError):
             found = self._system.find(root, maxdepth=None if deep else 1, detail=True)
@@ -149,7 +150,7 @@ class RemoteStore:
                 yield StoredFile(f"{self._protocol}://{path.lstrip('/')}", "/".join(parts), _described(found[path]))
 
     def file(self, path: str) -> StoredFile | None:
-        """Describes a file."""
+        """Returns name and version of a file; None if there is no file at ``path``."""
         with reading(path, "a file", DataError):
             try:
                 values = self._system.info(path)
@@ -160,7 +161,7 @@ class RemoteStore:
         return StoredFile(path, path.rpartition("/")[2], _described(values))
 
     def is_folder(self, path: str) -> bool:
-        """Whether there is a folder of that name."""
+        """Returns whether there is a folder at ``path``."""
         with reading(path, "a folder", DataError):
             return bool(self._system.isdir(path))
 
@@ -169,7 +170,7 @@ class RemoteStore:
         return cast("BinaryIO", self._system.open(path, "rb"))
 
     def read(self, path: str, start: int = 0, size: int | None = None) -> bytes:
-        """Reads a file, or a part of it."""
+        """Returns the bytes of a file, or ``size`` bytes of the file from position ``start``."""
         if size is None:
             size = int(self._system.size(path) or 0)
         if size > MAX_FILE_BYTES:
@@ -178,7 +179,7 @@ class RemoteStore:
 
 
 def _whole(content: bytes, size: int) -> bytes:
-    """The content; raises ValueError if the file ends before ``size`` bytes."""
+    """Returns ``content``; raises ValueError if it has fewer than ``size`` bytes."""
     if len(content) != size:
         raise ValueError(f"expected {size} bytes, got {len(content)}: the file is cut off")
     return content
@@ -193,7 +194,7 @@ def _described(values: dict[str, Any]) -> str:
 
 
 def is_web(path: str) -> bool:
-    """Whether a path is a web address."""
+    """Returns whether a path is a web address (http or https)."""
     return path.lower().startswith(WEB)
 
 
@@ -206,17 +207,17 @@ _LOCAL = LocalStore()
 
 
 def store_of(path: str) -> Store:
-    """The store that a path or address belongs to; the errors of :class:`RemoteStore`."""
+    """Returns the store for a path or an address; raises the errors of :class:`RemoteStore`."""
     return _remote(path.partition("://")[0].lower()) if is_address(path) else _LOCAL
 
 
 def joined(folder: str, name: str) -> str:
-    """A name inside a folder, where ``folder`` may be an address."""
+    """Returns the path (or address) of the file ``name`` in ``folder``, which may be an address."""
     if is_address(name) or os.path.isabs(name):
         return name
     return f"{folder.rstrip('/')}/{name}" if is_address(folder) else os.path.join(folder, name)
 
 
 def folder_of(path: str) -> str:
-    """The folder of a file."""
+    """Returns the folder (path or address) of a file."""
     return path.rpartition("/")[0] if is_address(path) else os.path.dirname(path) or "."
