@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -243,6 +243,40 @@ def by_picture(entries: Iterable[Entry]) -> list[AnnotatedPicture]:
     for entry in entries:
         groups.setdefault(entry.image_id, []).append(entry)
     return [AnnotatedPicture(image_id, group[0].picture, tuple(group)) for image_id, group in groups.items()]
+
+
+def opened_pictures(
+    pictures: Sequence[tuple[str, StoredPicture]],
+    broken: BrokenSamples,
+    progress: Callable[[int, int], None],
+    at_once: int,
+) -> Iterator[tuple[list[int], list[Image.Image]]]:
+    """Opens pictures in chunks, with their numbers.
+
+    Args:
+        pictures: The pictures, each with the id of its sample.
+        broken: Pictures that cannot be opened are added.
+        progress: Called with (pictures done, all pictures).
+        at_once: Largest number of pictures in a chunk.
+
+    Raises:
+        DataError: No picture can be opened, or more samples are broken than allowed.
+    """
+    usable = 0
+    for start in range(0, len(pictures), at_once):
+        numbers, images = [], []
+        for number, (name, picture) in enumerate(pictures[start : start + at_once], start):
+            try:
+                images.append(picture.open())
+                numbers.append(number)
+            except ImageError as error:
+                broken.add(name, error.problem)
+        usable += len(images)
+        if images:
+            yield numbers, images
+        progress(min(start + at_once, len(pictures)), len(pictures))
+    if not usable:
+        raise broken.none_usable("picture that opens")
 
 
 class RejectingSource:

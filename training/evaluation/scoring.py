@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from blip2edge.choices import Ranking, Split
-from blip2edge.errors import ImageError, UsageError, option
-from blip2edge.training.data.entries import AnnotatedPicture, BrokenSamples, Entry, StoredPicture, by_picture
+from blip2edge.errors import UsageError, option
+from blip2edge.training.data.entries import AnnotatedPicture, BrokenSamples, Entry, by_picture, opened_pictures
 from blip2edge.training.data.scenes import Scene, scenes
 from blip2edge.training.evaluation.few_shots import Examples, generate_texts, no_examples
 from blip2edge.training.evaluation.models import CaptionModel, EvaluatedModel, MatchModel, Vectors
@@ -206,10 +206,11 @@ def score_entries(
 
     Returns:
         Figures by name: BLEU, ROUGE-L and CIDEr-D for captions, VQA accuracy for questions, recalls for a matcher;
-        `predictions`, the generated texts in COCO's format; and the broken samples.
+        `predictions`, the generated texts in COCO's format; and the broken samples. With a CLIP, `without_captions` is
+        the number of pictures without a caption if others have one: then CLIPScore is the only score.
 
     Raises:
-        DataError: There is no entry, or more samples are broken than allowed.
+        DataError: There is no entry, no picture opens, or more samples are broken than allowed.
         UsageError: The model does not fit the data, or a metric cannot be computed.
     """
     if not entries:
@@ -232,34 +233,20 @@ def score_entries(
     return figures | {"broken": len(problems), "broken_named": dict(list(problems.items())[:10])}
 
 
-def _opened(
-    pictures: Sequence[tuple[str, StoredPicture]], broken: BrokenSamples, progress: CountProgress
-) -> Iterator[tuple[list[int], list[Image.Image]]]:
-    """Opens pictures in chunks, with their numbers. Pictures that cannot be opened are added to `broken`."""
-    for start in range(0, len(pictures), PICTURES_AT_ONCE):
-        numbers, images = [], []
-        for number, (name, picture) in enumerate(pictures[start : start + PICTURES_AT_ONCE], start):
-            try:
-                images.append(picture.open())
-                numbers.append(number)
-            except ImageError as error:
-                broken.add(name, error.problem)
-        if images:
-            yield numbers, images
-        progress(min(start + PICTURES_AT_ONCE, len(pictures)), len(pictures))
-
-
 def _captioned(
     captioner: CaptionModel, shown: Sequence[AnnotatedPicture], broken: BrokenSamples, options: ScoringOptions
 ) -> Figures:
-    referenced = all(each.captions for each in shown)
-    metrics = options.chosen(("captions",) if referenced else (), captions=True)
+    bare = sum(not each.captions for each in shown)
+    metrics = options.chosen(() if bare else ("captions",), captions=True)
     if not metrics:
-        raise UsageError("the pictures have no captions to compare with", f"give {option('clip')} to score without any")
+        raise UsageError(
+            f"{bare} of the {len(shown)} pictures have no captions to compare with",
+            f"give {option('clip')} to score without any",
+        )
     said: dict[int, str] = {}
     judged: list[Vectors] = []
     pictures = [(each.image_id, each.picture) for each in shown]
-    for numbers, images in _opened(pictures, broken, options.progress):
+    for numbers, images in opened_pictures(pictures, broken, options.progress, PICTURES_AT_ONCE):
         prompts = [options.prompt] * len(images)
         asked = [shown[number].entries[0] for number in numbers]
         said |= dict(zip(numbers, generate_texts(captioner, asked, images, prompts, options.examples), strict=True))
@@ -267,13 +254,14 @@ def _captioned(
             judged.append(options.clip.image_vectors(images))
     texts, references = list(said.values()), [shown[number].captions for number in said]
     scores: Figures = dict(caption_scores(texts, references)) if "captions" in metrics else {}
-    if options.clip is not None and judged:
+    if options.clip is not None and "clip" in metrics:
         scores |= mean_scores(np.concatenate(judged), texts, references, options.clip.text_vectors)
     predictions = [
         {"image_id": _as_in_data(shown[at].image_id, shown[at].entries[0]), "caption": text}
         for at, text in said.items()
     ]
-    return {"n": len(said), **scores, "predictions": predictions}
+    partly = {"without_captions": bare} if 0 < bare < len(shown) else {}
+    return {"n": len(said), **partly, **scores, "predictions": predictions}
 
 
 def _asked(
@@ -300,7 +288,7 @@ def _read(
     pictures = [(each.image_id, each.picture) for each in shown]
     texts: list[str] = []
     asked: list[Entry] = []
-    for numbers, images in _opened(pictures, broken, options.progress):
+    for numbers, images in opened_pictures(pictures, broken, options.progress, PICTURES_AT_ONCE):
         for number, caption in zip(numbers, captioner(images, [options.prompt] * len(images)), strict=True):
             asked += shown[number].entries
             texts += [caption] * len(shown[number].entries)
@@ -321,7 +309,7 @@ def _answered(
 ) -> Figures:
     said: dict[int, str] = {}
     pictures = [(entry.sample_id, entry.picture) for entry in entries]
-    for numbers, images in _opened(pictures, broken, options.progress):
+    for numbers, images in opened_pictures(pictures, broken, options.progress, PICTURES_AT_ONCE):
         prompts = [captioner.question(entries[number].question) for number in numbers]
         wanted = [entries[number] for number in numbers]
         said |= dict(zip(numbers, generate_texts(captioner, wanted, images, prompts, options.examples), strict=True))
@@ -342,7 +330,7 @@ def _retrieved(
     usable: list[AnnotatedPicture] = []
     vectors = []
     pictures = [(each.image_id, each.picture) for each in shown]
-    for numbers, images in _opened(pictures, broken, options.progress):
+    for numbers, images in opened_pictures(pictures, broken, options.progress, PICTURES_AT_ONCE):
         usable += [shown[number] for number in numbers]
         vectors.append(matcher.image_vectors(images))
     texts = [text for each in usable for text in each.captions]

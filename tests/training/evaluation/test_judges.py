@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,10 @@ pytest.importorskip("transformers", reason="checkpoints are drawn with transform
 import torch
 
 from blip2edge.cli import main
-from blip2edge.errors import BundleSignatureError, PromptError, UsageError
+from blip2edge.errors import BundleSignatureError, DataError, PromptError, UsageError
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioning.matcher import Matcher
-from blip2edge.training.data.coco import read_captions
+from blip2edge.training.data.coco import read_captions, read_vqa
 from blip2edge.training.evaluation.models import EvaluatedModel, ModelOptions
 from blip2edge.training.evaluation.open_model import open_model
 from blip2edge.training.evaluation.pipeline import evaluate
@@ -301,3 +302,35 @@ def test_the_context_of_a_reader_has_room_for_an_answer(tiny_bundle: Path) -> No
     for length in (room + 1, generator.max_positions):
         with pytest.raises(PromptError, match=rf"prompt has {length} tokens and its answer up to {MAX_ANSWER_TOKENS}"):
             reader([texts[length]], [""])
+
+
+def test_data_of_which_no_picture_opens_is_an_error(
+    clip: tuple[Path, dict[str, float]], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    captions, questions = captioned(tmp_path), asked(tmp_path, ["a", "b", "c"])
+    for path in tmp_path.glob("*.png"):
+        path.write_bytes(b"")
+    message = r"expected at least one picture that opens, got none; \d samples are broken: "
+    judge = open_model(clip[0], OPTIONS).matcher
+    saying, options = EvaluatedModel(captioner=Saying()), ScoringOptions(metrics=("clip",), clip=judge)
+    entries, broken = read_captions(captions, tmp_path, 9)
+    with pytest.raises(DataError, match=message):
+        score_entries(saying, list(entries), broken, options)
+    entries, broken = read_vqa(questions, tmp_path / "answers.json", tmp_path, 9)
+    read = ScoringOptions(metrics=("reader",), reader=open_reader(tiny_bundle, OPTIONS))
+    for wanted in (read, ScoringOptions()):
+        with pytest.raises(DataError, match=message):
+            score_entries(saying, list(entries), broken, wanted)
+
+
+def test_pictures_without_captions_among_others_are_counted(
+    clip: tuple[Path, dict[str, float]], tmp_path: Path
+) -> None:
+    entries, broken = read_captions(captioned(tmp_path), tmp_path, 0)
+    entries = [replace(entry, text="") if entry.image_id == "1" else entry for entry in entries]
+    saying = EvaluatedModel(captioner=Saying())
+    figures = score_entries(saying, entries, broken, ScoringOptions(clip=open_model(clip[0], OPTIONS).matcher))
+    assert figures["without_captions"] == 1
+    assert not figures.keys() & {"cider_d", "ref_clip_score"}
+    with pytest.raises(UsageError, match="1 of the 3 pictures have no captions to compare with"):
+        score_entries(saying, entries, broken, ScoringOptions())
