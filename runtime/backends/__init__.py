@@ -1,1 +1,1 @@
-"""The backends, which load and run graphs; and the detection of this machine's processor, GPUs and providers."""
+"""The backends, which load and run graphs; and code that detects this machine's processor, GPUs and providers."""

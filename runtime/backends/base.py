@@ -1,7 +1,7 @@
 """The interface of every backend (the ``Session`` protocol), and the table of backends.
 
-A backend is a module with ``open_graph(path, threads, optimized)``. The module is imported when the backend is chosen,
-so that its package need not be installed for the others.
+A backend is a module with ``open_graph(path, threads, optimized)``. The module is imported only when the backend is
+chosen, so that the packages of the other backends need not be installed.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ class Session(Protocol):
     """A graph that a backend has loaded and can run.
 
     Thread contract, the same on every backend: several threads may call :meth:`run` at once, and each call returns the
-    results of its own inputs. A backend that keeps buffers from call to call gives each call its own, or locks them.
+    results of its own inputs. A backend that keeps buffers from call to call uses separate buffers for each call, or a
+    lock.
     The results belong to the caller: a later call does not change them. :meth:`close` is called once, when no
     :meth:`run` is in progress.
     """
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """Names of the graph's inputs."""
+        """Returns the names of the graph's inputs."""
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """Names of the graph's outputs."""
+        """Returns the names of the graph's outputs."""
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Runs the graph on one set of inputs.
@@ -59,7 +60,7 @@ class Session(Protocol):
 class CacheBuffers(Protocol):
     """Buffers of a decoder's keys and values ``[B, H, C, d]``, and runs of the decoder that write them in place.
 
-    One thread at a time may use them; every decoder state has its own.
+    One thread at a time may use the buffers; every decoder state has its own buffers.
 
     Attributes:
         captures: Whether runs may be captured as CUDA graphs. A CUDA graph keeps the scalar inputs of its first run.
@@ -69,14 +70,14 @@ class CacheBuffers(Protocol):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Number of rows B and of slots C in the buffers; 0 and 0 before the first :meth:`resize`."""
+        """Returns the number of rows B and of slots C in the buffers; 0 and 0 before the first :meth:`resize`."""
 
     def resize(self, shape: Sequence[int], used: int) -> None:
         """Replaces the buffers by larger ones.
 
         Args:
             shape: ``(B, H, C, d)``, with no fewer rows and slots than now.
-            used: Slots whose content is kept.
+            used: Number of first slots whose content is kept.
         """
 
     def select(self, rows: NDArray[np.int64], used: int) -> None:
@@ -90,9 +91,9 @@ class CacheBuffers(Protocol):
 
         Args:
             inputs: The inputs that are not in the buffers, by name.
-            first: The first of the rows.
+            first: Index of the first of these rows.
             output: Name of the output to return.
-            shape: Shape of that output; its first length is the number of rows.
+            shape: Shape of ``output``; its first length is the number of rows.
 
         Returns:
             The values of ``output``, a new array.
@@ -106,7 +107,7 @@ class InPlaceSession(Protocol):
     input_names: tuple[str, ...]
 
     def in_place(self, pairs: Mapping[str, str]) -> CacheBuffers:
-        """Makes empty buffers; ``pairs`` names outputs, each with the input whose buffer the output is written to."""
+        """Makes empty buffers; ``pairs`` maps each output's name to the input whose buffer it is written to."""
 
 
 NO_GRAPH = -1
@@ -202,7 +203,7 @@ class DeviceArray:
 
 
 def closed_graph() -> BackendError:
-    """Makes the error that a session raises when it is used after :meth:`Session.close`."""
+    """Returns the error that a session raises when it is used after :meth:`Session.close`."""
     return BackendError("this graph is closed", "load the bundle again")
 
 
@@ -213,7 +214,8 @@ class OptimizedFile:
     Attributes:
         weights: Directory of the graph's external weights; the file names them by paths relative to this directory.
         layout: Whether ONNX Runtime changes the weight layout for this processor when it loads the file (prepacking).
-            The file already contains all other optimizations; the layout depends on the processor and is not stored.
+            The file already contains all other optimizations; the weight layout depends on the processor and is not
+            stored.
     """
 
     weights: Path
@@ -302,7 +304,7 @@ def check_precision(backend: str, precision: str, *, engines_only: bool = False)
 
 
 def find_backend(name: str) -> Backend:
-    """Returns the backend with this name; ``auto`` means the first one in :data:`BACKENDS`.
+    """Returns the backend with this name; ``auto`` means the first backend in :data:`BACKENDS`.
 
     Raises:
         BackendError: There is no backend of that name.
@@ -328,7 +330,7 @@ def open_session(
         backend: Name of a backend, or ``auto``.
         threads: CPU threads within an operator; None leaves the choice to the backend.
         spec: The graph's inputs and outputs, for backends that build an engine for a range of shapes; None if unknown.
-        precisions: Precisions of the bundle and of the graph, for the same backends.
+        precisions: Precision of the bundle and precision of the graph, for backends that build an engine.
 
     Raises:
         BackendError: There is no backend of that name, or its package or hardware is missing.

@@ -1,4 +1,4 @@
-"""Reads and writes ``engine.json``, the record of a folder of engines, and finds the folder that fits this machine.
+"""Reads and writes ``engine.json``, which describes a folder of engines; finds the folder that fits this machine.
 
 An engine is valid for one GPU, TensorRT version and bundle only; the folder's :class:`Fingerprint` names them.
 """
@@ -46,9 +46,10 @@ class EngineRecord:
         profiles: Names of the optimization profiles, in the order of their numbers in TensorRT.
         seconds: Duration of the build.
         warnings: Warnings of the TensorRT builder.
-        asked: Number of matrix products in the graph, by precision.
-        landed: Number of layers in the built engine, by precision; None if there was no driver to inspect the engine.
-        cache: Form of the decoder's KV cache, one of ``DECODER_CACHES``; empty if the engine has none.
+        asked: Number of matrix multiplications in the graph, by precision.
+        landed: Number of layers in the built engine, by precision; None if the engine was built without a driver and
+            could not be inspected.
+        cache: Kind of the decoder's KV cache, one of ``DECODER_CACHES``; empty if the engine has no KV cache.
     """
 
     spec: GraphSpec
@@ -62,7 +63,7 @@ class EngineRecord:
     cache: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The record as a JSON object for ``engine.json``."""
+        """Returns the record as a JSON object for ``engine.json``."""
         return {
             "file": f"{self.spec.name}.engine",
             **vars(self.file),
@@ -99,7 +100,7 @@ class EngineSet:
     Attributes:
         fingerprint: The GPU, TensorRT version and bundle of the engines, as :meth:`Fingerprint.to_json` writes them.
         rebuild: The options of ``blip2edge build`` that built these engines.
-        capacity: Positions of the decoder's KV cache; 0 if the cache grows, or if there is none.
+        capacity: Number of positions in the decoder's KV cache; 0 if the cache grows, or if there is no cache.
         engines: The engines by graph name.
         directory: The folder of the engines and of ``engine.json``.
     """
@@ -156,7 +157,7 @@ class EngineSet:
         return self.engines[name]
 
     def verify(self) -> None:
-        """Hashes every engine; raises BundleIntegrityError if one is missing, was changed or is not listed."""
+        """Hashes every engine; raises BundleIntegrityError if an engine is missing, was changed or is not listed."""
         listing = self._listing(*self.engines)
         CheckedFiles().check(listing, use_stamps=False)
         check_unlisted(listing)
@@ -170,7 +171,7 @@ class EngineSet:
 
         Args:
             name: The graph's name.
-            checked: Checks the file; that of the bundle.
+            checked: The bundle's object that checks files by their hash.
 
         Raises:
             EngineError: The folder has no engine for this graph.
@@ -187,13 +188,15 @@ class Fingerprint:
     Attributes:
         target: ``tensorrt`` or ``rtx``.
         tensorrt: Version of TensorRT.
-        gpus: Compute capabilities that the engine supports, as ``sm86``; for ``tensorrt`` only that of the build GPU.
+        gpus: Compute capabilities that the engine supports, as ``sm86``; for ``tensorrt`` only the compute capability
+            of the build GPU.
         gpu: The GPU's name; empty if the engine was built without one.
-        multiprocessors: Number of multiprocessors (SM). Boards with one GPU name differ here: AGX Orin, Orin NX.
+        multiprocessors: Number of multiprocessors (SM). AGX Orin and Orin NX have the same GPU name and differ in this
+            number.
         memory_gib: Memory of the GPU, rounded to GiB.
         driver: CUDA version of the driver; empty if the engine was built without a GPU.
         machine: Processor architecture, ``x86_64`` or ``aarch64``.
-        bundle_sha256: Hash of ``bundle.json``, which holds the hashes of all other files.
+        bundle_sha256: Hash of ``bundle.json``, which contains the hashes of all other files.
         version_compatible: Whether newer versions of TensorRT with the same major number can run the engine.
         hardware_compatible: Whether every GPU since Ampere can run the engine.
     """
@@ -212,13 +215,13 @@ class Fingerprint:
 
     @property
     def name(self) -> str:
-        """Name of the engines' folder below ``engines/``: target, TensorRT, GPUs and machine."""
+        """Returns the name of the folder below ``engines/``: target, TensorRT version, GPUs and machine."""
         size = f"{self.multiprocessors}x{self.memory_gib}g" if self.gpu and self.target == "tensorrt" else ""
         parts = (self.target, self.tensorrt, *self.gpus, size, self.machine)
         return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(part for part in parts if part))
 
     def to_json(self) -> dict[str, Any]:
-        """The fingerprint as a JSON object for ``engine.json``."""
+        """Returns the fingerprint as a JSON object for ``engine.json``."""
         return {**asdict(self), "gpus": list(self.gpus)}
 
 
@@ -293,7 +296,7 @@ def check_fingerprint(found: dict[str, Any], here: Fingerprint, engines: Path, r
 
 
 def _fits(key: str, found: dict[str, Any], here: Fingerprint) -> bool:
-    """Whether the engines run here although this key differs."""
+    """Returns whether the engines run here although the fingerprints differ in this key."""
     gpus, rtx = set(found.get("gpus", ())), found.get("target") == "rtx"
     if key == "tensorrt" and found.get("version_compatible"):
         made, now = (_numbers(text) for text in (str(found.get(key)), here.tensorrt))
@@ -326,7 +329,7 @@ def find_engines(bundle: Bundle, here: Fingerprint) -> EngineSet:
         here: The fingerprint that engines would have if they were built now on this machine.
 
     Raises:
-        EngineError: The bundle has no engines for this target, or none that runs here: the message names the first
+        EngineError: The bundle has no engines for this target, or no engines that run here: the message names the first
             difference and the command that builds the engines again.
     """
     build = f"blip2edge build {bundle.path} --target {here.target}"
@@ -350,12 +353,12 @@ def find_engines(bundle: Bundle, here: Fingerprint) -> EngineSet:
 
 
 def unsigned_engines(bundle: Bundle, folder: Path) -> EngineError:
-    """Makes the error of engines that a required signature does not list."""
+    """Returns the error for engines that a required signature does not list."""
     return EngineError(f"the engines in {folder} are not signed", how_to_sign(bundle.path))
 
 
 def no_engines(bundle: Bundle, target: str) -> EngineError:
-    """Makes the error of a bundle without engines for a target."""
+    """Returns the error for a bundle without engines for a target."""
     build = f"blip2edge build {bundle.path} --target {target}"
     return EngineError(f"{bundle.path} has no engines for {target}", f"build the engines: {build}")
 

@@ -43,7 +43,7 @@ def huge_page_bytes() -> int:
 
 @dataclass
 class HugePages:
-    """Whether the memory that a block allocates is moved into huge pages; the block may set ``wanted`` to False."""
+    """The choice whether a block's new memory is moved into huge pages; the block may set ``wanted`` to False."""
 
     wanted: bool = True
 
@@ -94,7 +94,7 @@ def filled_pages(size: int) -> set[int]:
 
 
 def anonymous_regions() -> list[tuple[int, int]]:
-    """Lists this process's private writable memory without a file: first address, and the address after the last."""
+    """Lists this process's private writable memory regions without a file: first address, and end (exclusive)."""
     regions = []
     for line in MAPS.read_text(encoding="utf-8", errors="replace").splitlines():
         span, rights, _, _, inode, *name = line.split(maxsplit=5)
@@ -128,7 +128,7 @@ def raised_as(kind: type[Blip2EdgeError], problem: str, fix: str | None = None) 
 
 
 class OnnxRuntimeSession:
-    """A graph in ONNX Runtime on the CPU; it follows :class:`blip2edge.runtime.backends.base.Session`.
+    """A graph in ONNX Runtime on the CPU; implements :class:`blip2edge.runtime.backends.base.Session`.
 
     ONNX Runtime's own session may run in several threads at once.
 
@@ -137,8 +137,8 @@ class OnnxRuntimeSession:
         threads: Threads within an operator; None leaves the choice to ONNX Runtime.
         lean: Run the graph as it is written, with as little memory as possible: no folded constants, no prepacked
             weights, no arena. Slow; for checking a graph that is larger than the memory.
-        optimized: How to load a file that ``optimize`` wrote; None for a portable graph.
-        weights: Directory of the external weights of a serialised graph; None if it has none.
+        optimized: How to load a file that ``optimize`` wrote; None for an exported (not optimized) graph.
+        weights: Directory of the external weights of a serialised graph; None if it has no external weights.
 
     Raises:
         BackendError: onnxruntime is not installed.
@@ -236,7 +236,7 @@ class HostBuffers:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Number of rows and of slots; see :class:`CacheBuffers`."""
+        """Returns the numbers of rows and slots; see :class:`CacheBuffers`."""
         return self._size
 
     def resize(self, shape: Sequence[int], used: int) -> None:

@@ -1,7 +1,7 @@
 """The backends ``cuda`` and ``ort-tensorrt``: ONNX Runtime's GPU providers. Not run on a GPU yet.
 
 Keys and values stay on the GPU from step to step. ONNX Runtime may list a provider that does not work, so before a
-graph is loaded, a product of two matrices is run on the provider, without the fallback to the CPU. A session that does
+graph is loaded, two matrices are multiplied on the provider, without the fallback to the CPU. A session that does
 not use the provider is refused.
 """
 
@@ -110,11 +110,9 @@ def open_with(
         threads: CPU threads, for operators that no GPU provider supports.
         provider: The provider that must come first.
         providers: All providers, best first, with their options.
-        optimized: How to load a graph of an optimized copy; None for a portable graph.
-
-    Raises:
-        BackendError: onnxruntime is not installed, the provider does not work here, or ONNX Runtime runs some of the
-            graph's products, attentions or norms on the CPU.
+        optimized: How to load a graph of an optimized copy; None for an exported (not optimized) graph. Raises:
+        BackendError: onnxruntime is not installed, the provider does not work here, or ONNX Runtime runs some matrix
+            multiplications, attentions or norms of the graph on the CPU.
         BundleError: ONNX Runtime cannot load the file.
     """
     onnxruntime = checked_package(provider)
@@ -140,7 +138,7 @@ def open_with(
 
 
 def open_on_host(path: Path, optimized: OptimizedFile | None = None) -> DeviceSession:
-    """Loads a graph with the CPU in place of the GPU, to check a copy or this module where there is no GPU."""
+    """Loads a graph with the CPU in place of the GPU, to check a copy or this module on a machine without a GPU."""
     onnxruntime = require("onnxruntime", "the check of a copy for CUDA", BackendError)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -172,7 +170,7 @@ def checked_package(provider: str) -> Any:
 
 
 class DeviceSession:
-    """A graph whose keys and values stay on the device; it follows the ``Session`` protocol of ``base.py``.
+    """A graph whose keys and values stay on the device; implements the ``Session`` protocol of ``base.py``.
 
     Every call has a binding of its own, so several threads may call :meth:`run` at once.
 
@@ -273,7 +271,7 @@ class DeviceSession:
             self._session.release_captured_graph(graph)
 
     def empty(self, shape: Sequence[int], dtype: Any) -> Any:
-        """Allocates memory on the device; returns ONNX Runtime's value."""
+        """Allocates memory on the device; returns ONNX Runtime's ``OrtValue``."""
         return self.onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, *self.device)
 
     def on_device(self, array: Array) -> Any:
@@ -282,10 +280,10 @@ class DeviceSession:
         return self.onnxruntime.OrtValue.ortvalue_from_numpy(np.array(array), *device)
 
     def value_of(self, array: Any, dtype: np.dtype[Any] | None = None) -> Any:
-        """Returns ONNX Runtime's value for an array on the host or on the device, converted to ``dtype`` if given.
+        """Returns ONNX Runtime's ``OrtValue`` of an array (host or device), converted to ``dtype`` if given.
 
-        A graph of a copy takes FP16 where the bundle's own graph takes FP32. Only the arrays of a graph without a copy
-        are converted here.
+        An optimized graph may have FP16 inputs that are FP32 in the bundle's own graph. Only arrays for a graph without
+        an optimized copy are converted here.
         """
         if isinstance(array, DeviceArray) and dtype in (None, array.dtype):
             return array.value

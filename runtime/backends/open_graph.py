@@ -2,7 +2,8 @@
 
 ``optimized/<backend>/`` in a bundle holds graphs rewritten for one backend (an optimized copy). ``optimized.json``
 there names the bundle that they were made from, by its hash. A copy is not used if it was made from another bundle or
-by another version of the backend, or if a required signature does not list it. The portable graph is used instead.
+by another version of the backend, or if a required signature does not list it. The exported graph of the bundle (the
+portable graph) is used instead.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class OptimizedGraph:
     milliseconds: tuple[float, float] | None
 
     def to_json(self) -> dict[str, Any]:
-        """The graph's record as a JSON object for ``optimized.json``."""
+        """Returns the graph's record as a JSON object for ``optimized.json``."""
         return {**vars(self), "parity": [parity.to_json() for parity in self.parity]}
 
     @classmethod
@@ -94,7 +95,8 @@ class OptimizedRecord:
     Attributes:
         backend: The backend that runs the copy.
         bundle_sha256: SHA-256 of the ``bundle.json`` of the bundle that was optimized.
-        graphs: The graphs that run or open faster than the portable ones, by name; the others run from the bundle.
+        graphs: The graphs that run or open faster than the portable graphs, by name; all other graphs are loaded from
+            the bundle.
         left: Names of the graphs that were not optimized, each with the reason.
         files: Size and hash of every file of the copy.
         versions: Versions of the packages that made the copy.
@@ -110,7 +112,7 @@ class OptimizedRecord:
     machine: str
 
     def to_json(self) -> dict[str, Any]:
-        """The record as the JSON object of ``optimized.json``."""
+        """Returns the record as the JSON object of ``optimized.json``."""
         return {
             "schema_version": SCHEMA_VERSION,
             **vars(self),
@@ -197,7 +199,7 @@ def _check_copy(bundle: Bundle, directory: Path, record: OptimizedRecord, use_st
 
 
 def _weights(bundle: Bundle, directory: Path, record: OptimizedRecord) -> set[str]:
-    """The paths that a copy's graphs may name as external data, relative to :func:`weights_of`."""
+    """Returns the paths of external data that a copy's graphs may use, relative to :func:`weights_of`."""
     if weights_of(bundle, directory) == directory:
         return set(record.files)
     folder = directory.relative_to(bundle.path).as_posix()
@@ -221,7 +223,7 @@ def choose_backend(bundle: Bundle, backend: str) -> tuple[str, Any]:
 
     Raises:
         BackendError: There is no backend of that name, or it cannot run the bundle.
-        EngineError: The bundle contains engines only, or the backend runs engines, and none fits this machine.
+        EngineError: The bundle contains engines only, or the backend runs engines, and no engine fits this machine.
     """
     manifest = bundle.manifest
     if manifest.engines_of:
@@ -241,7 +243,7 @@ def choose_backend(bundle: Bundle, backend: str) -> tuple[str, Any]:
 
 
 def _engines_that_fit(bundle: Bundle) -> tuple[str, Any] | None:
-    """Finds engines that fit this machine: returns their backend and opener, or None."""
+    """Finds engines that fit this machine; returns the name of their backend and their opener, or None."""
     targets = set()
     for folder in engine_folders(bundle):
         with suppress(EngineError):  # of another version: `inspect` names the folder
@@ -254,7 +256,7 @@ def _engines_that_fit(bundle: Bundle) -> tuple[str, Any] | None:
 
 
 def _cuda_works(precision: str) -> bool:
-    """Whether ONNX Runtime can compute on a GPU of this machine."""
+    """Returns whether ONNX Runtime can run on a GPU of this machine."""
     if precision in BACKENDS["cuda"].refuses or missing(("onnxruntime",)):
         return False
     import onnxruntime
@@ -295,12 +297,12 @@ class GraphOpener:
 
     @property
     def takes_all_cores(self) -> bool:
-        """Whether two graphs that run at once would use more threads than there are cores."""
+        """Returns whether two graphs that run at once would use more threads than there are cores."""
         return 2 * self.host_threads > cores()
 
     @property
     def host_threads(self) -> int:
-        """CPU threads that a running graph uses; 0 for a backend of another device."""
+        """Returns the number of CPU threads that a running graph uses; 0 for a backend of another device."""
         return (self.threads or cores()) if self._host else 0
 
     def __call__(self, graph: str) -> Session:
@@ -324,7 +326,7 @@ class GraphOpener:
             raise
 
     def close(self) -> None:
-        """Releases all loaded graphs and their memory; harmless when called twice."""
+        """Releases all loaded graphs and their memory. A second call does nothing."""
         self.closed = True
         while self._sessions:
             self._sessions.pop().close()
@@ -372,7 +374,8 @@ def _check_names(session: Session, spec: GraphSpec, path: Path) -> None:
 class RowByRow:
     """Wraps a session and runs each row of a batch separately.
 
-    Needed for quantised graphs that compute the range of an activation at run time, over the whole batch. If rows run
+    Needed for quantised graphs in which the range of an activation is computed at run time, over the whole batch. If
+    rows run
     separately, a row's result does not depend on the other rows.
     """
 

@@ -16,15 +16,15 @@ from blip2edge.runtime.backends.base import RUN_FIX, OptimizedFile, closed_graph
 
 
 class OpenVinoSession:
-    """A graph in OpenVINO on the CPU; it follows :class:`blip2edge.runtime.backends.base.Session`.
+    """A graph in OpenVINO on the CPU; implements :class:`blip2edge.runtime.backends.base.Session`.
 
-    An infer request owns the buffers of one run, so every call uses its own request: an idle one, or a new one if all
-    are running.
+    An infer request owns the buffers of one run, so every call uses its own request: an idle request, or a new request
+    if all requests are running.
 
     Args:
         path: The ``.onnx`` file, whose weights may be in a data file; or a file with the bytes of :meth:`export`.
         threads: CPU threads; None leaves the choice to OpenVINO.
-        compiled: Whether the file holds the bytes of :meth:`export`.
+        compiled: Whether the file contains the bytes of :meth:`export`.
 
     Raises:
         BackendError: openvino is not installed.
@@ -88,7 +88,7 @@ class OpenVinoSession:
 
 
 def _with_float32_ports(openvino: Any, model: Any) -> Any:
-    """The graph with float32 inputs and outputs in place of bfloat16 ones, which NumPy does not have."""
+    """Replaces bfloat16 inputs and outputs by float32, because NumPy has no bfloat16; returns the graph."""
     bf16, float32 = openvino.Type.bf16, openvino.Type.f32
     if all(port.get_element_type() != bf16 for port in (*model.inputs, *model.outputs)):
         return model
@@ -101,10 +101,10 @@ def _with_float32_ports(openvino: Any, model: Any) -> Any:
 
 
 def _name(port: Any) -> str:
-    """The name that the graph gives to a port. A port may have several names."""
+    """Returns the name of a port in the ONNX graph; the port may also have other names."""
     return str(port.get_any_name())
 
 
 def open_graph(path: Path, threads: int | None = None, optimized: OptimizedFile | None = None) -> OpenVinoSession:
-    """Loads a graph: a portable one or, with ``optimized``, a compiled one, which holds its own weights."""
+    """Loads an exported graph or, with ``optimized``, a compiled graph that contains its own weights."""
     return OpenVinoSession(path, threads, compiled=optimized is not None)

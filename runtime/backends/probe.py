@@ -1,6 +1,6 @@
-"""Detects what this machine has and what works: processor and cores, NVIDIA driver and GPUs, execution providers.
+"""Detects processor, cores, NVIDIA driver, GPUs and execution providers, and checks that they work.
 
-:func:`onnx_model` encodes the small graphs that providers are tried with.
+:func:`onnx_model` makes the small ONNX models with which providers are tested.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ def onnx_model(
 
 
 def _weight(name: str, values: Array) -> bytes:
-    """``TensorProto``."""
+    """Encodes an array as an ONNX ``TensorProto``."""
     dims = b"".join(_number(1, size) for size in values.shape)
     return dims + _number(2, ELEMENT_TYPES[str(values.dtype)]) + _text(8, name) + _field(9, values.tobytes())
 
 
 def _value(name: str, kind: TensorType) -> bytes:
-    """``ValueInfoProto``."""
+    """Encodes name and type of a tensor as an ONNX ``ValueInfoProto``."""
     dtype, shape = kind
     dims = b"".join(_field(1, _text(2, dim) if isinstance(dim, str) else _number(1, dim)) for dim in shape)
     return _text(1, name) + _field(2, _field(1, _number(1, ELEMENT_TYPES[dtype]) + _field(2, dims)))
@@ -120,7 +120,7 @@ def slice_model(dtype: str) -> bytes:
 
 @cache
 def pad_model(dtype: str) -> bytes:
-    """Makes an ONNX model that adds zeros on the device: ``y = Pad(x, pads)`` for ``x [b, h, s, d]`` of this dtype."""
+    """Makes an ONNX model that pads with zeros on the device: ``y = Pad(x, pads)`` for ``x [b, h, s, d]``."""
     x, y = (dtype, ("b", "h", "s", "d")), (dtype, ("B", "H", "S", "D"))
     return onnx_model([("Pad", ("x", "pads"), "y")], {"x": x, "pads": ("int64", (8,))}, ("y", y))
 
@@ -141,7 +141,7 @@ NUMBERS = (
 
 
 def cores() -> int:
-    """The number of cores that this process may run on."""
+    """Returns the number of cores that this process may run on."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on this system: all cores count
@@ -154,7 +154,7 @@ def processor() -> str:
 
 
 def exact_processor() -> str:
-    """The processor's name with family, model and stepping, because a name such as ``AMD EPYC`` is not unique."""
+    """Returns the processor's name with family, model and stepping; a name such as ``AMD EPYC`` is not unique."""
     found = cpu_facts()
     numbers = ", ".join(
         f"{key.removeprefix('cpu ').removeprefix('CPU ')} {found[key]}" for key in NUMBERS if key in found
@@ -182,7 +182,7 @@ def _name_of(found: dict[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as the NVIDIA driver describes it.
+    """A GPU with the properties that the NVIDIA driver reports.
 
     Attributes:
         name: Name of the GPU, for example ``NVIDIA L4``.
@@ -240,7 +240,7 @@ def nvidia_driver() -> Driver:
 
 
 def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu | str:
-    """The GPU of this number, or a text with the error if the driver cannot query it."""
+    """Returns the GPU of this number, or a text with the error if the driver cannot query the GPU."""
     handle, major, minor, count = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0)
     memory = ctypes.c_size_t(0)
     name = ctypes.create_string_buffer(128)
@@ -292,12 +292,12 @@ def check_matmul(
     *,
     required: bool = False,
 ) -> Check:
-    """Multiplies two matrices and compares the product with NumPy's.
+    """Multiplies two matrices and compares the result with NumPy's result.
 
     Args:
         name: Name of the check.
         multiply: Runs :data:`MATMUL` on the inputs ``a`` and ``b``. If it raises an exception, the check fails.
-        fix: What the user can do if it fails.
+        fix: What the user can do if the check fails.
         required: As in :class:`Check`.
     """
     generator = np.random.default_rng(0)
@@ -328,7 +328,7 @@ def load_cuda_libraries(ort: ModuleType) -> None:
 
 
 def check_provider(ort: ModuleType, name: str) -> Check:
-    """Multiplies two matrices on one execution provider of ONNX Runtime, and compares the product with NumPy's.
+    """Multiplies two matrices on an execution provider of ONNX Runtime; compares the result with NumPy's result.
 
     ONNX Runtime lists a provider also if its driver or libraries are missing, and then runs the graph on the CPU
     without a message. So the fallback to the CPU is switched off here. The check fails if the session cannot be made,
@@ -372,7 +372,7 @@ RECORD_NODES = "session.record_ep_graph_assignment_info"
 
 
 def count_nodes(session: Any) -> dict[str, dict[str, int]]:
-    """Counts the nodes of ONNX Runtime's session by provider and operator; empty if the version cannot report it."""
+    """Counts a session's nodes by provider and operator; empty if this version of ONNX Runtime does not report them."""
     if not hasattr(session, "get_provider_graph_assignment_info"):
         return {}
     found: dict[str, dict[str, int]] = {}

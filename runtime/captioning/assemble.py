@@ -1,4 +1,4 @@
-"""Loads the parts that a bundle's manifest requires, and the base class of ``Captioner`` and ``Matcher``."""
+"""Loads the graphs and tokenizers of a bundle; also has the base class of ``Captioner`` and ``Matcher``."""
 
 from __future__ import annotations
 
@@ -63,15 +63,15 @@ class LoadedBundle:
 
     @contextmanager
     def _loading(self) -> Iterator[None]:
-        """Closes the graphs if the block fails; afterwards checks that the opened files are those that were checked."""
+        """Closes the graphs if the block fails; otherwise checks that no file changed while it was loaded."""
         with self.graphs.closed_on_error():
             yield
             self.bundle.checked.check_unchanged()
 
     def close(self) -> None:
-        """Releases the graphs and their memory; harmless when called twice.
+        """Releases the graphs and their memory. A second call does nothing.
 
-        Finish the running calls and close the schedulers first. Every later call raises UsageError.
+        First finish the running calls and close the schedulers. Later calls of other methods raise UsageError.
         """
         self.graphs.close()
 
@@ -96,7 +96,7 @@ class LoadedBundle:
 
 
 def image_parts(bundle: Bundle, open_graph: OpenGraph, limits: Limits = DEFAULT_LIMITS) -> ImageParts:
-    """Loads the parts that encode pictures: preprocessing, vision encoder and, if the bundle has one, the bridge."""
+    """Loads the parts that encode pictures: preprocessing, vision encoder and (if there is one) bridge."""
     return ImageParts(
         preprocessing=Preprocessing.from_json(bundle.manifest.preprocessing),
         pixels_dtype=NUMPY_DTYPES[bundle.graph(VISION).spec.inputs[0].dtype],
@@ -108,7 +108,7 @@ def image_parts(bundle: Bundle, open_graph: OpenGraph, limits: Limits = DEFAULT_
 
 
 def queries_of(bundle: Bundle) -> int | None:
-    """The number of visual tokens that the bridge makes from each picture, at most; None without a bridge."""
+    """Returns the largest number of visual tokens that the bridge makes from a picture; None without a bridge."""
     if BRIDGE not in bundle.manifest.graphs:
         return None
     count = bundle.graph(BRIDGE).spec.outputs[0].dims[1]
@@ -116,7 +116,7 @@ def queries_of(bundle: Bundle) -> int | None:
 
 
 def captioning_prompt(bundle: Bundle) -> PromptSpec:
-    """The prompt template of a bundle; raises BundleError if its model only matches pictures with texts."""
+    """Returns a bundle's prompt template; raises BundleError if its model only matches pictures with texts."""
     spec = bundle.manifest.prompt
     if spec is None:
         raise BundleError(

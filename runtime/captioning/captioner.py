@@ -353,7 +353,7 @@ class Captioner(LoadedBundle):
     def _in_turn(
         self, images: list[ItemSource], texts: list[str | None], options: GenerationOptions, batch_size: int
     ) -> Iterator[CaptionResult | Blip2EdgeError]:
-        """Yields the results batch by batch, computed in the calling thread."""
+        """Computes the results batch by batch in the calling thread, and yields them."""
         for first in range(0, len(images), batch_size):
             yield from self._batch(range(first, min(first + batch_size, len(images))), images, texts, options)
 

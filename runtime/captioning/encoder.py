@@ -60,8 +60,8 @@ class PreparedBatch:
         prompts: The prompt of each row.
         counts: Number of pictures of each row.
         pixels: ``pixel_values [N, 3, H, W]`` of all pictures, row by row.
-        bridge_inputs: The bridge's inputs besides ``image_embeds``, by name: its instruction, and the numbers of its
-            queries; empty if it has neither.
+        bridge_inputs: The bridge's inputs besides ``image_embeds``, by name: the instruction, and the numbers of the
+            queries; empty if the bridge has neither input.
     """
 
     prompts: list[Prompt]
@@ -95,7 +95,7 @@ class ImageParts:
     elastic: ElasticSpec | None = None
 
     def query_ids(self, pictures: int, queries: int | None = None) -> dict[str, Array]:
-        """The input of an elastic bridge that selects its first queries; empty for any other bridge.
+        """Makes the input that selects the first queries of an elastic bridge; empty for any other bridge.
 
         Args:
             pictures: Number of pictures, B.
@@ -141,7 +141,7 @@ class Encoder:
         """Encodes a batch.
 
         Args:
-            images: As ``Captioner.caption`` takes them, one item a row.
+            images: One item for each row; as in ``Captioner.caption``.
             texts: The prompt of each row; None for the bundle's default.
             clock: Measures the stages.
             queries: Number of visual tokens of each picture, of an elastic bundle; None for all.
@@ -179,7 +179,7 @@ class Encoder:
     def prepared(
         self, texts: Sequence[PromptText | None], counts: list[int], pixels: Array, queries: int | None = None
     ) -> PreparedBatch:
-        """Makes the batch of pictures that are preprocessed: ``counts`` of each row, ``pixels`` of all of them."""
+        """Makes a batch from preprocessed pictures: ``counts`` has the number of each row, ``pixels`` all pictures."""
         filled = [self.text.prompts.with_default(text) for text in texts]
         inputs = self.text.instructions(filled) if self.text.instructions is not None else {}
         inputs |= self.images.query_ids(len(pixels), queries)
@@ -207,10 +207,10 @@ class Encoder:
 
 
 def checked_queries(bundle: Bundle, queries: int | None) -> int | None:
-    """Checks that a bundle works with this number of queries.
+    """Checks that a bundle can be run with this number of queries (visual tokens of a picture).
 
     Returns:
-        The number; None for all of them, also where their number is given: the two are the same option.
+        The number; None for all queries, also if ``queries`` is the number of all queries: the two are the same option.
 
     Raises:
         UsageError: The bundle is not elastic, or was not trained with this number.

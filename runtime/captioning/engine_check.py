@@ -1,7 +1,7 @@
 """Decides whether an exception was caused by one request or by the engine.
 
 After an exception of an unexpected kind, a small picture that is known to be good is captioned in a batch of its own.
-If that works, only the requests of the failed batch fail. If it fails too, the engine is broken.
+If this test request works, only the requests of the failed batch fail. If it fails too, the engine is broken.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from blip2edge.runtime.text.prompt import PromptText
 
 @dataclass(frozen=True)
 class KnownGoodRequest:
-    """A request that works on a healthy engine.
+    """A small test request, which works on every engine that is not broken.
 
     Attributes:
         options: How to generate: two tokens are enough to run every graph.
@@ -39,17 +39,17 @@ class KnownGoodRequest:
 
 
 def may_be_engine_fault(error: BaseException) -> bool:
-    """Whether an exception may come from the engine: all but the errors that the request explains."""
+    """Returns whether an exception may come from the engine: true except for errors that the request causes."""
     return isinstance(error, (BackendError, EngineError)) or not isinstance(error, Blip2EdgeError)
 
 
 class EngineCheck:
-    """Holds failed requests until a request that is known to be good has shown whether the engine works.
+    """Keeps failed requests open until a test request has shown whether the engine works.
 
     Args:
-        known_good: That request; None: exceptions fail their requests at once.
-        push_front: Puts it at the front of the queue.
-        broken: Called with an EngineFaultError, whose cause is its error, if it fails.
+        known_good: The test request; None: exceptions fail their requests at once.
+        push_front: Puts the test request at the front of the queue.
+        broken: Called if the test request fails, with an EngineFaultError whose cause is the test request's error.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class EngineCheck:
         self._test: Request | None = None
 
     def fail(self, requests: list[Request], error: BaseException) -> None:
-        """Fails requests: at once, or after the engine is checked if ``error`` may come from it."""
+        """Fails requests: at once or, if ``error`` may come from the engine, after the engine is checked."""
         if self._known_good is None or self._test in requests or not may_be_engine_fault(error):
             for request in requests:
                 request.fail(error)
@@ -77,7 +77,7 @@ class EngineCheck:
             self._test.future.add_done_callback(self._judge)
 
     def _judge(self, done: Future[CaptionResult]) -> None:
-        """Fails the held requests with their own errors if the test request worked; else reports the engine."""
+        """Fails the kept requests with their own errors if the test request worked; else reports a broken engine."""
         with self._lock:
             held, self._held, self._test = self._held, [], None
         problem = None if done.cancelled() else done.exception()

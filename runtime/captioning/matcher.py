@@ -178,8 +178,8 @@ class Matcher(LoadedBundle):
     ) -> Iterator[list[MatchResult]]:
         """Compares as :meth:`match_many` in short steps, so that other threads can run graphs in between.
 
-        Yields:
-            The results of a picture with up to ``step`` texts; an empty list after steps that only embed.
+        Yields: After each step, the results of a picture with up to ``step`` texts; an empty list after a step that
+            only computes vectors.
         """
         self._check_open()
         ids = [self.token_ids(text) for text in texts]
@@ -210,7 +210,7 @@ class Matcher(LoadedBundle):
             texts: A list of texts for each picture, of any length.
             batch_size: Number of pairs in one batch of the matching head.
             channels: As in :meth:`match`.
-            logits: Return the head's logits of "match" instead, the means over the queries of a picture.
+            logits: Whether to return the head's mean logit of "match" over a picture's queries in place of it.
 
         Returns:
             For each picture, the probabilities (or logits) of its texts.
@@ -298,7 +298,7 @@ class Matcher(LoadedBundle):
         return vectors
 
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 1, cut: bool = False) -> Vectors:
-        """Computes the vectors of N texts, ``[N, F]``; ``cut`` cuts too long ones before their last token."""
+        """Computes the vectors of N texts, ``[N, F]``; ``cut`` shortens too long texts before their last token."""
         self._check_open()
         ids = [self.token_ids(text, cut=cut) for text in listed("texts", texts)]
         parts = [self._embed(ids[at : at + batch_size]) for at in starts(len(ids), batch_size)]
@@ -307,7 +307,7 @@ class Matcher(LoadedBundle):
         return np.concatenate(parts)
 
     def _encode(self, pictures: list[ImageSource]) -> tuple[Array, Vectors]:
-        """``image_embeds`` and the vectors of the pictures of one batch."""
+        """Computes ``image_embeds`` and the vectors of one batch of pictures."""
         embeds = self._image_embeds(pictures)
         return embeds, self._features(embeds)
 
@@ -315,7 +315,7 @@ class Matcher(LoadedBundle):
         self, pictures: list[ImageSource], encoded: tuple[Array, Vectors], texts: Sequence[str], ids: list[list[int]],
         vectors: list[Vectors],
     ) -> list[MatchResult]:  # fmt: skip
-        """Compares encoded pictures with texts, which have token ids and vectors."""
+        """Compares encoded pictures with texts; ``ids`` and ``vectors`` are the token ids and vectors of the texts."""
         embeds, features = encoded
         cosines = [(features @ vector).max(axis=1) for vector in vectors]
         probabilities = [self._probabilities(embeds, row) for row in ids]
@@ -336,32 +336,32 @@ class Matcher(LoadedBundle):
         return list(vectors[:, 0] if vectors.shape[1] == 1 else vectors)
 
     def _image_embeds(self, pictures: list[ImageSource]) -> Array:
-        """``image_embeds [B, P, Dv]``."""
+        """Runs the vision encoder; returns ``image_embeds [B, P, Dv]``."""
         images = self.images
         pixels = images.preprocessing.batch(pictures, images.limits).astype(images.pixels_dtype, copy=False)
         return images.vision.run({"pixel_values": pixels})["image_embeds"]
 
     def _features(self, image_embeds: Array) -> Vectors:
-        """The vectors of pictures, ``[B, K, F]``."""
+        """Computes the vectors of pictures, ``[B, K, F]``."""
         return self.features.run({"image_embeds": image_embeds})["image_features"].astype(np.float32)
 
     def _embed(self, ids: list[list[int]]) -> Vectors:
-        """The vectors of texts, ``[B, F]``."""
+        """Computes the vectors of texts, ``[B, F]``."""
         return self.texts.run(_padded(ids))["text_embeds"].astype(np.float32)
 
     def _probabilities(self, image_embeds: Array, ids: list[int]) -> Vectors | None:
-        """The matching probability of every picture with one text, ``[B]``; None without a matching head."""
+        """Computes the probability ``[B]`` that each picture matches one text; None without a matching head."""
         if self.head is None:
             return None
         text = _padded([ids] * len(image_embeds))
         return self.head.run({"image_embeds": image_embeds, **text}, ["probability"])["probability"]
 
     def token_ids(self, text: str, *, cut: bool = False) -> list[int]:
-        """The text's token ids, with the special tokens of the tokenizer; ``cut`` as in :meth:`embed_texts`.
+        """Returns a text's token ids, with the tokenizer's special tokens; ``cut`` as in :meth:`embed_texts`.
 
         Raises:
-            PromptError: It is empty, too long, holds a special token, or has a token that the model lacks.
-            UsageError: It is not a str.
+            PromptError: The text is empty, too long, contains a special token, or has a token that the model lacks.
+            UsageError: ``text`` is not a str.
         """
         check_text("text", text)
         if not text.strip():
@@ -386,7 +386,7 @@ class Matcher(LoadedBundle):
 
 
 def _padded(rows: list[list[int]]) -> dict[str, Array]:
-    """Texts of one batch, padded on the right."""
+    """Pads the token ids of one batch of texts on the right; returns ids and mask."""
     longest = max(map(len, rows))
     ids, mask = np.zeros((2, len(rows), longest), np.int64)
     for row, values in enumerate(rows):

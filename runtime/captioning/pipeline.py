@@ -37,8 +37,8 @@ class TextGenerator:
         tokenizer: The language model's tokenizer.
         max_positions: Longest context of the language model, in tokens.
         drafts: Chooses the draft model of each text.
-        confidence: Computes how sure a text is.
-        queries: Number of visual tokens of each picture, if a request asks for no other; None without a bridge.
+        confidence: Computes the probability that a text is right.
+        queries: Number of visual tokens of each picture, if a request sets no other number; None without a bridge.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class TextGenerator:
             return self.language.prefill(batch.prompts, batch.pictures)
 
     def limited(self, prompt: Prompt, options: GenerationOptions) -> GenerationOptions:
-        """Reduces the length limits to the context that the prompt leaves; the last token needs no slot."""
+        """Returns options with length limits that fit the context after the prompt; the last token needs no slot."""
         room = self.max_positions - (len(self.language.initial) or prompt.length) + 1
         if options.max_new_tokens <= room:
             return options
@@ -82,7 +82,7 @@ class TextGenerator:
 
         Args:
             batch: An encoded batch.
-            row: The text's row in it.
+            row: The text's row in the batch.
             options: The text's options; ``num_beams`` is 1.
             vocabulary: V, the number of logits.
             number: Number that selects the text's random stream.
@@ -114,7 +114,8 @@ class TextGenerator:
             options: How to generate, the same for all rows.
             numbers: For each text, the number that selects its random stream.
             clock: Measures prefill and decode.
-            texts: N, the number of texts of each row: of a beam search the best ones, otherwise drawn one by one.
+            texts: N, the number of texts of each row. A beam search returns the N best texts; otherwise N texts are
+                drawn one by one.
 
         Returns:
             ``B * N`` texts, row by row.
@@ -131,7 +132,7 @@ class TextGenerator:
             return generate(logits[places], state, rows)
 
     def _search(self, batch: EncodedBatch, options: GenerationOptions, clock: StageClock, best: int) -> list[Generated]:
-        """Beam search; rows whose texts reach the end of the context at different lengths are run separately."""
+        """Runs beam search; rows whose texts reach the end of the context at different lengths run separately."""
         limited = [self.limited(prompt, options) for prompt in batch.prompts]
         rows = range(len(batch.prompts))
         groups = [list(rows)] if len(set(limited)) == 1 else [[row] for row in rows]
@@ -167,7 +168,7 @@ class TextGenerator:
             yield TextPiece(rest, tokens.rest(*known, rest))
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        """The prompt's ids that the decoder processes: none if a text encoder takes the prompt."""
+        """Returns the ids of the prompt that the decoder processes: none if a text encoder processes the prompt."""
         return [] if self.language.initial else prompt.ids
 
     def _stopped(self, options: GenerationOptions) -> Callable[[Sequence[int]], bool] | None:
@@ -181,14 +182,14 @@ class TextGenerator:
         return stopped
 
     def text(self, generated: Generated, options: GenerationOptions) -> str:
-        """The text of generated tokens: cut before the first stop string, without surrounding spaces."""
+        """Returns the text of generated tokens, cut before the first stop string and without surrounding spaces."""
         text = self.tokenizer.decode(generated.tokens)
         for stop in options.stop:
             text = text.partition(stop)[0]
         return text.strip()
 
     def answer(self, generated: Generated, options: GenerationOptions, prompt: PromptText | None) -> TextAnswer:
-        """The text and its confidence; the text is empty if the confidence is below ``options.abstain_below``."""
+        """Returns text and confidence; the text is empty if its confidence is below ``options.abstain_below``."""
         confidence = self.confidence.of(generated, options, prompt)
         if options.abstain_below is not None and (confidence is None or confidence < options.abstain_below):
             return TextAnswer("", ABSTAINED, confidence)

@@ -59,7 +59,7 @@ class CaptionResult:
         token_logprobs: The log-probability of each generated token; see :class:`Generated`.
         confidence: Estimated probability that the text is right, by the map that ``calibrate --references`` fitted;
             None if the bundle has no map for these options and this prompt (docs/confidence.md).
-        likeliest: For each generated token, the likeliest tokens of its place; empty without ``top_logprobs``.
+        likeliest: For each generated token, the likeliest tokens at its position; empty without ``top_logprobs``.
         queries: Number of visual tokens that the bridge made from each picture, or from each frame of a video; None for
             a model without a bridge.
     """
@@ -81,11 +81,11 @@ class CaptionResult:
 
     @property
     def logprob(self) -> float:
-        """Log-probability of the text (natural logarithm): the sum over its tokens; it is not calibrated."""
+        """Returns the log-probability of the text (natural logarithm, not calibrated): the sum over its tokens."""
         return math.fsum(self.token_logprobs)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object: the attributes except :data:`NOT_IN_JSON`, and ``logprob`` before ``confidence``."""
+        """Returns a JSON object: the attributes except :data:`NOT_IN_JSON`, and ``logprob`` before ``confidence``."""
         values = {key: value for key, value in vars(self).items() if key not in NOT_IN_JSON}
         last = {key: values.pop(key) for key in ("confidence", "queries")}
         last["token_logprobs"] = [round(value, DIGITS) for value in self.token_logprobs]
@@ -118,7 +118,7 @@ class MatchResult:
     cosine: float
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object with the attributes as keys."""
+        """Returns a JSON object with the attributes as keys."""
         return dict(vars(self))
 
 
@@ -171,10 +171,10 @@ LONGEST_DEADLINE = 1e6
 
 
 def expiry(deadline: float | None) -> float | None:
-    """The time (``time.monotonic`` seconds) at which a deadline of so many seconds from now passes; None for none.
+    """Returns when ``deadline`` seconds from now have passed (``time.monotonic`` seconds); None without deadline.
 
     Raises:
-        UsageError: It is not above 0, or above :data:`LONGEST_DEADLINE`.
+        UsageError: ``deadline`` is not above 0, or is above :data:`LONGEST_DEADLINE`.
     """
     if deadline is None:
         return None
@@ -209,21 +209,21 @@ class Pending(Generic[Outcome]):
             timeout: Seconds to wait; None for no limit.
 
         Raises:
-            DeadlineError: It was not finished within its deadline.
-            ImageError, PromptError: As in the method of ``Captioner`` or ``Matcher`` that it stands for.
-            concurrent.futures.CancelledError: It was cancelled.
+            DeadlineError: The work was not finished within its deadline.
+            ImageError, PromptError: As in the method of ``Captioner`` or ``Matcher`` that does the same work directly.
+            concurrent.futures.CancelledError: The work was cancelled.
             TimeoutError: ``timeout`` has passed.
         """
         return self.future.result(timeout)
 
     def cancel(self) -> None:
-        """Cancels it: the work ends at the next step, and :meth:`result` raises CancelledError."""
+        """Cancels the work: it ends at the next step, and :meth:`result` raises CancelledError."""
         if self.future.cancel():
             self.push(None)
 
     @property
     def over(self) -> bool:
-        """Whether it is finished, failed or cancelled. If its deadline has passed, it fails here."""
+        """Returns whether the work is finished, failed or cancelled. If its deadline has passed, makes it fail."""
         if not self.future.done() and self.expires is not None and time.monotonic() > self.expires:
             self.fail(DeadlineError("the request was not finished before its deadline", "set a longer deadline"))
         return self.future.done()
@@ -232,14 +232,14 @@ class Pending(Generic[Outcome]):
         """Publishes a piece of the result, or None for its end."""
 
     def finish(self, result: Outcome) -> None:
-        """Sets the result, unless it is finished or cancelled already."""
+        """Sets the result, unless the work is finished or cancelled already."""
         with self._finishing:
             if not self.future.done() and self.future.set_running_or_notify_cancel():
                 self.future.set_result(result)
         self.push(None)
 
     def fail(self, error: BaseException) -> None:
-        """Sets ``error`` as the result, unless it is finished or cancelled already."""
+        """Sets ``error`` as the result, unless the work is finished or cancelled already."""
         with self._finishing:
             if not self.future.done() and self.future.set_running_or_notify_cancel():
                 self.future.set_exception(error)
@@ -257,7 +257,7 @@ class Request(Pending[CaptionResult]):
         separate: Whether the request is encoded and decoded without other requests in its batch.
         prompt_tokens: Length of the prompt in tokens; 0 until the request is encoded.
         stage_ms: Milliseconds by stage so far.
-        first_token_s: Seconds from its submission to the first token (of a beam search: to the text); None before it.
+        first_token_s: Seconds from submission to the first token (of a beam search: to the text); None before that.
         generation: The request's row of the batch, once it is decoded; None for a beam search.
         on_piece: Called by the decoder's thread with each piece of the text, and with None at the end. If it is set,
             :meth:`pieces` yields nothing.
@@ -294,7 +294,7 @@ class Request(Pending[CaptionResult]):
             self.push(self._text.flush())
 
     def outcome(self) -> CaptionResult | Blip2EdgeError:
-        """Waits for the result; returns it, or its error."""
+        """Waits until the request is finished; returns its result or its error."""
         try:
             return self.result()
         except Blip2EdgeError as error:
@@ -326,7 +326,7 @@ Source = TypeVar("Source")
 
 
 def listed(name: str, values: Iterable[Item]) -> list[Item]:
-    """Pictures or texts as a list.
+    """Returns pictures or texts as a list.
 
     Args:
         name: The argument's name, for the error.
@@ -355,7 +355,7 @@ def check_text(name: str, value: object) -> None:
 
 
 def raising(results: Generator[Item | Blip2EdgeError, None, None]) -> Iterator[Item]:
-    """Yields the results, and raises the first error."""
+    """Yields the results up to the first error, and raises that error."""
     with closing(results):
         for result in results:
             if isinstance(result, Blip2EdgeError):
@@ -366,7 +366,7 @@ def raising(results: Generator[Item | Blip2EdgeError, None, None]) -> Iterator[I
 def in_batches(
     compute: Callable[[list[Source]], list[Item]], pictures: list[Source], batch_size: int
 ) -> Generator[Item | Blip2EdgeError, None, None]:
-    """Yields the results of all pictures; in a batch with a broken picture, each picture is computed by itself."""
+    """Yields the results of all pictures. If a picture of a batch is broken, runs each picture of the batch alone."""
     for at in starts(len(pictures), batch_size):
         batch = pictures[at : at + batch_size]
         try:
@@ -381,7 +381,7 @@ def in_batches(
 
 
 def starts(count: int, batch_size: int) -> range:
-    """The index at which each batch begins.
+    """Returns the index of the first picture of each batch.
 
     Raises:
         UsageError: ``batch_size`` is below 1.

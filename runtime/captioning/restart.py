@@ -1,4 +1,4 @@
-"""Loads a bundle again when its engine is broken; and a captioner with its scheduler that does so."""
+"""Loads a bundle again when its engine is broken; includes a captioner with scheduler that restarts in this way."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ Loaded = TypeVar("Loaded", bound=LoadedBundle)
 
 
 class HangError(Exception):
-    """The engine neither answers nor fails; its threads cannot be ended."""
+    """Raised if the engine neither answers nor fails; its threads cannot be ended."""
 
 
 @dataclass(frozen=True)
 class Backoff:
-    """How long to wait before the engine is loaded again: 1, 2, 4 … 60 s by default.
+    """The waiting times before the engine is loaded again: by default 1, 2, 4 … 60 s.
 
     Attributes:
-        first_s: Seconds before the first attempt; each further one waits twice as long.
+        first_s: Seconds before the first attempt; the wait doubles with each further attempt.
         most_s: Longest wait in seconds.
         attempts: Attempts in a row without a result in between, after which the bundle is not loaded again.
     """
@@ -44,7 +44,7 @@ class Backoff:
     attempts: int = 8
 
     def seconds(self, attempt: int) -> float:
-        """The wait before an attempt; the first one has the number 0."""
+        """Returns the seconds to wait before an attempt; the first attempt has the number 0."""
         return min(self.first_s * 2.0**attempt, self.most_s)
 
 
@@ -53,7 +53,7 @@ class Restarting(Generic[Loaded]):
 
     Args:
         load: Loads the bundle again; None: a broken engine stays broken.
-        backoff: Waits between attempts.
+        backoff: The waiting times between attempts.
 
     Attributes:
         state: ``ok``, ``restarting``, or ``failed`` after the last attempt.
@@ -70,7 +70,7 @@ class Restarting(Generic[Loaded]):
         self.gave_up: Callable[[], None] = lambda: None
 
     def succeeded(self) -> None:
-        """Resets the count of faults in a row: the engine has made a result."""
+        """Resets the count of faults in a row; called when the engine has made a result."""
         self._faults = 0
 
     def _check_state(self) -> None:
@@ -116,12 +116,12 @@ class Restarting(Generic[Loaded]):
         self.gave_up()
 
     def _replace(self, loaded: Loaded) -> None:
-        """Makes a loaded bundle the one in use, after it has answered a request that every healthy engine answers.
+        """Checks a loaded bundle with a test request, then uses it in place of the broken bundle.
 
-        If it fails, it is closed.
+        If the test request fails, the loaded bundle is closed.
 
         Raises:
-            HangError: There is no answer after :data:`CHECK_S`. The bundle is not closed: its graph still runs.
+            HangError: There is no answer after :data:`CHECK_S` seconds. The bundle is not closed: its graph still runs.
         """
         raise NotImplementedError
 
@@ -131,11 +131,11 @@ class RestartingCaptioner(Restarting[Captioner]):
 
     Args:
         captioner: A loaded bundle.
-        load, backoff: As of :class:`Restarting`.
+        load, backoff: Arguments of :class:`Restarting`.
         **scheduling: Arguments of ``Captioner.scheduler``.
 
     Attributes:
-        captioner, scheduler: Those in use; a new pair after each restart.
+        captioner, scheduler: The captioner and the scheduler in use; both are new after each restart.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class RestartingCaptioner(Restarting[Captioner]):
         )
 
     def ready(self) -> Scheduler:
-        """The scheduler.
+        """Returns the scheduler in use.
 
         Raises:
             EngineFaultError: The engine is broken, or is being loaded again.
@@ -172,7 +172,7 @@ class RestartingCaptioner(Restarting[Captioner]):
             self.scheduler.close()
 
     def _failed(self, error: BaseException) -> None:
-        """Begins a restart; called by a thread of the scheduler, which has closed itself."""
+        """Begins a restart; a thread of the scheduler calls it after the scheduler has closed itself."""
         cause = error.__cause__ if isinstance(error, EngineFaultError) and error.__cause__ is not None else error
         self._broken(cause)
         if self._load is not None:
@@ -208,7 +208,7 @@ def answers(compute: Callable[[], object]) -> None:
     """Calls ``compute`` in a thread, and raises its error.
 
     Raises:
-        HangError: It does not end within :data:`CHECK_S`.
+        HangError: ``compute`` does not end within :data:`CHECK_S` seconds.
     """
     future: Future[None] = Future()
 
@@ -232,7 +232,7 @@ def _problem(error: BaseException) -> str:
 
 
 def _closed(scheduler: Scheduler, seconds: float) -> bool:
-    """Closes a scheduler; False if its threads do not end in time, because the engine hangs."""
+    """Closes a scheduler; returns False if its threads do not end in time, because the engine hangs."""
     thread = threading.Thread(target=scheduler.close, name="blip2edge-close", daemon=True)
     thread.start()
     thread.join(seconds)
@@ -240,7 +240,7 @@ def _closed(scheduler: Scheduler, seconds: float) -> bool:
 
 
 def known_good(captioner: Captioner) -> KnownGoodRequest:
-    """A request that every healthy engine of the captioner's bundle answers: two tokens for a grey picture."""
+    """Makes a test request that every working engine of the bundle answers: two tokens for a grey picture."""
     options: GenerationOptions = captioner.options(max_new_tokens=2, min_new_tokens=0, num_beams=1)
     spec = captioner.prompts.spec
     return KnownGoodRequest(options, prompt=None if spec.kind == INTERLEAVED else "a")

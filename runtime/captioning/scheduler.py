@@ -1,4 +1,4 @@
-"""Continuous batching: encodes the next pictures while earlier ones are decoded, and reuses a free row at once.
+"""Continuous batching: encodes the next pictures while earlier pictures are decoded; fills a free row at once.
 
     submit --> waiting --(encoder's thread)--> ready --(decoder's thread: prefill)--> a running row --> result
 
@@ -123,7 +123,7 @@ class Scheduler:
 
         Raises:
             OverloadError: The queue is full, and ``wait`` is False.
-            UsageError: As :func:`expiry`; or ``abstain_below`` is given, and there is no confidence.
+            UsageError: As :func:`expiry`; or ``abstain_below`` is given, but there is no confidence map for it.
             RuntimeError: The scheduler is closed.
         """
         self._generator.confidence.check(options, prompt)
@@ -160,25 +160,25 @@ class Scheduler:
         return request
 
     def check_room(self) -> None:
-        """Raises OverloadError if the queue is full: then a picture need not be read."""
+        """Raises OverloadError if the queue is full; call it before a picture is read."""
         with self._changed:
             if self._is_full():
                 raise OverloadError(self._full_text, "try again later")
 
     def _is_full(self) -> bool:
-        """Whether the queue is full; cancelled and expired requests do not count."""
+        """Returns whether the queue is full; cancelled and expired requests do not count."""
         if len(self._waiting) >= self._max_waiting:
             self._waiting = deque(request for request in self._waiting if not request.over)
         return len(self._waiting) >= self._max_waiting
 
     @property
     def failed(self) -> bool:
-        """Whether an unexpected error has ended the scheduler's threads; no more requests are accepted then."""
+        """Returns whether an unexpected error has ended the threads; then no requests are accepted."""
         return self._failure is not None
 
     @property
     def load(self) -> dict[str, int]:
-        """Numbers of requests that are ``waiting``, ``encoding``, ``ready`` to be decoded, and ``running``."""
+        """Returns how many requests are ``waiting``, ``encoding``, ``ready`` to be decoded, and ``running``."""
         with self._changed:
             return {
                 "waiting": len(self._waiting),
@@ -232,7 +232,7 @@ class Scheduler:
                 self._encoding = 0
 
     def _next_to_encode(self) -> list[Request] | None:
-        """Waits for requests and for room in the decoder; None at the end."""
+        """Waits for requests and for room in the decoder; returns the next requests to encode, or None at the end."""
         with self._changed:
             while not self._closing:
                 room = self._room()
@@ -247,7 +247,7 @@ class Scheduler:
         return None
 
     def _room(self) -> int:
-        """How many pictures may be encoded now."""
+        """Returns how many pictures may be encoded now."""
         ready = sum(len(group) for group, _ in self._ready)
         if not self._one_at_a_time:
             return self._max_batch - ready
@@ -256,7 +256,7 @@ class Scheduler:
         return min(free, 1) if self._running else free
 
     def _encoded(self, requests: list[Request]) -> Iterator[tuple[list[Request], EncodedBatch]]:
-        """Encodes requests with equally many visual tokens as one batch; with a broken picture, each by itself."""
+        """Encodes requests with equally many visual tokens as one batch. If a picture is broken, encodes each alone."""
         alive = [request for request in requests if not request.over]
         shared = [request for request in alive if not request.separate]
         counts = dict.fromkeys(request.options.queries for request in shared)
@@ -305,7 +305,7 @@ class Scheduler:
         self._batches = [self._batches[0], *(batch for batch in self._batches[1:] if batch.rows)]
 
     def _next_to_decode(self) -> list[tuple[list[Request], EncodedBatch]] | None:
-        """Waits for work; returns the requests for the free rows, or None at the end."""
+        """Waits for requests to decode; returns the requests for the free rows, or None at the end."""
         with self._changed:
             self._changed.notify_all()  # a free row lets the encoder take a picture
             while not (self._closing or self._ready or self._running):
@@ -326,7 +326,7 @@ class Scheduler:
             return admitted
 
     def _admit(self, group: list[Request], encoded: EncodedBatch) -> None:
-        """Prefills a batch, whose rows join the running ones. Beam searches run to their end here."""
+        """Prefills a batch and adds its rows to the running rows. Beam searches run to their end here."""
         alive = [at for at, request in enumerate(group) if not request.over]
         for search in (False, True):
             chosen = [at for at in alive if (group[at].options.num_beams > 1) is search]
@@ -390,7 +390,7 @@ class Scheduler:
 
 
 def _charge(requests: Sequence[Request], clock: StageClock) -> None:
-    """Adds each request's share of a batch's time."""
+    """Adds to each request its share of the batch's time."""
     for stage, ms in clock.share(len(requests)).items():
         for request in requests:
             request.stage_ms[stage] += ms

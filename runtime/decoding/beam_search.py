@@ -109,14 +109,14 @@ class _BeamGroup:
 
     @property
     def latest(self) -> NDArray[np.int64]:
-        """The last token of each running beam, int64 [num_beams]."""
+        """Returns the last token of each running beam, int64 [num_beams]."""
         return self._running[:, self._length - 1]
 
     def advance(self, log_probs: NDArray[np.float32]) -> None:
         """Extends all beams by one token.
 
         Args:
-            log_probs: [num_beams,V], of the running beams' next token; changed in place.
+            log_probs: [num_beams,V], log-probabilities of each running beam's next token; changed in place.
         """
         plain = log_probs.copy()
         if self._processors.act(self._length):
@@ -141,7 +141,7 @@ class _BeamGroup:
         self.done = full or not self._improvable or bool(ended.all())
 
     def results(self, initial: Sequence[int], count: int) -> list[Generated]:
-        """The `count` best finished texts, best first."""
+        """Returns the `count` best finished texts, best first."""
         return [
             Generated((*initial, *tokens), reason, float(score), token_logprobs=logprobs)
             for score, (tokens, reason, logprobs) in zip(self._finished_scores, self._finished, strict=True)
@@ -150,7 +150,7 @@ class _BeamGroup:
     def _continuations(
         self, log_probs: NDArray[np.float32]
     ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
-        """The best continuations, best first: scores [K], beams continued [K], texts [K,max_new_tokens]."""
+        """Returns the K best continuations: scores [K], index of the continued beam [K], texts [K,max_new_tokens]."""
         keep = max(2, 1 + len(self._options.eos_token_ids)) * self._options.num_beams
         flat = log_probs.reshape(-1)
         best = top_k_indices(flat, min(keep, len(flat)))
@@ -186,10 +186,10 @@ class _BeamGroup:
         self._is_finished = np.array([flag for _, _, flag in entries])
 
     def _can_improve(self) -> bool:
-        """Whether the best running beam has a better score than a finished text.
+        """Returns whether the best running beam can get a better score than one of the finished texts.
 
         The running beam's score is computed for its present length; with `early_stopping` "never", for the longest
-        possible.
+        possible length.
         """
         penalty = self._options.length_penalty
         longest = self._options.early_stopping == "never" and penalty > 0
@@ -200,5 +200,5 @@ class _BeamGroup:
 
 
 def _floored(logprobs: NDArray[np.float32]) -> tuple[float, ...]:
-    """Log-probabilities of the tokens of a text, without minus infinity."""
+    """Returns the log-probabilities of a text's tokens, with the lowest finite number in place of minus infinity."""
     return tuple(np.maximum(logprobs, np.float32(LOWEST)).tolist())

@@ -48,7 +48,7 @@ def features(token_logprobs: Sequence[float]) -> Scores:
 
 
 def decoding_options(options: GenerationOptions) -> dict[str, Any]:
-    """The options that a map depends on, as JSON: those that differ from the defaults, without FREE_OPTIONS."""
+    """Returns the options that differ from the defaults, as JSON; options in FREE_OPTIONS do not affect a map."""
     defaults = asdict(GenerationOptions())
     given = {name: value for name, value in asdict(options).items() if name not in FREE_OPTIONS}
     changed: dict[str, Any] = json.loads(
@@ -73,13 +73,14 @@ class ConfidenceMap:
 
     Attributes:
         task: :data:`CAPTION` or :data:`ASK`.
-        prompt: The prompt of the pictures, with the bundle's default filled in; None for none, and for questions.
+        prompt: The prompt that the map was fitted with; the bundle's default if none was given. None for a model
+            without a prompt, and for questions.
         options: :func:`decoding_options` of the fit.
-        precisions: Precision of each graph of the bundle that the map was fitted on.
-        max_new_tokens: Limit of length of the fit.
-        offset: See above.
-        weights: One for each of :data:`FEATURES`.
-        knots: Scores and their probabilities, both ascending; empty for the logistic function.
+        precisions: Precision of each graph in the bundle with which the map was fitted.
+        max_new_tokens: Largest number of generated tokens, as in the fit.
+        offset: The constant of the score.
+        weights: The weight of each feature in :data:`FEATURES`.
+        knots: Pairs of a score and its probability, both ascending; empty for the logistic function.
         bounds: Lowest and highest probability that the map gives.
     """
 
@@ -94,18 +95,18 @@ class ConfidenceMap:
     bounds: tuple[float, float] = (0.0, 1.0)
 
     def probabilities(self, rows: Scores) -> Scores:
-        """The probability of each row of features ``[N, 3]``, ``[N]``."""
+        """Computes the probability ``[N]`` that each text is right, from the features ``[N, 3]`` of the texts."""
         scores = self.offset + rows @ np.array(self.weights)
         found = np.interp(scores, *self.knots) if self.knots[0] else 0.5 * (1.0 + np.tanh(0.5 * scores))
         bounded: Scores = np.clip(found, *self.bounds)
         return bounded
 
     def confidence(self, token_logprobs: Sequence[float]) -> float:
-        """The probability that a text is right."""
+        """Computes the probability that a text is right, from the log-probabilities of its tokens."""
         return float(self.probabilities(features(token_logprobs)[None])[0])
 
     def to_json(self) -> dict[str, Any]:
-        """The map as a JSON object."""
+        """Returns the map as a JSON object."""
         return {**vars(self), "weights": list(self.weights), "knots": [list(side) for side in self.knots],
                 "bounds": list(self.bounds)}  # fmt: skip
 
@@ -138,7 +139,7 @@ class Confidence:
         """Checks that ``abstain_below`` can be used.
 
         Raises:
-            UsageError: It is given, and the bundle has no map for these options and this prompt.
+            UsageError: ``abstain_below`` is given, but the bundle has no map for these options and this prompt.
         """
         if options.abstain_below is None or self._problem(options, prompt) is None:
             return
@@ -148,11 +149,11 @@ class Confidence:
         )
 
     def of(self, generated: Generated, options: GenerationOptions, prompt: PromptText | None) -> float | None:
-        """The confidence of a text; None if there is no map for these options and this prompt.
+        """Returns the confidence of a text; None if the bundle has no map for these options and this prompt.
 
         Args:
-            generated: The text.
-            options: How it was generated.
+            generated: The generated text.
+            options: The options that the text was generated with.
             prompt: The prompt as given; None for the bundle's default.
         """
         if self._problem(options, prompt) is not None or self._spec is None:
@@ -163,7 +164,7 @@ class Confidence:
         return round(fitted.confidence(generated.token_logprobs), 4)
 
     def _problem(self, options: GenerationOptions, prompt: PromptText | None) -> str | None:
-        """Why there is no confidence; None if there is one."""
+        """Returns why no confidence can be given for these options and this prompt; None if it can be given."""
         if self._spec is None or not self._maps:
             return "the bundle has no fitted confidence"
         task = task_of(prompt, self._spec)

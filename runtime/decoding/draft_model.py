@@ -73,11 +73,11 @@ class TextHeadGraph:
 
 
 class TextHeadDraft:
-    """The text head's draft of one text; it follows :class:`DraftModel`.
+    """Proposes tokens of one text with the text head; implements :class:`DraftModel`.
 
     Args:
         head: The graph and the tokenizers.
-        queries: Keys and values of the query tokens, the start of the KV cache, ``[1, H, Q, d]`` by name.
+        queries: Keys and values of the query tokens, ``[1, H, Q, d]`` by name; they are the start of the KV cache.
     """
 
     def __init__(self, head: TextHeadGraph, queries: Mapping[str, Array]) -> None:
@@ -112,7 +112,7 @@ class TextHeadDraft:
         return self._head.tokenizer.decode(self._text)
 
     def _retokenized(self, generated: list[int], written: str, rest: str) -> list[int]:
-        """The tokens of the language model for ``rest``, which follows ``written``."""
+        """Returns the language model's tokens for the text ``rest``, which follows the text ``written``."""
         language = self._head.language
         whole = language.encode(written + rest, add_special_tokens=False)
         if whole[: len(generated)] == generated:
@@ -131,7 +131,7 @@ class TextHeadDraft:
         self._text, self._ended = list(prefix), False
 
     def _extend(self, count: int) -> None:
-        """Generates greedily until the text has ``count`` tokens, or ends."""
+        """Generates tokens greedily until the draft text has ``count`` tokens, or ends."""
         spec = self._head.spec
         while len(self._text) < min(count, spec.max_positions - 1) and not self._ended:
             token = self._next()
@@ -140,7 +140,7 @@ class TextHeadDraft:
                 self._text.append(token)
 
     def _next(self) -> int:
-        """Runs the graph on the tokens that are not in the KV cache; returns the likeliest next one."""
+        """Runs the graph on the tokens that are not in the KV cache; returns the likeliest next token."""
         spec = self._head.spec
         fresh = [spec.dec_token_id, *self._text][self._cached :]
         steps, total = len(fresh), self._queries + self._cached + len(fresh)
@@ -220,9 +220,9 @@ class DraftSelector:
             bundle: An opened bundle.
             open_graph: Loads a graph by name.
             tokenizer: The language model's tokenizer.
-            default: See the class; the text head is loaded for ``auto`` and ``itg``. With engines, ``auto`` means
-                ``none``.
-            backend: The backend of the graphs; it selects one of :data:`CLOCKS`.
+            default: Draft model for texts whose options do not set ``draft``. The text head is loaded for ``auto`` and
+                ``itg``. With engines, ``auto`` means ``none``.
+            backend: The backend of the graphs; it selects the clock from :data:`CLOCKS`.
 
         Raises:
             UsageError: ``default`` is unknown, or it is ``itg`` and the bundle has no text head.
@@ -268,7 +268,7 @@ class DraftSelector:
     def speculator(
         self, options: GenerationOptions, prompt_ids: Sequence[int], pictures: Mapping[str, Array], row: int
     ) -> Speculator | None:
-        """Makes the speculative decoder of one text; None for plain decoding.
+        """Returns the speculative decoder of one text; None for plain decoding.
 
         Args:
             options: The text's options.

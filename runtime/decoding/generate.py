@@ -1,4 +1,4 @@
-"""Greedy decoding and sampling of texts in a batch; beam search is in `beam_search.py`.
+"""Generates the texts of a batch by greedy decoding or sampling; beam search is in `beam_search.py`.
 
 Parity target: transformers 5.23 `generate`, called as `Blip2ForConditionalGeneration.generate` calls its
 language model, with `inputs_embeds` and `input_ids`. There the prompt's ids count both in the current length and in the
@@ -65,7 +65,7 @@ class Generation:
         finish_reason: None until the text is finished.
         passes: Runs of the decoder for this text, prefill included.
         token_logprobs: The log-probability of each generated token, by the decoder's logits; see :class:`Generated`.
-        likeliest: The likeliest tokens at the place of each, if the options ask for them.
+        likeliest: The likeliest tokens at the position of each generated token, if the options set ``top_logprobs``.
     """
 
     def __init__(
@@ -106,11 +106,11 @@ class Generation:
 
     @property
     def remaining(self) -> int:
-        """Number of tokens that may still be generated."""
+        """Returns the number of tokens that may still be generated."""
         return self.options.max_new_tokens - len(self.generated)
 
     def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits ``[V]`` after the logits processors; the argument is not changed."""
+        """Applies the logits processors to a copy of logits ``[V]``, and returns the scores ``[V]``."""
         if not self._processors.act(len(self.generated)):
             return logits
         scores = np.array(logits, np.float32)
@@ -118,7 +118,7 @@ class Generation:
         return scores
 
     def choose(self, logits: NDArray[np.float32]) -> int:
-        """The next token, chosen from logits ``[V]``; of equal scores, greedy decoding takes the lowest id.
+        """Chooses the next token from logits ``[V]``; of equal scores, greedy decoding takes the lowest id.
 
         If processors exclude every token, or make a score infinite, there are no probabilities: sampling is greedy.
         """
@@ -137,12 +137,12 @@ class Generation:
 
     @property
     def is_chosen_on_device(self) -> bool:
-        """Whether a :class:`GreedyState` can choose the next token."""
+        """Returns whether a :class:`GreedyState` can choose the next token."""
         plain = self._random is None and self.speculator is None and not self.options.top_logprobs
         return plain and self._processors.fit_device(len(self.generated))
 
     def step_scores(self) -> StepScores:
-        """How a :class:`GreedyState` changes the logits of the next steps."""
+        """Returns the changes that a :class:`GreedyState` makes to the logits of the next steps."""
         return self._processors.step_scores(self.generated)
 
     def accept(self, token: int) -> None:
@@ -175,7 +175,8 @@ class GenerationBatch:
             rows: The B texts to add.
 
         Raises:
-            BackendError: The decoder has no room for the new rows; the rows that were in the batch are not affected.
+            BackendError: The decoder has no room for the new rows; the rows that are already in the batch are not
+                affected.
         """
         if not self.rows or self._state is None:
             self._state, self._logits, self._last = state, first_logits, None
@@ -190,7 +191,7 @@ class GenerationBatch:
         """Appends the next token to every row.
 
         Returns:
-            The rows that got a token. Those that now have a ``finish_reason`` are no longer in the batch.
+            The rows that got a token. Rows that now have a ``finish_reason`` are no longer in the batch.
 
         Raises:
             BackendError: The decoder returned NaN.
@@ -205,7 +206,7 @@ class GenerationBatch:
         return stepped
 
     def _chosen(self, state: DecodeState) -> list[int]:
-        """The next token of each row."""
+        """Chooses the next token of each row."""
         on_device = isinstance(state, GreedyState) and state.gives_logprobs
         on_device = on_device and all(row.is_chosen_on_device for row in self.rows)
         if self._last is None or not on_device or not isinstance(state, GreedyState):
@@ -220,7 +221,7 @@ class GenerationBatch:
         return [int(token) for token in tokens]
 
     def _halt(self) -> None:
-        """Stops the state's own greedy decoding; the state then holds all tokens except the last ones."""
+        """Ends greedy decoding on the GPU; the state then contains all tokens except the last token of each row."""
         if self._greedy is not None:
             self._greedy.close()
             self._greedy = None
@@ -243,7 +244,7 @@ class GenerationBatch:
         self._logits = None if self._logits is None else self._logits[kept]
 
     def _advanced(self, state: DecodeState) -> NDArray[np.float32]:
-        """The logits ``[B, V]`` after the rows' last tokens; runs the decoder if it has not processed those yet."""
+        """Returns the logits ``[B, V]`` after the rows' last tokens; runs the decoder if they are not computed yet."""
         self._halt()
         if self._last is not None:
             self._logits, self._last = self._read(state, self._last), None

@@ -1,4 +1,4 @@
-"""The text that was generated for a row, with the log-probability of each token and word; when a text is finished."""
+"""Results of generation: the tokens and words of a text with log-probabilities, and why the text is finished."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Generated:
     """The generated text of one row.
 
     Attributes:
-        tokens: The ids that the decoder was started with, then the generated ids with the end token; no padding.
+        tokens: The ids that the decoder was started with, then the generated ids; with the end token, without padding.
         finish_reason: "eos", "length" or "stop".
         score: The length-penalised log-probability of the best beam; None without beam search.
         tokens_per_pass: Number of generated tokens divided by the decoder's passes for them; 1 without a draft model.
         token_logprobs: Log-probability (natural logarithm) that the model gives each generated token: the log-softmax
             of the decoder's logits, before logits processors and temperature.
-        likeliest: For each generated token, the likeliest tokens of its place; empty without
+        likeliest: For each generated token, the likeliest tokens at its position; empty without
             ``GenerationOptions.top_logprobs``.
     """
 
@@ -40,14 +40,14 @@ class Generated:
 
     @property
     def logprob(self) -> float:
-        """Log-probability of the text: the sum over its tokens."""
+        """Returns the log-probability of the text: the sum over its tokens."""
         return math.fsum(self.token_logprobs)
 
 
 def finish_reason(
     generated: Sequence[int], length: int, options: GenerationOptions, stopped: Stopped | None
 ) -> str | None:
-    """Returns why a text of `length` generated tokens is finished: "eos", "stop" or "length"; None if not finished."""
+    """Returns why a text of `length` tokens is finished: "eos", "stop" or "length"; None if it is not finished."""
     if generated[-1] in options.eos_token_ids:
         return "eos"
     if stopped is not None and stopped(generated):
@@ -65,7 +65,7 @@ class Word:
 
 @dataclass(frozen=True)
 class TextToken:
-    """A token of a text: what it adds to the text, its log-probability, and the likeliest texts in its place."""
+    """A token: its characters in the text, its log-probability, and the likeliest tokens at its position as texts."""
 
     text: str
     logprob: float
@@ -84,7 +84,7 @@ class TextPiece(str):
     tokens: tuple[TextToken, ...]
 
     def __new__(cls, text: str, tokens: Sequence[TextToken]) -> TextPiece:  # noqa: PYI034 - typing.Self is of Python 3.11
-        """Makes a piece of its text and its tokens."""
+        """Makes a piece from its text and the tokens that it completes."""
         piece = super().__new__(cls, text)
         piece.tokens = tuple(tokens)
         return piece
@@ -125,7 +125,7 @@ class TextTokens:
     def rest(
         self, ids: Sequence[int], logprobs: Sequence[float], likeliest: Sequence[Likeliest], piece: str = ""
     ) -> list[TextToken]:
-        """As :meth:`take` for the last piece; the last token is cut where the text ends."""
+        """Adds the last piece of the text, as :meth:`take` does; the last token is cut where the text ends."""
         self._read_tokens(ids)
         if self._texts:
             self._texts[-1] += self._stream.flush()
@@ -145,7 +145,7 @@ class TextTokens:
     def _completed(
         self, ids: Sequence[int], logprobs: Sequence[float], likeliest: Sequence[Likeliest]
     ) -> list[TextToken]:
-        """The tokens whose whole text is published; they are removed."""
+        """Returns the tokens whose characters are all published, and removes these characters from the buffer."""
         found = []
         while self._texts and 0 < self._room >= len(self._texts[0]):
             found.append(self._token(ids, logprobs, likeliest, self._texts[0]))
@@ -154,7 +154,7 @@ class TextTokens:
     def _token(
         self, ids: Sequence[int], logprobs: Sequence[float], likeliest: Sequence[Likeliest], text: str
     ) -> TextToken:
-        """The first token that is not published; it is removed."""
+        """Returns the first token that was not returned yet, and counts it as returned."""
         at = self._read - len(self._texts)
         self._texts.pop(0)
         self._room -= len(text)
@@ -163,7 +163,7 @@ class TextTokens:
         return TextToken(text, logprobs[at], tuple((self._alone(before, other), value) for other, value in others))
 
     def _alone(self, before: list[int], token: int) -> str:
-        """The text that a token adds after another token; special tokens are written as they are."""
+        """Returns the characters that a token adds after the tokens before it; special tokens are not left out."""
         start = self._tokenizer.decode_raw(before, skip_special_tokens=False)
         return self._tokenizer.decode_raw([*before, token], skip_special_tokens=False)[len(start) :]
 
@@ -174,8 +174,8 @@ def words_of(tokenizer: Tokenizer, tokens: Sequence[int], logprobs: Sequence[flo
     Args:
         tokenizer: Decodes the tokens.
         tokens: The generated ids.
-        logprobs: The log-probability of each.
-        text: The published text of these tokens: tokens after its end, such as those of a stop string, are left out.
+        logprobs: The log-probability of each generated id.
+        text: The published text of these tokens; tokens after its end, such as those of a stop string, are left out.
     """
     found: list[Word] = []
     begins = True

@@ -1,4 +1,4 @@
-"""Language models (a decoder, or a text encoder and a decoder): from prompts to the first logits and a state."""
+"""Loads language models (decoder, or text encoder and decoder) and runs prompts up to the first logits."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class LanguageModel:
         """Runs the prompts of a batch.
 
         Args:
-            prompts: One for each row.
+            prompts: The prompt of each row.
             pictures: Outputs of vision encoder and bridge by name: ``image_embeds [B, P, Dv]``, and
                 ``visual_tokens [B, Q, D]`` if there is a bridge; optionally with the tensors of :meth:`context`.
 
@@ -90,13 +90,13 @@ def load_language_model(bundle: Bundle, open_graph: Callable[[str], Session]) ->
 
 
 def token_table(bundle: Bundle) -> TokenTable:
-    """Returns the token table of a bundle, in the dtype of the decoder's input embeddings."""
+    """Returns the token embedding table of a bundle, in the dtype of the decoder's input embeddings."""
     dtype = bundle.graph(DECODER).spec.inputs[0].dtype
     return TokenTable(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, dtype)
 
 
 def decoder_of(bundle: Bundle, session: Session) -> Decoder:
-    """Makes the decoder for a bundle's loaded decoder graph; the graph's inputs determine the form of the KV cache.
+    """Makes the decoder for a bundle's loaded decoder graph; the graph's inputs determine the kind of KV cache.
 
     Raises:
         BundleError: The manifest describes no KV cache.
@@ -153,7 +153,8 @@ class EncoderDecoder(LanguageModel):
     Args:
         decoder: The decoder; it cross-attends to the text encoder's outputs.
         encoder: The loaded ``text_encoder`` graph.
-        takes: Names of the encoder's inputs: ``inputs_embeds``, or ``input_ids`` if the graph has its own token table;
+        takes: Names of the encoder's inputs: ``inputs_embeds``, or ``input_ids`` if the graph has its own token
+            embeddings;
             also ``image_embeds`` if the encoder cross-attends to the picture.
         cross_kv: The loaded ``cross_kv`` graph.
         start_token_id: First id of every text.
@@ -198,6 +199,6 @@ class EncoderDecoder(LanguageModel):
 
 
 def _embedded(table: TokenTable, prompts: Sequence[Prompt], pictures: Mapping[str, Array]) -> list[Array]:
-    """For each row ``[S_i, D]``: token embeddings, with the visual tokens in the place of the picture."""
+    """Returns the embedded prompt of each row ``[S_i, D]``; visual tokens replace the placeholders of the picture."""
     visual = pictures.get("visual_tokens")
     return [prompt.embed(table, None if visual is None else visual[row]) for row, prompt in enumerate(prompts)]

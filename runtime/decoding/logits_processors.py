@@ -1,11 +1,11 @@
-"""Changes a step's scores by the ids so far: penalties, suppressed and forced tokens, biases, and filters of sampling.
+"""Changes the scores of the next token: penalties, suppressed and forced tokens, biases, and filters of sampling.
 
 The tables `PROCESSORS` and `FILTERS` have a function for each option, in the order of `_get_logits_processor` of
 transformers 5.23. `PROCESSORS` acts in greedy decoding, sampling and beam search, where scores are log-probabilities.
 `FILTERS` acts in sampling alone, after temperature, top-k and top-p.
 
-A processor reads the ids that transformers' `input_ids` hold: those of the prompt with its image placeholders, or those
-that an encoder-decoder model starts with; then the generated ones.
+A processor gets the ids that transformers has in `input_ids`: the ids of the prompt with its image placeholders (of an
+encoder-decoder model: its start ids), then the generated ids.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LogitsProcessor:
 
     Attributes:
         apply: Changes scores [V] in place; the ids [P + n] are those of the prompt and the n generated ones.
-        steps: The numbers n of generated tokens at which it acts.
+        steps: The numbers n of generated tokens at which the processor acts.
     """
 
     apply: Callable[[Scores, Ids], None]
@@ -63,7 +63,7 @@ class TextStart:
     vocabulary: int
 
     def known(self, ids: Iterable[int]) -> Ids:
-        """Those of the ids that are in the vocabulary, without repetitions."""
+        """Returns the ids that are in the vocabulary, without repetitions."""
         unique = np.unique(np.array(list(ids), np.int64))
         return unique[(unique >= 0) & (unique < self.vocabulary)]
 
@@ -72,7 +72,7 @@ class LogitsProcessors:
     """The processors of one text.
 
     Args:
-        prompt: The ids before the first generated one. Those outside the vocabulary count as ids, and have no score.
+        prompt: The ids before the first generated id. They may include ids outside the vocabulary, which have no score.
         options: How to generate.
         vocabulary: Number of logits V.
     """
@@ -87,15 +87,15 @@ class LogitsProcessors:
         }
 
     def act(self, count: int) -> bool:
-        """Whether the scores change after this many generated tokens."""
+        """Returns whether a processor changes the scores after this many generated tokens."""
         return any(count in processor.steps for processor in self._processors.values())
 
     def fit_device(self, count: int) -> bool:
-        """Whether `StepScores` describes all processors that act after this many generated tokens."""
+        """Returns whether `StepScores` can describe all processors that act after this many generated tokens."""
         return self._acting(count).keys() <= {"repetition_penalty", *_HOLDING_END}
 
     def step_scores(self, generated: Sequence[int]) -> StepScores:
-        """Describes the processors after these ids, if they `fit_device`; holds until another processor acts."""
+        """Describes the processors after these ids for a GPU, if `fit_device`; valid until another processor acts."""
         acting = self._acting(len(generated))
         seen, penalty = np.zeros(0, np.int64), 1.0
         if "repetition_penalty" in acting:
@@ -106,7 +106,7 @@ class LogitsProcessors:
         return StepScores(seen, penalty, held, max(holding, default=0))
 
     def _acting(self, count: int) -> dict[str, LogitsProcessor]:
-        """The processors that act after this many generated tokens, by option."""
+        """Returns the processors that act after this many generated tokens, by option."""
         return {name: processor for name, processor in self._processors.items() if count in processor.steps}
 
     def __call__(self, scores: Scores, generated: Ids) -> None:
@@ -123,7 +123,7 @@ class LogitsProcessors:
 
 
 class _SequenceBias:
-    """Adds a bias to the last token of each sequence where the ids end with the tokens before it."""
+    """Adds a bias to the last token of a sequence, if the ids so far end with all other tokens of that sequence."""
 
     def __init__(self, biases: Iterable[tuple[tuple[int, ...], float]], start: TextStart) -> None:
         self._single = np.zeros(start.vocabulary, np.float32)
@@ -160,7 +160,7 @@ def _sequence_bias(biases: Sequence[tuple[tuple[int, ...], float]], start: TextS
 
 
 def _bad_words(words: Sequence[tuple[int, ...]], start: TextStart) -> LogitsProcessor:
-    """A word that is a single end token is allowed, as in transformers."""
+    """Forbids sequences of ids. A sequence that is a single end token stays allowed, as in transformers."""
     ends = {(token,) for token in start.options.eos_token_ids}
     return LogitsProcessor(_SequenceBias([(word, -math.inf) for word in words if word not in ends], start))
 
@@ -210,7 +210,7 @@ def _suppressed(tokens: Iterable[int], start: TextStart, steps: range = ALWAYS) 
 
 
 def _suppressed_first(tokens: Iterable[int], start: TextStart) -> LogitsProcessor:
-    """Acts on the first token; if the first token is forced, on the second."""
+    """Forbids these ids as first generated token; if the first token is forced, as second token."""
     forced = len(start.prompt) <= 1 and start.options.forced_bos_token_id is not None
     return _suppressed(tokens, start, range(int(forced), int(forced) + 1))
 
@@ -220,7 +220,7 @@ def _too_short(least: int, start: TextStart) -> LogitsProcessor:
 
 
 def _too_short_with_prompt(least: int, start: TextStart) -> LogitsProcessor:
-    """`min_length` counts the prompt; `min_new_tokens` replaces it."""
+    """Forbids end tokens before `min_length` tokens, prompt included; if `min_new_tokens` is set, does nothing."""
     return _too_short(0 if start.options.min_new_tokens else max(0, least - len(start.prompt)), start)
 
 
@@ -235,7 +235,7 @@ def _forced(tokens: Iterable[int], start: TextStart, steps: range) -> LogitsProc
 
 
 def _forced_first(token: int, start: TextStart) -> LogitsProcessor:
-    """Acts on the second id of a text: after a prompt of several ids it never acts."""
+    """Forces the token after the first id of a text; after a prompt of several ids it has no effect."""
     return _forced([token], start, range(1) if len(start.prompt) == 1 else NEVER)
 
 
@@ -269,7 +269,7 @@ def _growing_end(value: tuple[int, float], start: TextStart) -> LogitsProcessor:
 
 
 def _renormalized(_: bool, start: TextStart) -> LogitsProcessor:
-    """Does nothing in sampling, which normalizes its probabilities."""
+    """Turns scores into log-probabilities. In sampling it does nothing: there, probabilities are normalized anyway."""
 
     def apply(scores: Scores, _: Ids) -> None:
         if scores.max() > -np.inf:
@@ -321,7 +321,7 @@ def _min_p(share: float, scores: Scores) -> Mask:
 
 
 def _typical(mass: float, scores: Scores) -> Mask:
-    """Locally typical sampling (Meister et al., arXiv 2202.00666)."""
+    """Keeps the most typical tokens: locally typical sampling (Meister et al., arXiv 2202.00666)."""
     log_probs = log_softmax(scores)
     unusual = np.abs(-log_probs - _entropy(np.exp(log_probs)))
     order = np.argsort(unusual, kind="stable")
@@ -332,13 +332,13 @@ def _typical(mass: float, scores: Scores) -> Mask:
 
 
 def _epsilon(least: float, scores: Scores) -> Mask:
-    """Truncation sampling (Hewitt et al., arXiv 2210.15191)."""
+    """Keeps tokens of at least a given probability: truncation sampling (Hewitt et al., arXiv 2210.15191)."""
     kept: Mask = (_probabilities(scores) >= np.float32(least)) | (scores >= scores.max())
     return kept
 
 
 def _eta(epsilon: float, scores: Scores) -> Mask:
-    """Truncation sampling with a limit that the entropy lowers (as `_epsilon`)."""
+    """Keeps tokens as `_epsilon` does, but with a lower limit if the entropy is large."""
     probabilities = _probabilities(scores)
     return _epsilon(min(epsilon, math.sqrt(epsilon) * math.exp(-_entropy(probabilities))), scores)
 
@@ -353,7 +353,7 @@ FILTERS: Mapping[str, tuple[Callable[[float, Scores], Mask], float]] = {
 
 
 def sampling_filters(options: GenerationOptions) -> list[Filter]:
-    """The filters of sampling besides top-k and top-p, in the order in which they act."""
+    """Returns the filters of sampling besides top-k and top-p, in the order in which they act."""
     return [
         partial(keeps, value)
         for name, (keeps, neutral) in FILTERS.items()
@@ -381,7 +381,7 @@ def check_ids(options: GenerationOptions, vocabulary: int) -> None:
 
 
 def check_prompt_ids(options: GenerationOptions, *, given: bool) -> None:
-    """Checks the options that read the ids of a prompt as transformers' `encoder_input_ids`.
+    """Checks the options that need the ids of the prompt (transformers' `encoder_input_ids`).
 
     Args:
         options: How to generate.
@@ -389,7 +389,7 @@ def check_prompt_ids(options: GenerationOptions, *, given: bool) -> None:
             (BLIP-2) is given embeddings, and transformers ignores these options.
 
     Raises:
-        UsageError: An option is set that would not act.
+        UsageError: One of these options is set, but would have no effect.
     """
     for name in ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size"):
         if not given and getattr(options, name) != _OFF[name]:

@@ -106,7 +106,7 @@ class GenerationOptions:
         seed: Seed of the random streams, one stream for each row; None for a different text at every call.
         early_stopping: True: beam search ends as soon as num_beams texts are finished. False: as soon as the best
             running text, at its present length, is worse than they are; "never": at any length.
-        eos_token_ids: End tokens: each of them finishes a text.
+        eos_token_ids: Ids of the end tokens. A text is finished after any of them.
         stop: Strings that end the text: it is cut before the first of them.
         draft: Draft model of speculative decoding, one of ``schema.DRAFTS``. The text does not depend on it. Sampling
             and beam search use none.
@@ -115,11 +115,11 @@ class GenerationOptions:
         encoder_no_repeat_ngram_size: No n-gram of this size in the prompt occurs in the text; 0: off.
         encoder_repetition_penalty: Above 1 encourages tokens of the prompt.
         bad_words_ids: Sequences of ids that do not occur.
-        sequence_bias: Sequences of ids and what is added to the score of their last token, where the others precede
-            it: a mapping, or the list of pairs that JSON files have.
+        sequence_bias: For each sequence of ids, a number that is added to the score of its last token, if all its other
+            tokens come just before. A mapping, or a list of pairs (JSON).
         suppress_tokens: Ids that do not occur.
         begin_suppress_tokens: Ids that do not occur as the first one.
-        forced_bos_token_id: The first generated id, where the text starts from a single id.
+        forced_bos_token_id: The first generated id, if the text starts from a single id.
         forced_eos_token_id: The last id of a text of `max_new_tokens` is the likeliest of these.
         exponential_decay_length_penalty: (start, factor): from `start` generated tokens on, the end tokens' scores
             grow by |score| (factor ** (tokens - start) - 1).
@@ -186,7 +186,7 @@ class GenerationOptions:
         self._check_mode()
 
     def _check_mode(self) -> None:
-        """Raises UsageError where beam search, sampling and the draft model contradict each other."""
+        """Raises UsageError if beam search, sampling and the draft model contradict each other."""
         if self.draft not in DRAFTS:
             raise UsageError(f"expected {option('draft')} to be one of {', '.join(DRAFTS)}, got {self.draft!r}")
         if self.num_beams > 1 and self.draft not in ("auto", "none"):
@@ -218,12 +218,12 @@ class GenerationOptions:
 
     @property
     def sampling(self) -> bool:
-        """Whether tokens are drawn at random."""
+        """Returns whether tokens are drawn at random."""
         return _samples(vars(self))
 
 
 def check_stream(num_beams: int | None, abstain_below: float | None) -> None:
-    """Raises UsageError for options with which a text is known only at its end, so that it cannot be streamed."""
+    """Raises UsageError for options that choose the text only at its end: such a text cannot be streamed."""
     for name, above, used, why in (
         ("num_beams", " above 1", (num_beams or 1) > 1, "beam search chooses the words at the end"),
         ("abstain_below", "", abstain_below is not None, "the confidence is known at the end"),
@@ -236,17 +236,17 @@ def check_stream(num_beams: int | None, abstain_below: float | None) -> None:
 
 
 def _samples(values: Mapping[str, Any]) -> bool:
-    """Whether the options select sampling; their values may be unchecked."""
+    """Returns whether the options select sampling; their values need not be checked before."""
     temperature = values.get("temperature")
     greedy = isinstance(temperature, (int, float)) and temperature < MIN_SAMPLING_TEMPERATURE
     return not greedy and any(values.get(name) is not None for name in SAMPLING)
 
 
 def merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A bundle's defaults, replaced by what a caller gives.
+    """Returns a bundle's default options; options that the caller gives replace them.
 
-    Sampling and beam search exclude each other: the one that the caller gives replaces the bundle's. If a limit of
-    length of the bundle contradicts one of the caller, the bundle's is adjusted.
+    Sampling and beam search exclude each other: the caller's mode replaces the bundle's mode. If a length limit of the
+        bundle contradicts a length limit of the caller, the bundle's limit is adjusted.
 
     Args:
         defaults: The manifest's `generation`; keys that are no options are ignored.
@@ -270,7 +270,7 @@ def merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
 
 
 def check_integer(name: str, value: Any, least: int, most: int = MAX_TOKENS) -> Any:
-    """The value; raises UsageError unless it is a whole number from ``least`` to ``most``."""
+    """Returns the value; raises UsageError unless the value is a whole number from ``least`` to ``most``."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or value < least:
         raise UsageError(f"expected {option(name)} to be a whole number of at least {least}, got {shown(value)}")
@@ -289,7 +289,7 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
 
 
 def check_number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> Any:
-    """The value; raises UsageError unless it is a number from ``low`` to ``high``; ``above`` excludes ``low``."""
+    """Returns the value; raises UsageError unless it is from ``low`` to ``high`` (``above``: excluding ``low``)."""
     real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if real and low <= value <= high and not (above and value == low):  # NaN is in no range
         return value

@@ -1,8 +1,8 @@
-"""Chooses a token from the scores of one step: filters and random draw, one row at a time.
+"""Chooses the next token of one row from its scores: filters the scores, then draws a token at random.
 
 The order and the arithmetic (float32) are those of transformers 5.23: temperature, top-k, top-p, then the filters of
 `logits_processors.FILTERS` (`generation/logits_process.py`). For speed, nothing here loops over the vocabulary in
-Python, or sorts the whole vocabulary if a part is enough.
+Python. The whole vocabulary is sorted only if sorting a few candidates is not enough.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NUCLEUS = 512  # tokens that top-p sorts first; a nucleus is rarely larger
 
 
 def top_k_indices(values: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-    """Indices of the k largest values, largest first; of equal values the lower index comes first.
+    """Returns the indices of the k largest values, largest first; of equal values, the lower index comes first.
 
     The k-th largest of the chunk maxima is a lower bound of the k-th largest value, so that one fast
     reduction leaves only a handful of candidates to sort.
@@ -50,13 +50,13 @@ def top_k_indices(values: NDArray[np.float32], k: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class StepScores:
-    """What a GPU changes in the logits of the next steps, to choose tokens without the host.
+    """Describes how a GPU changes the logits of the next steps; the GPU then chooses tokens without the host.
 
     Attributes:
         seen: Ids, int64, whose logits are penalised (`penalize_repetition`); every chosen token is added to them.
         penalty: The repetition penalty; 1 changes nothing.
-        held: Ids, int64, that are not chosen in the next steps, such as end tokens.
-        held_steps: Number of the next steps in which `held` are not chosen.
+        held: Ids, int64, that must not be chosen in the next steps, such as end tokens.
+        held_steps: Number of next steps in which the ids of `held` must not be chosen.
     """
 
     seen: NDArray[np.int64]
@@ -86,18 +86,18 @@ def filter_scores(
     top_p: float | None,
     filters: Sequence[Filter] = (),
 ) -> tuple[NDArray[np.int64] | None, NDArray[np.float32]]:
-    """Apply temperature, top-k, top-p and further filters.
+    """Applies temperature, top-k, top-p and further filters to the scores of one row.
 
     Args:
         scores: Logits [V].
         temperature: Divides the scores, above 0; None or 1: no change.
-        top_k: Keep the k largest scores, and all that equal the k-th; None or 0: keep all.
+        top_k: Keep the k largest scores, and all scores equal to the k-th; None or 0: keep all.
         top_p: Keep the fewest most probable tokens whose probabilities reach this sum, at least one; None
             or 1: keep all.
-        filters: Act one after the other on what top-p kept.
+        filters: Further filters; they act one after the other on the tokens that top-p kept.
 
     Returns:
-        The ids kept, ascending (None: the whole vocabulary), and their scores after the temperature.
+        The ids that are kept, ascending (None: the whole vocabulary), and their scores divided by the temperature.
     """
     if temperature is not None and temperature != 1.0:
         with np.errstate(over="ignore"):
@@ -121,7 +121,7 @@ def filter_scores(
 
 
 def _nucleus(scores: NDArray[np.float32], top_p: float) -> NDArray[np.int64]:
-    """Positions that top-p keeps, ascending (Holtzman et al., arXiv 1904.09751).
+    """Returns the positions of the tokens that top-p keeps, ascending (Holtzman et al., arXiv 1904.09751).
 
     With tokens in falling order of probability, a token is kept if the sum of the probabilities before it is below p.
     The likeliest token is always kept.
@@ -149,7 +149,7 @@ def draw(
     top_p: float | None = None,
     filters: Sequence[Filter] = (),
 ) -> int:
-    """Draw one token from the softmax over the filtered scores, with one uniform number.
+    """Draws one token from the softmax over the filtered scores, with one uniform random number.
 
     Args:
         scores: Logits [V].
@@ -163,7 +163,7 @@ def draw(
         The token id.
 
     Raises:
-        BackendError: The scores hold NaN or infinity.
+        BackendError: The scores contain NaN or infinity.
     """
     if not np.isfinite(scores.max()):
         raise broken_logits()
@@ -205,7 +205,7 @@ def log_probability(logits: NDArray[np.float32], token: int) -> float:
 def likeliest_tokens(logits: NDArray[np.float32], count: int) -> tuple[tuple[int, float], ...]:
     """Returns the ``count`` likeliest tokens of logits ``[V]`` with their log-probabilities, likeliest first.
 
-    Empty if the logits hold NaN.
+    The list is empty if the logits contain NaN.
     """
     if np.isnan(logits.max()):
         return ()
@@ -216,7 +216,7 @@ def likeliest_tokens(logits: NDArray[np.float32], count: int) -> tuple[tuple[int
 
 
 def broken_logits() -> BackendError:
-    """Makes the error for a decoder whose logits are not finite."""
+    """Returns the error for a decoder whose logits are not finite."""
     return BackendError(
         "the decoder's logits are NaN or infinity; in fp16 this happens when values overflow",
         f"export with {option('precision')} fp32, or choose another {option('backend')}",
@@ -224,5 +224,5 @@ def broken_logits() -> BackendError:
 
 
 def row_stream(seed: int | None, number: int) -> np.random.Generator:
-    """Makes the random stream of row `number`: `default_rng([seed, number])`; without a seed, from fresh entropy."""
+    """Returns the random generator of row `number`, made from seed and number; without a seed, from new entropy."""
     return np.random.default_rng([secrets.randbits(128) if seed is None else int(seed), number])

@@ -53,8 +53,8 @@ class SpeculationCost:
     """Decides for each step whether to speculate, from the times of earlier steps of all texts of a captioner.
 
     It compares the seconds per token with speculation (draft model and verification) with the seconds of a plain step.
-    If speculation is slower, it pauses: the next steps are plain. Then it is tried again. Each time it is slower
-    again, the next pause is longer.
+    If speculation is slower, it pauses: the next steps are plain. Then speculation is tried again. Each time
+        speculation is slower again, the next pause is longer.
 
     Args:
         clock: Returns seconds.
@@ -79,17 +79,17 @@ class SpeculationCost:
 
     @property
     def pays(self) -> bool:
-        """Whether the next step should use speculative decoding."""
+        """Returns whether the next step should use speculative decoding."""
         return self._steps >= self.LEARN and self._pause == 0 and self._since_plain < self.AGAIN
 
     @property
     def seconds_per_token(self) -> float:
-        """Seconds per token of recent speculative steps, draft model included; infinite if no token was accepted."""
+        """Returns the seconds per token of recent speculative steps, draft model included; infinite without a token."""
         return self._seconds / self._tokens if self._tokens else math.inf
 
     @property
     def width(self) -> int:
-        """How many tokens to propose: 1.5 times the number that was accepted recently, plus 1."""
+        """Returns how many tokens to propose: 1.5 times the number of recently accepted tokens, plus 1."""
         return min(MAX_DRAFT_TOKENS, math.ceil(1.5 * self._accepted) + 1)
 
     def plain_step(self, seconds: float) -> None:
@@ -125,7 +125,7 @@ class SpeculationCost:
 
 
 class Speculator:
-    """Speculative decoding of one text.
+    """Decodes one text speculatively: verifies proposed tokens with the language model, and counts them.
 
     Args:
         draft: The draft model of this text.
@@ -135,7 +135,7 @@ class Speculator:
 
     Attributes:
         drafted: Tokens that were proposed so far.
-        accepted: How many of them were accepted.
+        accepted: Number of proposed tokens that were accepted.
     """
 
     def __init__(
@@ -230,7 +230,7 @@ class Speculator:
         return logits
 
     def _is_tie(self, logits: NDArray[np.float32], scores: NDArray[np.float32]) -> bool:
-        """Whether the two best scores are nearer than the tie margin; NaN counts as a tie."""
+        """Returns whether the two best scores differ by less than the tie margin; NaN counts as a tie."""
         best = int(scores.argmax())
         second = max(scores[:best].max(initial=-np.inf), scores[best + 1 :].max(initial=-np.inf))
         bound = self._tie_margin * max(abs(logits.max()), abs(logits.min()))
@@ -239,7 +239,7 @@ class Speculator:
 
 
 class PromptLookup:
-    """Prompt lookup: finds the last tokens of the text earlier in prompt or text, and proposes what follows there.
+    """Finds an earlier place with the same tokens as the end of the text, and proposes the tokens after that place.
 
     Args:
         prompt_ids: The prompt's ids.
@@ -251,7 +251,7 @@ class PromptLookup:
         self._longest = longest
 
     def propose(self, generated: Sequence[int], most: int) -> list[int]:
-        """Proposes the tokens after the longest match, of equally long ones the latest; see :class:`DraftModel`."""
+        """Proposes the tokens after the longest match; if several matches are equally long, after the last of them."""
         ids = [*self._prompt, *generated]
         for size in range(min(self._longest, len(ids) - 1), 0, -1):
             tail = ids[-size:]

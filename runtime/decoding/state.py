@@ -1,4 +1,4 @@
-"""Decoders and their states: the protocols, and the code that the forms of the KV cache in ``kv/`` share."""
+"""Protocols of decoders and of their states, and the code that all kinds of KV cache in ``kv/`` share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class DecodeState(Protocol):
 
     @property
     def batch_size(self) -> int:
-        """Number of rows B."""
+        """Returns the number of rows B."""
 
     def step(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Appends one token ``[B]`` to each row; returns the logits ``[B, V]`` of the next position."""
@@ -40,11 +40,11 @@ GreedyStep = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 @runtime_checkable
 class GreedyState(Protocol):
-    """A state that chooses the likeliest tokens itself; a GPU then starts the next step without the host."""
+    """A state whose GPU chooses the likeliest tokens; the next step then starts without the host."""
 
     @property
     def gives_logprobs(self) -> bool:
-        """Whether :meth:`greedy` can be used: engines of an older version give no log-probabilities."""
+        """Returns whether :meth:`greedy` can be used: engines of an older version give no log-probabilities."""
 
     def greedy(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[GreedyStep, None, None]:
         """Appends tokens ``[B]``, then yields the likeliest next tokens ``[B]`` step by step, and appends them.
@@ -66,7 +66,7 @@ class RowState(DecodeState, Protocol):
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Number of tokens of each row in the KV cache, prompt included, int64 ``[B]``."""
+        """Returns the number of tokens of each row in the KV cache, prompt included, int64 ``[B]``."""
 
     def extend(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Appends k tokens ``[B, k]`` to each row; returns the logits ``[B, k, V]`` after each of them."""
@@ -80,11 +80,11 @@ class RowState(DecodeState, Protocol):
 
 
 class Decoder:
-    """A decoder graph and its token table: the base of the decoders with each form of KV cache.
+    """A decoder graph and its token embedding table: the base class of the decoders with each kind of KV cache.
 
     Args:
         spec: The graph's inputs and outputs.
-        table: The token table.
+        table: The token embedding table.
 
     Attributes:
         dtypes: dtypes of the graph's inputs, by name.
@@ -100,7 +100,7 @@ class Decoder:
         self.embeds_dtype = self.dtypes["inputs_embeds"]
 
     def embed(self, token_ids: NDArray[np.int64]) -> Array:
-        """Returns the embeddings ``[B, k, D]`` of tokens ``[B, k]``, from the token table."""
+        """Returns the embeddings ``[B, k, D]`` of tokens ``[B, k]``, from the token embedding table."""
         return self.table.rows(token_ids).astype(self.embeds_dtype, copy=False)
 
     def prefill(
@@ -125,7 +125,8 @@ class SlotState(RowState):
     Attributes:
         mask: int64 ``[B, T]``, 1 if a slot holds a token.
         positions: int64 ``[B]``, the position of each row's last token.
-        cross_mask: int64 ``[B, S, E]``, the keys that each new token attends to; None if tokens share their keys.
+        cross_mask: int64 ``[B, S, E]``, 1 for each cross-attention key that a new token attends to; None if all tokens
+            attend to the same keys.
     """
 
     def __init__(
@@ -139,12 +140,12 @@ class SlotState(RowState):
 
     @property
     def batch_size(self) -> int:
-        """Number of rows B; see :class:`DecodeState`."""
+        """Returns the number of rows B; see :class:`DecodeState`."""
         return len(self.positions)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Number of tokens of each row in the KV cache, int64 ``[B]``; see :class:`RowState`."""
+        """Returns the number of tokens of each row in the KV cache, int64 ``[B]``; see :class:`RowState`."""
         return self.positions + 1
 
     def step(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -199,7 +200,7 @@ class SlotState(RowState):
             self.cross_mask = stacked(CROSS_MASK, self.cross_mask[:, -1:], other.cross_mask[:, -1:])
 
     def make_room(self, steps: int) -> None:
-        """Prepares mask and cache for ``steps`` new slots."""
+        """Makes room for ``steps`` new slots in the mask and in the KV cache."""
         raise NotImplementedError
 
     def select_cache(self, rows: NDArray[np.int64]) -> None:
@@ -212,10 +213,10 @@ class SlotState(RowState):
 
 
 def split_context(context: Mapping[str, Array] | None) -> tuple[dict[str, Array], NDArray[np.int64] | None]:
-    """Separates the cross-attention inputs that never change from a mask with one row for each token.
+    """Separates the cross-attention inputs that stay the same in all steps from a mask with one row for each token.
 
     Returns:
-        The inputs that never change, by name; the mask ``[B, S, E]``, or None if all tokens share one mask.
+        The inputs that stay the same, by name; and the mask ``[B, S, E]``, or None if all tokens have the same mask.
     """
     shared = dict(context or {})
     own = CROSS_MASK in shared and shared[CROSS_MASK].ndim == 3

@@ -1,7 +1,7 @@
 """Resizes a picture in floating point, after rescaling (DINOv3's preprocessing); other models resize 8-bit values.
 
-transformers does it with torchvision, whose antialiased filters are Pillow's. Pillow resizes one float channel at a
-time (mode ``F``). A test compares the two.
+transformers resizes with torchvision, whose antialiased filters equal those of Pillow. Pillow resizes one float channel
+at a time (mode ``F``). A test compares Pillow's result with torchvision's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def resized_floats(
         size: Width and height after resizing, in pixels.
         resample: Pillow's code of the filter.
         factor: Factor on the 8-bit values.
-        crop: Height and width of the centre crop, padded with zeros where it is larger; None for no crop.
+        crop: Height and width of the centre crop, padded with zeros if it is larger than the picture; None for no crop.
 
     Returns:
         float32 ``[3, H, W]``.

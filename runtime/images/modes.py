@@ -1,4 +1,4 @@
-"""Converts pictures of Pillow's other modes to RGB: 16-bit greyscale, and transparency."""
+"""Converts pictures that are not 8-bit RGB to RGB: 16-bit greyscale, and pictures with transparency."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Grey16:
 
 
 def blend_on_white(image: Image.Image) -> Image.Image:
-    """RGB as transformers' image processors make it of a picture that was not loaded by `load_image`."""
+    """Converts a picture to RGB, blended onto white, as transformers' image processors do without `load_image`."""
     if image.mode == "RGB" and image.info.get("transparency") is None:
         return image
     grey16 = Grey16.of(image, "the picture passed in")

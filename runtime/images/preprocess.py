@@ -113,7 +113,7 @@ def load_image(source: ImageSource, limits: Limits = DEFAULT_LIMITS) -> Image.Im
 
 
 def check_picture_file(name: str) -> None:
-    """Checks that a name is that of a file, without reading it; raises ImageError."""
+    """Raises ImageError unless a name is the name of a file; does not read the file."""
     if "://" in name:
         raise ImageError(f"{name}: expected a file, got an address", "download the picture first")
     try:
@@ -140,7 +140,7 @@ def _decode(file: Any, size: int, name: str, limits: Limits) -> Image.Image:
 
 
 def _opened(file: Any, name: str) -> Image.Image:
-    """Read a picture's header; Pillow's warning of a picture with too many pixels becomes an error."""
+    """Opens a picture and reads its header; Pillow's warning about too many pixels becomes an error."""
     try:
         with _warning_filters, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -162,7 +162,7 @@ def _broken(name: str, error: Exception) -> ImageError:
 
 
 def _upright_rgb(image: Image.Image, name: str, limits: Limits) -> Image.Image:
-    """Apply the EXIF orientation and convert to RGB, after a check of the size and before decoding."""
+    """Checks a picture's size before decoding; then applies the EXIF orientation and converts to RGB."""
     check_pixels(image.width, image.height, name, limits, _MODE_BYTES.get(image.mode, 4))
     try:
         image.load()
@@ -238,7 +238,7 @@ class Preprocessing:
         do_normalize: Whether to subtract `mean` and divide by `std`, per channel.
         mean: Mean of each channel, R, G, B, after rescaling.
         std: Standard deviation of each channel, R, G, B, after rescaling.
-        rescale_first: Whether it rescales before it resizes, which is then in floating point (DINOv3).
+        rescale_first: Whether pixel values are rescaled before resizing; resizing is then in floating point (DINOv3).
 
     Raises:
         ValueError: A field is outside its range.
@@ -273,13 +273,13 @@ class Preprocessing:
 
     @property
     def output_size(self) -> tuple[int, int] | None:
-        """Height and width of the preprocessed picture in pixels; None if they depend on the original picture."""
+        """Returns height and width of a preprocessed picture in pixels; None if they depend on the original picture."""
         fixed = self.crop if self.crop is not None else (self.size if self.resize else {})
         return (fixed["height"], fixed["width"]) if "height" in fixed else None
 
     @property
     def spans(self) -> NDArray[np.float32]:
-        """The difference between the pixel values of white and of black, for each channel, float32 [3]."""
+        """Returns the pixel value of white minus the pixel value of black, for each channel, float32 [3]."""
         spans: NDArray[np.float32] = np.abs(self._table[:, -1] - self._table[:, 0])
         return np.where(spans > 0, spans, np.float32(1))
 
@@ -296,12 +296,12 @@ class Preprocessing:
             raise BundleError(f"bundle.json, preprocessing: {error}", "export the checkpoint again") from error
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object; `rescale_first` only where it is true, for older versions."""
+        """Returns the fields as a JSON object; `rescale_first` only if it is true: older versions do not know it."""
         fields = {name: value for name, value in asdict(self).items() if name != "rescale_first" or value}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
 
     def __call__(self, image: ImageSource, limits: Limits = DEFAULT_LIMITS) -> NDArray[np.float32]:
-        """Pixel values of one picture.
+        """Computes the pixel values of one picture.
 
         Args:
             image: A Pillow image, processed as transformers' processor does it (no EXIF turning; where it
@@ -358,7 +358,7 @@ class Preprocessing:
         return np.stack(pixels)
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height after resizing (`get_resize_output_image_size` in transformers)."""
+        """Returns width and height after resizing (`get_resize_output_image_size` in transformers)."""
         if "height" in self.size:
             return self.size["width"], self.size["height"]
         short = self.size["shortest_edge"]
@@ -369,14 +369,14 @@ class Preprocessing:
 
     @cached_property
     def _table(self) -> NDArray[np.float32]:
-        """Float32 [3,256]: the outcome for each channel and 8-bit value, rounded as transformers rounds."""
+        """Computes the result for each channel and 8-bit value, float32 [3,256], rounded as in transformers."""
         values = np.arange(256, dtype=np.float64)
         if self.do_rescale:
             values = values * self.rescale_factor
         return self._normalized(np.tile(values.astype(np.float32), (3, 1)))
 
     def _normalized(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Normalizes rescaled values [3,...] by the channels' mean and std, if that is wanted."""
+        """Normalizes rescaled values [3,...] by the channels' mean and std, if `do_normalize` is set."""
         mean, std = (np.array(one, np.float32).reshape(3, *(1,) * (values.ndim - 1)) for one in (self.mean, self.std))
         return np.divide(values - mean, std, dtype=np.float32) if self.do_normalize else values
 

@@ -80,7 +80,7 @@ def pictures_of(items: Sequence[ItemSource], frames: int, limits: Limits = DEFAU
 
     Args:
         items: Videos as in :func:`load_frames`; single pictures if ``frames`` is 1.
-        frames: Number of pictures that each item gives.
+        frames: Number of pictures to select from each item.
         limits: Limits the frames of a video.
 
     Raises:
@@ -98,10 +98,10 @@ def pictures_of(items: Sequence[ItemSource], frames: int, limits: Limits = DEFAU
 
 
 def images_of_each(items: Sequence[ItemSource]) -> list[list[ImageSource]]:
-    """The images of each item of an interleaved batch: one, or several.
+    """Returns the images of each item of an interleaved batch, as a list of at least one image.
 
     Raises:
-        UsageError: An item has none.
+        UsageError: An item has no image.
     """
     groups = [list(item) if isinstance(item, (list, tuple)) else [item] for item in items]
     if not all(groups):
@@ -158,7 +158,7 @@ def _from_folder(folder: Path) -> list[ImageSource]:
 
 
 def _by_number(name: str) -> list[Any]:
-    """A key that sorts ``frame2`` before ``frame10``; every second part is a number."""
+    """Makes a sort key from a name, so that ``frame2`` comes before ``frame10``; every second element is a number."""
     return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", name))]
 
 
@@ -184,7 +184,7 @@ def _from_video(path: Path, count: int, limits: Limits) -> list[ImageSource]:
 
 
 def _pick(container: Any, wanted: set[int], limits: Limits) -> dict[int, ImageSource]:
-    """The selected frames as Pillow pictures; decoding stops after the last one."""
+    """Decodes the selected frames to Pillow pictures; stops after the last selected frame."""
     found: dict[int, ImageSource] = {}
     for index, frame in enumerate(container.decode(video=0)):
         if index in wanted:
@@ -196,7 +196,7 @@ def _pick(container: Any, wanted: set[int], limits: Limits) -> dict[int, ImageSo
 
 
 def draw_caption(picture: Image.Image, text: str) -> Image.Image:
-    """A copy of an RGB picture with a text over its lower edge, in lines that fit its width."""
+    """Returns a copy of an RGB picture with a text at its lower edge, in lines that fit its width."""
     from PIL import ImageDraw, ImageFont
 
     drawn = picture.copy()

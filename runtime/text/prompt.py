@@ -1,4 +1,4 @@
-"""Prompts: converts a text and its images to token ids, and to the rows that the language model reads.
+"""Prompts: converts a text and its images to token ids, and to the language model's input embeddings.
 
 Three kinds of prompt (``PromptSpec.kind``):
 
@@ -32,7 +32,7 @@ class Prompt:
     """A tokenized prompt: segments of token ids, with an image between each two segments.
 
     Attributes:
-        segments: The texts around the images that take slots in the context: one more than there are such images.
+        segments: Token ids of the texts around the images that take slots (one more than such images).
         visual_tokens: Number of slots that an image takes.
         image_token_id: Token id that stands for a visual token in :attr:`ids`; None for no placeholder.
         images: Number of images.
@@ -47,12 +47,12 @@ class Prompt:
 
     @property
     def length(self) -> int:
-        """Number of slots of the whole prompt."""
+        """Returns the number of slots of the whole prompt."""
         return sum(map(len, self.segments)) + (len(self.segments) - 1) * self.visual_tokens
 
     @property
     def ids(self) -> list[int]:
-        """The token ids as in transformers' ``input_ids``; the repetition penalty applies to them."""
+        """Returns the token ids as in transformers' ``input_ids``; the repetition penalty applies to them."""
         slots = [] if self.image_token_id is None else [self.image_token_id] * self.visual_tokens
         ids = list(self.segments[0])
         for segment in self.segments[1:]:
@@ -60,10 +60,10 @@ class Prompt:
         return ids
 
     def embed(self, table: TokenTable, visual_tokens: Array | None) -> Array:
-        """Makes the decoder's input ``[S, D]``: rows of the token table, and visual tokens in the places of the images.
+        """Makes the decoder's input ``[S, D]``: token embeddings, with visual tokens in the places of the images.
 
         Args:
-            table: The token table.
+            table: The token embedding table.
             visual_tokens: Visual tokens ``[Q, D]`` to put between the segments; None if images take no slots.
         """
         parts = [table.rows(self.segments[0])]
@@ -78,23 +78,23 @@ class Dialog:
     """The texts of a conversation, for bundles whose prompt has a place for them (``PromptSpec.turns``).
 
     Attributes:
-        messages: The kind of each message (``system``, ``picture``, ``user`` or ``assistant``) and its text. One is of
-            the kind ``picture``, and the last is ``picture`` or ``user``.
+        messages: The kind of each message (``system``, ``picture``, ``user`` or ``assistant``) and its text. One
+            message is a ``picture``; the last message is ``picture`` or ``user``.
     """
 
     messages: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
-        """The last text."""
+        """Returns the text of the last message."""
         return self.texts[-1]
 
     @property
     def texts(self) -> list[str]:
-        """All texts."""
+        """Returns the texts of all messages."""
         return [text for _, text in self.messages]
 
     def parts(self, turns: Mapping[str, str]) -> list[str]:
-        """The whole text by ``PromptSpec.turns``, split at the picture."""
+        """Formats all messages with the templates ``turns``; returns the text, split at the picture."""
         head = () if self.messages[0][0] == "system" else (("head", ""),)
         parts = [""]
         for kind, text in (*head, *self.messages, ("start", "")):
@@ -116,7 +116,7 @@ class PromptBuilder:
         spec: The template and its special tokens.
         tokenizer: The language model's tokenizer.
         max_positions: Longest context in tokens.
-        vocab_size: Number of rows of the token table.
+        vocab_size: Number of rows of the token embedding table.
     """
 
     def __init__(self, spec: PromptSpec, tokenizer: Tokenizer, max_positions: int, vocab_size: int) -> None:
@@ -156,7 +156,7 @@ class PromptBuilder:
 
         Raises:
             PromptError: The prompt is longer than the context, or holds a reserved text or an unknown token.
-            UsageError: ``text`` is None and the model needs a prompt, or it does not have one place for each image.
+            UsageError: ``text`` is None and the model needs a prompt, or ``text`` lacks a place for each image.
         """
         if text is None and self.spec.required:
             raise UsageError(
@@ -172,7 +172,7 @@ class PromptBuilder:
         return prompt
 
     def _parts(self, text: PromptText | None) -> list[str]:
-        """The texts before and after each picture."""
+        """Returns the texts before and after each picture."""
         if isinstance(text, Dialog):
             return text.parts(self.spec.turns)
         return [part.replace("{prompt}", text or "") for part in self.spec.template.split(MARKERS[0])]
@@ -251,7 +251,7 @@ class InstructionTokenizer:
         self.frames = frames
 
     def __call__(self, texts: Sequence[PromptText | None]) -> dict[str, Array]:
-        """The bridge's text inputs.
+        """Makes the bridge's text inputs from instructions.
 
         Args:
             texts: B instructions.
@@ -364,7 +364,7 @@ def cross_attention_mask(attends_to: Sequence[Sequence[int]], images: int, keys:
     """Makes the decoder's ``cross_attention_mask`` for interleaved prompts.
 
     Args:
-        attends_to: Result of :func:`attended_images` for each row.
+        attends_to: Result of :func:`attended_images` for the prompt of each row.
         images: The largest number of images of a row.
         keys: E, number of visual tokens of all images of a row.
 

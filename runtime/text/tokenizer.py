@@ -39,7 +39,7 @@ CHARACTERS_PER_TOKEN = 32
 
 
 def check_characters_fit(texts: Iterable[str], max_positions: int, field: str = "prompt") -> None:
-    """Checks the length of texts before they are tokenized, because that takes about 1 s for a million characters.
+    """Checks the length of texts before tokenization, because tokenizing a million characters takes about 1 s.
 
     Args:
         texts: The parts of a prompt, which are counted together.
@@ -114,7 +114,7 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], **flags: bool) -> Tokenizer:
-        """Read a `tokenizer.json`.
+        """Reads a `tokenizer.json`.
 
         Args:
             path: The `tokenizer.json` file.
@@ -130,27 +130,27 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added tokens included (`len(tokenizer)` in transformers)."""
+        """Returns the number of tokens, added tokens included (`len(tokenizer)` in transformers)."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property
     def base_vocab_size(self) -> int:
-        """Number of tokens without the added tokens."""
+        """Returns the number of tokens without the added tokens."""
         return self._backend.get_vocab_size(with_added_tokens=False)
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a token; None if the vocabulary does not contain the token."""
+        """Returns the id of a token; None if the vocabulary does not contain the token."""
         return self._backend.token_to_id(token)
 
     def id_to_token(self, token_id: int) -> str | None:
-        """The token of an id; None if the vocabulary does not contain the id."""
+        """Returns the token of an id; None if the vocabulary does not contain the id."""
         return self._backend.id_to_token(token_id) if token_id >= 0 else None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Converts a text to token ids, by default with the special tokens of the tokenizer's template.
 
         Raises:
-            PromptError: The text holds half a surrogate pair, or the vocabulary does not cover it.
+            PromptError: The text contains half a surrogate pair, or characters that the vocabulary does not cover.
         """
         _check_characters(text)
         with reading("the text", "tokens of this model", PromptError, "change the text, or export the model again"):
@@ -165,7 +165,7 @@ class Tokenizer:
             field: Name of the option that has the text, for the error.
 
         Raises:
-            PromptError: It holds one, or half a surrogate pair.
+            PromptError: The text contains a reserved text, or half a surrogate pair.
         """
         _check_characters(text)
         normalizer = self._backend.normalizer
@@ -190,7 +190,7 @@ class Tokenizer:
 
 
 def reserved_texts(spec: PromptSpec, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """The texts that no prompt may hold: those that the tokenizer reads as special tokens, and the picture's marker.
+    """Returns the texts that no prompt may contain: the tokenizer's special tokens and the picture's marker.
 
     Only the template may write such texts: in a prompt of a user, they would end the text or mark the place of a
     picture. An interleaved prompt may contain two of them: the marker of a picture, and the end of a document.
@@ -217,7 +217,7 @@ def _has_byte_fallback(decoder: dict[str, object]) -> bool:
 
 
 def clean_up_spaces(text: str) -> str:
-    """Remove spaces before punctuation and English contractions (`clean_up_tokenization` of transformers)."""
+    """Removes spaces before punctuation and English contractions (`clean_up_tokenization` of transformers)."""
     for spaced, joined in _CLEAN_UP:
         text = text.replace(spaced, joined)
     return text
@@ -280,7 +280,7 @@ class TextStream:
         return self._tokenizer.decode_raw(self._window, skip_special_tokens=False)
 
     def _let_go(self) -> None:
-        """Shortens a long window; some tokens stay, as decoders treat the first token differently."""
+        """Shortens a long window; keeps some of its tokens, because decoders treat the first token differently."""
         if len(self._window) >= _TRIM_AT:
             self._window = self._window[self._boundary :]
             self._taken = len(self._decode_window())
@@ -330,7 +330,7 @@ class StopText:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many of the last characters of `text` are the first of `stop`."""
+    """Returns the length of the longest end of `text` that is also the start of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
@@ -338,8 +338,8 @@ def _overlap(text: str, stop: str) -> int:
 class TextPieces:
     """Turns tokens into pieces of text: whole characters, up to the first stop string, without surrounding spaces.
 
-    Joined, the pieces are the text of the same tokens without a stream: spaces before the first word are dropped, and
-    spaces after a word are held back until the next one.
+    Joined, the pieces equal the text that is made from all tokens at once: spaces before the first word are dropped,
+    and spaces after a word are held back until the next word.
 
     Args:
         tokenizer: Decodes the tokens.

@@ -1,1 +1,1 @@
-"""Reuses what was computed for earlier frames of a live source where a frame hardly differs."""
+"""Reuses results of earlier frames of a live source if a frame hardly differs from them."""

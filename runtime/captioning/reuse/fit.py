@@ -1,9 +1,10 @@
-"""Fits the thresholds of :class:`ReuseLadder` on recorded frames: the rate of missed changes gets an upper bound.
+"""Fits the thresholds of :class:`ReuseLadder` on recorded frames, with an upper bound of the rate of missed changes.
 
-All frames of the recording were encoded in full, so for every pair of thresholds it is known which captions would have
-been wrong. A *missed change* is a frame that got the caption of an earlier frame, and whose own caption is another one.
+All frames of the recording were encoded in full, so the code can compute which captions would have been wrong with each
+pair of thresholds. A *missed change* is a frame that got the caption of an earlier frame although its own caption
+differs.
 The rate is missed changes / reused frames. A pair of thresholds is allowed if an upper confidence bound of its rate is
-at most the stated rate; of the allowed pairs, one that saves most time is chosen (Learn then Test, Angelopoulos et
+at most the stated rate; of the allowed pairs, a pair that saves most time is chosen (Learn then Test, Angelopoulos et
 al., arXiv 2110.01052, with Bonferroni's correction for the number of pairs).
 
 The bound is that of Clopper and Pearson (Biometrika 26, 1934). It needs independent frames. But one overlooked change
@@ -54,11 +55,11 @@ LARGEST_SHARE = 0.75
 
 
 class Thresholds(NamedTuple):
-    """The thresholds of the ladder; a frame is reused if its distance is below. Zero reuses nothing.
+    """The thresholds of the ladder. A frame is reused if its distance is below a threshold; zero reuses nothing.
 
     Attributes:
-        skip: Distance of the pictures, :func:`picture_distance`; such a frame is not encoded.
-        caption: Distance of the features, :func:`feature_distance`; such a frame is encoded, and not decoded.
+        skip: Threshold of :func:`picture_distance`. A frame below it is not encoded.
+        caption: Threshold of :func:`feature_distance`. A frame below it is encoded, but no text is generated.
     """
 
     skip: float = 0.0
@@ -67,7 +68,7 @@ class Thresholds(NamedTuple):
 
 @dataclass(frozen=True)
 class FrameTimes:
-    """Milliseconds of a frame: ``encode`` of vision encoder and bridge, ``decode`` of prefill and decoding."""
+    """Milliseconds of a frame: ``encode`` (vision encoder and bridge) and ``decode`` (prefill and decoding)."""
 
     encode: float
     decode: float
@@ -90,11 +91,11 @@ class Recording:
     times: list[FrameTimes] = field(default_factory=list)
 
     def __len__(self) -> int:
-        """Number of frames."""
+        """Returns the number of frames."""
         return len(self.texts)
 
     def add(self, cells: Floats, features: Floats, text: str, times: FrameTimes) -> None:
-        """Adds a frame. A frame of another shape than the ones before, which cannot be compared, starts again."""
+        """Adds a frame. If its shapes differ from those of the recorded frames, first removes all recorded frames."""
         if self.cells and (self.cells[-1].shape, self.features[-1].shape) != (cells.shape, features.shape):
             self.keep_last(0)
         self.cells.append(cells)
@@ -103,7 +104,7 @@ class Recording:
         self.times.append(times)
 
     def keep_last(self, frames: int) -> None:
-        """Removes all but the last frames."""
+        """Keeps the last ``frames`` frames, and removes all earlier frames."""
         extra = max(0, len(self) - frames)
         del self.cells[:extra], self.features[:extra], self.texts[:extra], self.times[:extra]
 
@@ -113,20 +114,20 @@ class Recording:
         return sum(one != other for one, other in zip(self.texts, self.texts[1:], strict=False))
 
     def median_times(self) -> FrameTimes:
-        """The median time of each part."""
+        """Returns the median time of encoding and the median time of decoding."""
         encode, decode = (np.median([getattr(one, key) for one in self.times]) for key in ("encode", "decode"))
         return FrameTimes(float(encode), float(decode))
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What a pair of thresholds does on the recording.
+    """The measured values of one pair of thresholds on the recording.
 
     Attributes:
         thresholds: The thresholds.
         skipped: Share of the frames that are not encoded.
         captions: Share of the frames that are encoded and not decoded.
-        reused: Number of reused frames, the audited ones left out.
+        reused: Number of reused frames, without the audited frames.
         missed: Number of missed changes.
         rate: ``missed / reused``.
         design_effect: Number of reused frames that count as one in the bound.
@@ -150,9 +151,9 @@ class ReuseFit:
     """The result of a fit.
 
     Attributes:
-        thresholds: The chosen thresholds; zeros if no pair is allowed, and every frame is encoded.
-        chosen: The point of the curve that was chosen; None if no pair is allowed.
-        curve: All points.
+        thresholds: The chosen thresholds. If no pair is allowed, they are zero, and every frame is encoded.
+        chosen: The measured values of the chosen pair; None if no pair is allowed.
+        curve: The measured values of every pair of thresholds.
         frames: Number of frames of the recording.
         changes: Number of frames whose caption differs from that of the frame before.
         times: The median times of a frame.
@@ -167,10 +168,10 @@ class ReuseFit:
 
 
 def upper_bound(missed: float, frames: float, level: float) -> float:
-    """The upper bound of Clopper and Pearson of a rate.
+    """Computes Clopper and Pearson's upper bound of a rate.
 
-    It is the rate with which ``missed`` or fewer of ``frames`` have the probability ``level``. The counts need not be
-    whole numbers.
+    With this rate, the probability of at most ``missed`` missed changes in ``frames`` frames is ``level``. The counts
+    need not be whole numbers.
     """
     if missed >= frames:
         return 1.0
@@ -185,18 +186,18 @@ def upper_bound(missed: float, frames: float, level: float) -> float:
 
 
 def frames_needed(rate: float) -> int:
-    """Fewest reused frames, none of them wrong, with which the first fit can state a rate."""
+    """Returns how many reused frames, all correct, the first fit needs at least to state this rate."""
     points = 4 * SKIP_STEPS * CAPTION_STEPS - 1  # zero, the quantiles and the means between them
     return math.ceil(LEAST_EFFECT * math.log(_level(1, points)) / math.log1p(-rate))
 
 
 def _level(attempt: int, points: int) -> float:
-    """Error probability of one bound. All attempts together have ``1 - CONFIDENCE``: sum of 1 / (k (k + 1)) is 1."""
+    """Returns the error probability of one bound. All bounds of all attempts together have ``1 - CONFIDENCE``."""
     return (1 - CONFIDENCE) / (attempt * (attempt + 1)) / points
 
 
 def incomplete_beta(a: float, b: float, x: float) -> float:
-    """The regularized incomplete beta function, by its continued fraction (DLMF 8.17.22, Lentz's method)."""
+    """Computes the regularized incomplete beta function by its continued fraction (DLMF 8.17.22, Lentz's method)."""
     if x <= 0 or x >= 1:
         return float(x >= 1)
     if x > (a + 1) / (a + b + 2):
@@ -221,14 +222,14 @@ def incomplete_beta(a: float, b: float, x: float) -> float:
 
 
 class AuditClock:
-    """Chooses the reused frames that are audited: one at a random place in each group of :data:`AUDIT_EVERY`."""
+    """Chooses the reused frames that are audited: a random frame of each group of :data:`AUDIT_EVERY` reused frames."""
 
     def __init__(self, seed: int = 0) -> None:
         self._random = np.random.default_rng(seed)
         self._at = self._place = 0
 
     def is_due(self) -> bool:
-        """Whether this reused frame is audited; call it once for each."""
+        """Returns whether this reused frame is audited; call it once for each reused frame."""
         if self._at == 0:
             self._place = int(self._random.integers(AUDIT_EVERY))
         due = self._at == self._place
@@ -237,7 +238,7 @@ class AuditClock:
 
 
 class AuditMonitor:
-    """Counts missed changes among audited frames, and finds a rise of their rate.
+    """Counts missed changes among audited frames, and detects when their rate has risen.
 
     The test is Page's cumulative sum (Biometrika 41, 1954) of the log likelihood ratio of five times the stated rate
     against the stated rate.
@@ -261,23 +262,23 @@ class AuditMonitor:
 
     @property
     def is_raised(self) -> bool:
-        """Whether the rate has risen above the stated one."""
+        """Returns whether the rate of missed changes has risen above the stated rate."""
         return self._sum >= math.log(ALARM)
 
     def to_json(self) -> dict[str, Any]:
-        """Audited frames, missed changes, their rate and its upper confidence bound."""
+        """Returns a JSON object: numbers of audited frames and missed changes, the rate, its upper confidence bound."""
         upper = upper_bound(self.missed, self.frames, 1 - CONFIDENCE)
         rate = self.missed / self.frames if self.frames else None
         return {"frames": self.frames, "missed": self.missed, "rate": rate, "upper": round(upper, 4)}
 
 
 def fit_thresholds(recording: Recording, rate: float, attempt: int = 1) -> ReuseFit:
-    """Chooses the thresholds that save most time, of those whose rate of missed changes is at most ``rate``.
+    """Chooses the thresholds that save most time and have a rate of missed changes of at most ``rate``.
 
     Args:
-        recording: The frames.
+        recording: The recorded frames.
         rate: The stated rate.
-        attempt: Number of this fit in a run, from 1; later ones need more evidence.
+        attempt: Number of this fit in a run, from 1; later fits need more frames for the same rate.
     """
     pictures = _band(recording.cells, picture_distance)
     features = _band(recording.features, feature_distance)
@@ -301,9 +302,9 @@ def fit_thresholds(recording: Recording, rate: float, attempt: int = 1) -> Reuse
 
 
 def _band(values: Sequence[Floats], distance: Callable[[Floats, Floats], Floats]) -> Floats:
-    """Distances of each frame to the next ones, ``[N, 2 * AUDIT_EVERY]``; infinite beyond the end.
+    """Computes each frame's distances to the frames after it, ``[N, 2 * AUDIT_EVERY]``; infinite beyond the end.
 
-    A caption is reused for fewer frames than that, because of the audits.
+    A caption is reused for fewer than ``2 * AUDIT_EVERY`` frames, because audits come in between.
     """
     count, span = len(values), 2 * AUDIT_EVERY
     found = np.full((count, span), np.inf, np.float32)
@@ -314,9 +315,10 @@ def _band(values: Sequence[Floats], distance: Callable[[Floats, Floats], Floats]
 
 
 def _grid(band: Floats, steps: int) -> list[float]:
-    """Zero, the next numbers above quantiles of the distances, and the geometric means of neighbours.
+    """Returns the thresholds to try: zero, numbers just above quantiles of the distances, and means between them.
 
-    A frame at the distance of a quantile is then reused. The means lie between noise and changes, where no distance is.
+    "Just above": a frame at the distance of a quantile is then reused. The (geometric) means give thresholds in the gap
+    between the small distances of noise and the large distances of changes.
     """
     known = band[np.isfinite(band)]
     if not known.size:
@@ -328,7 +330,7 @@ def _grid(band: Floats, steps: int) -> list[float]:
 
 
 class _Replay:
-    """What :class:`ReuseLadder` would do on a recording."""
+    """Counts the frames that :class:`ReuseLadder` would skip, reuse and miss on a recording."""
 
     def __init__(self, thresholds: Thresholds) -> None:
         self.thresholds = thresholds
@@ -336,7 +338,7 @@ class _Replay:
         self.missed: list[int] = []  # of each block of frames
 
     def run(self, near: tuple[list[list[float]], list[list[float]]], texts: Sequence[int]) -> _Replay:
-        """Replays the frames; ``near`` are the two bands, ``texts`` a number for each caption."""
+        """Replays the frames; ``near`` has both results of :func:`_band`, ``texts`` a number for each caption."""
         skip, caption = self.thresholds
         pictures, features = near
         audit, shown, seen = AuditClock(), 0, 0
@@ -357,13 +359,13 @@ class _Replay:
 
     @property
     def design_effect(self) -> float:
-        """Mean number of missed changes in a block, weighted by that number; 0 if nothing was missed."""
+        """Computes sum(m²) / sum(m) over the numbers m of missed changes in each block; 0 if nothing was missed."""
         total = sum(self.missed)
         return sum(one * one for one in self.missed) / total if total else 0.0
 
 
 def _point(one: _Replay, level: float, times: FrameTimes, frames: int) -> CurvePoint:
-    """The figures of a replay."""
+    """Returns the measured values of a replay."""
     effect = max(one.design_effect, LEAST_EFFECT)
     reused, missed = one.skipped + one.captions, sum(one.missed)
     skipped, captions = one.skipped / frames, one.captions / frames

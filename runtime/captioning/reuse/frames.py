@@ -1,4 +1,4 @@
-"""Reuses the visual tokens of live pictures that hardly change, so that only the text is generated again.
+"""Reuses the visual tokens of the last encoded frame if a live picture hardly changed; only the text is generated.
 
 A frame is compared with the last encoded one, not with the last frame: slow changes add up until a frame is encoded
 again.
@@ -34,10 +34,10 @@ Context = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 @dataclass(frozen=True)
 class EncodedFrame:
-    """An encoded row.
+    """A row with the outputs of its graphs, which a later frame can reuse.
 
     Attributes:
-        cells: The means of :func:`cells_of`.
+        cells: The mean pixel values from :func:`cells_of`.
         counts: Number of pictures of the row, in a list.
         vision: The vision encoder's outputs.
         bridge_inputs: The bridge's inputs besides ``image_embeds``.
@@ -51,16 +51,17 @@ class EncodedFrame:
     pictures: dict[str, Array]
 
     def is_like(self, prepared: PreparedBatch, cells: Floats) -> bool:
-        """Whether a row has as many pictures of the same size, so that the two can be compared."""
+        """Returns whether a row has the same number and size of pictures, so that they can be compared."""
         return self.counts == prepared.counts and self.cells.shape == cells.shape
 
 
 class ReusingEncoder:
     """An encoder that skips a picture which hardly differs from the last encoded one.
 
-    Such a picture gets the visual tokens and cross-attention keys of the last one. If only the instruction or the
-    number of queries differs, the bridge runs again on the last ``image_embeds``. It encodes one row in each call, and
-    is for a single thread.
+    Such a picture gets the visual tokens and cross-attention keys of the last encoded picture. If only the instruction
+    or the
+    number of queries differs, the bridge runs again on the last ``image_embeds``. Each call encodes one row. Only one
+    thread may use the object.
 
     Args:
         encoder: Encodes the pictures that are not skipped.
@@ -135,11 +136,11 @@ def encode_frame(
 
     Args:
         encoder: Encodes the pictures.
-        context: As :class:`ReusingEncoder` takes it.
-        prepared: The row.
-        cells: Its cells.
+        context: As the argument of :class:`ReusingEncoder`.
+        prepared: The preprocessed row.
+        cells: The row's cells, from :func:`cells_of`.
         clock: Measures the stages.
-        vision: The vision encoder's outputs, where they are known.
+        vision: The vision encoder's outputs, if they are already computed; None to compute them.
     """
     vision = encoder.run_vision(prepared.pixels, clock) if vision is None else vision
     pictures = prepared.encoded(encoder.run_bridge(vision, prepared.bridge_inputs, clock)).pictures
@@ -151,7 +152,7 @@ def encode_frame(
 def encode_again(
     encoder: Encoder, context: Context, prepared: PreparedBatch, last: EncodedFrame, clock: StageClock
 ) -> EncodedFrame:
-    """Gives a row the visual tokens of ``last``; the bridge runs again if its other inputs differ."""
+    """Returns the row with the visual tokens of ``last``; the bridge runs again if its other inputs differ."""
     if _same(prepared.bridge_inputs, last.bridge_inputs):
         return last
     return encode_frame(encoder, context, prepared, last.cells, clock, last.vision)
@@ -180,7 +181,7 @@ def cells_of(pixels: Array, spans: Floats) -> Floats:
 
 
 def picture_distance(one: Floats, other: Floats) -> Floats:
-    """Largest difference of two pictures' cells ``[..., C]``, as a share of the range from black to white: ``[...]``.
+    """Returns the largest difference ``[...]`` of two pictures' cells ``[..., C]``; black to white is 1.
 
     The mean over the cells, which ``--reuse-below X`` uses, hides the movement of a small object.
     """
@@ -189,14 +190,14 @@ def picture_distance(one: Floats, other: Floats) -> Floats:
 
 
 def feature_distance(one: Floats, other: Floats) -> Floats:
-    """Largest ``|a - b| / |a|`` of the rows of two frames' features ``[..., R, W]``; ``one`` is the encoded frame."""
+    """Returns the largest ``|a - b| / |a|`` over the rows a of ``one`` (the encoded frame) and b of ``other``."""
     norms = np.maximum(np.sqrt(np.square(one).sum(-1)), np.finfo(np.float32).tiny)
     found: Floats = (np.sqrt(np.square(one - other).sum(-1)) / norms).max(-1)
     return found
 
 
 def features_of(tokens: Array) -> Floats:
-    """Makes small features of visual tokens, so that thousands of frames can be kept.
+    """Compresses visual tokens to small features, so that thousands of frames can be kept in memory.
 
     Neighbouring tokens are averaged to at most :data:`ROWS` rows. Each row is folded to :data:`WIDTH` numbers: number i
     is added to place i modulo the width, with a fixed sign (the count sketch of Charikar et al., ICALP 2002, whose

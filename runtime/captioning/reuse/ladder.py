@@ -1,4 +1,4 @@
-"""Captions live frames, and does only the part of the work that a frame needs: ``watch --reuse-below auto``.
+"""Captions live frames and reuses results of earlier frames where possible: ``watch --reuse-below auto``.
 
     picture near the last one? --yes--> prompt the same? --yes--> skip      its caption again; nothing is computed
         |                                   '-------------no---> features  its visual tokens; the text is generated
@@ -7,9 +7,10 @@
     features near? ------------yes--> caption   the caption of the encoded frame again; nothing is decoded
         '----------------------no---> full      the text is generated
 
-The thresholds come from :func:`fit_thresholds`. Until there are enough frames for it, each is encoded in full: ``fit``.
+The thresholds come from :func:`fit_thresholds`. Until there are enough frames for a fit, each frame is encoded in full
+(``fit``).
 One in :data:`AUDIT_EVERY` frames that could be reused is encoded in full as a check (``audit``). So the rate of missed
-changes is measured during the whole run; if it rises above the stated one, the thresholds are fitted again.
+changes is measured during the whole run; if it rises above the stated rate, the thresholds are fitted again.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class ReusePlan:
     report: Callable[[str], None] = lambda sentence: None
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Checks ``rate``, ``frames`` and ``path``."""
         check_number("miss_rate", self.rate, 0.0, 0.5, above=True)
         check_integer("fit_frames", self.frames, 2)
         if self.path is not None:
@@ -100,11 +101,11 @@ class _Shown:
     """The last generated caption.
 
     Attributes:
-        frame: The frame that it was generated from.
-        features: Its features.
+        frame: The frame that the caption was generated from.
+        features: The features of that frame.
         seen: Cells of the last frame whose picture was encoded; frames with its caption or its features keep them.
         prompt: The prompt as given.
-        prompt_tokens: Its length.
+        prompt_tokens: Length of the prompt in tokens.
         generated: The tokens.
         text: The caption.
     """
@@ -119,14 +120,14 @@ class _Shown:
 
 
 class ReuseLadder:
-    """Captions frames one by one, and reuses the last caption where it is probably still right. For a single thread.
+    """Captions frames one by one, and reuses the last caption if it is probably still right. For a single thread.
 
     Args:
         encoder: Encodes pictures and prompts.
         generator: Generates the texts.
         options: How to generate.
-        plan: How to fit.
-        key: What a kept fit must hold for, :func:`fit_key`.
+        plan: How to fit the thresholds.
+        key: Bundle, prompt, options and rate that a kept fit must have been made for (:func:`fit_key`).
 
     Attributes:
         audits: The audited frames since the last fit.
@@ -166,11 +167,11 @@ class ReuseLadder:
 
     @property
     def is_fitting(self) -> bool:
-        """Whether frames are recorded for a fit, and encoded in full."""
+        """Returns whether frames are now recorded for a fit; such frames are encoded in full."""
         return self.fit is None or self.fit.chosen is None
 
     def __call__(self, image: ItemSource, prompt: str | None = None) -> tuple[CaptionResult, Step]:
-        """Captions a frame; arguments and errors as of ``Captioner.caption``. Returns what was done, too."""
+        """Captions a frame; arguments and errors as in ``Captioner.caption``. Also returns the step (:data:`Step`)."""
         clock = StageClock()
         prepared = self._encoder.prepare([image], [prompt], clock, self._options.queries)
         with clock("preprocess"):
@@ -202,7 +203,7 @@ class ReuseLadder:
     def _choose(
         self, prepared: PreparedBatch, cells: Floats, prompt: str | None, clock: StageClock
     ) -> tuple[Step, EncodedFrame | None]:
-        """The step of a frame, and the frame if it was encoded for that."""
+        """Chooses the step of a frame. Also returns the encoded frame, if the choice required encoding; else None."""
         last, thresholds = self._last, self.fit.thresholds if self.fit else Thresholds()
         if self.is_fitting:
             return "fit", None
@@ -235,7 +236,7 @@ class ReuseLadder:
         )
 
     def _record(self, shown: _Shown, clock: StageClock) -> None:
-        """Records a frame, and fits the thresholds when there are enough."""
+        """Records a frame, and fits the thresholds when there are enough frames."""
         times = FrameTimes(clock.ms["vision"] + clock.ms["bridge"], clock.ms["prefill"] + clock.ms["decode"])
         self.recording.add(shown.frame.cells.ravel(), shown.features, shown.text, times)
         self.recording.keep_last(LONGEST * self._plan.frames)
@@ -277,7 +278,7 @@ def _features(frame: EncodedFrame) -> Floats:
 
 
 def fit_key(bundle: Bundle, prompt: str | None, options: GenerationOptions, plan: ReusePlan) -> dict[str, Any]:
-    """What a kept fit holds for. The draft model is left out, because captions do not depend on it."""
+    """Returns what a kept fit depends on; not the draft model, because captions do not depend on it."""
     values = {key: value for key, value in asdict(options).items() if key != "draft"}
     return {
         "bundle": bundle.sha256,
@@ -288,7 +289,7 @@ def fit_key(bundle: Bundle, prompt: str | None, options: GenerationOptions, plan
 
 
 def fit_document(fit: ReuseFit, key: Mapping[str, Any]) -> dict[str, Any]:
-    """A fit as a JSON object, with what it holds for."""
+    """Returns a fit as a JSON object; ``key`` says for which bundle, prompt, options and rate the fit is valid."""
     values = asdict(fit)
     for point in (values, *values["curve"], *filter(None, [values["chosen"]])):
         point["thresholds"] = dict(zip(Thresholds._fields, point["thresholds"], strict=True))
@@ -296,7 +297,7 @@ def fit_document(fit: ReuseFit, key: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_fit(path: Path, key: Mapping[str, Any]) -> ReuseFit | None:
-    """Reads a kept fit; None if there is no such file.
+    """Reads a kept fit; returns None if the file does not exist.
 
     Raises:
         DataError: The file cannot be read as a fit.
@@ -357,7 +358,7 @@ _FIT = record(
 
 
 def _point(values: Mapping[str, Any]) -> CurvePoint:
-    """A point of the curve of its JSON object."""
+    """Reads the measured values of a pair of thresholds from their JSON object."""
     known = {one.name: values[one.name] for one in fields(CurvePoint)}
     skip, caption = (values["thresholds"][name] for name in Thresholds._fields)
     return CurvePoint(**{**known, "thresholds": Thresholds(skip, caption)})
@@ -369,7 +370,7 @@ def _short(value: Any) -> str:
 
 
 def _sentence(fit: ReuseFit, rate: float) -> str:
-    """What a fit found, for the user."""
+    """Returns a sentence for the user about the result of a fit."""
     film = f"{fit.frames} frames, in which the caption changed {fit.changes} times"
     if fit.chosen is None:
         return (

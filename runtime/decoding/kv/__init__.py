@@ -1,1 +1,1 @@
-"""The decoder's KV cache in three forms: growing, written in place, of fixed capacity."""
+"""Three kinds of KV cache for the decoder: growing, written in place, and with a fixed number of slots."""

@@ -26,11 +26,11 @@ CACHE_POSITION = "cache_position"
 class FixedCache(Protocol):
     """The KV cache of a batch with a fixed number of slots, and the graph that reads and writes the cache.
 
-    Keys and values are ``[B, H, C, d]`` for each layer. The cross-attention keys and values are kept here as well.
+    Keys and values are ``[B, H, C, d]`` for each layer. The cache also contains the cross-attention keys and values.
     """
 
     def run(self, inputs: Mapping[str, Array]) -> NDArray[np.float32]:
-        """Runs the graph on the cache; ``inputs`` are its other inputs by name. Returns logits ``[B, K, V]``."""
+        """Runs the graph on the cache and on its other ``inputs`` (by name). Returns logits ``[B, K, V]``."""
         ...
 
     def select(self, rows: NDArray[np.int64]) -> None:
@@ -75,7 +75,7 @@ class FixedState(SlotState):
         """Moves all rows to the left over slots that no row uses, if ``steps`` more slots would not fit.
 
         Raises:
-            BackendError: The cache has too few slots, also after moving the rows.
+            BackendError: The cache has too few slots, even after the rows were moved.
         """
         if self.slot + steps <= self.decoder.capacity:
             return
@@ -120,7 +120,7 @@ class FixedState(SlotState):
         return self.cache.run(inputs)
 
     def _shift(self, row: int, by: int) -> None:
-        """Moves a row's tokens by some slots; ``slot`` is their end before or after, whichever is larger."""
+        """Moves a row's tokens by ``by`` slots; ``slot`` is their end before or after the move (the larger one)."""
         length = self.slot - max(by, 0)
         self.cache.shift(row, by, length)
         if by > 0:
@@ -137,8 +137,8 @@ class FixedDecoder(Decoder):
         open_cache: Makes the cache of a batch.
         spec: The graph's tensors.
         capacity: C, number of slots of each row in the KV cache.
-        max_rows: The most rows that the graph takes at once.
-        table: The token table.
+        max_rows: The largest number of rows in a run of the graph.
+        table: The token embedding table.
     """
 
     state_class: type[FixedState] = FixedState

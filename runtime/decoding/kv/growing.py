@@ -1,4 +1,4 @@
-"""The portable KV cache: keys and values are inputs and outputs of the graph, and grow with every step."""
+"""The KV cache of exported (not optimized) graphs: keys and values are inputs and outputs, and grow at each step."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from blip2edge.runtime.text.prompt import left_padded
 
 
 class GrowingDecoder(Decoder):
-    """The decoder of a portable graph, whose KV cache grows by one slot in each step.
+    """The decoder of an exported (not optimized) graph, whose KV cache grows by one slot in each step.
 
     Args:
         session: The loaded graph.
         spec: The graph's inputs and outputs.
         cache: Names and sizes of the graph's key and value tensors.
-        table: The token table.
+        table: The token embedding table.
     """
 
     def __init__(self, session: Session, spec: GraphSpec, cache: CacheSpec, table: TokenTable) -> None:
@@ -43,7 +43,7 @@ class GrowingDecoder(Decoder):
 
 
 class GrowingState(SlotState):
-    """The decoding state of a batch; every step returns its keys and values with one slot more."""
+    """The decoding state of a batch; each step makes keys and values that have one slot more than before."""
 
     decoder: GrowingDecoder
 
@@ -115,7 +115,7 @@ class GrowingState(SlotState):
         self.join_rows(other)
 
     def _trim(self) -> None:
-        """Drops slots that no row uses."""
+        """Removes the slots that no row uses."""
         unused = int(self.mask.any(axis=0).argmax())
         if unused:
             self.mask = self.mask[:, unused:]

@@ -37,9 +37,9 @@ class InPlaceDecoder(Decoder):
 
     Args:
         session: The loaded graph.
-        spec: Inputs and outputs of the portable decoder graph.
-        cache: Names and sizes of that graph's key and value tensors.
-        table: The token table.
+        spec: Inputs and outputs of the exported (not optimized) decoder graph.
+        cache: Names and sizes of the key and value tensors of the exported graph.
+        table: The token embedding table.
         max_positions: The longest context, in tokens.
     """
 
@@ -86,7 +86,7 @@ class InPlaceDecoder(Decoder):
 
 
 class InPlaceState:
-    """The decoding state of a batch with its KV cache buffers; it follows :class:`RowState`.
+    """The decoding state of a batch with its KV cache buffers; implements :class:`RowState`.
 
     Attributes:
         lengths: Number of tokens of each row in the cache, prompt included, int64 ``[B]``.
@@ -101,7 +101,7 @@ class InPlaceState:
 
     @property
     def batch_size(self) -> int:
-        """Number of rows B; see :class:`DecodeState`."""
+        """Returns the number of rows B; see :class:`DecodeState`."""
         return len(self.lengths)
 
     def step(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -111,7 +111,7 @@ class InPlaceState:
     def extend(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Appends tokens ``[B, k]`` to each row; returns logits ``[B, k, V]``; see :class:`RowState`.
 
-        Several tokens of several rows take one pass for each row, as the kernel requires.
+        If both B and k are larger than 1, the graph runs once for each row, as the kernel requires.
         """
         batch, steps = token_ids.shape
         embeds = self._decoder.embed(token_ids)
@@ -170,10 +170,10 @@ class InPlaceState:
 
         Args:
             embeds: ``[B, S, D]``.
-            before: Tokens of the rows in the cache.
+            before: Number of tokens that each row has in the cache.
             row: The first of these rows.
-            indices: ``[B, K]``, the slots among the S that need logits.
-            new: Valid new tokens of each row; None for S.
+            indices: ``[B, K]``, indices (below S) of the new slots that need logits.
+            new: Number of valid new tokens of each row; None: all S slots are valid.
         """
         batch, steps, _ = embeds.shape
         after = before + (steps if new is None else new)
@@ -209,7 +209,7 @@ KEPT_RUNS = 8
 
 @dataclass
 class _BoundRun:
-    """A run with all its inputs and outputs bound to memory on the device.
+    """A prepared run of the graph: all inputs and outputs are bound to memory on the device.
 
     Attributes:
         binding: ONNX Runtime's binding.
@@ -243,7 +243,7 @@ class _DeviceMemory:
         self.runs: dict[Any, _BoundRun] = {}
 
     def part(self, name: str, value: Any, first: int, rows: int) -> tuple[Any, ...]:
-        """Describes some rows of a buffer for ``bind_input``: device, device number, dtype, shape and address."""
+        """Returns ``bind_input``'s arguments for rows of a buffer: device and its number, dtype, shape, address."""
         dtype = self.session.dtypes[name]
         row = int(np.prod(self.shape[1:])) * dtype.itemsize
         return (*self.session.device, dtype.type, [rows, *self.shape[1:]], value.data_ptr() + first * row)
@@ -280,7 +280,7 @@ class DevicePool:
         return _DeviceMemory(self.session, list(self.pairs.values()), shape)
 
     def give(self, memory: _DeviceMemory) -> None:
-        """Adds memory that a state no longer uses; frees the oldest if more than :data:`POOLED` are free."""
+        """Adds memory that no state uses any more; frees the oldest memory if the pool has more than :data:`POOLED`."""
         with self._lock:
             self._free.append(memory)
             old = self._free.pop(0) if len(self._free) > POOLED else None
@@ -299,7 +299,7 @@ class DeviceBuffers:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Number of rows and of slots; see :class:`CacheBuffers`."""
+        """Returns the numbers of rows and slots; see :class:`CacheBuffers`."""
         return (0, 0) if self._memory is None else (self._memory.shape[0], self._memory.shape[2])
 
     def resize(self, shape: Sequence[int], used: int) -> None:  # noqa: ARG002 - whole rows are copied
@@ -377,7 +377,7 @@ class DeviceBuffers:
         return _BoundRun(binding, values, result, next(self._pool.numbers))
 
     def _copy(self, source: _DeviceMemory, rows: int, first: int) -> None:
-        """Copies the first rows of ``source``, which has no more slots, to the rows from ``first`` on."""
+        """Copies the first rows of ``source`` to the rows from ``first`` on; ``source`` must not have more slots."""
         memory = self._memory
         if memory is None:
             return
@@ -391,7 +391,7 @@ class DeviceBuffers:
     def _move(
         self, model: bytes, source: tuple[Any, ...], inputs: Mapping[str, Array], target: tuple[Any, ...]
     ) -> None:
-        """Runs a small model from some rows of a buffer to those of another."""
+        """Runs a small model that copies rows of one buffer into rows of another buffer."""
         binding = self._session.new_binding(model)
         binding.bind_input("x", *source)
         for name, array in inputs.items():
