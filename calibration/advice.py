@@ -1,4 +1,4 @@
-"""Warnings of a calibration: too few pictures, and large differences from the parent."""
+"""Makes the warnings of a calibration: too few pictures, and large differences from the parent."""
 
 from __future__ import annotations
 
@@ -32,7 +32,13 @@ def picture_warnings(pictures: PictureSet) -> list[str]:
 def difference_warnings(
     graphs: Mapping[str, CalibratedGraph], agreement: CaptionAgreement | None, *, limited: bool
 ) -> list[str]:
-    """Returns warnings if the bundle differs much from its parent; ``limited``: whether a drop limit was set."""
+    """Returns warnings if the outputs or captions of the bundle differ much from its parent's.
+
+    Args:
+        graphs: The results of the graphs, by name.
+        agreement: The agreement of the captions; None if the model generates no captions.
+        limited: Whether a drop limit was set.
+    """
     warnings = []
     if agreement is not None and agreement.same < LEAST_AGREEMENT:
         advice = "calibrate on more pictures like those of the application"

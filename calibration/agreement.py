@@ -25,7 +25,7 @@ RUNS = 32
 
 @dataclass(frozen=True)
 class Cosine:
-    """Cosine similarity between an output of the quantized graph and of the parent's graph, over several runs.
+    """Cosine similarity between an output of the quantized graph and this output of the parent's graph.
 
     Attributes:
         mean: Mean of the cosines of whole tensors, one per run.
@@ -38,7 +38,7 @@ class Cosine:
     lowest_token: float
 
     def to_json(self) -> dict[str, float]:
-        """The figures as a JSON object for ``bundle.json``."""
+        """Returns the three cosines as a JSON object for ``bundle.json``."""
         return {name: round(value, 6) for name, value in vars(self).items()}
 
 
@@ -57,13 +57,13 @@ class GreedyCaption:
 
 @dataclass(frozen=True)
 class CaptionAgreement:
-    """Compares the captions of a calibrated bundle and of its parent for the same pictures.
+    """Compares the captions of a calibrated bundle with the captions of its parent, for the same pictures.
 
     Attributes:
         pictures: Number of pictures.
-        same: Share of the pictures whose token ids are equal.
-        parent: The parent's texts.
-        ours: The texts of the calibrated bundle.
+        same: Share of the pictures for which both captions have equal token ids.
+        parent: Captions of the parent, as text.
+        ours: Captions of the calibrated bundle, as text.
     """
 
     pictures: int
@@ -72,14 +72,17 @@ class CaptionAgreement:
     ours: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The comparison as a JSON object for ``bundle.json``: the figures, and the pairs of captions that differ."""
+        """Returns a JSON object for ``bundle.json``.
+
+        It has the number of pictures, the share of equal captions, and the pairs of texts that differ.
+        """
         pairs = zip(self.parent, self.ours, strict=True)
         differing = [list(pair) for pair in pairs if pair[0] != pair[1]]
         return {"pictures": self.pictures, "same": round(self.same, 4), "differing": differing}
 
 
 def cosine_similarity(first: NDArray[Any], second: NDArray[Any]) -> float:
-    """Computes the cosine of two arrays, taken as vectors; 1 if both are zero."""
+    """Computes the cosine of two arrays, which are flattened to vectors; 1 if both are zero."""
     a, b = first.astype(np.float64).ravel(), second.astype(np.float64).ravel()
     scale = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(a @ b) / scale if scale else float(not a.any() and not b.any())
@@ -152,7 +155,7 @@ def caption_pictures(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[GreedyCaption]:
-    """Captions pictures greedily with a bundle."""
+    """Captions pictures greedily with a bundle, on the CPU; returns the captions in the order of the pictures."""
     captioner = Captioner.load(bundle, backend="cpu", threads=threads)
     prompt = default_prompt(captioner.prompts)
     results = (captioner.caption(one.image(), prompt=prompt) for one in counted(pictures, len(pictures), progress))
@@ -160,7 +163,7 @@ def caption_pictures(
 
 
 def compare_captions(parent: Sequence[GreedyCaption], ours: Sequence[GreedyCaption]) -> CaptionAgreement:
-    """Compares the parent's captions with ``ours``, those of the calibrated bundle, for the same pictures."""
+    """Compares the parent's captions with those of the calibrated bundle (``ours``) for the same pictures."""
     same = [one.tokens == two.tokens for one, two in zip(parent, ours, strict=True)]
     return CaptionAgreement(
         len(same), float(np.mean(same)), tuple(one.text for one in parent), tuple(one.text for one in ours)

@@ -1,7 +1,7 @@
-"""Records the inputs of each graph of a bundle: pictures pass the bundle's preprocessing and the preceding graphs.
+"""Records the inputs of each graph of a bundle, while the preprocessing and the graphs run on pictures.
 
-The inputs are saved to a directory, one file for each run, so that memory does not grow with the number of pictures and
-every later pass reads the same numbers.
+The inputs are saved to a directory, one file for each run. So memory does not grow with the number of pictures, and
+every later step reads the same numbers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Feeds:
     """Stores the recorded inputs of each graph in files.
 
     Args:
-        directory: The directory of the files; empty, or with the files of an earlier object.
+        directory: The directory of the files; empty, or with the files that an earlier :class:`Feeds` wrote.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -51,7 +51,7 @@ class Feeds:
         self._counts[graph] = at + 1
 
     def count(self, graph: str) -> int:
-        """Number of recorded runs of a graph."""
+        """Returns the number of recorded runs of a graph."""
         return self._counts.get(graph, 0)
 
     def runs(self, graph: str, count: int | None = None) -> Iterator[dict[str, Array]]:
@@ -59,7 +59,7 @@ class Feeds:
 
         Args:
             graph: Name of the graph.
-            count: Largest number of runs, evenly spaced; None for all.
+            count: Largest number of runs; they are chosen at even distances. None for all runs.
         """
         total = self.count(graph)
         wanted = total if count is None else min(count, total)
@@ -69,7 +69,7 @@ class Feeds:
 
 
 class SubstituteSession:
-    """A session with the inputs and outputs of another session, whose results come from a function."""
+    """A session with the same input and output names as another session; a function computes its results."""
 
     def __init__(self, like: Session, compute: Callable[[Mapping[str, Array]], dict[str, Array]]) -> None:
         self.input_names, self.output_names = like.input_names, like.output_names
@@ -146,9 +146,10 @@ class PictureRunner:
                 self.instruction = text.instructions([prompt])
 
     def __call__(self, picture: Image.Image, text: Sequence[int] | None) -> None:
-        """Runs all graphs on a picture, the decoder on its prompt followed by the tokens of ``text``.
+        """Runs all graphs on a picture. The decoder runs on the prompt, followed by the tokens of ``text``.
 
-        The pictures of an elastic bundle use different numbers of queries, so that its ranges hold for all of them.
+        If the bundle is elastic, the pictures use different numbers of queries, so that the chosen ranges fit all
+        numbers.
         """
         queries = next(self._queries)
         images, frames = self.images, self.spec.frames if self.spec is not None else 1
@@ -174,7 +175,10 @@ class PictureRunner:
 
 
 def _numbers_of_queries(elastic: ElasticSpec | None) -> Iterator[int | None]:
-    """The number of queries of each picture: every second uses all of them, the others use each number in turn."""
+    """Yields the number of queries of each picture; None for a bundle that is not elastic.
+
+    Every second picture uses all queries. The other pictures use each allowed number in turn.
+    """
     if elastic is None:
         return repeat(None)
     least, most = elastic.min_queries, elastic.max_queries
@@ -182,12 +186,12 @@ def _numbers_of_queries(elastic: ElasticSpec | None) -> Iterator[int | None]:
 
 
 def _behind(text: Sequence[int], start: Sequence[int]) -> Sequence[int]:
-    """Generated ids without the start token, with which the texts of encoder-decoder models begin."""
+    """Returns the generated ids without the start tokens, with which the texts of encoder-decoder models begin."""
     return text[len(start) :] if tuple(text[: len(start)]) == tuple(start) else text
 
 
 def _continued(prompt: Prompt, text: Sequence[int]) -> Prompt:
-    """A prompt followed by a caption."""
+    """Returns a prompt that is followed by the token ids of a caption."""
     segments = (*prompt.segments[:-1], (*prompt.segments[-1], *text))
     attends_to = (*prompt.attends_to, *[prompt.attends_to[-1]] * len(text)) if prompt.attends_to else ()
     return replace(prompt, segments=segments, attends_to=attends_to)

@@ -24,7 +24,7 @@ from blip2edge.progress import ProgressCallback
 
 @dataclass(frozen=True)
 class CalibrationContext:
-    """What all steps of one calibration share: inputs, output directory and options.
+    """Data that all steps of one calibration share: inputs, output directory and options.
 
     Attributes:
         parent: The bundle that is calibrated.
@@ -63,16 +63,18 @@ class CalibrationContext:
         kept_float: Mapping[str, str],
         matrices: Mapping[str, MatrixSummary] | None = None,
     ) -> StagedGraph:
-        """Writes a changed graph to the staging directory, checks it with onnx, and compares it with the parent's.
+        """Writes a changed graph to the staging directory, checks it with onnx, and compares its outputs.
+
+        The outputs are compared with those of the parent's graph on the recorded inputs.
 
         Args:
             model: The changed graph; its external weights are in the staging directory already.
             record: The graph's record in the parent's manifest.
-            precision: The graph's new precision; the parent's is kept if no product was quantized.
+            precision: The graph's new precision. If ``products`` is 0, the graph keeps the parent's precision.
             data: Hash and size of the graph's weight files, by name.
             start: ``time.perf_counter()`` when work on the graph began.
-            products: Number of quantized products.
-            kept_float: Why a product is kept in floating point, by the product's name.
+            products: Number of quantized matrix multiplications (MatMul nodes).
+            kept_float: Why a matrix multiplication is kept in floating point, by the name of its node or weight.
             matrices: Results for the matrices with weight-only quantization, by the initializer's name.
         """
         path = self.staging / record.spec.file
@@ -96,7 +98,7 @@ class CalibrationContext:
         return StagedGraph(changed, seals, summary)
 
     def _compare(self, record: GraphRecord) -> dict[str, Cosine]:
-        """Cosines of a staged graph's outputs to the parent's; empty if no inputs were recorded."""
+        """Returns the cosines of a staged graph's outputs to the parent's; empty if no inputs were recorded."""
         if not self.feeds.count(record.spec.name):
             return {}
         return compare_graphs(

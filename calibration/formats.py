@@ -43,7 +43,7 @@ class NumberFormat:
 
     @classmethod
     def parse(cls, text: str) -> NumberFormat:
-        """Reads ``int4/32`` or ``float``; raises UsageError for anything else."""
+        """Converts a text such as ``int4/32`` or ``float`` to a format; raises UsageError for any other text."""
         kind, slash, block = text.partition("/")
         bits = WEIGHT_BITS.get(kind)
         sizes = tuple(map(str, BLOCKS[bits])) if bits is not None else ()
@@ -57,11 +57,15 @@ class NumberFormat:
 
     @property
     def bits(self) -> int | None:
-        """Bits of weights in blocks; None for the other kinds."""
+        """Bits of a weight if the weights are integers in blocks (``int8``, ``int4``); None for other kinds."""
         return WEIGHT_BITS.get(self.kind)
 
     def for_width(self, width: int) -> BlockFormat | None:
-        """The block format of a matrix with ``width`` inputs; None if it has none, or no block size fits."""
+        """Returns the block format of a matrix with ``width`` inputs.
+
+        Returns:
+            None if the format has no blocks, or if no block size fits the width.
+        """
         return None if self.bits is None else BlockFormat.for_width(width, self.bits, self.block)
 
 
@@ -71,20 +75,20 @@ class GraphFormat:
 
     Attributes:
         whole: The format of the graph's matrices.
-        patterns: Patterns of the names of matrices that have another format, with that format; the last one that
-            matches counts.
+        patterns: Name patterns of matrices that have another format, each with this format. If several patterns match a
+            name, the last one counts.
     """
 
     whole: NumberFormat
     patterns: tuple[tuple[str, NumberFormat], ...] = ()
 
     def of(self, weight: str) -> NumberFormat:
-        """The format of the matrix with this initializer."""
+        """Returns the format of the matrix whose initializer has the name ``weight``."""
         matching = [form for pattern, form in self.patterns if fnmatchcase(weight, pattern)]
         return matching[-1] if matching else self.whole
 
     def without_inputs(self) -> GraphFormat:
-        """The format of a graph without recorded inputs: INT4 needs inputs to round well, so it becomes INT8."""
+        """Returns the format for a graph without recorded inputs: INT4 becomes INT8, because INT4 needs inputs."""
         return replace(self, whole=NumberFormat("int8")) if self.whole.kind == "int4" else self
 
     def __str__(self) -> str:
@@ -93,7 +97,7 @@ class GraphFormat:
 
 @dataclass(frozen=True)
 class FormatRule:
-    """One ``--format``.
+    """The value of one ``--format`` flag.
 
     Attributes:
         graph: Name of the graph.
@@ -107,7 +111,7 @@ class FormatRule:
 
     @classmethod
     def parse(cls, text: str) -> FormatRule:
-        """Reads ``GRAPH=FORMAT`` or ``GRAPH:PATTERN=FORMAT``; raises UsageError for anything else."""
+        """Converts ``GRAPH=FORMAT`` or ``GRAPH:PATTERN=FORMAT`` to a rule; raises UsageError for any other text."""
         match = RULE.fullmatch(text)
         if match is None:
             raise UsageError(
@@ -126,9 +130,13 @@ def choose_graph_formats(
 
     Args:
         graphs: Names of the parent's graphs.
-        activations: Graphs whose activations become INT8.
-        weights: The type of the weights of the other graphs but the vision encoder; None keeps them.
-        rules: Formats of single graphs, which come before the other flags.
+        activations: Names of the graphs whose activations become INT8.
+        weights: Type of the weights of the other graphs; the vision encoder is not among them. None leaves the weights
+            unchanged.
+        rules: Formats of single graphs, which replace the choices by the other flags.
+
+    Returns:
+        The format of each graph, by name.
 
     Raises:
         UsageError: A rule names no graph of the parent, or two formats do not fit into one graph.
@@ -152,11 +160,14 @@ def choose_graph_formats(
 
 
 def check_matches(rules: Iterable[FormatRule], weights_of: Callable[[str], Sequence[str]]) -> None:
-    """Raises UsageError if the pattern of a rule matches no matrix.
+    """Checks that the pattern of each rule matches a matrix.
 
     Args:
         rules: The rules.
-        weights_of: Names of the matrices of a graph.
+        weights_of: Returns the names of the matrices of a graph.
+
+    Raises:
+        UsageError: A pattern matches no matrix.
     """
     for rule in rules:
         names = weights_of(rule.graph) if rule.pattern else []
@@ -174,7 +185,7 @@ def check_inputs(rules: Iterable[FormatRule], recorded: Callable[[str], object])
 
     Args:
         rules: The rules.
-        recorded: Whether a graph has recorded inputs.
+        recorded: Returns a true value if inputs of the graph were recorded.
     """
     for rule in rules:
         if rule.form.kind in (W8A8, "int4") and not recorded(rule.graph):
@@ -187,7 +198,7 @@ def check_inputs(rules: Iterable[FormatRule], recorded: Callable[[str], object])
 
 
 def _check_patterns(graph: str, form: GraphFormat) -> None:
-    """Raises UsageError if the formats of single matrices cannot be in a graph of this format."""
+    """Raises UsageError if the formats for single matrices cannot be combined with the format of the whole graph."""
     blocks = form.whole.bits is not None
     fitting = [FLOAT, *WEIGHT_BITS] if blocks else [FLOAT] if form.whole.kind == W8A8 else []
     for pattern, own in form.patterns:

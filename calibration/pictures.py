@@ -36,8 +36,8 @@ class CalibrationPicture:
 
     Attributes:
         path: The picture file, or the shard.
-        stored: The picture's place in the shard; None if it is a file of its own.
-        limits: The largest picture that is decoded.
+        stored: The picture's place in the shard; None if the picture is a file of its own.
+        limits: The limits on the size of a picture that is decoded.
     """
 
     path: Path
@@ -46,7 +46,7 @@ class CalibrationPicture:
 
     @property
     def member(self) -> str:
-        """Name of the picture in its shard; empty if it is a file of its own."""
+        """Name of the picture in its shard; empty if the picture is a file of its own."""
         return self.stored.name if self.stored is not None else ""
 
     @property
@@ -55,7 +55,11 @@ class CalibrationPicture:
         return printable(f"{self.path}:{self.member}" if self.member else str(self.path))
 
     def references(self) -> list[str]:
-        """Reference captions: the lines of the ``.txt`` file of the same name; none for a shard."""
+        """Returns the reference captions: the lines of the ``.txt`` file with the same name.
+
+        Returns:
+            The captions; empty for a picture in a shard, and if there is no such file.
+        """
         beside = self.path.with_suffix(".txt")
         if self.member or not beside.is_file():
             return []
@@ -67,7 +71,7 @@ class CalibrationPicture:
         """Reads the bytes of the picture file.
 
         Raises:
-            ImageError: The shard cannot be read, or is truncated.
+            ImageError: The file or the shard cannot be read, or the shard is truncated.
         """
         if self.stored is not None:
             return self.stored.read()
@@ -78,7 +82,7 @@ class CalibrationPicture:
         """Decodes the picture to RGB.
 
         Raises:
-            ImageError: As :meth:`read`; or the file is not a picture within the limits.
+            ImageError: The file cannot be read, or it is not a picture within the limits.
         """
         return load_image(self.read(), self.limits)
 
@@ -176,7 +180,7 @@ def _search(root: Path) -> Iterator[tuple[Path, ShardFile | None]]:
 
 
 def _shard(path: Path) -> Iterator[tuple[Path, ShardFile]]:
-    """The pictures of a shard, by name."""
+    """Yields the pictures of a shard, ordered by name: the shard's path and the place of the picture in the shard."""
     with open_shard(path) as files:
         pictures = [file for file, _ in files if file.is_picture]
     for file in sorted(pictures, key=lambda picture: picture.name):

@@ -75,13 +75,13 @@ GraphMaker = Callable[[CalibrationContext, GraphRecord, GraphFormat], StagedGrap
 
 @dataclass(frozen=True)
 class PreparedSteps:
-    """Results of the steps of a calibration that a search has made before.
+    """Results of those steps of a calibration that a search has already run.
 
     Attributes:
-        captions: Captions of the parent.
+        captions: The parent's captions of the first pictures.
         feeds: The recorded inputs.
         graph: Puts a graph into the staging directory, in a format.
-        search: What ``report.json`` shows of the search.
+        search: The object ``search`` of ``report.json``.
     """
 
     captions: Sequence[GreedyCaption]
@@ -190,7 +190,7 @@ def _copied_bundle(
     threads: int | None,
     progress: ProgressCallback | None,
 ) -> CalibrationReport:
-    """Copies a bundle and fits its confidence."""
+    """Copies a bundle and fits the confidence of the copy."""
     if references is None:
         raise UsageError(
             f"expected {option('images')}, {option('references')} or both, got neither",
@@ -212,7 +212,11 @@ def _fill_staging(
     title: str,
     prepared: PreparedSteps | None,
 ) -> tuple[dict[str, StagedGraph], CaptionAgreement | None]:
-    """Writes the whole bundle to the staging directory."""
+    """Writes the whole bundle to the staging directory: graphs, other files, reports and manifest.
+
+    Returns:
+        The graphs by name, and the agreement of the captions (None if the model generates no captions).
+    """
     parent = context.parent
     make: GraphMaker = quantize_graph if prepared is None else prepared.graph
     if prepared is None:
@@ -248,7 +252,7 @@ def _agreement(
     captions: Sequence[GreedyCaption],
     graphs: Mapping[str, StagedGraph],
 ) -> CaptionAgreement:
-    """Seals the staging directory, captions with it, and compares with the parent's captions."""
+    """Seals the bundle in the staging directory, captions pictures with it, and compares with the parent's captions."""
     seal(context, graphs).write(context.staging)
     ours = _captions(context, context.staging, pictures, "caption with the new")
     return compare_captions(captions, ours or ())
@@ -261,10 +265,10 @@ def _apply_limit(
     graphs: Mapping[str, StagedGraph],
     limit: DropLimit,
 ) -> tuple[dict[str, StagedGraph], KeptLayers, CaptionAgreement]:
-    """Keeps sensitive layers in floating point until the limit holds.
+    """Keeps sensitive layers in floating point until the loss is within the limit.
 
     Returns:
-        The final graphs, the record of the search, and the final agreement of the captions.
+        The final graphs, the kept layers with the measured losses, and the final agreement of the captions.
     """
     quantized = FullyQuantized.save(context, graphs, context.feeds.directory.parent / "quantized")
     ranking = measure_layers(context, quantized, list(pictures), [caption.tokens for caption in captions])
@@ -282,7 +286,10 @@ def _apply_limit(
 
 
 def record_inputs(context: CalibrationContext, pictures: PictureSet, captions: Sequence[GreedyCaption]) -> None:
-    """Runs the parent on the pictures, the decoder with the captions after the prompt; records each graph's inputs."""
+    """Runs the parent's graphs on the pictures and records the inputs of each graph.
+
+    The decoder runs on the prompt, followed by the tokens of the picture's caption.
+    """
     collect(
         context.parent,
         pictures,
@@ -318,7 +325,7 @@ def in_format(context: CalibrationContext, record: GraphRecord, form: GraphForma
 
 
 def graph_headroom(context: CalibrationContext, record: GraphRecord) -> dict[str, Any] | None:
-    """The FP16 headroom of the parent's tensors; None if no inputs of the graph were recorded."""
+    """Measures the FP16 headroom of the parent's graph for the report; None if no inputs of it were recorded."""
     name = record.spec.name
     if not context.feeds.count(name):
         return None
@@ -336,13 +343,13 @@ def check_enough_memory(parent: Bundle, *, anyway: bool, notify: Notify | None) 
 
 
 def _weights_of(parent: Bundle, graph: str) -> list[str]:
-    """Names of the matrices of a graph that can have a format of their own."""
+    """Returns the names of the matrices of a graph that can have a format of their own."""
     model = load_graph(parent.file(parent.graph(graph).spec.file))
     return [product.weight for product in find_targets(model).products]
 
 
 def open_parent(bundle: str | Path, method: str, weights: str | None) -> Bundle:
-    """Opens the bundle that is calibrated, and checks that it can be; raises the errors of :func:`calibrate`."""
+    """Opens the bundle to calibrate, and checks that it can be calibrated; raises the errors of :func:`calibrate`."""
     if method not in RANGE_METHODS:
         raise UsageError(f"expected {option('method')} to be one of {', '.join(RANGE_METHODS)}, got {method}")
     if weights is not None and weights not in WEIGHT_BITS:
@@ -366,7 +373,7 @@ def open_parent(bundle: str | Path, method: str, weights: str | None) -> Bundle:
 def _captions(
     context: CalibrationContext, bundle: Path, pictures: PictureSet, stage: str
 ) -> Sequence[GreedyCaption] | None:
-    """Captions of the first pictures; None if the model writes none."""
+    """Captions the first :data:`RUNS` pictures; returns None if the model generates no captions."""
     if context.parent.manifest.prompt is None:
         return None
     return caption_pictures(

@@ -25,8 +25,9 @@ class MatrixSummary:
         bits: Bits of an integer, 4 or 8.
         block: Number of rows that share a scale.
         shape: K and N, number of inputs and outputs.
-        error: Relative change of the matrix's output by rounding, on the recorded activations; None without them.
-        plain_error: The same change for rounding to nearest, as a baseline.
+        error: Relative change of the matrix's output by rounding, on the recorded activations; None if no activations
+            were recorded.
+        plain_error: The same relative change if the matrix is rounded to nearest, as a baseline.
     """
 
     bits: int
@@ -46,8 +47,8 @@ class CalibratedGraph:
         bytes: Size of graph and weights in bytes.
         parent_bytes: Size of the parent's graph and weights in bytes.
         seconds: Time to quantize, write and compare the graph.
-        products: Number of products that became INT8, or whose weights became integers.
-        kept_float: Why a product is kept in floating point, by the product's name.
+        products: Number of matrix multiplications (MatMul nodes) that became INT8, or whose weights became integers.
+        kept_float: Why a matrix multiplication is kept in floating point, by the name of its node or weight.
         cosine: Similarity to the parent's outputs on the parent's inputs, by output name.
         matrices: Results for the matrices with weight-only quantization, by the initializer's name.
     """
@@ -95,7 +96,7 @@ class CalibrationReport:
         warnings: Warnings, one line each.
         seconds: Wall time of the calibration.
         peak_memory_bytes: Largest anonymous and shared memory of this process; 0 if it cannot be measured.
-        confidence: The fitted confidence; None without references.
+        confidence: The fitted confidence; None if no references were given.
     """
 
     bundle: Path
@@ -117,7 +118,7 @@ class StagedGraph:
         seals: Hash and size of each of the graph's files, by name.
         summary: How the graph was calibrated.
         details: One object per INT8 activation, for the report.
-        headroom: Distance of the graph's tensors to the largest fp16 number (``headroom.py``); None if not measured.
+        headroom: The ``headroom`` object of the report (``headroom.py``); None if the headroom was not measured.
         plan: The graph's INT8 activations; None if no activation became INT8.
     """
 

@@ -1,4 +1,4 @@
-"""The parts of a calibrated bundle that are not quantized: unchanged files, the manifest, the calibration's record."""
+"""Writes what is not quantized in a calibrated bundle: copied files, the manifest, and its ``calibration`` object."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from blip2edge.version import __version__
 
 
 def copied_graph(context: CalibrationContext, record: GraphRecord) -> StagedGraph:
-    """Copies a graph unchanged."""
+    """Copies the files of a graph, unchanged, to the staging directory."""
     for file in record.files:
         shutil.copyfile(context.parent.file(file), context.staging / file)
     size = context.parent.manifest.graph_bytes(record)
@@ -29,7 +29,7 @@ def copied_graph(context: CalibrationContext, record: GraphRecord) -> StagedGrap
 
 
 def copy_rest(parent: Bundle, staging: Path) -> None:
-    """Copies the files that belong to no graph: token table, tokenizers."""
+    """Copies the files that belong to no graph (token embedding table, tokenizers), unless ``staging`` has them."""
     manifest = parent.manifest
     of_graphs = {file for record in manifest.graphs.values() for file in record.files}
     for file in manifest.files:
@@ -38,7 +38,7 @@ def copy_rest(parent: Bundle, staging: Path) -> None:
 
 
 def seal(context: CalibrationContext, graphs: Mapping[str, StagedGraph]) -> Manifest:
-    """The new manifest, with hash and size of each file of the staging directory."""
+    """Returns the new manifest, with hash and size of each file of the staging directory; writes nothing."""
     seals = {file: seal for graph in graphs.values() for file, seal in graph.seals.items()}
     for path in sorted(context.staging.iterdir()):
         if path.name not in (*seals, MANIFEST, STAMPS):
@@ -59,7 +59,7 @@ def calibration_record(
     graphs: Mapping[str, StagedGraph],
     agreement: CaptionAgreement | None,
 ) -> dict[str, Any]:
-    """The manifest's ``calibration`` object."""
+    """Makes the manifest's ``calibration`` object: method, pictures, and the measured values of each graph."""
     return {
         "method": context.method,
         "pictures": len(pictures),

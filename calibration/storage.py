@@ -1,4 +1,4 @@
-"""Writes the weights of a changed graph to its data file, one tensor at a time, and hashes them while writing."""
+"""Writes the weights of a changed graph to its data file, one tensor at a time, and computes the file's hash."""
 
 from __future__ import annotations
 
@@ -22,23 +22,29 @@ class TensorStore(Protocol):
     """Stores the initializers of a changed graph."""
 
     def add(self, name: str, array: NDArray[Any], dtype: ir.DataType | None = None) -> ir.TensorProtocol:
-        """Stores a new tensor; returns the tensor that the graph refers to. ``dtype`` None keeps the array's."""
+        """Stores a new tensor; returns the tensor to which the graph refers.
+
+        Args:
+            name: Name of the initializer.
+            array: Values of the tensor.
+            dtype: Type of the tensor; None for the array's dtype.
+        """
         ...
 
     def copy(self, name: str, tensor: ir.ExternalTensor) -> ir.TensorProtocol:
-        """Stores an unchanged tensor of the parent; returns the tensor that the graph refers to."""
+        """Stores an unchanged tensor of the parent; returns the tensor to which the graph refers."""
         ...
 
 
 class InMemoryStore:
-    """Keeps new tensors in memory and the others in the parent's files, for a graph that is run but not written."""
+    """Keeps new tensors in memory and unchanged tensors in the parent's files, for a graph that is only run."""
 
     def add(self, name: str, array: NDArray[Any], dtype: ir.DataType | None = None) -> ir.TensorProtocol:
         """Keeps a new tensor in memory; see :class:`TensorStore`."""
         return ir.tensor(np.asarray(array, order="C"), dtype=dtype, name=name)
 
     def copy(self, name: str, tensor: ir.ExternalTensor) -> ir.TensorProtocol:
-        """Refers to the tensor in the parent's file; see :class:`TensorStore`."""
+        """Returns the tensor unchanged: it refers to the parent's file; see :class:`TensorStore`."""
         del name
         return tensor
 

@@ -1,4 +1,4 @@
-"""Finds the products of a graph that can be quantized, and the reason why others are kept in floating point."""
+"""Finds the matrix multiplications of a graph that can be quantized, and why others are kept in floating point."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONSTANT = "its input is the same for every picture"
 
 @dataclass(frozen=True)
 class Product:
-    """A MatMul of an activation ``[..., K]`` with a weight ``[K, N]``.
+    """A MatMul of an activation ``[..., K]`` with a weight ``[K, N]``; "product" means such a node in this package.
 
     Attributes:
         node: The node's name.
@@ -36,18 +36,18 @@ class Product:
 
 @dataclass(frozen=True)
 class Targets:
-    """The products of a graph, divided into those that can and cannot be quantized.
+    """The matrix multiplications of a graph, divided into those that can be quantized and those that cannot.
 
     Attributes:
-        products: Products that can be quantized, in the order of the graph.
-        kept_float: Why a product or convolution cannot be quantized, by the node's name.
+        products: Matrix multiplications that can be quantized, in the order of the graph.
+        kept_float: Why a matrix multiplication or convolution cannot be quantized, by the node's name.
     """
 
     products: tuple[Product, ...]
     kept_float: Mapping[str, str]
 
     def by_activation(self) -> dict[str, list[Product]]:
-        """The products that read each activation, by the activation's name; they share its range."""
+        """Groups the matrix multiplications by the name of the activation that they read; a group shares one range."""
         groups: dict[str, list[Product]] = defaultdict(list)
         for product in self.products:
             groups[product.activation].append(product)
@@ -55,11 +55,11 @@ class Targets:
 
 
 def find_targets(model: ir.Model) -> Targets:
-    """Finds the products of a graph that can be quantized.
+    """Finds the matrix multiplications of a graph that can be quantized.
 
-    Products of two activations (attention) are kept in floating point: if they are quantized, TensorRT does not use
-    its fused attention kernels, and softmax would need its own range (TensorRT#3724). Convolutions are kept too: a
-    ViT has only the patch embedding, which reads the pixels and holds a hundredth of the weights.
+    Multiplications of two activations (attention) are kept in floating point: if they are quantized, TensorRT does not
+    use its fused attention kernels, and softmax would need its own range (TensorRT#3724). Convolutions are kept too: a
+    ViT has only the patch embedding, which has the pixels as input and a hundredth of the weights.
     """
     products: list[Product] = []
     kept_float: dict[str, str] = {}
@@ -83,7 +83,7 @@ def find_targets(model: ir.Model) -> Targets:
 
 
 def _refusal(node: ir.Node, value: ir.Value, weight: ir.Value) -> str:
-    """Why a product cannot be quantized; empty if it can."""
+    """Returns the reason why a matrix multiplication cannot be quantized; empty if it can be quantized."""
     if weight.const_value is None or weight.is_graph_input():
         return NO_WEIGHT
     if node.op_type == "Gemm":

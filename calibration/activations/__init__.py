@@ -1,1 +1,1 @@
-"""INT8 activations: observe values, choose ranges, write QuantizeLinear and DequantizeLinear."""
+"""Makes activations INT8: observes their values, chooses their ranges, writes QuantizeLinear and DequantizeLinear."""

@@ -1,7 +1,7 @@
-"""Keeps observations on disk, so that the next calibration of the same graph on the same pictures skips this step.
+"""Stores observations on disk, so that the next calibration of a graph on the same pictures can load them.
 
-The key of a file is made of the hashes of the graph, its weights and the pictures. A file ends with the hash of its
-content, so that a damaged file is detected.
+The file's name contains a hash of the graph, its weights, the pictures and the parent bundle. A file ends with the hash
+of its content, so that a damaged file is detected.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def load_observations(path: Path, names: Sequence[str]) -> Observations | None:
         names: Names of the activations that the file must contain.
 
     Returns:
-        The observations; None if there is no file.
+        The observations by the activation's name; None if there is no file.
 
     Raises:
-        DataError: The file is damaged, or contains something else.
+        DataError: The file is damaged, or contains other activations.
     """
     if not path.exists():
         return None
@@ -75,7 +75,12 @@ def load_observations(path: Path, names: Sequence[str]) -> Observations | None:
 
 
 def _check_sizes(body: bytes) -> None:
-    """Raises ValueError if the arrays of an npz need more memory than the file may have, before they are inflated."""
+    """Checks, before the arrays of an npz are inflated, that they need at most :data:`MAX_BYTES` of memory.
+
+    Raises:
+        ValueError: The arrays are larger, an array is not in version 1.0 of npy, or an array's header gives more bytes
+            than the archive holds for it.
+    """
     with zipfile.ZipFile(io.BytesIO(body)) as archive:
         total = sum(file.file_size for file in archive.infolist())
         if total > MAX_BYTES:

@@ -1,11 +1,11 @@
 """Chooses the INT8 range of each activation: by its histogram alone, or by the error of the layer's output.
 
-``--method smooth``, the default, tries several candidates for each activation. A candidate is a division of the
-channels (SmoothQuant, arXiv 2211.10438: part of a channel's magnitude moves into the weights; alpha is the migration
-strength) and a threshold beyond which values saturate. The candidate with the least error of the products' outputs is
-taken. The error is measured on tokens drawn from all pictures, and on the tokens with the largest values. A product
-whose error stays above a limit is kept in floating point. The other methods (``histogram.py``) choose the threshold of
-each tensor by its histogram.
+``--method smooth``, the default, tries several candidates for each activation. A candidate consists of a division of
+the channels (SmoothQuant, arXiv 2211.10438: a part of a channel's magnitude moves into the weights; alpha is the
+migration strength) and of a threshold beyond which values saturate. The candidate that causes the least error in the
+outputs of the matrix multiplications (MatMul nodes) is taken. The error is measured on tokens drawn from all pictures,
+and on the tokens with the largest values. A matrix multiplication whose error stays above a limit is kept in floating
+point. The other methods (``histogram.py``) choose the threshold of each tensor by its histogram.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ class RangeChoice:
     """A candidate for the INT8 range of an activation, and the error that this range causes.
 
     Attributes:
-        output_error: Power of the rounding error of an output over the power of the output, mean over tokens; the
-            larger value of the drawn tokens and of the tokens with the largest values.
+        output_error: Power of the rounding error of an output, divided by the power of the output: the mean over
+            tokens. It is computed for the drawn tokens and for the tokens with the largest values; the larger result
+            counts.
         threshold: Largest value of the activation that INT8 can represent, after the division by ``divisor``.
         divisor: Divisor of each channel, ``[K]``; None for no division.
     """
@@ -74,11 +75,14 @@ def choose_ranges(
     """Chooses the INT8 range of each activation of a graph.
 
     Args:
-        model: The graph; the weights of one activation's products are in memory at a time.
-        targets: The products of the graph that can be quantized.
-        observations: What was observed of each activation, by the activation's name.
+        model: The graph. Only the weights that are multiplied with one activation are in memory at a time.
+        targets: The matrix multiplications (MatMul nodes) of the graph that can be quantized.
+        observations: The observation of each activation, by the activation's name.
         method: How a range is chosen, one of :data:`METHODS`.
-        progress: Called with activations done and activations in all.
+        progress: Called with the number of finished activations and the number of all activations.
+
+    Returns:
+        The activations with their ranges, and the matrix multiplications that stay in floating point, with the reason.
     """
     plan = ActivationPlan()
     groups = targets.by_activation()
@@ -113,9 +117,11 @@ def choose_ranges(
 def choose_range(observation: Observation, weights: Sequence[Array], folds: bool, shared: bool = False) -> RangeChoice:
     """Chooses the range of one activation: the candidate with the least error.
 
+    A division of the channels is taken only if it reduces the error (with its own node: by half, :data:`NODE_GAIN`).
+
     Args:
         observation: The observation of the activation.
-        weights: Weight ``[K, N]`` of each product that reads the activation.
+        weights: Weight ``[K, N]`` of each matrix multiplication that reads the activation.
         folds: Whether the channels' division can be folded into the weights of the layer before, so that no node is
             needed.
         shared: Whether another node reads one of the weights too, so that the weight must not be changed.
@@ -136,7 +142,7 @@ def _read(model: ir.Model, product: Product) -> Array:
 
 
 def _joined(weights: Sequence[Array]) -> Array:
-    """Some columns of the weights of all products that read an activation, concatenated."""
+    """Returns some columns of the weights that are multiplied with one activation, concatenated: ``[K, M]``."""
     return np.concatenate([_some_columns(one, COLUMNS // len(weights)) for one in weights], axis=1)
 
 
@@ -148,7 +154,11 @@ def _some_columns(weight: Array, count: int) -> Array:
 
 
 def _divisors(channel_max: Array, weight: Array) -> Iterator[Array]:
-    """``max|x|^alpha / max|w|^(1 - alpha)`` by channel (SmoothQuant, eq. 4), scaled so that the median is 1."""
+    """Yields one divisor ``[K]`` per migration strength alpha.
+
+    The divisor of a channel is ``max|x|^alpha / max|w|^(1 - alpha)`` (SmoothQuant, eq. 4), scaled so that the median is
+    1.
+    """
     largest = np.abs(weight).max(axis=1)
     used = (channel_max > 0) & (largest > 0)
     for alpha in ALPHAS:
@@ -160,12 +170,12 @@ def _divisors(channel_max: Array, weight: Array) -> Iterator[Array]:
 
 
 class _Division:
-    """A division of an activation's channels, and the tokens on which thresholds are tried for it.
+    """A division of an activation's channels, and the tokens on which thresholds are tried for this division.
 
     Args:
         observation: The observation of the activation.
-        weight: ``[K, N]``.
-        divisor: ``[K]``, or None for no division.
+        weight: Weight that is multiplied with the activation, ``[K, N]``.
+        divisor: Divisor of each channel, ``[K]``; None for no division.
     """
 
     def __init__(self, observation: Observation, weight: Array, divisor: Array | None) -> None:
@@ -183,7 +193,7 @@ class _Division:
             self._parts.append((divided, exact, np.maximum(power, max(power.mean() * 0.1, 1e-30))))
 
     def output_error(self, threshold: float) -> float:
-        """See :class:`RangeChoice`."""
+        """Computes the error of the output with a threshold; see ``output_error`` of :class:`RangeChoice`."""
         step = threshold / LEVELS
         errors = []
         for rows, exact, power in self._parts:
@@ -192,6 +202,6 @@ class _Division:
         return max(errors)
 
     def best(self) -> RangeChoice:
-        """The threshold of :data:`SHARES` with the least error."""
+        """Returns the range with the least error; the thresholds are :data:`SHARES` of the largest value."""
         tried = [(self.output_error(self.maximum * share), self.maximum * share) for share in SHARES]
         return RangeChoice(*min(tried), self.divisor)

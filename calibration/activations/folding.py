@@ -1,8 +1,8 @@
-"""Folds the division of an activation's channels into earlier weights, so that the graph needs no node for it.
+"""Folds the division of an activation's channels into earlier weights, so that the graph needs no extra node.
 
-After a norm, its gain and bias are divided. After an attention, the columns and the bias of the value projection are
-divided: between the value projection and the output projection there are only reshapes, transposes and a product over
-another axis, none of which mixes channels.
+If a norm computes the activation, the norm's gain and bias are divided. If an attention computes the activation, the
+columns and the bias of the value projection are divided. Between the value projection and the output projection there
+are only reshapes, transposes and a matrix multiplication over another axis; none of these nodes mixes channels.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ EVERYTHING = slice(None)
 
 
 def find_fold(model: ir.Model, products: Sequence[Product]) -> Fold:
-    """Finds the initializers to divide in place of one activation; empty if there are none.
+    """Finds the initializers that can be divided in place of one activation.
 
     Args:
         model: The graph.
-        products: All products that read one activation.
+        products: All matrix multiplications (MatMul nodes) that read the activation.
+
+    Returns:
+        Names of the initializers, each with the slice of its last axis that is divided; empty if there are none.
     """
     readers = {product.node for product in products}
     node = next(node for node in model.graph if node.name in readers)
@@ -35,12 +38,15 @@ def find_fold(model: ir.Model, products: Sequence[Product]) -> Fold:
 
 
 def _only_read_by(value: ir.Value, readers: set[str]) -> bool:
-    """Whether only ``readers`` read a value, so that it may change."""
+    """Returns whether only the nodes ``readers`` read a value, so that the value may change."""
     return not value.is_graph_output() and all(user.name in readers and index == 0 for user, index in value.uses())
 
 
 def _own(value: ir.Value | None, width: int | None) -> str:
-    """The name of a constant ``[.., width]`` (None: any width) that one node uses; empty for any other value."""
+    """Returns the name of a constant ``[.., width]`` that only one node uses; an empty text for any other value.
+
+    If ``width`` is None, the last axis may have any length.
+    """
     if value is None or value.const_value is None or len(list(value.uses())) != 1 or value.is_graph_output():
         return ""
     shape = tuple(value.const_value.shape)
@@ -48,7 +54,10 @@ def _own(value: ir.Value | None, width: int | None) -> str:
 
 
 def _behind_norm(value: ir.Value, width: int) -> Fold:
-    """Gain and bias of a LayerNormalization, or the factor of the Mul at the end of an RMSNorm."""
+    """Finds the constants of a norm that can be divided in place of the norm's output ``value``.
+
+    They are the gain and bias of a LayerNormalization, or the gain of an RMSNorm (the factor of its last Mul).
+    """
     node = value.producer()
     while node is not None and node.op_type == "Cast":
         inner = node.inputs[0]
@@ -71,7 +80,10 @@ def _single_use(value: ir.Value) -> bool:
 
 
 def _behind_linear(value: ir.Value, width: int) -> Fold:
-    """The columns of the value projection, found through Reshape, Transpose and the product of softmax and values."""
+    """Finds the columns of the value projection whose attention output is ``value``.
+
+    The search goes back from ``value`` through Reshape, Transpose and the multiplication of softmax and values.
+    """
     producer = _through(value, ("Reshape", "Transpose"))
     if producer is None or producer.op_type != "MatMul":
         return ()
@@ -92,7 +104,11 @@ def _behind_linear(value: ir.Value, width: int) -> Fold:
 
 
 def _through(value: ir.Value, kinds: tuple[str, ...]) -> ir.Node | None:
-    """The first node before ``value`` that is not one of ``kinds``; None if a value between them has other users."""
+    """Returns the nearest node before ``value`` whose operator is not in ``kinds``.
+
+    Returns:
+        The node; None if there is no such node, or if a value on the way to it has other users.
+    """
     node = value.producer()
     while node is not None and node.op_type in kinds:
         inner = node.inputs[0]
@@ -103,7 +119,7 @@ def _through(value: ir.Value, kinds: tuple[str, ...]) -> ir.Node | None:
 
 
 def _split_part(split: ir.Node, head: ir.Value, width: int) -> slice:
-    """The columns of a fused layer that become one output of a Split; everything if they are not known."""
+    """Returns the columns of a fused layer that become the Split output from which ``head`` comes; all if unknown."""
     value: ir.Value | None = head
     while value is not None and value.producer() is not split:
         producer = value.producer()
@@ -116,7 +132,7 @@ def _split_part(split: ir.Node, head: ir.Value, width: int) -> slice:
 
 
 def _columns(node: ir.Node | None, part: slice, width: int) -> Fold:
-    """Weight and bias of a MatMul and an Add, or the weight of a MatMul alone."""
+    """Finds the weight of a MatMul, or the bias and the weight of a MatMul followed by an Add, that may be divided."""
     found: list[tuple[str, slice]] = []
     size = width if part == EVERYTHING else None
     if node is not None and node.op_type == "Add":

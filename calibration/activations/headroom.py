@@ -1,7 +1,8 @@
-"""Measures the FP16 headroom of a graph: 65504, the largest FP16 number, over the largest value of each tensor.
+"""Measures the FP16 headroom of each tensor of a graph: 65504, the largest FP16 number, divided by the largest value.
 
-A CPU computes fp16 graphs in fp32, so that a run there does not overflow. The largest values show which tensors would
-overflow in fp16. Nodes that are added to the graph compute them, so that a run outputs one number per tensor.
+A CPU computes fp16 graphs in fp32, so that a run on a CPU does not overflow. The largest values show which tensors
+would overflow in fp16. Nodes that are added to the graph compute the largest values, so that a run outputs one number
+per tensor.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ PREFIX = "headroom/"
 class TensorRange:
     """The largest value of a tensor over all runs.
 
-    For a tensor that only a softmax reads, only positive values count: a masked score may become minus infinity.
+    If only a softmax reads the tensor, only positive values count: a masked score may become minus infinity.
 
     Attributes:
         tensor: The tensor's name.
@@ -45,7 +46,7 @@ class TensorRange:
         node: Name of this node.
         reads: Names of the initializers that the node reads; they show the node's place in the model.
         dtype: The tensor's type in the graph.
-        largest: Largest |x|, or largest x before a softmax.
+        largest: Largest |x|; for a tensor that only a softmax reads, the largest x.
     """
 
     tensor: str
@@ -62,7 +63,7 @@ class TensorRange:
 
     @property
     def reason(self) -> str:
-        """Why the tensor should be kept in FP32; empty if FP16 is enough."""
+        """The reason why the tensor should be kept in FP32; empty if FP16 is enough."""
         if self.headroom >= MIN_HEADROOM:
             return ""
         return f"reaches {self.largest:.4g} on these pictures; 65504 is {self.headroom:.2g} times that"
@@ -118,7 +119,7 @@ def headroom_json(ranges: list[TensorRange]) -> dict[str, Any]:
 
     Returns:
         ``limit`` (65504), the ``lowest`` headroom, ``keep_fp32`` (tensors with less than :data:`MIN_HEADROOM`, with
-        the reason), and ``tensors``: every tensor's name, kind of node, type, largest value and headroom.
+        the reason), and ``tensors``: every tensor's name, operator, type, largest value and headroom.
     """
     keep = [
         {
@@ -150,7 +151,7 @@ def headroom_json(ranges: list[TensorRange]) -> dict[str, Any]:
 
 
 def _scores(graph: ir.Model) -> set[str]:
-    """Tensors that only softmaxes read, directly or through :data:`PASS_TO_SOFTMAX`."""
+    """Returns the names of the tensors that only Softmax nodes read, directly or through :data:`PASS_TO_SOFTMAX`."""
     found: set[str] = set()
     outputs = {value.name for value in graph.graph.outputs}
     for node in reversed(graph.graph):
@@ -167,7 +168,13 @@ def _scores(graph: ir.Model) -> set[str]:
 
 
 def _with_largest(graph: ir.Model, tensors: Mapping[str, bool]) -> onnx.ModelProto:
-    """The graph with new outputs: of each tensor the largest ``|x|``, or ``x`` if its value in ``tensors`` is true."""
+    """Returns a copy of the graph whose only outputs are the largest values of some tensors.
+
+    Args:
+        graph: The graph; not changed.
+        tensors: Names of the tensors. If the value of a name is true, the output is the largest positive x (0 if there
+            is none); otherwise, the largest ``|x|``.
+    """
     proto = ir.to_proto(graph)
     outputs = []
     for name, signed in tensors.items():

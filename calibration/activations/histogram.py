@@ -1,4 +1,4 @@
-"""A streaming histogram of a tensor, and the methods that choose a threshold by it.
+"""A streaming histogram of a tensor, and the methods that choose a threshold from the histogram.
 
 Ranges are symmetric, because TensorRT takes no zero point: values beyond ±threshold saturate, and the scale is
 threshold / 127.
@@ -69,7 +69,7 @@ def minmax(histogram: Histogram) -> float:
 
 
 def percentile(histogram: Histogram, share: float = PERCENTILE) -> float:
-    """Returns the threshold below which ``share`` percent of the values are: the upper end of a bin."""
+    """Returns the upper end of the bin below which ``share`` percent of the values are, as the threshold."""
     total = histogram.counts.sum()
     if histogram.width == 0.0 or not total:
         return histogram.maximum
@@ -97,8 +97,8 @@ def mse(histogram: Histogram, candidates: int = 64) -> float:
 def entropy(histogram: Histogram) -> float:
     """Returns the threshold whose 128 levels lose the least information (KL divergence; Migacz, GTC 2017).
 
-    For each threshold, the saturated histogram is compared with the same histogram merged into 128 levels and spread
-    over the bins that are not empty.
+    For each threshold, the histogram that saturates there is compared with a second histogram. The second one has the
+    same values merged into 128 levels and spread over the bins that are not empty.
     """
     if histogram.width == 0.0:
         return histogram.maximum
@@ -116,7 +116,10 @@ def entropy(histogram: Histogram) -> float:
 
 
 def _divergence(counts: NDArray[np.float64], bins: int, levels: int) -> float:
-    """KL(saturated histogram of ``bins`` bins || the same in ``levels`` levels)."""
+    """Computes the KL divergence between a histogram with ``bins`` bins and the same histogram in ``levels`` levels.
+
+    Values beyond the last bin are counted in it (saturation).
+    """
     inside = counts[:bins]
     reference = inside.copy()
     reference[-1] += counts[bins:].sum()

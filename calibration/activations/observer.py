@@ -1,4 +1,4 @@
-"""Observes an activation over all runs: its histogram, the largest value of each channel, and some tokens."""
+"""Observes an activation over all runs: its histogram, the largest value of each channel, and some of its tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ than the others (Sun et al., arXiv 2402.17762; Darcet et al., arXiv 2309.16588),
 
 @dataclass
 class Observation:
-    """What was observed of an activation ``[..., K]`` over all runs.
+    """The observed values of an activation ``[..., K]`` over all runs.
 
     Attributes:
         histogram: Histogram of all values.
@@ -77,7 +77,7 @@ class Observer:
         self._run += 1
 
     def result(self) -> Observation:
-        """Returns what was observed in all runs so far."""
+        """Returns the observation of all runs so far."""
         if self._channel_max is None:
             return Observation()
         divisor = np.where(self._channel_max > 0, self._channel_max, 1.0)

@@ -1,4 +1,4 @@
-"""Reads inner tensors of a graph by making them outputs; each run reads only some of them, to limit the memory."""
+"""Reads inner tensors of a graph by making them outputs; each run reads only some tensors, to limit the memory."""
 
 from __future__ import annotations
 
@@ -31,15 +31,18 @@ def observe_tensors(
 ) -> None:
     """Runs a graph on its recorded inputs and passes the values of some tensors to a function.
 
+    The tensors are divided into groups, so that one run needs little memory. All recorded inputs are run for each
+    group.
+
     Args:
         graph: The graph.
         record: The graph's record in the manifest.
         names: Names of the tensors; they may be inputs of the graph.
         feeds: The recorded inputs.
         weights: The directory of the graph's external data.
-        update: Called with tensor values by name, once per run and part (a large graph is observed in parts).
+        update: Called once per run and group, with the values of the group's tensors by name.
         threads: CPU threads; None for all cores.
-        progress: Called with runs done and runs in all, over all parts.
+        progress: Called with the number of finished runs and the number of all runs, over all groups.
     """
     name = record.spec.name
     given = {tensor.name for tensor in record.spec.inputs}
@@ -67,7 +70,7 @@ def open_tensors(
 ) -> OnnxRuntimeSession:
     """Opens a graph with some of its inner tensors as outputs, in place of the graph's own outputs.
 
-    No file is written: ONNX Runtime takes the graph as bytes and reads its weights from the parent's files.
+    No file is written: ONNX Runtime gets the graph as bytes and reads the weights from the parent's files.
 
     Args:
         graph: The graph, its initializers external and in one directory; it is not changed.
@@ -89,11 +92,11 @@ def open_tensors(
 def open_probe(
     graph: onnx.ModelProto, weights: Path | None = None, size: int = 0, threads: int | None = None
 ) -> OnnxRuntimeSession:
-    """Opens a graph in ONNX Runtime that is in memory, not in a file.
+    """Opens in ONNX Runtime a graph that is in memory, not in a file.
 
     Args:
         graph: The graph.
-        weights: The directory of the graph's external data; None if it has none.
+        weights: The directory of the graph's external data; None if the graph has no external data.
         size: Size of the external data in bytes; above :data:`LOW_MEMORY_ABOVE`, optimizations that copy weights are
             off.
         threads: CPU threads; None for all cores.
@@ -110,7 +113,7 @@ def values_by_name(graph: ir.Model) -> dict[str, ir.Value]:
 
 
 def _parts(graph: ir.Model, names: Sequence[str], spec: GraphSpec, first: Mapping[str, Array]) -> Iterator[list[str]]:
-    """Cuts a list of tensors into parts of at most :data:`OUTPUT_BYTES`, by the shapes of the first run."""
+    """Divides a list of tensors into groups of at most :data:`OUTPUT_BYTES`, by their shapes in the first run."""
     lengths = spec.lengths({name: array.shape for name, array in first.items()})
     values = values_by_name(graph)
     part: list[str] = []
@@ -127,7 +130,7 @@ def _parts(graph: ir.Model, names: Sequence[str], spec: GraphSpec, first: Mappin
 
 
 def _bytes(value: ir.Value, lengths: Mapping[str, int]) -> int:
-    """Estimates the bytes of a tensor; an unknown length counts as the longest known one."""
+    """Estimates the bytes of a tensor; for an unknown axis, the longest known axis of the graph's inputs is assumed."""
     if value.shape is None:
         return OUTPUT_BYTES // 16
     size = 4

@@ -1,9 +1,9 @@
-"""Writes INT8 into a graph: QuantizeLinear and DequantizeLinear around each product, weights as int8.
+"""Writes INT8 into a graph: QuantizeLinear and DequantizeLinear before each matrix multiplication, weights as int8.
 
     activation [.., K] -> QuantizeLinear (one scale) -> DequantizeLinear --+
     int8 weight [K, N] ---> DequantizeLinear (a scale per column) ---------+-> MatMul -> bias and the rest in float
 
-Ranges are symmetric, zero points are 0, and no bias is INT32: TensorRT's parser requires this form. ONNX Runtime runs
+Ranges are symmetric, zero points are 0, and no bias is INT32: TensorRT's parser requires this. ONNX Runtime runs
 the same file.
 """
 
@@ -35,17 +35,17 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class QuantizedActivation:
-    """An activation that becomes INT8, and the products that read it.
+    """An activation that becomes INT8, and the matrix multiplications (MatMul nodes) that read it.
 
     Attributes:
         name: The activation's name.
-        products: The matrix products that read the activation.
+        products: The matrix multiplications that read the activation.
         threshold: Values beyond ±threshold saturate.
         divisor: Divisor of each channel before rounding, ``[K]`` (SmoothQuant, arXiv 2211.10438, eq. 3); None for no
             division.
-        fold: Initializers of the layer before that are divided instead, each with the part of its last axis. Empty if
+        fold: Initializers of the layer before that are divided instead, each with the slice of its last axis. Empty if
             a Mul node divides.
-        output_error: Power of the rounding error of the products' outputs, over the power of the outputs.
+        output_error: Power of the rounding error of the outputs of ``products``, divided by the power of these outputs.
     """
 
     name: str
@@ -58,18 +58,18 @@ class QuantizedActivation:
 
 @dataclass
 class ActivationPlan:
-    """The activations of a graph that become INT8.
+    """The activations of a graph that become INT8, and the matrix multiplications that stay in floating point.
 
     Attributes:
         activations: Activations that become INT8.
-        kept_float: Why a product is kept in floating point, by the name of its node or weight.
+        kept_float: The reason why a matrix multiplication is kept in floating point, by the name of its node or weight.
     """
 
     activations: list[QuantizedActivation] = field(default_factory=list)
     kept_float: dict[str, str] = field(default_factory=dict)
 
     def weights(self) -> list[str]:
-        """Names of the weights of all products that become INT8."""
+        """Returns the names of the weights that become INT8."""
         return [product.weight for activation in self.activations for product in activation.products]
 
 
@@ -78,7 +78,8 @@ def quantize_columns(weight: Array, dtype: DTypeLike = np.float32) -> tuple[NDAr
 
     Args:
         weight: The matrix, ``[K, N]``.
-        dtype: Type in which the graph stores the scales. The integers are computed with the stored scales.
+        dtype: Type in which the graph stores the scales. The integers are computed with the scales rounded to this
+            type.
 
     Returns:
         Integers int8 ``[K, N]`` within ±127, and scales ``[N]``. A scale that would be zero in ``dtype`` becomes 1.
@@ -119,7 +120,11 @@ WeightChange = Callable[[Array], Array]
 
 
 def _weight_changes(plan: ActivationPlan) -> dict[str, list[WeightChange]]:
-    """The changes of each initializer by smoothing: rows times the divisor, and the layer before divided by it."""
+    """Returns the functions that change each initializer for smoothing, by the initializer's name.
+
+    The rows of a weight are multiplied with the divisor of its activation. The initializers of the layer before are
+    divided by the same divisor.
+    """
     changes: dict[str, list[WeightChange]] = {}
     for activation in plan.activations:
         if activation.divisor is None:
@@ -174,7 +179,7 @@ def _initializer(
 
 
 def _insert(graph: ir.Graph, activation: QuantizedActivation, data: TensorStore) -> None:
-    """Inserts the nodes of one activation; all its products read the same dequantized value."""
+    """Inserts the nodes of one activation; all its matrix multiplications read the same dequantized value."""
     users = {product.node for product in activation.products}
     readers = [node for node in graph if node.name in users]
     value = readers[0].inputs[0]

@@ -1,4 +1,4 @@
-"""INT8 activations and weights for one graph: observe the activations, choose ranges, write, compare."""
+"""Writes one graph with INT8 activations and weights: observes, chooses ranges, writes, compares the outputs."""
 
 from __future__ import annotations
 
@@ -34,12 +34,15 @@ REPORT_BINS = 64  # bins of a histogram in the report
 
 
 def quantize_activations(context: CalibrationContext, record: GraphRecord, form: GraphFormat) -> StagedGraph:
-    """Writes one graph with INT8 activations and weights to the staging directory; compares it with the parent's.
+    """Writes one graph with INT8 activations and weights to the staging directory.
+
+    The outputs of the new graph are compared with those of the parent's graph.
 
     Args:
         context: The calibration.
         record: The graph's entry in the parent's manifest.
-        form: The format of the graph; a product whose weight has the format ``float`` in it stays as it is.
+        form: The format of the graph. A matrix multiplication stays in floating point if ``form`` gives its weight the
+            format ``float``.
     """
     start = time.perf_counter()
     name = record.spec.name
@@ -62,7 +65,7 @@ def write_planned(
     plan: ActivationPlan,
     start: float,
 ) -> StagedGraph:
-    """Writes one graph by a plan to the staging directory, and compares it with the parent's.
+    """Writes one graph by a plan to the staging directory, and compares its outputs with those of the parent's graph.
 
     Files that an earlier call wrote for this graph are overwritten.
 
@@ -70,7 +73,7 @@ def write_planned(
         context: The calibration.
         record: The graph's entry in the parent's manifest.
         model: The parent's graph, freshly loaded; changed in place.
-        targets: The products of the graph that can be quantized.
+        targets: The matrix multiplications of the graph that can be quantized.
         plan: The activations that become INT8.
         start: ``time.perf_counter()`` when work on the graph began.
     """
@@ -95,7 +98,7 @@ def activation_details(plan: ActivationPlan, observations: Observations) -> list
 
     Returns:
         One object per activation: ``activation``, ``products`` (the weights that it is multiplied with), ``maximum``
-        and ``threshold`` of |x| (of the divided values where smoothing divides the channels), ``change`` (power of
+        and ``threshold`` of |x| (of the divided values if smoothing divides the channels), ``change`` (power of
         the rounding error over that of the outputs), ``division`` (``none``, ``folded`` into the layer before, or
         ``node``), ``largest_channel`` and ``median_channel`` of |x| without division, and ``histogram``: counts of
         |x| in :data:`REPORT_BINS` equal bins up to ``histogram_end``.
@@ -121,7 +124,7 @@ def _detail(activation: QuantizedActivation, observation: Observation) -> dict[s
 
 
 def _observations(context: CalibrationContext, model: ir.Model, record: GraphRecord, targets: Targets) -> Observations:
-    """Observations of the activations, from the cache or by running the graph."""
+    """Returns the observations of a graph's activations: reads them from the cache, or runs the graph."""
     names = list(targets.by_activation())
     try:
         path = cache_path(context.parent, record, context.feeds_sha256)

@@ -1,4 +1,4 @@
-"""Measures the quality of confidences: calibration error, reliability diagram, coverage and accuracy, order."""
+"""Measures the quality of confidences: calibration error, reliability diagram, accuracy by coverage, and AUROC."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ Right = NDArray[np.bool_]
 
 
 def reliability(confidences: Values, right: Right, bins: int = DIAGRAM_BINS) -> list[dict[str, float]]:
-    """The reliability diagram: for each bin with texts, their number, mean confidence and share of right ones."""
+    """Returns the rows of the reliability diagram, one for each bin that contains texts.
+
+    Each row has the number of texts (``texts``), their mean ``confidence``, and the share of right texts (``right``).
+    """
     place = np.minimum((confidences * bins).astype(int), bins - 1)
     found = []
     for number in range(bins):
@@ -36,19 +39,33 @@ def reliability(confidences: Values, right: Right, bins: int = DIAGRAM_BINS) -> 
 
 
 def calibration_error(confidences: Values, right: Right) -> float:
-    """The expected calibration error: mean difference of confidence and share of right texts over the bins, 0 to 1."""
+    """Computes the expected calibration error, 0 to 1.
+
+    Returns:
+        The mean over the bins of |mean confidence - share of right texts|, weighted by the number of texts in the bin.
+    """
     rows = reliability(confidences, right, BINS)
     return float(sum(row["texts"] * abs(row["confidence"] - row["right"]) for row in rows) / len(right))
 
 
 def accuracy_at(confidences: Values, right: Right, coverage: float) -> float:
-    """Share of right texts among the most confident ones, which are the share ``coverage`` (0 to 1) of all texts."""
+    """Returns the share of right texts among the texts with the highest confidence.
+
+    Args:
+        confidences: Confidences of N texts, ``[N]``.
+        right: Whether each text is right, ``[N]``.
+        coverage: The share of all texts that are counted, 0 to 1: those with the highest confidence.
+    """
     count = max(1, round(coverage * len(right)))
     return float(right[np.argsort(-confidences, kind="stable")[:count]].mean())
 
 
 def separation(values: Values, right: Right) -> float | None:
-    """AUROC: probability that a right text has a larger value than a wrong one; None if all are right, or wrong."""
+    """Computes the AUROC: the probability that a right text has a larger value than a wrong text.
+
+    Returns:
+        The AUROC, 0 to 1; None if all texts are right, or all are wrong.
+    """
     good, bad = int(right.sum()), int((~right).sum())
     if not good or not bad:
         return None
@@ -58,12 +75,14 @@ def separation(values: Values, right: Right) -> float | None:
 
 
 def figures(confidences: Values, right: Right, coverages: Sequence[float] = COVERAGES) -> dict[str, Any]:
-    """All figures as a JSON object: accuracy, calibration error, AUROC, reliability diagram, coverage curve.
+    """Returns all measured values as a JSON object.
+
+    They are the accuracy, the calibration error, the AUROC, the reliability diagram and the coverage curve.
 
     Args:
         confidences: Probabilities of N texts that were not used for the fit, ``[N]``.
-        right: Whether each is right, ``[N]``.
-        coverages: Shares of texts of the coverage curve.
+        right: Whether each text is right, ``[N]``.
+        coverages: Shares of texts at which the accuracy is measured, for the coverage curve.
     """
     auroc = separation(confidences, right)
     return {

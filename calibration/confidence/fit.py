@@ -1,9 +1,9 @@
-"""Fits maps from the features of a text to the probability that it is right, and chooses one by cross-validation.
+"""Fits maps from the features of a text to the probability that the text is right, and chooses one by cross-validation.
 
 Candidates: the logistic function of one or of all features (Platt, 1999), and isotonic regression, a rising step
 function (Zadrozny and Elkan, KDD 2002), over one feature or over the logistic's score. The candidate with the lowest
-Brier score on held-out tenths is chosen. That score is the mean square of (probability - right): it rises with a wrong
-order, and with wrong probabilities.
+Brier score on held-out tenths is chosen. The Brier score is the mean square of (probability - right): it is high if the
+order of the texts is wrong, and if the probabilities are wrong.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Right = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Score:
-    """A fitted candidate: the fields ``offset``, ``weights`` and ``knots`` of a map."""
+    """A fitted candidate: the fields ``offset``, ``weights`` and ``knots`` of a ``ConfidenceMap``."""
 
     offset: float
     weights: tuple[float, ...]
@@ -39,14 +39,14 @@ Fit = Callable[[Rows, Right], Score]
 
 @dataclass(frozen=True)
 class FittedMap:
-    """The chosen candidate.
+    """The chosen candidate, fitted on all texts, and the measured values of all candidates.
 
     Attributes:
-        kind: Its name.
-        score: The candidate, fitted on all pictures.
-        bounds: Lowest and highest probability: 0.5 / (N + 1) and 1 - 0.5 / (N + 1) for N pictures.
-        held_out: Probability of each picture by the fit without its tenth, ``[N]``.
-        brier: Brier score of each candidate on held-out tenths, by name.
+        kind: Name of the chosen candidate, a key of :data:`CANDIDATES`.
+        score: The candidate, fitted on all texts.
+        bounds: Lowest and highest probability: 0.5 / (N + 1) and 1 - 0.5 / (N + 1) for N texts.
+        held_out: Probability of each text, computed by the fit that leaves out the text's tenth, ``[N]``.
+        brier: Brier score of each candidate on held-out tenths, by the candidate's name.
     """
 
     kind: str
@@ -57,12 +57,13 @@ class FittedMap:
 
 
 def fit_map(rows: Rows, right: Right, pictures: Sequence[Hashable] | None = None) -> FittedMap:
-    """Fits all candidates and chooses one.
+    """Fits all candidates and chooses the one with the lowest Brier score on held-out tenths.
 
     Args:
         rows: Features of N texts, ``[N, 3]``.
-        right: Whether each is right, ``[N]``.
-        pictures: The picture of each text. The texts of one picture are held out together. None: all differ.
+        right: Whether each text is right, ``[N]``.
+        pictures: The picture of each text. The texts of one picture are held out together. None if every text has its
+            own picture.
     """
     count = len(right)
     bounds = (0.5 / (count + 1), 1 - 0.5 / (count + 1))
@@ -83,16 +84,19 @@ def fit_map(rows: Rows, right: Right, pictures: Sequence[Hashable] | None = None
 
 
 def probabilities(score: Score, rows: Rows, bounds: tuple[float, float]) -> Rows:
-    """The probabilities ``[N]`` of rows of features ``[N, 3]``, as the runtime computes them."""
+    """Returns the probabilities ``[N]`` of rows of features ``[N, 3]``, as the runtime computes them."""
     found = ConfidenceMap("", None, {}, {}, 0, score.offset, score.weights, score.knots, bounds)
     return found.probabilities(rows)
 
 
 def logistic(columns: tuple[int, ...]) -> Fit:
-    """Makes a logistic regression on some features, by Newton's method.
+    """Returns a function that fits a logistic regression on some features, by Newton's method.
 
     The targets are Platt's: not 0 and 1 but the means under a uniform prior. So a fit on few pictures never gives the
     probability 0 or 1.
+
+    Args:
+        columns: Indices of the features.
     """
 
     def fit(rows: Rows, right: Right) -> Score:
@@ -119,13 +123,13 @@ def logistic(columns: tuple[int, ...]) -> Fit:
 
 
 def thinned(blocks: Sequence[list[float]]) -> list[list[float]]:
-    """At most :data:`MOST_KNOTS` of the blocks, evenly spaced, with the first and the last (the surest)."""
+    """Returns at most :data:`MOST_KNOTS` of the blocks, evenly spaced, always with the first and the last block."""
     places = np.linspace(0, len(blocks) - 1, min(len(blocks), MOST_KNOTS)).round().astype(int)
     return [blocks[at] for at in places.tolist()]
 
 
 def isotonic(under: Fit) -> Fit:
-    """Makes an isotonic regression over the score of another fit, by pooling adjacent violators."""
+    """Returns a function that fits an isotonic regression over another fit's score, by pooling adjacent violators."""
 
     def fit(rows: Rows, right: Right) -> Score:
         first = under(rows, right)

@@ -1,4 +1,4 @@
-"""The part of ``report.html`` about the confidence: reliability diagrams, coverage curves and figures."""
+"""Renders the section of ``report.html`` about the confidence: measured values, reliability diagram, coverage curve."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SIDE, LEFT, TOP = 240, 52, 14  # px of a square chart, its left and upper margin
 
 
 def with_section(page: str | None, title: str, confidence: Mapping[str, Any]) -> str:
-    """Returns a report with the part about the confidence; an older part is replaced.
+    """Returns a report page with the section about the confidence, which replaces an older one.
 
     Args:
-        page: The report of the calibration; None for a page with this part alone.
+        page: The report of the calibration; None for a page with this section alone.
         title: The bundle's name.
         confidence: The manifest's ``confidence`` object.
     """
@@ -59,7 +59,7 @@ def _task(task: str, record: Mapping[str, Any]) -> str:
 
 
 def _frame(across: str, up: str) -> list[str]:
-    """Axes from 0 to 1 with their titles."""
+    """Returns the SVG elements of two axes from 0 to 1 with their titles."""
     bottom = TOP + SIDE
     shapes = [element("path", class_="axisline", fill="none", d=f"M{LEFT} {TOP}V{bottom}H{LEFT + SIDE}")]
     for value in (0.0, 0.5, 1.0):

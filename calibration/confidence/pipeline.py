@@ -45,9 +45,9 @@ class ConfidenceReport:
 
     Attributes:
         task: ``caption`` or ``ask``.
-        pictures: Number of pictures or questions of the fit.
-        kind: The chosen form of the map.
-        figures: Figures on held-out tenths of the pictures, as ``figures`` returns them.
+        pictures: Number of references of the fit (pictures, or questions about pictures).
+        kind: Name of the chosen map, for example ``isotonic, sum``.
+        figures: Values measured on held-out tenths of the references, as ``figures`` returns them.
         warnings: Warnings, one line each.
     """
 
@@ -133,20 +133,20 @@ def copy_with_confidence(
     """Copies a bundle of any precision, unchanged, and adds a confidence to the copy.
 
     Args:
-        bundle: The bundle; a confidence for the other task is kept.
+        bundle: The bundle; if it has a confidence for the other task, the copy keeps it.
         output: Directory of the copy.
-        references: As of :func:`add_confidence`.
+        references: See :func:`add_confidence`.
         force: Whether to replace an existing bundle at ``output``.
         threads: CPU threads; None for all cores.
-        progress: As of :func:`add_confidence`.
+        progress: See :func:`add_confidence`.
 
     Returns:
-        The fit, and its wall time in seconds.
+        The report of the fit, and the wall time of copy and fit in seconds.
 
     Raises:
         BundleError: ``bundle`` is not a bundle, or has engines only.
         OutputError: ``output`` exists, or cannot be written.
-        DataError, UsageError: As :func:`add_confidence`.
+        DataError, UsageError: See :func:`add_confidence`.
     """
     target, start = Path(output), time.perf_counter()
     parent = Bundle.open(bundle)
@@ -163,7 +163,9 @@ def copy_with_confidence(
 
 
 def check_fit(bundle: Bundle, references: References | None) -> None:
-    """Checks, before the work, that a confidence of a bundle can be fitted on references; None needs no check.
+    """Checks, before the work starts, that a confidence of a bundle can be fitted on the references.
+
+    If ``references`` is None, nothing is checked.
 
     Raises:
         BundleError: The bundle generates no captions.
@@ -175,7 +177,7 @@ def check_fit(bundle: Bundle, references: References | None) -> None:
 
 
 def _check(references: References) -> bool:
-    """Returns whether the references have questions; raises DataError if only some of them have."""
+    """Returns whether the references have questions; raises DataError if only some of them have a question."""
     asked = {bool(item.question) for item in references.items}
     if len(asked) > 1:
         raise DataError("expected captions or questions as references, got both", "fit them one after the other")
@@ -185,7 +187,10 @@ def _check(references: References) -> bool:
 def _generated(
     captioner: Captioner, references: References, prompt: str | None, progress: Progress
 ) -> Iterator[tuple[Reference, CaptionResult | Blip2EdgeError]]:
-    """Yields each reference with its text or its error; the pictures of one batch are in memory at once."""
+    """Yields each reference with its generated text or its error.
+
+    Only the pictures of one batch are in memory at a time.
+    """
     items, size = references.items, references.batch_size
     for first in range(0, len(items), size):
         batch = items[first : first + size]
@@ -208,7 +213,7 @@ def _generated(
 
 
 def _about(fitted: FittedMap, right: Any, rule: str) -> dict[str, Any]:
-    """How the map was fitted, for the manifest and the report."""
+    """Returns how the map was fitted and the measured values, for the manifest and the report."""
     return {
         "kind": fitted.kind,
         "right_if": rule,
@@ -236,7 +241,11 @@ def _warnings(right: Any, broken: list[str]) -> tuple[str, ...]:
 
 
 def _write_reports(directory: Path, title: str, confidence: Mapping[str, Any]) -> dict[str, FileRecord]:
-    """Adds the confidence to ``report.json`` and ``report.html``, or makes them; returns hash and size of each."""
+    """Adds the confidence to ``report.json`` and ``report.html``, or creates these files.
+
+    Returns:
+        Hash and size of each of the two files, by name.
+    """
     data, page = directory / REPORT, directory / REPORT_PAGE
     values: dict[str, Any] = {"schema_version": SCHEMA}
     if data.is_file():

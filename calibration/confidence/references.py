@@ -1,4 +1,4 @@
-"""Pictures with known captions or answers, on which a confidence is fitted."""
+"""Describes the pictures with known captions or answers, on which a confidence is fitted."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Reference(Protocol):
 
     @property
     def name(self) -> str:
-        """Name in messages."""
+        """Name of the picture in messages."""
 
     @property
     def identity(self) -> str:
-        """Key of the picture; questions on one picture have the same."""
+        """Key of the picture; all questions about one picture have the same key."""
 
     @property
     def question(self) -> str:
@@ -29,11 +29,11 @@ class Reference(Protocol):
         """Decodes the picture.
 
         Raises:
-            ImageError: It cannot be read.
+            ImageError: The picture cannot be read.
         """
 
     def is_right(self, text: str) -> bool:
-        """Whether a generated text is right."""
+        """Returns whether a generated text is right."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class References:
         items: The pictures: all with a question, or all without.
         rule: When a text is right, as a sentence for the report.
         prompt: Prompt of the captions; None for the bundle's default.
-        options: Fields of ``GenerationOptions``; the bundle's defaults replace missing ones.
+        options: Fields of ``GenerationOptions``; for a missing field, the bundle's default is used.
         batch_size: Number of pictures that are captioned together.
     """
 
@@ -56,7 +56,7 @@ class References:
 
     @property
     def sha256(self) -> str:
-        """Hash of the pixels, the names and the texts of the pictures, and of the options. Decodes every picture.
+        """Hash of the pixels, the names and the texts of the pictures, and of the options. Every picture is decoded.
 
         Raises:
             ImageError: A picture cannot be read.

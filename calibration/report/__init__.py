@@ -1,1 +1,1 @@
-"""Writes ``report.json`` and ``report.html``."""
+"""Writes the reports of a calibration, ``report.json`` and ``report.html``."""

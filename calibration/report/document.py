@@ -41,7 +41,7 @@ def write_reports(
         record: The manifest's ``calibration`` object.
         graphs: The graphs, by name.
         captions: Agreement of the captions with the parent's; None if the model generates no captions.
-        search: The points of ``--search``; None without a search.
+        search: The results of ``--search``, the object ``search`` of the report; None without a search.
 
     Returns:
         Hash and size of each file, by name.
@@ -66,19 +66,19 @@ def write_reports(
 
 
 def report_document(record: Mapping[str, Any], graphs: Mapping[str, StagedGraph]) -> dict[str, Any]:
-    """Makes the object of ``report.json``, without the parts that need files.
+    """Makes the object of ``report.json``, without the entries that need files.
 
     :func:`write_reports` adds ``captions`` (``picture``, ``parent`` and ``ours`` of each), ``token_table`` (``bytes``
-    and ``parent_bytes``), ``decode`` (bytes that one token reads; null if nothing is generated) and, after a search,
-    ``search`` (:func:`blip2edge.calibration.search.pipeline.search_json`).
+    and ``parent_bytes``), ``decode`` (bytes that are read for one token; null if nothing is generated) and, after a
+    search, ``search`` (:func:`blip2edge.calibration.search.pipeline.search_json`).
 
     Args:
         record: The manifest's ``calibration`` object.
         graphs: The graphs, by name.
 
     Returns:
-        ``schema_version``, ``calibration`` (the record), and ``graphs``: for each its ``precision``, ``bytes`` and
-        ``parent_bytes``, ``left`` (products kept in floating point, with the reason), ``activations``
+        ``schema_version``, ``calibration`` (the record), and ``graphs``: for each graph its ``precision``, ``bytes``
+        and ``parent_bytes``, ``left`` (matrix multiplications kept in floating point, with the reason), ``activations``
         (:func:`blip2edge.calibration.activations.quantize.activation_details`), ``weights`` (matrices whose weights
         alone are integers: :class:`blip2edge.calibration.results.MatrixSummary`) and ``headroom``
         (:func:`blip2edge.calibration.activations.headroom.headroom_json`; null if the graph was not run).
@@ -112,7 +112,14 @@ def _captions(pictures: Sequence[CalibrationPicture], captions: CaptionAgreement
 
 
 def _decode(context: CalibrationContext, graphs: Mapping[str, StagedGraph]) -> dict[str, int] | None:
-    """Bytes that one token reads at the last position of the first caption; None if nothing is generated."""
+    """Counts the bytes that the decoder reads from memory to generate one token.
+
+    The position is the last position of the first recorded run of the decoder.
+
+    Returns:
+        Bytes of the weights and the KV cache, of this bundle and of the parent; None if no inputs of the decoder were
+        recorded.
+    """
     manifest, cache = context.parent.manifest, context.parent.manifest.cache
     if cache is None or DECODER not in graphs or not context.feeds.count(DECODER):
         return None

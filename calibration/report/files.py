@@ -1,4 +1,4 @@
-"""Names of the reports in a bundle."""
+"""Names of the report files in a bundle, and the version of ``report.json``."""
 
 REPORT = "report.json"
 REPORT_PAGE = "report.html"

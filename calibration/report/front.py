@@ -1,4 +1,4 @@
-"""The part of ``report.html`` that shows a search: the front as a drawing, and a table of all points."""
+"""Renders the section of ``report.html`` about a search: drawings of the front, a table of combinations of formats."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HEADER = ("", "loss", "nats a token", "ms", "MB", "loss is", "vision", "bridge",
 
 
 def search_section(search: Mapping[str, Any] | None) -> str:
-    """Renders the search as HTML; empty without a search.
+    """Renders the results of a search as HTML; an empty text without a search.
 
     Args:
         search: The object ``search`` of ``report.json``.

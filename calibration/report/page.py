@@ -1,6 +1,6 @@
 """Renders ``report.html``, one page without scripts and without external resources.
 
-All its content comes from the object of ``report.json`` (``document.py``) and from thumbnails of the pictures.
+The page shows the object of ``report.json`` (``document.py``) and thumbnails of the pictures.
 """
 
 from __future__ import annotations
@@ -342,7 +342,7 @@ def _times(headroom: float | None) -> str:
 
 
 def _short(weight: str) -> str:
-    """An initializer's name without the endings ``.weight`` and ``.T``."""
+    """Returns an initializer's name without the endings ``.weight`` and ``.T``."""
     return re.sub(r"(\.weight)?(\.T)?$", "", weight)
 
 

@@ -1,1 +1,5 @@
-"""Chooses formats by measuring: layers kept in floating point (``--drop-limit``), formats of parts (``--search``)."""
+"""Chooses formats by measuring.
+
+``--drop-limit`` chooses the layers that stay in floating point. ``--search`` chooses a format for the vision encoder,
+the bridge and the language model.
+"""

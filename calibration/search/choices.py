@@ -1,7 +1,7 @@
-"""The formats that a search tries for each part of a model, and the flags of ``calibrate`` that stand for them.
+"""Lists the formats that a search tries for each part of a model, and writes them as flags of ``calibrate``.
 
 The parts are the vision encoder, the bridge, and the language model (all other graphs together). They are separate
-graphs, so each format of a part is made and measured once, and their times and bytes add up.
+graphs. So each format of a part is made and measured once, and the times and the bytes of the parts are added.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ LEAST_BLOCK = 32
 
 @dataclass(frozen=True)
 class PartChoice:
-    """A format of one part of the model.
+    """One format for one part of the model (vision encoder, bridge or language model).
 
     Attributes:
-        part: Name of the part.
-        form: The format of its graphs.
-        note: Text after the format, for single matrices that have another one.
+        part: Name of the part: ``vision_encoder``, ``bridge`` or ``language``.
+        form: The format of the part's graphs.
+        note: Text after the format's name, if single matrices have another format.
     """
 
     part: str
@@ -41,21 +41,21 @@ class PartChoice:
 
     @property
     def name(self) -> str:
-        """The choice in tables: ``int4/64``, or ``int4, 3 layers in int8``."""
+        """Name of the format in tables: ``int4/64``, or ``int4, 3 layers in int8``."""
         return f"{self.form.whole}{', ' if self.note else ''}{self.note}"
 
     @property
     def is_float(self) -> bool:
-        """Whether the part is the parent's."""
+        """Whether the part stays as it is in the parent (format ``float``)."""
         return self.form.whole.kind == FLOAT
 
 
 @dataclass(frozen=True)
 class PartGraphs:
-    """The parts of a model.
+    """The graphs of each part of a model (vision encoder, bridge, language model).
 
     Attributes:
-        graphs: Names of the graphs of each part.
+        graphs: Names of the graphs of each part, by the part's name.
         running: Names of the graphs that run while a picture is captioned.
     """
 
@@ -64,20 +64,25 @@ class PartGraphs:
 
     @classmethod
     def of(cls, graphs: Iterable[str], running: Iterable[str]) -> PartGraphs:
-        """Divides the graphs of a bundle into parts; a model without a bridge has none."""
+        """Divides the graphs of a bundle into parts. If the model has no bridge, there is no part ``bridge``."""
         names = list(graphs)
         single = {name: (name,) for name in (VISION, BRIDGE) if name in names}
         rest = tuple(name for name in names if name not in single)
         return cls({**single, LANGUAGE: rest}, frozenset(running))
 
     def form_of(self, graph: str, choice: PartChoice) -> GraphFormat:
-        """The format of one graph of a part; a graph that does not run is rounded without inputs, to INT8."""
+        """Returns the format of one graph of a part.
+
+        A graph that does not run while pictures are captioned has no recorded inputs: its weights become INT8 in
+        blocks, unless the choice is a floating-point format. Only the graph of the vision encoder, the bridge or the
+        decoder gets the formats for single matrices.
+        """
         if graph not in self.running and choice.form.whole.kind in (W8A8, *WEIGHT_BITS):
             return GraphFormat(NumberFormat("int8"))
         return choice.form if graph in (choice.part, DECODER) else GraphFormat(choice.form.whole)
 
     def rules(self, choices: Mapping[str, PartChoice]) -> list[FormatRule]:
-        """The formats of a combination as rules: one for each graph, and one for each pattern."""
+        """Returns the formats of a combination as ``--format`` rules: one for each graph, and one for each pattern."""
         found = []
         for part, choice in choices.items():
             for graph in self.graphs[part]:
@@ -87,7 +92,7 @@ class PartGraphs:
         return found
 
     def flags(self, choices: Mapping[str, PartChoice]) -> str:
-        """The flags with which plain ``calibrate`` makes a combination, as short as possible."""
+        """Returns the flags with which ``calibrate`` without a search makes a combination, as short as possible."""
         language = choices[LANGUAGE].form.whole
         base = language.kind if language.kind in WEIGHT_BITS else "none"
         usual = {name: NumberFormat(W8A8) for name in (VISION, BRIDGE)}
@@ -100,15 +105,15 @@ class PartGraphs:
 def plain_choices(
     part: str, products: Sequence[Product], *, half: bool, refused: Sequence[str] = (), sizes: bool = True
 ) -> list[PartChoice]:
-    """Lists the formats that are tried for a part, without those of single matrices.
+    """Lists the formats that are tried for a part, without formats for single matrices.
 
     A block size is left out if it changes no matrix.
 
     Args:
         part: Name of the part.
-        products: The products of its graphs.
-        half: Whether the parent's weights have 32 bits, so that FP16 halves them.
-        refused: Kinds that the target does not run.
+        products: The matrix multiplications (MatMul nodes) of the part's graphs.
+        half: Whether the parent's weights have 32 bits, so that FP16 halves their size.
+        refused: Kinds of formats that the target does not run.
         sizes: Whether blocks of other sizes than the default are tried, down to :data:`LEAST_BLOCK`.
     """
     forms = [NumberFormat(FLOAT), *([NumberFormat(FP16)] if half else []), NumberFormat(W8A8)]
@@ -125,7 +130,7 @@ def plain_choices(
 
 
 def presets(parts: Iterable[str]) -> dict[str, dict[str, PartChoice]]:
-    """The combinations that plain flags make: the choice of each part, by the flags."""
+    """Returns the combinations that ``calibrate`` makes without a search, by their flags: the choice of each part."""
     names = list(parts)
     found: dict[str, dict[str, PartChoice]] = {}
     for flags, language in (

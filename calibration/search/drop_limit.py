@@ -1,11 +1,12 @@
-"""``--drop-limit``: keeps sensitive layers in floating point until the number of changed captions is within the limit.
+"""Implements ``--drop-limit``: keeps sensitive layers in floating point until the captions change little enough.
 
 1. Everything is quantized, and the sensitivity of each layer is measured (``sensitivity.py``).
 2. As long as more captions differ from the parent's than the limit allows (or CIDEr against the pictures' references
-   falls by more), the worst 1, 2, 4, ... layers are kept in the parent's precision.
-3. A binary search between the last number that was too small and the first that was enough finds the smallest number.
+   falls by more), the most sensitive 1, 2, 4, ... layers are kept in the parent's precision.
+3. A binary search finds the smallest sufficient number of layers, between the last number that was too small and the
+   first that was enough.
 
-With all layers kept, the captions are the parent's.
+If all layers are kept, the captions are the parent's.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ CaptionScore = Callable[[Sequence[str], Sequence[Sequence[str]]], float]
 
 @dataclass(frozen=True)
 class DropLimit:
-    """The limit on how much quantization may change the captions.
+    """The limit on the loss, that is, on how much quantization may change the captions.
 
     Attributes:
         points: Largest loss, in percentage points.
@@ -65,7 +66,12 @@ class DropLimit:
         return "captions" if self.cider is None else "cider"
 
     def drop(self, captions: CaptionAgreement, references: Sequence[Sequence[str]]) -> float:
-        """Computes the loss of a calibrated bundle's captions in percentage points; ``references`` are for CIDEr."""
+        """Computes the loss of a calibrated bundle's captions in percentage points.
+
+        Args:
+            captions: The captions of the bundle and of the parent.
+            references: Reference captions of each picture; used only if the measure is CIDEr.
+        """
         if self.cider is None:
             return 100.0 * (1.0 - captions.same)
         return 100.0 * (self.cider(captions.parent, references) - self.cider(captions.ours, references))
@@ -73,13 +79,13 @@ class DropLimit:
 
 @dataclass
 class KeptLayers:
-    """The layers kept in floating point, and how they were found.
+    """The layers that stay in floating point, and the measured losses that led to this choice.
 
     Attributes:
         limit: The limit on the loss.
         ranking: Sensitivity of every layer, the most sensitive first.
         drops: Measured loss in percentage points, by the number of layers kept.
-        count: How many of the first layers of the ranking are kept in the end.
+        count: Number of layers that are kept in the end: the first ones of ``ranking``.
     """
 
     limit: DropLimit
@@ -88,7 +94,7 @@ class KeptLayers:
     count: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """The search as a JSON object, ``sensitivity`` in the calibration record."""
+        """Returns a JSON object with limit, losses and layers: ``sensitivity`` in the calibration record."""
         return {
             "limit": self.limit.points,
             "measure": self.limit.measure,
@@ -106,7 +112,7 @@ class FullyQuantized:
 
     Attributes:
         graphs: The graphs, by name.
-        directory: Copies of the token table and of the graphs with weight-only quantization.
+        directory: Directory with copies of the token embedding table and of the graphs with weight-only quantization.
     """
 
     graphs: Mapping[str, StagedGraph]
@@ -130,7 +136,7 @@ class FullyQuantized:
         return cls(graphs, directory)
 
     def layers(self) -> list[QuantizedLayer]:
-        """All quantized layers, in the order of the graphs."""
+        """Returns all quantized layers, in the order of the graphs."""
         found = []
         for name, graph in self.graphs.items():
             weights = list(graph.summary.matrices) if graph.plan is None else graph.plan.weights()
@@ -186,7 +192,7 @@ def choose_kept_layers(
     limit: DropLimit,
     drop_of: Callable[[Mapping[str, StagedGraph]], float],
 ) -> tuple[dict[str, StagedGraph], KeptLayers]:
-    """Finds how many of the most sensitive layers must be kept in floating point for the limit to hold.
+    """Finds how many of the most sensitive layers must be kept in floating point so that the loss is within the limit.
 
     Args:
         context: The calibration; its staging directory holds the fully quantized graphs.
@@ -196,7 +202,7 @@ def choose_kept_layers(
         drop_of: Measures the loss of the graphs in the staging directory, in percentage points.
 
     Returns:
-        The final graphs, and the record of the search.
+        The final graphs by name, and the kept layers with the measured losses.
     """
     kept = KeptLayers(limit, ranking)
     graphs = dict(quantized.graphs)
@@ -232,7 +238,10 @@ def choose_kept_layers(
 def _rewritten(
     context: CalibrationContext, quantized: FullyQuantized, worst: Sequence[Sensitivity]
 ) -> dict[str, StagedGraph]:
-    """Writes the graphs with some layers in the parent's precision; with all of them, the parent's token table too."""
+    """Writes all graphs again, with the layers ``worst`` in the parent's precision.
+
+    If ``worst`` contains all layers, the parent's token embedding table is restored too.
+    """
     table = quantized.directory / EMBEDDINGS_FILE
     if table.is_file():
         all_kept = len(worst) == len(quantized.layers())
@@ -259,7 +268,7 @@ def _rewritten(
 def _with_plan(
     context: CalibrationContext, graph: StagedGraph, plan: ActivationPlan, kept_float: Mapping[str, str]
 ) -> StagedGraph:
-    """Writes a graph with INT8 activations, without those of the products that are kept in floating point."""
+    """Writes a graph with INT8 activations, except for the matrix multiplications that are kept in floating point."""
     start = time.perf_counter()
     record = context.parent.graph(graph.record.spec.name)
     model = load_graph(context.parent.file(record.spec.file))

@@ -1,4 +1,4 @@
-"""The points of a search, the Pareto front (points that no other beats), and the choice of the published point."""
+"""Computes the Pareto front (combinations of formats that no other beats), and chooses the published combination."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PointLimits:
     Attributes:
         drop: Largest loss of the captions, in percentage points.
         ms: Largest time of a caption, in milliseconds.
-        mb: Largest size of graphs and token table, in millions of bytes.
+        mb: Largest size of graphs and token embedding table, in millions of bytes.
     """
 
     drop: float | None = None
@@ -34,7 +34,7 @@ class PointLimits:
                 raise UsageError(f"{option(f'max_{name}')} must be at least 0, not {value:g}", field=f"max_{name}")
 
     def excess(self, point: FormatPoint) -> float:
-        """How far a point is beyond the limits, as a share of each limit; 0 if it is within them."""
+        """Returns how far a combination exceeds the limits: the sum of the excesses as shares of the limits, or 0."""
         found = ((self.drop, point.drop), (self.ms, point.ms), (self.mb, point.bytes / 1e6))
         return sum(
             max(value - most, 0.0) / max(most, 1.0) if most is not None and value is not None else 0.0
@@ -42,29 +42,29 @@ class PointLimits:
         )
 
     def words(self, name_of: Callable[[str], str] = option) -> str:
-        """The given limits in one line, each with its option's name as ``name_of`` writes it."""
+        """Returns the given limits in one line; ``name_of`` writes the option name of each limit."""
         given = ((name_of(f"max_{name}"), value) for name, value in vars(self).items() if value is not None)
         return ", ".join(f"{name} {value:g}" for name, value in given)
 
     def flags(self) -> str:
-        """The given limits as flags."""
+        """Returns the given limits as flags, in one line."""
         return self.words(lambda name: f"--{name.replace('_', '-')}")
 
 
 @dataclass(frozen=True)
 class FormatPoint:
-    """One combination of formats.
+    """One combination of formats (for vision encoder, bridge and language model), and its measured values.
 
     Attributes:
-        names: The format of each part.
-        flags: The flags of plain ``calibrate`` that make it.
+        names: Name of the format of each part, by the part's name.
+        flags: The flags with which ``calibrate`` makes the combination without a search.
         ms: Milliseconds of a caption.
         stages: Milliseconds of each stage.
-        bytes: Size of graphs and token table.
-        nats: Change of the next token (Kullback-Leibler divergence from the parent), in nats a token; the sum of the
-            parts' until it is measured.
+        bytes: Size of graphs and token embedding table.
+        nats: Change of the next token (Kullback-Leibler divergence from the parent), in nats per token. Until it is
+            measured for the combination, it is the sum of the changes by each part alone.
         drop: Loss of the captions in percentage points; None until it is measured.
-        proven: Whether every part that is not the parent's was faster than the parent's.
+        proven: Whether each part in another format than the parent's was faster than in the parent's format.
         preset: The flags without a search that make the same formats; empty if there are none.
     """
 
@@ -80,21 +80,21 @@ class FormatPoint:
 
     @property
     def loss(self) -> tuple[float, float]:
-        """The key that orders points by loss: first the loss of captions, then the change of the next token."""
+        """The key that orders combinations by loss: the loss of captions, then the change of the next token."""
         return (0.0 if self.drop is None else self.drop, self.nats)
 
     def beats(self, other: FormatPoint) -> bool:
-        """Whether the point is at least as good in loss, time and size, and better in one of them."""
+        """Returns whether this combination is no worse than ``other`` in loss, time and size, and better in one."""
         no_worse = self.loss <= other.loss and self.ms <= other.ms and self.bytes <= other.bytes
         return no_worse and (self.loss, self.ms, self.bytes) != (other.loss, other.ms, other.bytes)
 
     def text(self) -> str:
-        """The point in one line."""
+        """Returns the measured values and the flags in one line."""
         drop = "" if self.drop is None else f"drop {self.drop:.1f}, "
         return f"{drop}{self.ms:.1f} ms, {self.bytes / 1e6:.1f} MB ({self.flags})"
 
     def to_json(self) -> dict[str, Any]:
-        """The point as a JSON object for ``report.json``."""
+        """Returns the combination and its measured values as a JSON object for ``report.json``."""
         return {
             **vars(self),
             "names": dict(self.names),
@@ -105,7 +105,7 @@ class FormatPoint:
 
 
 def pareto(points: Sequence[FormatPoint]) -> list[FormatPoint]:
-    """The points that no other point beats, the fastest first."""
+    """Returns the combinations that no other combination beats, the fastest first."""
     return sorted(
         (point for point in points if not any(other.beats(point) for other in points)),
         key=lambda point: (point.ms, point.loss, point.bytes),
@@ -113,9 +113,10 @@ def pareto(points: Sequence[FormatPoint]) -> list[FormatPoint]:
 
 
 def allowed(points: Sequence[FormatPoint], limits: PointLimits) -> list[FormatPoint]:
-    """The points that may be published: within the limits, and every part is proven faster than the parent's.
+    """Returns the combinations that may be published: within the limits, and with every part proven faster.
 
-    Without such a point, ``--max-mb`` allows the other points within the limits, for their bytes.
+    If there is no such combination and ``--max-mb`` is given, all combinations within the limits are returned: they may
+    be needed for their small size.
     """
     within = [point for point in points if not limits.excess(point)]
     proven = [point for point in within if point.proven]
@@ -123,16 +124,16 @@ def allowed(points: Sequence[FormatPoint], limits: PointLimits) -> list[FormatPo
 
 
 def to_measure(points: Sequence[FormatPoint], limits: PointLimits, most: int) -> list[FormatPoint]:
-    """Chooses the points of the predicted front whose captions are compared.
+    """Chooses combinations of the predicted front; their captions will be compared with the parent's.
 
-    First come the points that are best in one figure and, within the limits, the fastest point and the point with the
-    least loss. After them, the point with the largest distance from the chosen points is added repeatedly. The distance
-    is computed from the logarithms of time, size and loss.
+    First, the combinations with the least time, the least size and the least loss are chosen, on the front and among
+    the combinations that may be published. After that, the combination with the largest distance from the chosen
+    combinations is added repeatedly. The distance is computed from the logarithms of time, size and loss.
 
     Args:
-        points: All points, with predicted loss.
+        points: All combinations, with predicted loss.
         limits: The limits of the user.
-        most: Largest number of points.
+        most: Largest number of combinations.
     """
     front = pareto(points)
     sets = [among for among in (front, allowed(points, limits)) if among]
@@ -159,7 +160,7 @@ def _by_loss(point: FormatPoint) -> tuple[Any, ...]:
 
 
 def _distance(one: FormatPoint, other: FormatPoint, front: Sequence[FormatPoint]) -> float:
-    """Distance of two points; each figure counts by its share of the front's range."""
+    """Computes the distance of two combinations from time, size and loss, each divided by its range on the front."""
     total = 0.0
     for mine, theirs, *values in zip(*map(_logarithms, (one, other, *front)), strict=True):
         span = max(values) - min(values) or 1.0
@@ -173,28 +174,29 @@ def _logarithms(point: FormatPoint) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class ChosenPoint:
-    """The point that is published, and the rule that chose it."""
+    """The combination of formats that is published, and the rule by which it was chosen."""
 
     point: FormatPoint
     rule: str
 
 
 def choose_point(points: Sequence[FormatPoint], limits: PointLimits) -> ChosenPoint:
-    """Chooses the point that is published.
+    """Chooses the combination of formats that is published.
 
-    - Without limits: the fastest point at which at most :data:`DEFAULT_DROP` percent of the captions change. The
-      parent is such a point.
-    - With ``--max-drop``: the fastest point within all limits.
-    - With ``--max-ms`` or ``--max-mb`` and no ``--max-drop``: the point with the least loss within them.
+    - Without limits: the fastest combination at which at most :data:`DEFAULT_DROP` percent of the captions change. The
+      parent's formats are such a combination.
+    - With ``--max-drop``: the fastest combination within all limits.
+    - With ``--max-ms`` or ``--max-mb`` and no ``--max-drop``: the combination with the least loss within the limits.
 
-    A point with a part that was not faster than the parent's is taken only if ``--max-mb`` leaves no other.
+    A combination with a part that was not proven faster than the parent's is chosen only if ``--max-mb`` is given and
+    no other combination is within the limits.
 
     Args:
-        points: The measured points.
+        points: The measured combinations.
         limits: The limits.
 
     Raises:
-        BundleError: No point is within the limits.
+        BundleError: No combination is within the limits.
     """
     given = PointLimits(DEFAULT_DROP) if limits == PointLimits() else limits
     among = allowed(points, given)
@@ -218,14 +220,14 @@ FASTEST = f"the fastest point at which at most {DEFAULT_DROP:g} % of the caption
 
 @dataclass(frozen=True)
 class FoundPoints:
-    """The points of a search.
+    """The result of a search: all combinations of formats, and the published one.
 
     Attributes:
-        points: All points; those with a ``drop`` are measured.
-        front: The measured points that no measured point beats.
-        chosen: The published point.
-        rules: The formats of the published point, as rules of ``calibrate``.
-        cpu_s: CPU seconds of the search, also of the runs before that were killed.
+        points: All combinations; a combination with a ``drop`` is measured, the others are predicted.
+        front: The measured combinations that no measured combination beats.
+        chosen: The published combination.
+        rules: The formats of the published combination, as rules of ``calibrate``.
+        cpu_s: CPU seconds of the search, with those of earlier runs that were killed.
     """
 
     points: Sequence[FormatPoint]

@@ -1,12 +1,12 @@
-"""The state of a search, from which a killed search goes on: ``OUT.run/`` beside the output.
+"""Stores the state of a search in ``OUT.run/`` beside the output, so that a killed search can be resumed.
 
     OUT.run/plan.json         what decides the result: bundle, pictures, options, versions
     OUT.run/spent.json        CPU seconds of all finished steps
     OUT.run/NAME.json         the result of a finished step
     OUT.run/NAME/             the files of a finished step
 
-A result appears under its name when it is complete and on the disk (fsync). So a step that was finished is not
-repeated, and a killed search ends with the result of one that was not killed.
+A result appears under its name when it is complete and on the disk (fsync). So a finished step is not repeated, and a
+killed and resumed search gives the same result as a search that was not killed.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ MADE_BY = {"made_by": "blip2edge calibrate --search"}
 
 
 def run_directory(target: Path) -> Path:
-    """The directory of the state of a search for an output."""
+    """Returns the directory with the state of a search whose output is ``target``."""
     return target.with_name(f"{target.name}{RUN_SUFFIX}")
 
 
 class SearchJournal:
-    """The finished steps of a search.
+    """The stored results of the finished steps of a search.
 
     Args:
-        path: The directory.
-        fresh: A directory on the same file system, for files that are not complete; another search does not use it.
+        path: The directory of the state.
+        fresh: A directory on the same file system for incomplete files; no other search may use it.
     """
 
     def __init__(self, path: Path, fresh: Path) -> None:
@@ -54,17 +54,17 @@ class SearchJournal:
         return self._fresh
 
     def begin(self, plan: Mapping[str, Any], *, force: bool) -> bool:
-        """Prepares the directory, or checks that it is of a search with the same plan.
+        """Prepares the directory of the state, or checks that its search has the same plan.
 
         Args:
-            plan: What decides the result.
-            force: Whether the state of a search with another plan is removed.
+            plan: The values that decide the result.
+            force: Whether to remove the state of a search with another plan.
 
         Returns:
-            Whether a search is resumed.
+            True if an earlier search is resumed.
 
         Raises:
-            OutputError: The state is of another plan, or the directory was not made by a search.
+            OutputError: The state belongs to another plan, or the directory was not made by a search.
         """
         values = json.loads(json.dumps({**plan, **MADE_BY}))
         old = self.plan()
@@ -89,7 +89,7 @@ class SearchJournal:
         return False
 
     def plan(self) -> dict[str, Any]:
-        """The plan in the directory; empty if there is none."""
+        """Returns the plan that is stored in the directory; empty if there is none."""
         try:
             return read_json(self.path / PLAN, DataError)
         except DataError:
@@ -97,14 +97,14 @@ class SearchJournal:
 
     @property
     def cpu_s(self) -> float:
-        """CPU seconds of the finished steps, in this process and in those before that were killed."""
+        """CPU seconds of the search so far, in this process and in earlier processes that were killed."""
         return self._before + time.process_time() - self._start
 
     def value(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Returns the result of a step: as it was stored, or computed and stored now.
+        """Returns the result of a step: reads the stored result, or computes and stores it.
 
         Args:
-            name: Name of the step, of characters that a file's name can have.
+            name: Name of the step; it becomes a file name.
             compute: Computes the result, a JSON value.
         """
         path = self.path / f"{name}.json"
@@ -116,19 +116,24 @@ class SearchJournal:
         return found
 
     def has(self, name: str) -> bool:
-        """Whether the result of a step is stored."""
+        """Returns whether the result of a step is stored."""
         return (self.path / f"{name}.json").is_file()
 
     def stored(self, name: str) -> Any:
-        """The stored result of a step; None if there is none."""
+        """Returns the stored result of a step; None if no result is stored."""
         return read_json(self.path / f"{name}.json", DataError)["value"] if self.has(name) else None
 
     def replace(self, name: str, value: Any) -> None:
-        """Stores a result, in the place of an earlier one."""
+        """Stores the result of a step; an earlier result is replaced."""
         self._write(f"{name}.json", {"value": value})
 
     def folder(self, name: str, fill: Callable[[Path], None]) -> Path:
-        """Returns the directory of a step's files; ``fill`` writes them into a new directory if there is none yet."""
+        """Returns the directory of a step's files.
+
+        Args:
+            name: Name of the step.
+            fill: Writes the files into a new directory; called if the step is not finished yet.
+        """
         path = self.path / name
         if path.is_dir():
             return path
@@ -145,7 +150,10 @@ class SearchJournal:
         return path
 
     def clear(self) -> None:
-        """Removes the directory. The plan is removed first, so that a removal that is killed is not taken for a run."""
+        """Removes the directory of the state.
+
+        The plan is removed first. So, if the removal is killed, no later search resumes the incomplete state.
+        """
         with suppress(FileNotFoundError):
             (self.path / PLAN).rename(self._fresh / PLAN)
         shutil.rmtree(self.path, ignore_errors=True)

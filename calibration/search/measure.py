@@ -1,4 +1,4 @@
-"""Measures the formats of a search: milliseconds by stage, the change of the next token, and captions that differ."""
+"""Measures formats in a search: milliseconds by stage, the change of the next token, and captions that differ."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Workload:
     """The data that all measurements of a search share.
 
     Attributes:
-        variants: The graphs of all formats.
+        variants: Makes and stores the graphs in all formats.
         pictures: The pictures whose captions are compared.
         captions: The parent's captions of these pictures.
         limit: Computes the loss of captions.
@@ -63,22 +63,22 @@ class Workload:
 
     @property
     def journal(self) -> SearchJournal:
-        """The finished steps."""
+        """The stored results of the finished steps."""
         return self.variants.journal
 
     @property
     def context(self) -> CalibrationContext:
-        """The calibration."""
+        """The parent bundle, the recorded inputs and the options of the calibration."""
         return self.variants.context
 
     @property
     def tokens(self) -> int:
-        """Length of the timed captions in tokens: the median of the parent's."""
+        """Length of the timed captions in tokens: the median length of the parent's captions."""
         return max(2, int(np.median([len(caption.tokens) for caption in self.captions])))
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the prompt, without visual tokens."""
+        """Number of tokens of the prompt, without visual tokens."""
         prompts = text_parts(self.context.parent).prompts
         return max(prompts(default_prompt(prompts)).length - prompts.spec.visual_tokens, 0)
 
@@ -89,28 +89,31 @@ class Workload:
 
     @cached_property
     def meter(self) -> DivergenceMeter:
-        """Measures the change of the next token; made when it is first needed, because it runs the parent."""
+        """Measures the change of the next token; created at the first use, because this runs the parent."""
         texts = [caption.tokens for caption in self.captions[:PICTURES]]
         return DivergenceMeter(self.context.parent, self.pictures[:PICTURES], texts, self.context.threads)
 
 
 @dataclass
 class StageTimer:
-    """Times bundles by stage, in CPU time of this process and one thread, with their optimized copies.
+    """Measures the time of each stage of a caption for bundles in different formats, with their optimized copies.
+
+    Times are CPU times of this process, on one thread.
 
     Attributes:
-        work: The pictures.
-        found: The least milliseconds of each stage, by the choice that decides it.
+        work: The pictures, and the graphs in all formats.
+        found: The least milliseconds of each stage, by the name of the part that runs in the stage and the part's
+            format.
     """
 
     work: Workload
     found: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
 
     def time(self, combinations: Sequence[Mapping[str, PartChoice]]) -> None:
-        """Times the bundles of some combinations in turn, and adds the results to :attr:`found`.
+        """Measures the bundles of some combinations of formats in turn, and adds the results to :attr:`found`.
 
         Args:
-            combinations: The choice of each part.
+            combinations: For each combination, the choice of each part.
         """
         journal, report = self.work.journal, self.work.context.progress
         for number in range(ROUNDS):
@@ -123,7 +126,7 @@ class StageTimer:
                 self._add("", "", {"preprocess": ms["preprocess"]})
 
     def ms(self, part: str, form: GraphFormat | str) -> StageMs:
-        """The least milliseconds of the stages of a part in a format."""
+        """Returns the least milliseconds of the stages of a part (for example the bridge) in a format."""
         return self.found[part, str(form)]
 
     def _add(self, part: str, form: str, ms: StageMs) -> None:
@@ -136,10 +139,15 @@ class StageTimer:
 
 
 def measured_ms(bundle: Path, picture: CalibrationPicture, tokens: int) -> StageMs:
-    """Loads a bundle as the runtime does, and times captions of a picture.
+    """Loads a bundle as the runtime does, and measures the time of several captions of one picture.
+
+    Args:
+        bundle: The bundle.
+        picture: The picture.
+        tokens: Length of a caption in tokens; shortened if the model has too few positions.
 
     Returns:
-        The least CPU milliseconds of each stage.
+        The least CPU milliseconds of each stage, on one thread.
     """
     with closing(Captioner.load(bundle, backend="cpu", threads=1)) as captioner:
         bench = Bench(captioner, np.asarray(picture.image()))
@@ -150,7 +158,15 @@ def measured_ms(bundle: Path, picture: CalibrationPicture, tokens: int) -> Stage
 
 
 def part_nats(work: Workload, choices: Mapping[str, PartChoice]) -> float:
-    """The change of the next token if some parts have a format: Kullback-Leibler divergence in nats a token."""
+    """Measures the change of the next token if some parts have another format than in the parent.
+
+    Args:
+        work: The pictures, and the graphs in all formats.
+        choices: The choice of the changed parts; the other parts stay as in the parent.
+
+    Returns:
+        Kullback-Leibler divergence from the parent, in nats per token.
+    """
     if all(choice.is_float for choice in choices.values()):
         return 0.0
     name = "nats-" + file_name("+".join(f"{part}={choice.form}" for part, choice in choices.items()))
@@ -183,12 +199,12 @@ def _session(variants: Variants, graph: str, form: GraphFormat) -> OnnxRuntimeSe
 
 @dataclass(frozen=True)
 class CaptionLoss:
-    """How the captions of a combination differ from the parent's.
+    """How much the captions of a combination of formats differ from the parent's captions.
 
     Attributes:
         drop: The loss in percentage points.
         same: Share of captions that are equal.
-        cpu_s: CPU seconds of captioning all pictures.
+        cpu_s: CPU seconds to caption all pictures.
     """
 
     drop: float
@@ -197,7 +213,7 @@ class CaptionLoss:
 
 
 def captions_lost(work: Workload, choices: Mapping[str, PartChoice]) -> CaptionLoss:
-    """Captions the pictures with a combination, as the runtime would, and compares with the parent's captions."""
+    """Captions the pictures with a combination of formats, and compares the captions with the parent's."""
     name = "captions-" + file_name("+".join(str(choice.form) for choice in choices.values()))
 
     def compute() -> Mapping[str, float]:
@@ -211,17 +227,18 @@ def captions_lost(work: Workload, choices: Mapping[str, PartChoice]) -> CaptionL
 
 
 def _product_seconds(size: tuple[int, int, int]) -> list[float]:
-    """Seconds of a product in floating point and in INT8."""
+    """Returns the seconds of a matrix multiplication of this size on the CPU: in floating point, and in INT8."""
     return [product_seconds("cpu", *size, integer=integer) for integer in (False, True)]
 
 
 def slower_kinds(context: CalibrationContext, graph: str, journal: SearchJournal) -> list[str]:
-    """Finds the kinds of matrices of a graph whose INT8 product is not proven faster than the one in floating point.
+    """Finds the kinds of matrices of a graph for which an INT8 multiplication is not proven faster than floating point.
 
-    A kind is the matrix of one name in all layers. Each size is timed alone, with the rows that it has in the graph.
+    A kind contains the matrices of the same name in all layers. The multiplication of each size is timed alone, with as
+    many rows as in the graph.
 
     Returns:
-        Patterns of the names of these matrices; empty if all kinds are slower, or none.
+        Patterns of the names of these matrices; empty if this is true of all kinds, or of none.
     """
     model = load_graph(context.parent.file(context.parent.graph(graph).spec.file))
     sizes: dict[str, tuple[int, int, int]] = {}

@@ -1,4 +1,4 @@
-"""Choices with two formats in one graph: most layers in INT4, and the most sensitive ones in INT8 or floating point."""
+"""Makes choices with two formats in one graph: most layers in INT4, the most sensitive in INT8 or floating point."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SHARES = (1 / 8, 1 / 3)
 
 
 def mixed_choices(work: Workload, base: PartChoice, wide: NumberFormat) -> list[PartChoice]:
-    """Measures the sensitivity of each layer of the decoder, and gives the most sensitive ones a wider format.
+    """Measures the sensitivity of each layer of the decoder, and gives the most sensitive layers a wider format.
 
     Args:
-        work: The pictures.
-        base: The language model in INT4.
+        work: The pictures, and the graphs in all formats.
+        base: The choice with the language model in INT4.
         wide: The format of the most sensitive layers.
 
     Returns:
@@ -37,7 +37,11 @@ def mixed_choices(work: Workload, base: PartChoice, wide: NumberFormat) -> list[
 
 
 def _ranking(work: Workload, base: PartChoice) -> list[QuantizedLayer]:
-    """Orders the decoder's layers by how much the next token changes if only that layer is in ``base``, most first."""
+    """Orders the decoder's layers by the change of the next token if only this layer is in the format ``base``.
+
+    Returns:
+        The layers, the one with the largest change first.
+    """
     variants = work.variants
     layers = group_by_layer(DECODER, list(variants.made(DECODER, base.form).summary.matrices))
     source = work.context.parent.file(work.context.parent.graph(DECODER).spec.file)
@@ -57,5 +61,5 @@ def _ranking(work: Workload, base: PartChoice) -> list[QuantizedLayer]:
 
 
 def _pattern(layer: QuantizedLayer) -> str:
-    """The pattern of the names of a layer's matrices."""
+    """Returns the pattern that matches the names of a layer's matrices."""
     return f"{layer.name}.*" if LAYER.match(f"{layer.name}.x") and layer.weights != (layer.name,) else layer.name

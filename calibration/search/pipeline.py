@@ -85,28 +85,30 @@ def search(
 
     Args:
         bundle: The directory of the parent, in fp32 or fp16.
-        output: The directory of the new bundle; ``OUT.run`` beside it holds the state until it is published.
+        output: The directory of the new bundle. Until it is published, ``OUT.run`` beside it holds the state.
         images: A folder of pictures or ``.tar`` shards.
-        options: What to search for; None for the defaults.
-        optimizer: Makes the optimized copies that the runtime would use; None to time the portable graphs.
+        options: Limits, board and size of the search; None for the defaults.
+        optimizer: Makes the optimized copies that the runtime would use. None to time the exported (not optimized)
+            graphs.
         method: How activation ranges are chosen.
-        cider: Scores captions. With it, and a ``.txt`` of references for every picture, the loss is that of CIDEr.
+        cider: Scores captions. If it is given and every picture has a ``.txt`` of references, the loss is the drop of
+            CIDEr.
         references: Pictures with known captions, to fit the confidence of the published bundle; None for no confidence.
         count: Largest number of pictures.
         force: Whether to replace an existing bundle, and the state of a search with another plan.
         anyway: Whether to go on if this machine has too little memory.
-        threads: CPU threads of quantizing and captioning; times are always those of one thread.
+        threads: CPU threads of quantizing and captioning. Times are always measured with one thread.
         limits: The largest picture that is decoded.
         progress: Called with a stage's name, steps done and steps in all.
         notify: Called with a warning.
 
     Returns:
-        The report of the published bundle, and all points.
+        The report of the published bundle, and all combinations of formats with their measured or predicted values.
 
     Raises:
         UsageError: The model generates no captions, or an option is outside its range.
-        BundleError: No combination is within the limits: nothing is published. Or as for ``calibrate``.
-        OutputError: The output exists, or the state is of a search with another plan.
+        BundleError: No combination is within the limits: nothing is published. Or see ``calibrate``.
+        OutputError: The output exists, or the state belongs to a search with another plan.
     """
     target, run, options = Path(output), run_directory(Path(output)), options or SearchOptions()
     parent = open_parent(bundle, method, None)
@@ -158,7 +160,7 @@ def search(
 def _plan(
     parent: Bundle, pictures: PictureSet, options: SearchOptions, method: str, optimizer: Optimizer | None
 ) -> dict[str, Any]:
-    """What decides the points of a search; the limits only choose one."""
+    """Returns the values that decide the results of a search, without the limits, which only choose a result."""
     return {
         "bundle": parent.sha256,
         "pictures": pictures.sha256,
@@ -174,13 +176,13 @@ def _plan(
 
 
 def _measure_plan(scored: Sequence[CalibrationPicture], limit: DropLimit, threads: int | None) -> dict[str, Any]:
-    """What the stored losses depend on: the measure, the reference captions, and the CPU threads."""
+    """Returns the values on which the stored losses depend: the measure, the reference captions, the CPU threads."""
     texts = json.dumps([picture.references() for picture in scored]) if limit.cider is not None else ""
     return {"loss": limit.measure, "captions": hashlib.sha256(texts.encode()).hexdigest(), "threads": threads}
 
 
 def _caption_loss(scored: Sequence[CalibrationPicture], cider: CaptionScore | None) -> DropLimit:
-    """The measure of the loss: CIDEr if every picture has references, otherwise the share of changed captions."""
+    """Returns the measure of the loss: CIDEr if every picture has references, otherwise the share of changes."""
     return DropLimit(0.0, cider if all(picture.references() for picture in scored) else None)
 
 
@@ -189,13 +191,13 @@ def _hash_of(references: References | None) -> str:
 
 
 def _manifest_sha256(target: Path) -> str:
-    """Hash of the output's manifest; empty if there is none."""
+    """Returns the hash of the manifest of a bundle; empty if there is no manifest."""
     manifest = target / MANIFEST
     return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else ""
 
 
 def _is_published(target: Path, work: Workload, found: FoundPoints, references: References | None) -> bool:
-    """Whether a killed run of this search has published the chosen point, with the same references."""
+    """Returns whether a killed run of this search has published the chosen combination with the same references."""
     marker = work.journal.stored(PUBLISHED)
     if marker is None or not (target / MANIFEST).is_file():
         return False
@@ -213,7 +215,7 @@ def _report_of(target: Path, work: Workload, found: FoundPoints, pictures: Pictu
 
 
 def _staged(work: Workload, found: FoundPoints) -> dict[str, StagedGraph]:
-    """The graphs of the chosen point."""
+    """Returns the records of the graphs of the chosen combination, by the graph's name."""
     formats = choose_graph_formats(work.context.parent.manifest.graphs, (), None, found.rules)
     return {name: work.variants.made(name, form) for name, form in formats.items()}
 
@@ -228,7 +230,7 @@ def _workload(
     *,
     copies: bool,
 ) -> Workload:
-    """Captions the pictures with the parent, and records the inputs of the graphs."""
+    """Captions the pictures with the parent and records the inputs of the graphs; returns the data for measurements."""
 
     def caption() -> list[Any]:
         progress = partial(context.progress, "caption with the parent")
@@ -247,7 +249,7 @@ def _workload(
 
 
 def search_json(found: FoundPoints, options: SearchOptions, work: Workload) -> dict[str, Any]:
-    """The search as a JSON object, ``search`` in ``report.json``."""
+    """Returns the results of a search as a JSON object: ``search`` in ``report.json``."""
     board = options.board
     return {
         "processor": processor() if board is None else board.title,

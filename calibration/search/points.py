@@ -1,4 +1,4 @@
-"""Makes and measures the formats of each part of a model, and combines them to points."""
+"""Makes and measures the formats of each part of a model, and combines them: one format for each part."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ class SearchOptions:
 
     Attributes:
         limits: The limits on loss, time and size.
-        board: A board whose time is predicted; None to measure here.
-        scored: Pictures whose captions are compared.
-        measured: Combinations of the predicted front whose captions are compared.
-        formats: Names of the formats that are tried, and :data:`MIXED` for two in one graph; empty for all.
+        board: The board whose time is predicted; None to measure the time on this machine.
+        scored: Number of pictures whose captions are compared.
+        measured: Number of combinations of the predicted front whose captions are compared.
+        formats: Names of the formats that are tried, and :data:`MIXED` for two formats in one graph; empty for all.
     """
 
     limits: PointLimits = field(default_factory=PointLimits)
@@ -72,14 +72,14 @@ class SearchOptions:
 
 @dataclass
 class FormatSearch:
-    """Finds the points of a search, and chooses one.
+    """Measures combinations of formats, and chooses one of them.
 
     Attributes:
         work: The pictures, and the graphs of all formats.
-        options: What to search for.
-        choices: The choices of each part.
-        combinations: The choice of each part, by the flags.
-        losses: Measured loss of the captions and change of the next token, by the flags.
+        options: Limits, board and size of the search.
+        choices: The choices of each part (vision encoder, bridge, language model), by the part's name.
+        combinations: The choice of each part, by the flags that make the combination.
+        losses: Measured loss of the captions in percentage points and change of the next token in nats, by the flags.
     """
 
     work: Workload
@@ -101,7 +101,7 @@ class FormatSearch:
         self._presets = {self._parts.flags(choices): name for name, choices in presets(self._parts.graphs).items()}
 
     def run(self) -> FoundPoints:
-        """Makes and measures the formats; returns the points and the chosen one."""
+        """Makes and measures the formats; returns all combinations and the chosen combination."""
         self.choices = {part: self._choices_of(part) for part in self._parts.graphs}
         longest = max(map(len, self.choices.values()))
         if self._board is None:
@@ -125,7 +125,7 @@ class FormatSearch:
         return FoundPoints(points, pareto(measured), chosen, rules, self.work.journal.cpu_s)
 
     def _choices_of(self, part: str) -> list[PartChoice]:
-        """Lists the choices of a part, and makes their graphs."""
+        """Lists the formats that are tried for a part, and makes the part's graphs in each format."""
         parent = self.work.context.parent
         running = [graph for graph in self._parts.graphs[part] if graph in self._parts.running]
         products = [
@@ -156,7 +156,7 @@ class FormatSearch:
         return found
 
     def _points(self) -> list[FormatPoint]:
-        """All points, with what is known of each."""
+        """Returns all combinations of formats: time, size, and the loss, which is measured or predicted."""
         return [self._point(flags, choices) for flags, choices in self.combinations.items()]
 
     def _point(self, flags: str, choices: Mapping[str, PartChoice]) -> FormatPoint:
@@ -189,12 +189,12 @@ class FormatSearch:
         return self._board.ms(part, choice.form, sizes)
 
     def _is_proven(self, part: str, choice: PartChoice) -> bool:
-        """Whether a choice is faster than the parent's graph."""
+        """Returns whether the stages of a part are faster with a choice than with the parent's graph."""
         parent = next(one for one in self.choices[part] if one.is_float)
         return sum(self._ms(part, choice).values()) < FASTER * sum(self._ms(part, parent).values())
 
     def _bytes(self, part: str, choice: PartChoice) -> int:
-        """Bytes of the graphs of a part; the language model's include the token table."""
+        """Returns the bytes of the graphs of a part; those of the language model include the token embedding table."""
         if choice not in self._sizes:
             graphs = [
                 self.work.variants.made(graph, self._parts.form_of(graph, choice)) for graph in self._parts.graphs[part]
@@ -209,7 +209,7 @@ class FormatSearch:
         return own.stat().st_size if own.is_file() else 0 if record is None else record.size
 
     def _weight_bytes(self, graph: str, choice: PartChoice) -> int:
-        """Bytes of a graph's weights, with a head that is stored with the token table."""
+        """Returns the bytes of a graph; a head that shares the file of the token embedding table is counted too."""
         staged = self.work.variants.made(graph, self._parts.form_of(graph, choice))
         shared = EMBEDDINGS_FILE in staged.record.data_files
         return staged.summary.bytes + (self._table_bytes(choice) if shared else 0)
@@ -220,7 +220,10 @@ class FormatSearch:
         self.losses[flags] = (drop, part_nats(self.work, choices))
 
     def _measure_more(self) -> None:
-        """While no measured point is allowed, measures those that may be, with the least predicted loss."""
+        """Measures further combinations, with the least predicted loss first, until a measured one may be published.
+
+        At most :data:`MORE` combinations are measured.
+        """
         limits = self.options.limits
         for at in range(MORE):
             possible = allowed(self._points(), limits)  # a point that is not measured counts as without loss

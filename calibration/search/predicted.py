@@ -1,4 +1,4 @@
-"""Predicts the time of a part in a format on a board, by the arithmetic of ``blip2edge plan``."""
+"""Predicts the time of a format of vision encoder, bridge or language model on a board, as ``blip2edge plan`` does."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ KINDS = {"int8": "int8-weights", "int4": "int4", W8A8: "int8"}
 
 
 class BoardTimer:
-    """Predicts milliseconds of stages on a board.
+    """Predicts the milliseconds of each stage of a caption on a board.
 
     Args:
         parent: The parent bundle.
         board: The board.
         tokens: Length of a caption in tokens.
-        prompt: Tokens of the prompt, without visual tokens.
+        prompt: Number of tokens of the prompt, without visual tokens.
     """
 
     def __init__(self, parent: Bundle, board: Board, tokens: int, prompt: int) -> None:
@@ -37,21 +37,27 @@ class BoardTimer:
 
     @property
     def refused(self) -> list[str]:
-        """Kinds of formats that the board does not run; FP16 storage is computed as the parent there."""
+        """Kinds of formats that are not tried: those that the board does not run, and FP16 storage.
+
+        A board computes FP16 storage like the parent's format.
+        """
         return [FP16, *(["int8"] if "int8" in self._board.refuses else [])]
 
     def preprocess_ms(self) -> float:
-        """Milliseconds of the preprocessing of an item."""
+        """Returns the milliseconds of the preprocessing of one item (a picture, or all frames of a video)."""
         seconds = self._shape.frames * reference_seconds(self._shape.image_size) + HOST_S["preprocess"]
         return self._board.host * seconds * 1e3
 
     def ms(self, part: str, form: GraphFormat, sizes: Mapping[str, int]) -> dict[str, float]:
-        """Predicts the milliseconds of the stages of a part.
+        """Predicts the milliseconds of the stages of a part (vision encoder, bridge, language model).
 
         Args:
             part: Name of the part.
-            form: The format of its graphs.
-            sizes: Bytes of its graphs' weights, by the graph's name.
+            form: The format of the part's graphs.
+            sizes: Bytes of the weights of the part's graphs, by the graph's name.
+
+        Returns:
+            Milliseconds by the stage's name.
         """
         host = {stage: self._board.host * seconds for stage, seconds in HOST_S.items()}
         if part != LANGUAGE:
@@ -73,10 +79,10 @@ class BoardTimer:
         }
 
     def _weights(self, form: GraphFormat, size: int) -> HeldWeights:
-        """The weights of a graph of ``size`` bytes, in the type that the board computes them in."""
+        """Returns the size and the type of a graph's weights on the board, for a graph of ``size`` bytes."""
         return HeldWeights(KINDS.get(form.whole.kind, held_precision(self._precision, self._board)), size)
 
     def _run(self, part: ModelPart, weights: HeldWeights, times: int = 1) -> float:
-        """Seconds of a run of a part for the item's tokens."""
+        """Returns the seconds of ``times`` runs of a part for the tokens of one item."""
         cost = part_cost(part, weights, self._board, self._tokens, times)
         return part_seconds(part, cost, weights, self._board, self._tokens, times)

@@ -1,9 +1,9 @@
 """Measures the sensitivity of each layer: how much the next token changes if only that layer is quantized.
 
-A layer is the matrices of a graph that share a layer's path (``language.layers.3``). Its loss is the Kullback-Leibler
-divergence, in nats per token, of the next-token distributions of the whole model, with that layer quantized and all
-others as in the parent. It is measured on some pictures, with the parent's captions after the prompt, so that layers of
-the vision encoder and of the language model are compared by the same measure.
+A layer contains the matrices of a graph whose names share a layer's path (``language.layers.3``). The loss of a layer
+is the Kullback-Leibler divergence from the parent, in nats per token, of the next-token distribution of the whole model
+if only this layer is quantized. It is measured on some pictures, with the parent's captions after the prompt. So layers
+of the vision encoder and of the language model are compared by the same measure.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ class Sensitivity:
     loss: float
 
     def to_json(self) -> dict[str, Any]:
-        """The sensitivity as a JSON object for the manifest and ``report.json``."""
+        """Returns the sensitivity as a JSON object for the manifest and ``report.json``."""
         return {"graph": self.layer.graph, "layer": self.layer.name, "loss": float(f"{self.loss:.4g}")}
 
 
 def group_by_layer(graph: str, weights: Sequence[str]) -> list[QuantizedLayer]:
-    """Groups the weights of a graph by their layers, in order."""
+    """Groups the weights of a graph by their layers, in order; a weight in no layer is a group of its own."""
     groups: dict[str, list[str]] = {}
     for weight in weights:
         match = LAYER.match(weight)
@@ -82,7 +82,15 @@ def group_by_layer(graph: str, weights: Sequence[str]) -> list[QuantizedLayer]:
 
 
 def divergence(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> float:
-    """Mean over tokens of ``Σ p (log p - log q)``, from logits ``[..., V]`` of the parent (p) and another model (q)."""
+    """Computes the Kullback-Leibler divergence: the mean over tokens of ``Σ p (log p - log q)``.
+
+    Args:
+        reference: Logits of the parent, ``[..., V]``; p is their softmax.
+        logits: Logits of another model, ``[..., V]``; q is their softmax.
+
+    Returns:
+        The divergence in nats per token.
+    """
     first, second = _log_softmax(reference), _log_softmax(logits)
     return float((np.exp(first) * (first - second)).sum(axis=-1).mean())
 
@@ -94,7 +102,7 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 class DivergenceMeter:
-    """Measures the divergence of the model from the parent when one graph is replaced, over some pictures.
+    """Measures, over some pictures, how much the logits change if some of the parent's graphs are replaced.
 
     Args:
         parent: The parent bundle.
@@ -124,11 +132,14 @@ class DivergenceMeter:
         )
 
     def loss(self, replaced: Mapping[str, Session], bundle: Bundle | None = None) -> float:
-        """Measures the divergence if some graphs are replaced; the graphs that run before are not run again.
+        """Measures the divergence from the parent if some graphs are replaced; earlier graphs are not run again.
 
         Args:
-            replaced: The sessions in place of the parent's, by the graph's name.
-            bundle: The bundle with the token table; None for the parent.
+            replaced: The sessions that replace the parent's, by the graph's name.
+            bundle: The bundle with the token embedding table; None for the parent.
+
+        Returns:
+            The divergence in nats per token.
         """
         sessions = dict(self._sessions)
         for name in self._order[: min(map(self._order.index, replaced))]:
@@ -141,7 +152,7 @@ class DivergenceMeter:
 
         Args:
             layer: The layer.
-            quantized: The layer's graph with only this layer quantized; other weights are in the parent's directory.
+            quantized: The graph in which only this layer is quantized; the other weights are in the parent's directory.
         """
         record = self._parent.graph(layer.graph)
         size = sum(self._parent.manifest.files[file].size for file in record.data_files)
@@ -149,7 +160,7 @@ class DivergenceMeter:
         return Sensitivity(layer, max(self.loss({layer.graph: session}), 0.0))
 
     def _logits(self, sessions: Mapping[str, Session], bundle: Bundle | None = None) -> list[Array]:
-        """The logits of every run of the decoder, over all pictures."""
+        """Returns the logits of every run of the decoder, over all pictures."""
         logits: list[Array] = []
 
         def open_graph(name: str) -> Session:
@@ -162,7 +173,7 @@ class DivergenceMeter:
 
 
 def _recording(session: Session, record: list[dict[str, Array]]) -> Session:
-    """A session that appends its outputs to a list."""
+    """Returns a session that runs ``session`` and appends the outputs to a list."""
 
     def compute(inputs: Mapping[str, Array]) -> dict[str, Array]:
         found = session.run(inputs)
@@ -173,13 +184,13 @@ def _recording(session: Session, record: list[dict[str, Array]]) -> Session:
 
 
 def _replaying(session: Session, record: Sequence[dict[str, Array]]) -> Session:
-    """A session that returns recorded outputs, run by run."""
+    """Returns a session that computes nothing and returns recorded outputs, run by run."""
     remaining = iter(record)
     return SubstituteSession(session, lambda inputs: dict(next(remaining)))
 
 
 def _all_logits(session: Session, logits: list[Array]) -> Session:
-    """A decoder that computes the logits of every position and appends them to a list."""
+    """Returns a decoder session that computes the logits of every position and appends them to a list."""
 
     def compute(inputs: Mapping[str, Array]) -> dict[str, Array]:
         found = session.run(all_logits(inputs))
@@ -190,7 +201,7 @@ def _all_logits(session: Session, logits: list[Array]) -> Session:
 
 
 def with_rounded_weights(parent: Path, quantized: Path, layer: QuantizedLayer) -> ir.Model:
-    """Makes the parent's graph with the rounded weights of one layer, taken from the quantized graph."""
+    """Returns the parent's graph with the rounded weights of one layer, which are read from the quantized graph."""
     model, rounded = load_graph(parent), load_graph(quantized).graph.initializers
     for weight in layer.weights:
         integers, scales = block_tensors(rounded, weight)
@@ -202,14 +213,14 @@ def with_rounded_weights(parent: Path, quantized: Path, layer: QuantizedLayer) -
 
 
 def with_quantized_activations(parent: Path, plan: ActivationPlan, layer: QuantizedLayer) -> ir.Model:
-    """Makes the parent's graph with activations and weights of one layer in INT8, as ``plan`` describes."""
+    """Returns the parent's graph with the activations and weights of one layer in INT8, as ``plan`` describes."""
     model = load_graph(parent)
     insert_qdq(model, restrict_plan(plan, layer.weights), InMemoryStore())
     return model
 
 
 def restrict_plan(plan: ActivationPlan, weights: Sequence[str]) -> ActivationPlan:
-    """Returns the part of a plan whose products have one of these weights."""
+    """Returns a plan with only those matrix multiplications of ``plan`` whose weight is in ``weights``."""
     activations = []
     for activation in plan.activations:
         products = tuple(product for product in activation.products if product.weight in weights)

@@ -1,4 +1,4 @@
-"""The graphs of each choice of a part, made once and kept in the state of the search; and bundles made of them."""
+"""Makes the graphs of each format once, stores them in the state of the search, and makes bundles of them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Optimizer = Callable[[Path, Sequence[str]], Any]
 
 
 def staged_to_json(graph: StagedGraph) -> dict[str, Any]:
-    """A calibrated graph as a JSON object, without its plan."""
+    """Returns a calibrated graph as a JSON object, without its plan and its headroom."""
     summary = graph.summary
     return {
         "record": graph.record.to_json(),
@@ -53,7 +53,7 @@ def staged_to_json(graph: StagedGraph) -> dict[str, Any]:
 
 
 def staged_from_json(name: str, values: Mapping[str, Any]) -> StagedGraph:
-    """Reads what :func:`staged_to_json` made."""
+    """Restores a calibrated graph from a JSON object of :func:`staged_to_json`."""
     summary = values["summary"]
     return StagedGraph(
         GraphRecord.from_json(name, values["record"]),
@@ -73,16 +73,16 @@ def staged_from_json(name: str, values: Mapping[str, Any]) -> StagedGraph:
 
 
 def put_files(source: Path, target: Path, but: Sequence[str] = (), *, link: bool = False) -> None:
-    """Copies the files of a directory into another one, or links them.
+    """Copies the files of a directory into another directory, or links them.
 
-    ONNX Runtime reads files with several names; onnx and onnx_ir refuse them. So links are for bundles that are only
-    run.
+    ONNX Runtime can read files with several hard links; onnx and onnx_ir refuse them. So links are used only in bundles
+    that are run and not changed.
 
     Args:
         source: The directory.
         target: The other directory.
         but: Names of files that are not copied.
-        link: Whether to make hard links, where the system can.
+        link: Whether to make hard links if the system can.
     """
     for file in sorted(source.rglob("*")):
         name = file.relative_to(source)
@@ -94,7 +94,11 @@ def put_files(source: Path, target: Path, but: Sequence[str] = (), *, link: bool
 
 
 def _linked(file: Path, place: Path) -> bool:
-    """Makes a hard link, if the system can. A file that exists is an error: a copy would write through its link."""
+    """Makes a hard link at ``place``; returns False if the file system has no hard links.
+
+    Raises:
+        FileExistsError: ``place`` exists. A copy to it would change the linked file too.
+    """
     try:
         os.link(file, place)
     except FileExistsError:
@@ -106,14 +110,15 @@ def _linked(file: Path, place: Path) -> bool:
 
 @dataclass(frozen=True)
 class Variants:
-    """Makes graphs in the formats of a search, and bundles of them.
+    """Makes graphs in the formats of a search, and bundles of these graphs.
 
     Attributes:
         context: The calibration; its staging directory is not used.
-        journal: The finished steps.
-        parts: The parts of the model.
-        optimizer: Makes optimized copies; None to use the portable graphs.
-        copies: Whether times and captions are measured with the copies; otherwise they are only published.
+        journal: The stored results of the finished steps.
+        parts: The graphs of each part of the model (vision encoder, bridge, language model).
+        optimizer: Makes optimized copies; None to use the exported (not optimized) graphs.
+        copies: Whether times and captions are measured with the optimized copies. If False, the copies are only
+            published.
     """
 
     context: CalibrationContext
@@ -128,7 +133,7 @@ class Variants:
         return self.copies and self.optimizer is not None
 
     def graph(self, graph: str, form: GraphFormat) -> Path:
-        """The directory of a graph's files in a format, made at the first call."""
+        """Returns the directory of a graph's files in a format; the files are written at the first call."""
 
         def fill(folder: Path) -> None:
             context = replace(self.context, staging=folder)
@@ -139,11 +144,11 @@ class Variants:
         return self.journal.folder(f"{graph}-{file_name(str(form))}", fill)
 
     def made(self, graph: str, form: GraphFormat) -> StagedGraph:
-        """The record of a graph in a format."""
+        """Returns a graph in a format, with its records and results; the graph is made at the first call."""
         return staged_from_json(graph, read_json(self.graph(graph, form) / GRAPH_JSON, DataError))
 
     def headroom(self, graph: str) -> dict[str, Any] | None:
-        """The FP16 headroom of the parent's graph."""
+        """Returns the FP16 headroom of the parent's graph, measured at the first call; None without recorded inputs."""
         record = self.context.parent.graph(graph)
         found: dict[str, Any] | None = self.journal.value(
             f"headroom-{graph}", lambda: graph_headroom(self.context, record)
@@ -151,17 +156,17 @@ class Variants:
         return found
 
     def prepared(self, context: CalibrationContext, record: GraphRecord, form: GraphFormat) -> StagedGraph:
-        """Puts a graph that was made before into the staging directory of a calibration."""
+        """Puts a graph in a format into the staging directory of a calibration."""
         name = record.spec.name
         put_files(self.graph(name, form), context.staging, but=(GRAPH_JSON,))
         return replace(self.made(name, form), headroom=self.headroom(name))
 
     def bundle(self, choices: Mapping[str, PartChoice], *, copies: bool = True) -> Path:
-        """A bundle of the choice of each part; made at the first call.
+        """Returns the directory of a bundle with the chosen format of each part; made at the first call.
 
         Args:
             choices: The choice of each part.
-            copies: Whether it needs the optimized copies, for times and captions.
+            copies: Whether the bundle needs the optimized copies, for times and captions.
         """
 
         def fill(folder: Path) -> None:
@@ -183,7 +188,7 @@ class Variants:
         return folder
 
     def _add_copies(self, folder: Path, choices: Mapping[str, PartChoice], optimizer: Optimizer) -> None:
-        """Puts the optimized copies of the parts into a bundle that is only run."""
+        """Adds the optimized copies of all parts to a bundle that is run and not changed."""
         made = self.journal.folder(
             f"copy-of-{folder.name}",
             partial(self._fill_copy, choices=choices, bundle=folder, optimizer=optimizer, link=True),
@@ -206,7 +211,7 @@ class Variants:
         *,
         link: bool = False,
     ) -> None:
-        """Joins the copies of the parts to the copy of a bundle."""
+        """Joins the optimized copies of the parts to one optimized copy of a bundle, in the directory ``place``."""
         copies = [self._copy(part, choice, optimizer) for part, choice in choices.items()]
         records = [OptimizedRecord.from_json(read_json(copy / DERIVED[KIND], DataError)) for copy in copies]
         for copy in copies:
@@ -220,7 +225,10 @@ class Variants:
         ).write(place)
 
     def _copy(self, part: str, choice: PartChoice, optimizer: Optimizer) -> Path:
-        """The optimized copy of a part in a format, made in a bundle whose other parts are the parent's."""
+        """Returns the directory with the optimized copy of a part in a format.
+
+        The copy is made in a bundle whose other parts are the parent's.
+        """
         graphs = self.parts.graphs[part]
 
         def fill(place: Path) -> None:
@@ -245,7 +253,7 @@ class Variants:
 
 
 def file_name(text: str) -> str:
-    """A text with the characters of a file's name, and a hash where it is long."""
+    """Returns a text with other characters replaced, as a file name; adds a hash if the name may be ambiguous."""
     plain = "".join(letter if letter.isalnum() or letter in "-+." else "_" for letter in text)
     if len(plain) <= 60 and plain == text.replace("/", "_"):
         return plain

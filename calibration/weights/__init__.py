@@ -1,1 +1,1 @@
-"""Weight-only quantization: INT8 and INT4 weights in blocks, rounded by GPTQ."""
+"""Quantizes weights only, not activations: INT8 and INT4 weights in blocks, rounded by GPTQ."""

@@ -1,4 +1,4 @@
-"""Block-wise symmetric integers: a matrix is cut along its input axis into blocks that share a scale.
+"""Rounds matrices to symmetric integers in blocks: the input axis is divided into blocks that share a scale.
 
 A graph computes ``weight[k, n] = integers[k, n] * scales[k // block, n]``, ONNX's DequantizeLinear with
 ``axis=0`` and ``block_size`` (https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html, version 21). Matrices
@@ -49,12 +49,12 @@ class BlockFormat:
 
     @property
     def high(self) -> int:
-        """The largest integer of the format; the smallest is ``-high - 1`` in four bits and ``-high`` in eight."""
+        """The largest integer of the format: 7 for 4 bits, 127 for 8 bits."""
         return (1 << (self.bits - 1)) - 1
 
     @property
     def low(self) -> int:
-        """The smallest integer of the format."""
+        """The smallest integer of the format: -8 for 4 bits, -127 for 8 bits."""
         return -self.high - 1 if self.bits == 4 else -self.high
 
     @classmethod
@@ -115,13 +115,13 @@ def rounded(weight: Floats, scales: Floats, form: BlockFormat) -> Integers:
 
 
 def restored(integers: Integers, scales: Floats, form: BlockFormat) -> Floats:
-    """Computes the weights from integers and scales, as a graph does: float32 ``[K, N]``."""
+    """Computes the weights ``[K, N]`` in float32 from integers and scales, in the same way as DequantizeLinear."""
     spread: Floats = np.repeat(scales.astype(np.float32), form.block, axis=0)
     return integers.astype(np.float32) * spread
 
 
 def packed(integers: Integers, bits: int) -> NDArray[np.uint8]:
-    """Packs integers into bytes in ONNX's layout: flat; two 4-bit values per byte, the first in the lower half."""
+    """Packs integers into bytes in ONNX's layout, flat; two 4-bit values per byte, the first in the lower half."""
     flat: NDArray[np.uint8] = np.ascontiguousarray(integers).reshape(-1).view(np.uint8)
     if bits == 8:
         return flat

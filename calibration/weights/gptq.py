@@ -64,7 +64,7 @@ class SecondMoments:
 
 
 class GptqRounder:
-    """Rounds the matrices that read the same activations with GPTQ; the matrix H is factorized only once.
+    """Rounds the matrices that are multiplied with the same activations, by GPTQ; the matrix H is factorized only once.
 
     Args:
         moments: Mean of ``XᵀX`` over the activations, ``[K, K]``.
@@ -132,8 +132,9 @@ class GptqRounder:
         return integers
 
     def _fitted(self, weight: Floats, integers: Integers, scales: Floats, form: BlockFormat) -> Floats:
-        """The scales with the least error for given integers, one block after the other with the others fixed.
+        """Returns the scales ``[K / block, N]`` with the least error for given integers.
 
+        The scale of one block after the other is computed, while the scales of the other blocks are fixed.
         The error of an output is ``eᵀ H e`` with ``e = w - Σ s_b q_b``; it is quadratic in each ``s_b``.
         """
         fitted = scales.copy()
@@ -156,7 +157,8 @@ class GptqRounder:
 def nearest(weight: Floats, form: BlockFormat, scales_of: Scales) -> tuple[Integers, Floats]:
     """Rounds a matrix ``[K, N]`` to the nearest integers; ``scales_of`` computes the scales.
 
-    Returns integers ``[K, N]`` and scales ``[K / block, N]``.
+    Returns:
+        Integers ``[K, N]`` and scales ``[K / block, N]``.
     """
     integers = np.empty(weight.shape, np.int8)
     scales = np.empty((len(weight) // form.block, weight.shape[1]), np.float32)
@@ -167,23 +169,24 @@ def nearest(weight: Floats, form: BlockFormat, scales_of: Scales) -> tuple[Integ
 
 
 def _columns(weight: Floats) -> Iterator[tuple[slice, slice]]:
-    """Index expressions that cut a matrix into groups of columns."""
+    """Yields index expressions that divide a matrix into groups of columns."""
     step = max(64, VALUES // len(weight))
     for start in range(0, weight.shape[1], step):
         yield np.s_[:, start : start + step]
 
 
 def _factor(moments: NDArray[np.float64]) -> Floats:
-    """The upper triangular U with ``UᵀU = M⁻¹`` for a positive definite matrix M.
+    """Returns the upper triangular U with ``UᵀU = M⁻¹`` for a positive definite matrix M.
 
-    With the rows and columns reversed, ``M = LLᵀ`` gives ``M⁻¹ = L⁻ᵀL⁻¹``; reversed back, ``L⁻¹`` is upper triangular.
+    If the rows and columns of M are reversed, ``M = LLᵀ`` gives ``M⁻¹ = L⁻ᵀL⁻¹``. ``L⁻¹`` with its rows and columns
+    reversed again is upper triangular.
     """
     lower = np.linalg.cholesky(moments[::-1, ::-1])
     return np.ascontiguousarray(_inverse(lower)[::-1, ::-1]).astype(np.float32)
 
 
 def _inverse(lower: NDArray[Any]) -> NDArray[Any]:
-    """Inverse of a lower triangular matrix by halves, a third of the cost of a general inverse."""
+    """Inverts a lower triangular matrix by halves, at a third of the cost of a general inverse."""
     if len(lower) <= LEAF:
         leaf: NDArray[Any] = np.linalg.inv(lower)
         return leaf

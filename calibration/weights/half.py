@@ -1,10 +1,10 @@
-"""Stores the weights of a graph in FP16, and casts them back: half the bytes, computed as in the parent.
+"""Stores the weights of a graph in FP16, and casts them back to FP32: half the bytes, the same FP32 arithmetic.
 
     weight FP16 [K, N] -> Cast -> weight FP32 -> MatMul
 
-Products are computed in FP32, from rounded weights. ``optimize`` skips such graphs, so they can be slower than the
-optimized copies of FP32 graphs (figures: docs/precision.md). This is for a small bundle on a CPU; for FP16 arithmetic
-on a GPU, export with ``--precision fp16``.
+Matrix multiplications are computed in FP32, from rounded weights. ``optimize`` skips such graphs, so they can be slower
+than the optimized copies of FP32 graphs (measured values: docs/precision.md). This format is for a small bundle on a
+CPU; for FP16 arithmetic on a GPU, export with ``--precision fp16``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ TOO_LARGE = "a weight is larger than the largest FP16 number"
 
 
 def store_half(context: CalibrationContext, record: GraphRecord) -> StagedGraph:
-    """Writes one graph with the weights of its products in FP16 to the staging directory, and compares it.
+    """Writes one graph with the weights of its matrix multiplications in FP16 to the staging directory.
+
+    The outputs of the new graph are compared with the parent's.
 
     Args:
         context: The calibration.

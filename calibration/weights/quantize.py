@@ -1,4 +1,4 @@
-"""Rounds the weights of one graph of a bundle to INT8 or INT4 in blocks: choose formats, round, write, compare."""
+"""Rounds the weights of one graph to INT8 or INT4 in blocks: chooses formats, rounds, writes, compares the outputs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def quantize_weights(context: CalibrationContext, record: GraphRecord, form: Gra
     Args:
         context: The calibration.
         record: The graph's entry in the parent's manifest.
-        form: The format of the graph, with weights in blocks, and of single matrices.
+        form: The format of the graph (weights in blocks), and the formats of single matrices.
     """
     start = time.perf_counter()
     name = record.spec.name
@@ -74,7 +74,7 @@ def quantize_weights(context: CalibrationContext, record: GraphRecord, form: Gra
 def rewrite_weights(
     context: CalibrationContext, graph: StagedGraph, directory: Path, kept_float: Mapping[str, str]
 ) -> StagedGraph:
-    """Writes a quantized graph again with some matrices in floating point; the other integers are reused.
+    """Writes a quantized graph again with some matrices in floating point; the integers of the others are reused.
 
     Args:
         context: The calibration.
@@ -109,7 +109,7 @@ def rewrite_weights(
 
 
 def _in_directory(tensor: ir.ExternalTensor, directory: Path) -> ir.ExternalTensor:
-    """The tensor at the same place of the file with the same name in another directory."""
+    """Returns a tensor that refers to the file of the same name, at the same offset, in another directory."""
     return ir.ExternalTensor(
         tensor.location, tensor.offset, tensor.length, tensor.dtype,
         shape=tensor.shape, name=str(tensor.name), base_dir=directory,
@@ -125,7 +125,10 @@ def _staged(
     seal: FileRecord,
     start: float,
 ) -> StagedGraph:
-    """Writes the graph, whose weights are written already; a head that is the token table is in the table's file."""
+    """Writes the graph; its weights are written already.
+
+    If the decoder's head is also the token embedding table, its integers are in the table's file.
+    """
     data = {f"{record.spec.name}.onnx.data": seal}
     if any(matrix.integers.location == EMBEDDINGS_FILE for matrix in matrices.values()):
         data[EMBEDDINGS_FILE] = FileRecord.of(context.staging / EMBEDDINGS_FILE)
@@ -151,7 +154,12 @@ def _staged(
 def _write_table(
     context: CalibrationContext, model: ir.Model, targets: Targets, formats: Mapping[str, BlockFormat]
 ) -> dict[str, MatrixWriter]:
-    """Writes the token table, or returns the writer of the tied head that will also be the table."""
+    """Writes the token embedding table as integers, unless the decoder's head has the same values and eight bits.
+
+    Returns:
+        The function that writes such a head to the table's file, by the name of the head's initializer; otherwise
+        empty.
+    """
     spec = context.parent.graph(DECODER).spec
     table = TokenTable(context.parent.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, spec.inputs[0].dtype)
     path = context.staging / EMBEDDINGS_FILE

@@ -1,8 +1,8 @@
 """Runs a graph segment by segment, so that each matrix is rounded on activations of the already rounded graph.
 
-The graph is cut before each product that reads a new activation. A segment is run once for each set of inputs, with the
-weights that were rounded so far, so the whole pass costs one run of the graph. Between two segments, only the tensors
-that later segments read are kept, and only the weights of one segment are in memory.
+The graph is cut before each matrix multiplication that reads a new activation. A segment is run once for each set of
+inputs, with the weights that were rounded so far, so the whole pass costs one run of the graph. Between two segments,
+only the tensors that later segments read are kept, and only the weights of one segment are in memory.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a graph that is run separately, with its inputs and outputs.
+    """Consecutive nodes of a graph that are run separately, with their inputs and outputs.
 
     Attributes:
         nodes: The nodes, in order.
         inputs: Names of the segment's inputs: outputs of earlier segments, or inputs of the graph.
         outputs: Names of the tensors that later segments read.
         constants: Names of the initializers that the nodes read.
-        activation: Name of the activation that the products after this segment read.
+        activation: Name of the activation that the matrix multiplications after this segment read.
     """
 
     nodes: tuple[onnx.NodeProto, ...]
@@ -45,15 +45,15 @@ class Segment:
 
 
 def cut_graph(graph: onnx.GraphProto, products: Sequence[Product]) -> list[Segment]:
-    """Cuts a graph into segments: one cut before each first MatMul that reads a new activation.
+    """Cuts a graph into segments, with one cut before the first MatMul that reads an activation.
 
-    A MatMul is one of ``products`` if its second input is their weight; several MatMuls that read one activation have
-    one cut. The segment before a cut computes this activation; the weights of the MatMuls are then rounded with it.
-    The nodes after the last cut are in no segment, because no product needs their outputs.
+    Only MatMuls whose second input is a weight of ``products`` count. If several of these MatMuls read one activation,
+    there is one cut. The segment before a cut computes this activation; the weights of the MatMuls are then rounded
+    with it. The nodes after the last cut are in no segment, because no rounding needs their outputs.
 
     Args:
         graph: The graph, its nodes in the order in which they run.
-        products: The products whose weights are rounded.
+        products: The matrix multiplications whose weights are rounded.
 
     Returns:
         The segments, in the order in which they run.
@@ -88,7 +88,7 @@ class SegmentRunner:
 
     Args:
         model: The graph. It must not be changed until the last segment has run.
-        products: The products before which the graph is cut.
+        products: The matrix multiplications before which the graph is cut.
         feeds: Sets of graph inputs, each by input name.
         threads: CPU threads; None for all cores.
     """

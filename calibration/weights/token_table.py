@@ -1,9 +1,9 @@
-"""Writes the token table as integers, in its own file or shared with a tied head.
+"""Writes the token embedding table as integers, in its own file or shared with a tied head.
 
-The format is that of ``blip2edge/bundle/token_table.py``. Where the decoder's head is the transposed table, and both
-have eight bits, only the table's file holds the integers and scales, and the decoder's graph refers to them there. With
-four bits each has its own file: the head's integers minimise the error on its recorded inputs, not the error of the
-embeddings.
+The format is that of ``blip2edge/bundle/token_table.py``. If the decoder's head is the transposed table, and both
+have eight bits, only the table's file holds the integers and scales, and the decoder's graph refers to them there. If
+the head has four bits, head and table have separate files: the head's integers minimise the error on the recorded
+inputs of the head, not the error of the embeddings.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CHUNK = 4096  # rows that are compared or rounded at a time
 
 
 def write_rows(table: TokenTable, path: Path, progress: Callable[[int, int], None] | None = None) -> BlockFormat:
-    """Writes a token table ``[V, D]`` as integers with scales, one row per token.
+    """Writes a token embedding table ``[V, D]`` as integers with scales, one row per token.
 
     Args:
         table: The table of the parent bundle.
@@ -69,7 +69,7 @@ def write_rows(table: TokenTable, path: Path, progress: Callable[[int, int], Non
 def write_shared(
     path: Path, form: BlockFormat, integers: Integers, scales: NDArray[Any], name: str
 ) -> tuple[ir.ExternalTensor, ir.ExternalTensor]:
-    """Writes a quantized head ``[D, V]`` as the token table, so that head and table share one file.
+    """Writes a quantized head ``[D, V]`` as the token embedding table, so that head and table share one file.
 
     Args:
         path: The new file, in the decoder's directory.
@@ -98,12 +98,15 @@ def write_shared(
 
 
 def tied_head(table: TokenTable, products: dict[str, Product], read: Callable[[str], NDArray[Any]]) -> str | None:
-    """Finds the decoder's head if it equals the transposed token table; returns the name of its initializer, else None.
+    """Finds the decoder's head if it equals the transposed token embedding table.
 
     Args:
-        table: The token table, ``[V, D]``.
-        products: The decoder's products, by the weight's name.
+        table: The token embedding table, ``[V, D]``.
+        products: The decoder's matrix multiplications, by the weight's name.
         read: Returns an initializer's values.
+
+    Returns:
+        The name of the head's initializer; None if no weight equals the table.
     """
     for name, product in products.items():
         if (product.inner, product.outer) == (table.width, table.num_rows) and _same(table, read(name)):
@@ -120,7 +123,7 @@ def _same(table: TokenTable, head: NDArray[Any]) -> bool:
 
 
 def _stored(form: BlockFormat, *shapes: tuple[int, ...], scales: np.dtype[Any]) -> dict[str, StoredTensor]:
-    """The tensors of the file: integers and scales."""
+    """Returns the tensors of the table's file by name: integers and scales, without values."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     return {
         EMBEDDINGS_TENSOR: StoredTensor("I8" if form.bits == 8 else "U8", shapes[0]),

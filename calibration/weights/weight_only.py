@@ -1,9 +1,9 @@
-"""Weight-only quantization: weights become integers of four or eight bits, so that a decoder reads less per token.
+"""Quantizes weights only: they become integers of four or eight bits, so that a decoder reads fewer bytes per token.
 
     integers [K, N] --+
     scales [K/b, N] --+-> DequantizeLinear -> weight [K, N] -> MatMul, in floating point
 
-ONNX Runtime fuses the two nodes into MatMulNBits when it loads the graph, TensorRT into a weight-only product.
+ONNX Runtime fuses the two nodes into MatMulNBits when it loads the graph, TensorRT into a weight-only multiplication.
 Matrices are identified by the initializer's name, so that a second graph with the same weights can use them too.
 """
 
@@ -56,9 +56,9 @@ class BlockMatrix:
         form: The integer format.
         integers: Integers ``[K, N]``.
         scales: Scales ``[K / block, N]``.
-        error: Relative change of the matrix's output by rounding, on the recorded activations; None without
-            activations.
-        plain_error: The same change for rounding to nearest with plain scales, as a baseline.
+        error: Relative change of the matrix's output by rounding, on the recorded activations; None if no activations
+            were recorded.
+        plain_error: The same relative change if the matrix is rounded to nearest with plain scales, as a baseline.
     """
 
     name: str
@@ -79,8 +79,8 @@ def choose_formats(
     """Chooses the integer format of each matrix of a graph.
 
     Args:
-        products: The products of the graph.
-        graph_format: The format of the graph, and of single matrices.
+        products: The matrix multiplications of the graph.
+        graph_format: The format of the graph, and the formats of single matrices.
 
     Returns:
         The formats by the weight's name, and the weights kept in floating point, with the reason.
@@ -116,13 +116,13 @@ def quantize_matrices(
     Args:
         model: The parent's graph, its initializers external; changed in place. One matrix is in memory at a time,
             and the outputs of one segment of the graph for all feeds.
-        products: The graph's products (``find_targets``).
+        products: The graph's matrix multiplications (``find_targets``).
         data: The new file of the weights.
         formats: Integer format of each matrix, by the initializer's name; other matrices are kept in floating point.
         feeds: Recorded inputs of some runs; empty to round without activations.
         plain: Whether to round to nearest with plain scales and without activations, as a baseline.
         threads: CPU threads of the runs that compute activations.
-        writers: Writers of the matrices that do not go to ``data``, by the initializer's name.
+        writers: Functions that write matrices to other files than ``data``, by the initializer's name.
         progress: Called with matrices done and matrices in all.
 
     Returns:
@@ -153,7 +153,7 @@ def quantize_matrices(
 
 
 def copy_others(model: ir.Model, data: DataFile, but: Container[str]) -> None:
-    """Writes the external initializers except those named in ``but``; small ones are in the graph's own file."""
+    """Copies the external initializers to ``data``, except those named in ``but``; others stay in the graph's file."""
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if name not in but and isinstance(tensor, ir.ExternalTensor):
@@ -168,9 +168,9 @@ class _MatrixRounder:
         initializers: Initializers of the graph.
         data: The file of the weights.
         formats: Each matrix's format, by the initializer's name.
-        writers: Writers of the matrices that do not go to ``data``, by the initializer's name.
+        writers: Functions that write matrices to other files than ``data``, by the initializer's name.
         scales_of: Computes the scales of a matrix that is rounded without activations.
-        done: The matrices so far, by the initializer's name.
+        done: The matrices that were rounded so far, by the initializer's name.
     """
 
     initializers: Mapping[str, ir.Value]
@@ -181,7 +181,12 @@ class _MatrixRounder:
     done: dict[str, BlockMatrix] = field(default_factory=dict)
 
     def round(self, product: Product, gptq: GptqRounder | None) -> Array:
-        """Rounds and writes one matrix; returns the restored weights, in the graph's type."""
+        """Rounds and writes one matrix; returns the rounded weights in floating point, in the graph's type.
+
+        Args:
+            product: The matrix multiplication with this matrix.
+            gptq: Rounds by GPTQ on recorded activations; None to round to nearest.
+        """
         form = self.formats[product.weight]
         given = initializer_tensor(self.initializers[product.weight]).numpy()
         weight = np.asarray(given, np.float32)
@@ -212,7 +217,7 @@ class _MatrixRounder:
 
 
 def replace_weights(model: ir.Model, matrices: Mapping[str, BlockMatrix]) -> None:
-    """Replaces initializers by integers, scales and a DequantizeLinear; names that the graph lacks are ignored."""
+    """Replaces initializers by integers, scales and a DequantizeLinear node; a name that the graph lacks is ignored."""
     graph = model.graph
     for name, matrix in matrices.items():
         if name in graph.initializers:
@@ -238,13 +243,16 @@ def block_tensors(initializers: Mapping[str, ir.Value], weight: str) -> tuple[ir
 
 
 def form_of(integers: ir.ExternalTensor, scales: ir.ExternalTensor) -> BlockFormat:
-    """Returns the format of a matrix, from the type of its integers and both shapes."""
+    """Returns the format of a matrix, from the type of the integers and the shapes of integers and scales."""
     bits = 4 if integers.dtype == ir.DataType.INT4 else 8
     return BlockFormat(bits, integers.shape.numpy()[0] // scales.shape.numpy()[0])
 
 
 def all_logits(feed: Mapping[str, Array]) -> dict[str, Array]:
-    """Requests logits at every position in a decoder's inputs, so that a run gives many activations of the head."""
+    """Changes a decoder's inputs to request logits at every position, so that a run gives many activations of the head.
+
+    If the decoder has no input ``logits_indices``, the inputs are returned unchanged.
+    """
     indices, embeds = feed.get(LOGITS_INDICES), feed.get("inputs_embeds")
     if indices is None or embeds is None:
         return dict(feed)
