@@ -129,19 +129,20 @@ def _train(
     snapshots = snapshots_of(target)
     snapshot = _snapshot_to_resume(snapshots, stage, config, resume=options.resume, force=options.force, first=first)
     accelerator.wait_for_everyone()
-    journal = _journal(config, target, snapshots, resumed=snapshot is not None) if first else Journal(None)
+    status = (log if first else None) or (lambda _: None)
     base = Path(config_path).resolve().parent
     torch.manual_seed(config.seed)
-    run = TrainingRun(stage, config, base, accelerator, build_parts(stage, config, base), journal, snapshots)
-    if first:
-        run.log, run.progress = log or run.log, progress
-    if snapshot is not None:
-        run.log(f"resumes from the snapshot of step {snapshots.steps} in {snapshots.directory}")
-    announce(run.parts.model.config, config, stage, accelerator, run.log)
-    start, cpu_start = time.monotonic(), time.process_time()
-    if config.validation.every and stage == "stage1":
-        run.log("stage1: [validation] is not used: stage 1 generates no captions")
+    parts = build_parts(stage, config, base)
+    # The trackers begin last: a recipe that is refused leaves no run open in them.
+    journal = _journal(config, target, snapshots, status, resumed=snapshot is not None) if first else Journal(None)
+    run = TrainingRun(stage, config, base, accelerator, parts, journal, snapshots, status, progress if first else None)
     with contextlib.closing(run), contextlib.closing(journal):
+        if snapshot is not None:
+            run.log(f"resumes from the snapshot of step {snapshots.steps} in {snapshots.directory}")
+        announce(run.parts.model.config, config, stage, accelerator, run.log)
+        start, cpu_start = time.monotonic(), time.process_time()
+        if config.validation.every and stage == "stage1":
+            run.log("stage1: [validation] is not used: stage 1 generates no captions")
         _run_phases(run, snapshot)
     record = _record(run, config_path, time.monotonic() - start, time.process_time() - cpu_start)
     if first:
@@ -151,7 +152,9 @@ def _train(
     return record
 
 
-def _journal(config: TrainingConfig, target: Path, snapshots: Snapshots, *, resumed: bool) -> Journal:
+def _journal(
+    config: TrainingConfig, target: Path, snapshots: Snapshots, log: Callable[[str], None], *, resumed: bool
+) -> Journal:
     """The log of the first process, with the trackers.
 
     Raises:
@@ -164,7 +167,7 @@ def _journal(config: TrainingConfig, target: Path, snapshots: Snapshots, *, resu
     identity = run_identity(snapshots.directory, resumed=resumed)
     first_step = (snapshots.steps or 0) if resumed else 0
     tracked = TrackedRun(snapshots.directory, loop.tracker_project, target.name, identity, first_step)
-    return Journal(snapshots.directory, Trackers(names, tracked, recipe_values(config)))
+    return Journal(snapshots.directory, Trackers(names, tracked, recipe_values(config), log))
 
 
 def _first_phase(run: TrainingRun, snapshot: Snapshot, names: list[str]) -> int:

@@ -1,15 +1,18 @@
 """Trackers of a training run: TensorBoard, Weights & Biases and the other ones that accelerate has.
 
 They get the values of every line of the log: losses, learning rate, gauges and scores of validations. A value is named
-``PHASE/NAME``, and its step counts the steps of all phases of the run. A run that is resumed goes on at the step of
-its snapshot.
+``PHASE/NAME``. Its step is the step within the phase plus the planned steps of the earlier phases: where a phase ended
+early (``patience``), the next one begins behind a gap. A run that is resumed goes on at the step of its snapshot.
+
+A tracker that fails while the run trains does not end the run: the log in the directory of the run has all values.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,7 @@ class TrackedRun:
         project: Name of the project that the run belongs to.
         name: Name of the run.
         identity: Id of the run, the same after it is resumed.
-        first_step: Number of steps that are done already, over all phases; above 0 in a resumed run.
+        first_step: Step of the snapshot that the run resumes from, counted over all phases; 0 in a new run.
     """
 
     directory: Path
@@ -79,7 +82,7 @@ def check_trackers(names: Sequence[str]) -> None:
             )
         if name in LoggerType.list() and name not in installed:
             raise ConfigError(
-                f"[loop] wants the tracker {name}, but the package {name} is not installed", f"pip install {name}"
+                f"[loop] trackers: {name} needs the package {name}, which is not installed", f"pip install {name}"
             )
 
 
@@ -90,20 +93,25 @@ class Trackers:
         names: Names of trackers, checked by :func:`check_trackers`.
         run: The run.
         config: The recipe, by section and key; recorded when the run begins.
+        log: Receives one line about each tracker that fails after its start.
 
     Raises:
         ConfigError: A tracker cannot be started.
     """
 
-    def __init__(self, names: Sequence[str], run: TrackedRun, config: Mapping[str, Any]) -> None:
-        self._open: list[Any] = []
+    def __init__(
+        self, names: Sequence[str], run: TrackedRun, config: Mapping[str, Any], log: Callable[[str], None]
+    ) -> None:
+        self._open: dict[str, Any] = {}
+        self._log = log
+        self._failed: set[str] = set()
         for name in names:
             try:
                 starts = STARTS[name](run) if name in STARTS else {}
                 project = BOARD if name == "tensorboard" else run.project  # of TensorBoard: its directory
                 tracker = LOGGER_TYPE_TO_CLASS[name](project, **starts)
                 tracker.start()
-                self._open.append(tracker)
+                self._open[name] = tracker
                 if not run.first_step:
                     tracker.store_init_configuration(dict(config))
             except Exception as error:
@@ -115,15 +123,30 @@ class Trackers:
                 ) from error
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Records values by name, after `step` steps of all phases."""
-        for tracker in self._open:
-            tracker.log(dict(values), step=step)
+        """Records values by name, at a step that counts over all phases. A tracker that fails is called again later."""
+        for name, tracker in self._open.items():
+            with self._guarded(name):
+                tracker.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Writes what is left, and ends the trackers."""
-        for tracker in self._open:
-            tracker.finish()
-        self._open = []
+        """Writes what is left, and ends the trackers, also where one of them fails."""
+        while self._open:
+            name, tracker = self._open.popitem()
+            with self._guarded(name):
+                tracker.finish()
+
+    @contextlib.contextmanager
+    def _guarded(self, name: str) -> Iterator[None]:
+        """Turns the first error of a tracker into a line of the log, and drops the later ones."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - each package has errors of its own
+            if name not in self._failed:
+                self._failed.add(name)
+                self._log(
+                    f"[loop] trackers: {name} fails: {type(error).__name__}: {one_line(error)}; the run goes on, and"
+                    f" {name} may lack values that the log of the run has"
+                )
 
 
 def run_identity(directory: Path, *, resumed: bool) -> str:

@@ -17,7 +17,7 @@ pytest.importorskip("accelerate")
 from accelerate import tracking  # noqa: E402
 from accelerate.tracking import GeneralTracker  # noqa: E402
 
-from blip2edge.errors import ConfigError  # noqa: E402
+from blip2edge.errors import Blip2EdgeError, ConfigError  # noqa: E402
 from blip2edge.progress import ProgressCallback  # noqa: E402
 from blip2edge.training.config import parse_config  # noqa: E402
 from blip2edge.training.loop import trackers  # noqa: E402
@@ -117,14 +117,65 @@ def test_what_is_not_known_or_not_installed_is_refused_at_once(tmp_path: Path, m
     monkeypatch.setattr(trackers, "get_available_trackers", list)
     for loop, message in (
         ('trackers = ["tensorbord"]', r"'tensorbord' is not one of aim, .*tensorboard"),
-        ('trackers = ["wandb"]', r"wants the tracker wandb, but the package wandb is not installed; pip install wandb"),
-        ("tensorboard = true", r"the package tensorboard is not installed; pip install tensorboard"),
+        ('trackers = ["wandb"]', r"trackers: wandb needs the package wandb, which is not installed; pip install wandb"),
+        ("tensorboard = true", r"the package tensorboard, which is not installed; pip install tensorboard"),
         ('trackers = ["recorder"]\ntracker_project = "offline"', "recorder does not start: OSError: no network at all"),
     ):
         path = recipes.write(tmp_path / "recipe.toml", loop=loop)
         with pytest.raises(ConfigError, match=message):
             train("stage2", path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+class Failing(Recorder):
+    """A server that is away when it gets values, and at the end."""
+
+    name = "failing"
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        super().log(values, step, **kwargs)
+        raise ConnectionError("the server\nis away")
+
+    def finish(self) -> None:
+        super().finish()
+        raise ConnectionError("the server\nis away")
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "failing", Failing)
+    names = '"recorder", "failing", "recorder"'
+    path = recipes.write(tmp_path / "recipe.toml", loop=f"{LOOP}trackers = [{names}]")
+    said: list[str] = []
+    train("stage2", path, tmp_path / "out", evaluation_scenes=0, log=said.append)
+    (warning,) = [line for line in said if "failing" in line]
+    assert warning.startswith("[loop] trackers: failing fails: ConnectionError: the server is away; the run goes on")
+    assert [type(tracker) for tracker in Recorder.started] == [Recorder, Failing]
+    for tracker in Recorder.started:
+        assert [step for step, _ in tracker.logged] == list(range(1, 17))  # it is tried again at each line
+        assert tracker.finished
+
+
+def test_a_run_that_cannot_begin_starts_no_tracker(tmp_path: Path) -> None:
+    path = recipes.write(
+        tmp_path / "recipe.toml",
+        loop=f'{LOOP}trackers = ["recorder"]',
+        model='vision_from = "absent"\nlanguage_from = "absent"',
+    )
+    with pytest.raises(Blip2EdgeError, match="absent"):
+        train("stage2", path, tmp_path / "out", evaluation_scenes=0)
+    assert not Recorder.started
+    assert not (tmp_path / "out.run" / trackers.IDENTITY).exists()
+
+
+def test_trackers_are_ended_if_a_phase_cannot_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise ConfigError("refused")
+
+    monkeypatch.setattr("blip2edge.training.run.announce", refuse)
+    path = recipes.write(tmp_path / "recipe.toml", loop=f'{LOOP}trackers = ["recorder"]')
+    with pytest.raises(ConfigError, match="refused"):
+        train("stage2", path, tmp_path / "out", evaluation_scenes=0)
+    assert [tracker.finished for tracker in Recorder.started] == [True]
 
 
 def test_tensorboard_is_an_alias() -> None:
