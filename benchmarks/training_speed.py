@@ -41,7 +41,6 @@ from blip2edge.training.loading.features import FeatureCache, FrozenEncoder
 from blip2edge.training.loading.loader import Loader, TextMakers
 from blip2edge.training.loop import loop
 from blip2edge.training.loop.journal import Journal
-from blip2edge.training.loop.optim import make_optimizer
 from blip2edge.training.loop.snapshots import Snapshots
 from blip2edge.training.loop.training_run import TrainingRun
 from blip2edge.training.phases.stage2 import GenerativeStage
@@ -174,10 +173,10 @@ def ours(directory: Path, shape: Shape, source: Pictures, cache: FeatureCache | 
     parts = ModelParts(model, shape.preprocessing, Tokenizer.from_file(str(directory / "tokenizer.json")))
     journal, snapshots = Journal(None), Snapshots(directory / "none")
     run = TrainingRun("stage2", TrainingConfig(), directory, accelerator, parts, journal, snapshots)
-    prepared, optimizer = accelerator.prepare(module, make_optimizer([module], CONFIG))
+    prepared = loop._prepare(run, phase)
 
     def step() -> float:
-        values = loop._step(run, phase, prepared, optimizer, 0)
+        values = loop._step(prepared, 0)
         run.journal.add(values)
         return values["loss"]
 

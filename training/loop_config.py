@@ -9,7 +9,7 @@ from blip2edge.runtime.decoding.options import MAX_BEAMS
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, RecipeSection, ValidValues, at_least, one_of
 
-DECAY = ValidValues(lambda value: bool(0 <= value < 1), "be at least 0 and less than 1")
+EMA_DECAY = ValidValues(lambda value: bool(0 <= value < 1), "be at least 0 and less than 1")
 BEAMS = ValidValues(lambda value: bool(1 <= value <= MAX_BEAMS), f"be from 1 to {MAX_BEAMS}")
 VALIDATION_METRICS = ("exact_match", "cider_d", "bleu_4", "rouge_l", "vqa_accuracy")
 
@@ -29,7 +29,7 @@ class LoopConfig(RecipeSection):
     fsdp: bool = False
     """Save memory with several processes: each holds a part of all parameters, of frozen ones too, of gradients and of
     optimizer states, and gathers the rest layer by layer (FSDP)."""
-    ema_decay: Annotated[float, DECAY] = 0.0
+    ema_decay: Annotated[float, EMA_DECAY] = 0.0
     """Decay of an exponential moving average of the trained weights (EMA), such as 0.999; 0: no average. It needs
     4 more bytes for each trained weight."""
     ema_weights: Annotated[str, one_of("everywhere", "checkpoint", "validation")] = "everywhere"

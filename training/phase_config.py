@@ -8,7 +8,7 @@ from typing import Annotated
 from blip2edge.errors import ConfigError
 from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, SHARE, RecipeSection, ValidValues, at_least, one_of
 
-DECAY = ValidValues(lambda value: bool(0 < value <= 1), "be greater than 0 and at most 1")
+LAYER_DECAY = ValidValues(lambda value: bool(0 < value <= 1), "be greater than 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class BridgePhase(OptimizerConfig):
     unfreeze_vision: bool = False
     """Train the picture encoder too, in float32. Pictures are then encoded in every step, also those that were encoded
     before."""
-    layer_decay: Annotated[float, DECAY] = 1.0
+    layer_decay: Annotated[float, LAYER_DECAY] = 1.0
     """Layer-wise decay of the learning rate in a trained picture encoder, for example 0.9: the rate of a layer is that
     of the next higher layer times this factor. 1: all layers have the same rate."""
 

@@ -1,4 +1,4 @@
-"""Averages of the trained weights over the steps of a phase (EMA), which often score better than the last weights.
+"""Averages of the trained weights over the steps of a phase (EMA).
 
     average = d * average + (1 - d) * weights,   d = min(decay, (1 + n) / (10 + n)) after n updates
 

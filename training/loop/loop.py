@@ -23,7 +23,7 @@ from blip2edge.training.loop import phase_state
 from blip2edge.training.loop.averaging import Averages
 from blip2edge.training.loop.journal import LINES
 from blip2edge.training.loop.optim import learning_rate, make_optimizer, set_rate
-from blip2edge.training.loop.sharding import Sharding, clip_gradients, shard
+from blip2edge.training.loop.sharding import Sharding, clip_gradients, shard, views_allowed
 from blip2edge.training.loop.snapshots import Snapshot
 from blip2edge.training.loop.training_run import TrainingRun
 from blip2edge.training.loop.validation import Validation
@@ -90,8 +90,8 @@ class Phase:
 
 
 @dataclass
-class _Live:
-    """A phase in progress.
+class _PreparedPhase:
+    """A phase, and its module and optimizer as they are prepared for this run's device and processes.
 
     Attributes:
         run: The run of the phase.
@@ -127,18 +127,26 @@ def run_phase(run: TrainingRun, phase: Phase, done: int, snapshot: Snapshot | No
         DataError: A loss is not finite. The error names step and samples; the last snapshot is kept.
         OutputError: A snapshot or the log cannot be written.
     """
-    live = _begin(run, phase)
-    first = _restore(live, snapshot)
+    prepared = _prepare(run, phase)
+    with views_allowed() if prepared.sharding is not None else nullcontext():
+        _make_steps(prepared, done, snapshot)
+    _finish(prepared)
+
+
+def _make_steps(prepared: _PreparedPhase, done: int, snapshot: Snapshot | None) -> None:
+    """Makes the optimiser steps of a phase; the arguments are those of :func:`run_phase`."""
+    run, phase = prepared.run, prepared.phase
+    first = _restore(prepared, snapshot)
     run.journal.begin(done)
     config, loop, validation = phase.config, run.config.loop, phase.validation
     log_every = loop.log_every or max(1, config.steps // LINES)
     for step in range(first, config.steps):
         rate = learning_rate(step, config)
-        set_rate(live.optimizer, rate)
+        set_rate(prepared.optimizer, rate)
         phase.before_step(step)
-        run.journal.add(_step(live, step))
+        run.journal.add(_step(prepared, step))
         finished = step + 1
-        scores = _validate(live, finished)
+        scores = _validate(prepared, finished)
         if finished % log_every == 0 or finished == config.steps or scores:
             line = run.journal.write(phase.name, finished, rate, phase.gauges(), scores)
             run.log(f"{phase.name}: step {finished}/{config.steps} loss {line['loss']:.4f} rate {rate:.1e}")
@@ -148,17 +156,16 @@ def run_phase(run: TrainingRun, phase: Phase, done: int, snapshot: Snapshot | No
         if run.progress is not None:
             run.progress(phase.name, finished, config.steps)
         if finished % loop.snapshot_every == 0 and finished < config.steps:
-            _save(live, finished, done)
+            _save(prepared, finished, done)
         if validation is not None and validation.exhausted:
             run.log(
                 f"{phase.name}: stops at step {finished}; the last {validation.config.patience} validations"
                 " brought no better score"
             )
             break
-    _finish(live)
 
 
-def _begin(run: TrainingRun, phase: Phase) -> _Live:
+def _prepare(run: TrainingRun, phase: Phase) -> _PreparedPhase:
     """Prepares module and optimizer for this run's device, arithmetic and processes."""
     sharding = shard(run.accelerator, (phase.module, *phase.frozen)) if run.config.loop.fsdp else None
     optimizer = make_optimizer([phase.module], phase.config, phase.rate_of)
@@ -169,95 +176,95 @@ def _begin(run: TrainingRun, phase: Phase) -> _Live:
     if phase.validation is not None:
         phase.validation.check(module)
     decay = run.config.loop.ema_decay
-    return _Live(run, phase, module, optimizer, Averages(phase.module, decay) if decay else None, sharding)
+    return _PreparedPhase(run, phase, module, optimizer, Averages(phase.module, decay) if decay else None, sharding)
 
 
-def _restore(live: _Live, snapshot: Snapshot | None) -> int:
+def _restore(prepared: _PreparedPhase, snapshot: Snapshot | None) -> int:
     """Continues from a snapshot, or seeds the phase if there is none. Returns the number of steps done."""
-    phase, accelerator = live.phase, live.run.accelerator
+    phase, accelerator = prepared.phase, prepared.run.accelerator
     if snapshot is None:
         torch.manual_seed(phase.seed * accelerator.num_processes + accelerator.process_index)
         return 0
     if phase.validation is not None:
         phase.validation.restore(snapshot)
-    phase_state.restore(accelerator, live.module, live.optimizer, snapshot)
-    if live.averages is not None:
-        live.averages.restore(snapshot)
+    phase_state.restore(accelerator, prepared.module, prepared.optimizer, snapshot)
+    if prepared.averages is not None:
+        prepared.averages.restore(snapshot)
     phase.batches.load_state_dict(snapshot.facts["batches"])
     return int(snapshot.facts["step"])
 
 
-def _validate(live: _Live, finished: int) -> dict[str, float]:
+def _validate(prepared: _PreparedPhase, finished: int) -> dict[str, float]:
     """Scores the model after a step; empty if it is not due."""
-    phase, validation = live.phase, live.phase.validation
+    phase, validation = prepared.phase, prepared.phase.validation
     if validation is None or not validation.due(finished, phase.config.steps):
         return {}
-    averages = live.averages if live.averaged("validation") else None
+    averages = prepared.averages if prepared.averaged("validation") else None
     with nullcontext() if averages is None else averages.applied():
         return validation.run(finished, phase.module)
 
 
-def _finish(live: _Live) -> None:
+def _finish(prepared: _PreparedPhase) -> None:
     """Leaves the weights of the checkpoint in the phase's module, on every process."""
-    phase, accelerator = live.phase, live.run.accelerator
-    if live.averages is not None and live.averaged("checkpoint"):
-        live.averages.exchange()
-    if live.sharding is not None:
-        live.sharding.undo()
-    phase_state.gather_parameters(accelerator, live.module, phase.module)
+    phase, accelerator = prepared.phase, prepared.run.accelerator
+    if prepared.averages is not None and prepared.averaged("checkpoint"):
+        prepared.averages.exchange()
+    if prepared.sharding is not None:
+        prepared.sharding.undo()
+    phase_state.gather_parameters(accelerator, prepared.module, phase.module)
     accelerator.free_memory()
     if phase.validation is not None:
         phase.validation.finish(phase.module)
 
 
-def _step(live: _Live, step: int) -> dict[str, float]:
+def _step(prepared: _PreparedPhase, step: int) -> dict[str, float]:
     """Makes one optimiser step. Returns its mean losses and the gradient's norm."""
-    phase, module, accelerator = live.phase, live.module, live.run.accelerator
+    phase, module, accelerator = prepared.phase, prepared.module, prepared.run.accelerator
     config = phase.config
     batches = [next(phase.batches) for _ in range(config.accumulate)]
     shares = _shares(accelerator, [batch.weight for batch in batches])
     values: dict[str, float] = {}
     for number, (batch, share) in enumerate(zip(batches, shares, strict=True), 1):
         last = number == len(batches)
-        with nullcontext() if last or live.sharding is not None else accelerator.no_sync(module):
-            losses, total = _losses(live, batch)
+        with nullcontext() if last or prepared.sharding is not None else accelerator.no_sync(module):
+            losses, total = _losses(prepared, batch)
             accelerator.backward(total if share == 1.0 else total * share)
         for name, loss in {"loss": total, **losses}.items():
             values[name] = values.get(name, 0.0) + share * float(loss.detach())
     values = _over_processes(accelerator, values)
-    values["grad_norm"] = _clip(live)
+    values["grad_norm"] = _clip(prepared)
     # With a scaled loss (float16), a step whose gradients overflow is skipped and the scale is lowered.
     scaled = accelerator.scaler is not None
     wrong = [
         name for name, value in values.items() if not math.isfinite(value) and not (scaled and name == "grad_norm")
     ]
     if wrong:
-        raise _not_finite(live.run, phase, batches, step, f"{wrong[0]} is {values[wrong[0]]}")
+        raise _not_finite(prepared.run, phase, batches, step, f"{wrong[0]} is {values[wrong[0]]}")
     if scaled and not math.isfinite(values["grad_norm"]):
         values["grad_norm"] = 0.0
-    live.optimizer.step()
-    live.optimizer.zero_grad(set_to_none=True)
-    if live.averages is not None and not live.optimizer.step_was_skipped:
-        live.averages.update()
+    prepared.optimizer.step()
+    prepared.optimizer.zero_grad(set_to_none=True)
+    if prepared.averages is not None and not prepared.optimizer.step_was_skipped:
+        prepared.averages.update()
     return values
 
 
-def _losses(live: _Live, batch: Any) -> tuple[dict[str, Tensor], Tensor]:
+def _losses(prepared: _PreparedPhase, batch: Any) -> tuple[dict[str, Tensor], Tensor]:
     """Runs the module on a batch. Returns its losses by name, and the loss to minimise."""
     # accelerate's wrapper of a module begins autocast itself; sharded parameters have no wrapper.
-    with nullcontext() if live.sharding is None else live.run.accelerator.autocast():
-        losses: dict[str, Tensor] = dict(live.module(batch))
+    with nullcontext() if prepared.sharding is None else prepared.run.accelerator.autocast():
+        losses: dict[str, Tensor] = dict(prepared.module(batch))
     total = losses.pop("loss", None)
     return losses, torch.stack(list(losses.values())).sum() if total is None else total
 
 
-def _clip(live: _Live) -> float:
+def _clip(prepared: _PreparedPhase) -> float:
     """Clips the gradients; returns their norm before."""
-    largest = live.phase.config.clip_norm
-    if live.sharding is not None:
-        live.sharding.sync_whole()
-        return clip_gradients(live.module, largest)
-    norm = live.run.accelerator.clip_grad_norm_(live.module.parameters(), largest)
+    largest = prepared.phase.config.clip_norm
+    if prepared.sharding is not None:
+        prepared.sharding.sync_scalars()
+        return clip_gradients(prepared.module, largest)
+    norm = prepared.run.accelerator.clip_grad_norm_(prepared.module.parameters(), largest)
     return float(norm) if norm is not None else 0.0
 
 
@@ -290,18 +297,18 @@ def _not_finite(run: TrainingRun, phase: Phase, batches: Sequence[PhaseBatch], s
     return DataError(f"{phase.name}: at step {step}{samples} the {what}, expected a finite number", fix)
 
 
-def _save(live: _Live, step: int, done: int) -> None:
+def _save(prepared: _PreparedPhase, step: int, done: int) -> None:
     """Writes a snapshot within a phase. All processes gather the tensors, the first one writes."""
-    run, phase = live.run, live.phase
-    tensors = phase_state.capture(run.accelerator, live.module, live.optimizer)
+    run, phase = prepared.run, prepared.phase
+    tensors = phase_state.capture(run.accelerator, prepared.module, prepared.optimizer)
     facts: dict[str, Any] = {}
-    for part in (phase.validation, live.averages):
+    for part in (phase.validation, prepared.averages):
         if part is not None:
             own, known = part.state()
             tensors, facts = tensors | own, facts | known
     position = phase.batches.state_dict()
     first = run.accelerator.is_main_process
-    if first or live.sharding is not None:  # sharded tensors of finished phases are gathered
+    if first or prepared.sharding is not None:  # sharded tensors of finished phases are gathered
         kept = run.snapshot(phase=phase.name, step=step, batches=position, **facts)
         if first:
             run.snapshots.write(done + step, Snapshot({**kept.tensors, **tensors}, kept.facts))

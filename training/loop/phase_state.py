@@ -97,8 +97,8 @@ def restore(accelerator: Accelerator, module: nn.Module, optimizer: Any, snapsho
         torch.cuda.set_rng_state(own["cuda"], accelerator.device)
     if accelerator.scaler is not None and _SCALE in snapshot.tensors:
         values = dict(zip(_SCALE_KEYS, snapshot.tensors[_SCALE].tolist(), strict=True))
-        whole = {key: int(values[key]) for key in ("growth_interval", "_growth_tracker")}
-        accelerator.scaler.load_state_dict(values | whole)
+        integers = {key: int(values[key]) for key in ("growth_interval", "_growth_tracker")}
+        accelerator.scaler.load_state_dict(values | integers)
 
 
 def gather_parameters(accelerator: Accelerator, module: nn.Module, plain: nn.Module) -> None:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,17 +81,19 @@ class Sharding:
 
     Attributes:
         modules: The outermost modules.
-        before: Class and attributes of each module in them, before it was spread.
-        whole: Parameters without dimensions, which cannot be spread; each process has them.
+        before: Class and attributes of each module in them, before it was spread. The values are those of the
+            attributes that are restored: hooks and entry points; None for the others.
+        scalars: Parameters without dimensions, which cannot be spread: each process has them all. They are in the order
+            of ``parameters()``, because all processes must average their gradients in the same order.
     """
 
     modules: tuple[nn.Module, ...]
     before: list[tuple[nn.Module, type, dict[str, Any]]] = field(default_factory=list)
-    whole: list[nn.Parameter] = field(default_factory=list)
+    scalars: list[nn.Parameter] = field(default_factory=list)
 
-    def sync_whole(self) -> None:
+    def sync_scalars(self) -> None:
         """Averages the gradients of the parameters that are not spread; call it after the backward pass."""
-        for parameter in self.whole:
+        for parameter in self.scalars:
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= dist.get_world_size()
@@ -109,7 +112,7 @@ class Sharding:
             for name in list(vars(module)):
                 if name not in attributes:  # the state of fully_shard, and the methods that it has wrapped
                     del vars(module)[name]
-                elif _is_hooks(name):
+                elif _is_hooks(name) or name in entry_points(module):
                     vars(module)[name] = attributes[name]
 
 
@@ -120,24 +123,32 @@ def shard(accelerator: Accelerator, modules: Iterable[nn.Module]) -> Sharding:
         accelerator: The accelerator of this process. Every process must call this function.
         modules: Modules that share no parameter; changed in place.
     """
-    # A view that a layer returns must not be changed in place; no layer changes its input.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     sharding = Sharding(tuple(modules))
     for root in sharding.modules:
         for each in root.modules():
-            kept = {name: value.copy() if _is_hooks(name) else None for name, value in vars(each).items()}
-            sharding.before.append((each, type(each), kept))
-        scalars = {each for each in root.parameters() if each.ndim == 0}
+            sharding.before.append((each, type(each), _attributes(each)))
+        scalars = [each for each in root.parameters() if each.ndim == 0]
         for scalar in scalars:
             scalar.data = scalar.data.to(accelerator.device)
-        sharding.whole += scalars
+        sharding.scalars += scalars
         for unit in (*transformer_layers(root, _LISTS), root):
-            fully_shard(unit, mesh=mesh, ignored_params=scalars)
+            fully_shard(unit, mesh=mesh, ignored_params=set(scalars))
             for name in entry_points(unit):
                 if name != "forward":
                     register_fsdp_forward_method(unit, name)
     return sharding
+
+
+@contextmanager
+def views_allowed() -> Iterator[None]:
+    """Within this context, sharded layers may return views without a warning of torch.
+
+    torch warns because a view that is changed in place loses its gradient; no layer changes its input in place.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
+        yield
 
 
 def gather_sharded(module: nn.Module) -> None:
@@ -172,6 +183,17 @@ def clip_gradients(module: nn.Module, largest: float) -> float:
     for kind in kinds:
         clip_grads_with_norm_(kind, largest, torch.tensor(norm))
     return norm
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module itself, with the values that :meth:`Sharding.undo` restores, else None."""
+    found: dict[str, Any] = dict.fromkeys(vars(module))
+    for name, value in vars(module).items():
+        if _is_hooks(name):
+            found[name] = value.copy()
+        elif name in entry_points(module):  # recompute_activations has wrapped it
+            found[name] = value
+    return found
 
 
 def _is_hooks(name: str) -> bool:

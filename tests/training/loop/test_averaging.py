@@ -112,12 +112,12 @@ def test_validation_scores_the_weights_that_the_recipe_names(
 
         return score, "exact_match"
 
-    begin, update = loops._begin, Averages.update
+    prepare, update = loops._prepare, Averages.update
 
-    def begun(run: Any, phase: Any) -> Any:
-        live = begin(run, phase)
-        seen.update(phase=phase, averages=live.averages)
-        return live
+    def prepared(run: Any, phase: Any) -> Any:
+        found = prepare(run, phase)
+        seen.update(phase=phase, averages=found.averages)
+        return found
 
     def updated(self: Averages) -> None:
         update(self)
@@ -126,7 +126,7 @@ def test_validation_scores_the_weights_that_the_recipe_names(
         seen["name"] = name
 
     monkeypatch.setattr(registry, "validation_scores", scores)
-    monkeypatch.setattr(loops, "_begin", begun)
+    monkeypatch.setattr(loops, "_prepare", prepared)
     monkeypatch.setattr(Averages, "update", updated)
     path = recipes.write(
         tmp_path / "recipe.toml",

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,15 +21,26 @@ pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
 from blip2edge.errors import ConfigError
+from blip2edge.model.layers import entry_points
 from blip2edge.training.config import parse_config
+from blip2edge.training.loop.optim import recompute_activations, transformer_layers
+from blip2edge.training.loop.sharding import shard, views_allowed
+from blip2edge.training.phases.stage2 import GenerativeStage
 from blip2edge.training.run import train
 from tests.families import drawing_idefics
 from tests.training import recipes
-from tests.training.phases.test_stage2 import draw
+from tests.training.phases.test_stage2 import case, draw
 
 TOP = 'seed = 1\nweights_dtype = "float32"'
+PROMPTS = ("what is it ?", "a dog", "is it red")  # of an InstructBLIP
 FAMILIES = ("opt", "t5", "llava", "flamingo", "instruct-t5")
+VIEW = "FSDP2-wrapped module"  # begins torch's warning of a layer that returns a view
 ALL = 'frozen_dtype = "bfloat16"\nrecompute_activations = true\nema_decay = 0.9\nsnapshot_every = 2'
 
 
@@ -51,7 +66,7 @@ def _results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             stage2="lora_rank = 4\nitg_weight = 1.0",
         )
     done = subprocess.run(
-        [sys.executable, "-m", "tests.training.sharded", str(root)],
+        [sys.executable, "-W", f"error:{VIEW}:UserWarning", "-m", "tests.training.sharded", str(root)],
         check=False,
         timeout=1200,
         capture_output=True,
@@ -62,6 +77,73 @@ def _results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+@pytest.fixture(name="alone")
+def _alone(tmp_path: Path) -> Iterator[Any]:
+    """The accelerator of a process that is the only one of its process group."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", ["t5", "flamingo", "instruct-t5"])
+def test_undo_restores_each_entry_point(kind: str, recompute: bool, alone: Any, tmp_path: Path) -> None:
+    """Twice, as in a run of two phases: with the same methods the stage has the same loss."""
+    if kind == "flamingo":
+        drawing_idefics.draw_idefics(tmp_path, 3, use_resampler=True)
+        made = case(None, tmp_path)
+    else:
+        draw(kind, tmp_path)
+        made = case(None, tmp_path, **({"prompts": PROMPTS} if "instruct" in kind else {}))
+    stage = GenerativeStage(made.ours, "flamingo" if kind == "flamingo" else "qformer").eval()
+    if recompute:
+        recompute_activations(stage)
+    layers = transformer_layers(stage)
+    before = [{name: vars(layer).get(name) for name in entry_points(layer)} for layer in layers]
+    assert any(name != "forward" for names in before for name in names)
+    assert all((value is not None) == recompute for names in before for value in names.values())
+    plain = stage(made.batch)["loss"]
+    for _ in range(2):
+        sharding = shard(alone, (stage, made.ours.vision))
+        assert all(isinstance(layer, FSDPModule) for layer in layers), "sharded layer by layer"
+        with views_allowed():
+            assert torch.equal(stage(made.batch)["loss"], plain)
+        sharding.undo()
+        assert not any(isinstance(each, FSDPModule) for each in stage.modules())
+        after = [{name: vars(layer).get(name) for name in entry_points(layer)} for layer in layers]
+        assert [[*names.items()] for names in after] == [[*names.items()] for names in before]
+        loss = stage(made.batch)["loss"]  # runs every entry point
+        assert torch.equal(loss, plain)
+        loss.backward()
+
+
+def test_parameters_without_dimensions_are_in_the_order_of_the_module(alone: Any) -> None:
+    """All processes average their gradients in this order, which must not depend on addresses."""
+    drawn = [nn.Parameter(torch.tensor(float(number))) for number in range(64)]
+    random.Random(1).shuffle(drawn)
+    module = nn.Module()
+    module.gates = nn.ParameterList(drawn)
+    sharding = shard(alone, (module,))
+    assert [each.item() for each in sharding.scalars] == [each.item() for each in drawn]
+    sharding.undo()
+
+
+def test_warnings_are_those_of_before(alone: Any, tmp_path: Path) -> None:
+    """Only within `views_allowed` torch is silent about views."""
+    draw("t5", tmp_path)
+    made = case(None, tmp_path)
+    stage = GenerativeStage(made.ours).eval()
+    filters = list(warnings.filters)
+    sharding = shard(alone, (stage,))
+    assert warnings.filters == filters
+    with views_allowed():
+        stage(made.batch)
+    assert warnings.filters == filters
+    with pytest.warns(UserWarning, match=VIEW):
+        stage(made.batch)
+    sharding.undo()
 
 
 @pytest.mark.slow  # two processes for each family, with and without
