@@ -1,1 +1,1 @@
-"""From a torch checkpoint to a verified bundle of ONNX graphs."""
+"""Exports a torch checkpoint to a bundle of ONNX graphs, and compares the graphs with the checkpoint."""

@@ -10,17 +10,23 @@ MAX_BATCH = 8  # rows
 
 
 def batch_axis() -> Axis:
-    """The rows of a batch."""
+    """Returns the dynamic axis ``batch``: 1 to :data:`MAX_BATCH` rows."""
     return Axis("batch", 1, 1, MAX_BATCH)
 
 
 def pictures_axis(config: Config) -> Axis:
-    """The pictures of a batch; the frames of a video are consecutive rows."""
+    """Returns the axis ``batch`` of the vision encoder: one row for each picture or video frame.
+
+    The frames of one video are consecutive rows.
+    """
     return Axis("batch", 1, config.frames, MAX_BATCH * config.frames)
 
 
 def queries_dim(config: CaptionerConfig) -> Dim:
-    """The visual tokens of a picture: their number, or an axis if the bridge is elastic."""
+    """Returns the dimension of the visual tokens of one picture.
+
+    It is a fixed number, or an axis if the bridge is elastic (works with fewer queries as well).
+    """
     most = config.bridge.num_visual_tokens
     return Axis("queries", config.elastic, most, most) if config.elastic else most
 

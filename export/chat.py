@@ -31,7 +31,7 @@ TRIALS: tuple[tuple[Turn, ...], ...] = (
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a prompt is made.
+    """Describes how the prompt of a bundle is built.
 
     Attributes:
         template: Text with one ``{image}`` and one ``{prompt}``.
@@ -47,13 +47,13 @@ class ChatFormat:
 
 
 def template_file(directory: Path) -> Path | None:
-    """The first file of a checkpoint that holds a chat template."""
+    """Returns the first file of a checkpoint that holds a chat template; None if no file holds one."""
     paths = [*(directory / name for name in FILES), *sorted(directory.glob(NAMED_TEMPLATES))]
     return next((path for path in paths if _holds_template(path)), None)
 
 
 def unused_template(directory: Path, reason: str) -> tuple[str, ...]:
-    """A warning that a checkpoint's chat template is not used; empty without a chat template."""
+    """Returns a warning that a checkpoint's chat template is not used; empty if there is no chat template."""
     path = template_file(directory)
     return (f"{path}: the chat template is not used: {reason}",) if path else ()
 
@@ -112,13 +112,20 @@ _SPACED = " a \n"
 
 
 def _written_bos(processor: Any, text: str) -> str:
-    """The BOS token at the start of a rendered text. transformers adds no special tokens to a text that has it."""
+    """Returns the BOS token that begins a rendered text; empty if the text does not begin with BOS.
+
+    transformers adds no special tokens to a text that begins with BOS.
+    """
     bos = processor.tokenizer.bos_token or ""
     return bos if text.startswith(bos) else ""
 
 
 def _same_with_added_bos(tokenizer: Any, text: str, bos: str) -> bool:
-    """Whether the tokenizer makes the same ids of the text without BOS, with the special tokens that it adds."""
+    """Compares two ways to get the token ids of a text that begins with BOS.
+
+    Returns True if the ids of the whole text, to which the tokenizer adds no special tokens, equal the ids of the text
+    without BOS, to which the tokenizer adds its special tokens.
+    """
     filled = text.replace("{prompt}", "a photo").replace("{image}", " ")
     written = tokenizer(filled, add_special_tokens=False)["input_ids"]
     return bool(written == tokenizer(filled.removeprefix(bos))["input_ids"])
@@ -142,14 +149,14 @@ def _renderer(processor: Any, image_token: str) -> Render:
 
 
 def conversation_texts(render: Render) -> dict[str, str]:
-    """The text of each kind of message, by rendering conversations that grow by one message.
+    """Finds the text of each kind of message: renders conversations that grow by one message, and compares them.
 
     Args:
-        render: The chat template.
+        render: Renders a conversation with the chat template.
 
     Returns:
-        ``PromptSpec.turns``: empty where the chat template takes no earlier messages, or writes a message differently
-        depending on the others; without ``system`` where it has no such place.
+        The value of ``PromptSpec.turns``. It is empty if the chat template accepts no earlier messages, or if the text
+        of a message depends on other messages. It has no key ``system`` if the chat template has no system message.
     """
     turns = _attempt(lambda: _exchanges(render))
     if not turns:
@@ -166,7 +173,7 @@ def _attempt(make: Callable[[], dict[str, str]]) -> dict[str, str]:
 
 
 def _exchanges(render: Render) -> dict[str, str]:
-    """The texts without a system message; empty where they do not fit."""
+    """Returns the text of each kind of message except ``system``; empty if these texts do not pass :func:`_fits`."""
     picture, user, assistant = (("picture", "{prompt}"), ("user", "{prompt}"), ("assistant", "{prompt}"))
 
     def added(before: list[Turn], message: Turn) -> str:
@@ -184,14 +191,14 @@ def _exchanges(render: Render) -> dict[str, str]:
 
 
 def _with_system(render: Render, turns: dict[str, str]) -> dict[str, str]:
-    """The texts with a system message; empty where they do not fit."""
+    """Returns ``turns`` with the text of a system message; empty if these texts do not pass :func:`_fits`."""
     whole = render([("system", "{prompt}"), ("picture", "{prompt}")], False)
     more = turns | {"system": whole.removesuffix(turns["picture"])}
     return more if _fits(more, render, [(("system", "a"), *trial) for trial in TRIALS]) else {}
 
 
 def _fits(turns: dict[str, str], render: Render, trials: Sequence[tuple[Turn, ...]]) -> bool:
-    """Whether the texts, put one behind the other, are what the chat template renders."""
+    """Whether the joined texts of the messages equal the rendered conversation, for each of the ``trials``."""
     whole = all(
         _holds(text, image=int(kind == "picture"), prompt=int(kind not in ("head", "start")))
         for kind, text in turns.items()

@@ -22,7 +22,10 @@ from blip2edge.model.layers import causal_bias
 
 
 class DraftGraph(nn.Module):
-    """input_ids after the keys and values of the query tokens → logits."""
+    """The module that is traced for the draft model: maps ``input_ids`` and the KV cache to logits and a longer cache.
+
+    The cache begins with the keys and values of the query tokens.
+    """
 
     def __init__(self, model: CaptionerModel) -> None:
         super().__init__()
@@ -37,7 +40,10 @@ class DraftGraph(nn.Module):
         logits_indices: Tensor,
         *past: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Inputs and outputs as in the module's docstring; the cache is a flat list, key before value."""
+        """Runs the text head; the docstring of this file lists the inputs and outputs.
+
+        The cache is a flat list: for each layer the key, then the value.
+        """
         if self.draft is None:
             raise ValueError("the model has no draft")
         side = self.draft.text_side(self.bridge.qformer)
@@ -54,13 +60,16 @@ def _parts(config: CaptionerConfig) -> tuple[DraftConfig, QFormerConfig]:
 
 
 def draft_cache(config: CaptionerConfig) -> CacheSpec:
-    """The KV cache of query tokens and text."""
+    """Returns the sizes of the draft model's KV cache, which holds the query tokens and the text."""
     _, qformer = _parts(config)
     return CacheSpec(qformer.num_layers, qformer.num_heads, qformer.hidden_size // qformer.num_heads)
 
 
 def query_outputs(config: CaptionerConfig) -> list[TensorSpec]:
-    """Further outputs of the bridge for a draft model: keys and values of the query tokens; else empty."""
+    """Describes the outputs of the bridge that only a draft model needs: keys and values of the query tokens.
+
+    The list is empty if the checkpoint has no draft model.
+    """
     if config.draft is None:
         return []
     cache = draft_cache(config)
@@ -89,7 +98,7 @@ def draft_spec(config: CaptionerConfig) -> GraphSpec:
 
 
 def draft_of(config: Any) -> DraftSpec | None:
-    """The manifest's record of the draft model; None for a model without one."""
+    """Returns the manifest's record of the draft model; None if the checkpoint has no draft model."""
     draft = getattr(config, "draft", None)
     if draft is None:
         return None

@@ -1,4 +1,4 @@
-"""The graphs of a captioner: for each, a spec of its tensors and a small torch module.
+"""The graphs of a captioner. Each graph has a spec of its inputs and outputs, and a torch module to trace.
 
 A module's attributes have the same names as in ``CaptionerModel``. So an initializer of the graph has the name of the
 checkpoint's parameter that fills it.
@@ -47,22 +47,22 @@ MAX_ASKED = 16  # tokens that get logits in one run: drafts of up to 15 tokens
 
 
 class VisionGraph(nn.Module):
-    """pixel_values → image_embeds."""
+    """The module that is traced for the vision encoder: maps ``pixel_values`` to ``image_embeds``."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.vision = model.vision
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` to ``[B, P, Dv]``."""
+        """Maps ``pixel_values [B, 3, H, W]`` to ``image_embeds [B, P, Dv]``."""
         return self.vision(pixel_values)
 
 
 class BridgeGraph(nn.Module):
-    """image_embeds (and the instruction, for a bridge that reads one) → visual_tokens.
+    """The module that is traced for the bridge: maps ``image_embeds`` to ``visual_tokens``.
 
-    An elastic bridge has a further input, the numbers of the queries that enter it.
-    With a draft model, the keys and values of the query tokens are further outputs.
+    Some bridges have more inputs: the instruction (InstructBLIP), and the numbers of the queries to use (an elastic
+    bridge). If the checkpoint has a draft model, the keys and values of the query tokens are more outputs.
     """
 
     def __init__(self, model: CaptionerModel) -> None:
@@ -72,12 +72,12 @@ class BridgeGraph(nn.Module):
         self.elastic = model.config.elastic > 0
 
     def forward(self, image_embeds: Tensor, *rest: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """``[B, P, Dv]`` to ``[B, Q, D]``.
+        """Maps ``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``.
 
         Args:
             image_embeds: ``[B, P, Dv]``.
-            *rest: The instruction's ids and mask, int64 ``[B, T]``, if the bridge reads one; then ``query_ids``, int64
-                ``[B, Q]``, if it is elastic.
+            *rest: Token ids and mask of the instruction, int64 ``[B, T]`` each, if the bridge has an instruction; then
+                ``query_ids``, int64 ``[B, Q]``, if the bridge is elastic.
         """
         instruction, queries = (rest[:-1], {QUERY_IDS: rest[-1]}) if self.elastic else (rest, {})
         if not self.has_draft:
@@ -88,32 +88,36 @@ class BridgeGraph(nn.Module):
 
 
 class TextEncoderGraph(nn.Module):
-    """The inputs of the text encoder (``Language.encoder_inputs``) → encoder_states."""
+    """The module that is traced for the text encoder: maps ``Language.encoder_inputs`` to ``encoder_states``."""
 
     def __init__(self, model: CaptionerModel) -> None:
         super().__init__()
         self.language = model.language
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """``[B, E, D]`` or ids ``[B, E]``, their mask, and perhaps ``image_embeds``, to ``[B, E, D]``."""
+        """Maps the encoder's inputs to ``encoder_states [B, E, D]``.
+
+        The inputs are embeddings ``[B, E, D]`` or token ids int64 ``[B, E]``, then the mask int64 ``[B, E]``, then
+        ``image_embeds`` for some models.
+        """
         return self.language.encode(*inputs)
 
 
 class CrossKeyValueGraph(nn.Module):
-    """The source of the cross-attention → its keys and values, layer by layer."""
+    """The module that is traced for ``cross_kv``: maps the states that are attended to, to keys and values."""
 
     def __init__(self, model: CaptionerModel) -> None:
         super().__init__()
         self.language = model.language
 
     def forward(self, source: Tensor) -> tuple[Tensor, ...]:
-        """``[B, E, Ds]`` to two of ``[B, H, E, d]`` a layer."""
+        """Maps ``source [B, E, Ds]`` to a key and a value ``[B, H, E, d]`` for each layer, key before value."""
         pairs = self.language.cross_key_values(source)
         return tuple(tensor for pair in pairs for tensor in pair)
 
 
 class DecoderGraph(nn.Module):
-    """The decoder, with its KV cache as a flat list of tensors."""
+    """The module that is traced for the decoder. The KV cache is a flat list of tensors."""
 
     def __init__(self, model: CaptionerModel) -> None:
         super().__init__()
@@ -128,14 +132,15 @@ class DecoderGraph(nn.Module):
         logits_indices: Tensor,
         *rest: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Logits, then keys and values layer by layer.
+        """Returns the logits ``[B, K, V]``, then the extended cache: for each layer the key, then the value.
 
         Args:
             inputs_embeds: ``[B, S, D]``.
             attention_mask: int64 ``[B, P + S]``.
             position_ids: int64 ``[B, S]``.
             logits_indices: int64 ``[B, K]``.
-            *rest: The KV cache; with cross-attention, then its keys and values, and its mask if it has one.
+            *rest: The KV cache. If the model has cross-attention: then the keys and values of the cross-attention, and
+            ``cross_attention_mask`` if the decoder has this input.
         """
         split = 2 * len(self.language.layers)
         past, more = _pairs(rest[:split]), rest[split:]
@@ -154,13 +159,13 @@ def _pairs(tensors: Sequence[Tensor]) -> list[KeyValue]:
 
 @dataclass(frozen=True)
 class GraphDefinition:
-    """A graph of the bundle.
+    """Describes how one graph of the bundle is made.
 
     Attributes:
-        wrap: Makes the module that computes the graph from a model.
-        spec: Makes the spec of its tensors from a config.
-        stacks: Possible paths of its repeated layers; the first that exists is used.
-        belongs: Whether a model with this config has the graph.
+        wrap: Function that takes a model and returns the module that is traced to this graph.
+        spec: Function that takes a config and returns the spec of the graph's inputs and outputs.
+        stacks: Possible paths of the list of repeated layers in that module; the first existing path is used.
+        belongs: Function that returns whether a model with this config has the graph.
         of: The config class of the models that can have the graph.
     """
 
@@ -172,20 +177,20 @@ class GraphDefinition:
 
 
 def cache_of(config: CaptionerConfig) -> CacheSpec:
-    """The KV cache of a captioner's decoder."""
+    """Returns the sizes of the KV cache of a captioner's decoder."""
     language = config.language
     return CacheSpec(language.num_layers, language.num_kv_heads, language.head_dim)
 
 
 def vision_spec(config: Config) -> GraphSpec:
-    """Tensors of the vision encoder."""
+    """Describes the inputs and outputs of the vision encoder's graph."""
     vision, batch = config.vision, pictures_axis(config)
     pixels = TensorSpec("pixel_values", "float32", (batch, 3, vision.image_size, vision.image_size))
     return GraphSpec(VISION, (pixels,), (image_embeds(config),))
 
 
 def bridge_spec(config: CaptionerConfig) -> GraphSpec:
-    """Tensors of the bridge."""
+    """Describes the inputs and outputs of the bridge's graph."""
     batch, longest = pictures_axis(config), config.instruction_positions
     inputs = [image_embeds(config)]
     if longest:
@@ -201,13 +206,17 @@ def bridge_spec(config: CaptionerConfig) -> GraphSpec:
 
 
 def source_axis(config: CaptionerConfig) -> Axis:
-    """Length of the cross-attention's source: visual tokens and prompt."""
+    """Returns the axis ``source`` of an encoder's states: the visual tokens and the tokens of the prompt."""
     visual, longest = config.frames * config.bridge.num_visual_tokens, config.language.max_positions
     return Axis("source", 1, min(visual + 8, longest), max(visual + 8, longest))
 
 
 def source_dim(config: CaptionerConfig, cross: CrossSpec) -> Dim:
-    """The length of the source for every kind of cross-attention: of several pictures (Flamingo), of one (BLIP)."""
+    """Returns the number of states that the decoder cross-attends to.
+
+    It is an axis for several pictures (Flamingo) and for an encoder's states, and a fixed number for the patches of one
+    picture (BLIP).
+    """
     if cross.mask == "steps":
         each = config.bridge.num_visual_tokens or config.vision.num_embeds
         return Axis("source", config.elastic or each, each, each * MAX_PICTURES)
@@ -215,7 +224,7 @@ def source_dim(config: CaptionerConfig, cross: CrossSpec) -> Dim:
 
 
 def text_encoder_spec(config: CaptionerConfig) -> GraphSpec:
-    """Tensors of an encoder-decoder model's encoder."""
+    """Describes the inputs and outputs of the text encoder's graph in an encoder-decoder model."""
     batch, source = batch_axis(), source_axis(config)
     known = {
         "inputs_embeds": TensorSpec("inputs_embeds", "float32", (batch, source, config.language.embed_dim)),
@@ -229,13 +238,13 @@ def text_encoder_spec(config: CaptionerConfig) -> GraphSpec:
 
 
 def cross_tensors(config: CaptionerConfig, cross: CrossSpec) -> list[TensorSpec]:
-    """Keys and values of the cross-attention."""
+    """Describes the keys and values of the cross-attention, float32 ``[B, H, E, d]`` each."""
     dims = (batch_axis(), cross.num_heads, source_dim(config, cross), cross.head_dim)
     return [TensorSpec(name, "float32", dims) for name in cross.names()]
 
 
 def cross_kv_spec(config: CaptionerConfig) -> GraphSpec:
-    """Tensors of the graph that computes the keys and values of the cross-attention."""
+    """Describes the inputs and outputs of ``cross_kv``, the graph of the cross-attention's keys and values."""
     cross = config.language.cross
     if cross is None:
         raise ValueError(f"a decoder of kind {config.language.kind} has no cross-attention")
@@ -245,7 +254,7 @@ def cross_kv_spec(config: CaptionerConfig) -> GraphSpec:
 
 
 def decoder_spec(config: CaptionerConfig) -> GraphSpec:
-    """Tensors of the decoder, the same for prefill and decode steps."""
+    """Describes the inputs and outputs of the decoder's graph, which runs both prefill and decode steps."""
     language, cache, longest = config.language, cache_of(config), config.language.max_positions
     batch, asked = batch_axis(), Axis("asked", 1, 1, MAX_ASKED)
     past = Axis("past", 0, min(64, longest - 1), longest - 1)
@@ -313,5 +322,5 @@ GRAPHS: dict[str, GraphDefinition] = {
 
 
 def graphs_of(config: Config) -> dict[str, GraphDefinition]:
-    """The graphs of a model, in the order in which they run."""
+    """Returns the definition of each graph of a model by name, in the order in which the graphs run."""
     return {name: graph for name, graph in GRAPHS.items() if isinstance(config, graph.of) and graph.belongs(config)}

@@ -1,7 +1,7 @@
-"""Verifies merged patches (``model/vision/token_merging.py``), and measures the effect of merging.
+"""Verifies graphs that merge patches (``model/vision/token_merging.py``), and measures the effect of merging.
 
-Where two cosines differ in the last digit, two runtimes may merge different pairs, and all later rows differ. So the
-graph also outputs the pairs that it chose, and torch merges the same pairs.
+If two cosines differ only in the last digit, ONNX Runtime and torch may merge different pairs, and all later values
+differ. So the pairs that the graph merged are made outputs of the graph, and torch merges the same pairs.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ INSTRUCTION = 4  # tokens of the instruction, for a bridge that reads one
 
 @contextmanager
 def with_choices(graph: Path, spec: GraphSpec) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    """A graph with its choices as further outputs: the order and the partners of each layer.
+    """Makes the merged pairs outputs of a graph: for each layer, the sorted patches and the partner of each patch.
 
     Args:
         graph: The ``.onnx`` file. A temporary file in its directory refers to the same weights.
         spec: Inputs and outputs of the graph.
 
     Yields:
-        The file to run and the added outputs, which are none where nothing is merged.
+        The file to run, and the names of the added outputs; no names if the graph merges nothing.
     """
     if spec.name != VISION:
         yield graph, ()
@@ -82,18 +82,18 @@ def with_choices(graph: Path, spec: GraphSpec) -> Iterator[tuple[Path, tuple[str
 
 
 def _ranks_scores(node: ir.Node) -> bool:
-    """Whether a TopK ranks cosines, rather than positions."""
+    """Whether a TopK node sorts patches by their cosine; other TopK nodes sort positions."""
     source = node.inputs[0]
     producer = source.producer() if source is not None else None
     return producer is not None and producer.op_type == "ReduceMax"
 
 
 class GuidedMatching(TokenMatching):
-    """Merges the pairs that a graph chose.
+    """Merges the same pairs of patches as a graph, instead of the pairs with the largest cosines in torch.
 
     Attributes:
-        shortfall: The largest cosine by which another pair was more similar than a chosen one; infinite where a cosine
-            is not finite.
+        shortfall: Largest amount by which the cosine of a pair that was not merged exceeds the cosine of a merged pair;
+            infinite if a cosine is not finite.
     """
 
     def __init__(self, choices: Sequence[NDArray[Any]]) -> None:
@@ -103,15 +103,15 @@ class GuidedMatching(TokenMatching):
         self.shortfall = 0.0
 
     def forward(self, keys: Tensor, sizes: Tensor, count: int) -> Pairs:
-        """As :meth:`TokenMatching.forward`."""
+        """Returns the pairs to merge; see :meth:`TokenMatching.forward`."""
         self._count = count
         return super().forward(keys, sizes, count)
 
     def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The next layer's choices.
+        """Returns the pairs that the graph merged in the next layer, as :meth:`TokenMatching.choose` does.
 
         Raises:
-            ParityError: The choices are wrong: a patch is listed twice or not at all, or a partner does not exist.
+            ParityError: The graph's pairs are wrong: a patch is listed twice or not at all, or a partner is missing.
         """
         order, partner = next(self._choices), next(self._choices)
         rows, first, second = scores.shape
@@ -138,7 +138,7 @@ class GuidedMatching(TokenMatching):
 
 @contextmanager
 def guided(module: nn.Module, choices: Sequence[NDArray[Any]]) -> Iterator[GuidedMatching | None]:
-    """Makes the vision encoder of a module merge the pairs that a graph chose; yields None where nothing is merged."""
+    """Makes the vision encoder of a module merge the same pairs as a graph; yields None if the graph merges nothing."""
     if not choices:
         yield None
         return
@@ -160,7 +160,7 @@ def merging_of(config: Config, model: Model | None) -> MergingRecord | None:
         model: The model with its weights; None if they are too large for the memory.
 
     Returns:
-        The record, without cosines if there is no model; None where nothing is merged.
+        The record, without cosines if there is no model; None if the vision encoder merges nothing.
     """
     vision = config.vision
     if not isinstance(vision, VisionConfig) or not vision.merge_tokens:
@@ -186,7 +186,7 @@ def merging_of(config: Config, model: Model | None) -> MergingRecord | None:
 
 
 def smooth_pictures(size: int) -> Tensor:
-    """Smooth colours with some noise, as bright as preprocessed pictures: ``[8, 3, size, size]``."""
+    """Makes 8 pictures of smooth colours with some noise, as bright as preprocessed ones: ``[8, 3, size, size]``."""
     generator = torch.Generator().manual_seed(SEED)
     coarse = torch.randn(PICTURES, 3, 5, 5, generator=generator)
     smooth = F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
@@ -194,7 +194,7 @@ def smooth_pictures(size: int) -> Tensor:
 
 
 def _comparable(model: Model, image_embeds: Tensor) -> tuple[str, Tensor]:
-    """An output that has the same shape with and without merging, and its name."""
+    """Returns the name and the tensor of an output whose shape is the same with and without merging."""
     if isinstance(model, RetrievalModel):
         return "image_features", model.matcher.image_features(image_embeds)
     if model.config.bridge.kind == "none":

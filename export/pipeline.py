@@ -65,13 +65,14 @@ TOKEN_TABLE = "language.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class GraphReport:
-    """The result of one graph.
+    """The result of exporting one graph.
 
     Attributes:
         name: Name of the graph.
-        bytes: Size of its weights.
-        seconds: Time to trace and write it.
-        max_difference, relative, tolerance: Parity of its worst output, see :class:`~blip2edge.bundle.schema.Parity`.
+        bytes: Size of the graph's weights.
+        seconds: Time to trace and write the graph.
+        max_difference, relative, tolerance: Parity of the output with the largest relative difference, see
+            :class:`~blip2edge.bundle.schema.Parity`.
     """
 
     name: str
@@ -89,10 +90,10 @@ class ExportReport:
     Attributes:
         bundle: The directory of the bundle.
         graphs: A report for each graph.
-        verify: How it was verified: ``full`` or ``sample``.
+        verify: How the bundle was verified: ``full`` or ``sample``.
         seconds: Time for the whole export.
         peak_memory_bytes: Largest anonymous and shared memory of this process; 0 if it cannot be measured.
-        merging: The effect of merged patches; None where none are merged.
+        merging: The effect of merged patches; None if no patches are merged.
         warnings: Keys of the checkpoint's files that are not used, one sentence for each file.
     """
 
@@ -107,7 +108,7 @@ class ExportReport:
 
 @dataclass
 class _Written:
-    """A graph in the staging directory."""
+    """A graph that was written to the temporary directory of the export."""
 
     record: GraphRecord
     weights: Weights
@@ -206,7 +207,10 @@ def _write_graphs(source: Checkpoint, staging: Path, precision: str, report: Pro
 def _verify(
     source: Checkpoint, written: Mapping[str, _Written], precision: str, mode: str, report: ProgressCallback
 ) -> MergingRecord | None:
-    """Sets the parity of every graph; returns the effect of merged patches, None where none are merged."""
+    """Compares every graph and the token embedding table with the checkpoint, and sets the parity of each graph.
+
+    Returns the effect of merged patches; None if no patches are merged.
+    """
     table = next(iter(written.values())).weights.file.with_name(EMBEDDINGS_FILE)
     if table.is_file():
         check_token_table(source.read(TOKEN_TABLE), TOKEN_TABLE, table, _dtype(precision))
@@ -266,14 +270,14 @@ def _write_manifest(
 
 
 def _elastic_of(config: Config) -> ElasticSpec | None:
-    """The numbers of queries of a captioner's bridge; None if it works with all queries only."""
+    """Returns the range of query numbers of a captioner's bridge; None if the bridge works with all queries only."""
     if isinstance(config, RetrievalConfig) or not config.elastic:
         return None
     return ElasticSpec(config.elastic, config.bridge.num_visual_tokens)
 
 
 def _source_of(source: Checkpoint, report: ProgressCallback) -> dict[str, str]:
-    """The path of a checkpoint, and one hash over the names and hashes of its files."""
+    """Returns the path of a checkpoint (and of its base), and one hash over the names and hashes of its files."""
     digest = hashlib.sha256()
     paths = source.paths()
     for done, path in enumerate(paths):

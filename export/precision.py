@@ -1,7 +1,7 @@
 """Converts graphs to FP16 and BF16, with exceptions that stay in FP32.
 
-Graphs are traced in FP32. Every floating tensor then gets the target type, except in nodes that match a rule: these are
-computed in FP32, between casts. The manifest lists the rules that matched.
+Graphs are traced in FP32. Every floating-point tensor then gets the target type, except in nodes that match a rule:
+these nodes stay in FP32, between Cast nodes. The manifest lists the rules that matched.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Fp32Exception:
     """A rule for nodes that stay in FP32.
 
     Attributes:
-        name: Name of the precision in the manifest.
+        name: Name of the exception in the manifest.
         path: Regular expression that is searched in the path of a node's module.
         op_type: Regular expression that the whole operator name must match.
         reason: Why these nodes stay in FP32.
@@ -88,19 +88,19 @@ BY_LANGUAGE: dict[str, tuple[Fp32Exception, ...]] = {
 
 
 def module_path(node: ir.Node) -> str:
-    """The dotted path of the module that a node was traced in; empty if it is not known."""
+    """Returns the dotted path of the torch module that a node was traced from; empty if the node does not record it."""
     scopes = node.metadata_props.get(SCOPES)
     return str(ast.literal_eval(scopes)[-2]) if scopes and len(ast.literal_eval(scopes)) > 1 else ""
 
 
 def exceptions_of(config: Config) -> tuple[Fp32Exception, ...]:
-    """The rules for a model."""
+    """Returns the rules for the nodes of a model that stay in FP32."""
     kind = config.text.kind if isinstance(config, RetrievalConfig) else config.language.kind
     return (*EXCEPTIONS, *BY_LANGUAGE.get(kind, ()))
 
 
 def convert(traced: Traced, precision: str, exceptions: Sequence[Fp32Exception]) -> tuple[str, ...]:
-    """Casts a traced graph in place.
+    """Converts a traced graph to another precision, in place.
 
     Args:
         traced: An FP32 graph; its spec is replaced by that of the new precision.
@@ -130,7 +130,7 @@ def convert(traced: Traced, precision: str, exceptions: Sequence[Fp32Exception])
 
 
 def _retype(graph: ir.Graph, target: ir.DataType, kept: Container[ir.Node]) -> None:
-    """Gives every floating tensor the target type, except constants that only FP32 nodes use."""
+    """Sets the type of every FP32 tensor to the target type, except constants that only the ``kept`` nodes use."""
     for node in graph:
         if node not in kept and not (node.op_type == "Constant" and _only_for(node.outputs[0], kept)):
             _retype_attributes(node, target)
@@ -148,7 +148,7 @@ def _is_constant(value: ir.Value) -> bool:
 
 
 def _only_for(value: ir.Value, nodes: Container[ir.Node]) -> bool:
-    """Whether all users of a value are among ``nodes``."""
+    """Whether only ``nodes`` have this value as input, and the value is no output of the graph."""
     return all(user in nodes for user, _ in value.uses()) and not value.is_graph_output()
 
 
@@ -175,7 +175,7 @@ def _retype_attributes(node: ir.Node, target: ir.DataType) -> None:
 
 
 def _keep_fp32(graph: ir.Graph, node: ir.Node, target: ir.DataType) -> None:
-    """Inserts casts around a node; none between two FP32 nodes."""
+    """Inserts Cast nodes before and after a node that stays in FP32; no Cast between two such nodes."""
     for index, value in enumerate(node.inputs):
         if value is None or value.dtype != target:
             continue
@@ -203,7 +203,7 @@ def _keep_fp32(graph: ir.Graph, node: ir.Node, target: ir.DataType) -> None:
 
 
 def _keep_fp32_outputs(graph: ir.Graph, spec: GraphSpec, target: ir.DataType) -> None:
-    """Casts the outputs that are FP32 in the spec (the logits)."""
+    """Inserts a Cast to FP32 before each graph output that is FP32 in the spec, such as the logits."""
     for index, (value, tensor) in enumerate(zip(list(graph.outputs), spec.outputs, strict=True)):
         if tensor.dtype != "float32" or value.dtype != target:
             continue

@@ -1,4 +1,6 @@
-"""The graphs of a matching model, which compares pictures with texts: for each, a spec and a small torch module.
+"""The graphs of a matching model, which compares pictures with texts.
+
+Each graph has a spec of its inputs and outputs, and a torch module to trace:
 
     image_embeds [B,P,Dv]                                → image_features [B,K,F], of length 1
     input_ids, attention_mask [B,S]                      → text_embeds [B,F], of length 1

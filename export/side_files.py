@@ -1,4 +1,4 @@
-"""The parts of a bundle besides its graphs: tokenizers, preprocessing, prompt and generation defaults."""
+"""Reads what a bundle has besides its graphs: tokenizers, preprocessing, prompt and generation defaults."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ class SideFiles:
         prompt: How a picture and a text become the decoder's input; None for a matching model.
         generation: Default options of captions.
         tokenizer: Content of the bundle's ``tokenizer.json``.
-        tokenizer_flags: Settings that this file cannot hold.
-        qformer_tokenizer, draft_tokenizer: The other tokenizers of the bundle; None if it has none.
+        tokenizer_flags: Settings that ``tokenizer.json`` cannot hold.
+        qformer_tokenizer, draft_tokenizer: Contents of ``qformer_tokenizer.json`` and ``draft_tokenizer.json``; None
+            if the bundle has no such file.
         warnings: Keys that are not used, one sentence for each file.
     """
 
@@ -113,7 +114,7 @@ class SideFiles:
         return cls(preprocessing, prompt, generation, content, flags, instruction, draft, tuple(warnings))
 
     def write(self, bundle: Path) -> None:
-        """Writes the tokenizers to a bundle; the other parts are in its manifest."""
+        """Writes the tokenizers to a bundle. The other settings are written with its manifest."""
         (bundle / TOKENIZER_FILE).write_bytes(self.tokenizer)
         if self.qformer_tokenizer is not None:
             (bundle / QFORMER_TOKENIZER_FILE).write_bytes(self.qformer_tokenizer)
@@ -122,7 +123,7 @@ class SideFiles:
 
 
 def _draft_tokenizer(directory: Path, config: CaptionerConfig) -> bytes | None:
-    """The tokenizer of the draft model; None for a checkpoint without one."""
+    """Returns the content of the draft model's tokenizer file; None if the checkpoint has no draft model."""
     if config.draft is None:
         return None
     path = directory / DRAFT_TOKENIZER_FILE
@@ -137,7 +138,7 @@ def _draft_tokenizer(directory: Path, config: CaptionerConfig) -> bytes | None:
 
 
 def _check_markers(tokenizer: SerializedTokenizer, markers: Sequence[str]) -> None:
-    """Raises CheckpointError where the tokenizer lacks a token that marks pictures."""
+    """Raises CheckpointError if the tokenizer lacks one of the ``markers``, the tokens that mark pictures in a text."""
     known = {token["content"] for token in json.loads(tokenizer.content).get("added_tokens", ())}
     missing = [marker for marker in markers if marker not in known]
     if missing:
@@ -148,13 +149,13 @@ def _check_markers(tokenizer: SerializedTokenizer, markers: Sequence[str]) -> No
 
 
 def _check_frame(serialized: SerializedTokenizer, *, framed: bool, plain: bool) -> None:
-    """Checks the special tokens that the tokenizer adds to a text; the runtime relies on them in two families.
+    """Checks the special tokens that the tokenizer adds to a text; two families need this check (BLIP and Idefics).
 
     Args:
         serialized: The tokenizer.
-        framed: Whether one token must be added before the text and one after it (BLIP, where transformers replaces
-            the first and drops the last).
-        plain: Whether none may be added (Idefics, whose processor writes its own).
+        framed: Whether the tokenizer must add one token before the text and one after the text (BLIP, where
+            transformers replaces the first token and drops the last one).
+        plain: Whether the tokenizer must add no token (Idefics, whose processor writes the special tokens).
 
     Raises:
         CheckpointError: The tokenizer adds other tokens.
@@ -181,7 +182,11 @@ def _check_tokenizer(
     image_token: tuple[str, int | None] | None = None,
     whole: bool = False,
 ) -> None:
-    """Raises CheckpointError where an id of a text, or with ``whole`` of any token, is not in the vocabulary."""
+    """Raises CheckpointError if the tokenizer gives an id that is not below ``vocab_size``.
+
+    With ``whole``, all tokens are checked, else the tokens without the added ones, and the ids of a sample text.
+    ``image_token``: the token for a picture and the id that ``config.json`` gives it, which must agree.
+    """
     tokenizer = serialized.open()
     if image_token is not None and tokenizer.token_to_id(image_token[0]) != image_token[1]:
         raise CheckpointError(
@@ -205,10 +210,11 @@ def _check_tokenizer(
 
 
 def _preprocessing(directory: Path, config: Config) -> tuple[Preprocessing, list[str]]:
-    """The preprocessing and warnings.
+    """Reads the preprocessing of a checkpoint; returns it with warnings.
 
     Raises:
-        CheckpointError: It is missing, not supported, or makes pictures that the vision encoder does not take.
+        CheckpointError: The preprocessing is missing or not supported, or its pictures have another size than the
+            vision encoder needs.
     """
     loaded = load_preprocessing(directory)
     made, wanted = loaded.preprocessing.output_size, config.vision.image_size
@@ -222,7 +228,7 @@ def _preprocessing(directory: Path, config: Config) -> tuple[Preprocessing, list
 
 
 def _check_processor(directory: Path, config: Config) -> list[str]:
-    """Checks the keys of ``processor_config.json`` outside its parts against the model; returns warnings.
+    """Compares the top-level keys of ``processor_config.json`` with the model; returns warnings.
 
     Raises:
         CheckpointError: A key makes transformers write another number of visual tokens than the model has, or names
@@ -253,7 +259,7 @@ def _check_processor(directory: Path, config: Config) -> list[str]:
 
 
 def _check_processor_class(directory: Path) -> None:
-    """Raises CheckpointError where the first file that names a processor names that of another model."""
+    """Raises CheckpointError if the first file with a ``processor_class`` names the processor of another model."""
     from transformers.models.auto import processing_auto
 
     classes: Any = processing_auto

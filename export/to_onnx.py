@@ -30,7 +30,7 @@ TRACE_SIZES = {"batch": 2, "past": 5, "steps": 3, "asked": 2, "source": 7, "inst
 
 @dataclass(frozen=True)
 class WeightSlot:
-    """An initializer: the parameter that fills it, its shape, and whether it is the parameter transposed."""
+    """Describes an initializer of a graph: the parameter with its values, its shape, and whether it is transposed."""
 
     parameter: str
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class Traced:
     Attributes:
         model: The graph.
         spec: Inputs and outputs of the graph.
-        slots: The parameter that fills each initializer, by the initializer's name.
+        slots: The parameter with the values of each initializer, by the initializer's name.
     """
 
     model: ir.Model
@@ -56,11 +56,11 @@ def trace(module: nn.Module, spec: GraphSpec) -> Traced:
     """Traces a module whose parameters are on the meta device.
 
     Args:
-        module: Takes and gives tensors in the order of ``spec``.
-        spec: Names, dtypes and axes.
+        module: The module; its arguments and results are in the order of ``spec``.
+        spec: Names, dtypes and axes of the inputs and outputs.
 
     Raises:
-        ExportError: torch could not trace or convert it.
+        ExportError: torch could not trace the module, or could not convert it to ONNX.
     """
     with torch.device("meta"):
         args = tuple(_empty(tensor) for tensor in spec.inputs)
@@ -88,7 +88,10 @@ def _empty(spec: TensorSpec) -> torch.Tensor:
 
 
 def _dynamic(module: nn.Module, spec: GraphSpec) -> tuple[object, ...]:
-    """The dynamic axes of all arguments; those after the module's named arguments are one tuple, as in ``*past``."""
+    """Returns the dynamic axes of each argument of the module, as ``torch.export`` expects them.
+
+    The arguments that the module takes as ``*rest`` are together in one tuple.
+    """
     named = [
         {index: torch.export.Dim.AUTO for index, dim in enumerate(tensor.dims) if isinstance(dim, Axis)}
         for tensor in spec.inputs
@@ -122,7 +125,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _name_tensors(graph: ir.Graph, spec: GraphSpec) -> None:
-    """Gives inputs and outputs the spec's names, and torch's symbols the names of its axes."""
+    """Renames the inputs and outputs to the names in the spec, and torch's symbolic sizes to the axis names there."""
     names: dict[str, str] = {}
     for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
         if len(values) != len(tensors):
@@ -144,7 +147,10 @@ def _renamed(size: int | ir.SymbolicDim, names: dict[str, str]) -> int | str | N
 
 
 def _empty_initializers(graph: ir.Graph) -> dict[str, WeightSlot]:
-    """Removes the meta tensors from the initializers, so that no pass can read their values."""
+    """Removes the meta tensors from the initializers, so that no graph pass tries to read their values.
+
+    Returns the parameter and shape of each initializer, by name.
+    """
     slots = {}
     for name, value in graph.initializers.items():
         shape = tuple(value.shape.numpy()) if value.shape is not None else ()
@@ -154,7 +160,7 @@ def _empty_initializers(graph: ir.Graph) -> dict[str, WeightSlot]:
 
 
 def _turn_transposed_weights(graph: ir.Graph, slots: dict[str, WeightSlot]) -> None:
-    """Replaces ``Transpose(weight)`` by a weight that is stored transposed."""
+    """Removes each Transpose node of a weight; the weight is written transposed instead."""
     for node in list(graph):
         if node.op_type != "Transpose" or node.inputs[0] is None or node.inputs[0].name not in slots:
             continue
@@ -188,10 +194,11 @@ def _simplify(model: ir.Model) -> None:
 
 
 def _constant_reshapes(graph: ir.Graph) -> None:
-    """Makes the target shape of a Reshape constant, where at most one length is neither known nor copied.
+    """Makes the target shape of each Reshape node a constant, if the shape can be written as one.
 
-    In ONNX, a length 0 is copied from the same axis of the input, and one length -1 is computed. So the reshape from
-    ``[B, S, D]`` to ``[B, S, H, d]`` needs no nodes that compute shapes.
+    In ONNX, a length 0 is copied from the same axis of the input, and one length may be -1, which is computed. So at
+    most one length may be neither fixed nor copied. For example, the reshape from ``[B, S, D]`` to ``[B, S, H, d]``
+    then needs no nodes that compute shapes.
     """
     for node in list(graph):
         if node.op_type != "Reshape" or node.inputs[1] is None or node.inputs[1].const_value is not None:

@@ -45,7 +45,7 @@ SEED = 20230130  # the day BLIP-2 appeared on arXiv
 
 
 def _ragged_mask(_: np.random.Generator, shape: Sequence[int], __: Mapping[str, Array]) -> Array:
-    """Ones, with a different number of padded slots on the left of every row but the first."""
+    """Makes a mask of ones; each row but the first has a different number of zeros (padded slots) on the left."""
     mask = np.ones(shape, np.int64)
     for row in range(1, shape[0]):
         mask[row, : min(row, shape[1] - 1)] = 0
@@ -53,24 +53,27 @@ def _ragged_mask(_: np.random.Generator, shape: Sequence[int], __: Mapping[str, 
 
 
 def _positions(_: np.random.Generator, shape: Sequence[int], drawn: Mapping[str, Array]) -> Array:
-    """Positions counted over the valid slots, as in the runtime."""
+    """Makes the positions of the new tokens, counted over the valid slots of ``attention_mask`` as in the runtime."""
     positions: Array = np.maximum(drawn["attention_mask"].cumsum(axis=1) - 1, 0)
     return positions[:, -shape[1] :]
 
 
 def _counted(_: np.random.Generator, shape: Sequence[int], __: Mapping[str, Array]) -> Array:
-    """Positions from 0 on."""
+    """Makes the numbers 0, 1, 2, … in every row."""
     return np.broadcast_to(np.arange(shape[1]), shape).copy()
 
 
 def _asked(_: np.random.Generator, shape: Sequence[int], drawn: Mapping[str, Array]) -> Array:
-    """Indices of the last tokens."""
+    """Makes ``logits_indices``: the indices of the last new tokens."""
     steps = drawn["position_ids" if "position_ids" in drawn else "input_ids"].shape[1]
     return np.broadcast_to(np.arange(steps - min(shape[1], steps), steps), (shape[0], min(shape[1], steps))).copy()
 
 
 def _cross_mask(rng: np.random.Generator, shape: Sequence[int], drawn: Mapping[str, Array]) -> Array:
-    """Valid keys ``[B, E]`` of padded texts; or ``[B, S, E]``, where the first token attends to no key."""
+    """Makes ``cross_attention_mask``: ``[B, E]`` with padding, or a random ``[B, S, E]``.
+
+    In the second kind, the first token attends to no key if there are several tokens.
+    """
     if len(shape) == 2:
         return _ragged_mask(rng, shape, drawn)
     mask = rng.integers(0, 2, shape)
@@ -80,7 +83,7 @@ def _cross_mask(rng: np.random.Generator, shape: Sequence[int], drawn: Mapping[s
 
 
 def _tokens(rng: np.random.Generator, shape: Sequence[int], _: Mapping[str, Array]) -> Array:
-    """Token ids that are in every vocabulary."""
+    """Draws token ids below 16, which every vocabulary has."""
     return rng.integers(0, 16, shape)
 
 
@@ -99,7 +102,7 @@ DRAW: dict[str, Callable[[np.random.Generator, Sequence[int], Mapping[str, Array
 
 
 def random_inputs(spec: GraphSpec, sizes: Mapping[str, int], rng: np.random.Generator) -> dict[str, Array]:
-    """Random inputs of a graph, floating ones in float32."""
+    """Draws random inputs of a graph; floating-point inputs are float32."""
     drawn: dict[str, Array] = {}
     for tensor in spec.inputs:
         shape = tensor.shape(sizes)
@@ -109,7 +112,7 @@ def random_inputs(spec: GraphSpec, sizes: Mapping[str, int], rng: np.random.Gene
 
 
 def cases_of(spec: GraphSpec) -> Iterator[dict[str, int]]:
-    """The cases that differ for a graph, within its axes' ranges."""
+    """Yields the axis lengths of each test case, limited to the ranges of the graph's axes; no case is repeated."""
     axes = spec.axes()
     found: list[dict[str, int]] = []
     for case in CASES:
@@ -122,10 +125,11 @@ def cases_of(spec: GraphSpec) -> Iterator[dict[str, int]]:
 def compare(
     make_module: Callable[[], nn.Module], graph: Path, spec: GraphSpec, precision: str, sample: str = ""
 ) -> list[Parity]:
-    """Runs a graph and its torch module on the same inputs, one after the other: memory holds only one of them.
+    """Runs a graph and its torch module on the same inputs, and compares the outputs.
 
-    Where patches are merged, the last digit may decide which pair is the most similar. So torch merges the pairs that
-    the graph chose, and each of them must be as similar as torch's best pair, within a tolerance of its own.
+    They run one after the other, so that memory holds only one of them. If patches are merged, the last digit may
+    decide which pair is the most similar. So torch merges the same pairs as the graph, and each of these pairs must be
+    as similar as torch's best pair, within a separate tolerance.
 
     Args:
         make_module: Makes the module in float32, with the checkpoint's weights.
@@ -172,7 +176,7 @@ def compare(
 
 
 def tolerance_of(output: str, precision: str) -> float:
-    """Largest allowed difference of an output; the choice of merged pairs has its own tolerance."""
+    """Returns the largest allowed difference of an output; the choice of merged pairs has a separate tolerance."""
     return (merging.TOLERANCES if output == merging.PAIRS else TOLERANCES)[precision]
 
 
@@ -188,7 +192,7 @@ def _group(name: str) -> str:
 def _outputs_of(
     session: OnnxRuntimeSession, spec: GraphSpec, drawn: Sequence[Mapping[str, Array]]
 ) -> list[dict[str, Array]]:
-    """The outputs of a graph for every case."""
+    """Runs a graph on the inputs of every case; returns its outputs by name for each case."""
     return [
         session.run({tensor.name: inputs[tensor.name].astype(tensor.dtype) for tensor in spec.inputs})
         for inputs in drawn
@@ -196,7 +200,7 @@ def _outputs_of(
 
 
 def _reference(module: nn.Module, spec: GraphSpec, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """The outputs of torch for one case."""
+    """Runs the torch module on the inputs of one case; returns its outputs by name, in float32."""
     with torch.no_grad():
         outputs = module(*(torch.from_numpy(array) for array in inputs.values()))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -205,14 +209,17 @@ def _reference(module: nn.Module, spec: GraphSpec, inputs: Mapping[str, Array]) 
 
 
 def _difference(got: Array, reference: Array) -> tuple[float, float]:
-    """Largest difference, absolute and as a share of the largest reference value; infinite where one is not finite."""
+    """Returns the largest absolute difference, and this difference divided by the largest absolute reference value.
+
+    Both are infinite if the quotient is not a number.
+    """
     difference = float(np.abs(got.astype(np.float32) - reference).max(initial=0.0))
     relative = difference / max(float(np.abs(reference).max(initial=0.0)), 1e-12)
     return (difference, relative) if relative == relative else (float("inf"), float("inf"))
 
 
 def sampled_layers(count: int) -> list[int]:
-    """First, middle and last of ``count`` layers; only 0 where no layer is repeated."""
+    """Returns the indices of the first, middle and last of ``count`` layers; only 0 if ``count`` is 0."""
     return sorted({0, count // 2, max(count - 1, 0)})
 
 
@@ -222,8 +229,8 @@ def compare_whole(name: str, model: Model, directory: Path, traced: Traced, prec
     Args:
         name: The graph.
         model: The checkpoint in float32.
-        directory: Where the graph was written.
-        traced: The graph.
+        directory: The directory that the graph was written to.
+        traced: The traced graph, whose spec names the file.
         precision: Precision of the graph.
 
     Raises:
@@ -243,7 +250,10 @@ BF16_SAMPLE = "weights rounded to bf16, computed in fp32"
 
 @contextmanager
 def _bf16_twin(traced: Traced, read: Callable[[str], Tensor], directory: Path) -> Iterator[Path]:
-    """An FP32 graph with weights rounded to bf16: ONNX Runtime has no bf16 CPU kernels."""
+    """Writes an FP32 graph with weights rounded to bf16, and yields its file, which is removed afterwards.
+
+    ONNX Runtime cannot run bf16 graphs on the CPU.
+    """
     data, graph = directory / ".twin.data", directory / ".twin.onnx"
     try:
         write_weights(traced, lambda name: read(name).to(torch.bfloat16), data, torch.float32)
@@ -259,9 +269,9 @@ def compare_sample(
 ) -> list[Parity]:
     """Compares a graph with the torch model one layer at a time, if the whole graph needs too much memory.
 
-    For each sampled layer, the module is traced again with this layer alone in its stack; what comes before and after
-    the stack stays. The small graph reads its weights from the data file of the exported graph, so the exported weights
-    are checked. Only one layer is in memory at a time.
+    For each sampled layer, the module is traced again with only this layer in its list of layers; the modules before
+    and after the list stay. The weights of this small graph are those in the data file of the exported graph, so the
+    exported weights are checked. Only one layer is in memory at a time.
 
     Args:
         name: Name of the graph.
@@ -313,7 +323,7 @@ def _meta_model(config: Config) -> Model:
 
 
 def _stack(name: str, model: Model) -> tuple[str, nn.ModuleList]:
-    """The path and the list of the layers that a graph repeats; empty where it repeats none."""
+    """Returns the path and the list of a graph's repeated layers; both are empty if the graph has no such list."""
     modules = dict(GRAPHS[name].wrap(model).named_modules())
     for path in GRAPHS[name].stacks:
         found = modules.get(path)
@@ -323,7 +333,10 @@ def _stack(name: str, model: Model) -> tuple[str, nn.ModuleList]:
 
 
 def _cut(name: str, model: Model, layer: int) -> nn.Module:
-    """The graph's module with one layer; with two copies of it where a layer merges patches for the next one."""
+    """Returns the graph's module with only one of its layers; ``model`` is changed.
+
+    If the layers merge patches for the next layer, the module has two copies of this layer.
+    """
     _, stack = _stack(name, model)
     if len(stack):
         kept = stack[layer]
@@ -338,7 +351,7 @@ def _copies(name: str, config: Config) -> int:
 
 
 def _one_layer_spec(name: str, config: Config) -> GraphSpec:
-    """The spec with the keys and values of one layer; the whole spec of a graph that is not cut."""
+    """Returns the spec of a graph with one layer: only one layer's keys and values. Without layers, the whole spec."""
     if name == VISION and isinstance(config.vision, VisionConfig):
         config = replace(config, vision=replace(config.vision, num_layers=_copies(name, config)))
     whole = GRAPHS[name].spec(config)
@@ -348,7 +361,7 @@ def _one_layer_spec(name: str, config: Config) -> GraphSpec:
 
 
 def _first_layer(tensors: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-    """The tensors without the keys and values of later layers."""
+    """Returns the tensors without the keys and values of all layers but the first."""
     return tuple(tensor for tensor in tensors if not LATER_LAYER.match(tensor.name))
 
 
@@ -356,14 +369,17 @@ LATER_LAYER = re.compile(rf"(past_key_values|present|cross|{QUERIES})\.[1-9]\d*\
 
 
 def _one_layer(name: str, config: Config, layer: int, state: Mapping[str, Tensor]) -> nn.Module:
-    """The graph's module with one layer; parameters that the graph does not need stay without values."""
+    """Returns the graph's module with one layer and the weights ``state``.
+
+    Parameters that are not in ``state`` stay on the meta device, without values.
+    """
     module = _cut(name, _meta_model(config), layer)
     module.load_state_dict(state, assign=True, strict=False)
     return module
 
 
 def release_memory() -> None:
-    """Returns freed memory to the system, where the C library can."""
+    """Returns freed memory to the operating system, if the C library has a function for it."""
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):  # not glibc: freed pages stay with the process

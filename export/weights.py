@@ -1,7 +1,7 @@
-"""Writes the weights of a graph to its data file, and the token table, one tensor at a time.
+"""Writes the weights of a graph to its data file, and the token embedding table to another file.
 
-Memory holds one tensor, whatever the model's size: it is read from the mapped checkpoint, transposed, cast, hashed,
-written and released.
+One tensor at a time is read from the mapped checkpoint, transposed, cast, hashed, written and released. So memory holds
+one tensor, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16
 
 @dataclass(frozen=True)
 class Placed:
-    """The place of a tensor in a graph's data file."""
+    """Offset and length of a tensor in a graph's data file, in bytes."""
 
     offset: int  # bytes
     length: int  # bytes
@@ -38,7 +38,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Weights:
-    """The written weights of a graph: the file, its record, and the place of each tensor."""
+    """The written weights of a graph: the data file, its size and hash, and the place of each tensor in the file."""
 
     file: Path
     record: FileRecord
@@ -52,7 +52,7 @@ def write_weights(
     dtype: torch.dtype,
     progress: Callable[[int, int], None] | None = None,
 ) -> Weights:
-    """Writes every weight of a graph to ``file`` and points the graph there.
+    """Writes every weight of a graph to ``file``, and makes the graph's initializers refer to this file.
 
     Args:
         traced: A graph without weights.
@@ -62,7 +62,7 @@ def write_weights(
         progress: Called with tensors done and tensors in all.
 
     Raises:
-        ExportError: A weight is not finite, or does not fit the dtype.
+        ExportError: A weight is not finite, or is too large for the dtype.
         OSError: The disk is full.
     """
     whole = hashlib.sha256()
@@ -87,10 +87,12 @@ def write_weights(
 
 
 def to_bytes(tensor: Tensor, slot: WeightSlot, dtype: torch.dtype) -> memoryview:
-    """The bytes of a weight as its graph reads it: transposed, cast, contiguous; bf16 as its 16-bit patterns.
+    """Returns the bytes of a weight as the graph's data file stores them.
+
+    The weight is transposed if the slot says so, cast, and made contiguous; bf16 values are 16-bit patterns.
 
     Raises:
-        ExportError: It has values that are not finite, or that are too large for the dtype.
+        ExportError: The weight has values that are not finite, or that are too large for the dtype.
     """
     converted = (tensor.t() if slot.transposed else tensor).to(dtype).contiguous()
     if tensor.is_floating_point() and not bool(torch.isfinite(converted.sum(dtype=torch.float32))):
@@ -99,7 +101,10 @@ def to_bytes(tensor: Tensor, slot: WeightSlot, dtype: torch.dtype) -> memoryview
 
 
 def _explain_not_finite(tensor: Tensor, slot: WeightSlot, dtype: torch.dtype) -> None:
-    """Raises ExportError for a value that is not finite; the sum alone may overflow where no element does."""
+    """Raises ExportError if a value is not finite, or is too large for the dtype; else does nothing.
+
+    The caller tests the sum of all values, which may overflow although no single value is wrong.
+    """
     if not bool(torch.isfinite(tensor).all()):
         raise ExportError(
             f"the weight {slot.parameter} holds values that are not finite",
@@ -114,7 +119,7 @@ def _explain_not_finite(tensor: Tensor, slot: WeightSlot, dtype: torch.dtype) ->
 
 
 def point_at(traced: Traced, file: Path, placed: Mapping[str, Placed]) -> None:
-    """Makes the initializers of a graph refer to ``file``."""
+    """Makes each initializer of a graph refer to its bytes in ``file``."""
     for name in traced.slots:
         value = traced.model.graph.initializers[name]
         if value.dtype is None or value.shape is None:
@@ -132,7 +137,7 @@ def check_hashes(weights: Weights, read: Callable[[str], Tensor], traced: Traced
         The number of weights.
 
     Raises:
-        ExportError: One differs.
+        ExportError: A weight differs.
     """
     with weights.file.open("rb") as file:
         for name, slot in traced.slots.items():
@@ -146,16 +151,16 @@ def check_hashes(weights: Weights, read: Callable[[str], Tensor], traced: Traced
 
 
 def write_token_table(table: Tensor, parameter: str, path: Path, dtype: torch.dtype) -> None:
-    """Writes a table.
+    """Writes the token embedding table to a safetensors file.
 
     Args:
-        table: ``[V, D]``, as the checkpoint has it.
+        table: The table ``[V, D]`` in the checkpoint's dtype.
         parameter: Name of the parameter, for errors.
         path: The file.
-        dtype: float32, float16 or bfloat16.
+        dtype: dtype of the written values: float32, float16 or bfloat16.
 
     Raises:
-        ExportError: A value is not finite, or does not fit the dtype.
+        ExportError: A value is not finite, or is too large for the dtype.
         OSError: The disk is full.
     """
     stored = StoredTensor(SAFETENSORS_DTYPES[dtype], tuple(table.shape))
@@ -163,10 +168,10 @@ def write_token_table(table: Tensor, parameter: str, path: Path, dtype: torch.dt
 
 
 def check_token_table(table: Tensor, parameter: str, path: Path, dtype: torch.dtype) -> None:
-    """Reads a written table back and compares it with the checkpoint's.
+    """Reads the written token embedding table back and compares it with the checkpoint's.
 
     Raises:
-        ExportError: It differs.
+        ExportError: A value differs.
     """
     written = SafetensorsFile(path).array(EMBEDDINGS_TENSOR)
     if hashlib.sha256(written.data).digest() != hashlib.sha256(_bytes(table, parameter, dtype)).digest():
