@@ -12,7 +12,10 @@ from blip2edge.model.layers import ACTIVATIONS, KeyValue, attend, merge_heads, s
 
 
 class BertAttention(nn.Module):
-    """Attention, then the residual and the norm. Keys and values are computed by :meth:`key_value`, to be cached."""
+    """Attention, then the residual and the norm.
+
+    Keys and values are computed separately (:meth:`key_value`), so that they can be cached.
+    """
 
     def __init__(self, config: BertSizes, context_width: int) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""Configs of the models: sizes and variants of every part, checked when a config is created.
+"""Configs of the models: sizes and variants of vision encoder, bridge and language model.
+
+The values are checked when a config is created.
 
 A config holds only what the modules need. ``from_hf`` reads the section of transformers' ``config.json``, with
 transformers' defaults; ``to_hf`` writes it.
@@ -16,7 +18,7 @@ from blip2edge.model.vision.token_merging import merged_counts
 
 
 class VisionEncoderConfig(Protocol):
-    """What the configs of all vision encoders have in common."""
+    """Base class of the configs of vision encoders."""
 
     @property
     def kind(self) -> str:
@@ -177,7 +179,7 @@ class QFormerConfig(BertSizes):
 
 
 class BridgeConfig(Protocol):
-    """What the configs of all bridges have in common."""
+    """Base class of the configs of bridges."""
 
     @property
     def kind(self) -> str:
@@ -255,10 +257,10 @@ class LanguageConfig(Section):
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """Content of ``draft.json``: config of the text head. Its other sizes are those of the Q-Former.
+    """Config of the text head, the content of ``draft.json``. All sizes that are not here are those of the Q-Former.
 
     Attributes:
-        vocab_size: Rows of the word table, [DEC] included; the tokenizer is ``draft_tokenizer.json``.
+        vocab_size: Rows of the token embedding table, [DEC] included; the tokenizer is ``draft_tokenizer.json``.
         max_positions: Rows of the position table: the length of the longest text, [DEC] included.
         dec_token_id: Id of [DEC], the first token of every text.
         end_token_id: Id of the token that ends a text.
@@ -296,7 +298,7 @@ class DraftConfig:
         return cls(f.integer("vocab_size", None), f.integer("max_positions", None), **ids)
 
     def to_json(self) -> dict[str, Any]:
-        """The config as a JSON object for ``draft.json``."""
+        """Returns the config as a JSON object for ``draft.json``."""
         return asdict(self)
 
 
@@ -311,8 +313,8 @@ class CaptionerConfig:
     Attributes:
         bos_token_id: Token that begins every text after the visual tokens.
         eos_token_ids: End tokens of the language model, from ``config.json``.
-        end_token_ids: Tokens that end a generated text, from ``generation_config.json``, where the family follows
-            that file and it names some; else empty, and the text ends at `eos_token_ids`. See :attr:`ends`.
+        end_token_ids: Tokens that end a generated text, from ``generation_config.json``. Empty if the family does not
+            follow this file or if the file has no end tokens: then `eos_token_ids` end the text. See :attr:`ends`.
         image_token_id: Token id that stands for a visual token in transformers' ``input_ids``; the repetition penalty
             applies to this id.
         decoder_start_token_id: First token of the decoder of an encoder-decoder model.

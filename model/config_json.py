@@ -32,7 +32,10 @@ def layered(*layers: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _place(section: str) -> str:
-    """The place of a section, for errors: ``config.json: text_config``; a whole file has its name as section."""
+    """Returns the place of a section for errors, such as ``config.json: text_config``.
+
+    If the section is a whole file, its name is the file's name.
+    """
     return section if section.endswith(".json") else f"config.json: {section}"
 
 
@@ -67,7 +70,7 @@ class Fields:
         return value
 
     def number(self, key: str, default: float | None) -> float:
-        """A finite number; a dropout is a probability."""
+        """Reads a finite number. The value of a dropout must be a probability."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MAX_NUMBER:
             raise CheckpointError(f"{self._where(key)} must be a finite number, not {value!r}")

@@ -2,9 +2,9 @@
 
 Slots are the Q queries, then the T tokens of the text (Li et al., arXiv 2301.12597, figure 2):
 
-    itc   unimodal: queries attend to queries, a text to its text
+    itc   unimodal: queries attend to queries, the tokens of a text attend to each other
     itm   bidirectional: every slot attends to every slot
-    itg   multimodal causal: queries attend to queries; a token to the queries, the tokens before it and itself
+    itg   multimodal causal: queries attend to queries; a token attends to the queries, to itself and to earlier tokens
 
 No slot attends to padding, in any task.
 """

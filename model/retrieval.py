@@ -24,7 +24,7 @@ from blip2edge.model.vision.registry import build_vision
 
 
 class TextConfig(Protocol):
-    """What the configs of all text encoders have in common."""
+    """Base class of the configs of text encoders."""
 
     @property
     def kind(self) -> str:
@@ -107,7 +107,10 @@ class RetrievalQFormer(InstructedQFormer):
 
 
 class Blip2Matcher(MatcherModule):
-    """BLIP-2's matcher: one vector per query, of which the nearest counts; the ITM logits are the mean over queries."""
+    """BLIP-2's matcher: one vector per query; the vector nearest to the text counts for the similarity.
+
+    The ITM logits are the mean over the queries.
+    """
 
     def __init__(self, config: RetrievalConfig) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ class InstructedQFormerConfig(QFormerConfig):
     """Config of a Q-Former that also reads a text, with the defaults of transformers' InstructBlipQFormerConfig.
 
     Attributes:
-        vocab_size: Rows of the Q-Former's word table; the tokenizer is BERT's, not the language model's.
+        vocab_size: Rows of the Q-Former's token embedding table; the tokenizer is BERT's, not the language model's.
         instruction_positions: Rows of the position table: the length of the longest instruction.
     """
 
@@ -50,7 +50,8 @@ class InstructedLayer(QFormerLayer):
     ) -> tuple[Tensor, Tensor]:
         """Updates queries ``[B, Q, D]`` and text ``[B, T, D]``, same shapes; ``bias [B, 1, 1, Q + T]`` hides padding.
 
-        ``last`` leaves out the text's feed-forward: the text after the last layer is not used.
+        If ``last`` is true, the feed-forward of the text is left out, because the text states after the last layer are
+        not used.
         """
         count = queries.shape[1]
         both = torch.cat([queries, text], dim=1)  # [B, Q + T, D]

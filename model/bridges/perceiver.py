@@ -1,7 +1,7 @@
 """The perceiver resampler: learned latents that read a picture of any length (Alayrac et al., arXiv 2204.14198, 3.1).
 
-Flamingo's form of the Perceiver (arXiv 2103.03206): in every layer the latents attend to the picture and to
-themselves, then pass a feed-forward. The output is as wide as the picture's embeddings.
+This is Flamingo's variant of the Perceiver (arXiv 2103.03206): in every layer the latents attend to the picture and to
+each other, then pass a feed-forward. The output has the width of the picture's embeddings.
 """
 
 from __future__ import annotations
@@ -93,7 +93,10 @@ class PerceiverLayer(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """Bridge with learned latents that attend to the picture; D is Dv if there is no linear layer at the end."""
+    """Bridge with learned latents that attend to the picture.
+
+    The width D of the visual tokens is the width Dv of the embeddings if there is no linear layer at the end.
+    """
 
     def __init__(self, config: PerceiverConfig) -> None:
         super().__init__()

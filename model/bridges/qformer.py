@@ -39,7 +39,7 @@ class QFormerLayer(nn.Module):
             image_embeds: The picture's embeddings, ``[B, P, Dv]``.
 
         Returns:
-            The queries, and keys and values of the self-attention, as many rows as the given queries.
+            The queries, and the keys and values of the self-attention, whose batch is that of the given queries.
         """
         key_value = self.self_attention.key_value(queries)
         queries = self.self_attention.attend_to(queries, key_value)

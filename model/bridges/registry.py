@@ -1,4 +1,4 @@
-"""Builds a bridge from its config: one row per kind."""
+"""Builds a bridge from its config; a table has one row for each kind of bridge."""
 
 from __future__ import annotations
 

@@ -32,7 +32,10 @@ DRAFT_PREFIX = "draft."
 
 
 class WordHead(nn.Module):
-    """BERT's transform, then the token table as the output matrix (arXiv 1810.04805, and LAVIS' ``cls``)."""
+    """Maps states to logits: a linear layer, an activation and a norm, then the token embedding table as output matrix.
+
+    It is BERT's output layer (arXiv 1810.04805), and LAVIS' ``cls``.
+    """
 
     def __init__(self, config: QFormerConfig, vocab_size: int) -> None:
         super().__init__()
@@ -94,7 +97,7 @@ class TextSide(NamedTuple):
         return self.head(gather_positions(x, logits_indices), self.words.weight), presents
 
     def _embed(self, input_ids: Tensor) -> Tensor:
-        """int64 ``[B, S]`` to ``[B, S, D]``."""
+        """Maps token ids, int64 ``[B, S]``, to embeddings ``[B, S, D]``."""
         if not torch.compiler.is_exporting():
             return F.embedding(input_ids, self.words.weight)
         # Columns of the transposed table, which is the head's matrix, so that a graph holds the table once.
@@ -103,7 +106,7 @@ class TextSide(NamedTuple):
 
 
 class TextHead(nn.Module):
-    """The parts of the text head that the Q-Former does not have."""
+    """The modules of the text head that it does not share with the Q-Former."""
 
     def __init__(self, config: DraftConfig, qformer: QFormerConfig) -> None:
         super().__init__()

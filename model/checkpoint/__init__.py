@@ -1,1 +1,1 @@
-"""Checkpoints on disk: directories of save_pretrained, and LAVIS files."""
+"""Reads and writes checkpoints: directories of transformers' ``save_pretrained``, and files of LAVIS (read only)."""

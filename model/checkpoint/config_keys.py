@@ -22,14 +22,14 @@ TRANSFORMERS_TYPES = {"minigpt4": "blip-2"}
 
 
 class RecordedObject(Mapping[str, Any]):
-    """A JSON object that records which of its keys were read; its own objects do the same.
+    """A JSON object that records which of its keys were read; the objects inside it are recorded in the same way.
 
     Args:
         values: The object.
 
     Attributes:
         keys_read: The keys that were read.
-        sections: The objects in it that were read.
+        sections: The objects inside this object that were read, by key.
     """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -45,7 +45,7 @@ class RecordedObject(Mapping[str, Any]):
         return value
 
     def read_part(self) -> dict[str, Any]:
-        """The keys that were read, and ``model_type``, which chooses transformers' class."""
+        """Returns only the keys that were read, and ``model_type`` (it selects transformers' class)."""
         kept = {key: value for key, value in self.content.items() if key in self.keys_read or key == "model_type"}
         return kept | {name: section.read_part() for name, section in self.sections.items()}
 
@@ -57,10 +57,10 @@ class RecordedObject(Mapping[str, Any]):
 
 
 def check_config(directory: Path) -> list[str]:
-    """Checks the keys of ``config.json`` that no reader asked for.
+    """Checks the keys of ``config.json`` that this project does not read.
 
     Returns:
-        Warnings: one for each section, with the keys that transformers does not read either.
+        Warnings: one for each section that has keys which transformers does not read either.
 
     Raises:
         CheckpointError: A key has a value that changes captions and is not supported.
@@ -88,7 +88,7 @@ def check_config(directory: Path) -> list[str]:
 
 
 def _unread_keys(where: str, section: RecordedObject) -> list[str]:
-    """Warnings for a format that transformers does not know: all keys that the reader did not ask for."""
+    """Returns warnings for a ``model_type`` that transformers does not have: they name all keys that were not read."""
     unread = [
         key
         for key, value in section.content.items()
@@ -101,13 +101,13 @@ def _unread_keys(where: str, section: RecordedObject) -> list[str]:
 
 
 def _check_section(where: str, section: RecordedObject, whole: Any, without: Any) -> list[str]:
-    """Checks a section and the sections in it.
+    """Checks the keys that were not read, of a section and of the sections inside it; returns warnings.
 
     Args:
         where: Name of the section, for messages.
-        section: The section.
-        whole: transformers' config object of it.
-        without: The same from the keys alone that were read.
+        section: The section, with its record of the keys that were read.
+        whole: transformers' config object, made from all keys of the section.
+        without: transformers' config object, made from only the keys that were read.
     """
     unread = []
     for key, value in section.content.items():

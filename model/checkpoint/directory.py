@@ -57,12 +57,12 @@ class Checkpoint:
         base: The directory with the weights that an adapter changes; None for the one that the adapter names.
 
     Attributes:
-        directory: Where config and weights are: ``given``, or the base of the adapter in it.
+        directory: The directory with config and weights: ``given``, or the base of the adapter in ``given``.
         laid_over: The file with trained tensors that replace the directory's.
-        config: Config of the model. The head is tied where the tensors are.
-        ties: Tied tensors, as the config has them.
-        map: Maps our parameters to its tensors.
-        shapes: Shapes of our parameters.
+        config: Config of the model. Its head is tied if the tensors of head and token table are equal.
+        ties: Pairs of tensors that the config ties.
+        map: Maps the parameters of this project's model to the checkpoint's tensors.
+        shapes: Shapes of the parameters of this project's model.
 
     Raises:
         CheckpointError: Config and tensors do not fit together, or the weights are quantised.
@@ -96,7 +96,7 @@ class Checkpoint:
         self._fit()
 
     def _fit(self) -> None:
-        """Decides which tied tensors are one, and compares names and shapes.
+        """Decides whether the head is tied to the token table, and checks names and shapes of all tensors.
 
         Raises:
             CheckpointError: Config and tensors do not fit together.
@@ -122,12 +122,12 @@ class Checkpoint:
             return {source for ours in shapes_of(build_model(config)) for source in names.sources(ours)}
 
     def own_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of our parameters without a tied head, which is the token table."""
+        """Returns the shapes of the model's parameters; a tied head is left out, because it is the token table."""
         tied = {HEAD} if ties_head(self.config) else set()
         return {name: shape for name, shape in self.shapes.items() if name not in tied}
 
     def read(self, ours: str) -> Tensor:
-        """Reads our parameter ``ours``, in the checkpoint's dtype; in float32 where an adapter changes it."""
+        """Reads the model's parameter ``ours``: in float32 if an adapter changes it, else in the checkpoint's dtype."""
         return self.files.read(self.map.sources(ours))
 
     def lay_over(self, tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -135,7 +135,7 @@ class Checkpoint:
 
         Args:
             tensors: New tensors, by the directory's names.
-            path: The file that they come from.
+            path: The file of the new tensors.
 
         Raises:
             CheckpointError: A shape differs.
@@ -145,15 +145,16 @@ class Checkpoint:
         self.laid_over = path
 
     def paths(self) -> list[Path]:
-        """Every file that affects the captions."""
+        """Returns the path of every file that affects the captions."""
         folders = dict.fromkeys([self.directory, self.given])
         paths = [path for folder in folders for path in matching(folder, CHECKPOINT_FILES).values()]
         return paths if self.laid_over is None else [*paths, self.laid_over]
 
     def side_directory(self) -> Path:
-        """The directory with config, tokenizer, processor and chat template.
+        """Returns a directory with config, tokenizer, processor and chat template.
 
-        An adapter's directory may hold some of them; the others are the base's. A folder of links joins them.
+        An adapter's directory may hold some of these files; the base holds the others. In this case the directory is a
+        temporary one with links to the files of both.
         """
         if self.given == self.directory or not find_side_files(self.given):
             return self.directory
@@ -165,12 +166,12 @@ class Checkpoint:
         return folder
 
     def num_bytes(self) -> int:
-        """Size of all safetensors files."""
+        """Returns the size of all safetensors files in bytes."""
         return sum(path.stat().st_size for path in shards(self.directory))
 
 
 def ties_head(config: Config) -> TypeGuard[CaptionerConfig]:
-    """Whether the head shares the weight of the token table."""
+    """Whether the model is a captioner whose head shares the weight of the token table."""
     return isinstance(config, CaptionerConfig) and config.language.tie_embeddings
 
 
@@ -197,10 +198,10 @@ def load_model(source: str | Path | Checkpoint, dtype: torch.dtype = torch.float
 
 
 def load_checkpoint(directory: str | Path, dtype: torch.dtype = torch.float32) -> CaptionerModel:
-    """Reads a captioner; arguments and errors as :func:`load_model`.
+    """Reads a captioner; the arguments are those of :func:`load_model`.
 
     Raises:
-        CheckpointError: It is a retrieval model, which generates no text; or as :func:`load_model`.
+        CheckpointError: The checkpoint is a retrieval model, which generates no text; or see :func:`load_model`.
     """
     model = load_model(directory, dtype)
     if not isinstance(model, CaptionerModel):
@@ -211,7 +212,7 @@ def load_checkpoint(directory: str | Path, dtype: torch.dtype = torch.float32) -
 
 
 def to_hf_tensors(model: Model) -> dict[str, Tensor]:
-    """The state of a model under transformers' names, without a tied head."""
+    """Returns the tensors of a model by transformers' names, without a tied head."""
     names = weight_map(model.config)
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
@@ -229,12 +230,12 @@ def save_checkpoint(
 ) -> None:
     """Writes a directory that ``transformers.Blip2ForConditionalGeneration.from_pretrained`` loads.
 
-    The text head (draft model) goes to files of its own, which transformers ignores.
+    The text head (draft model) is written to separate files, which transformers ignores.
 
     Args:
         model: The model to save.
         directory: Where to write; created if missing.
-        like: A checkpoint whose tokenizer and processor files are copied, that of the text head included.
+        like: A checkpoint whose tokenizer and processor files are copied, also the tokenizer of the text head.
         dtype: dtype of the saved weights; None keeps the model's.
     """
     target = Path(directory)

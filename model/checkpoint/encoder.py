@@ -19,9 +19,9 @@ from blip2edge.model.weights.rules import WeightMap, under
 
 
 def is_encoder(directory: Path) -> bool:
-    """Whether a checkpoint is that of a vision encoder alone, a row of ``vision/registry.py``, or of a whole model.
+    """Whether a checkpoint must be opened with :func:`load_encoder`, and not as a captioner or retrieval model.
 
-    Of whole models, only those count that no family reads, such as SigLIP's.
+    Such a checkpoint holds only a vision encoder, or it holds a whole model that no family reads, such as SigLIP.
     """
     path = directory / "config.json"
     known = VISION_ENCODERS.keys() | WHOLE_MODELS.keys() | REFUSED.keys()
@@ -32,11 +32,11 @@ def load_encoder(directory: Path, size: tuple[int, int] | None = None) -> Vision
     """Reads a vision encoder in eval mode, float32.
 
     Args:
-        directory: The checkpoint of the encoder, or of a whole model with it.
-        size: Height and width of the pictures that the preprocessing makes, in pixels; None for the encoder's own.
+        directory: The checkpoint of the encoder, or of a whole model with this encoder.
+        size: Height and width of the pictures that the preprocessing makes, in pixels; None for the encoder's size.
 
     Raises:
-        CheckpointError: Config and tensors do not fit together, or the encoder does not take pictures of this size.
+        CheckpointError: Config and tensors do not fit together, or the encoder cannot encode pictures of this size.
         UnsupportedModelError: The encoder is not supported.
     """
     values = read_checkpoint_json(directory / "config.json")
@@ -63,7 +63,7 @@ def load_encoder(directory: Path, size: tuple[int, int] | None = None) -> Vision
 
 
 def _for_size(module: VisionModule, size: tuple[int, int] | None, directory: Path) -> VisionModule:
-    """The encoder for pictures of this size; see :func:`load_encoder`."""
+    """Returns the encoder, or a resized copy of it for pictures of another size; see :func:`load_encoder`."""
     side = module.config.image_size
     if size is None or size == (side, side):
         return module
@@ -78,7 +78,10 @@ def _for_size(module: VisionModule, size: tuple[int, int] | None, directory: Pat
 
 
 def save_encoder(module: VisionModule, directory: Path) -> None:
-    """Writes a directory that :func:`load_encoder` reads; created if missing. The preprocessing is not written."""
+    """Writes config and weights of a vision encoder to a directory, for :func:`load_encoder`.
+
+    The directory is created if it is missing. The preprocessing is not written.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     row = vision_encoder(module.config.kind)
     names = WeightMap(under("", row.prefix, row.rules(module.config)))

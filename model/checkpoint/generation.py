@@ -1,4 +1,4 @@
-"""The generation defaults of a bundle: from ``generation_config.json`` where the family follows it."""
+"""Reads the generation defaults of a bundle, from ``generation_config.json`` if the family follows this file."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ TRANSFORMERS_LENGTH = 20
 
 
 def end_tokens(directory: Path, config: CaptionerConfig) -> tuple[int, ...]:
-    """The tokens that end a text in ``generation_config.json``, if the family follows that file; else none."""
+    """Returns the end tokens in ``generation_config.json``; empty if the family does not follow this file."""
     path = directory / FILE
     if not FAMILIES[config.family].generation or not path.is_file():
         return ()
@@ -62,7 +62,7 @@ def end_tokens(directory: Path, config: CaptionerConfig) -> tuple[int, ...]:
 
 
 def read_generation(directory: Path, config: CaptionerConfig) -> tuple[dict[str, Any], list[str]]:
-    """The manifest's ``generation``, and warnings.
+    """Returns the value of ``generation`` for the manifest, and warnings.
 
     Only the families that transformers generates with their own ``generation_config.json`` follow it (LLaVA,
     Idefics). The language model inside the other families takes its end tokens from ``config.json`` and no other
@@ -106,7 +106,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _options(values: Mapping[str, Any], eos: list[Any], path: Path) -> dict[str, Any]:
-    """The keys of a generation config that are options of the runtime.
+    """Returns the keys of a generation config that are options of the runtime, without those that have no effect.
 
     Raises:
         CheckpointError: A value is outside its range.

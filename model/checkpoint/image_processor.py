@@ -1,4 +1,4 @@
-"""Reads the preprocessing of a checkpoint: finds its file, and takes the defaults of the image processor it names."""
+"""Reads the preprocessing of a checkpoint from its file; missing keys get the defaults of the named image processor."""
 
 from __future__ import annotations
 
@@ -43,16 +43,18 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class ImageProcessorClass:
-    """A class of transformers: its defaults. All classes here resize, crop, rescale and normalise, in this order.
+    """Defaults of one of transformers' image processor classes.
+
+    All classes here resize, crop, rescale and normalise, in this order.
 
     Attributes:
         size: Size of the resized picture, in pixels.
         crop: Size of the centre crop, in pixels; None if the class has no crop.
-        do_crop: Whether it crops by default.
+        do_crop: Whether the class crops by default.
         resample: Pillow's code of the filter.
         mean, std: One value for each channel, R, G, B.
-        square: Whether a number as ``size`` is both edges; else it is the shortest edge.
-        rescale_first: Whether it rescales before it resizes, as an exception.
+        square: Whether a single number as ``size`` means both edges; else it means the shortest edge.
+        rescale_first: Whether the class rescales before it resizes, as an exception.
     """
 
     size: Mapping[str, int] = field(default_factory=lambda: SHORT_224)
@@ -65,7 +67,7 @@ class ImageProcessorClass:
     rescale_first: bool = False
 
     def settings(self) -> dict[str, Any]:
-        """The defaults by transformers' keys."""
+        """Returns the defaults by transformers' keys."""
         return {
             "do_resize": True,
             "size": self.size,
@@ -128,9 +130,9 @@ class LoadedPreprocessing:
 
     Attributes:
         preprocessing: The settings.
-        values: The JSON object that they were read from, with the class where it names none.
-        where: File of the values, for errors.
-        warnings: Keys that are not used, and other settings of the checkpoint that differ and are not used either.
+        values: The JSON object with these settings; the class is added if the object names none.
+        where: File of the JSON object, for errors.
+        warnings: Keys that are not used, and files with other settings that are not used.
     """
 
     preprocessing: Preprocessing
@@ -140,10 +142,10 @@ class LoadedPreprocessing:
 
 
 def load_preprocessing(directory: Path) -> LoadedPreprocessing:
-    """The preprocessing of a checkpoint.
+    """Reads the preprocessing of a checkpoint.
 
     Raises:
-        CheckpointError: There is none, or it has a value that is not supported.
+        CheckpointError: The checkpoint has no preprocessing, or a value is not supported.
     """
     config = directory / "config.json"
     model_type = read_checkpoint_json(config).get("model_type") if config.is_file() else None
@@ -162,10 +164,10 @@ def load_preprocessing(directory: Path) -> LoadedPreprocessing:
 
 
 def _sources(directory: Path, places: Sequence[tuple[str, str]]) -> dict[str, Mapping[str, Any]]:
-    """The settings that a checkpoint has, by the name of their place; the first are used.
+    """Finds all preprocessing settings of a checkpoint, by file (and key in it); the first settings are used.
 
     Raises:
-        CheckpointError: The first ones are no object.
+        CheckpointError: The first settings are not a JSON object.
     """
     found: dict[str, Mapping[str, Any]] = {}
     for name, part in places:
@@ -182,7 +184,7 @@ def _sources(directory: Path, places: Sequence[tuple[str, str]]) -> dict[str, Ma
 
 
 def _same_steps(used: Preprocessing, values: Mapping[str, Any], where: str, otherwise: str) -> bool:
-    """Whether other settings describe the preprocessing that is used."""
+    """Whether other settings give the same preprocessing as the settings that are used."""
     try:
         return read_image_processor(values, where, otherwise).preprocessing == used
     except CheckpointError:
@@ -192,13 +194,13 @@ def _same_steps(used: Preprocessing, values: Mapping[str, Any], where: str, othe
 def read_image_processor(
     values: Mapping[str, Any], where: str = "preprocessor_config.json", otherwise: str = "Blip"
 ) -> LoadedPreprocessing:
-    """The preprocessing that a ``preprocessor_config.json`` describes.
+    """Reads the preprocessing from the content of a ``preprocessor_config.json``.
 
     Args:
-        values: The parsed JSON. An absent key takes the default of the class that is named.
+        values: The parsed JSON. A missing key has the default of the named class.
         where: Name of the file, for errors.
-        otherwise: Key of :data:`CLASSES`, where no class is named. :data:`VIDEO` is the class of a video model's file
-            also where it names a class of pictures.
+        otherwise: Key of :data:`CLASSES` that is used if the file names no class. For :data:`VIDEO`, it is also used if
+            the file names a class for pictures.
 
     Raises:
         CheckpointError: The class is not supported, a value is outside its range, or a key selects a step that is
@@ -247,7 +249,7 @@ def read_image_processor(
 
 
 def _class_of(values: Mapping[str, Any], otherwise: str) -> tuple[str, str]:
-    """The class that a file names (empty if it names none), and the key of the class that is used."""
+    """Returns the class that a file names (empty for none), and the key of the class to use in :data:`CLASSES`."""
     names = VIDEO_NAMES if otherwise == VIDEO else NAMES
     named = next((str(values[key]) for key in names if values.get(key)), "")
     kind = next((named.removesuffix(ending) for ending in _ENDINGS if named.endswith(ending)), named) or otherwise
@@ -257,7 +259,7 @@ def _class_of(values: Mapping[str, Any], otherwise: str) -> tuple[str, str]:
 
 
 def _flag(values: Mapping[str, Any], key: str, default: bool = False) -> bool:
-    """A switch; null switches a step off, as in transformers."""
+    """Reads a key that is true or false; null counts as false, as in transformers."""
     value = values.get(key, default)
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"{key}: expected true or false, got {value!r}")
@@ -265,7 +267,7 @@ def _flag(values: Mapping[str, Any], key: str, default: bool = False) -> bool:
 
 
 def _size(key: str, value: Any, square: bool) -> dict[str, int]:
-    """transformers' forms of a size (an object, a number, or height and width) as a dict."""
+    """Converts a size to a dict of edges in pixels; transformers allows an object, a number, or height and width."""
     if isinstance(value, Mapping):
         size = {name: edge for name, edge in value.items() if edge is not None}
     elif isinstance(value, (list, tuple)) and len(value) == 2:
@@ -283,7 +285,7 @@ def _number(key: str, value: Any) -> float:
 
 
 def _channels(key: str, value: Any) -> tuple[float, float, float]:
-    """A number for each channel, from a list of three or from one number for all."""
+    """Reads three numbers, one for each channel, from a list of three or from one number for all channels."""
     if not isinstance(value, (list, tuple)):
         return (_number(key, value),) * 3
     if len(value) != 3:

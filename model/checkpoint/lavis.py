@@ -1,4 +1,4 @@
-"""Checkpoints of LAVIS: merges the trained parts in a ``.pth`` with the frozen parts from a directory.
+"""Opens checkpoints of LAVIS: merges the trained modules in a ``.pth`` with the frozen modules from a directory.
 
 A ``.pth`` of salesforce/LAVIS (and of MiniGPT-4, which is built on it) is ``{"model": state_dict}`` with the
 parameters that were trained: the Q-Former and ``ln_vision`` after stage 1; these and the projection after stage 2;
@@ -71,15 +71,15 @@ PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def open_checkpoint(checkpoint: str | Path, base: str | Path | None = None) -> Checkpoint:
-    """A directory, a hub name, a PEFT adapter on a directory, or a ``.pth`` of LAVIS on a directory.
+    """Opens a directory, a hub name, a PEFT adapter with its base, or a ``.pth`` of LAVIS with its base.
 
     Args:
         checkpoint: The checkpoint to open.
-        base: Where the frozen parts of a ``.pth`` or of an adapter are: a checkpoint directory or a hub name.
+        base: Checkpoint directory or hub name with the frozen weights for a ``.pth`` or an adapter.
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or does not fit its config or its base.
-        MissingPackageError: It has an adapter, and peft is not installed.
+        MissingPackageError: The checkpoint has an adapter, and peft is not installed.
         UsageError: A ``.pth`` without a base, or a base for a checkpoint that needs none.
     """
     path = Path(checkpoint)
@@ -103,7 +103,7 @@ def open_checkpoint(checkpoint: str | Path, base: str | Path | None = None) -> C
 
 
 def read_lavis(path: Path) -> dict[str, Tensor]:
-    """The state of a ``.pth``, mapped into memory. No code in it is executed; all but the tensors is ignored.
+    """Reads the state dict of a ``.pth``, mapped into memory. No code in the file is run; other objects are ignored.
 
     Raises:
         CheckpointError: The file is missing, broken, or not in LAVIS' format.
@@ -127,15 +127,15 @@ def read_lavis(path: Path) -> dict[str, Tensor]:
 
 
 def translate(state: Mapping[str, Tensor], base: Checkpoint, path: Path) -> dict[str, Tensor]:
-    """A state of LAVIS under transformers' names.
+    """Renames the tensors of LAVIS to transformers' names.
 
     Args:
         state: LAVIS' tensors.
-        base: The directory's checkpoint.
-        path: The file, for errors.
+        base: The checkpoint with the frozen weights.
+        path: The ``.pth`` file, for errors.
 
     Raises:
-        CheckpointError: A tensor is unknown, or a part of the model is incomplete.
+        CheckpointError: A tensor is unknown, or a trained module lacks some of its tensors.
     """
     shapes = base.files.shapes
     found: dict[str, Tensor] = {}
@@ -184,12 +184,15 @@ def _candidates(name: str) -> list[str]:
 
 
 def _touched(found: Mapping[str, Tensor]) -> set[str]:
-    """Prefixes of the parts that have a tensor in ``found``."""
+    """Returns the name prefixes of the model parts (see :data:`PARTS`) that have a tensor in ``found``."""
     return {prefix for part, prefixes in PARTS if any(name.startswith(part) for name in found) for prefix in prefixes}
 
 
 def _with_whole_biases(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """``q_bias`` and ``v_bias`` as one ``qkv_bias``: (q, 0, v), as keys have none (BEiT, arXiv 2106.08254)."""
+    """Joins each ``q_bias`` and ``v_bias`` to one ``qkv_bias``: (q, 0, v).
+
+    The middle is 0, because keys have no bias (BEiT, arXiv 2106.08254).
+    """
     whole = {name: tensor for name, tensor in state.items() if not name.endswith(("attn.q_bias", "attn.v_bias"))}
     stems = sorted({name[: -len("q_bias")] for name in state.keys() - whole.keys()})
     for stem in stems:

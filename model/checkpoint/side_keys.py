@@ -1,4 +1,4 @@
-"""What happens to each key of the files next to a checkpoint's weights, as tables.
+"""Tables that say what happens to each key of the files next to a checkpoint's weights.
 
 A key is *honoured* (read and used), *neutral* (no value changes a caption), *checked* (only the values in the table
 are accepted; any other would change a caption; the error names the key), or *unread*: transformers 5.23 does not read
@@ -21,7 +21,7 @@ class KeyTable:
     """The keys of one side file.
 
     Attributes:
-        file: Name of the file, or of the part of it.
+        file: Name of the file, or of an object inside the file.
         honoured: Keys that are read and used.
         neutral: Keys that change no caption, whatever their value.
         checked: Values that are accepted, by key. null is always accepted.
@@ -33,7 +33,7 @@ class KeyTable:
     checked: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def effect(self, key: str) -> str:
-        """``honoured``, ``neutral``, ``checked`` or ``unread``."""
+        """Returns what happens to a key: ``honoured``, ``neutral``, ``checked`` or ``unread``."""
         if key in self.honoured:
             return "honoured"
         if key in self.neutral:
@@ -337,7 +337,7 @@ def check_keys(table: KeyTable, values: Mapping[str, Any], where: str) -> list[s
 
 
 def refused(where: str, key: str, value: Any, accepted: Iterable[Any] = ()) -> CheckpointError:
-    """The error for a key whose value would change captions and is not supported."""
+    """Makes the error for a key whose value would change captions and is not supported."""
     choices = " or ".join(json_text(one) for one in accepted)
     return CheckpointError(
         f"{where}: {key} is {json_text(value)}, which is not supported",
@@ -346,13 +346,13 @@ def refused(where: str, key: str, value: Any, accepted: Iterable[Any] = ()) -> C
 
 
 def unread_warning(where: str, keys: Iterable[str]) -> list[str]:
-    """One warning that names all keys that are not read; empty without any."""
+    """Returns one warning that names all unread keys; an empty list if there are no such keys."""
     names = ", ".join(keys)
     return [f"{where}: not used, as transformers does not read it either: {names}"] if names else []
 
 
 def json_text(value: Any) -> str:
-    """A JSON value for a message, cut after 60 characters."""
+    """Formats a JSON value for a message, cut after 60 characters."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

@@ -22,11 +22,11 @@ FLAGS = ("clean_up_tokenization_spaces", "split_special_tokens")
 
 @dataclass(frozen=True)
 class SerializedTokenizer:
-    """A tokenizer as the runtime reads it.
+    """A checkpoint's tokenizer in the format of the runtime.
 
     Attributes:
-        where: File of the values, for errors.
-        content: A ``tokenizer.json``.
+        where: File that the tokenizer was read from, for errors.
+        content: Content of a ``tokenizer.json``.
         flags: Those of :data:`FLAGS` that are on: arguments of :class:`~blip2edge.runtime.text.tokenizer.Tokenizer`.
         bos_token_id: Id of the token that ``tokenizer_config.json`` names as BOS; None if it names none.
         warnings: Keys of the tokenizer's files that are not used.
@@ -39,7 +39,7 @@ class SerializedTokenizer:
     warnings: tuple[str, ...] = ()
 
     def open(self) -> Tokenizer:
-        """The runtime's tokenizer.
+        """Makes the runtime's tokenizer from the content.
 
         Raises:
             CheckpointError: The content is no tokenizer.
@@ -48,13 +48,13 @@ class SerializedTokenizer:
 
 
 def read_tokenizer(directory: Path) -> SerializedTokenizer:
-    """The tokenizer of a directory: what AutoTokenizer makes of all its files, not the ``tokenizer.json`` alone.
+    """Reads the tokenizer of a directory as AutoTokenizer does: from all its files, not from ``tokenizer.json`` alone.
 
     ``tokenizer_config.json`` may change the class, the special tokens and the normaliser. A directory that has a
     ``tokenizer.json`` without ``tokenizer_config.json`` and ``config.json`` is used as it is.
 
     Raises:
-        CheckpointError: There is none, or transformers cannot load it.
+        CheckpointError: There is no tokenizer, or transformers cannot load it.
     """
     if not any((directory / name).is_file() for name in VOCABULARIES):
         raise CheckpointError(f"{directory} has no {TOKENIZER_FILE}", SAVE_PROCESSOR)

@@ -48,14 +48,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _known_keys(tokenizer: Any) -> set[str]:
-    """The keys of ``tokenizer_config.json`` that have a reader, whatever their value."""
+    """Returns the keys of ``tokenizer_config.json`` that this project or transformers reads, whatever the value."""
     readers = [vars(kind)["__init__"] for kind in type(tokenizer).__mro__ if "__init__" in vars(kind)]
     arguments = {name for reader in readers for name in inspect.signature(reader).parameters}
     return {*TOKENIZER.honoured, *TOKENIZER.neutral, *vars(tokenizer), *arguments} - {"self", "args", "kwargs"}
 
 
 def _used(tokenizer: Any, key: str, value: Any, known: Collection[str]) -> bool:
-    """Whether the tokenizer follows a key, or reads it."""
+    """Whether a key has an effect: the tokenizer has the key's value, or the key is one of the ``known`` keys."""
     compare = _STATES.get(key)
     if compare is not None:
         return compare(tokenizer) == value
@@ -69,7 +69,7 @@ def _used(tokenizer: Any, key: str, value: Any, known: Collection[str]) -> bool:
 
 
 def _text(token: Any) -> str | None:
-    """The text of a token, which a file writes as a text or as an object; None for another value."""
+    """Returns the text of a token, which is stored as a text or as an object; None for any other value."""
     if isinstance(token, Mapping):
         token = token.get("content")
     return str(token) if isinstance(token, str) or hasattr(token, "content") else None

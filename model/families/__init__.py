@@ -1,1 +1,1 @@
-"""Families of checkpoints: how their ``config.json`` is read and written, and their prompt formats."""
+"""Families of checkpoints: reads and writes the ``config.json`` of each family, and gives its prompt format."""

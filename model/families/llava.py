@@ -87,7 +87,10 @@ def _clip_tower(values: Any, layer: Any, *, full: bool) -> VisionEncoderConfig:
 
 
 def _siglip_tower(values: Any, layer: Any, *, full: bool) -> VisionEncoderConfig:
-    """SigLIP's encoder. It has no class token: without `full`, transformers drops the first patch."""
+    """Makes the config of a SigLIP encoder in a LLaVA.
+
+    SigLIP has no class token, so without `full`, transformers drops the first patch instead.
+    """
     tower = SiglipConfig.from_hf(values)
     return replace(tower, num_layers=feature_blocks(layer, tower.num_layers), post_norm=False, keep_first=full)
 

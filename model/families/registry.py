@@ -232,7 +232,7 @@ def read_config(config: Any) -> Config:
 
 
 def _family_of(f: Fields) -> Family:
-    """The row of a ``model_type`` and, if several rows share it, of the class.
+    """Returns the row for a checkpoint's ``model_type``; if several rows have this type, the row for its class.
 
     Raises:
         UnsupportedModelError: No such row.
@@ -295,7 +295,7 @@ def weight_map(config: Config) -> WeightMap:
 
 
 def ties_of(config: Config) -> tuple[Tie, ...]:
-    """The tied tensors of a checkpoint with this config; none where it does not tie the embeddings."""
+    """Returns pairs of names of tied tensors in a checkpoint with this config; empty if the embeddings are not tied."""
     if isinstance(config, RetrievalConfig) or not config.language.tie_embeddings:
         return ()
     prefix = FAMILIES[config.family].language_prefix
@@ -303,7 +303,7 @@ def ties_of(config: Config) -> tuple[Tie, ...]:
 
 
 def head_and_table(config: CaptionerConfig) -> list[tuple[str, str]]:
-    """The checkpoint's names of the head's weight where it is not tied, each with that of its token table."""
+    """Returns pairs of tensor names in a checkpoint with an untied head: the head's weight and the token table."""
     untied = WeightMap(_language_rules(config))
     return list(
         zip(untied.sources("language.head.weight"), untied.sources("language.embed_tokens.weight"), strict=True)

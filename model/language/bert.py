@@ -150,7 +150,10 @@ class BertEncoder(nn.Module):
 
 
 class BertHead(nn.Linear):
-    """BERT's transform and the output matrix, which may be the token table; the bias is separate."""
+    """Maps states to logits: a linear layer, an activation and a norm, then the output matrix and a separate bias.
+
+    The output matrix may be the token table.
+    """
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config.hidden_size, config.vocab_size)

@@ -47,7 +47,7 @@ class Rotary(nn.Module):
         return angles.cos(), angles.sin()
 
     def _speeds(self, device: torch.device) -> Tensor:
-        """Radians per position, ``[d / 2]``."""
+        """Returns the rotation in radians per position for each pair of channels, ``[d / 2]``."""
         rope = self.rope
         exponents = torch.arange(0, self.head_dim, 2, device=device).to(torch.float32) / self.head_dim
         speeds = 1.0 / rope.theta**exponents

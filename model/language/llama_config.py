@@ -198,14 +198,17 @@ DEFAULTS: dict[str, dict[str, int]] = {
 
 
 def _kv_heads(f: Fields, heads: int, sizes: Mapping[str, int]) -> int:
-    """A missing key gives the class's default, null gives one per head; as in transformers."""
+    """Reads the number of key/value heads.
+
+    As in transformers, a missing key means the default of the class, and null means as many as query heads.
+    """
     if "num_key_value_heads" in f.values:
         return f.integer("num_key_value_heads", heads)
     return sizes.get("num_key_value_heads", heads)
 
 
 def _window(kind: str, f: Fields, layers: int) -> tuple[int | None, tuple[int, ...]]:
-    """The sliding window, and the layers that have it."""
+    """Returns the sliding window in tokens (None for no window), and the indices of the layers with this window."""
     used = kind == "mistral" or (kind in ("qwen2", "qwen3") and f.flag("use_sliding_window", False))
     if not used or f.values.get("sliding_window", 4096) is None:
         return None, ()

@@ -106,7 +106,7 @@ class T5Config(LanguageConfig):
 def bucket_thresholds(buckets: int, max_distance: int) -> list[int]:
     """Computes the distances at which the next bucket of relative positions begins.
 
-    Near distances have a bucket each; further buckets grow with the logarithm up to ``max_distance`` (T5's
+    Each small distance has its own bucket; later buckets grow with the logarithm up to ``max_distance`` (T5's
     ``relative_position_bucket``). With these integers the graph needs no logarithm, so the buckets are the same in
     every precision.
     """

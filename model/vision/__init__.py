@@ -1,1 +1,1 @@
-"""Vision encoders."""
+"""Vision encoders: they map pictures to embeddings."""

@@ -169,7 +169,12 @@ class Dinov3Vision(VisionModule):
 
 
 def resized_dinov3(module: VisionModule, size: int) -> VisionModule:
-    """Makes an encoder for pictures of another size in pixels, with the same weights: no position has any."""
+    """Makes an encoder for pictures of another size, with the same weights: the positions are computed, not learned.
+
+    Args:
+        module: A :class:`Dinov3Vision`; it is not changed.
+        size: Side of the pictures in pixels.
+    """
     config: Any = module.config
     with torch.device("meta"):
         resized = Dinov3Vision(replace(config, image_size=size))

@@ -1,4 +1,4 @@
-"""Which embeddings a vision encoder returns: the block they come from, and whether those before the patches stay.
+"""Selects the embeddings that a vision encoder returns: from which block, and with or without the class token.
 
 Two keys of a ``vision_config``, with the meaning that they have in transformers' LLaVA:
 
@@ -71,7 +71,7 @@ class PatchEncoderConfig(TransformerConfig):
         return self.num_patches + (self.prefix if self.keep_prefix else 0)
 
     def select(self, x: Tensor) -> Tensor:
-        """Selects the output of ``x [B, prefix + patches, D]``: all, or the patches ``[B, P, D]``."""
+        """Returns all embeddings ``x [B, prefix + patches, D]``, or only the patches, as the config says."""
         return x if self.keep_prefix or not self.prefix else x[:, self.prefix :]
 
     @classmethod
@@ -101,7 +101,9 @@ class PatchEncoderConfig(TransformerConfig):
 
 
 def feature_blocks(layer: Any, depth: int) -> int:
-    """How many blocks run before the features are taken; transformers counts the input of the first as layer 0.
+    """Returns the number of blocks that run before the features are taken.
+
+    In transformers, layer 0 is the input of the first block.
 
     Args:
         layer: The value of ``vision_feature_layer``: a number, or a list of one.

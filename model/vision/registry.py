@@ -26,12 +26,12 @@ class VisionEncoder:
 
     Attributes:
         title: Name of the encoder in tables and messages.
-        embeds: What its output embeddings are, for tables.
+        embeds: Description of the output embeddings, for tables.
         read_config: Function that makes the config from a ``vision_config``.
         build: Function that makes the module from a config.
         rules: Function that returns, for a config, which tensors the parameters are read from, without a prefix.
         prefix: Prefix of the tensors in a checkpoint of the encoder alone, whose ``config.json`` is the
-            ``vision_config``. Some versions of transformers write them without it.
+            ``vision_config``. Some versions of transformers write the tensors without this prefix.
         left_out: Tensors of such a checkpoint that are not used (regular expressions).
         cut: Tensors that are not used if the features are those of an earlier block (regular expressions).
         within: The ``model_type`` of whole models that have this encoder, in the section ``vision_config``.

@@ -1,4 +1,4 @@
-"""The vision encoder: a ViT as EVA-CLIP's or as OpenAI's CLIP.
+"""The vision encoder: a ViT as in EVA-CLIP or as in OpenAI's CLIP.
 
 Dosovitskiy et al., arXiv 2010.11929; the bias without a key part comes from BEiT (arXiv 2106.08254) and EVA
 (arXiv 2211.07636). LAVIS calls the last norm ``ln_vision``, transformers ``post_layernorm``.
@@ -111,7 +111,7 @@ class VisionTransformer(VisionModule):
         return x if self.config.keep_class else x[:, 1:]
 
     def _merging_layers(self, x: Tensor, matching: TokenMatching) -> Tensor:
-        """All layers, with patches merged in each: ``[B, 1 + n, D]`` to the embeddings that remain."""
+        """Runs all layers and merges patches in each layer: maps ``[B, 1 + n, D]`` to the remaining embeddings."""
         sizes, bias = torch.ones_like(x[:, 1:, 0]), None
         counts = merged_counts(x.shape[1] - 1, len(self.layers), self.config.merge_tokens)
         for block, count in zip(self.layers, counts, strict=True):

@@ -8,7 +8,7 @@ from blip2edge.model.weights.rules import Rule
 
 
 def dinov2_rules(config: Dinov2Config) -> tuple[Rule, ...]:
-    """The table of a DINOv2, with or without registers."""
+    """Returns the weight table of a DINOv2, with or without registers."""
     layer = "encoder.layer.*"
     mlp: tuple[Rule, ...] = (Rule("layers.*.mlp", f"{layer}.mlp"),)
     if config.gated:
@@ -35,7 +35,7 @@ def dinov2_rules(config: Dinov2Config) -> tuple[Rule, ...]:
 
 
 def dinov3_rules(config: Dinov3Config) -> tuple[Rule, ...]:
-    """The table of a DINOv3 ViT."""
+    """Returns the weight table of a DINOv3 ViT."""
     names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     if not config.gated:
         names = {"fc1": "up_proj", "fc2": "down_proj"}

@@ -1,9 +1,9 @@
 """Maps the names of our parameters to a checkpoint's tensors, by tables of rules.
 
 A :class:`Rule` renames a module path. ``*`` matches one path component (a layer's number). Of the rules that
-match, the longest is used; the rest of the name is kept. A rule may name several tensors of the checkpoint:
-they are stacked along dimension 0 (our matrix is fused, theirs are separate), in equal parts unless
-``rows`` gives their sizes.
+match, the longest is used; the rest of the name is kept. A rule may name several tensors of the checkpoint, if they are
+one matrix in this project's model: they are stacked along dimension 0. They have equal numbers of rows unless ``rows``
+gives the numbers.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Rule:
 
 
 def under(ours: str, theirs: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
-    """Adds a prefix to both sides of each rule: ``ours`` to the paths in the model, ``theirs`` to the checkpoint's."""
+    """Adds a prefix to each path of rules: ``ours`` to paths in the model, ``theirs`` to those of the checkpoint."""
     return tuple(Rule(ours + rule.ours, tuple(theirs + path for path in rule.sources()), rule.rows) for rule in rules)
 
 

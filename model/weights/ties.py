@@ -1,4 +1,4 @@
-"""Tied tensors: one parameter under several names, of which a file holds one or all."""
+"""Tied tensors: one parameter has several names, and a file stores it under one of them or under all."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ Tie = tuple[str, str]
 
 
 def stored_names(ties: Sequence[Tie], stored: Container[str]) -> dict[str, str]:
-    """The stored tensor of each tied name that a file lacks.
+    """Finds the stored tensor for each tied name that a file lacks.
 
-    As transformers 5 does it (``PreTrainedModel.tie_weights``): a tie works in both directions, and of several names
-    that are tied to a missing one, the first in ``ties`` that is stored replaces it.
+    The rule is that of transformers 5 (``PreTrainedModel.tie_weights``): a tie works in both directions. If several
+    stored names are tied to a missing name, the first of them in ``ties`` replaces it.
 
     Args:
-        ties: In transformers' order; all ties of a parameter have the same second name.
+        ties: Pairs of tied names in transformers' order; all ties of a parameter have the same second name.
         stored: Names in the file.
 
     Returns:
-        Missing names and the stored names that replace them. A name without any stored one is not in it.
+        The stored name that replaces each missing name. A missing name is left out if no name tied to it is stored.
     """
     found: dict[str, str] = {}
 

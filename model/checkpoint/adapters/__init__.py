@@ -1,1 +1,1 @@
-"""PEFT adapters: merged into the tensors of their base."""
+"""Merges PEFT adapters into the tensors of the checkpoint that they were trained on (the base)."""

@@ -1,4 +1,4 @@
-"""PEFT adapters: merges them into the tensors of their base, one layer at a time.
+"""Merges PEFT adapters into the tensors of their base checkpoint, one layer at a time.
 
 ``adapter_config.json`` beside the weights, or in a folder of its own, describes an adapter: LoRA or a similar method.
 transformers' ``from_pretrained`` applies it. Here the library peft builds the same layers on a model without weights
@@ -71,17 +71,17 @@ def has_adapter(directory: Path) -> bool:
 
 
 def base_of(directory: Path, base: Path | None) -> Path:
-    """The directory with the weights that an adapter changes.
+    """Returns the directory with the weights that an adapter changes.
 
-    As in transformers, these are the weights in the adapter's own directory, if there are any; else those that
-    ``base_model_name_or_path`` names, if they are on this machine. Nothing is downloaded.
+    As in transformers, it is the adapter's own directory if that has weights; else the checkpoint that
+    ``base_model_name_or_path`` names, if it is on this machine. Nothing is downloaded.
 
     Args:
         directory: The adapter's directory.
         base: The directory that the user names; it has priority.
 
     Raises:
-        CheckpointError: There is no such directory, or it has an adapter too.
+        CheckpointError: There is no such directory, or the base has an adapter too.
     """
     found = base
     if found is None and (directory / "config.json").is_file() and has_weights(directory):
@@ -114,7 +114,7 @@ def _named_base(directory: Path) -> Path:
 
 
 def merged_tensors(directory: Path, base: Path, architecture: str, files: TensorFiles, rename: Any) -> Merged:
-    """The tensors that an adapter changes.
+    """Returns the tensors that an adapter changes, with the adapter merged in: shape and reader of each, by name.
 
     Args:
         directory: The adapter's directory.
@@ -145,10 +145,10 @@ def merged_tensors(directory: Path, base: Path, architecture: str, files: Tensor
 
 
 def _check_file(directory: Path) -> None:
-    """Checks that an adapter's weights can be read. peft would search the hub for a missing file.
+    """Checks that the file with an adapter's weights can be read; peft would search the hub for a missing file.
 
     Raises:
-        CheckpointError: There is no such file, or it is broken.
+        CheckpointError: The file is missing or broken.
     """
     found = next((path for name in WEIGHT_FILES if (path := directory / name).is_file()), None)
     if found is None:
@@ -166,7 +166,7 @@ def _adapter_config(path: Path) -> Any:
     """Reads ``adapter_config.json`` with peft.
 
     Raises:
-        CheckpointError: The adapter's type cannot be merged, or the installed peft does not know one of its keys.
+        CheckpointError: This type of adapter cannot be merged, or the installed peft does not support a key in it.
     """
     from peft import PeftConfig, PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -202,7 +202,7 @@ def _unread(path: Path, error: Exception) -> CheckpointError:
 
 
 def _empty_model(base: Path, architecture: str, path: Path) -> nn.Module:
-    """transformers' model, each parameter of which is one zero, expanded to its shape.
+    """Builds transformers' model without weights: each parameter is a single zero, expanded to the parameter's shape.
 
     Raises:
         UnsupportedModelError: transformers has no such class.
@@ -232,7 +232,7 @@ def _empty_model(base: Path, architecture: str, path: Path) -> nn.Module:
 
 
 def _with_adapter(model: nn.Module, config: Any, directory: Path) -> nn.Module:
-    """The model with the adapter's layers and their tensors.
+    """Adds the adapter's layers and their tensors to a model; returns the new model.
 
     Raises:
         CheckpointError: The adapter's tensors do not fit the model.

@@ -44,7 +44,7 @@ INITS: Mapping[str, Callable[[Any], None]] = {
 
 
 def cannot_merge(path: Path, reason: str) -> CheckpointError:
-    """The error for an adapter that the export cannot merge; PEFT can, where the adapter was trained."""
+    """Makes the error for an adapter that cannot be merged here; the advice is to merge it where it was trained."""
     return CheckpointError(
         f"the adapter of {path} cannot be merged: {reason}",
         "merge it where it was trained: merge_and_unload() of the PEFT model, then save_pretrained",
@@ -53,14 +53,14 @@ def cannot_merge(path: Path, reason: str) -> CheckpointError:
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """A layer with an adapter.
+    """A layer of the model with an adapter on it.
 
     Attributes:
         path: Path of the layer in transformers' model.
         layer: peft's layer. Its weights are empty, except while it is merged.
-        readers: Read its weights, by the name of the parameter.
-        names: The checkpoint's names of these parameters.
-        init: Changes the weights as peft did at the start of the training; None where it did not.
+        readers: Function that reads each weight of the layer, by the name of the parameter.
+        names: The names of these parameters in the checkpoint.
+        init: Function that changes the weights as peft did at the start of the training; None for no change.
     """
 
     path: str
@@ -70,13 +70,13 @@ class AdaptedLayer:
     init: Callable[[Any], None] | None
 
     def tensors(self) -> Merged:
-        """Its merged tensors by the checkpoint's names: shape and reader."""
+        """Returns shape and reader of each merged tensor of the layer, by its name in the checkpoint."""
         base = self.layer.get_base_layer()
         shapes = {name: tuple(base.get_parameter(name).shape) for name in self.readers}
         return {self.names[name]: (shape, partial(self.merged, name)) for name, shape in shapes.items()}
 
     def merged(self, name: str) -> Tensor:
-        """Reads the weights of the layer and merges the adapter in float32.
+        """Reads the weights of the layer, merges the adapter in float32, and returns the parameter ``name``.
 
         Raises:
             CheckpointError: The merged weights are not finite.
@@ -93,7 +93,10 @@ class AdaptedLayer:
             return tensor
 
     def difference(self) -> float:
-        """The largest difference that merging makes to an output, relative to the largest value."""
+        """Returns the largest change of the layer's output by merging, divided by the largest output value.
+
+        Without an error of the merge, it is near 0: a merged layer computes the same as layer and adapter.
+        """
         with self._filled() as base:
             x = _INPUTS[type(base)](base)
             before = self.layer(x)
@@ -103,7 +106,7 @@ class AdaptedLayer:
 
     @contextmanager
     def _filled(self) -> Iterator[nn.Module]:
-        """The layer under the adapter, with its weights; empty again afterwards."""
+        """Yields the layer under the adapter with its weights loaded; afterwards the layer has no weights again."""
         base: nn.Module = self.layer.get_base_layer()
         before = {name: base._parameters[name] for name in self.readers}
         try:
@@ -125,7 +128,7 @@ class AdaptedLayer:
 def adapted_layers(
     model: nn.Module, files: TensorFiles, rename: Callable[[str], str], init: Callable[[Any], None] | None
 ) -> Iterator[AdaptedLayer]:
-    """The layers with an adapter whose weights the checkpoint has."""
+    """Yields each layer with an adapter; raises CheckpointError if the checkpoint lacks the weights of such a layer."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for path, layer in model.named_modules(remove_duplicate=False):
@@ -149,7 +152,10 @@ def adapted_layers(
 
 
 def replaced_tensors(model: nn.Module, rename: Callable[[str], str]) -> Merged:
-    """The tensors that the adapter's file holds whole: ``modules_to_save``, and biases of layers without an adapter."""
+    """Returns the tensors that the adapter's file holds as a whole, with shape and reader of each by name.
+
+    They are the modules in ``modules_to_save``, and the biases of layers without an adapter.
+    """
     found: Merged = {}
     for full, parameter in model.named_parameters(remove_duplicate=False):
         parts = full.split(".")
@@ -168,12 +174,12 @@ def _float(tensor: Tensor) -> Tensor:
 
 
 def _plain(full: str, rename: Callable[[str], str]) -> str:
-    """The name of a parameter without peft's components."""
+    """Returns the checkpoint's name of a parameter of peft's model: without the path components that peft adds."""
     return rename(".".join(part for part in full.split(".") if part not in _WRAPPERS))
 
 
 def check_each_kind(layers: Sequence[AdaptedLayer], path: Path) -> None:
-    """Merges one layer of each kind and compares outputs. So what cannot be merged fails before anything is written.
+    """Merges one layer of each kind and compares the outputs, so that a failure comes before anything is written.
 
     Raises:
         CheckpointError: A layer cannot be merged.

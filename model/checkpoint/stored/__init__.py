@@ -1,1 +1,1 @@
-"""The files of a checkpoint: finds them, and reads their tensors and JSON objects."""
+"""Finds the files of a checkpoint, and reads their tensors and JSON objects."""

@@ -1,4 +1,4 @@
-"""The files of a checkpoint directory: finds the directory, lists its side files, and reads its JSON files."""
+"""Finds a checkpoint directory, lists its side files (:data:`SIDE_FILES`), and reads its JSON files."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ CHECKPOINT_FILES = (
 
 
 def matching(directory: Path, patterns: Iterable[str]) -> dict[str, Path]:
-    """The files of a directory that match one of the glob patterns, by their path relative to it, sorted."""
+    """Returns the files of a directory that match a glob pattern, by path relative to the directory, sorted."""
     found = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
     return {path.relative_to(directory).as_posix(): path for path in sorted(found)}
 
 
 def find_side_files(directory: Path) -> dict[str, Path]:
-    """The side files of a checkpoint, see :data:`SIDE_FILES`, by their path relative to it."""
+    """Returns the side files of a checkpoint (:data:`SIDE_FILES`), by path relative to its directory."""
     return matching(directory, SIDE_FILES)
 
 
@@ -73,7 +73,10 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 
 def joined_side_files(first: Path, other: Path) -> dict[str, Path]:
-    """The side files of two checkpoints by name: each group from ``first``, where that has it, else from ``other``."""
+    """Returns the side files of two checkpoints, by name.
+
+    Each group of files is from ``first`` if ``first`` has files of this group, else from ``other``.
+    """
     found: dict[str, Path] = {}
     for group in SIDE_GROUPS:
         found |= matching(first, group) or matching(other, group)
@@ -81,10 +84,10 @@ def joined_side_files(first: Path, other: Path) -> dict[str, Path]:
 
 
 def find_checkpoint(checkpoint: str | Path) -> Path:
-    """A local directory, or a hub name (``ORG/NAME`` or ``ORG/NAME@REVISION``) that is fetched into the hub's cache.
+    """Returns a checkpoint's directory; a hub name (``ORG/NAME[@REVISION]``) is downloaded into the hub's cache.
 
     Raises:
-        CheckpointError: ``checkpoint`` is neither, or cannot be fetched.
+        CheckpointError: ``checkpoint`` is neither a directory nor a hub name, or cannot be downloaded.
         OutputError: The disk is full.
     """
     path = Path(checkpoint)
@@ -107,7 +110,7 @@ def find_checkpoint(checkpoint: str | Path) -> Path:
 
 
 def cached_checkpoint(name: str) -> Path | None:
-    """The directory of a hub name in the hub's cache; None where it is not there. Nothing is downloaded."""
+    """Returns the directory of a hub name in the hub's cache; None if it is not in the cache. Nothing is downloaded."""
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
@@ -133,7 +136,7 @@ def _snapshot(name: HubName, local_files_only: bool = False) -> Path:
 
 
 def read_checkpoint_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Reads a JSON object from a file of a checkpoint.
 
     Raises:
         CheckpointError: The file is missing, unreadable, not JSON, or not an object.

@@ -23,10 +23,10 @@ _GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 
 class Ignored:
-    """Stands for an object in a pickled file that is no tensor. It drops its content."""
+    """Replaces an object in a pickled file that is no tensor; the content of the object is dropped."""
 
     def __new__(cls, *_: Any) -> Self:
-        """Takes the arguments of any class."""
+        """Creates the object; the arguments of the replaced class are ignored."""
         return super().__new__(cls)
 
     def __init__(self, *_: Any) -> None: ...
@@ -35,13 +35,13 @@ class Ignored:
 
 
 def read_pickled(path: Path) -> dict[str, Any]:
-    """The top level of a file that ``torch.save`` wrote, mapped into memory.
+    """Reads the top-level mapping of a file that ``torch.save`` wrote; tensors are mapped into memory if possible.
 
     Objects of other classes than torch's (``argparse.Namespace``, numpy's scalars, OmegaConf's configs) become
     :class:`Ignored`: their classes are not imported.
 
     Raises:
-        CheckpointError: The file is broken, holds objects that cannot be skipped, or no mapping.
+        CheckpointError: The file is broken, holds objects that cannot be skipped, or does not hold a mapping.
     """
     others: list[str] = []
     with reading(path, "a file of tensors", CheckpointError, explain=lambda error: _unreadable(path, error, others)):
@@ -64,7 +64,7 @@ def read_pickled(path: Path) -> dict[str, Any]:
 
 
 class _BoundedReader(io.BufferedReader):
-    """A file whose reads never reserve more memory than it has bytes, whatever length a text in it declares."""
+    """A file reader that never reserves more memory than the file's size, even if the file declares a longer text."""
 
     def __init__(self, path: Path) -> None:
         self._size = path.stat().st_size
@@ -75,7 +75,10 @@ class _BoundedReader(io.BufferedReader):
 
 
 def _check_zip(path: Path) -> None:
-    """Raises ValueError for a compressed archive: torch.save writes none, and a small one may need any memory."""
+    """Raises ValueError for a compressed archive.
+
+    ``torch.save`` does not compress, and a small compressed file could need any amount of memory.
+    """
     with zipfile.ZipFile(path) as archive:
         packed = [file for file in archive.infolist() if file.compress_type != zipfile.ZIP_STORED]
     if packed:
@@ -83,12 +86,12 @@ def _check_zip(path: Path) -> None:
 
 
 def save_again(path: Path) -> str:
-    """How to correct a file that holds more than tensors: a line of Python to run where it was written."""
+    """Returns the advice for a file that holds more than tensors: a line of Python that saves only the tensors."""
     return f'save its tensors alone where it was trained: torch.save({{"model": model.state_dict()}}, "{path.name}")'
 
 
 def _unreadable(path: Path, error: Exception, others: list[str]) -> CheckpointError:
-    """The error for a file that torch does not load, without torch's advice.
+    """Makes the error for a file that torch cannot load, without the advice in torch's message.
 
     Args:
         path: The file.

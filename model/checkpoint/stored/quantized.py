@@ -1,4 +1,4 @@
-"""Refuses checkpoints whose tensors are not the weights themselves: quantised, or with an adapter not merged."""
+"""Refuses checkpoints whose weights are quantised, or have an adapter that is not merged into them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def refuse_quantized(values: Mapping[str, Any], files: TensorFiles, used: Collec
 
 
 def _quantized_sections(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Keys of a config that say how its weights are quantised, and the method."""
+    """Yields each key of a config that says how the weights are quantised, with the name of the method."""
     sections = {"": values} | {f"{name}.": part for name, part in values.items() if isinstance(part, Mapping)}
     for section, part in sections.items():
         for key in CONFIG_KEYS:
@@ -84,7 +84,7 @@ def _quantized_sections(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _method(content: Mapping[str, Any]) -> str:
-    """Names the method of a ``quantization_config``."""
+    """Returns the name of the method in a ``quantization_config``, with its bits if they are given."""
     bits = content.get("bits") or content.get("nbits")
     loads = [bits for bits in (4, 8) if content.get(f"load_in_{bits}bit") or content.get(f"_load_in_{bits}bit")]
     method = (
@@ -95,7 +95,10 @@ def _method(content: Mapping[str, Any]) -> str:
 
 
 def _marks(files: TensorFiles) -> tuple[str, str | None]:
-    """The first kind of tensors that belong to a method, with a few names, and how to correct it."""
+    """Finds tensors whose names belong to a quantisation method or to an adapter.
+
+    Returns a description with a few names (empty if there are none), and the advice for the user or None.
+    """
     for pattern, what, mend in MARKS:
         names = sorted(name for name in files.shapes if re.search(rf"\.{pattern}$", name))
         if names:

@@ -1,4 +1,4 @@
-"""The tensors of a directory's safetensors files, read one by one."""
+"""Reads the tensors of a directory's safetensors files, one by one."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class TensorFiles:
     """The tensors of a directory's safetensors files, mapped into memory and read one by one.
 
     Args:
-        directory: Where they are.
+        directory: The directory of the files.
         rename: Maps a tensor's name to its name in the weight tables.
 
     Attributes:
@@ -58,7 +58,7 @@ class TensorFiles:
         dtypes: dtypes by name, as safetensors writes them: ``F32``, ``BF16``, ``I8``.
 
     Raises:
-        CheckpointError: No weights, a shard missing, a truncated file, or two tensors of one name.
+        CheckpointError: There are no weights, a shard is missing, a file is truncated, or two tensors have one name.
     """
 
     def __init__(self, directory: Path, rename: Callable[[str], str] = str) -> None:
@@ -74,7 +74,7 @@ class TensorFiles:
         """Maps a further file and renames its tensors.
 
         Raises:
-            CheckpointError: Missing or truncated, or two of its tensors have one name.
+            CheckpointError: The file is missing or truncated, or two of its tensors have one name.
         """
         file = self._files.enter_context(open_safetensors(path))
         stored_as: dict[str, str] = {}
@@ -96,14 +96,14 @@ class TensorFiles:
         Args:
             name: Name of the tensor in the weight tables.
             shape: Shape of the tensor.
-            read: Returns it; called at each read.
+            read: Function that returns the tensor; called at each read.
         """
         self._readers[name] = read
         self.shapes[name] = shape
         self.dtypes.pop(name, None)
 
     def alias(self, name: str, other: str) -> None:
-        """Lets ``name`` be the tensor that is stored as ``other``."""
+        """Makes ``name`` another name of the tensor ``other``."""
         self.put(name, self.shapes[other], self._readers[other])
 
     def reader(self, name: str) -> Callable[[], Tensor]:
@@ -111,20 +111,22 @@ class TensorFiles:
         return self._readers[name]
 
     def read(self, names: Iterable[str]) -> Tensor:
-        """The tensor ``names[0]``, or several stacked along dimension 0; a view of the mapped file if possible.
+        """Reads the tensor ``names[0]``, or several tensors concatenated along dimension 0.
+
+        A single tensor is a view of the mapped file if possible.
 
         Raises:
-            CheckpointError: The tensor's dtype is not one of a parameter.
+            CheckpointError: A tensor has a dtype that no parameter can have.
         """
         parts = [self._readers[name]() for name in names]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def same(self, one: str, other: str) -> bool:
-        """Whether both names are one stored tensor. No weight is read."""
+        """Whether both names stand for the same stored tensor. No weight is read."""
         return self._readers[one] is self._readers[other]
 
     def equal(self, one: str, other: str) -> bool:
-        """Whether two tensors have the same values; of different dtypes, after a cast to float32."""
+        """Whether two tensors have the same values; if their dtypes differ, both are cast to float32 first."""
         if self.same(one, other):
             return True
         if self.shapes[one] != self.shapes[other]:
@@ -136,12 +138,12 @@ class TensorFiles:
         return all(torch.equal(a.float(), b.float()) for a, b in rows)
 
     def lay_over(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replaces tensors of the files."""
+        """Replaces tensors of the files by those in ``tensors``, by name."""
         for name, tensor in tensors.items():
             self.put(name, tuple(tensor.shape), partial(_itself, tensor))
 
     def folder(self) -> Path:
-        """An empty temporary folder, which :meth:`close` removes."""
+        """Makes an empty temporary folder, which :meth:`close` removes."""
         return Path(self._files.enter_context(TemporaryDirectory()))
 
     def close(self) -> None:
@@ -154,7 +156,7 @@ def open_safetensors(path: Path) -> Any:
     """Maps a safetensors file.
 
     Raises:
-        CheckpointError: Missing or truncated.
+        CheckpointError: The file is missing or truncated.
     """
     with reading(path, "a whole safetensors file", CheckpointError, "copy or download it again"):
         return safe_open(path, framework="pt")
@@ -176,7 +178,7 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 def dtype_name(dtype: str) -> str:
-    """The usual name of a dtype of safetensors: ``int8`` for ``I8``, ``float8_e4m3`` for ``F8_E4M3``."""
+    """Returns the usual name of a safetensors dtype: ``int8`` for ``I8``, ``float8_e4m3`` for ``F8_E4M3``."""
     return DTYPE_NAMES.get(dtype, dtype.lower().replace("f8", "float8").replace("f4", "float4"))
 
 
@@ -186,10 +188,10 @@ def has_weights(directory: Path) -> bool:
 
 
 def shards(directory: Path) -> list[Path]:
-    """The safetensors files of a directory.
+    """Returns the safetensors files of a directory.
 
     Raises:
-        CheckpointError: It has none, its index is broken, or a shard is missing.
+        CheckpointError: The directory has no safetensors files, its index is broken, or a shard is missing.
     """
     index = directory / INDEX
     single = directory / WEIGHTS
@@ -213,7 +215,7 @@ def shards(directory: Path) -> list[Path]:
 
 
 def no_weights(directory: Path) -> CheckpointError:
-    """The error for a directory without weights. It names the folders or files that have some in another form."""
+    """Makes the error for a directory without weights; it names folders with weights, or files in another format."""
     problem = f"{directory} has no {WEIGHTS} and no {INDEX}"
     folders = _folders_with_weights(directory)
     if folders:
@@ -229,7 +231,7 @@ def no_weights(directory: Path) -> CheckpointError:
 
 
 def _folders_with_weights(directory: Path) -> list[Path]:
-    """Subfolders that are checkpoints of their own: ``checkpoint-500`` of a Trainer, or an adapter's."""
+    """Returns the subfolders with weights or an adapter, such as ``checkpoint-500`` of a Trainer, by step number."""
     marks = (WEIGHTS, INDEX, "adapter_config.json")
     found = [path for path in directory.glob("*/") if any((path / mark).is_file() for mark in marks)]
     return sorted(found, key=lambda path: (_step(path), path.name))

@@ -1,4 +1,4 @@
-"""Tied tensors of a checkpoint's files: which are one, and which differ by value."""
+"""Handles tied tensors of a checkpoint: adds the names that its files lack, and compares the values of stored ones."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from blip2edge.model.weights.ties import Tie, stored_names
 
 
 def add_tied_names(files: TensorFiles, ties: Sequence[Tie]) -> None:
-    """Adds the tied names that the files lack, as other names of the tensors that they hold."""
+    """Adds each tied name that the files lack, as another name of the stored tensor that it is tied to."""
     for name, stored in stored_names(ties, files.shapes).items():
         files.alias(name, stored)
 
 
 def all_equal(files: TensorFiles, pairs: Iterable[Tie]) -> bool:
-    """Whether the two tensors of each pair have the same values. A tensor that is missing differs from none."""
+    """Whether the two tensors of each pair have the same values; a pair with a missing tensor is skipped."""
     return all(files.equal(*pair) for pair in pairs if files.shapes.keys() >= set(pair))
 
 
 def repeated_names(files: TensorFiles, ties: Sequence[Tie], used: Collection[str], names: WeightMap) -> set[str]:
-    """Tied names that no parameter reads, since they repeat a tensor that one reads.
+    """Returns the stored tied tensors that the model does not use, because they repeat a tensor that it uses.
 
     Args:
-        files: The tensors.
-        ties: The tied names.
-        used: The names that parameters read.
-        names: Says which tensors may be left out.
+        files: The checkpoint's tensors.
+        ties: Pairs of tied names.
+        used: Names of the tensors that the model's parameters are read from.
+        names: The weight map, which says which tensors may be left out.
 
     Raises:
-        CheckpointError: Such a tensor has other values. The model has no place for both.
+        CheckpointError: Such a tensor has other values than the tensor that it should repeat.
     """
     found = set()
     for target, source in ties:
