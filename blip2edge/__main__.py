@@ -1,4 +1,4 @@
-"""``python -m blip2edge`` and the console script."""
+"""The entry point of ``python -m blip2edge`` and of the command ``blip2edge``."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ def run() -> NoReturn:
 
 
 def _use_utf8() -> None:
-    """Starts this command again in Python's UTF-8 mode where the locale has another encoding, such as ``LC_ALL=C``.
+    """Starts this command again in Python's UTF-8 mode if the locale has another encoding, such as ``LC_ALL=C``.
 
-    Libraries take paths and texts as UTF-8, and fail on what Python decoded in another encoding.
+    Libraries expect paths and texts as UTF-8, and fail on texts that Python decoded with another encoding.
     """
     if sys.getfilesystemencoding().lower() not in ("utf-8", "utf8") and os.environ.get("PYTHONUTF8") != "1":
         os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONUTF8": "1"})
 
 
 def _open_standard_streams() -> None:
-    """Opens closed standard streams as ``/dev/null``: otherwise the next file that is opened takes their number.
+    """Opens each closed standard stream (stdin, stdout, stderr) as ``/dev/null``.
 
-    A library that prints would then write into that file.
+    Otherwise the next opened file would get the number of the closed stream, and a library that prints would write
+    into this file.
     """
     for descriptor in range(3):
         try:

@@ -41,8 +41,8 @@ class Bundle:
     Attributes:
         path: The directory of the bundle.
         manifest: The contents of ``bundle.json``.
-        signature: The signed files, if a signature is required; None without.
-        checked: The checked state of each file that was opened.
+        signature: The signed files with their hashes; None if no signature is required.
+        checked: The record of the files that were checked, with their state at that time.
         unsigned: Files and folders that are not used because the required signature does not list them; their paths in
             the bundle.
     """
@@ -315,12 +315,12 @@ def _check_path(path: object) -> None:
 
 
 def _whole_status(directory: Path) -> list[tuple[int, ...]]:
-    """Identifies ``bundle.json``, and the records of the engines and optimized copies in the bundle."""
+    """Returns numbers that change if ``bundle.json`` or the record of engines or of an optimized copy is replaced."""
     return [_status(path) for path in (directory, *sorted(directory.glob("*/[!.]*")))]
 
 
 def _status(directory: Path) -> tuple[int, ...]:
-    """Identifies the record of a directory, ``bundle.json`` or another one; empty if there is none."""
+    """Returns numbers that change if a directory's record (such as ``bundle.json``) is replaced; empty without one."""
     try:
         record = next(path for path in (directory / name for name in RECORDS) if path.is_file())
         status = record.stat()

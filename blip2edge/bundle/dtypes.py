@@ -1,4 +1,4 @@
-"""The schema's dtype names as NumPy dtypes."""
+"""Maps the dtype names of the schema to NumPy dtypes."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def check_that(holds: Callable[[Any], bool], expected: str) -> Check:
 
 
 def _shown(value: Any) -> str:
-    """A value for a message, cut to 60 characters."""
+    """Formats a value for a message, cut to 60 characters."""
     if isinstance(value, (dict, list)):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     text = "null" if value is None else repr(value[:61] if isinstance(value, str) else value)
@@ -42,14 +42,14 @@ def _shown(value: Any) -> str:
 
 
 def whole(least: int, most: int) -> Check:
-    """A whole number in a range; true and false are no numbers."""
+    """Returns a check for a whole number from ``least`` to ``most``; true and false do not pass."""
     return check_that(
         lambda value: type(value) is int and least <= value <= most, f"a whole number from {least} to {most}"
     )
 
 
 def finite_number(least: float = -math.inf, most: float = math.inf) -> Check:
-    """A finite number in a range."""
+    """Returns a check for a finite number from ``least`` to ``most``."""
     span = "" if math.isinf(least) and math.isinf(most) else f" from {least:g} to {most:g}"
     return check_that(
         lambda value: type(value) in (int, float) and abs(value) < 2.0**1023 and least <= value <= most,
@@ -66,7 +66,7 @@ text: Check = check_that(
 
 
 def is_file_name(value: Any) -> bool:
-    """Whether a value is the name of a file in a folder: no path, and no name that a system refuses."""
+    """Whether a value is a plain file name: not a path, and allowed on every system."""
     return (
         isinstance(value, str)
         and value.isprintable()
@@ -80,7 +80,7 @@ file_name: Check = check_that(is_file_name, "the name of a file, without a folde
 
 
 def full_match(pattern: str, expected: str) -> Check:
-    """A text that a regular expression matches as a whole."""
+    """Returns a check for a text that matches a regular expression as a whole."""
     compiled = re.compile(pattern)
     return check_that(lambda value: isinstance(value, str) and compiled.fullmatch(value) is not None, expected)
 
@@ -137,7 +137,7 @@ def record(
     closed: bool = False,
     rules: Sequence[Check] = (),
 ) -> Check:
-    """An object with known keys.
+    """Returns a check for an object with known keys.
 
     Args:
         required: A check for each key that must be there.
@@ -165,7 +165,7 @@ def record(
 
 
 def either(key: str, with_key: Check, without: Check) -> Check:
-    """An object of one of two forms: ``with_key`` checks it if it has the key, ``without`` if not."""
+    """Returns a check for an object: ``with_key`` checks an object that has the key ``key``, else ``without`` does."""
     return lambda value, where: (with_key if isinstance(value, Mapping) and key in value else without)(value, where)
 
 

@@ -154,9 +154,9 @@ class Manifest:
 
     @property
     def precision_text(self) -> str:
-        """The precisions of the graphs for people: such as ``int8 (W8A8: bridge), computed from fp32``.
+        """Describes the precisions of the graphs in words, such as ``int8 (W8A8: bridge), computed from fp32``.
 
-        :attr:`precision` is that of the inputs, the outputs and the parts that stay in floating point.
+        :attr:`precision` is the precision of inputs, outputs and all operators that are not quantised.
         """
         graphs: dict[str, list[str]] = {}
         for name, graph in self.graphs.items():
@@ -243,7 +243,7 @@ class Manifest:
 
 
 def _file_records(values: Mapping[str, Any]) -> dict[str, FileRecord]:
-    """The records of all files; raises ValueError if a graph's file has none."""
+    """Returns the records of all files, by name; raises ValueError if a file of a graph has no record."""
     files = {name: FileRecord(**record) for name, record in values["files"].items()}
     graphs = {} if values.get("engines_of") else values["graphs"]
     for name, graph in graphs.items():
@@ -254,7 +254,10 @@ def _file_records(values: Mapping[str, Any]) -> dict[str, FileRecord]:
 
 
 def _output_size(preprocessing: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Height and width of a preprocessed picture; None if they vary. Keys have the defaults of ``Preprocessing``."""
+    """Returns height and width of a preprocessed picture in pixels; None if they vary.
+
+    Missing keys have the defaults of ``Preprocessing``.
+    """
     size = preprocessing.get("size", {"height": 384, "width": 384})
     fixed = preprocessing.get("crop") or (size if preprocessing.get("resize", True) else {})
     return (fixed["height"], fixed["width"]) if "height" in fixed else None

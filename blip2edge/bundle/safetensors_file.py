@@ -140,7 +140,7 @@ def _check_layout(tensors: Mapping[str, StoredTensor], size: int) -> None:
 
 
 def _stored(name: str, entry: Mapping[str, Any], first: int) -> StoredTensor:
-    """A tensor by its entry in the header; raises ValueError if its length is not that of its shape."""
+    """Reads the entry of a tensor in the header; raises ValueError if its length does not agree with its shape."""
     if "data_offsets" not in entry:
         raise ValueError(f"the tensor {name!r:.60} has no data_offsets")
     start, end = entry["data_offsets"]

@@ -1,14 +1,14 @@
-"""The token table: the embeddings of all tokens, memory-mapped, so that a decode step reads only the rows it needs.
+"""The token embedding table, memory-mapped, so that a decode step reads only the rows of its tokens.
 
-The table is one safetensors file in one of three forms:
+The table is a safetensors file in one of three formats:
 
     floats    embed_tokens [V, D] F32, F16 or BF16
     rows      embed_tokens [V, D] I8, or [V, D / 2] U8 with two 4-bit values in a byte, the first in the lower half;
               embed_tokens.scale [V, D / block] F32 or F16: an embedding is value * scale of its block
-    columns   the same transposed, [D, V] and [D / block, V]; 4-bit values are one row, U8 [D * V / 2]. The decoder's
-              output layer reads the same bytes, where both are one (tied) matrix
+    columns   the transposed table, [D, V] and [D / block, V]; 4-bit values are one row, U8 [D * V / 2]. If table and
+              output layer are one (tied) matrix, the decoder's graph uses the same bytes
 
-The metadata of the two integer forms holds ``bits``, ``block`` (values that share a scale) and ``layout``.
+The metadata of the two integer formats holds ``bits``, ``block`` (number of values that share a scale) and ``layout``.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def signed_nibbles(values: NDArray[np.uint8]) -> NDArray[np.int8]:
 
 
 class _Rows(Protocol):
-    """A table ``[V, D]`` in one of the forms."""
+    """The interface of a table ``[V, D]``, the same for all three formats."""
 
     shape: tuple[int, int]
 
     def read(self, ids: NDArray[np.int64]) -> Array:
-        """Rows ``[N, D]`` as floats."""
+        """Returns the rows of token ids ``[N]`` as floats ``[N, D]``."""
         ...
 
 
@@ -61,7 +61,7 @@ class _Floats:
 
 
 class _Blocks:
-    """Rows of integers; 4-bit ones two a byte."""
+    """A table stored as rows of integers; a byte holds two 4-bit values."""
 
     def __init__(self, integers: Array, scales: Array, bits: int, block: int) -> None:
         rows, width = integers.shape[0], integers.shape[1] * 8 // bits
@@ -80,7 +80,7 @@ class _Blocks:
 
 
 class _Columns:
-    """Columns of integers, as the decoder's output layer reads them."""
+    """A table stored as columns of integers, the layout of the decoder's output layer."""
 
     def __init__(self, integers: Array, scales: Array, bits: int, block: int) -> None:
         width, rows = scales.shape[0] * block, scales.shape[1]
@@ -147,7 +147,7 @@ class TokenTable:
 
 
 def _open(file: SafetensorsFile, tensor: str) -> _Rows:
-    """The table of a file; raises ValueError if it has none of the three forms."""
+    """Opens the table in a file; raises ValueError if its format is none of the three."""
     table, dtype = file.array(tensor), file.stored(tensor).dtype
     layout = file.metadata.get("layout", ROWS)
     if layout == ROWS and (table.ndim != 2 or not table.size):

@@ -59,13 +59,13 @@ def is_edited(card: str) -> bool:
 
 
 def _sha256(card: str) -> str:
-    """The SHA-256 of a card that has ``_UNKNOWN`` in place of its hash; the ends of lines make no difference."""
+    """Returns the SHA-256 of a card, in which ``_UNKNOWN`` stands for the hash; kinds of line ends do not matter."""
     lines = [line.rstrip() for line in card.strip().splitlines()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def base_model(manifest: Manifest) -> str:
-    """The hub name of the checkpoint that a bundle was exported from; empty if it was a directory."""
+    """Returns the hub name of the checkpoint that a bundle was exported from; empty if that was a directory."""
     return repository_of(Path(manifest.source.get("checkpoint", "")))
 
 
@@ -76,7 +76,7 @@ def _task(manifest: Manifest) -> tuple[str, str]:
 
 
 def _yaml(manifest: Manifest, task: str, license_id: str) -> str:
-    """The metadata that the hub reads; JSON is YAML, so texts are written as JSON."""
+    """Writes the metadata block for the hub in YAML; texts are written as JSON, which is valid YAML."""
     precisions = dict.fromkeys(graph.precision for graph in manifest.graphs.values())
     values: dict[str, Any] = {"library_name": "blip2edge", "pipeline_tag": task}
     if base := base_model(manifest):
@@ -90,7 +90,7 @@ def _yaml(manifest: Manifest, task: str, license_id: str) -> str:
 
 
 def _summary(manifest: Manifest) -> str:
-    """Where the bundle comes from, and how it was verified."""
+    """Writes the section that says which checkpoint the bundle comes from, and how it was verified."""
     base = base_model(manifest)
     source = f"[{base}](https://huggingface.co/{base})" if base else "a local checkpoint"
     size = sum(record.size for record in manifest.files.values())
@@ -147,7 +147,7 @@ def _parity(graph: GraphRecord) -> str:
 
 
 def _calibration(record: Mapping[str, Any]) -> str:
-    """How the bundle was calibrated, and what changed."""
+    """Writes the section that says how the bundle was calibrated, and how much its outputs changed."""
     lines = [f"Method `{record['method']}`, on {record['pictures']} pictures."]
     captions = record.get("captions")
     if captions:
@@ -175,5 +175,5 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def _size(count: int) -> str:
-    """Bytes as text, in powers of 1000."""
+    """Formats a number of bytes in powers of 1000."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count} B"

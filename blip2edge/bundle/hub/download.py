@@ -39,8 +39,8 @@ def find_bundle(name: str | Path, *, public_key: str | Path | None = None) -> Pa
 
     Args:
         name: A directory; or ``hub:ORG/NAME[@REVISION]``, which is downloaded if it is not in the hub's cache.
-        public_key: The key that a signature is required of. Optimized copies and engines of a repository are downloaded
-            only if this signature lists them.
+        public_key: The public key if the bundle must be signed, else None. Optimized copies and engines of a repository
+            are downloaded only if the signature lists them.
 
     Raises:
         BundleError: The repository cannot be downloaded, or is not a bundle.
@@ -60,7 +60,7 @@ def find_bundle(name: str | Path, *, public_key: str | Path | None = None) -> Pa
 
 
 def find_manifest(name: str | Path) -> Path:
-    """Returns a directory with the ``bundle.json`` of a bundle; of a bundle on the hub, only this file is downloaded.
+    """Returns a directory with the ``bundle.json`` of a bundle. For a bundle on the hub, only this file is downloaded.
 
     Raises:
         BundleError, MissingPackageError, OutputError, UsageError: As :func:`find_bundle`.
@@ -77,7 +77,9 @@ def hub_client(name: HubName | str) -> Any:
 
 
 def first_file(hub: Any, repository: str, file: str, revision: str = MAIN) -> Path:
-    """Downloads a file of a repository to the hub's cache; without a network, takes the cached one or fails at once.
+    """Downloads a file of a repository to the hub's cache.
+
+    Without a network, the cached file is returned; if there is none, the call fails at once.
 
     For a file that is not in its cache, the hub's client repeats a failed connection for 23 seconds. So the connection
     is tried once here; its timeout is ``HF_HUB_ETAG_TIMEOUT`` seconds (10 by default). With ``HF_HUB_OFFLINE``, nothing
@@ -93,7 +95,7 @@ def first_file(hub: Any, repository: str, file: str, revision: str = MAIN) -> Pa
         Path of the file in the cache.
 
     Raises:
-        Exception: Those of the hub's client; use it inside ``hub_errors``.
+        Exception: Any exception of the hub's client; call this function inside ``hub_errors``.
     """
     if not isinstance(hub.try_to_load_from_cache(repository, file, revision=revision), str):
         try:
@@ -125,7 +127,7 @@ class _Download:
         self.directory = bundle_directory(self._storage, self.snapshot.name, name)
 
     def files(self, *, engines: bool) -> None:
-        """Downloads the files that the manifest lists; ``engines``: whether it may be a bundle of engines only."""
+        """Downloads the files that the manifest lists; refuses a bundle of engines only unless ``engines`` is true."""
         manifest = read_manifest(self.snapshot)
         if manifest.engines_of and not engines:
             raise BundleError(
@@ -141,7 +143,7 @@ class _Download:
             self._get(file, record.sha256, MANIFEST)
 
     def signed_files(self, public_key: Path) -> None:
-        """Downloads the signature, and the derived files that it lists if it is of the key."""
+        """Downloads and checks the signature, then the optimized copies and engines that it lists."""
         with self._errors():
             try:
                 found = first_file(self._hub, self._name.repository, SIGNATURE, self.snapshot.name)
@@ -156,7 +158,7 @@ class _Download:
             _copy(found, self.directory / SIGNATURE)
 
     def finish(self) -> Path:
-        """Adds the manifest, which makes the directory a bundle."""
+        """Copies the manifest into the directory, which is then a complete bundle; returns the directory."""
         with self._errors():
             _copy(self.snapshot / MANIFEST, self.directory / MANIFEST)
         return self.directory
@@ -166,7 +168,7 @@ class _Download:
         return hub_errors(f"{self._name} could not be downloaded", self._name.repository, BundleError, place, advice)
 
     def _no_bundle(self) -> BundleError:
-        """The error of a repository without ``bundle.json``."""
+        """Makes the error for a repository without ``bundle.json``."""
         name = self._name
         if self._hub.HfApi().file_exists(name.repository, "config.json", revision=name.revision):
             return BundleError(
@@ -176,12 +178,12 @@ class _Download:
         return BundleError(f"{name} is not a bundle: it has no {MANIFEST}", "check the name of the repository")
 
     def _get(self, file: str, sha256: str, listing: str) -> None:
-        """Makes one file of the bundle: from the hub's cache, or downloaded.
+        """Puts one file into the bundle's directory: from the hub's cache, or downloaded.
 
         Args:
             file: Path of the file in the repository.
-            sha256: The SHA-256 that it must have.
-            listing: The file that lists it, for errors.
+            sha256: The expected SHA-256 of the file.
+            listing: Name of the file that lists this hash, for errors.
         """
         target = self.directory / file
         if target.is_file():
@@ -218,7 +220,7 @@ class _Download:
         part.replace(blob)
 
     def _continue(self, url: str, part: Path, size: int | None) -> None:
-        """Downloads what a partial file lacks; ``size`` is that of the whole file in bytes, None if it is not known."""
+        """Downloads the rest of a partial file; ``size`` is the size of the whole file in bytes, None if not known."""
         if part.is_file() and (size is None or part.stat().st_size > size):
             part.unlink()
         headers = {**self._hub.utils.build_hf_headers(), "Accept-Encoding": "identity"}
@@ -227,7 +229,10 @@ class _Download:
 
 
 def _take(blob: Path, target: Path) -> None:
-    """Moves a file of ``blobs`` to the bundle and leaves a link; copies it if another bundle has it already."""
+    """Moves a file of ``blobs`` to the bundle, and puts a link in its place.
+
+    If the file was moved to another bundle before, it is copied instead.
+    """
     if blob.is_symlink() or blob.parent.name != "blobs":
         _copy(blob, target)
         return
@@ -240,7 +245,7 @@ def _take(blob: Path, target: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copies a file; the target appears when it is complete."""
+    """Copies a file; the target gets its name only when the copy is complete."""
     if target.is_file():
         return
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -68,7 +68,7 @@ def quiet_client() -> Iterator[None]:
 
 
 def _texts(error: BaseException, repository: str, advice: str) -> _Texts:
-    """Problem and fix of an exception."""
+    """Returns the problem and the fix of an exception as texts."""
     chain = list(_causes(error))
     classes = {one.__name__ for each in chain for one in type(each).__mro__}
     for name, (problem, fix) in _BY_CLASS:
@@ -100,7 +100,7 @@ _BY_STATUS: dict[int, Callable[[str], _Texts]] = {
 
 
 def is_answer(error: BaseException) -> bool:
-    """Whether an exception of the hub's client was made from an answer of the hub, such as one with status 404."""
+    """Whether the hub answered with an error such as status 404; False if the hub could not be reached."""
     return any(_status(one) for one in _causes(error))
 
 
@@ -109,7 +109,7 @@ def _status(error: BaseException) -> int:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The exception, and those that it was raised from."""
+    """Yields the exception, then the exceptions that it was raised from."""
     for _ in range(8):
         if error is None:
             return

@@ -49,19 +49,19 @@ def is_repository(name: str) -> bool:
 
 
 def is_hub_name(name: str | Path) -> bool:
-    """Whether a bundle is named by its repository on the hub, and not by a directory."""
+    """Whether the name of a bundle is that of a repository on the hub; False for a directory."""
     return os.fspath(name).startswith(PREFIX)
 
 
 def bundle_name(bundle: Path) -> str:
-    """The name of a bundle: that of its directory, or of its repository on the hub."""
+    """Returns the name of a bundle: the name of its directory, or of its repository on the hub."""
     if is_hub_name(bundle):
         return HubName.parse(os.fspath(bundle)).repository.partition("/")[2]
     return bundle.name if bundle.name not in ("", "..") else bundle.resolve().name
 
 
 def bundle_directory(storage: Path, commit: str, name: HubName) -> Path:
-    """The directory of a downloaded bundle.
+    """Returns the directory of a downloaded bundle in the hub's cache.
 
     Args:
         storage: The directory of the repository in the hub's cache, ``models--ORG--NAME``.
@@ -78,7 +78,7 @@ def is_downloaded(directory: Path) -> bool:
 
 
 def repository_of(snapshot: Path) -> str:
-    """``ORG/NAME`` of a directory ``models--ORG--NAME/snapshots/COMMIT`` of the hub's cache; empty for any other."""
+    """Returns ``ORG/NAME`` for a directory ``models--ORG--NAME/snapshots/COMMIT``; empty for any other directory."""
     parents = snapshot.absolute().parents
     inside = len(parents) > 1 and parents[0].name == "snapshots" and parents[1].name.startswith("models--")
     return "/".join(parents[1].name.split("--")[1:]) if inside else ""

@@ -110,10 +110,10 @@ def push_bundle(
 
 
 def _files(bundle: Bundle, derived: bool) -> dict[str, Path]:
-    """The files to upload, by their path in the repository.
+    """Returns the files to upload, by their path in the repository.
 
     Raises:
-        BundleSignatureError: The signature lists derived files, and they are not uploaded.
+        BundleSignatureError: The signature lists optimized copies or engines that are not uploaded.
     """
     names = [MANIFEST, *bundle.manifest.files]
     if derived or bundle.manifest.engines_of:
@@ -131,7 +131,7 @@ def _files(bundle: Bundle, derived: bool) -> dict[str, Path]:
 
 
 def _derived_files(directory: Path) -> Iterator[str]:
-    """Paths of the files of optimized copies and engines in a bundle."""
+    """Yields the paths of the files of optimized copies and engines in a bundle."""
     for kind in DERIVED:
         for path in sorted((directory / kind).glob("[!.]*/*")):
             if path.is_file() and path.name != STAMPS and not path.name.startswith("."):
@@ -139,7 +139,7 @@ def _derived_files(directory: Path) -> Iterator[str]:
 
 
 def _signed(signature: Path) -> set[str]:
-    """The paths that a signature lists, read without a check of the signature; empty if it cannot be read."""
+    """Returns the paths that a signature lists, without a check of the signature; empty if it cannot be read."""
     import base64
 
     try:
@@ -156,7 +156,7 @@ def _remote_text(hub: Any, name: HubName, file: str) -> str:
 
 
 def _listed(hub: Any, name: HubName, found: set[str]) -> set[str]:
-    """The files that the bundle in the repository lists, with its derived files and its signature."""
+    """Returns the files of the bundle that is in the repository: listed files, optimized copies, engines, signature."""
     if MANIFEST not in found:
         return set()
     path = Path(hub.hf_hub_download(name.repository, MANIFEST, revision=name.revision))
@@ -166,7 +166,7 @@ def _listed(hub: Any, name: HubName, found: set[str]) -> set[str]:
 
 
 def _license(api: Any, checkpoint: str) -> str:
-    """The license of a checkpoint on the hub, as its card names it; empty if it is not known."""
+    """Returns the license in the model card of a checkpoint on the hub; empty if it is not known."""
     if not checkpoint:
         return ""
     try:

@@ -1,4 +1,4 @@
-"""Errors of a disk in plain words, also where a library drops the operating system's error number."""
+"""Makes readable errors for disk failures, also if a library drops the operating system's error number."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def output_error(path: Path, error: BaseException, fix: str = "check the path an
 
 
 def error_number(error: BaseException) -> int | None:
-    """The operating system's number of an error, or of one that it was raised from; None if there is none.
+    """Returns the operating system's number of an error, or of an error that caused it; None if there is no number.
 
     An error that was being handled when another one was raised may not be its cause. It counts only if it means a full
     disk.

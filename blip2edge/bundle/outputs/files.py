@@ -18,8 +18,8 @@ def check_file(path: Path, name: str, *suffixes: str) -> None:
 
     Args:
         path: The file.
-        name: The option that names it, such as ``output``.
-        *suffixes: What its name must end with, ``.npy``; none for any name.
+        name: The option that names the file, such as ``output``.
+        *suffixes: Allowed ends of its name, such as ``.npy``; none for any name.
 
     Raises:
         OutputError: Its folder does not exist or cannot be written, it is a folder, or another run writes it.

@@ -61,7 +61,7 @@ class LeftFilesWarning(UserWarning):
 
 
 def part_of(target: Path) -> Path:
-    """The directory of the files of a run that writes ``target``."""
+    """Returns the directory ``.NAME.part`` for the files of a run that writes ``target``."""
     if target.name in ("", ".."):  # ".", or the parent of a directory
         target = target.resolve()
     name = target.name
@@ -147,7 +147,7 @@ def tidy(target: Path) -> None:
 
 
 def target_of(part: Path) -> Path:
-    """The output whose run made a directory; the inverse of :func:`part_of` for names that are not too long."""
+    """Returns the output of a directory ``.NAME.part``: the inverse of :func:`part_of` for names of usual length."""
     return part.with_name(part.name.removeprefix(".").removesuffix(SUFFIX))
 
 
@@ -240,7 +240,7 @@ def _write_into(path: Path, content: bytes | memoryview) -> None:
 
 
 def _acquire(target: Path) -> tuple[Path, int | None]:
-    """Makes the directory of a run, with its lock; the descriptor is None where there are no locks."""
+    """Makes and locks the directory of a run; returns it and the lock's descriptor (None if locks are missing)."""
     check_name(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(target)
@@ -294,7 +294,7 @@ def _acquire(target: Path) -> tuple[Path, int | None]:
 
 
 def _without_lock(target: Path, part: Path) -> Path:
-    """A directory with a name of its own, beside those of other runs, which are not touched."""
+    """Makes a directory with a new name; the directories of other runs are not changed, and a warning names them."""
     if part.is_dir():
         with contextlib.suppress(OSError):  # only the lock file that _acquire made
             if set(os.listdir(part)) <= {OWNER} and not (part / OWNER).stat().st_size:
@@ -315,7 +315,7 @@ def _escaped(name: str) -> str:
 
 
 def _clean(part: Path, target: Path, keep: tuple[str, ...]) -> None:
-    """Removes what is in a directory, the lock last; keeps ``old`` where it could not be renamed back."""
+    """Removes the files in the directory of a run, the lock last; keeps ``old`` if it could not be renamed back."""
     if is_kept(part):
         return
     with contextlib.suppress(OSError):
@@ -334,7 +334,7 @@ def is_kept(part: Path) -> bool:
 
 
 def _check_ours(part: Path, owner: dict[str, Any]) -> None:
-    """Raises OutputError if a directory of this name was not made by this module: nothing in it is removed."""
+    """Raises OutputError if this module did not make the directory, so that nothing of another program is removed."""
     if not owner and set(os.listdir(part)) - {OWNER}:
         raise OutputError(f"{part} exists, and was not made by blip2edge", "move it away, or give another output")
 
@@ -349,7 +349,7 @@ def _busy(target: Path, owner: dict[str, Any]) -> BusyError:
 
 
 def _read_owner(descriptor: int) -> dict[str, Any]:
-    """What the owner wrote into the lock; empty if it has not written yet."""
+    """Returns the JSON object that a run wrote into its lock file; empty if it has not written yet."""
     try:
         values = json.loads(os.pread(descriptor, 1 << 16, 0))
     except (OSError, ValueError, RecursionError):
@@ -387,7 +387,7 @@ def _end(part: Path, target: Path, descriptor: int | None) -> None:
 
 
 def _forget_in_child() -> None:
-    """Closes the locks in a forked process, so that a worker that outlives its parent does not hold them."""
+    """Closes the locks in a forked process; otherwise a worker that outlives its parent would keep the locks."""
     while _held:
         with contextlib.suppress(OSError):
             os.close(_held.pop())

@@ -11,14 +11,14 @@ NETWORK = ("nfs", "cifs", "smb", "9p", "ceph", "lustre", "glusterfs", "afs", "fu
 
 
 def command() -> str:
-    """The program and its command, without other arguments, because these may have an API key."""
+    """Returns the program's name and its command; other arguments are left out, because they may contain an API key."""
     if not sys.argv or not sys.argv[0]:
         return ""
     return " ".join([Path(sys.argv[0]).name, *(word for word in sys.argv[1:2] if word.isalnum())])[:200]
 
 
 def machine() -> str:
-    """Names this machine since it was started; containers on it have the same name."""
+    """Returns a name of this machine that changes when it is started again; its containers get the same name."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

@@ -44,7 +44,7 @@ def staged(target: Path, force: bool, marker: str | None = MANIFEST) -> Iterator
 
     Raises:
         OutputError: ``target`` exists and ``force`` is False, ``target`` has files but no ``marker``, another run
-            writes it, a file in it or a directory around it, or it cannot be written.
+            writes ``target``, a file in it or a directory around it, or ``target`` cannot be written.
     """
     target = check_output(target, force, marker)
     with locked(target) as part:
@@ -67,7 +67,7 @@ def check_output(target: Path, force: bool, marker: str | None = MANIFEST) -> Pa
     """Makes the checks of :func:`staged` that need no lock: a command refuses an output before it loads a model.
 
     Args:
-        target: As for :func:`staged`, and so are ``force`` and ``marker``.
+        target: The directory to publish, as for :func:`staged`.
         force: Whether an existing directory is replaced.
         marker: A file that an existing directory must hold to be replaced.
 
@@ -75,7 +75,7 @@ def check_output(target: Path, force: bool, marker: str | None = MANIFEST) -> Pa
         ``target``, with a name where it was ``.`` or ended with ``..``.
 
     Raises:
-        OutputError: As :func:`staged`.
+        OutputError: The same cases as for :func:`staged`.
     """
     check_name(target)
     if target.name in ("", ".."):
@@ -87,7 +87,7 @@ def check_output(target: Path, force: bool, marker: str | None = MANIFEST) -> Pa
 def scratch(staging: Path, name: str) -> Path:
     """Makes a directory for files that are not published, beside the one that :func:`staged` made.
 
-    It is removed with the other files of the run.
+    The new directory is removed with the other files of the run.
     """
     folder = staging.with_name(name)
     folder.mkdir()
@@ -191,7 +191,10 @@ def _check_around(target: Path) -> None:
 
 
 def _replaceable(directory: Path, marker: str | None) -> bool:
-    """Whether ``--force`` may replace what has a name: nothing, a link, an empty directory, or one with the marker."""
+    """Whether ``--force`` may replace ``directory``.
+
+    It may if nothing has this name, or if it is a link, an empty directory, or a directory with the file ``marker``.
+    """
     if directory.is_symlink() or not directory.exists():
         return True
     if not directory.is_dir():
@@ -242,10 +245,10 @@ def flush_names(directory: Path) -> None:
 
 
 def _renameat2(source: Path, target: Path, flags: int) -> bool:
-    """Calls ``renameat2``; False if the system or the file system does not have it, or not with these flags.
+    """Calls ``renameat2``; returns False if the system or the file system does not support it with these flags.
 
     Raises:
-        OSError: The system has it, and it failed.
+        OSError: The system supports the call, and it failed.
     """
     try:
         function = ctypes.CDLL(None, use_errno=True).renameat2
@@ -261,7 +264,7 @@ def _renameat2(source: Path, target: Path, flags: int) -> bool:
 
 
 def _exchange(fresh: Path, target: Path) -> bool:
-    """Exchanges the names of two directories in one step; False if that is not possible here."""
+    """Exchanges the names of two directories in one step; returns False if the file system cannot do it."""
     try:
         return _renameat2(fresh, target, RENAME_EXCHANGE)
     except FileNotFoundError:  # another program has just removed the old directory
@@ -281,7 +284,10 @@ def _rename_to_free(fresh: Path, target: Path) -> None:
 
 
 def _rename_twice(fresh: Path, target: Path) -> bool:
-    """Renames the old directory, then the new one; False if there is no old one. After an error the old one is back."""
+    """Renames the old directory, then the new one; returns False if there is no old directory.
+
+    After an error, the old directory has its name again.
+    """
     old = fresh.with_name(OLD)
     try:
         target.rename(old)
@@ -301,7 +307,7 @@ def _rename_twice(fresh: Path, target: Path) -> bool:
 
 
 def _give_back(replaced: Path, target: Path, fresh: Path) -> None:
-    """Restores the name of a directory that must not be replaced; raises OutputError if that fails."""
+    """Gives a directory that must not be replaced its name back; raises OutputError if this fails."""
     try:
         if replaced == fresh:
             exchanged = _renameat2(fresh, target, RENAME_EXCHANGE)

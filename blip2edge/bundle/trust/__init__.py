@@ -1,1 +1,1 @@
-"""Hashes of files, and signatures of bundles."""
+"""Checks the hashes of files and the signatures of bundles."""

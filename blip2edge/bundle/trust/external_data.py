@@ -66,14 +66,17 @@ def _walk(content: mmap.mmap, start: int, end: int, message: str, found: set[str
 
 
 def _location(content: mmap.mmap, start: int, end: int) -> Iterator[str]:
-    """The values of an entry of ``external_data`` if its key is ``location``; a parser may take the first or last."""
+    """Yields all values of an entry of ``external_data`` if one of its keys is ``location``.
+
+    If an entry is not valid and has several values, other parsers may use any of them, so all are checked.
+    """
     pairs = [(number, content[first:last]) for number, first, last in _fields(content, start, end)]
     if any(number == 1 and text == LOCATION for number, text in pairs):
         yield from (text.decode("utf-8") for number, text in pairs if number == 2)
 
 
 def _fields(content: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The number, begin and end of each field of a message that holds bytes; raises ValueError if it is malformed."""
+    """Yields number, begin and end of each field with bytes in a message; raises ValueError for a broken message."""
     at, groups = start, 0
     while at < end:
         tag, at = _varint(content, at, end)
@@ -102,7 +105,7 @@ def _fields(content: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int
 
 
 def _varint(content: mmap.mmap, at: int, end: int) -> tuple[int, int]:
-    """An integer of variable length at a position, and the position after it."""
+    """Reads an integer of variable length at position ``at``; returns it and the position after it."""
     value = shift = 0
     while at < end:
         byte = content[at]

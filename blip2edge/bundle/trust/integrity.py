@@ -82,7 +82,7 @@ class Listing:
 
 @dataclass
 class CheckedFiles:
-    """Checks files, and remembers which state of each was checked.
+    """Checks files, and records the state (size, times, inode) of each checked file.
 
     Attributes:
         strict: Whether to hash every file although a stamp says that it was checked, to write no stamps, and to accept
@@ -164,7 +164,7 @@ class CheckedFiles:
         return sha256, before
 
     def sha256(self, path: Path) -> str:
-        """The SHA-256 of a file that was checked; empty for other files."""
+        """Returns the SHA-256 of a file that was checked; empty for any other file."""
         return self._files[path][1] if path in self._files else ""
 
     def check_unchanged(self) -> None:
@@ -187,7 +187,10 @@ class CheckedFiles:
                 raise BundleIntegrityError(f"the files of {directory} changed while the bundle was loaded", RELOAD)
 
     def _identity(self, path: Path) -> Identity:
-        """The identity of a regular file; raises BundleIntegrityError for anything else, OSError for no file."""
+        """Returns size, times, device and inode of a regular file.
+
+        Raises BundleIntegrityError if it is not a regular file, and OSError if it does not exist.
+        """
         found = path.lstat() if self.strict else path.stat()
         if not stat.S_ISREG(found.st_mode):
             link = stat.S_ISLNK(found.st_mode)
@@ -241,7 +244,7 @@ def _stamp(identity: Identity, record: FileRecord) -> list[Any]:
 
 
 def _stamp_files(directory: Path) -> Iterator[Path]:
-    """The path of the stamps: next to the files, or in the user's cache if that directory is read-only."""
+    """Yields the possible paths of the stamps: next to the files, then in the user's cache (read-only directory)."""
     yield directory / STAMPS
     key = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
     try:

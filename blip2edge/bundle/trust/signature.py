@@ -37,7 +37,7 @@ MAKE_KEYS = (
 
 
 def how_to_sign(bundle: Path) -> str:
-    """What to do about a bundle without a signature, for errors; a bundle in the hub's cache is not changed."""
+    """Returns the advice for a bundle without a signature; a bundle in the hub's cache must not be changed."""
     if is_downloaded(bundle):
         return "its author signs it with `blip2edge sign`, and pushes it again"
     return f"sign it: blip2edge sign {bundle} --key KEY"
@@ -45,7 +45,7 @@ def how_to_sign(bundle: Path) -> str:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a signature lists, after it was checked with the public key.
+    """The files that a signature lists; it was checked with the public key.
 
     Attributes:
         path: The file of the signature.
@@ -77,7 +77,7 @@ class Signature:
 
 
 class _Listed:
-    """Takes the place of model_signing's hashing in a verification: records what is signed, and hashes nothing.
+    """Replaces the hashing of model_signing in a verification: records the signed hashes, and hashes no file.
 
     The package checks the signature first, then asks for the hashes of the files, and compares both lists.
     """
@@ -173,7 +173,7 @@ def _damaged(path: Path, how: str) -> BundleSignatureError:
 
 
 def _reason(error: Exception) -> str:
-    """The message of an exception of the package or of Python, without Python's names of objects and numbers."""
+    """Returns the message of an exception, without Python's names and numbers of objects."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, AttributeError) and error.name == "curve":
@@ -206,7 +206,7 @@ def unsigned_paths(bundle: Path, signature: Signature) -> list[str]:
 
 
 def _derived_parts(name: str) -> Iterator[str]:
-    """The derived folder of a file: ``optimized/cpu`` for ``optimized/cpu/decoder.onnx``."""
+    """Yields the folder of an optimized copy or of engines: ``optimized/cpu`` for ``optimized/cpu/decoder.onnx``."""
     parts = PurePosixPath(name).parts
     if len(parts) > 2 and parts[0] in DERIVED:
         yield "/".join(parts[:2])
@@ -218,7 +218,7 @@ def model_signing() -> Any:
 
 
 def _key_fix(path: Path, kind: str) -> str:
-    """What the user can do about a key that cannot be read."""
+    """Returns the advice for a key that cannot be read."""
     try:
         content = path.read_bytes()
     except OSError:

@@ -171,7 +171,7 @@ class _CheckedHashing:
 
 
 def _listed_hashes(record: Path) -> dict[str, str]:
-    """The SHA-256 of each file that a record lists; empty for a record that cannot be read and is not used."""
+    """Returns the SHA-256 of each file that a record lists; empty if the record cannot be read (and is not used)."""
     try:
         values = read_json(record, BundleError)
         with reading(record, "a record", BundleError):
@@ -183,7 +183,7 @@ def _listed_hashes(record: Path) -> dict[str, str]:
 
 
 def _left_out(bundle: Path, target: Path) -> list[Path]:
-    """The paths in a bundle that are not signed: the signature, and the stamps of checked files."""
+    """Returns the paths in a bundle that are not signed: the signature, and the stamps of checked files."""
     stamps = [folder / STAMPS for folder in (Path(), *(path.relative_to(bundle) for path in _derived_folders(bundle)))]
     signature = [target.resolve().relative_to(bundle.resolve())] if _is_inside(target, bundle) else []
     return list(dict.fromkeys([Path(SIGNATURE), *signature, *stamps]))
