@@ -39,7 +39,7 @@ class Journal:
         self.lines: list[dict[str, Any]] = []
         self._started = time.monotonic()
         self._trackers = trackers
-        self._done = 0  # planned steps of the earlier phases
+        self._done = 0  # steps of the earlier phases
 
     def restart(self, state: Mapping[str, Any] | None = None) -> None:
         """Starts an empty log, or truncates the log to its length at a snapshot.
@@ -67,7 +67,7 @@ class Journal:
             raise output_error(self._path, error) from error
 
     def begin(self, done: int) -> None:
-        """Begins a phase after `done` planned steps of earlier phases; starts the clock of `seconds` in its lines."""
+        """Begins a phase after `done` steps of earlier phases; starts the clock of `seconds` in its lines."""
         self._started = time.monotonic()
         self._done = done
 

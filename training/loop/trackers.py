@@ -1,8 +1,9 @@
 """Trackers of a training run: TensorBoard, Weights & Biases and the other ones that accelerate has.
 
 They get the values of every line of the log: losses, learning rate, gauges and scores of validations. A value is named
-``PHASE/NAME``. Its step is the step within the phase plus the planned steps of the earlier phases: where a phase ended
-early (``patience``), the next one begins behind a gap. A run that is resumed goes on at the step of its snapshot.
+``PHASE/NAME``, and its step counts the steps of all phases: each phase begins behind the ``steps`` of the earlier ones.
+Only the last phase has validations and can end early (``patience``), so there is no gap. A run that is resumed goes on
+at the step of its snapshot.
 
 A tracker that fails while the run trains does not end the run: the log in the directory of the run has all values.
 """
