@@ -86,20 +86,20 @@ class TrainingConfig(RecipeSection):
 
 
 class _Conflict(NamedTuple):
-    """What does not work together, and how to correct it."""
+    """Two values of a recipe that do not work together, and how to correct the recipe."""
 
     problem: str
     fix: str
 
 
 def _conflicts(config: TrainingConfig) -> Iterator[_Conflict]:
-    """Finds the values of a recipe that do not work together.
+    """Yields the conflicts in a recipe: values that do not work together.
 
     Args:
-        config: The recipe; each of its sections is valid.
+        config: The recipe; each section is valid on its own.
 
     Yields:
-        Problem and correction of each conflict.
+        The problem and the correction of each conflict.
     """
     yield from _loop_conflicts(config)
     for section, data in (("data", config.data), ("validation", config.validation)):
@@ -161,7 +161,7 @@ def _loop_conflicts(config: TrainingConfig) -> Iterator[_Conflict]:
 
 
 def parse_config(text: str, *, is_json: bool = False) -> TrainingConfig:
-    """Reads a recipe.
+    """Parses the text of a recipe and checks it.
 
     Args:
         text: TOML, or JSON with the same keys.

@@ -21,7 +21,7 @@ class ValidValues:
     """The valid values of a recipe's key, as metadata of its field: ``steps: Annotated[int, POSITIVE]``.
 
     Attributes:
-        holds: Returns whether a value is valid.
+        holds: Function that returns whether a value is valid.
         expected: What a valid value must be, for the error.
         choices: All valid values, if they are names; the error suggests the nearest.
     """
@@ -39,12 +39,12 @@ class ValidValues:
 
 
 def at_least(least: int) -> ValidValues:
-    """Makes the rule for a number that must be at least `least`."""
+    """Returns the rule that a number must be at least `least`."""
     return ValidValues(lambda value: bool(value >= least), f"be at least {least}")
 
 
 def one_of(*choices: str) -> ValidValues:
-    """Makes the rule for a text that must be one of these names."""
+    """Returns the rule that a text must be one of `choices`."""
     shown = ", ".join(choice or '""' for choice in choices)
     return ValidValues(lambda value: value in choices, f"be one of {shown}", choices)
 
@@ -68,7 +68,7 @@ class RecipeSection:
 
     @property
     def section(self) -> str:
-        """Name of the section in the recipe, derived from the name of the class; empty for the top of the file."""
+        """Returns the section's name in the recipe, made from the class name; empty for the top of the file."""
         return type(self).__name__.removesuffix("Phase").removesuffix("Config").lower()
 
 

@@ -4,8 +4,8 @@ A captioner generates one synthetic caption for each picture. The matching head 
 the web; captions above a threshold are kept (section 3.3 of that paper, whose threshold is 0.5). The result is shards
 to train on, and a report.
 
-`score_batch` scores one batch, and its result depends only on that batch. So one machine and many machines
-(`ray_backend`) write the same shards, byte by byte.
+`score_batch` scores one batch, and the result depends only on that batch. So the shards that one machine writes and the
+shards that many machines write (`ray_backend`) are equal, byte by byte.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class CapFiltOptions:
         captioner: A bundle or checkpoint of a captioner.
         matcher: A bundle or checkpoint with a matching head.
         threshold: Smallest probability of a caption that is kept.
-        keep: Which captions may be kept: those from the "web", "synthetic" (generated) ones, or "both".
+        keep: Which captions may be kept: "web" (captions of the input), "synthetic" (generated captions), or "both".
         prompt: Prompt of the generated captions; None for the captioner's default.
         samples_per_shard: Number of pictures in one output shard.
         captioning: How the captioner is run; the whole pipeline uses its batch size.
@@ -63,7 +63,8 @@ class ScoredPicture:
     """The scored captions of one picture.
 
     Attributes:
-        captions: (text, origin, probability) of each caption, with origin "web" or "synthetic"; "web" if it is both.
+        captions: (text, origin, probability) of each caption. The origin is "web" or "synthetic"; a text that is both
+            counts as "web". The probability that caption and picture match is from the matching head.
         problem: Why the picture cannot be used; empty if it can be used.
     """
 
@@ -121,7 +122,7 @@ def score_locally(batches: Iterable[Batch], options: CapFiltOptions) -> Iterator
 
 
 class _CaptionCounts:
-    """Counts captions of one origin."""
+    """Counts the scored and the kept captions of one origin ("web" or "synthetic")."""
 
     def __init__(self) -> None:
         self.seen = self.kept = 0
@@ -154,7 +155,7 @@ def run_capfilt(
         output: Directory to write. The directory appears only when it is complete.
         options: How captions are generated and filtered.
         score_batches: Scores batches in their order: `score_locally`, or the result of `score_on_ray`.
-        force: Whether to replace `output` if it is an output of CapFilt.
+        force: Whether to replace `output` if an earlier run of CapFilt wrote `output`.
         progress: Called with (pictures done, all pictures).
 
     Returns:
@@ -199,7 +200,7 @@ def run_capfilt(
 
 
 def _report(options: CapFiltOptions, seen: int, kept: int, broken: BrokenSamples) -> dict[str, Any]:
-    """Options and numbers of pictures for the report."""
+    """Returns the first entries of the report: the options, and the numbers of pictures."""
     return {
         "captioner": str(options.captioner),
         "matcher": str(options.matcher),
@@ -218,7 +219,7 @@ def _keep(
     options: CapFiltOptions,
     counts: tuple[Mapping[str, _CaptionCounts], list[dict[str, Any]]],
 ) -> bool:
-    """Writes a picture with the captions that reach the threshold. Returns whether there is one."""
+    """Writes a picture with its captions that reach the threshold. Returns whether the picture has such a caption."""
     tallies, dropped = counts
     kept = []
     for text, origin, probability in result.captions:

@@ -1,7 +1,7 @@
-"""Runs CapFilt on many machines with Ray Data (the extra `ray`), by the same function on the same batches.
+"""Runs CapFilt on many machines with Ray Data (the extra `ray`), with the same function and batches as on one machine.
 
-All machines must see pictures and models under the same paths, as on a shared disk. Paths and captions are sent to the
-machines, and probabilities come back; pictures are not sent.
+Pictures and models must have the same paths on all machines, as on a shared disk. This process sends paths and captions
+to the machines, and gets captions with their probabilities back; pictures are not sent.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def batch_to_json(batch: Batch) -> str:
 
 
 def batch_from_json(text: str) -> list[AnnotatedPicture]:
-    """Reads the JSON of `batch_to_json`; the batch has everything that `score_batch` uses."""
+    """Makes a batch from JSON that `batch_to_json` returned; the batch has all values that `score_batch` uses."""
     batch = []
     for row in json.loads(text):
         picture = _picture_from_json(row["picture"])
@@ -65,7 +65,7 @@ def batch_from_json(text: str) -> list[AnnotatedPicture]:
 
 
 class Worker:
-    """Holds both models on a machine of the cluster and scores batches.
+    """Loads the captioner and the matcher on a machine of the cluster, and scores batches.
 
     Args:
         options: The `CapFiltOptions` as JSON from `options_to_json`.
@@ -85,7 +85,7 @@ class Worker:
             row: `number` of the batch, and the `batch` as JSON.
 
         Returns:
-            `number` of the batch, and its results `judged` as JSON.
+            `number` of the batch, and `judged`, the scored pictures of the batch as JSON.
         """
         results = score_batch(batch_from_json(row["batch"]), self._captioner, self._matcher, self._prompt)
         return {
@@ -107,7 +107,7 @@ def options_to_json(options: CapFiltOptions) -> str:
 def score_on_ray(
     address: str, workers: int
 ) -> Callable[[Iterable[Batch], CapFiltOptions], Iterator[list[ScoredPicture]]]:
-    """Makes the function that scores batches on a Ray cluster.
+    """Returns a function that scores batches on a Ray cluster.
 
     Args:
         address: Address of a Ray cluster, "auto" for the cluster of this machine, or "local" for this machine only.

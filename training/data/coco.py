@@ -1,4 +1,4 @@
-"""Reads COCO's files: captions (`captions_val2014.json`), and questions and answers of VQA."""
+"""Reads the JSON files of COCO (captions, `captions_val2014.json`) and of VQA (questions and answers)."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def read_vqa(
 
 
 def _answers(row: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    """The answers of an annotation, which are objects with the field `answer`, or strings."""
+    """Returns the answers in one annotation of VQA. In the file, an answer is a text or an object with `answer`."""
     try:
         return answer_texts(row["answers"])
     except DataError as error:
@@ -172,14 +172,14 @@ def _answers(row: Mapping[str, Any], path: Path) -> tuple[str, ...]:
 
 
 def _file_name(content: Mapping[str, Any], image_id: int | str) -> str:
-    """File name that COCO gives to a picture with this number."""
+    """Returns the file name of the picture with this number, as in COCO: `COCO_val2014_000000000042.jpg`."""
     number = f"{image_id:012d}" if isinstance(image_id, int) else image_id
     split = content.get("data_subtype")
     return f"COCO_{split if isinstance(split, str) else 'val2014'}_{number}.jpg"
 
 
 def _annotations_of(path: Path) -> Path:
-    """The file of answers to a file of questions, by VQA's names: v2_…OpenEnded_…_questions.json.
+    """Returns the path of the answers to a file of questions, by VQA's file names (v2_OpenEnded_…_questions.json).
 
     Raises:
         DataError: There is no such file.
@@ -196,7 +196,11 @@ def _annotations_of(path: Path) -> Path:
 
 
 def _beside(path: Path, names: Iterator[str] | Sequence[str] | Any) -> Path:
-    """The directory of the first picture: the file's own, `images` in it, or a directory of the split next to it."""
+    """Returns the folder with the pictures of a JSON file, searched in the usual places near the file.
+
+    The places are: the folder of the file and some subfolders, then folders next to that folder, named after the split
+    or `images`. The first place that has the first picture is returned; without such a place, the folder of the file.
+    """
     first = next(iter(names), None)
     parent = path.parent
     split = path.stem.rpartition("_")[2]
@@ -208,10 +212,10 @@ def _beside(path: Path, names: Iterator[str] | Sequence[str] | Any) -> Path:
 
 
 def _with_pictures(path: Path, entries: list[Entry], broken: BrokenSamples, limit: int) -> list[Entry]:
-    """The entries whose picture files exist.
+    """Returns the entries whose picture file exists; adds the other entries to `broken`.
 
     Raises:
-        DataError: More pictures are missing than `limit`, or all of them.
+        DataError: The picture files of more than `limit` entries, or of all entries, are missing.
     """
     files: dict[Path, bool] = {}
     missing = {}

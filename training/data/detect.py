@@ -1,4 +1,4 @@
-"""Detects the kind of data at a path, so that a command needs no recipe."""
+"""Detects the kind of data at a path, so that a command can read the data without a recipe."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _EVALUATED = ("test",)  # the split of Karpathy's file that is scored in the lit
 
 
 def detect_data(path: str, images: str | None, annotations: str | None, max_broken: int) -> tuple[DataConfig, Path]:
-    """Detects the kind of data at a path.
+    """Detects the kind of data at a path; returns a section `[data]` that describes the data.
 
     Args:
-        path: A JSON file, a table, a folder, shards or Parquet files (a file, an address, a directory of them), or a
-            recipe (TOML).
+        path: A JSON file, a table, a folder of pictures, a shard or Parquet file (its path or address, or a directory
+            of such files), or a recipe (TOML).
         images: Directory of a JSON file's pictures; None for the directory of the file.
         annotations: File of the answers to VQA's questions; None for the file in the directory of the questions.
         max_broken: Largest number of broken samples; a recipe's own value overrides it.
 
     Returns:
-        The configuration, and the directory that its paths are relative to.
+        The section `[data]`, and the directory that its relative paths start from.
 
     Raises:
         DataError: The kind is not known.
@@ -60,7 +60,7 @@ def detect_data(path: str, images: str | None, annotations: str | None, max_brok
 
 
 def _kind_of_file(path: str) -> str | None:
-    """The kind of a file or an address by its name; of a JSON file by its content. None if it is not known."""
+    """Returns the kind of data, by the name of a file or address, or by the content of a JSON file; None if unknown."""
     if path.endswith(".json"):
         return _kind_of_json(Path(path))
     name = path.lower()
@@ -90,7 +90,7 @@ def _kind_of_folder(folder: Path) -> str:
 
 
 def _of_recipe(path: Path) -> DataConfig:
-    """Reads the section [data] of a recipe; other sections are ignored."""
+    """Reads the section `[data]` of a recipe file; ignores the other sections."""
     try:
         import tomllib
     except ModuleNotFoundError as error:  # Python 3.10, where bundles run

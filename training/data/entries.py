@@ -23,11 +23,11 @@ class StoredPicture(Protocol):
 
     @property
     def suffix(self) -> str:
-        """Suffix of the picture's file name, such as ".jpg"."""
+        """Returns the suffix of the picture's file name, such as ".jpg"."""
 
     @property
     def identity(self) -> str:
-        """Key of the picture's cached features: path, size and modification time of the file."""
+        """Returns the key of the picture's cached features; for a file: path, size and modification time."""
 
     def read(self) -> bytes:
         """Reads the bytes of the picture file, unchanged.
@@ -37,7 +37,7 @@ class StoredPicture(Protocol):
         """
 
     def open(self) -> Image.Image:
-        """Decodes the picture: upright, RGB.
+        """Decodes the picture; returns it in RGB, turned upright by its EXIF orientation.
 
         Raises:
             ImageError: The file cannot be read, or is not a picture.
@@ -61,12 +61,12 @@ class FilePicture:
 
     @property
     def suffix(self) -> str:
-        """Suffix of the file's name."""
+        """Returns the suffix of the file's name, such as ".jpg"."""
         return self.path.suffix.lower()
 
     @property
     def identity(self) -> str:
-        """Path, size and modification time of the file."""
+        """Returns path, size and modification time of the file, as one text."""
         return file_identity(self.path)
 
     def read(self) -> bytes:
@@ -75,7 +75,7 @@ class FilePicture:
             return read_bytes(self.path, MAX_FILE_BYTES)
 
     def open(self) -> Image.Image:
-        """Decodes the picture: upright, RGB."""
+        """Decodes the picture; returns it upright, in RGB."""
         return load_image(self.path)
 
 
@@ -85,13 +85,13 @@ class Entry:
 
     Attributes:
         sample_id: Id of the entry, unique within its data.
-        image_id: Id of the picture, equal for two entries of the same picture.
+        image_id: Id of the picture. Entries of the same picture have the same id.
         picture: The picture.
         text: A caption; empty for a question.
         question: A question; empty for a caption.
         answers: Answers of people to the question.
         kinds: Groups of the question in the scores, such as `{"answer_type": "yes/no"}`.
-        numbered: Whether the ids are numbers in the data, and not texts.
+        numbered: True if the ids are numbers in the data files, False if they are texts.
         history: Earlier questions of the dialogue with their answers.
     """
 
@@ -107,12 +107,12 @@ class Entry:
 
 
 def single_spaced(text: str) -> str:
-    """The text with every run of white space as one space, without any at its ends."""
+    """Returns the text with single spaces: replaces each run of white space, and removes white space at both ends."""
     return " ".join(text.split())
 
 
 def answer_texts(answers: Iterable[Any]) -> tuple[str, ...]:
-    """The texts of the answers to a question, without blank ones.
+    """Returns the texts of the answers to a question; leaves out blank answers.
 
     Args:
         answers: Strings, or objects with the field `answer`.
@@ -136,7 +136,7 @@ class UniqueIds:
         self._counts: dict[str, int] = {}
 
     def __call__(self, sample_id: str) -> str:
-        """Returns the id that the next sample of this id gets."""
+        """Returns `sample_id`, or `sample_id` with a number (``7#2``) if it was given before."""
         count = self._counts[sample_id] = self._counts.get(sample_id, 0) + 1
         return sample_id if count == 1 else f"{sample_id}#{count}"
 
@@ -146,7 +146,7 @@ class BrokenSamples:
 
     Args:
         name: Name of the data, for messages.
-        limit: Largest number of broken samples; one more is an error.
+        limit: Largest allowed number of broken samples.
     """
 
     def __init__(self, name: str, limit: int) -> None:
@@ -155,7 +155,7 @@ class BrokenSamples:
         self.problems: dict[str, str] = {}
 
     def add(self, sample_id: str, problem: str) -> None:
-        """Adds a sample; a sample that was added before counts once.
+        """Adds a broken sample. A sample that is added twice counts once.
 
         Raises:
             DataError: There are more broken samples than the limit; the error names their number and the first three.
@@ -175,7 +175,7 @@ class BrokenSamples:
             )
 
     def none_usable(self, expected: str) -> DataError:
-        """The error for data without a usable sample.
+        """Returns the error for data without a usable sample; the caller raises the error.
 
         Args:
             expected: What one sample should be, such as ``a picture with a caption``.
@@ -188,7 +188,7 @@ class BrokenSamples:
         )
 
     def named(self) -> str:
-        """The first three broken samples with their problems, for messages."""
+        """Returns a text with the first three broken samples and their problems, for messages."""
         first = [f"{name} ({problem})" for name, problem in list(self.problems.items())[:_NAMED]]
         return ", ".join(first) + (", …" if len(self.problems) > _NAMED else "")
 
@@ -233,12 +233,12 @@ class AnnotatedPicture:
 
     @property
     def captions(self) -> list[str]:
-        """The texts of the picture's captions."""
+        """Returns the texts of the picture's captions."""
         return [entry.text for entry in self.entries if entry.text]
 
 
 def by_picture(entries: Iterable[Entry]) -> list[AnnotatedPicture]:
-    """Groups entries by picture, in the order of each picture's first entry."""
+    """Groups entries by picture. Pictures are in the order of their first entries."""
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(entry.image_id, []).append(entry)
@@ -291,7 +291,7 @@ class RejectingSource:
 
     @property
     def broken(self) -> Mapping[str, str]:
-        """Why samples were skipped when the data was read or rejected later, by sample id."""
+        """Returns, by sample id, why a sample was skipped when the data was read or was rejected later."""
         return self._broken.problems
 
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:

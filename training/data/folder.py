@@ -11,7 +11,7 @@ from blip2edge.training.data.entries import BrokenSamples, Entry, FilePicture, s
 
 
 def captions_of(text: str) -> list[str]:
-    """Splits the content of a text file into captions: one on each line; blank lines are skipped.
+    """Splits the content of a text file into captions: each line is a caption; blank lines are skipped.
 
     Only the line feed ends a line. Other separators (U+2028, form feed) are white space within a caption.
     """
@@ -58,7 +58,7 @@ def read_folder(directory: Path, max_broken: int) -> tuple[list[Entry], BrokenSa
 
 
 def read_pictures(directory: Path) -> list[Entry]:
-    """Reads the pictures of a folder and of all folders below it, without captions; empty if there are .txt files."""
+    """Returns an entry without text for each picture in a folder and its subfolders; none if there are .txt files."""
     files = visible_files(directory)
     if any(path.suffix == ".txt" for path in files):
         return []
@@ -67,7 +67,7 @@ def read_pictures(directory: Path) -> list[Entry]:
 
 
 def _captions(path: Path | None, picture: str, broken: BrokenSamples) -> list[str]:
-    """The captions of a picture. A picture without a readable text is added to `broken` and has none."""
+    """Returns a picture's captions; without a readable text, adds the picture to `broken` and returns no caption."""
     if path is None:
         broken.add(picture, "it has no .txt file with captions")
         return []

@@ -25,8 +25,8 @@ def sample_of(entry: Entry, config: DataConfig, rng: np.random.Generator) -> Sam
     Args:
         entry: A caption or a question.
         config: Section [data] of the recipe, with prompts for captions and templates for questions.
-        rng: Draws the prompt, or one of the answers (an answer that more people gave is more likely) and one of the
-            templates; then how the picture is changed.
+        rng: Random generator. For a caption it draws the prompt; for a question it draws the template and one of the
+            answers (an answer that more people gave is more likely). It also draws how the picture is changed.
 
     Returns:
         The sample.
@@ -41,7 +41,10 @@ def sample_of(entry: Entry, config: DataConfig, rng: np.random.Generator) -> Sam
 
 
 def _asked(entry: Entry, config: DataConfig, rng: np.random.Generator) -> str:
-    """The question of an entry in one of the templates, after the earlier turns of its dialogue in the same one."""
+    """Returns the question of an entry, formatted with a drawn template.
+
+    The earlier questions and answers of the dialogue come first, in the same template.
+    """
     templates = config.questions
     template = templates[int(rng.integers(len(templates)))] if len(templates) > 1 else templates[0]
     earlier = [
@@ -51,17 +54,17 @@ def _asked(entry: Entry, config: DataConfig, rng: np.random.Generator) -> str:
 
 
 class ListSource(RejectingSource):
-    """Yields the samples of a list of entries, pass after pass, each pass in its own order.
+    """Yields the samples of a list of entries, pass after pass, without end. Each pass has its own order.
 
     Args:
         entries: All entries.
         broken: Samples that were skipped when the entries were read.
         name: The file or folder, for messages.
         config: Section [data] of the recipe, with prompts and question template.
-        seed: Seed of orders, prompts and answers.
+        seed: Seed of the orders of the passes, and of the drawn prompts and answers.
 
     Raises:
-        DataError: There is no entry.
+        DataError: There is no entry, or there are too few pictures for the examples.
     """
 
     def __init__(
@@ -82,11 +85,11 @@ class ListSource(RejectingSource):
 
     @property
     def name(self) -> str:
-        """Path of the file or folder, for messages."""
+        """Returns the path of the file or folder, for messages."""
         return self._name
 
     def __iter__(self) -> Iterator[Sample]:
-        """Samples from the current position, without end."""
+        """Yields the samples from the current position on, without end."""
         while True:
             position = self._position
             self._position += 1
@@ -105,7 +108,10 @@ class ListSource(RejectingSource):
             )
 
     def _shots(self, entry: Entry, prompt: str, position: int) -> tuple[Sample, ...]:
-        """The examples before an entry, each of another picture; captions follow the prompt of the entry."""
+        """Draws the few-shot examples before an entry, all of different pictures; not of the entry's own picture.
+
+        If the entry and the example are captions, the example gets the prompt of the entry.
+        """
         rng = np.random.default_rng([_SHOTS, self._seed, position])
         shots: dict[str, Sample] = {}
         while len(shots) < self._config.shots:

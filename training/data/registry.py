@@ -32,7 +32,7 @@ WHOLE: Part = (0, 1)
 
 
 def _path(base: Path, text: str) -> Path | None:
-    """A path of the configuration; None if it is empty."""
+    """Joins a path of a recipe to the directory `base`; returns None for an empty text."""
     return base / text if text else None
 
 
@@ -78,12 +78,12 @@ LIST_READERS: dict[str, Callable[[DataConfig, Path], tuple[list[Entry], BrokenSa
 
 @dataclass(frozen=True)
 class ShardFormat:
-    """A format of many files that are read one after the other.
+    """A data format with many files, which are read one after the other.
 
     Attributes:
-        suffixes: Endings of the files.
-        reader: Makes the reader of one file from the section and the directory of the recipe.
-        size: Counts the samples of a file; None if that takes reading it.
+        suffixes: Endings of the files' names.
+        reader: Makes a function that reads one file, from the section `[data]` and the directory of the recipe.
+        size: Counts the samples of a file; None if counting would mean reading the whole file.
     """
 
     suffixes: tuple[str, ...]
@@ -109,7 +109,7 @@ SHARD_FORMATS = {
 
 
 def _files(config: DataConfig, base: Path) -> list[Path | str]:
-    """The files of a section: local paths, or addresses."""
+    """Returns the data files that a section `[data]` names: local paths, or addresses."""
     suffixes = SHARD_FORMATS[config.kind].suffixes
     if is_address(config.path):
         return [*remote_files(config.path, suffixes)]
@@ -117,7 +117,7 @@ def _files(config: DataConfig, base: Path) -> list[Path | str]:
 
 
 def _file_reader(config: DataConfig, base: Path) -> Callable[[Any, BrokenSamples, str], Iterator[Entry]]:
-    """The reader of one file, which is copied first if it is packed or in an object store."""
+    """Returns a function that reads one file; the function first copies a packed file or one in an object store."""
     copies = LocalCopies(cache_directory() / "shards", config.copies_gib * _GIB)
     return copies.reader(SHARD_FORMATS[config.kind].reader(config, base))
 
@@ -143,7 +143,7 @@ def _listed(config: DataConfig, seed: int, base: Path, part: Part) -> tuple[Samp
 
 
 def _mixed(config: DataConfig, seed: int, base: Path, part: Part) -> tuple[SampleSource, int | None]:
-    """A mixture; each set has an order of its own, also if two sets are the same files."""
+    """Opens a mixture of data sets. The sets get different seeds, so two sets with the same files differ in order."""
     sets = config.sets
     opened = [SOURCE_MAKERS[each.kind](each, seed * len(sets) + number, base, part) for number, each in enumerate(sets)]
     probabilities = set_probabilities(config.sets, [size for _, size in opened])
@@ -170,7 +170,7 @@ def open_sample_source(config: DataConfig, *, seed: int, base: Path, part: Part 
         config: The section [data] of the recipe.
         seed: Seed of the order; each phase of a recipe has its own.
         base: Directory of the recipe; relative paths start there.
-        part: Number of the stream, and of all streams that the data is split into.
+        part: (number of the stream, number of all streams): the data is split into that many streams.
 
     Returns:
         The source, at its first sample.
@@ -183,7 +183,7 @@ def open_sample_source(config: DataConfig, *, seed: int, base: Path, part: Part 
 
 
 def read_entries(config: DataConfig, *, base: Path) -> tuple[Iterable[Entry], BrokenSamples]:
-    """Reads all entries once, in the order of the files, for evaluation or filtering.
+    """Returns all entries of a data set, each once, in the order of the files, for evaluation or filtering.
 
     Args:
         config: The section [data] of the recipe; any kind except "scenes" and mixtures.

@@ -1,4 +1,4 @@
-"""The generated scenes as a source of samples."""
+"""A source of training samples whose pictures are generated scenes."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class SceneSource:
 
     @property
     def name(self) -> str:
-        """Name of the scenes, for messages."""
+        """Returns the name of the scenes, for messages."""
         return f"scenes of series {self._series}"
 
     def __iter__(self) -> Iterator[Sample]:
-        """Samples from the current position, without end."""
+        """Yields the samples from the current position on, without end."""
         while True:
             position = self._position
             self._position += 1
@@ -54,7 +54,7 @@ class SceneSource:
 
     @property
     def broken(self) -> Mapping[str, str]:
-        """Always empty: a generated picture is never broken."""
+        """Returns an empty mapping: a generated picture is never broken."""
         return {}
 
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:

@@ -79,12 +79,12 @@ class SceneObject:
 
     @property
     def kind(self) -> Kind:
-        """Colour and shape of the object, by which scenes are split into training and held-out scenes."""
+        """Returns colour and shape; pairs of these decide whether a scene is a training or a held-out scene."""
         return (self.colour, self.shape)
 
     @property
     def phrase(self) -> str:
-        """The object's phrase in the caption, such as "a large red circle"."""
+        """Returns the words for the object in the caption, such as "a large red circle"."""
         return f"a {self.size} {self.colour} {self.shape}"
 
 
@@ -106,12 +106,12 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The one correct caption, such as "a small blue ring above a large red circle"."""
+        """Returns the only correct caption, such as "a small blue ring above a large red circle"."""
         return f"{self.first.phrase} {RELATIONS[self.relation]} {self.second.phrase}"
 
     @property
     def keywords(self) -> tuple[str, ...]:
-        """The seven words that determine the caption, in the caption's order."""
+        """Returns the seven words that determine the caption, in the order of the caption."""
         one, two = self.first, self.second
         return (one.size, one.colour, one.shape, self.relation, two.size, two.colour, two.shape)
 
@@ -169,7 +169,7 @@ def _place(rng: np.random.Generator, radii: Sequence[float]) -> tuple[str, NDArr
 
 
 def _outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
-    """The corners of a polygon shape around (x, y)."""
+    """Returns the corners (x, y) of a polygon shape with its centre at (x, y), in pixels."""
     if shape == "square":
         half = 0.88 * radius
         corners = [(-half, -half), (half, -half), (half, half), (-half, half)]
@@ -189,7 +189,7 @@ def _outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float,
 
 
 def _draw(objects: Sequence[SceneObject], tints: NDArray[np.int64], grey: int, noise: NDArray[np.int16]) -> Image.Image:
-    """Draws the objects on grey, averages down and adds the noise."""
+    """Draws the objects on a grey picture that is larger than the result, scales it down, and adds the noise."""
     scale = SUPERSAMPLING
     canvas = Image.new("RGB", (PICTURE_SIZE * scale,) * 2, (grey, grey, grey))
     pen = ImageDraw.Draw(canvas)

@@ -1,4 +1,4 @@
-"""A source of samples from shards: endless, shuffled and resumable."""
+"""A source of samples from shards; the stream is endless, shuffled, and can be resumed."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ _SHARDS, _BLOCK, _TEXT = 1, 2, 3  # independent random streams
 
 
 class ShardSource(RejectingSource):
-    """Yields the samples of shards, pass after pass.
+    """Yields the samples of shards, pass after pass, without end.
 
-    In each pass the shards are shuffled. Their samples are read in blocks of `shuffle_buffer`, and each block is
-    shuffled. The orders depend only on seed, pass and block, so a snapshot needs no samples to resume a stream.
+    In each pass, the shards are shuffled. Their samples are read in blocks of `shuffle_buffer` samples, and each block
+    is shuffled. The orders depend only on seed, pass and block. So a snapshot only has to store the position.
 
     Args:
         paths: The shards: paths, or addresses.
         config: Section [data] of the recipe: size of a block, prompts, and the largest number of broken samples.
-        seed: Seed of all orders, prompts and answers.
-        read: Reads the entries of one shard: its path or address, the broken samples, and its name in sample ids.
+        seed: Seed of all orders, and of the drawn prompts and answers.
+        read: Reads the entries of one shard. Arguments: the shard's path or address, the collection of broken samples,
+            and the shard's name in sample ids.
     """
 
     def __init__(
@@ -50,11 +51,11 @@ class ShardSource(RejectingSource):
 
     @property
     def name(self) -> str:
-        """Directory and number of the shards, for messages."""
+        """Returns the directory and the number of the shards, for messages."""
         return f"{str(self._paths[0]).rpartition('/')[0]} ({len(self._paths)} shards)"
 
     def __iter__(self) -> Iterator[Sample]:
-        """Samples from the current position, without end.
+        """Yields the samples from the current position on, without end.
 
         Raises:
             DataError: The shards hold no sample, or more samples are broken than allowed.
@@ -72,7 +73,7 @@ class ShardSource(RejectingSource):
             self._pass, self._block, self._within, self._start = self._pass + 1, 0, 0, (0, 0)
 
     def _entries_from(self, shard: int, first: int) -> Iterator[tuple[tuple[int, int], Entry]]:
-        """The rest of the pass: entries with their position (number of the shard in this pass, number of the entry)."""
+        """Yields ((place of the shard in this pass, number of the entry), entry) up to the end of the pass."""
         order = np.random.default_rng([_SHARDS, self._seed, self._pass]).permutation(len(self._paths))
         for place in range(shard, len(order)):
             at = int(order[place])
@@ -81,7 +82,7 @@ class ShardSource(RejectingSource):
                     yield (place, number), entry
 
     def _shuffled(self, block: list[Entry]) -> Iterator[Sample]:
-        """The rest of a block's samples, shuffled."""
+        """Yields the remaining samples of a block, in the shuffled order of the block."""
         order = np.random.default_rng([_BLOCK, self._seed, self._pass, self._block]).permutation(len(block))
         for within in range(self._within, len(block)):
             self._within = within + 1

@@ -1,8 +1,8 @@
 """Reads and writes WebDataset shards: tar files whose samples are files of one name (`0001.jpg`, `0001.txt`).
 
-Headers and texts are read in order; a picture is read from its offset when it is needed. Packed shards and those of an
-object store are copied first, see :mod:`blip2edge.training.data.readers.copies`. Only the entries of the current block
-are in memory, so memory does not grow with the data.
+Headers and texts are read in order; a picture is read later, from its offset in the shard. Packed shards and shards in
+an object store are copied first, see :mod:`blip2edge.training.data.readers.copies`. Only the entries of the current
+block are in memory, so memory does not grow with the data.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ class ShardPicture(ShardFile):
 
     @property
     def identity(self) -> str:
-        """Identity of the shard file, and the picture's offset in the shard."""
+        """Returns a key made of the shard file's path, size and time, and the picture's offset in the shard."""
         return f"{file_identity(self.shard)}|{self.offset}"
 
     def open(self) -> Image.Image:
-        """Decodes the picture; raises the errors of :meth:`read`."""
+        """Decodes the picture; returns it upright, in RGB. Raises the errors of :meth:`read`."""
         return load_image(self.read())
 
 
 def range_of(pattern: str) -> list[str]:
-    """The paths of a pattern with a range, such as `part-{000..127}.tar`; empty if it has none."""
+    """Returns the paths of a pattern with a range, such as `part-{000..127}.tar`; an empty list without a range."""
     span = _BRACES.search(pattern)
     if span is None:
         return []
@@ -67,7 +67,7 @@ def shard_paths(pattern: str | Path, suffixes: tuple[str, ...] = SHARD_SUFFIXES)
     """Finds the shards that a pattern names; returns their paths, sorted.
 
     Args:
-        pattern: A file, a directory of them, a pattern with `*`, or one with a range: `part-{000..127}.tar`.
+        pattern: A file, a directory of shards, or a file name with `*` or with a range: `part-{000..127}.tar`.
         suffixes: Endings of the files, in lower case.
 
     Raises:
@@ -141,7 +141,7 @@ def read_shard(path: Path, broken: BrokenSamples, name: str = "") -> Iterator[En
 
 
 def _entries(name: str, key: str, parts: SampleFiles, broken: BrokenSamples) -> list[Entry]:
-    """The entries of one sample. A broken sample is counted and has none."""
+    """Returns the entries of one sample of a shard. A broken sample is added to `broken` and gives no entry."""
     sample_id = f"{name}:{key.lstrip('/')}"
     file = next((file for file, _ in parts.values() if file.is_picture), None)
     if file is None:
@@ -175,7 +175,7 @@ def _entries(name: str, key: str, parts: SampleFiles, broken: BrokenSamples) -> 
 
 
 def _text(file: ShardFile, read: Callable[[], bytes]) -> str:
-    """A text of a sample; raises ValueError if it is too long, or is not UTF-8."""
+    """Returns the text in a file of a sample; raises ValueError if the text is too long or not UTF-8."""
     if file.size > MAX_TEXT_BYTES:
         raise ValueError(f"expected at most {MAX_TEXT_BYTES} bytes, got {file.size}")
     return read().decode("utf-8-sig")

@@ -1,7 +1,7 @@
-"""The interface of sources: endless, shuffled, resumable streams of captioned pictures.
+"""The interface of sources of training samples: endless, shuffled streams of captioned pictures that can be resumed.
 
-Every process reads the texts of all samples, and opens the pictures of its own rows only, unless their features are
-cached.
+Every process reads the texts of all samples. It opens only the pictures of its own rows, and no picture whose features
+are cached.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Sample:
     """One training sample: a picture with a target text and a prompt.
 
     Attributes:
-        sample_id: Name of the sample in messages and logs: unique within its source, the same in every run.
-        image_id: Name of the picture: equal for two samples of the same picture (COCO has five captions for each),
-            unique otherwise. Key of cached features.
+        sample_id: Name of the sample in messages and logs; unique within its source, and equal in every run.
+        image_id: Name of the picture. Samples of the same picture have the same name (COCO has five captions for each
+            picture); different pictures have different names. Also the key of the picture's cached features.
         open_picture: Decodes the picture to RGB. Raises ImageError (or DataError) if the picture is broken; the loader
             then calls `SampleSource.reject` and uses the next sample.
         text: The target text: a caption or an answer, without surrounding space.
@@ -43,7 +43,7 @@ class Sample:
 
     @property
     def pictures(self) -> tuple[Sample, ...]:
-        """The samples whose pictures are shown, in order: the examples, then the sample itself."""
+        """Returns the samples whose pictures the model gets, in order: the examples, then the sample itself."""
         return (*self.shots, self)
 
 
@@ -55,7 +55,7 @@ def draw_prompt(config: DataConfig, rng: np.random.Generator) -> str:
 
 
 class PassOrder:
-    """The order of a list's elements in endless passes; each pass has its own permutation.
+    """Maps positions of an endless stream to indices of a list; each pass over the list has its own permutation.
 
     Args:
         count: Length of the list.
@@ -67,7 +67,7 @@ class PassOrder:
         self._pass, self._permutation = -1, list[int]()
 
     def __getitem__(self, position: int) -> int:
-        """Index in the list of the item at a position of the stream."""
+        """Returns the index, in the list, of the element at a position of the stream."""
         number, rest = divmod(position, self._count)
         if self._pass != number:
             rng = np.random.default_rng([_ORDER, self._seed, number])
@@ -84,14 +84,14 @@ class SampleSource(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the source's file, directory or shards, for messages."""
+        """Returns the name of the source's file, directory or shards, for messages."""
 
     def __iter__(self) -> Iterator[Sample]:
-        """Samples from the current position, pass after pass, without end."""
+        """Yields the samples from the current position on, pass after pass, without end."""
 
     @property
     def broken(self) -> Mapping[str, str]:
-        """Why samples were skipped or rejected, by sample id."""
+        """Returns, by sample id, why a sample was skipped or rejected."""
 
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
         """Adds a sample that could not be used to the broken samples.

@@ -1,4 +1,4 @@
-"""Batches of texts (token ids, masks, labels), and the batches of scenes for the miniature's pretraining."""
+"""Makes batches of texts (token ids, masks, labels), and batches of scenes for the miniature's pretraining."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ class CaptionBatch(NamedTuple):
             `IGNORED` elsewhere. Not shifted, as in transformers.
         before_ids: int64 [N]: the tokens before the picture, equal in all rows; usually empty.
         decoder_ids: int64 [B, T]: for an encoder-decoder model, the start token and the caption; else None.
-        picture_mask: int64 [B, S]: for a language model with cross-attention, the number of the picture that a token
-            attends to, from 1; 0 for none. None if all tokens attend to the only one, and for other models.
+        picture_mask: int64 [B, S]: for a language model with cross-attention, the number (from 1) of the picture that
+            each token attends to; 0 if a token attends to no picture. None if all tokens attend to one picture, and for
+            language models without cross-attention.
     """
 
     input_ids: Tensor
@@ -79,7 +80,7 @@ def pad_with_mask(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, T
 def caption_batch(
     prompts: Sequence[Sequence[int]], captions: Sequence[Sequence[int]], pad_id: int = PAD_ID
 ) -> CaptionBatch:
-    """Makes a batch of prompts and captions, given as token ids, with nothing before the picture."""
+    """Makes a batch of prompts and captions, given as token ids; no tokens come before the picture."""
     rows = [[*prompt, *caption] for prompt, caption in zip(prompts, captions, strict=True)]
     labels = [[*[IGNORED] * len(prompt), *caption] for prompt, caption in zip(prompts, captions, strict=True)]
     before_ids = torch.zeros(0, dtype=torch.int64)
@@ -87,7 +88,7 @@ def caption_batch(
 
 
 class KeywordBatch(NamedTuple):
-    """Captions of scenes, with the keywords that determine them.
+    """Captions of scenes, with the seven keywords that determine each caption.
 
     Attributes:
         sample_ids: Names of the B samples.
@@ -101,12 +102,12 @@ class KeywordBatch(NamedTuple):
 
     @property
     def weight(self) -> int:
-        """Number of tokens that the loss is computed on."""
+        """Returns the number of tokens that the loss is computed on."""
         return self.captions.tokens
 
 
 class KeywordTexts:
-    """Makes batches of the captions of scenes, with their keywords.
+    """Makes batches of scene captions with the keywords of each caption.
 
     Args:
         tokenizer: The miniature's tokenizer.
@@ -121,12 +122,12 @@ class KeywordTexts:
         self._data = data
 
     def _prompt(self, name: str) -> str:
-        """The prompt of a scene. It depends on the scene's name only, so it is the same in every run."""
+        """Draws the prompt of a scene. The draw depends only on the scene's name, so all runs give the same prompt."""
         rng = np.random.default_rng(zlib.crc32(name.encode()))
         return draw_prompt(self._data, rng)
 
     def __call__(self, batch: Sequence[Scene], names: Sequence[str]) -> KeywordBatch:
-        """Makes a batch of scenes."""
+        """Makes a batch of the captions and keywords of scenes."""
         prompts, captions = [], []
         for scene, name in zip(batch, names, strict=True):
             prompt = self._prompt(name)
@@ -144,7 +145,7 @@ def pixel_values(batch: Sequence[Scene]) -> Tensor:
 
 
 class SceneBatches:
-    """Endless batches of training scenes. No scene is used twice.
+    """Yields batches of training scenes, without end. No scene is used twice.
 
     Args:
         rows: Number of scenes of a batch on one process.
@@ -158,7 +159,7 @@ class SceneBatches:
         self._start = 0
 
     def __next__(self) -> Any:
-        """The next batch."""
+        """Returns the next batch: this process' rows."""
         rank, size = self._place
         first = self._start + rank * self._rows
         self._start += self._rows * size

@@ -50,12 +50,12 @@ class CaptionTexts:
         return sample.prompt or self._spec.default
 
     def _whole_prompt(self, sample: Sample) -> str | None:
-        """The prompt of a sample with its examples."""
+        """Returns the prompt of a sample, with the sample's few-shot examples before it."""
         shots = [Shot(self.prompt(shot) or "", shot.text) for shot in sample.shots]
         return few_shot_prompt(self._prompts, shots, self.prompt(sample))
 
     def _caption(self, sample: Sample, room: int) -> list[int]:
-        """Token ids of the target text and the end token, at most `room` of them."""
+        """Returns the token ids of the target text and the end token; at most `room` ids."""
         if room < SHORTEST:
             raise DataError(
                 f"the prompt of {sample.sample_id} is too long: it leaves no position for a text in the language"
@@ -68,11 +68,12 @@ class CaptionTexts:
         return [*ids, self._config.ends[0]]
 
     def __call__(self, samples: Sequence[Sample]) -> CaptionBatch:
-        """Makes a batch, padded to its longest text.
+        """Makes a batch of texts, padded to the longest text.
 
         Raises:
-            PromptError: A prompt is longer than the context.
-            DataError: A prompt leaves no position for a text, or an example marks a place of a picture.
+            PromptError: A prompt is longer than the context of the language model.
+            DataError: A prompt leaves no position for the target text, or the text of an example contains the marker of
+                a picture.
         """
         prompts = [self._prompts(self._whole_prompt(sample), len(sample.pictures)) for sample in samples]
         longest = self._config.language.max_positions

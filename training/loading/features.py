@@ -2,8 +2,8 @@
 
 A cache is one directory for one encoder and one preprocessing, named by their hash. Each run appends to its own files:
 rows of fixed size, and an index with one line for each batch. A line is written after its rows, so a run that is killed
-leaves complete batches only. If a part of a batch is missing from the cache, the whole batch is encoded. So its values
-are the same whether or not a run was interrupted.
+leaves complete batches only. If one picture of a batch is missing from the cache, the whole batch is encoded. So the
+features of a batch are equal whether or not a run was interrupted.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _ROWS, _INDEX = ".rows", ".index.jsonl"
 
 
 def encoder_hash(vision: nn.Module, preprocessing: Preprocessing, kind: str) -> str:
-    """Computes a hash of everything that cached features depend on: weights, preprocessing, and type of the values.
+    """Computes a hash of all that changes cached features: encoder weights, preprocessing, and type of the values.
 
     Args:
         vision: The picture encoder.
         preprocessing: Preprocessing of the pictures.
-        kind: dtype of the stored values and of the encoder's arithmetic, as text.
+        kind: dtype of the stored values and dtype of the encoder's arithmetic, as one text.
     """
     digest = hashlib.sha256(json.dumps([preprocessing.to_json(), kind], sort_keys=True).encode())
     for name, tensor in vision.state_dict().items():
@@ -138,7 +138,7 @@ class FeatureCache:
         return self._own
 
     def close(self) -> None:
-        """Closes the files of the cache."""
+        """Closes the open files of the cache."""
         for descriptor in self._open.values():
             os.close(descriptor)
         self._open.clear()
@@ -148,7 +148,7 @@ class FeatureCache:
 
 
 def _names(index: Path) -> list[str]:
-    """Names of the pictures in the complete lines of an index.
+    """Returns the names of the pictures in the complete lines of an index file.
 
     Raises:
         DataError: The index is damaged.
@@ -163,7 +163,7 @@ def _names(index: Path) -> list[str]:
 
 
 class PictureReader:
-    """Opens the pictures of samples for a phase that trains the picture encoder: the phase encodes them itself.
+    """Opens the pictures of samples, without encoding, for a phase whose module contains the (trained) picture encoder.
 
     Args:
         preprocessing: Preprocessing of the pictures.
@@ -183,7 +183,7 @@ class PictureReader:
         return self.preprocessing(sample.open_picture())
 
     def encode(self, samples: Sequence[Sample], pixels: Sequence[NDArray[np.float32] | None]) -> Tensor:
-        """Returns the pixel values of a batch, float32 [B, 3, H, W], on the device; arguments as for FrozenEncoder."""
+        """Returns a batch's pixel values, float32 [B, 3, H, W], on the device; see :meth:`FrozenEncoder.encode`."""
         del samples
         rows = [each for each in pixels if each is not None]
         return torch.from_numpy(np.stack(rows)).to(self._accelerator.device)
@@ -199,8 +199,8 @@ class FrozenEncoder:
         vision: The picture encoder, frozen and in eval mode.
         preprocessing: Preprocessing of the pictures.
         accelerator: Device and arithmetic.
-        cache: Cache of the encoder's output; None encodes every picture again.
-        autocast: Whether the encoder runs in the accelerator's arithmetic; else in that of its weights.
+        cache: Cache of the encoder's output; None: no cache, every picture is encoded each time.
+        autocast: True: the encoder runs in the accelerator's arithmetic. False: in the dtype of its weights.
     """
 
     def __init__(

@@ -1,12 +1,12 @@
-"""Examples before a question (few-shot), for models that read several pictures in one text (Flamingo).
+"""Makes prompts with examples before a question (few-shot), for models with several pictures in one text (Flamingo).
 
-An example is written as a training sample is: picture, prompt, text, end token. So the text of two examples and a
-question is, in the template of the family::
+An example has the same parts as a training sample: picture, prompt, text, end token. With the template of the family,
+the prompt for two examples and a question is::
 
     <image>Question: What is it? Answer: a dog</s><image>Question: How many? Answer: two</s><image>Question: …
 
-Each token attends to the last picture before it, and none between an end token and the next picture, as in Flamingo
-(Alayrac et al., arXiv 2204.14198, section 3.1.3).
+Each token attends to the last picture before the token. Tokens between an end token and the next picture attend to no
+picture. Both rules are those of Flamingo (Alayrac et al., arXiv 2204.14198, section 3.1.3).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from blip2edge.runtime.text.prompt import PromptBuilder
 
 
 class Shot(NamedTuple):
-    """The texts of an example.
+    """The prompt and the text of one few-shot example.
 
     Attributes:
         prompt: The prompt or question, already in its template; empty for the default prompt of the family.
@@ -32,7 +32,7 @@ class Shot(NamedTuple):
 
 
 def is_interleaved(prompts: PromptBuilder) -> bool:
-    """Whether a model reads several pictures in one text."""
+    """Returns whether a text for the model may have several pictures, each with a marker at its place."""
     return prompts.spec.kind == INTERLEAVED
 
 
@@ -45,7 +45,7 @@ def few_shot_prompt(prompts: PromptBuilder, shots: Sequence[Shot], prompt: str |
         prompt: The prompt; None for the family's default.
 
     Returns:
-        The text for the prompt builder; `prompt` itself without examples.
+        The text for the prompt builder; `prompt` itself if `shots` is empty.
 
     Raises:
         DataError: A text holds the marker of a picture, or an end token.

@@ -1,12 +1,12 @@
 """Loads batches of samples, replaces broken samples, and saves and restores the position in the data.
 
-All processes read the same stream of samples and open only the pictures of their own rows. If a picture cannot be
-opened, or a text does not fit the model, all processes reject the sample and take the next one of the stream instead.
-So two processes with B rows each train on the same samples as one process with 2 B rows.
+All processes read the same stream of samples, but each process opens only the pictures of its own rows. If a picture
+cannot be opened, or a text does not fit the model, all processes reject the sample and use the next sample of the
+stream instead. So two processes with B rows each train on the same samples as one process with 2 B rows.
 
-Data can also be split into several streams (`data_streams`), each with an equal number of a batch's rows. A process
-then reads only the streams of its own rows. The samples of a batch depend on the number of streams, not on that of the
-processes.
+Data can also be split into several streams (`data_streams`). Each stream gives an equal number of a batch's rows, and a
+process reads only the streams of its own rows. The samples of a batch then depend on the number of streams, but not on
+the number of processes.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class PictureBatch(NamedTuple):
         sample_ids: Names of the B samples.
         image_embeds: float32 [B, P, Dv], output of the frozen picture encoder; pixel values [B, 3, H, W], if the phase
             trains the encoder.
-        weight: Number of tokens that give loss; number of rows if there are no captions.
+        weight: Number of tokens on which the loss is computed; number of rows if there are no captions.
         captions: Texts for the language model.
         texts: Texts for the Q-Former's own text side.
-        instruction: Ids and mask, int64 [B, T] each, for a Q-Former that reads the prompt.
+        instruction: Token ids and mask of the prompts, int64 [B, T] each, for a Q-Former with text input.
         pictures: N, the number of pictures of each sample; `image_embeds` then has B * N rows, sample by sample.
     """
 
@@ -62,12 +62,12 @@ class PictureBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class TextMakers:
-    """Functions that make the texts of a batch; None for texts that a phase does not need.
+    """Functions that make the texts of a batch; a function is None if the phase does not need its texts.
 
     Attributes:
         captions: Makes texts for the language model.
         own: Makes texts for the Q-Former's own text side, from texts and picture numbers.
-        instruction: Makes ids and mask of the prompts for the Q-Former.
+        instruction: Makes token ids and mask of the prompts, for a Q-Former with text input.
     """
 
     captions: Callable[[Sequence[Sample]], CaptionBatch] | None = None
@@ -149,7 +149,7 @@ class Loader:
         self._states = self._positions()
 
     def __next__(self) -> PictureBatch:
-        """This process' rows of the next batch."""
+        """Returns this process' rows of the next batch, on the device."""
         own = self._own
         prefetched, self._prefetched = self._prefetched, None
         if prefetched is not None:
@@ -173,11 +173,11 @@ class Loader:
         return [next(stream) for stream in self._streams for _ in range(self._count)]
 
     def _positions(self) -> list[dict[str, Any]]:
-        """The position of each source."""
+        """Returns the position of each source (its `state_dict`)."""
         return [source.state_dict() for source in self._sources]
 
     def _opened(self, sample: Sample) -> Opened | Blip2EdgeError:
-        """The pixels of a sample's pictures, or the error of the sample."""
+        """Returns the pixels of a sample's pictures; if the sample is broken, returns the error."""
         try:
             self._texts.check(sample)
             return [self._encoder.open(picture) for picture in sample.pictures]
@@ -187,7 +187,7 @@ class Loader:
     def _replace_broken(
         self, samples: list[Sample], opened: list[Opened | Blip2EdgeError]
     ) -> tuple[list[Sample], list[Pixels]]:
-        """Replaces samples that could not be opened, in the same way on all processes that read them."""
+        """Replaces broken samples by the next samples; all processes that read a stream do the same replacements."""
         own = self._own
         while True:
             broken = {
@@ -247,7 +247,7 @@ class Loader:
 
     @property
     def broken(self) -> Mapping[str, str]:
-        """Why samples could not be used, by sample id. With several streams every process must ask for it."""
+        """Returns, by sample id, why a sample could not be used. With several streams, call it in every process."""
         found = {name: problem for source in self._sources for name, problem in source.broken.items()}
         if not self._split or self._accelerator.num_processes == 1:
             return found

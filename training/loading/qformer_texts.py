@@ -22,8 +22,9 @@ MAX_LENGTH = 32
 class QFormerTexts:
     """Makes batches of texts for the Q-Former.
 
-    Those of the four special tokens that the tokenizer does not have are added at the end of its vocabulary: for
-    BERT's tokenizer only [DEC]. With the language model's own tokenizer, drafted tokens need no translation.
+    The text side needs four special tokens. The ones that the tokenizer lacks are added at the end of its vocabulary:
+    for BERT's tokenizer only [DEC]. If the tokenizer is that of the language model, drafted token ids can be used
+    without a translation.
 
     Args:
         tokenizer: Any tokenizer; it is copied, not changed.
@@ -58,7 +59,7 @@ class QFormerTexts:
         )
 
     def __call__(self, captions: Sequence[str], pictures: Sequence[int] | None = None) -> TextBatch:
-        """Makes a batch, padded to its longest text. Longer texts than ``max_length`` are cut before [SEP].
+        """Makes a batch of texts, padded to the longest text. Texts over ``max_length`` tokens are cut before [SEP].
 
         Args:
             captions: B texts.
@@ -71,5 +72,5 @@ class QFormerTexts:
         return TextBatch(*pad_with_mask(rows, self._pad), numbers)
 
     def save(self, directory: Path) -> None:
-        """Writes ``draft_tokenizer.json``, the tokenizer of a draft model."""
+        """Writes ``draft_tokenizer.json``, the file with the draft model's tokenizer, into a directory."""
         self.tokenizer.save(str(directory / DRAFT_TOKENIZER_FILE))

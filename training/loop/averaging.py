@@ -22,10 +22,10 @@ _PREFIX = "average."  # begins the names of the averages in a snapshot
 
 
 class Averages:
-    """The averages of one phase, in float32; those of sharded parameters are sharded.
+    """Keeps the averages of the trained weights of one phase, in float32. Averages of sharded parameters are sharded.
 
     Args:
-        module: The trained module, without the wrapper of several processes. Its averages begin at its weights.
+        module: The trained module, without the wrapper for several processes. The averages begin at its weights.
         decay: Largest decay d of an update.
     """
 
@@ -35,14 +35,14 @@ class Averages:
         self._averages = {name: _own(each).float().clone() for name, each in self._trained.items()}
 
     def update(self) -> None:
-        """Adds the weights after a step to the averages."""
+        """Updates the averages with the present weights of the module; call it after each step."""
         decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
         self._updates += 1
         for name, parameter in self._trained.items():
             self._averages[name].lerp_(_own(parameter).float(), 1.0 - decay)
 
     def exchange(self) -> None:
-        """Writes the averages into the module, and keeps the module's weights in their place."""
+        """Exchanges the averages and the module's weights; a second call exchanges them back."""
         for name, parameter in self._trained.items():
             kept = _own(parameter).float().clone()
             _own(parameter).copy_(self._averages[name])
@@ -50,7 +50,7 @@ class Averages:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within this context the module has the averaged weights, afterwards its own again."""
+        """Puts the averages into the module during a ``with`` block; afterwards puts its own weights back."""
         self.exchange()
         try:
             yield
@@ -58,7 +58,7 @@ class Averages:
             self.exchange()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Returns the tensors and the facts that a snapshot holds; every process must call it (shards are gathered)."""
+        """Returns tensors and facts for a snapshot. Every process must call this method, which gathers the shards."""
         tensors = {}
         for name, parameter in self._trained.items():
             average = self._averages[name]
@@ -70,7 +70,7 @@ class Averages:
         return tensors, {FACT: self._updates}
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Restores what :meth:`state` returned; without it, the averages begin at the module's present weights."""
+        """Restores the averages from a snapshot; if it has no averages, they begin at the module's present weights."""
         self._updates = int(snapshot.facts.get(FACT, 0))
         for name, parameter in self._trained.items():
             kept = snapshot.tensors.get(f"{_PREFIX}{name}")
@@ -84,6 +84,6 @@ class Averages:
 
 
 def _own(parameter: nn.Parameter) -> Tensor:
-    """The values of a parameter that this process holds, without gradient; they share its memory."""
+    """Returns this process' values of a parameter, without gradient; the tensor shares the parameter's memory."""
     values = parameter.detach()
     return values.to_local() if isinstance(values, DTensor) else values

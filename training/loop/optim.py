@@ -1,7 +1,8 @@
-"""The optimiser of every phase.
+"""Makes the optimiser (AdamW) of a phase, and computes its learning rates.
 
-AdamW as in the BLIP-2 paper (arXiv 2301.12597, section 4): weight decay on matrices only, a linear warm-up, then half
-a cosine. Gradients are also clipped, which LAVIS does not do, so that a batch with large gradients has less effect.
+The settings are those of the BLIP-2 paper (arXiv 2301.12597, section 4): weight decay on matrices only, a linear
+warm-up, then half a cosine. The training loop also clips gradients, so that a batch with large gradients has less
+effect; LAVIS does not clip them.
 """
 
 from __future__ import annotations
@@ -43,9 +44,10 @@ def learning_rate(step: int, config: OptimizerConfig) -> float:
 def layer_rates(layers: int, decay: float) -> list[float]:
     """Computes the factors on the learning rate in a picture encoder (layer-wise learning-rate decay).
 
-    Factor i is ``decay ** (layers + 1 - i)``, for i from 0 (patch, class and position embeddings) over 1 (the first
-    layer) to ``layers`` (the last layer). The last one, 1, is for the norm after the layers and for all other modules.
-    The rule of BEiT (arXiv 2106.08254; microsoft/unilm, ``LayerDecayValueAssigner``) and EVA (arXiv 2211.07636).
+    Factor i is ``decay ** (layers + 1 - i)``: i = 0 for the patch, class and position embeddings, i = 1 for the first
+    layer, i = ``layers`` for the last layer. The last factor, 1, is for the norm after the layers and for all other
+    modules. This is the rule of BEiT (arXiv 2106.08254; microsoft/unilm, ``LayerDecayValueAssigner``) and EVA (arXiv
+    2211.07636).
     LAVIS computes the same factors in ``get_optimizer_params``, but its schedules of the rate do not apply them.
 
     Args:
@@ -59,7 +61,7 @@ def layer_rates(layers: int, decay: float) -> list[float]:
 
 
 def layer_number(name: str, layers: int) -> int:
-    """Finds the index of a picture encoder's parameter in :func:`layer_rates`.
+    """Returns the index of the factor in :func:`layer_rates` that applies to a parameter of the picture encoder.
 
     Args:
         name: Name of the parameter in :class:`~blip2edge.model.vision.vit.VisionTransformer`.
@@ -106,19 +108,19 @@ def make_optimizer(
 
 
 def set_rate(optimizer: Any, rate: float) -> None:
-    """Sets the learning rate of a step: each group of parameters gets ``rate`` times its own factor."""
+    """Sets the learning rate of a step: each group of parameters gets ``rate`` times the group's factor."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group[RATE]
 
 
 def transformer_layers(module: nn.Module, names: Sequence[str] = LAYER_LISTS) -> list[nn.Module]:
-    """Finds the layers of all transformers in a module: the entries of the module lists with one of these names."""
+    """Returns the layers of all transformers in a module: the entries of the module lists whose name is in `names`."""
     lists = [each for name, each in module.named_modules() if name.rpartition(".")[2] in names]
     return [layer for each in lists if isinstance(each, nn.ModuleList) for layer in each]
 
 
 def recompute_activations(module: nn.Module) -> None:
-    """Makes layers run again in the backward pass, instead of keeping their activations.
+    """Changes layers so that their activations are not kept: each layer's forward pass runs again in the backward pass.
 
     The method is activation checkpointing (Chen et al., arXiv 1604.06174), by ``torch.utils.checkpoint``.
     Dropout draws the same mask again. Without gradients nothing changes.

@@ -115,7 +115,7 @@ def gather_parameters(accelerator: Accelerator, module: nn.Module, plain: nn.Mod
 
 
 def _generators(accelerator: Accelerator) -> dict[str, Tensor]:
-    """States of this process' random generators."""
+    """Returns the states of this process' random generators, as tensors by name."""
     states = {"cpu": torch.get_rng_state()}
     if accelerator.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(accelerator.device)
@@ -123,7 +123,7 @@ def _generators(accelerator: Accelerator) -> dict[str, Tensor]:
 
 
 def _spread_like(present: Any, tensor: Tensor) -> Tensor:
-    """This process' shard of a tensor if `present` is sharded, else the tensor itself."""
+    """Returns this process' shard of `tensor` if `present` is a sharded tensor, else `tensor` itself."""
     if isinstance(present, DTensor):
         return distribute_tensor(tensor.to(present.device), present.device_mesh, present.placements)
     return tensor
@@ -134,5 +134,5 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin with the prefix, by the rest of the name."""
+    """Returns the tensors whose names begin with `prefix`; the prefix is removed from the names."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

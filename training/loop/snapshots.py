@@ -41,7 +41,7 @@ class Snapshot:
 
 
 class Snapshots:
-    """The snapshots of one run.
+    """Reads, writes and removes the snapshots of one run.
 
     Args:
         directory: Directory of the snapshots; created with the first snapshot.
@@ -67,7 +67,7 @@ class Snapshots:
 
     @property
     def steps(self) -> int | None:
-        """Optimiser steps of the whole run in the newest complete snapshot; None if there is no snapshot."""
+        """Returns the number of optimiser steps (over all phases) at the newest snapshot; None without a snapshot."""
         found = self._whole()
         return int(found[-1].name.removeprefix(_PREFIX).rstrip("+")) if found else None
 
@@ -75,7 +75,7 @@ class Snapshots:
         """Writes a snapshot and removes the previous ones.
 
         Args:
-            step: Optimiser steps of the whole run, over all phases.
+            step: Number of optimiser steps done, over all phases of the run.
             snapshot: Content of the snapshot.
 
         Raises:
@@ -104,7 +104,7 @@ class Snapshots:
         self.remove_incomplete()
 
     def remove_incomplete(self) -> None:
-        """Removes the snapshots that killed runs did not finish."""
+        """Removes the incomplete snapshots that killed runs left."""
         for path in self.directory.glob(f".{_PREFIX}*"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -119,7 +119,7 @@ class Snapshots:
 
 
 def _remove(path: Path) -> None:
-    """Removes a snapshot; a run that is killed meanwhile leaves one that counts as incomplete."""
+    """Removes a snapshot. If the process is killed meanwhile, the rest of the snapshot counts as incomplete."""
     hidden = path.with_name(f".{path.name}-removed")
     with suppress(OSError):
         path.rename(hidden)

@@ -1,4 +1,4 @@
-"""One training run: the recipe, the model, and the directory of log and snapshots. All phases share it."""
+"""The data of one training run that all its phases use: the recipe, the model, the log and the snapshots."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TrainingRun:
         journal: The log.
         snapshots: The snapshots of this run.
         log: Receives status lines.
-        progress: Called with (phase, steps done, steps in all).
+        progress: Called with (phase, steps done, number of all steps).
         figures: Losses and seconds of each finished phase.
         changed: Prefixes of the captioner's parameters that finished phases changed.
         stage1: The model of stage 1; None before stage 1 begins.
@@ -72,14 +72,14 @@ class TrainingRun:
         return Snapshot({f"{MODEL_PREFIX}{name}": tensor for name, tensor in tensors.items()}, shared | facts)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Restores figures and model tensors of the finished phases from a snapshot."""
+        """Restores the losses, times and model tensors of the finished phases from a snapshot."""
         self.figures = dict(snapshot.facts["figures"])
         tensors = snapshot.tensors.items()
         kept = {name.removeprefix(MODEL_PREFIX): value for name, value in tensors if name.startswith(MODEL_PREFIX)}
         self.parts.load_tensors(kept)
 
     def broken(self) -> dict[str, str]:
-        """Why the current phase skipped samples, by sample id."""
+        """Returns, by sample id, why the current phase skipped a sample."""
         return {name: problem for loader in self.loaders for name, problem in loader.broken.items()}
 
     def close(self) -> None:

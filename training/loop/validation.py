@@ -28,17 +28,17 @@ FACTS = "validation"  # key of a snapshot's facts
 
 @dataclass
 class Validation:
-    """The validation of one phase.
+    """Scores the captioner during one phase, and keeps the best score and its weights.
 
     Attributes:
         config: Section ``[validation]`` of the recipe.
-        score: Scores the captioner as it is now; returns figures by name, with the metric among them.
-        metric: The figure to maximise.
-        accelerator: The processes.
-        best: Largest value so far; None before the first validation that gives a number other than NaN.
-        best_step: Step of that value.
-        steps: Steps of all validations.
-        tensors: Trained weights at `best_step`, on the CPU, by name; empty if they are not kept.
+        score: Function that scores the captioner with its present weights; returns scores by name, also the metric.
+        metric: Name of the score to maximise.
+        accelerator: Device and processes.
+        best: Largest score so far; None before the first validation whose score is not NaN.
+        best_step: Step at which the score was `best`.
+        steps: Steps after which a validation ran.
+        tensors: Trained weights at `best_step`, on the CPU, by name; empty if the recipe does not keep them.
     """
 
     config: ValidationConfig
@@ -51,7 +51,7 @@ class Validation:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def check(self, module: nn.Module) -> None:
-        """Checks that the phase can be validated.
+        """Checks that a validation can run during the phase.
 
         Raises:
             ConfigError: The parameters are sharded over processes.
@@ -63,21 +63,21 @@ class Validation:
             )
 
     def due(self, step: int, last: int) -> bool:
-        """Whether the captioner is scored after `step` of `last` steps."""
+        """Returns whether a validation runs after step number `step`; `last` is the number of the last step."""
         return step % self.config.every == 0 or step == last
 
     def run(self, step: int, module: nn.Module) -> dict[str, float]:
-        """Scores the captioner after a step, and keeps its trained weights if it is the best so far.
+        """Scores the captioner after a step, and keeps its trained weights if the score is the best so far.
 
         Args:
             step: Number of steps done.
             module: The trained module, without the wrapper of several processes.
 
         Returns:
-            The numbers among the figures, by name.
+            The scores that are numbers, by name.
 
         Raises:
-            RuntimeError: In the other processes, if the first one has raised an error.
+            RuntimeError: In the other processes, if the first process has raised an error.
         """
         found: list[Any] = [None, None]  # the numbers, and the error in one line
         failure: Exception | None = None
@@ -100,7 +100,7 @@ class Validation:
         return dict(values)
 
     def _scored(self, module: nn.Module) -> dict[str, float]:
-        """The numbers among the figures, as Python's numbers."""
+        """Scores the captioner in eval mode; returns the scores that are numbers, as int or float, by name."""
         training = module.training
         module.eval()
         try:
@@ -116,27 +116,27 @@ class Validation:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the last `patience` validations brought no better value."""
+        """Returns whether the last `patience` validations gave no better score (always False if `patience` is 0)."""
         since = sum(step > self.best_step for step in self.steps)
         return 0 < self.config.patience <= since
 
     def finish(self, module: nn.Module) -> None:
-        """Puts the best weights back into the module, if they are kept."""
+        """Copies the best weights, if they were kept, into the module."""
         trained = _trained(module)
         with torch.no_grad():
             for name, tensor in self.tensors.items():
                 trained[name].copy_(tensor)
 
     def figures(self) -> dict[str, Any]:
-        """Returns the entry of the phase's figures in ``training.json``."""
+        """Returns the entry about validation for ``training.json``: metric, best score and its step, all steps."""
         return {"metric": self.metric, "best": self.best, "best_step": self.best_step, "steps": list(self.steps)}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Returns the tensors and the facts that a snapshot holds."""
+        """Returns the tensors and the facts about the validation for a snapshot."""
         return {f"{_BEST}{name}": tensor for name, tensor in self.tensors.items()}, {FACTS: self.figures()}
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Restores what :meth:`state` returned; does nothing for a snapshot of a run without validation."""
+        """Restores the state from a snapshot; does nothing if the snapshot has no validation, or of another metric."""
         facts = snapshot.facts.get(FACTS)
         if facts is None or facts["metric"] != self.metric:
             return
@@ -147,5 +147,5 @@ class Validation:
 
 
 def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters, by name."""
+    """Returns the trained parameters of a module, by name."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}

@@ -1,7 +1,7 @@
 """BLEU, ROUGE-L and CIDEr-D of captions, with the same values as the COCO caption evaluation.
 
-All three compare the words from :func:`blip2edge.training.metrics.tokens.words`. A score is a value of a whole set of
-pictures; the CIDEr-D of one picture depends on the rest of the set.
+All three scores compare the words from :func:`blip2edge.training.metrics.tokens.words`. A score is one value for a
+whole set of pictures; the CIDEr-D of one picture depends on the references of the other pictures.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TINY, _SMALL = 1e-15, 1e-9  # constants of the evaluation server that avoid 0/0
 
 
 def _grams(words: Sequence[str]) -> Grams:
-    """Counts of all n-grams of 1 to `MAX_WORDS` words."""
+    """Returns the count of each n-gram of 1 to `MAX_WORDS` words in a caption."""
     return Counter(
         tuple(words[at : at + size]) for size in range(1, MAX_WORDS + 1) for at in range(len(words) - size + 1)
     )
@@ -32,8 +32,8 @@ def _grams(words: Sequence[str]) -> Grams:
 def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, float, float, float]:
     """Computes BLEU-1 to BLEU-4 (Papineni et al., ACL 2002) of a set of captions.
 
-    Counts of n-grams are clipped by the largest count in one reference, and summed over the set before the division.
-    The reference length is that of the reference nearest in length; of two equally near, the shorter.
+    The count of an n-gram is limited to its largest count in one reference. Counts are summed over the set before the
+    division. The reference length is the length of the reference nearest in length; of two equally near, the shorter.
 
     Args:
         candidates: N captions, tokenised.
@@ -109,7 +109,7 @@ def rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> f
 
 
 def _weighted(grams: Grams, rarity: Mapping[Gram, float], unseen: float) -> tuple[dict[Gram, float], list[float]]:
-    """TF-IDF vector of a caption's n-grams, and its Euclidean norm for each n."""
+    """Returns the TF-IDF vector of a caption's n-grams, and the vector's Euclidean norm for each n."""
     vector = {gram: count * rarity.get(gram, unseen) for gram, count in grams.items()}
     squares = [0.0] * MAX_WORDS
     for gram, value in vector.items():
@@ -120,9 +120,9 @@ def _weighted(grams: Grams, rarity: Mapping[Gram, float], unseen: float) -> tupl
 def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Computes CIDEr-D (Vedantam et al., arXiv 1411.5726, section 4), the mean over pictures.
 
-    Cosines of TF-IDF vectors with counts clipped by the reference's, times a Gaussian of the difference in length,
-    averaged over the references and over n-grams of 1 to 4 words, times 10. Document frequencies are those of the
-    references of the set.
+    The score of a picture: the cosine of the TF-IDF vectors of caption and reference, with the caption's counts limited
+    to those of the reference, times a Gaussian of the difference in length; averaged over the references and over
+    n-grams of 1 to 4 words; times 10. Document frequencies are counted in the references of the set.
 
     Args:
         candidates: N captions, tokenised.

@@ -3,7 +3,8 @@
     CLIPScore(c, v) = 2.5 · max(cos(c, v), 0)                                                            equation 1
     RefCLIPScore(c, R, v) = harmonic mean of CLIPScore(c, v) and max(max over r in R of cos(c, r), 0)    equation 2
 
-v is the vector of the picture, c that of the caption, r those of the references. The texts begin with :data:`PREFIX`.
+v is the vector of the picture, c the vector of the caption, R the vectors of the references. :data:`PREFIX` is put
+before each text.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def clip_score(pictures: Vectors, captions: Vectors) -> NDArray[np.float64]:
     """Computes CLIPScore of each caption.
 
     Args:
-        pictures: Unit vectors of the pictures, ``[N, F]``; or ``[N, K, F]`` of a model with K vectors for a picture,
-            of which the nearest counts (BLIP-2).
+        pictures: Unit vectors of the pictures, ``[N, F]``; or ``[N, K, F]`` of a model with K vectors for each picture
+            (BLIP-2). Then the vector nearest to the caption counts.
         captions: Unit vectors of the captions, ``[N, F]``.
 
     Returns:
@@ -50,7 +51,7 @@ def ref_clip_score(
         references: For each caption the unit vectors of its references, ``[R_i, F]`` with at least one.
 
     Returns:
-        ``[N]``; 0 if one of the two parts is 0.
+        ``[N]``; 0 if one of the two values in the harmonic mean is 0.
     """
     near = np.array([float((own @ caption).max()) for own, caption in zip(references, captions, strict=True)])
     near = np.maximum(near, 0.0)

@@ -44,7 +44,7 @@ def things_shown(scene: Scene) -> tuple[Kind, Kind]:
 
 
 def _is_there(thing: Kind, shown: Sequence[Kind]) -> bool:
-    """Whether an object is shown; an object without a colour is shown if any object has its shape."""
+    """Returns whether an object is in a picture; an object without a colour only needs an equal shape."""
     return any(thing[1] == shape and thing[0] in ("", colour) for colour, shape in shown)
 
 
@@ -82,8 +82,8 @@ class PopeQuestion:
     Attributes:
         picture: Number of the picture.
         thing: The object in the question.
-        shown: The object in the picture that is equal to `thing`, or that :meth:`statement` replaces by `thing`.
-        negatives: How an absent object was drawn; empty for a shown object.
+        shown: An object in the picture: equal to `thing`, or the object that :meth:`statement` replaces by `thing`.
+        negatives: How an absent object was drawn ("random", "popular", "adversarial"); empty for a shown object.
     """
 
     picture: int
@@ -93,12 +93,12 @@ class PopeQuestion:
 
     @property
     def there(self) -> bool:
-        """The correct answer: whether the object in the question is in the picture."""
+        """Returns the correct answer: whether the object in the question is in the picture."""
         return self.thing == self.shown
 
     @property
     def question(self) -> str:
-        """The question as text."""
+        """Returns the question as text."""
         return f"Is there a {self.thing[0]} {self.thing[1]} in the picture?"
 
     def statement(self, caption: str) -> str:

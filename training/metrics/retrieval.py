@@ -1,8 +1,8 @@
-"""Recall of texts by pictures and of pictures by texts.
+"""Computes retrieval scores: how often the right text is found for a picture, and the right picture for a text.
 
-Candidates are ranked by the cosine of vectors (ITC). The matching head (ITM), which reads picture and text together and
-is too slow for all pairs, can rank the first k again (Li et al., arXiv 2107.07651, section 4.2), by its probability or,
-as LAVIS does, by its logit plus the cosine.
+Candidates are ranked by the cosine of vectors (ITC). The matching head (ITM) gets picture and text together, and is too
+slow for all pairs. So it can rank only the first k candidates again (Li et al., arXiv 2107.07651, section 4.2): by its
+probability, or as in LAVIS by its logit plus the cosine.
 """
 
 from __future__ import annotations
@@ -85,7 +85,10 @@ def match_pairs(
 
 
 def _order(scores: Scores, top: int, matched: Mapping[tuple[int, int], float]) -> list[list[int]]:
-    """The columns of each row, best first; the first `top` by the matching head, then by the cosine."""
+    """Returns the column numbers of each row, best first: ordered by the cosine, the first `top` by the matching head.
+
+    Only candidates with a score in `matched` are ordered again.
+    """
     rows: list[list[int]] = top_columns(scores, max(top, *RANKS)).tolist()
     for row, columns in enumerate(rows):
         head = [column for column in columns[:top] if (row, column) in matched]

@@ -2,10 +2,10 @@
 
 The evaluation server runs Stanford's PTBTokenizer (CoreNLP 3.4.1) and then drops punctuation. These rules follow the
 Penn Treebank as that tokenizer applies it to English captions: clitics are split off ("it 's", "is n't"), hyphens and
-slashes inside a word are not, an abbreviation keeps its full stop, brackets get names. They were derived by comparison
-with its output on COCO's captions; the tests contain some of them. As in a lexer, the longest match of all rules is
-used, and of equally long ones the first. Characters outside English (emoji, combining marks, new scripts) follow the
-tables of ``characters.py``, made with that tokenizer.
+slashes inside a word are not, an abbreviation keeps its full stop, brackets get names. The rules were derived by
+comparison with that tokenizer's output on COCO's captions; the tests contain some of these captions. As in a lexer, the
+longest match of all rules is used; of equally long matches, the match of the first rule. Characters outside English
+(emoji, combining marks, new scripts) follow the tables of ``characters.py``, which were made with that tokenizer.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ _OPENERS = (
 
 
 def _ranges(table: str) -> Iterator[tuple[int, int]]:
-    """The first and last code points of a table's ranges."""
+    """Yields (first, last), the code points of each range in a table."""
     for part in table.split():
         first, _, last = part.partition("-")
         yield int(first, 16), int(last or first, 16)
 
 
 def _class(table: str) -> str:
-    """A table as the inside of a character class."""
+    """Returns a table's ranges as the inside of a character class of a regular expression."""
     return "".join(f"\\u{first:04x}-\\u{last:04x}" for first, last in _ranges(table))
 
 
@@ -154,7 +154,7 @@ _NAMES = {
 
 
 def _written(token: str) -> list[str]:
-    """The tokens of a match: in lower case, brackets by their names, some matches split into two words."""
+    """Returns the tokens of one match: lower case; a bracket as its name; some matches as two words."""
     token = token.lower().translate(_SIGNS)
     if token in _NAMES:
         return [_NAMES[token]]

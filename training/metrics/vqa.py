@@ -35,7 +35,7 @@ _CONTRACTIONS = (
 
 
 def _without_one_apostrophe() -> dict[str, str]:
-    """Maps contractions with a missing apostrophe to the correct ones."""
+    """Returns a mapping from contractions with a missing apostrophe to the correct contractions."""
     meant = {"somebody'd": "somebodyd"}  # the challenge's table has this one entry in the reverse direction
     for word in _CONTRACTIONS.split():
         for at in (place for place, letter in enumerate(word) if letter == "'"):

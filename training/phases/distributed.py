@@ -20,7 +20,7 @@ _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Within this context the losses are those of this process only, as if there were no other."""
+    """Makes the functions here act, during a ``with`` block, as if this process were the only process."""
     token = _ALONE.set(True)
     try:
         yield
@@ -36,11 +36,11 @@ def rank_and_size() -> tuple[int, int]:
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenation along dimension 0 over all ranks."""
+    """An autograd function that concatenates tensors of all ranks along dimension 0, with gradients."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        """``[B, ...]`` to ``[N * B, ...]``."""
+        """Concatenates the tensors ``[B, ...]`` of N ranks; returns ``[N * B, ...]``."""
         rank, size = rank_and_size()
         ctx.own = slice(rank * len(tensor), (rank + 1) * len(tensor))
         parts = [torch.empty_like(tensor) for _ in range(size)]
@@ -49,7 +49,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        """Sums the gradients of all ranks for the rows of this rank."""
+        """Returns the gradient for this rank's rows: the sum of the gradients from all ranks."""
         total = gradients[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total[ctx.own]

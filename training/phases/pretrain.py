@@ -54,7 +54,7 @@ class DenseLabels(NamedTuple):
 
 
 def _object_labels(thing: SceneObject, role: int, relation: str) -> list[int]:
-    """The five class indices of a patch that this object covers."""
+    """Returns the five class indices (see `CLASSES`) for a patch that this object covers."""
     indices = (_COLOURS.index(thing.colour), SHAPES.index(thing.shape), SIZES.index(thing.size))
     return [role, *indices, _RELATIONS.index(relation)]
 
@@ -124,7 +124,9 @@ class DenseBatch(NamedTuple):
 
 
 class VisionPretraining(nn.Module):
-    """Pretraining of the picture encoder with a linear head on its patches. The head is not kept.
+    """The module for the picture encoder's pretraining: the encoder with a linear head on its patches.
+
+    The head is not kept after the phase.
 
     Args:
         vision: The picture encoder, trained in place.
@@ -146,7 +148,7 @@ class VisionPretraining(nn.Module):
 
 
 class LanguagePretraining(nn.Module):
-    """Pretraining of the language model on captions after embeddings of their seven keywords.
+    """The module for the language model's pretraining: captions follow embeddings of their seven keywords.
 
     If a language model is trained on captions alone and then frozen, its text does not depend on the visual tokens.
     Its text does depend on them if most captions in the training follow their keywords.
@@ -164,7 +166,7 @@ class LanguagePretraining(nn.Module):
         self.train()
 
     def _prefix(self, keyword_ids: Tensor) -> Tensor:
-        """The vectors before a caption [B, Q, D]: embeddings of its keywords with noise, or noise alone."""
+        """Returns the vectors before each caption, [B, Q, D]: embeddings of the keywords plus noise, or only noise."""
         words = self.language.embed(keyword_ids)  # [B, Q, D]
         scale = words.detach().pow(2).mean().sqrt()
         noise = torch.randn_like(words) * scale

@@ -49,12 +49,12 @@ MakeSceneBatch = Callable[[list[Scene], list[str]], Any]
 
 
 def _seed(run: TrainingRun, phase: str) -> int:
-    """The seed of a phase: each phase has its own scenes, order and random draws."""
+    """Returns the seed of a phase. Each phase has its own seed, so scenes, order and random draws differ by phase."""
     return run.config.seed * len(PHASES) + list(PHASES).index(phase)
 
 
 def _scene_batches(run: TrainingRun, phase: str, rows: int, make: MakeSceneBatch) -> SceneBatches:
-    """Batches of scenes for the miniature's pretraining, on the device."""
+    """Returns the batches of scenes for a pretraining phase of the miniature; the batches are on the device."""
     here = run.accelerator
 
     def moved(batch: list[Scene], names: list[str]) -> Any:
@@ -64,7 +64,7 @@ def _scene_batches(run: TrainingRun, phase: str, rows: int, make: MakeSceneBatch
 
 
 def _loader(run: TrainingRun, phase: str, config: BridgePhase, texts: TextMakers) -> Loader:
-    """Batches of the recipe's data, encoded by the picture encoder if it is frozen."""
+    """Returns the loader of the recipe's data. If the picture encoder is frozen, the loader encodes the pictures."""
     if config.unfreeze_vision:
         encoder: FrozenEncoder | PictureReader = PictureReader(run.parts.preprocessing, run.accelerator)
     else:
@@ -76,7 +76,10 @@ def _loader(run: TrainingRun, phase: str, config: BridgePhase, texts: TextMakers
 
 
 def _trained_vision(run: TrainingRun, phase: BridgePhase) -> VisionTransformer | None:
-    """The picture encoder if the phase trains it, in float32 (an earlier phase may have used half precision)."""
+    """Returns the picture encoder if the phase trains it, else None.
+
+    The encoder is converted to float32, because an earlier phase may have used half precision.
+    """
     vision = run.parts.model.vision
     if not phase.unfreeze_vision or not isinstance(vision, VisionTransformer):
         return None
@@ -87,7 +90,10 @@ def _trained_vision(run: TrainingRun, phase: BridgePhase) -> VisionTransformer |
 
 
 def _rates(run: TrainingRun, phase: BridgePhase) -> Callable[[str], float]:
-    """The factor on the learning rate of a parameter: that of its layer in the picture encoder, else 1."""
+    """Returns a function from a parameter's name to its factor on the learning rate.
+
+    A parameter of the picture encoder has the factor of its layer; every other parameter has the factor 1.
+    """
     vision = run.parts.model.vision
     layers = len(vision.layers) if isinstance(vision, VisionTransformer) else 0
     rates = layer_rates(layers, phase.layer_decay)
@@ -100,12 +106,16 @@ def _rates(run: TrainingRun, phase: BridgePhase) -> Callable[[str], float]:
 
 
 def _frozen(run: TrainingRun, phase: BridgePhase) -> Sequence[nn.Module]:
-    """Modules whose output the batches hold; with a cache, processes use the encoder at different times, so not it."""
+    """Returns the frozen modules to shard with the phase: the picture encoder, or none.
+
+    None if the phase trains the encoder. Also none with a cache of features: then processes run the encoder at
+    different times, but a sharded module must run in all processes at once.
+    """
     return () if phase.unfreeze_vision or run.config.loop.cache_features else (run.parts.model.vision,)
 
 
 def _frozen_encoder(run: TrainingRun) -> FrozenEncoder:
-    """The frozen picture encoder, with a cache of its output if the recipe wants one."""
+    """Freezes the picture encoder and returns it, with a cache of its output if the recipe sets `cache_features`."""
     vision, loop, preprocessing = run.parts.model.vision, run.config.loop, run.parts.preprocessing
     freeze(vision)
     vision.to(DTYPES[loop.frozen_dtype])
@@ -119,7 +129,7 @@ def _frozen_encoder(run: TrainingRun) -> FrozenEncoder:
 
 
 def _sources(run: TrainingRun, phase: str, rows: int) -> SampleSource | list[SampleSource]:
-    """The source of a phase's samples, or those of this process' own streams.
+    """Returns the source of a phase's samples; with several data streams, the sources of this process' streams.
 
     Raises:
         ConfigError: The streams cannot be shared among the processes, or the rows of a batch among the streams.
@@ -183,7 +193,7 @@ def _stage1(run: TrainingRun) -> Phase:
 
 
 def _finish_stage1(run: TrainingRun) -> None:
-    """Copies what stage 1 trained into the captioner's bridge and draft."""
+    """Copies the trained weights of stage 1 into the captioner's bridge and draft model."""
     if run.stage1 is None:
         return
     run.stage1.vision = run.parts.model.vision
@@ -246,7 +256,7 @@ def _generative(run: TrainingRun, name: str, phase: Stage2Phase) -> Phase:
 
 
 def _validation(run: TrainingRun) -> Validation | None:
-    """The validation of a phase that trains the captioner; None if the recipe has none."""
+    """Makes the validation of a phase that trains the captioner; None if the recipe sets no `every`."""
     config, parts = run.config.validation, run.parts
     if not config.every:
         return None
@@ -266,7 +276,10 @@ def _validation(run: TrainingRun) -> Validation | None:
 
 
 def _instruction(parts: ModelParts, captions: CaptionTexts) -> Callable[[Sequence[Sample]], tuple[Tensor, Tensor]]:
-    """Makes the Q-Former's ids and mask of the prompts, with the runtime's own code."""
+    """Returns a function that makes, from samples, the token ids and mask of the prompts for the Q-Former.
+
+    The function uses the runtime's tokenization, so training and inference give the same ids.
+    """
     if parts.qformer_texts is None:
         raise ConfigError(
             "train instruct needs a tokenizer for the Q-Former, but found none",
@@ -289,7 +302,7 @@ def _merge_lora(run: TrainingRun) -> None:
 
 @dataclass(frozen=True)
 class PhaseKind:
-    """How a phase is made and finished.
+    """The functions that make and finish one kind of phase.
 
     Attributes:
         make: Function that makes the phase, called after the earlier phases have ended.

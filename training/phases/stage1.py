@@ -86,7 +86,8 @@ def itm_loss(logits: Tensor, counted: Tensor) -> Tensor:
     """Computes the matching loss: cross-entropy of "no match" and "match" over pairs and their negatives.
 
     Args:
-        logits: ``[3, B, 2]``: of each pair; of its text with a negative picture; of its picture with a negative text.
+        logits: ``[3, B, 2]``, logits of: each pair of picture and text; the pair's text with a negative picture; the
+            pair's picture with a negative text.
         counted: bool ``[B]``: whether a negative could be drawn for the row; other rows give loss 0.
 
     Returns:
@@ -144,7 +145,7 @@ def text_loss(side: TextSide, key_values: list[KeyValue], texts: TextBatch, dec_
 
 
 class Stage1Model(RetrievalModel):
-    """The model of stage 1: a retrieval model, a word head for generation, and the temperature.
+    """The model of stage 1: a retrieval model, a head that predicts the next word (word head), and the temperature.
 
     Args:
         config: Config of the family ``blip-2-itm``; ``config.text.vocab_size`` includes [DEC].
@@ -176,8 +177,8 @@ class Stage1Model(RetrievalModel):
     ) -> dict[str, Tensor]:
         """Computes the three losses of stage 1 for captioned pictures.
 
-        Call the module, not its parts: DistributedDataParallel synchronises gradients only then. B must be the same
-        on every rank.
+        Call the module itself, not its submodules: only then does DistributedDataParallel synchronise gradients. B must
+        be equal on every rank.
 
         Args:
             image_embeds: ``[B, P, Dv]``, output of ``model.vision(pixel_values)``, computed or cached.
@@ -214,7 +215,7 @@ class Stage1Model(RetrievalModel):
         same: Tensor,
         draw: Draw,
     ) -> tuple[Tensor, Tensor]:
-        """Draws negatives and matches the pairs. Returns the arguments of :func:`itm_loss`."""
+        """Draws negatives, and runs the matching head on all pairs; returns the two arguments of :func:`itm_loss`."""
         with torch.no_grad():
             counted = (~same).any(dim=1)  # [B]
             hidden = same & counted[:, None]  # a row without a negative keeps its weights and gives no loss
@@ -234,7 +235,7 @@ class Stage1Model(RetrievalModel):
 
 
 def _same_picture(texts: TextBatch, columns: int) -> Tensor:
-    """bool ``[B, N]``: whether this rank's row and any rank's column have the same picture."""
+    """Returns bool ``[B, N]``: whether text i of this rank and text j of all ranks have the same picture."""
     rows = len(texts.input_ids)
     if texts.pictures is not None:
         return texts.pictures[:, None] == gather(texts.pictures)[None, :]
@@ -250,13 +251,13 @@ def prepare_stage1(model: Stage1Model) -> None:
 
 
 class RepresentationStage(nn.Module):
-    """Stage 1 with a weight for each loss.
+    """The module that stage 1 trains: computes the losses and their weighted sum.
 
     Args:
-        model: The model; it is trained in place, except for its picture encoder.
-        weights: Weights of the losses "itc", "itm" and "itg". With 0 for "itm" this loss is not computed, and
-            the matching head is not trained.
-        vision: The picture encoder, if it is trained too; the batches then hold pixel values.
+        model: The stage-1 model, trained in place, except for its picture encoder.
+        weights: Weights of the losses "itc", "itm" and "itg". If the weight of "itm" is 0, that loss is not computed,
+            and the matching head is not trained.
+        vision: The picture encoder if it is trained too, else None. If it is given, the batches hold pixel values.
     """
 
     def __init__(self, model: Stage1Model, weights: Mapping[str, float], vision: nn.Module | None = None) -> None:
@@ -270,7 +271,7 @@ class RepresentationStage(nn.Module):
         self.vision = None if vision is None else vision.requires_grad_(True)
 
     def forward(self, batch: PictureBatch) -> dict[str, Tensor]:
-        """Computes the losses, and `loss`, their weighted sum."""
+        """Computes the losses of a batch; returns them by name, and their weighted sum as `loss`."""
         image_embeds = batch.image_embeds if self.vision is None else self.vision(batch.image_embeds)
         losses: dict[str, Tensor] = self.model(image_embeds, batch.texts, matching=self._matching)
         total = torch.stack([self._weights[name] * loss for name, loss in losses.items()]).sum()

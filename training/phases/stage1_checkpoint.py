@@ -1,8 +1,8 @@
-"""Initialises, loads and saves the model of stage 1, and copies its result into a captioner.
+"""Initialises, loads and saves the model of stage 1, and copies its trained weights into a captioner.
 
-:func:`start_from_bert` initialises it from a BERT. :func:`load_stage1` and :func:`save_stage1` use directories of
-transformers' ``Blip2ForImageTextRetrieval``, with the files of the draft model. :func:`begin_stage2` copies the trained
-parts into the bridge and the draft model of a captioner.
+:func:`start_from_bert` initialises the model from a BERT. :func:`load_stage1` and :func:`save_stage1` use directories
+of transformers' ``Blip2ForImageTextRetrieval``, with the files of the draft model. :func:`begin_stage2` copies the
+trained weights into the bridge and the draft model of a captioner.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _DRAWN = ("query_tokens", "cross_attention", "projection", "match_head", "temper
 
 
 def _bert_name(name: str) -> str:
-    """Name of a tensor in :data:`BERT_RULES`, from its name in any of BERT's classes, old or new."""
+    """Returns a tensor's name as in :data:`BERT_RULES`, given its name in any BERT class of transformers."""
     name = name.removeprefix("bert.")
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
@@ -86,10 +86,10 @@ def draw_weights(model: Stage1Model, generator: torch.Generator | None = None) -
 
 
 def start_from_bert(model: Stage1Model, source: str | Path, generator: torch.Generator | None = None) -> list[str]:
-    """Loads the text side and self-attention from a BERT, and initialises the rest at random ("drawn").
+    """Loads the text side and self-attention from a BERT, and initialises all other tensors at random.
 
-    Vocabulary rows that BERT does not have ([DEC]) and cross-attention to the picture are drawn. So is the word head
-    if the file has none (BertModel without the language-modelling head).
+    Initialised at random: vocabulary rows that BERT does not have ([DEC]); the cross-attention to the picture; the word
+    head, if the file has no language-modelling head (BertModel).
 
     Args:
         model: The model; changed in place.
@@ -128,7 +128,7 @@ def start_from_bert(model: Stage1Model, source: str | Path, generator: torch.Gen
 
 
 def _take(parameter: Tensor, given: Tensor, name: str, directory: Path) -> None:
-    """Copies a tensor; the parameter may have further rows where :func:`_may_grow` allows it."""
+    """Copies a tensor into a parameter; if :func:`_may_grow` allows it, the parameter may have more rows."""
     rows = len(given)
     if given.shape[1:] != parameter.shape[1:] or rows > len(parameter) or not _may_grow(name, given, parameter):
         raise CheckpointError(
@@ -230,7 +230,7 @@ def _of_captioner(captioner: CaptionerModel, directory: Path) -> Stage1Model:
     """Builds a stage-1 model from a captioner's Q-Former and draft, the reverse of :func:`begin_stage2`.
 
     Raises:
-        CheckpointError: The bridge of the checkpoint is no plain Q-Former.
+        CheckpointError: The bridge of the checkpoint is not a plain Q-Former (one without text input).
     """
     bridge, draft = captioner.config.bridge, captioner.config.draft
     if type(bridge) is not QFormerConfig or draft is None or captioner.draft is None:
@@ -251,7 +251,7 @@ def _of_captioner(captioner: CaptionerModel, directory: Path) -> Stage1Model:
 
 
 def _load_head(model: Stage1Model, directory: Path) -> None:
-    """Loads the word head from the draft's file; the draft's other parts are in the model's file."""
+    """Loads the word head from the draft model's file; its other weights are in the file of the stage-1 model."""
     rules = WeightMap(TEXT_HEAD_RULES)
     path = directory / DRAFT_FILE
     with reading(
@@ -264,7 +264,7 @@ def _load_head(model: Stage1Model, directory: Path) -> None:
 
 
 def begin_stage2(stage1: Stage1Model, captioner: CaptionerModel) -> None:
-    """Copies the result of stage 1 into a captioner's bridge, and into its draft model if it has one.
+    """Copies the trained weights of stage 1 into a captioner's bridge, and into the captioner's draft model (if any).
 
     Args:
         stage1: The trained stage-1 model.

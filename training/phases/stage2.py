@@ -1,9 +1,9 @@
-"""Losses of stage 2 and of instruction tuning: the bridge is trained through a frozen language model.
+"""Computes the losses of stage 2 and of instruction tuning: the bridge is trained through a frozen language model.
 
-Li et al., arXiv 2301.12597, section 3.3: picture encoder and language model are frozen, the visual tokens precede the
-text, and only the text after the prompt gives loss. In instruction tuning the Q-Former reads the prompt too (Dai et
-al., arXiv 2305.06500, section 2.3). MiniGPT-4 (arXiv 2304.10592) trains the projection only. Flamingo (arXiv
-2204.14198) adds gated layers to the language model, and trains only these layers of it.
+Li et al., arXiv 2301.12597, section 3.3: picture encoder and language model are frozen, the visual tokens come before
+the text, and the loss is computed only on the text after the prompt. In instruction tuning, the prompt is also an input
+of the Q-Former (Dai et al., arXiv 2305.06500, section 2.3). MiniGPT-4 (arXiv 2304.10592) trains only the projection.
+Flamingo (arXiv 2204.14198) adds gated layers to the language model, and trains only these layers of it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def caption_loss(language: nn.Module, visual_tokens: Tensor, batch: CaptionBatch
 
     Args:
         language: Any language model of `model/language/registry.py`.
-        visual_tokens: The bridge's output, float [B, Q, D]; of several pictures one after the other, [B, N * Q, D].
+        visual_tokens: The bridge's output, float [B, Q, D]; [B, N * Q, D] if a sample has N pictures, in order.
         batch: The texts of the B samples.
         pictures: N, the number of pictures of a sample; above 1 only for a language model with cross-attention.
 
@@ -74,13 +74,13 @@ def caption_loss(language: nn.Module, visual_tokens: Tensor, batch: CaptionBatch
 
 
 def _token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of logits [B, K, V] with labels int64 [B, K] at the same positions."""
+    """Computes the cross-entropy of logits [B, K, V] with labels int64 [B, K] at the same positions."""
     total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / mean_over_ranks((labels != IGNORED).sum()).clamp(min=1)
 
 
 def _prefix_loss(language: Any, visual_tokens: Tensor, batch: CaptionBatch) -> Tensor:
-    """Loss of a decoder that reads visual tokens like embeddings of words."""
+    """Computes the loss of a decoder whose input is the visual tokens followed by the token embeddings."""
     rows, count = visual_tokens.shape[:2]
     before = language.embed(batch.before_ids.expand(rows, -1))  # [B, N, D]
     text = language.embed(batch.input_ids)  # [B, S, D]
@@ -95,7 +95,7 @@ def _prefix_loss(language: Any, visual_tokens: Tensor, batch: CaptionBatch) -> T
 
 
 def _encoder_decoder_loss(language: Any, visual_tokens: Tensor, batch: CaptionBatch) -> Tensor:
-    """Loss of a model whose encoder reads visual tokens and prompt, and whose decoder writes the caption."""
+    """Computes the loss of an encoder-decoder: visual tokens and prompt go into the encoder, captions come out."""
     rows, count = visual_tokens.shape[:2]
     text = language.embed(batch.input_ids)  # [B, S, D]
     mask = torch.cat([batch.attention_mask.new_ones(rows, count), batch.attention_mask], dim=1)
@@ -115,7 +115,7 @@ def _encoder_decoder_loss(language: Any, visual_tokens: Tensor, batch: CaptionBa
 
 
 def _cross_loss(language: Any, visual_tokens: Tensor, batch: CaptionBatch, pictures: int) -> Tensor:
-    """Loss of a decoder with cross-attention to the visual tokens; a token attends to those of one picture."""
+    """Computes the loss of a decoder with cross-attention; each token attends to the visual tokens of one picture."""
     rows, count = visual_tokens.shape[:2]
     mask = batch.attention_mask if batch.picture_mask is None else batch.picture_mask
     owner = torch.arange(count, device=visual_tokens.device) // (count // pictures) + 1  # the picture of a visual token
@@ -132,7 +132,7 @@ def _cross_loss(language: Any, visual_tokens: Tensor, batch: CaptionBatch, pictu
 
 
 def is_trained(name: str, bridge: str, *, language: bool = False, vision: bool = False) -> bool:
-    """Decides whether stage 2 trains a parameter of the captioner; those that LoRA added are always trained.
+    """Returns whether stage 2 trains a parameter of the captioner; parameters that LoRA added are always trained.
 
     Args:
         name: Name of the captioner's parameter.
@@ -153,7 +153,7 @@ class GenerativeStage(nn.Module):
         itg_weight: Weight of the loss of the Q-Former's own text head; if 0, the head is not trained.
         unfreeze_language: Whether the language model is trained too.
         unfreeze_vision: Whether the picture encoder is trained too; the batches then hold pixel values.
-        elastic: How many of the first queries a step uses, by its number; None for all queries.
+        elastic: Function from the number of a step to the number of queries that the step uses; None: all queries.
 
     Raises:
         ConfigError: `itg_weight` is above 0, and the model has no text head.
@@ -191,7 +191,7 @@ class GenerativeStage(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> GenerativeStage:
-        """Sets the training mode. Frozen parts stay in eval mode, without dropout."""
+        """Sets the training mode of the trained modules. Frozen modules stay in eval mode, without dropout."""
         super().train(mode)
         if not self._unfrozen:
             self.language.eval()
@@ -225,7 +225,7 @@ class GenerativeStage(nn.Module):
         return {"lm": loss, "itg": own, "loss": loss + self.itg_weight * own}
 
     def gauges(self) -> dict[str, float]:
-        """Returns values for the log: queries of the last step (elastic), mean absolute tanh of a Flamingo's gates."""
+        """Returns values for the log: number of queries in the last step (elastic); mean |tanh| of Flamingo's gates."""
         found = {"queries": float(self._queries)} if self._queries else {}
         for name, parameter in self.language.named_parameters():
             if name.endswith("_gate"):
@@ -238,8 +238,8 @@ class GenerativeStage(nn.Module):
 class ElasticDraw:
     """Draws the number of queries of each step, log-uniformly from ``least`` to ``most``.
 
-    Small numbers come more often: the first queries have to hold most of the picture, so they get most of the steps.
-    The number depends on seed and step alone. So all processes use the same number, and a resumed run draws the same.
+    Small numbers are drawn more often: the first queries have to hold most of the picture, so they get most of the
+    steps. The drawn number depends only on seed and step. So all processes, and a resumed run, draw equal numbers.
     """
 
     seed: int
@@ -247,13 +247,13 @@ class ElasticDraw:
     most: int
 
     def __call__(self, step: int) -> int:
-        """The number of queries of a step."""
+        """Returns the number of queries that a step uses."""
         share = np.random.default_rng([self.seed, step]).random()
         return min(self.most, int(self.least * ((self.most + 1) / self.least) ** share))
 
 
 def elastic_draw(config: CaptionerConfig, phase: Stage2Phase, seed: int) -> ElasticDraw | None:
-    """The numbers of queries of a phase; None if it trains with all queries.
+    """Makes the function that draws the number of queries of each step; None if the phase always uses all queries.
 
     Raises:
         ConfigError: The bridge has no learned queries, or fewer than `elastic_min`.

@@ -31,7 +31,7 @@ MakeBridge = Callable[[ModelConfig, VisionEncoderConfig, LanguageConfig], Bridge
 
 
 def _qformer(sizes: ModelConfig, vision: VisionEncoderConfig, _: LanguageConfig) -> QFormerConfig:
-    """A Q-Former with the recipe's sizes."""
+    """Makes the config of a Q-Former with the recipe's sizes."""
     return QFormerConfig(
         **asdict(sizes.qformer),
         num_query_tokens=sizes.num_query_tokens,
@@ -66,15 +66,17 @@ def _pool(sizes: ModelConfig, vision: VisionEncoderConfig, _: LanguageConfig) ->
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a captioner is built for one value of the recipe's key `bridge`.
+    """The functions and families with which a captioner is built, for one value of the recipe's key `bridge`.
 
     Attributes:
         bridge: Function that makes the bridge's config.
-        family: Family in which the checkpoint is written, of `model/families/registry.py`; empty if unsupported.
-        clip_family: Family in which a checkpoint with a CLIP picture encoder is written; empty if unsupported.
-        any_family: The same for every other picture encoder of `model/vision/registry.py`.
-        language: Function that makes the language model's config from its original config and the number of rows to
-            append to its token table.
+        family: Family (a key of `model/families/registry.py`) of a checkpoint with BLIP-2's picture encoder; empty if
+            this encoder is unsupported.
+        clip_family: Family of a checkpoint with a CLIP picture encoder; empty if unsupported.
+        any_family: Family of a checkpoint with another picture encoder of `model/vision/registry.py`; empty if
+            unsupported.
+        language: Function that makes the captioner's language config, from the language model's original config, the
+            picture encoder's config, and the number of rows to append to the token embedding table.
     """
 
     bridge: MakeBridge
@@ -87,7 +89,7 @@ class Architecture:
 
 
 def _flamingo(language: LanguageConfig, vision: VisionEncoderConfig, extra: int) -> FlamingoConfig:
-    """A Llama with a gated cross-attention layer before each of its own."""
+    """Makes the config of a Flamingo: a Llama with a gated cross-attention layer before each of the Llama's layers."""
     if not isinstance(language, LlamaConfig) or language.kind != "llama" or language.num_kv_heads != language.num_heads:
         raise ConfigError(
             "bridge = 'flamingo' needs a Llama without grouped-query attention (num_kv_heads = num_heads), and the"
@@ -117,7 +119,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def family_of(bridge: str, vision: VisionEncoderConfig) -> str:
-    """Returns the family in which a checkpoint of these parts is written, a key of `model/families/registry.py`.
+    """Returns the family (a key of `model/families/registry.py`) of a checkpoint with this bridge and picture encoder.
 
     Raises:
         ConfigError: This bridge does not support this kind of picture encoder.
@@ -149,8 +151,8 @@ def captioner_config(
         sizes: Sizes of a new bridge.
         vision: Config of the picture encoder.
         language: Config of the language model.
-        extra: Number of rows to append to the language model's token table.
-        text: Config of the Q-Former's text modules, used as draft model or to read the prompt; None for none.
+        extra: Number of rows to append to the language model's token embedding table.
+        text: Config of the Q-Former's text modules, which serve as draft model or for the prompt; None: none.
         instructed: Whether the Q-Former reads the prompt (InstructBLIP).
 
     Raises:
@@ -177,7 +179,7 @@ def qformer_sizes(config: QFormerConfig) -> dict[str, Any]:
 
 
 def with_text_side(qformer: QFormerConfig, text: DraftConfig) -> InstructedQFormerConfig:
-    """Makes the config of a Q-Former whose own layers also read text."""
+    """Makes the config of a Q-Former whose layers also get text as input."""
     return InstructedQFormerConfig(
         **qformer_sizes(qformer), vocab_size=text.vocab_size, instruction_positions=text.max_positions
     )

@@ -36,7 +36,7 @@ QFORMER_TOKENIZER = "qformer_tokenizer/tokenizer.json"  # of InstructBLIP, in it
 
 
 def has_text_side(stage: str, config: TrainingConfig) -> bool:
-    """Decides whether the Q-Former has its own text modules in this run."""
+    """Returns whether the Q-Former has its own text modules in this run."""
     if config.bridge not in ("qformer", "projection"):
         return False
     kept = config.stage1.steps or config.model.bridge_from or config.stage2.itg_weight
@@ -87,7 +87,10 @@ def _check_trained_vision(parts: ModelParts, config: TrainingConfig) -> None:
 
 
 def _whole(stage: str, config: TrainingConfig, base: Path) -> ModelParts | None:
-    """A checkpoint that has all parts of the recipe, the bridge included; None if one part differs."""
+    """Loads the recipe's checkpoint as it is, if it has the picture encoder, bridge and language model of the recipe.
+
+    Returns None if one of these three, or the needed text head, is missing or of another kind.
+    """
     model = config.model
     if not model.checkpoint or model.vision_from or model.language_from:
         return None
@@ -116,7 +119,10 @@ _KINDS = {
 
 
 def _own_texts(config: TrainingConfig, base: Path) -> QFormerTexts | None:
-    """The tokenizer of the Q-Former's text side, from the first of the recipe's checkpoints that has one."""
+    """Loads the tokenizer of the Q-Former's text side, from the first of the recipe's checkpoints that has it.
+
+    Returns None if no checkpoint has such a tokenizer.
+    """
     for name in (config.model.bridge_from, config.model.checkpoint, config.model.bert):
         if not name:
             continue
@@ -130,7 +136,10 @@ def _own_texts(config: TrainingConfig, base: Path) -> QFormerTexts | None:
 
 
 def _composed(stage: str, config: TrainingConfig, base: Path, kept: Stage1Model | None) -> ModelParts:
-    """A captioner of trained parts with a new bridge, which gets the sizes of `kept` if there is one."""
+    """Builds a captioner from a trained picture encoder, a trained language model and a new bridge.
+
+    If `kept` (a trained stage-1 model) is given, the bridge gets the sizes of its Q-Former.
+    """
     model = config.model
     vision = pretrained.load_vision(model.vision_from or model.checkpoint, base)
     language = pretrained.load_language(model.language_from or model.checkpoint, base)
@@ -169,7 +178,7 @@ def _composed(stage: str, config: TrainingConfig, base: Path, kept: Stage1Model 
 
 
 def _text_config(own: QFormerTexts, config: TrainingConfig, base: Path, kept: Stage1Model | None) -> DraftConfig:
-    """Config of the Q-Former's text side: special tokens, and the positions of the model that initialises it."""
+    """Makes the config of the Q-Former's text side; the positions are those of the model that initialises it."""
     if kept is not None:
         return kept.draft_config
     if not config.model.bert:
@@ -179,7 +188,7 @@ def _text_config(own: QFormerTexts, config: TrainingConfig, base: Path, kept: St
 
 
 def _like(kept: Stage1Model | None, built: CaptionerConfig) -> CaptionerConfig:
-    """The config with the sizes of the kept Q-Former."""
+    """Returns the config `built`, but with the Q-Former sizes of the trained stage-1 model `kept`."""
     if kept is None or not isinstance(built.bridge, QFormerConfig):
         return built
     given: Any = kept.config.text

@@ -1,8 +1,8 @@
 """Low-rank adaptation of the frozen language model (LoRA; Hu et al., arXiv 2106.09685), by the package peft.
 
-A linear layer gets two small matrices, A ``[r, in]`` and B ``[out, r]``; its output is ``W x + (alpha / r) B A x``. B
-is 0 at first, so the first step has the loss of the model without LoRA. At the end of the phase the product is added to
-W: the checkpoint has the layout of a model without LoRA.
+A linear layer with weight W gets two small matrices, A ``[r, in]`` and B ``[out, r]``. The layer's output is ``W x +
+(alpha / r) B A x``. B is 0 at first, so the loss of the first step equals that of the model without LoRA. At the end of
+the phase, ``(alpha / r) B A`` is added to W: the checkpoint has the layout of a model without LoRA.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BASE = ".base_layer"  # peft's name of the layer inside one with LoRA
 
 
 def without_lora(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns a model's tensors under the names that they have without LoRA; those of LoRA itself are left out."""
+    """Returns a model's tensors, renamed as in the model without LoRA; leaves out LoRA's own tensors."""
     return {name.replace(_BASE, ""): tensor for name, tensor in tensors.items() if MARK not in name}
 
 
@@ -36,9 +36,10 @@ def add_lora(language: nn.Module, rank: int, alpha: float, targets: str) -> None
 
     Args:
         language: The language model, frozen; changed in place.
-        rank: Rank r of the product of A and B.
-        alpha: Scale of the product, divided by the rank.
-        targets: ``attention`` for the linear layers of attentions, ``all`` for those of the feed-forward layers too.
+        rank: r, the rank of the product B A.
+        alpha: Factor on the product B A, before the division by the rank.
+        targets: Which linear layers get LoRA: ``attention`` (in attention layers), or ``all`` (also in feed-forward
+            layers).
 
     Raises:
         MissingPackageError: The package peft is not installed.
@@ -63,7 +64,7 @@ def _is_target(name: str, targets: str) -> bool:
 
 
 def merge_lora(language: nn.Module) -> None:
-    """Adds the trained products to the weights, in float32, and removes LoRA's layers; does nothing without LoRA."""
+    """Adds (alpha / r) B A to the weights W, in float32, and removes LoRA's layers; does nothing without LoRA."""
     added = [(name, module) for name, module in language.named_modules() if hasattr(module, "get_base_layer")]
     if not added:
         return

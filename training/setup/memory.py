@@ -1,10 +1,10 @@
 """Predicts the memory of a training step of stage 2 or instruction tuning, before the training starts.
 
-Weights, gradients and optimizer state are counted from the parameters: 4 bytes for a trained one, in weight, gradient,
-both of AdamW's moments and average, and the bytes of its type for a frozen one. The tensors that the forward pass keeps
-for the backward pass are counted by running it on torch's meta device, which computes shapes only. So the prediction
-is that of the code that trains, for any family, and needs neither weights nor time. The parameters of these modules are
-those that ``blip2edge plan`` counts (tests compare them).
+Weights, gradients and optimizer state are counted from the parameters. A trained parameter takes 4 bytes each for
+weight, gradient, AdamW's two moments and (with `ema_decay`) the average. A frozen parameter takes the bytes of its
+dtype. To count the tensors that are kept for the backward pass, the forward pass runs on torch's meta device, which
+computes only shapes. So the counted code is the code that trains, for every family, and no weights are needed. The
+numbers of parameters equal those of ``blip2edge plan`` (tests compare them).
 """
 
 from __future__ import annotations
@@ -41,18 +41,19 @@ _PROMPT = PlanOptions().prompt_tokens
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of one process during a step; those of sharded parameters are its share.
+    """Bytes that one process needs during a step. If parameters are sharded, only the process' share is counted.
 
     Attributes:
-        frozen: Frozen weights, with those of the picture encoder.
+        frozen: Frozen weights, the picture encoder's included.
         trained: Trained weights.
         gradients: Gradients of the trained weights.
         optimizer: AdamW's two moments.
         averages: Averages of the trained weights.
         gathered: With sharding: the largest layer, and the parameters that belong to no layer.
-        activations: What the forward pass keeps for the backward pass, and the largest layer that runs again.
-        working: Gradient of the largest kept tensor, usually of the logits.
-        reading: Before the first step: the whole model in float32, as it is read from the checkpoint.
+        activations: Tensors that are kept for the backward pass; with activation checkpointing also the activations of
+            the largest layer, whose forward pass runs again.
+        working: The gradient of the largest kept tensor, usually the gradient of the logits.
+        reading: The whole model in float32, when it is read from the checkpoint, before the first step.
     """
 
     frozen: int
@@ -67,13 +68,16 @@ class StepMemory:
 
     @property
     def step(self) -> int:
-        """The peak of a step: activations are released while gradients appear, so the larger of both counts."""
+        """Returns the peak of a step in bytes.
+
+        Activations are released while gradients are made, so only the larger of both is counted.
+        """
         held = self.frozen + self.trained + self.optimizer + self.averages + self.gathered
         return held + max(self.activations + self.working, self.gradients)
 
     @property
     def peak(self) -> int:
-        """The peak of the phase."""
+        """Returns the peak of the phase in bytes: of a step, or of reading the checkpoint."""
         return max(self.step, self.reading)
 
 
@@ -111,7 +115,7 @@ def predict(config: CaptionerConfig, recipe: TrainingConfig, phase: Stage2Phase,
 
 
 def memory_table(predicted: StepMemory, title: str) -> list[str]:
-    """The lines of a short table, in GiB."""
+    """Returns the lines of a short table of the predicted memory, in GiB."""
     rows = {each.name: getattr(predicted, each.name) for each in fields(predicted)}
     reading = rows.pop("reading")
     rows |= {"step": predicted.step, "reading": reading, "peak": predicted.peak}
@@ -122,7 +126,7 @@ def memory_table(predicted: StepMemory, title: str) -> list[str]:
 def announce(
     config: CaptionerConfig, recipe: TrainingConfig, stage: str, accelerator: Accelerator, log: Callable[[str], None]
 ) -> None:
-    """Prints the predicted memory of stage 2 or instruction tuning, and compares it with that of the device.
+    """Prints the predicted memory of stage 2 or instruction tuning, and compares it with the memory of the device.
 
     Args:
         config: The captioner.
@@ -160,7 +164,7 @@ def announce(
 
 
 def _stage(config: CaptionerConfig, recipe: TrainingConfig, phase: Stage2Phase) -> tuple[GenerativeStage, nn.Module]:
-    """The module of the phase and the picture encoder, on the meta device."""
+    """Builds the module that the phase trains; returns it and the picture encoder, on the current (meta) device."""
     model = CaptionerModel(config)
     frozen = DTYPES[recipe.loop.frozen_dtype]
     if not phase.unfreeze_language:
@@ -180,7 +184,7 @@ def _stage(config: CaptionerConfig, recipe: TrainingConfig, phase: Stage2Phase) 
 
 
 def _batch(stage: GenerativeStage, config: CaptionerConfig, recipe: TrainingConfig, phase: Stage2Phase) -> PictureBatch:
-    """A batch of the longest texts."""
+    """Makes a batch in which all texts have the largest length."""
     rows, vision = phase.batch_size, config.vision
     size = vision.image_size
     picture = (3, size, size) if stage.vision is not None else (vision.num_embeds, vision.hidden_size)
@@ -204,7 +208,11 @@ def _batch(stage: GenerativeStage, config: CaptionerConfig, recipe: TrainingConf
 
 
 def _kept(stage: nn.Module, batch: PictureBatch) -> tuple[int, int, int]:
-    """Bytes that the forward pass keeps besides weights: in all, the most in one layer, and the largest tensor."""
+    """Runs the forward pass and counts the bytes kept for the backward pass, without weights.
+
+    Returns:
+        Bytes of all kept tensors, the largest number of bytes that one layer adds, and bytes of the largest tensor.
+    """
     sizes: dict[int, int] = {}
     weights = {each.untyped_storage()._cdata for each in stage.parameters()}
 
@@ -224,7 +232,7 @@ def _kept(stage: nn.Module, batch: PictureBatch) -> tuple[int, int, int]:
 
 @contextmanager
 def _counting(stage: nn.Module, sizes: dict[int, int], layers: list[int]) -> Iterator[None]:
-    """Adds to ``layers`` the bytes that each layer adds to ``sizes`` while the stage runs."""
+    """During a ``with`` block, appends to ``layers``, for each layer that runs, the bytes that it adds to ``sizes``."""
     began: list[int] = []
     hooks: list[Any] = []
     for layer in transformer_layers(stage):
@@ -238,14 +246,17 @@ def _counting(stage: nn.Module, sizes: dict[int, int], layers: list[int]) -> Ite
 
 
 def _parameter_bytes(modules: list[nn.Module]) -> tuple[int, int]:
-    """Bytes of frozen and of trained parameters; a shared one counts once."""
+    """Returns the bytes of all frozen and of all trained parameters; a shared parameter counts once."""
     distinct = {id(each): each for module in modules for each in module.parameters()}.values()
     frozen = sum(each.numel() * each.element_size() for each in distinct if not each.requires_grad)
     return frozen, sum(each.numel() * _TRAINED for each in distinct if each.requires_grad)
 
 
 def _gathered(stage: nn.Module) -> int:
-    """Bytes of the largest layer, with the gradients of its trained weights, and of what belongs to no layer."""
+    """Returns the bytes that are gathered at one time under FSDP.
+
+    These are the largest layer and the parameters outside of all layers, with the gradients of trained parameters.
+    """
     layers = transformer_layers(stage)
     within = {id(each) for layer in layers for each in layer.parameters()}
     outside = nn.ParameterList([each for each in stage.parameters() if id(each) not in within])

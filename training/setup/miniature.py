@@ -96,7 +96,7 @@ def build_miniature(config: TrainingConfig, *, draft: bool = False, instructed: 
         instructed: Whether the Q-Former reads the prompt.
 
     Returns:
-        The model in float32 with its tokenizers and files. The model has no dropout, because its data never repeats.
+        The model in float32 with its tokenizers and files. It has no dropout, because no training scene is used twice.
     """
     tokenizer = make_tokenizer(config.data.prompts)
     texts = QFormerTexts(tokenizer, config.stage1.max_tokens)
@@ -126,7 +126,7 @@ def build_miniature(config: TrainingConfig, *, draft: bool = False, instructed: 
 
 
 def _image_processor() -> dict[str, Any]:
-    """The preprocessing as transformers' `preprocessor_config.json` describes it."""
+    """Returns the preprocessing of the pictures as the content of `preprocessor_config.json` (transformers)."""
     return {
         "image_processor_type": "BlipImageProcessor",
         "do_convert_rgb": True,
@@ -142,7 +142,7 @@ def _image_processor() -> dict[str, Any]:
 
 
 def _files(model: CaptionerModel, tokenizer: Tokenizer) -> dict[str, bytes]:
-    """The files other than weights that transformers' processor needs to read the directory."""
+    """Returns the content of the files, besides weights, with which transformers' processor loads the directory."""
     config = model.config
     named = {"processor_class": PROCESSORS[config.family]}
     files = {

@@ -31,7 +31,8 @@ class ModelParts:
         tokenizer: Tokenizer of the language model.
         qformer_texts: Tokenizes texts for the Q-Former's own text modules; None if the bridge has none.
         files: Content of the other files of the checkpoint, by name: configurations and tokenizers.
-        new_projection: Whether the bridge's last layer is new. Stage 2 then scales it to the token embeddings.
+        new_projection: Whether the bridge's last layer has new weights. If so, stage 2 scales its weights so that its
+            output is as large as the token embeddings.
     """
 
     model: CaptionerModel
@@ -43,7 +44,7 @@ class ModelParts:
 
     @property
     def runtime_tokenizer(self) -> Tokenizer:
-        """The tokenizer as the runtime's ``Tokenizer``."""
+        """Returns the tokenizer as the runtime's class ``Tokenizer``."""
         return Tokenizer(self.tokenizer)
 
     def write(self, directory: Path, dtype: str) -> None:

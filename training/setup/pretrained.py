@@ -1,4 +1,4 @@
-"""Reads trained parts from checkpoints and assembles them into a captioner with a new bridge."""
+"""Reads picture encoders and language models from checkpoints, and assembles captioners with a new bridge."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generat
 
 
 def resolve(name: str, base: Path) -> Path:
-    """Finds a checkpoint that a recipe names: a path relative to the recipe, an absolute path, or a hub name.
+    """Returns the directory of a checkpoint, named by a path relative to the recipe, an absolute path or a hub name.
 
     Raises:
         CheckpointError: There is no such checkpoint.
@@ -82,7 +82,7 @@ class LanguagePart:
     directory: Path
 
     def with_tokens(self, wanted: list[str]) -> int:
-        """Adds special tokens to the tokenizer, and appends rows to the token tables if they have too few.
+        """Adds special tokens to the tokenizer, and appends rows to the token embedding table and head if needed.
 
         New rows are the mean of the existing rows, as in transformers' resize_token_embeddings.
 
@@ -176,8 +176,8 @@ class VisionPart:
 
     Attributes:
         module: The picture encoder in eval mode.
-        preprocessing: The preprocessing that it was trained with.
-        file: The preprocessing as content of `preprocessor_config.json`.
+        preprocessing: The preprocessing of pictures that the encoder was trained with.
+        file: The preprocessing as the content of `preprocessor_config.json`.
     """
 
     module: VisionModule
@@ -186,7 +186,7 @@ class VisionPart:
 
 
 def load_vision(name: str, base: Path) -> VisionPart:
-    """Loads a picture encoder: a checkpoint of it alone, or that of a captioner or retrieval model.
+    """Loads a picture encoder from its own checkpoint, or from that of a captioner or retrieval model.
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or has no preprocessing.
@@ -198,7 +198,7 @@ def load_vision(name: str, base: Path) -> VisionPart:
 
 
 def side_files(directory: Path) -> dict[str, bytes]:
-    """Content of a checkpoint's files other than weights, by name."""
+    """Returns the content of a checkpoint's files besides weights, by file name."""
     return {name: path.read_bytes() for name, path in files.find_side_files(directory).items()}
 
 
@@ -217,7 +217,9 @@ def picture_tokens(family: str) -> list[str]:
 
 
 def assemble_captioner(config: CaptionerConfig, vision: VisionPart, language: LanguagePart) -> CaptionerModel:
-    """Assembles a captioner from trained parts. Bridge, text head and gated layers are not yet initialised.
+    """Assembles a captioner from a trained picture encoder and a trained language model.
+
+    Bridge, text head and gated layers are not yet initialised.
 
     Args:
         config: The config from `captioner_config`, with special tokens added.
@@ -247,7 +249,7 @@ def assemble_captioner(config: CaptionerConfig, vision: VisionPart, language: La
 
 
 def build_language(part: LanguagePart) -> DecoderModule:
-    """Builds a loaded language model, in eval mode on the CPU.
+    """Makes the module of a language model from its loaded tensors, in eval mode on the CPU.
 
     Raises:
         CheckpointError: Tensors are missing.

@@ -1,8 +1,8 @@
 """The miniature's tokenizer: byte-level BPE like OPT's, with one token for each word of the scenes.
 
-It follows OPT (Zhang et al., arXiv 2205.01068): `<pad>` is 1; `</s>` is 2, and is the first and the last token of every
-text. Any other
-text is encoded as bytes, so every prompt is accepted. Needs no torch.
+As in OPT (Zhang et al., arXiv 2205.01068), `<pad>` has the id 1, and `</s>` has the id 2 and is the first and the last
+token of every text. Words without a token of their own are encoded as several tokens, at least as bytes, so every
+prompt can be encoded. Needs no torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MAX_VOCABULARY = 512  # more entries than the words of the scenes need
 
 
 def make_tokenizer(prompts: Iterable[str]) -> Tokenizer:
-    """Trains the tokenizer on all captions of the training scenes.
+    """Makes the miniature's tokenizer, trained on all captions of the training scenes.
 
     Args:
         prompts: Short texts whose words also get tokens.

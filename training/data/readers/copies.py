@@ -1,7 +1,8 @@
-"""Local copies of data files that cannot be read in place: packed shards (`.tar.gz`), and files of an object store.
+"""Makes local copies of data files that cannot be read in place: packed shards (`.tar.gz`), files of an object store.
 
-A copy is made when the file is first read, in a directory of the user's cache. The oldest copies are removed when all
-copies together are larger than the limit; a picture whose copy was removed makes it again.
+A copy is made when the file is first read, in a directory of the user's cache. If all copies together are larger than
+the limit, the least recently used copies are removed. If a picture is read whose copy was removed, the copy is made
+again.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ ReadFile = Callable[[Path, BrokenSamples, str], Iterator[Entry]]
 
 
 def remote_system(address: str) -> tuple[Any, str]:
-    """Opens the object store of an address; returns fsspec's file system, and the path in it.
+    """Opens the object store of an address; returns fsspec's file system, and the file's path in that file system.
 
     Raises:
         MissingPackageError: fsspec, or the package for this protocol, is not installed.
@@ -80,24 +81,24 @@ def remote_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
 
 @dataclass(frozen=True)
 class LocalCopies:
-    """A directory of copies.
+    """Makes, finds and removes the local copies in one directory.
 
     Attributes:
         directory: The directory; created if it does not exist.
-        limit: Largest size of all copies in bytes. A single copy may not be larger.
+        limit: Largest size of all copies together, in bytes; also the largest size of a single copy.
     """
 
     directory: Path
     limit: int
 
     def path(self, source: Path | str) -> Path:
-        """Returns a path of the unpacked content on the local disk.
+        """Returns the path of a local file with the unpacked content of `source`; makes a copy if needed.
 
         Args:
             source: A path or an address.
 
         Returns:
-            The path itself if the file is local and not packed, else that of a copy, made if there is none.
+            `source` itself if the file is local and not packed, else the path of its copy.
 
         Raises:
             DataError: The file cannot be read, or is larger than the limit.
@@ -127,7 +128,7 @@ class LocalCopies:
         return copy
 
     def _make(self, source: str, file: IO[bytes], copy: Path) -> None:
-        """Copies and unpacks a file. A packed file that is cut off gives the part before the damage."""
+        """Copies and unpacks a file. If a packed file is cut off, the copy has the content before the damage."""
         part = self.directory / f".{uuid.uuid4().hex}.part"
         content = gzip.GzipFile(fileobj=file) if source.lower().endswith(PACKED) else file
         rest = self.limit
@@ -149,7 +150,7 @@ class LocalCopies:
             part.unlink(missing_ok=True)
 
     def _remove_oldest(self, kept: Path) -> None:
-        """Removes copies, the least recently used first, until all of them are within the limit."""
+        """Removes copies, the least recently used first, until the size of all copies is within the limit."""
         copies = []
         for path in self.directory.iterdir():
             try:
@@ -166,7 +167,7 @@ class LocalCopies:
             total -= size
 
     def reader(self, read: ReadFile) -> Callable[[Path | str, BrokenSamples, str], Iterator[Entry]]:
-        """Makes a reader of files that are copied first, from a reader of local files."""
+        """Returns a reader that copies packed and remote files, and then calls `read`, a reader of local files."""
 
         def entries(source: Path | str, broken: BrokenSamples, name: str) -> Iterator[Entry]:
             path = self.path(source)
@@ -178,7 +179,7 @@ class LocalCopies:
 
 
 def _chunk(source: str, content: Any) -> bytes:
-    """The next bytes; empty at the end, and where a packed file is damaged."""
+    """Returns the next bytes of a file; no bytes at its end, or if the next bytes of a packed file are damaged."""
     try:
         with reading(source, "a file", DataError, "copy the file again, or run the command again"):
             if isinstance(content, gzip.GzipFile):
@@ -192,13 +193,13 @@ def _chunk(source: str, content: Any) -> bytes:
 
 @dataclass(frozen=True)
 class CopiedPicture:
-    """A picture in a copy; a :class:`blip2edge.training.data.entries.StoredPicture`.
+    """A picture in a local copy of a data file; a :class:`blip2edge.training.data.entries.StoredPicture`.
 
     Attributes:
         picture: The picture in the copy.
-        copy: The copy.
+        copy: Path of the copy.
         source: Path or address that the copy was made from.
-        copies: Makes the copy again if it was removed.
+        copies: The directory of copies, which makes the copy again if the copy was removed.
     """
 
     picture: StoredPicture
@@ -208,12 +209,12 @@ class CopiedPicture:
 
     @property
     def suffix(self) -> str:
-        """Suffix of the picture's file name."""
+        """Returns the suffix of the picture's file name."""
         return self.picture.suffix
 
     @property
     def identity(self) -> str:
-        """Name of the copy, which depends on the version of its source, and the picture's place in it."""
+        """Returns a key made of the copy's name (which depends on the source's version) and the picture's place."""
         offset = getattr(self.picture, "offset", None)
         return self.picture.identity if offset is None else f"{self.copy.name}|{offset}"
 
@@ -223,7 +224,7 @@ class CopiedPicture:
         return self.picture.read()
 
     def open(self) -> Image.Image:
-        """Decodes the picture: upright, RGB; raises ImageError."""
+        """Decodes the picture; returns it upright, in RGB; raises ImageError."""
         self._renew()
         return self.picture.open()
 

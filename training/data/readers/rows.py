@@ -1,6 +1,6 @@
-"""Makes entries from the rows of a table, by the columns that a row has.
+"""Makes entries from the rows of a table; the names of a row's columns decide what the row is.
 
-A row is a mapping of columns, whichever format it came from. Three kinds of rows are known:
+A row is a mapping from column names to values, for every file format. There are three kinds of rows:
 
     a caption       a column such as ``caption`` or ``text``: a text, or a list of texts
     a question      ``question``, and ``answers`` or ``answer``: a text, a list of texts, or VQA's objects
@@ -52,26 +52,26 @@ _PLACE = re.compile(r"<image>|<ImageHere>", re.IGNORECASE)  # the picture's plac
 
 @dataclass(frozen=True)
 class CellPicture:
-    """A picture whose file is a cell of a table; a :class:`blip2edge.training.data.entries.StoredPicture`."""
+    """A picture whose bytes are in a cell of a table; a :class:`blip2edge.training.data.entries.StoredPicture`."""
 
     content: bytes
 
     @property
     def suffix(self) -> str:
-        """Suffix by the first bytes of the file; ".jpg" if they are not known."""
+        """Returns the file suffix that fits the first bytes of the picture; ".jpg" for unknown bytes."""
         return next((suffix for start, suffix in _STARTS.items() if self.content.startswith(start)), ".jpg")
 
     @property
     def identity(self) -> str:
-        """Hash of the bytes."""
+        """Returns a hash of the picture's bytes."""
         return hashlib.sha256(self.content).hexdigest()
 
     def read(self) -> bytes:
-        """The bytes of the picture file."""
+        """Returns the bytes of the picture file."""
         return self.content
 
     def open(self) -> Image.Image:
-        """Decodes the picture: upright, RGB."""
+        """Decodes the picture; returns it upright, in RGB."""
         return load_image(self.content)
 
 
@@ -83,12 +83,12 @@ class WebPicture:
 
     @property
     def suffix(self) -> str:
-        """Suffix of the address's path, or ".jpg"."""
+        """Returns the suffix of the address's path, or ".jpg" without a suffix."""
         return PurePosixPath(self.address.partition("?")[0]).suffix.lower() or ".jpg"
 
     @property
     def identity(self) -> str:
-        """The address."""
+        """Returns the address."""
         return self.address
 
     def read(self) -> bytes:
@@ -96,7 +96,7 @@ class WebPicture:
         return download(self.address)
 
     def open(self) -> Image.Image:
-        """Downloads and decodes the picture: upright, RGB."""
+        """Downloads and decodes the picture; returns it upright, in RGB."""
         return load_image(self.read())
 
 
@@ -124,8 +124,8 @@ class RowReader:
         """Makes the entries of a row.
 
         Args:
-            number: Number of the row; its id if it has none.
-            row: The row, or the error that it was read with.
+            number: Number of the row; used as id if the row has no id.
+            row: The row, or the error that was raised when the row was read.
 
         Yields:
             An entry for each caption, question or answer of a dialogue.
@@ -153,7 +153,7 @@ class RowReader:
             yield Entry(own, image_id, picture, numbered=isinstance(written, int), **entry)
 
     def _picture(self, row: Row) -> tuple[StoredPicture, str]:
-        """The picture of a row and its name: path, address or hash of its bytes; raises DataError for no picture."""
+        """Returns a row's picture and its name: path, address or hash of the bytes; DataError without a picture."""
         for column in self._pictures:
             value = row.get(column)
             if isinstance(value, Mapping):  # as the package datasets stores pictures
@@ -178,14 +178,14 @@ class RowReader:
 
 
 def texts_of(row: Row, captions: Sequence[str] = CAPTIONS) -> Iterator[dict[str, Any]]:
-    """The fields of each entry of a row: caption, or question and answers, or the turns of a dialogue.
+    """Yields the text fields of each entry of a row: a caption, a question with answers, or a turn of a dialogue.
 
     Args:
-        row: The row; its columns in lower case.
-        captions: Columns of the caption, in the order in which they are tried.
+        row: The row; its column names are in lower case.
+        captions: Names of columns that may hold the caption; the first column with a value is used.
 
     Raises:
-        DataError: The row has no text, or one of another form.
+        DataError: The row has no text, or a text column has a value of an unknown type.
     """
     turns = next((row[key] for key in DIALOGUES if row.get(key) is not None), None)
     if turns is not None:
@@ -197,7 +197,7 @@ def texts_of(row: Row, captions: Sequence[str] = CAPTIONS) -> Iterator[dict[str,
 
 
 def asks(row: Row) -> bool:
-    """Whether a row is a question with answers, or a dialogue."""
+    """Returns whether a row is a question with answers, or a dialogue (and not a caption)."""
     answered = row.get("question") is not None and any(row.get(key) is not None for key in ANSWERS)
     return answered or any(row.get(key) is not None for key in DIALOGUES)
 
@@ -217,7 +217,7 @@ def _captions_of(row: Row, columns: Sequence[str]) -> list[str]:
 
 
 def _question(row: Row) -> dict[str, Any]:
-    """Question and answers of a row."""
+    """Returns the fields `question`, `answers` and `kinds` of the entry for a row."""
     if not isinstance(row["question"], str):
         raise DataError(f"expected its question to be a text, got {row['question']!r:.60}")
     question = single_spaced(row["question"])
@@ -237,11 +237,11 @@ def dialogue(turns: Any) -> Iterator[dict[str, Any]]:
             the system are skipped.
 
     Yields:
-        The fields ``question``, ``answers`` and ``history`` of an entry; ``text`` instead if the question is only the
-        picture.
+        The fields ``question``, ``answers`` and ``history`` of an entry. If the question has no text besides the
+        picture, and there are no earlier turns: the answer as the field ``text``, a caption.
 
     Raises:
-        DataError: A turn has another form, or a question has no answer.
+        DataError: A turn is not such an object, or a question has no answer.
     """
     if not isinstance(turns, list) or not turns:
         raise DataError(f"expected a list of turns, got {turns!r:.60}")
@@ -265,7 +265,7 @@ def dialogue(turns: Any) -> Iterator[dict[str, Any]]:
 
 
 def _turn(turn: Any) -> tuple[str, str]:
-    """Speaker and text of a turn, without the picture's place."""
+    """Returns the speaker and the text of a turn of a dialogue; the marker of the picture is removed from the text."""
     if not isinstance(turn, Mapping):
         raise DataError(f"expected a turn to be an object, got {turn!r:.60}")
     speaker = turn.get("from", turn.get("role"))

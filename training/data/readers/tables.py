@@ -1,7 +1,7 @@
 """Reads the rows of tables: JSON lists (LAVIS, LLaVA), JSONL, CSV, TSV, `metadata` of an imagefolder, and Parquet.
 
-Each reader gives the rows in the file's order. A row that cannot be read is given as its error, and the reader goes on
-with the next row.
+Each reader yields (number, row), in the order of the file. If a row cannot be read, the reader yields the error instead
+of the row, and continues with the next row.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def json_list(path: Path) -> Numbered:
 
 
 def karpathy(path: Path, splits: Sequence[str]) -> Numbered:
-    """Reads Karpathy's splits (`dataset_coco.json`, `dataset_flickr30k.json`): a row with all captions of a picture.
+    """Reads a file of Karpathy's splits (`dataset_coco.json`, `dataset_flickr30k.json`), one row for each picture.
 
     Args:
         path: A JSON file with the list `images`: filename, split, sentences, and for COCO also filepath and cocoid.
         splits: The splits that are read.
 
     Yields:
-        The rows of the pictures of these splits.
+        For each picture of these splits: a row with the picture's path and all its captions.
 
     Raises:
         DataError: The file cannot be read, or has no picture of these splits.
@@ -150,7 +150,7 @@ def _cells(columns: list[str], cells: list[str]) -> Row | Blip2EdgeError:
 
 
 def parquet(path: Path) -> Numbered:
-    """Reads a Parquet file, some rows at a time; a damaged row group is one broken row, and the next one is read.
+    """Reads a Parquet file, some rows at a time. A damaged row group is yielded as one error; reading continues.
 
     Raises:
         MissingPackageError: pyarrow is not installed.
@@ -175,7 +175,7 @@ def parquet(path: Path) -> Numbered:
 
 
 def parquet_rows(path: Path) -> int:
-    """The number of rows of a Parquet file, from its footer; raises as :func:`parquet`."""
+    """Returns the number of rows of a Parquet file, from its footer; raises the errors of :func:`parquet`."""
     require("pyarrow", f"reading {path.name}", MissingPackageError)
     with reading(path, "a Parquet file", DataError):
         return int(import_module("pyarrow.parquet").read_metadata(path).num_rows)
@@ -193,7 +193,7 @@ ROWS_BY_SUFFIX: dict[str, Rows] = {
 
 
 def table_file(path: Path) -> Path:
-    """The table at a path: the file itself, or the metadata file of an imagefolder.
+    """Returns the path of a table: `path` itself if it is a file, or the metadata file of an imagefolder.
 
     Raises:
         DataError: There is no such file, the folder has no metadata file, or the suffix is not known.

@@ -20,12 +20,12 @@ _ATTEMPTS = 10  # crops drawn before the whole picture is kept, as there
 
 @dataclass(frozen=True)
 class Change:
-    """How one picture is changed.
+    """A random change of one picture; calling the object changes the picture.
 
     Attributes:
         seed: Seed of the crop.
-        crop: Smallest share of the area that the crop keeps; 1: no crop.
-        mirrored: Whether left and right are exchanged.
+        crop: Smallest share of the picture's area that the crop keeps; 1: no crop.
+        mirrored: Whether the picture is mirrored (left and right exchanged).
     """
 
     seed: int
@@ -33,7 +33,7 @@ class Change:
     mirrored: bool
 
     def __call__(self, picture: Image.Image) -> Image.Image:
-        """Returns the changed picture."""
+        """Returns the cropped and mirrored picture."""
         if self.crop < 1:
             box = crop_box(picture.width, picture.height, self.crop, np.random.default_rng(self.seed))
             picture = picture.crop(box)
@@ -43,9 +43,9 @@ class Change:
 def crop_box(width: int, height: int, smallest: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
     """Draws the crop of a picture: left, top, right, bottom in pixels.
 
-    The share of the area is uniform between `smallest` and 1, the logarithm of the ratio of the sides uniform between
-    those of :data:`ASPECTS` (Szegedy et al., arXiv 1409.4842; torchvision's RandomResizedCrop). If no crop fits in ten
-    draws, the whole picture is kept.
+    The share of the area is uniform between `smallest` and 1. The logarithm of the ratio width / height is uniform
+    between the logarithms of the two :data:`ASPECTS` (Szegedy et al., arXiv 1409.4842; torchvision's
+    RandomResizedCrop). If none of ten drawn crops fits into the picture, the whole picture is kept.
     """
     for _ in range(_ATTEMPTS):
         area = width * height * rng.uniform(smallest, 1)
@@ -63,15 +63,15 @@ def _pattern(words: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def names_side(texts: Iterable[str], words: tuple[str, ...]) -> bool:
-    """Whether one of the texts contains one of the words as a whole word, in any case."""
+    """Returns whether a text contains one of the words as a whole word; upper and lower case count as equal."""
     return bool(words) and any(_pattern(words).search(text) for text in texts)
 
 
 def draw_change(config: DataConfig, texts: Iterable[str], rng: np.random.Generator) -> Change | None:
-    """Draws how a sample's picture is changed; None if it is not.
+    """Draws the change of a sample's picture; returns None if the picture is not changed.
 
     Args:
-        config: The section with `crop`, `flip` and `flip_except`.
+        config: The section `[data]` with `crop`, `flip` and `flip_except`.
         texts: All texts of the sample. If one names left or right, the picture is not mirrored.
         rng: Random generator. Nothing is drawn if the section changes no picture.
     """
@@ -83,5 +83,5 @@ def draw_change(config: DataConfig, texts: Iterable[str], rng: np.random.Generat
 
 
 def changed(open_picture: Callable[[], Image.Image], change: Change | None) -> Callable[[], Image.Image]:
-    """Returns a function that opens the picture and changes it."""
+    """Returns a function that opens the picture and applies the change; for None, returns `open_picture` itself."""
     return open_picture if change is None else lambda: change(open_picture())

@@ -46,14 +46,14 @@ def set_probabilities(sets: Sequence[DataConfig], sizes: Sequence[int | None]) -
 
 
 class MixtureSource:
-    """Yields samples of several sources; which one is drawn depends only on seed and position.
+    """Yields samples of several sources. Which source gives the next sample depends only on seed and position.
 
     Sample ids begin with the number of the set: ``2/000017.tar:0005``.
 
     Args:
         sources: The sources.
-        probabilities: Probability of each source.
-        seed: Seed of the draws.
+        probabilities: Probability that a sample is drawn from each source.
+        seed: Seed of the draws of the source.
     """
 
     def __init__(self, sources: Sequence[SampleSource], probabilities: Sequence[float], seed: int) -> None:
@@ -63,11 +63,11 @@ class MixtureSource:
 
     @property
     def name(self) -> str:
-        """Names of all sources, for messages."""
+        """Returns the names of all sources, for messages."""
         return " + ".join(source.name for source in self._sources)
 
     def __iter__(self) -> Iterator[Sample]:
-        """Samples from the current position, without end."""
+        """Yields the samples from the current position on, without end."""
         streams = [iter(source) for source in self._sources]
         while True:
             drawn = np.random.default_rng([_MIX, self._seed, self._position]).random()
@@ -78,12 +78,12 @@ class MixtureSource:
 
     @property
     def broken(self) -> Mapping[str, str]:
-        """Why samples were skipped or rejected, by sample id."""
+        """Returns, by sample id, why a sample was skipped or rejected."""
         numbered = enumerate(self._sources)
         return {f"{number}/{name}": problem for number, source in numbered for name, problem in source.broken.items()}
 
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
-        """Adds a sample to the broken ones of its set, whose `max_broken` decides; raises as that source."""
+        """Adds a sample to the broken samples of its set; raises DataError if that set's `max_broken` is exceeded."""
         number, _, sample_id = sample.sample_id.partition("/")
         self._sources[int(number)].reject(dataclasses.replace(sample, sample_id=sample_id), error)
 
