@@ -114,7 +114,11 @@ def test_undo_restores_each_entry_point(kind: str, recompute: bool, alone: Any, 
         assert not any(isinstance(each, FSDPModule) for each in stage.modules())
         after = [{name: vars(layer).get(name) for name in entry_points(layer)} for layer in layers]
         assert [[*names.items()] for names in after] == [[*names.items()] for names in before]
-        loss = stage(made.batch)["loss"]  # runs every entry point
+        for layer in layers:
+            for name in entry_points(layer):
+                with pytest.raises(TypeError, match="required positional argument"):  # of the method itself
+                    getattr(layer, name)()
+        loss = stage(made.batch)["loss"]
         assert torch.equal(loss, plain)
         loss.backward()
 
