@@ -1,1 +1,1 @@
-"""Faster copies of a bundle's graphs for one backend; neither torch nor onnxscript is imported here."""
+"""Makes faster copies of a bundle's graphs for one backend; imports neither torch nor onnxscript."""

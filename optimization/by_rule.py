@@ -1,11 +1,14 @@
-"""Makes the copy of a graph for ONNX Runtime's CUDA provider by rule, without a GPU.
+"""Makes the copy of a graph for ONNX Runtime's CUDA provider by fixed rules, without a GPU.
 
 The copy is in FP16, with the fused operators that have a CUDA kernel. It is checked on the CPU in two steps:
 
-1. The fused graph in FP32 against the portable graph in FP32: only the order of the sums differs.
-2. The same graph in FP16 against the portable graph, within the tolerance of an FP16 export.
+1. The outputs of the fused graph in FP32 are compared with those of the exported (not optimized) graph in FP32: only
+the
+   order of the sums differs.
+2. The outputs of the fused graph in FP16 are compared with those of the exported graph, within the tolerance of an FP16
+   export.
 
-Its speed is not measured.
+The copy's speed is not measured.
 """
 
 from __future__ import annotations
@@ -41,7 +44,15 @@ Copy = tuple[OptimizedGraph, dict[str, FileRecord]]
 
 
 def ruled(task: CopyTask, name: str) -> Copy | str:
-    """Writes the copy of a graph for CUDA. Returns the copy, or the reason why there is none."""
+    """Writes the copy of a graph for CUDA.
+
+    Args:
+        task: The bundle, and the directories of the copies.
+        name: The graph's name.
+
+    Returns:
+        The copy's record and files; or the reason why there is no copy, as text.
+    """
     record = task.bundle.graph(name)
     parent = task.bundle.file(record.spec.file)
     if name == VISION and task.bundle.manifest.merging is not None and record.precision != "fp16":
@@ -80,7 +91,7 @@ def ruled(task: CopyTask, name: str) -> Copy | str:
 
 
 def _exact(task: CopyTask, name: str, parent: Path, portable: Arrays) -> Arrays | None:
-    """Computes the portable graph's outputs in FP32, without rounded activations; None if the graph is too large."""
+    """Computes the exported graph's outputs in FP32, without rounded activations; None for a large FP16 graph."""
     model = load_graph(parent)
     prepare(model)
     changed = bool(widen(model))
@@ -102,6 +113,6 @@ def _saved(task: CopyTask, model: ir.Model, name: str) -> Path:
 
 
 def _run(task: CopyTask, name: str, path: Path, weights: Path | None) -> Arrays:
-    """Runs a graph with the CUDA backend's code on the CPU."""
+    """Runs a graph on the CPU with the code of the CUDA backend; returns its outputs."""
     session = open_on_host(path, None if weights is None else OptimizedFile(weights))
     return run_session(task, name, session)

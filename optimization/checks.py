@@ -1,4 +1,4 @@
-"""Runs a rewritten graph and the portable one on the same inputs, and compares their outputs."""
+"""Runs a rewritten graph and the exported (not optimized) graph on the same inputs, and compares their outputs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class CopyTask:
         scratch: Directory of rewritten graphs, of which only the fastest is kept.
         target: Directory that the copies are written to.
         within: Path of the copy inside the bundle; None if the copy is in the user's cache.
-        upstream: Outputs of the portable graphs that ran already, by name; they are inputs of later graphs.
+        upstream: Outputs of the exported graphs that ran already, by name; they are inputs of later graphs.
         report: Called with a stage's name, steps done and steps in all.
     """
 
@@ -60,18 +60,25 @@ class CopyTask:
     report: ProgressCallback = lambda stage, done, total: None
 
     def parent(self, name: str) -> tuple[Path, float]:
-        """Returns the file of a portable graph, and the largest relative difference of a copy's outputs.
+        """Returns the file of an exported graph, and the largest relative difference that a copy's outputs may have.
 
-        The difference is infinite for a graph that is not in FP32: such graphs are compared by cosine only.
+        The difference is infinite for a graph that is not in FP32: the outputs of such graphs are compared by cosine
+        only.
         """
         record = self.bundle.graph(name)
         return self.bundle.file(record.spec.file), TOLERANCE if record.precision == "fp32" else math.inf
 
 
 def agreement(result: Arrays, portable: Arrays, tolerance: float) -> tuple[tuple[Parity, ...], float]:
-    """Compares a copy's outputs with the portable graph's: the parity of each, and the smallest cosine.
+    """Compares the outputs of a copy with those of the exported graph.
 
-    With an infinite tolerance there is no parity, because such outputs are compared by cosine only.
+    Args:
+        result: Outputs of the copy, by name.
+        portable: Outputs of the exported graph, by name.
+        tolerance: Largest relative difference. If it is infinite, outputs are compared by cosine only.
+
+    Returns:
+        The parity of each output (empty if ``tolerance`` is infinite), and the smallest cosine over all outputs.
     """
     parity = tuple(
         Parity(output, *probe.relative(result[output], wanted), tolerance, ("probe",))
@@ -83,11 +90,11 @@ def agreement(result: Arrays, portable: Arrays, tolerance: float) -> tuple[tuple
 
 @dataclass(frozen=True)
 class Form:
-    """A file that computes a graph in ONNX Runtime on the CPU.
+    """An ONNX file of one version of a graph, for ONNX Runtime on the CPU.
 
     Attributes:
-        file: The portable graph, or a rewritten one.
-        recipe: The passes that rewrote it; None for the portable graph.
+        file: The file of the exported graph, or of a rewritten graph.
+        recipe: The passes that rewrote the graph; None for the exported graph.
     """
 
     file: Path
@@ -102,7 +109,10 @@ class Form:
 
 
 def run_session(task: CopyTask, name: str, session: Session) -> Arrays:
-    """Runs an opened graph on two rows, closes it, and returns its outputs; a decoder's are logits of several steps."""
+    """Runs an opened graph on two rows and closes it; returns the outputs by name.
+
+    For a decoder, the outputs are the logits of several steps.
+    """
     try:
         if name == DECODER:
             return decode(decoder_of(task.bundle, session), _cross_inputs(task))
@@ -127,7 +137,11 @@ def _cross_inputs(task: CopyTask) -> dict[str, Array]:
 
 
 def references(task: CopyTask, name: str) -> tuple[Arrays, Arrays]:
-    """Runs the portable graph, and the same graph without rounding its activations (if it rounds any)."""
+    """Runs the exported graph, and the exported graph without rounded activations, on the same inputs.
+
+    Returns:
+        The outputs of both. If the graph rounds no activations, the same outputs twice.
+    """
     parent, _ = task.parent(name)
     portable = run_session(task, name, Form(parent).open())
     model = load_graph(parent)
@@ -140,7 +154,14 @@ def references(task: CopyTask, name: str) -> tuple[Arrays, Arrays]:
 
 
 def fault_of(result: Arrays, portable: Arrays, exact: Arrays, tolerance: float) -> str:
-    """Describes how a rewritten graph's outputs differ too much; empty if all are within the limits."""
+    """Describes which output of a rewritten graph differs too much; empty if all outputs are within the limits.
+
+    Args:
+        result: Outputs of the rewritten graph, by name.
+        portable: Outputs of the exported graph.
+        exact: Outputs of the exported graph without rounded activations.
+        tolerance: Largest difference, as a share of the output's largest value.
+    """
     for output, wanted in portable.items():
         _, share = probe.relative(result[output], wanted)
         if share > tolerance:

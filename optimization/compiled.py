@@ -1,6 +1,6 @@
-"""Compiled models of OpenVINO: a graph is compiled once and written to a file, which opens sooner than the graph.
+"""Compiles graphs with OpenVINO and writes the compiled models to files, which open sooner than the graphs.
 
-The file also holds the weights. It is valid for one version of OpenVINO and one kind of processor.
+A file also holds the weights. It is valid for one version of OpenVINO and one kind of processor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def compile_to(graph: Path, blob: Path) -> tuple[float, float]:
     """Compiles a graph with OpenVINO and writes the compiled model.
 
     Args:
-        graph: The portable ``.onnx`` file.
+        graph: The exported ``.onnx`` file.
         blob: The file to write.
 
     Returns:
@@ -26,7 +26,7 @@ def compile_to(graph: Path, blob: Path) -> tuple[float, float]:
 
     Raises:
         BackendError: openvino is not installed.
-        BundleError: OpenVINO cannot load the graph or its compiled model; ``blob`` is not written then.
+        BundleError: OpenVINO cannot load the graph or the compiled model; then no ``blob`` remains.
     """
     try:
         return _written(graph, blob)

@@ -1,8 +1,9 @@
 """Reads the layout of a decoder from its graph, for the CUDA kernels in ``runtime/cuda``.
 
-The passes for the CUDA provider bring a graph into one form: they check by its values that the mask is causal, compute
-the tables of rotary positions, and fuse the norms. What remains is a chain of products, norms and additions, which is
-read from its end to its beginning. A graph of another form is refused, and the error says what differs.
+First, the passes for the CUDA provider rewrite the graph to one standard structure: they check the mask by its values
+(it must be causal), compute the tables of rotary positions, and fuse the norms. After that, the graph is a chain of
+matrix multiplications (MatMul nodes), norms and additions. The chain is read from its end to its beginning. If a graph
+has another structure, an error says what differs.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ NORMS = {"LayerNormalization": "LAYER_NORM", "SimplifiedLayerNormalization": "RM
 
 
 class _Unfit(Exception):  # noqa: N818 - it carries a reason to read_layout, and never leaves it
-    """The graph has another form; the text says where."""
+    """Raised if the graph has another structure than expected; the text says where."""
 
 
 def read_layout(model: ir.Model, cache: CacheSpec, max_positions: int) -> DecoderLayout:
-    """Reads the layout of a portable decoder.
+    """Reads the layout of an exported (not optimized) decoder.
 
     Args:
         model: The decoder's graph with its weights in data files; the graph is changed.
@@ -40,7 +41,7 @@ def read_layout(model: ir.Model, cache: CacheSpec, max_positions: int) -> Decode
         max_positions: The longest context in tokens.
 
     Raises:
-        BundleError: The decoder is not one that the kernels compute.
+        BundleError: There are no CUDA kernels for a decoder of this structure.
     """
     places = _places(model)
     prepare(model)
@@ -58,7 +59,7 @@ def read_layout(model: ir.Model, cache: CacheSpec, max_positions: int) -> Decode
 
 
 def _places(model: ir.Model) -> dict[str, Stored]:
-    """Where the initializers lie in the bundle's files."""
+    """Returns the place of each initializer that is in a data file: file, offset, type and shape, by name."""
     found = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
@@ -69,12 +70,12 @@ def _places(model: ir.Model) -> dict[str, Stored]:
 
 
 class _Reader:
-    """Follows the chain of a prepared graph backwards.
+    """Reads the chain of nodes of a prepared graph, from the logits back to the inputs.
 
     Args:
         model: The prepared graph.
         cache: The decoder's KV cache.
-        places: Where each initializer lies.
+        places: File, offset, type and shape of each initializer, by name.
     """
 
     def __init__(self, model: ir.Model, cache: CacheSpec, places: dict[str, Stored]) -> None:
@@ -82,7 +83,7 @@ class _Reader:
         self.outputs = {str(value.name): value for value in model.graph.outputs}
 
     def layout(self) -> DecoderLayout:
-        """The decoder from the logits to its inputs."""
+        """Returns the layout of the whole decoder; reads from the logits back to the inputs."""
         head, normed = self._matrix(self.outputs["logits"], "the head")
         final_norm, picked = self._norm(normed, "the final norm")
         x = self._input(picked, "GatherElements", "the choice of the positions with logits")
@@ -112,7 +113,7 @@ class _Reader:
         )
 
     def _layer(self, x: ir.Value, index: int) -> tuple[LayerLayout, ir.Value, ir.Node]:
-        """A layer from its output ``x``: its layout, its input, and its attention."""
+        """Reads a layer from its output ``x``; returns the layer's layout, the layer's input and the attention node."""
         where = f"layer {index}"
         middle, down, inner = self._residual(x, f"the feed-forward of {where}")
         gate, up, normed = self._activation(inner, where)
@@ -134,7 +135,12 @@ class _Reader:
         return layer, before, node
 
     def _residual(self, x: ir.Value, where: str) -> tuple[ir.Value, StoredMatrix, ir.Value]:
-        """``x = before + product``: the earlier residual, the product's matrix and its input."""
+        """Reads the sum ``x = before + multiplication`` at the end of a block.
+
+        Returns:
+            ``before`` (the residual before the block), the matrix of the multiplication, and the multiplication's
+            input.
+        """
         node = producer(x, "Add")
         if node is None:
             raise _Unfit(f"{where} does not end with a sum")
@@ -143,7 +149,11 @@ class _Reader:
         return before, matrix, source
 
     def _activation(self, inner: ir.Value, where: str) -> tuple[StoredMatrix | None, StoredMatrix, ir.Value]:
-        """ReLU of a product, or SwiGLU of two: gate, up, and their input."""
+        """Reads the activation of a feed-forward block: ReLU of one matrix multiplication, or SwiGLU of two.
+
+        Returns:
+            The matrix of the gate (None for ReLU), the matrix of the up projection, and the input of both.
+        """
         relu = producer(inner, "Relu")
         if relu is not None:
             up, normed = self._matrix(relu.inputs[0], f"the feed-forward of {where}")
@@ -160,7 +170,11 @@ class _Reader:
         return gate, up, normed
 
     def _matrix(self, value: ir.Value | None, where: str) -> tuple[StoredMatrix, ir.Value]:
-        """A product with a weight, with or without a bias: the matrix and the product's input."""
+        """Reads a matrix multiplication with a weight, with or without a bias.
+
+        Returns:
+            The matrix (with scales and bias), and the multiplication's input.
+        """
         node = producer(value, "MatMul")
         bias = None
         if node is None and value is not None:
@@ -197,7 +211,11 @@ class _Reader:
         return stored, node.inputs[0]
 
     def _start(self, x: ir.Value) -> tuple[Stored | None, int]:
-        """Learned positions and their offset; (None, 0) if the embeddings are the first layer's input."""
+        """Reads the nodes between the decoder's inputs and the first layer.
+
+        Returns:
+            The table of learned positions and their offset; (None, 0) if the embeddings are the first layer's input.
+        """
         if str(x.name) == "inputs_embeds":
             return None, 0
         node = producer(x, "Add")
@@ -233,7 +251,7 @@ def _has_zero_point(node: ir.Node) -> bool:
 
 
 def _rotation(node: ir.Node) -> Array | None:
-    """Cosines and sines of an attention with rotary positions, float32 ``[positions, d]``."""
+    """Returns cosines and sines of rotary positions, float32 ``[positions, d]``; None for an attention without them."""
     if not node.attributes["do_rotary"].as_int():
         return None
     tables = [constant(value) for value in node.inputs[7:9]]

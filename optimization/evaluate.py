@@ -1,6 +1,7 @@
-"""Computes values of a graph from its inputs, with ONNX Runtime.
+"""Computes values inside a graph from the graph's inputs, with ONNX Runtime.
 
-Passes identify a mask or a table of rotary angles by its values, because exporters compute them with different nodes.
+Passes identify a mask or a table of rotary angles by its values, because exporters compute masks and tables with
+different nodes.
 """
 
 from __future__ import annotations

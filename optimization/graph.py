@@ -1,4 +1,4 @@
-"""Reads and rewrites graphs: helpers that the passes share."""
+"""Has helper functions to read and rewrite graphs, which the passes share."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def users(value: ir.Value) -> list[ir.Node]:
 def only_user(value: ir.Value, op_type: str) -> ir.Node | None:
     """Returns the only node that uses ``value``, if its operator is ``op_type``; else None.
 
-    None also if the value is an output of the graph.
+    If the value is an output of the graph, the result is None too.
     """
     found = users(value)
     return found[0] if len(found) == 1 and found[0].op_type == op_type and not value.is_graph_output() else None
@@ -103,10 +103,13 @@ def other_operand(node: ir.Node, value: ir.Value) -> ir.Value:
 
 
 def with_bias(product: ir.Node) -> tuple[ir.Node, ir.Value | None]:
-    """Finds the node that adds a bias, a constant vector ``[N]``, to a matrix product.
+    """Finds the node that adds a bias, a constant vector ``[N]``, to the result of a matrix multiplication.
+
+    Args:
+        product: The MatMul node.
 
     Returns:
-        That node and the bias; the product and None if there is no bias.
+        The addition and the bias; if there is no bias, the MatMul node and None.
     """
     out = product.outputs[0]
     plus = only_user(out, "Add")
@@ -116,7 +119,7 @@ def with_bias(product: ir.Node) -> tuple[ir.Node, ir.Value | None]:
 
 
 def biased(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
-    """If ``value`` is a sum with a constant vector ``[N]``, returns the other operand and the vector; else None."""
+    """Splits a sum with a constant vector ``[N]`` into the other operand and the vector; None for any other value."""
     node = producer(value, "Add")
     if node is None:
         return None
@@ -141,7 +144,11 @@ def dims(value: ir.Value | None) -> list[int | str]:
 
 
 def initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
-    """Returns the initializer ``name`` with the content ``array``; a new one unless name and content exist already."""
+    """Returns an initializer with the content ``array``.
+
+    If an initializer ``name`` with this content exists, it is returned. If ``name`` exists with another content,
+    underscores are added to the name.
+    """
     known = graph.initializers.get(name)
     if known is not None and known.const_value is not None:
         held = known.const_value.numpy()
@@ -200,7 +207,8 @@ def replace(old: ir.Value, new: ir.Value) -> None:
 def subgraph(model: ir.Model, target: ir.Value, inputs: Mapping[str, ir.Value]) -> list[ir.Node] | None:
     """Returns the nodes that compute ``target`` from ``inputs`` and initializers, in order.
 
-    None if ``target`` depends on other inputs.
+    Returns:
+        The nodes; None if ``target`` depends on other inputs.
     """
     needed: dict[ir.Node, None] = {}
     waiting = [target]

@@ -1,12 +1,15 @@
-"""``blip2edge optimize``: makes an optimized copy of a bundle's graphs for one backend, inside the bundle.
+"""Implements ``blip2edge optimize``: makes an optimized copy of a bundle's graphs for one backend, inside the bundle.
 
 1. Try: each graph is rewritten by several recipes, and ONNX Runtime optimizes the result offline.
-2. Check: the rewritten graph gives the outputs of the portable one, on images that pass through the whole bundle.
-3. Choose: the forms are timed in turn (``race.py``); one that is slower than the portable graph is never kept.
+2. Check: the rewritten graph must give the outputs of the exported (not optimized) graph. The inputs are images and
+   outputs of earlier graphs of the bundle.
+3. Choose: the versions of the graph are timed in turn (``race.py``); a version that is slower than the exported graph
+is
+   never kept.
 4. Publish: ``optimized.json`` lists the files with their hashes and names the bundle.
 
-For OpenVINO, the copy of a graph is the compiled model, which runs as fast as the portable graph and opens sooner. For
-CUDA, the copy is made by rule, without a GPU: nothing is measured (``by_rule.py``).
+For OpenVINO, the copy of a graph is the compiled model, which runs as fast as the exported graph and opens sooner. For
+CUDA, the copy is made by fixed rules, without a GPU: nothing is measured (``by_rule.py``).
 """
 
 from __future__ import annotations
@@ -114,7 +117,7 @@ def optimize(
 
 
 def _record(task: CopyTask, backend: str, wanted: Sequence[str] | None) -> OptimizedRecord:
-    """Makes the copies of the graphs; returns their record."""
+    """Makes the copies of the graphs in the target directory; returns the contents of ``optimized.json``."""
     manifest, maker = task.bundle.manifest, BACKENDS[backend]
     graphs: dict[str, OptimizedGraph] = {}
     skipped: dict[str, str] = {}
@@ -150,7 +153,11 @@ def _record(task: CopyTask, backend: str, wanted: Sequence[str] | None) -> Optim
 
 
 def _rewritten(task: CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, FileRecord]] | str:
-    """Writes the fastest rewritten form of a graph that passes the check; or returns why there is none."""
+    """Writes the fastest rewritten version of a graph that passes the check.
+
+    Returns:
+        The copy's record and files; or the reason why there is no copy, as text.
+    """
     parent, tolerance = task.parent(name)
     outputs = references(task, name)
     large = sum(task.bundle.manifest.files[data].size for data in task.bundle.graph(name).data_files) >= LARGE
@@ -178,13 +185,15 @@ def _checked_forms(
     """Rewrites a graph by each recipe and checks the outputs.
 
     Args:
-        task: The copy that is made.
-        name: The graph.
-        outputs: What :func:`references` returned.
+        task: The bundle, and the directories of the copies.
+        name: The graph's name.
+        outputs: Outputs of the exported graph, with and without rounded activations, as :func:`references` returns
+            them.
         large: Whether only the first recipe is tried that shares the bundle's weights.
 
     Returns:
-        The forms that passed the check with their outputs, and what is wrong with one that did not.
+        The versions of the graph that passed the check, with their outputs; and why the last version that failed did so
+        (empty if none failed).
     """
     parent, tolerance = task.parent(name)
     found: list[tuple[Form, Arrays]] = []
@@ -218,9 +227,12 @@ def _checked_forms(
 
 
 def _compiled(task: CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, FileRecord]] | str:
-    """Writes a graph as OpenVINO has compiled it; or returns why there is no such copy.
+    """Writes the model that OpenVINO compiles from a graph.
 
-    A graph that OpenVINO cannot load has no copy; the other graphs do.
+    A graph that OpenVINO cannot load has no copy; the other graphs still have one.
+
+    Returns:
+        The copy's record and files; or the reason why there is no copy, as text.
     """
     parent, tolerance = task.parent(name)
     portable, exact = references(task, name)

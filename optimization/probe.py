@@ -1,4 +1,4 @@
-"""Runs graphs on the same inputs, and compares their outputs."""
+"""Makes functions that run graphs, to be timed, and compares the outputs of graphs."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def decoding_of(decoder: Decoder, context: Mapping[str, Array], prompt: int = PR
 
 
 def cosine(one: Array, other: Array) -> float:
-    """Computes the cosine of two arrays, taken as vectors; 1 if both are zero."""
+    """Computes the cosine of two arrays, which are flattened to vectors; 1 if both are zero."""
     first, second = (np.asarray(array, np.float64).ravel() for array in (one, other))
     norms = float(np.linalg.norm(first) * np.linalg.norm(second))
     return float(first @ second) / norms if norms else float(np.array_equal(first, second))
 
 
 def relative(got: Array, wanted: Array) -> tuple[float, float]:
-    """Returns the largest absolute difference, and its ratio to the largest absolute value of ``wanted``.
+    """Returns the largest absolute difference, and this difference divided by the largest absolute value of ``wanted``.
 
     Both are infinite if ``got`` has a value that is not finite.
     """

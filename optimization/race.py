@@ -1,4 +1,4 @@
-"""Chooses the fastest of several forms of a graph. Two forms are timed in turn, under the same conditions."""
+"""Chooses the fastest of several versions of a graph. Two versions are timed in turn, under the same conditions."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from measurement to measurement, do not decide."""
 
 @dataclass(frozen=True)
 class Times:
-    """The result of a race of two forms.
+    """The result of timing two versions of a graph in turn.
 
     Attributes:
-        ratio: CPU time of the first over that of the second form, the median over rounds.
-        milliseconds: The least CPU time of each form.
+        ratio: CPU time of the first version divided by that of the second, the median over rounds.
+        milliseconds: The least CPU time of each version.
     """
 
     ratio: float
@@ -39,8 +39,8 @@ class Times:
 def race(first: Callable[[], object], second: Callable[[], object]) -> Times:
     """Times two functions in turn (A B A B).
 
-    The CPU time of the process is measured, and the ratio is taken within each round: other processes on the machine
-    slow both forms down.
+    The CPU time of the process is measured, and the ratio is computed within each round, because other processes on the
+    machine slow both functions down.
     """
     first()
     second()
@@ -59,7 +59,7 @@ def race(first: Callable[[], object], second: Callable[[], object]) -> Times:
 
 
 def _agree_after_long(measured: Sequence[float], start: float) -> bool:
-    """Whether a race that began at ``start`` is long, and the values that it has measured agree."""
+    """Returns whether a race that began at ``start`` has lasted long, and its measured values are nearly equal."""
     return (
         len(measured) >= FEWEST_LONG
         and time.perf_counter() - start >= LONG_SECONDS
@@ -68,13 +68,13 @@ def _agree_after_long(measured: Sequence[float], start: float) -> bool:
 
 
 def race_forms(task: CopyTask, name: str, first: Form, second: Form, *, together: bool = True) -> Times:
-    """Loads two forms of a graph and times them in turn.
+    """Loads two versions of a graph and times them in turn.
 
     Args:
-        task: The copy that is made.
-        name: The graph.
-        first: A form.
-        second: Another form.
+        task: The bundle, and the directories of the copies.
+        name: The graph's name.
+        first: A version of the graph.
+        second: Another version of the graph.
         together: Whether both may be in memory at the same time. If not, they are loaded and timed in turn, twice.
     """
     if not together:
@@ -92,22 +92,22 @@ def race_forms(task: CopyTask, name: str, first: Form, second: Form, *, together
 def fastest(
     task: CopyTask, name: str, portable: Form, forms: Sequence[Form], *, together: bool = True
 ) -> tuple[Form, tuple[float, float]]:
-    """Chooses the form of a graph that is used.
+    """Chooses the version of a graph that is used.
 
-    A rewritten form replaces the portable graph if it is clearly faster. If its weights are not prepacked when it is
-    loaded, it opens sooner than the portable graph, and it is enough that it is not slower. A later form replaces an
-    earlier one only if it is clearly faster.
+    A rewritten version replaces the exported graph if it is clearly faster. If the weights of a rewritten version are
+    not prepacked when it is loaded, it opens sooner than the exported graph; then it only needs to be faster by any
+    amount. A later version replaces an earlier version only if it is clearly faster.
 
     Args:
-        task: The copy that is made.
-        name: The graph.
-        portable: The portable graph.
-        forms: Rewritten graphs whose outputs were checked, the one that is fastest most often first.
+        task: The bundle, and the directories of the copies.
+        name: The graph's name.
+        portable: The exported (not optimized) graph.
+        forms: Rewritten versions whose outputs were checked; the version that is fastest most often is first.
         together: See :func:`race_forms`.
 
     Returns:
-        The form, and the CPU milliseconds of the portable graph and of this form (of the last form, if the portable
-        graph is used).
+        The chosen version, and the CPU milliseconds of the exported graph and of this version. If the exported graph is
+        chosen, the second number is the time of the last rewritten version.
     """
     best, gained, milliseconds = portable, 0.0, (0.0, 0.0)
     for done, form in enumerate(forms):
@@ -124,13 +124,13 @@ def fastest(
 
 
 def _least_gain(form: Form) -> float:
-    """Time of the portable graph over that of a form, above which the form may replace it."""
+    """Returns the ratio (time of the exported graph / time of this version) above which this version may be used."""
     return CLEARLY_SLOWER if form.recipe is not None and form.recipe.layout else 1.0
 
 
 @contextmanager
 def _opened(task: CopyTask, name: str, form: Form) -> Iterator[Callable[[], object]]:
-    """Loads a form; gives the function that is timed."""
+    """Loads a version of a graph, yields the function that is timed, and closes the graph at the end."""
     session = form.open()
     try:
         yield timed_run(task, name, session)

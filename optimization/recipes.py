@@ -1,4 +1,7 @@
-"""Recipes: lists of passes. ``pipeline.py`` tries each recipe on a graph and keeps the fastest result."""
+"""Lists the recipes, which are sequences of passes.
+
+``pipeline.py`` tries each recipe on a graph and keeps the fastest result.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,7 @@ class Recipe:
 
     Attributes:
         passes: Names of the passes in their order, keys of :data:`PASSES`.
-        needs: Names of the passes that must change the graph; if one does not, the recipe is not used.
+        needs: Names of the passes that must change the graph; if one of them does not, the recipe is not used.
     """
 
     passes: tuple[str, ...]
@@ -130,7 +133,7 @@ last pass of each. The provider has no fused kernel for INT8 activations: such g
 
 
 def recipes_for(graph: str, model: ir.Model) -> Sequence[Recipe]:
-    """Returns the recipes to try on the graph of this name, first the one that is fastest most often."""
+    """Returns the recipes to try on the graph of this name; the recipe that is fastest most often is first."""
     integers = bool(quantised_products(model))
     if graph == DECODER:
         return INTEGER_DECODERS if integers else DECODERS
@@ -141,9 +144,9 @@ def apply_recipe(model: ir.Model, recipe: Recipe, context: PassContext) -> tuple
     """Applies the passes of a recipe to a graph.
 
     Args:
-        model: A portable graph; changed in place.
+        model: An exported (not optimized) graph; changed in place.
         recipe: The recipe.
-        context: What the passes need to know about the model.
+        context: Facts about the model that the passes need.
 
     Returns:
         Names of the passes that changed the graph; None if a pass of ``needs`` did not change it.

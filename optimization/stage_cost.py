@@ -1,4 +1,4 @@
-"""The minimal cost of a bundle's graphs: operations to compute and bytes to read, for the roofline."""
+"""Counts the minimal cost of a bundle's graphs, for the roofline: operations to compute and bytes to read."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ STORED = ("DequantizeLinear", "Cast")
 
 
 def graph_cost(path: Path, spec: GraphSpec, sizes: Mapping[str, int], asked: int = 1) -> StageCost:
-    """Counts the operations and bytes of one run of a portable graph.
+    """Counts the operations and bytes of one run of an exported (not optimized) graph.
 
     Args:
         path: The ``.onnx`` file.
         spec: The graph's inputs and outputs.
-        sizes: Lengths of the dynamic axes by name; an axis that is missing gets its smallest length.
+        sizes: Lengths of the dynamic axes by name; for an axis that is missing, its smallest length is used.
         asked: Number of tokens that logits are computed for.
     """
     known = {name: axis.min for name, axis in spec.axes().items()} | dict(sizes) | {"asked": asked}
@@ -39,7 +39,10 @@ def graph_cost(path: Path, spec: GraphSpec, sizes: Mapping[str, int], asked: int
 
 
 def decode_cost(bundle: Bundle, past: int) -> StageCost:
-    """Counts the cost of a decode step of one row with ``past`` tokens in the KV cache, which is read too."""
+    """Counts the cost of one decode step for one row.
+
+    The KV cache is read too, with ``past`` tokens.
+    """
     spec, cache = bundle.graph(DECODER).spec, bundle.manifest.cache
     cost = graph_cost(bundle.file(spec.file), spec, {"batch": 1, "past": past, "steps": 1})
     if cache is None:
@@ -73,7 +76,10 @@ def stage_costs(bundle: Bundle, prompt: int, tokens: int) -> dict[str, StageCost
 
 
 def _product(node: ir.Node, known: Mapping[str, int], read: set[str]) -> StageCost:
-    """Additions and multiplications of a matrix product; the bytes of a weight count once."""
+    """Counts the additions and multiplications of a matrix multiplication, and the bytes of its weight.
+
+    The bytes of a weight that several nodes use are counted only once: ``read`` has the names of counted weights.
+    """
     first, second = node.inputs[0], node.inputs[1]
     out, inner = _shape(node.outputs[0], known), _shape(first, known)[-1:]
     operations = 2.0 * float(inner[0] if inner else 1)
@@ -95,7 +101,7 @@ def _product(node: ir.Node, known: Mapping[str, int], read: set[str]) -> StageCo
 
 
 def _stored(value: ir.Value | None) -> ir.Value | None:
-    """The initializer from which a factor comes; None for an activation."""
+    """Returns the initializer from which a factor is computed by DequantizeLinear or Cast; None for an activation."""
     for kind in STORED:
         node = producer(value, kind)
         if node is not None:
@@ -114,7 +120,7 @@ def _convolution(node: ir.Node, known: Mapping[str, int]) -> StageCost:
 
 
 def _shape(value: ir.Value | None, known: Mapping[str, int]) -> list[int]:
-    """A shape with its symbolic lengths replaced; an unknown one counts as 1."""
+    """Returns a shape with numbers in place of symbolic lengths; an unknown length counts as 1."""
     out: list[int] = []
     for size in dims(value):
         if isinstance(size, int):

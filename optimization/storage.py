@@ -1,4 +1,4 @@
-"""Writes optimized copies: graphs that ONNX Runtime optimized; unchanged weights are read from the bundle's files."""
+"""Writes optimized copies: graphs that ONNX Runtime optimized, without the weights that the bundle's files have."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALLEST = 1024  # bytes of an initializer that goes to the data file
 
 
 def optimize_offline(model: ir.Model, folder: Path, name: str) -> Path:
-    """Lets ONNX Runtime fold constants and fuse nodes once, and not again at every load (its "offline mode").
+    """Optimizes a graph with ONNX Runtime once (constant folding, fused nodes), so that loading does not repeat it.
 
     Args:
         model: The rewritten graph.
@@ -55,14 +55,14 @@ def optimize_offline(model: ir.Model, folder: Path, name: str) -> Path:
 
 
 def write_copy(optimized: Path, parent: Path, target: Path, name: str, within: str | None) -> dict[str, FileRecord]:
-    """Writes an optimized graph into the copy; weights that the bundle's file also has are not stored again.
+    """Writes an optimized graph into the copy; weights that are also in the bundle's file are not stored again.
 
-    (A link to that file does not work: ONNX Runtime and onnx follow no links out of a directory, and onnx_ir refuses a
-    file with two names.)
+    (A link to the bundle's file does not work: ONNX Runtime and onnx follow no links out of a directory, and onnx_ir
+    refuses a file with two names.)
 
     Args:
         optimized: The file of the optimized graph.
-        parent: The portable graph's file.
+        parent: The file of the exported (not optimized) graph.
         target: The directory of the copy.
         name: The graph's name.
         within: The copy's path inside the bundle; None if the copy is elsewhere and shares no weights.
@@ -89,7 +89,7 @@ def write_copy(optimized: Path, parent: Path, target: Path, name: str, within: s
 
 
 def _share(model: ir.Model, source: ir.Model, folder: Path) -> None:
-    """Makes a graph refer to the parent's weights if they are equal."""
+    """Changes the weights of a graph to refer to the bundle's files if the values are equal."""
     theirs = source.graph.initializers
     for name, value in model.graph.initializers.items():
         known = theirs.get(name)
@@ -98,7 +98,7 @@ def _share(model: ir.Model, source: ir.Model, folder: Path) -> None:
 
 
 def _relocated(tensor: ir.TensorProtocol, location: str | os.PathLike[str], folder: Path) -> ir.TensorProtocol:
-    """The same bytes of a file, which is now named relative to ``folder``."""
+    """Returns a tensor with the same bytes of a file, whose path ``location`` is relative to ``folder``."""
     if not isinstance(tensor, ir.ExternalTensor):
         return tensor
     shape = ir.Shape(tensor.shape)
@@ -114,7 +114,7 @@ def _relocated(tensor: ir.TensorProtocol, location: str | os.PathLike[str], fold
 
 
 def _is_own(value: ir.Value, folder: Path) -> bool:
-    """Whether a weight is large and not in the parent's file."""
+    """Returns whether a weight is large and not in the file of the exported graph."""
     tensor = value.const_value
     if tensor is None or tensor.nbytes < SMALLEST:
         return False

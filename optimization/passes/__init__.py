@@ -1,1 +1,1 @@
-"""Rewrites of a graph for one backend, one module for each."""
+"""Rewrites graphs for one backend; each kind of rewrite (pass) is in a module of its own."""

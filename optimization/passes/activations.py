@@ -40,7 +40,11 @@ def _is(number: float, wanted: float) -> bool:
 
 
 def _gelu(erf: ir.Node) -> bool:
-    """``0.5 x (1 + erf(x / sqrt 2))`` (Hendrycks and Gimpel, arXiv 1606.08415, equation 2)."""
+    """Fuses ``0.5 x (1 + erf(x / sqrt 2))`` (Hendrycks and Gimpel, arXiv 1606.08415, equation 2) around an Erf node.
+
+    Returns:
+        Whether the nodes were fused.
+    """
     scaled = erf.inputs[0]
     divided = with_scalar(producer(scaled, "Div"))
     multiplied = with_scalar(producer(scaled, "Mul"))
@@ -68,7 +72,11 @@ def _gelu(erf: ir.Node) -> bool:
 
 
 def _halved(x: ir.Value, shifted: ir.Value) -> list[ir.Node] | None:
-    """The two multiplications after ``1 + erf``, by ``x`` and by 0.5, in either order."""
+    """Finds the two multiplications after ``1 + erf``, by ``x`` and by 0.5, in either order.
+
+    Returns:
+        The Mul nodes that come after ``shifted``, in order; None if the nodes are different.
+    """
     first = only_user(shifted, "Mul")
     second = only_user(first.outputs[0], "Mul") if first is not None else None
     if first is None:
@@ -84,7 +92,7 @@ def _halved(x: ir.Value, shifted: ir.Value) -> list[ir.Node] | None:
 
 
 def _swish(sigmoid: ir.Node) -> bool:
-    """``x * sigmoid(a x)`` (Ramachandran et al., arXiv 1710.05941), ONNX Runtime's QuickGelu."""
+    """Fuses ``x * sigmoid(a x)`` (Ramachandran et al., arXiv 1710.05941) to QuickGelu; returns whether it was fused."""
     inner, out = sigmoid.inputs[0], sigmoid.outputs[0]
     product = only_user(out, "Mul")
     if inner is None or product is None:
@@ -101,9 +109,10 @@ def _swish(sigmoid: ir.Node) -> bool:
 
 
 def fuse_tanh_gelus(model: ir.Model) -> int:
-    """Replaces the tanh form of GELU by FastGelu; returns the number of fused nodes.
+    """Replaces GELU with tanh by FastGelu nodes; returns the number of fused nodes.
 
-    ``0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x³)))`` (Hendrycks and Gimpel, arXiv 1606.08415, section 2).
+    The formula is ``0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x³)))`` (Hendrycks and Gimpel, arXiv 1606.08415,
+    section 2).
     """
     return sum(_tanh_gelu(node) for node in list(model.graph) if node.op_type == "Tanh")
 

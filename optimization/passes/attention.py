@@ -79,13 +79,18 @@ def find_core(softmax: ir.Node) -> Core | None:
 
 
 def _behind_groups(value: ir.Value) -> ir.Value:
-    """Grouped heads ``[B, G, H / G, S, d]`` after the reshape to ``[B, H, S, d]``; other values as they are."""
+    """Returns heads ``[B, H, S, d]`` after the reshape from groups ``[B, G, H / G, S, d]``; other values unchanged."""
     node = only_user(value, "Reshape")
     return node.outputs[0] if node is not None and len(dims(value)) == 5 else value
 
 
 def _turned(value: ir.Value | None) -> ir.Value | None:
-    """The keys ``[B, H, T, d]``, from the transposed keys of the product."""
+    """Returns the keys ``[B, H, T, d]`` that were transposed for the multiplication with the queries.
+
+    Returns:
+        The value before the Transpose; ``value`` itself if one Transpose also moves the heads; None without a
+        Transpose.
+    """
     node = producer(value, "Transpose")
     if node is None:
         return None
@@ -131,14 +136,18 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> bool:
 
 
 def _read_once(value: ir.Value) -> bool:
-    """Whether only this attention uses the heads, before and after their split."""
+    """Returns whether the heads have only one user, before and after they are split."""
     node = value.producer()
     split = node.inputs[0] if node is not None else None
     return len(users(value)) == 1 and split is not None and len(users(split)) == 1
 
 
 def _spread(graph: ir.Graph, core: Core, query: list[int | str], key: list[int | str]) -> ir.Value | None:
-    """A bias ``[B, 1, 1, T]`` (one for each key) expanded to all queries, if their number is known."""
+    """Expands a bias ``[B, 1, 1, T]`` (one value for each key) to all queries, if their number is known.
+
+    Returns:
+        The expanded bias; any other bias unchanged; None if there is no bias.
+    """
     if core.bias is None or core.bias.shape is None or not isinstance(query[1], int):
         return core.bias
     shape = dims(core.bias)
@@ -150,7 +159,7 @@ def _spread(graph: ir.Graph, core: Core, query: list[int | str], key: list[int |
 
 
 def _fits(bias: ir.Value | None, query: list[int | str], key: list[int | str]) -> bool:
-    """Whether a bias is ``[B or 1, H or 1, S, T]``: the kernel broadcasts no other axes."""
+    """Returns whether a bias has the shape ``[B or 1, H or 1, S, T]``: the kernel broadcasts no other axes."""
     if bias is None:
         return True
     shape = dims(bias)
@@ -160,7 +169,12 @@ def _fits(bias: ir.Value | None, query: list[int | str], key: list[int | str]) -
 def _without_bias(
     graph: ir.Graph, query: ir.Value, key: ir.Value, value: ir.Value
 ) -> tuple[tuple[ir.Value, ir.Value, ir.Value], ir.Value | None]:
-    """Query, key and value before their biases, and the biases as one vector, which the kernel adds while it copies."""
+    """Finds query, key and value before their biases are added; the kernel adds the biases while it copies.
+
+    Returns:
+        Query, key and value without biases, and the biases as one vector. If the biases cannot be separated, the given
+        values and None.
+    """
     packed = producer(query, "Split")
     if packed is not None and all(part.producer() is packed for part in (key, value)):
         before = biased(packed.inputs[0])
@@ -181,7 +195,7 @@ def _without_bias(
 
 
 def _addition_before(packed: ir.Node) -> list[ir.Node]:
-    """The addition before a Split, in a list; empty if there is none."""
+    """Returns the node before a Split (the addition of a bias), in a list; empty if there is none."""
     value = packed.inputs[0]
     node = value.producer() if value is not None else None
     return [node] if node is not None else []

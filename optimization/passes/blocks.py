@@ -1,7 +1,8 @@
-"""Turns products with block-quantised weights into ONNX Runtime's MatMulNBits, and merges several into one node.
+"""Turns matrix multiplications with block-quantised weights into MatMulNBits nodes of ONNX Runtime.
 
-Decoding reads every weight once for each token, so fewer bytes take less time. The kernel rounds activations to int8
-with a scale for each row and block, so a row's result does not depend on the other rows of its batch.
+Several multiplications of the same value become one node. Decoding reads every weight once for each token, so fewer
+bytes take less time. The kernel rounds activations to int8 with a scale for each row and block, so the result of a row
+does not depend on the other rows of the batch.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ SMALLEST_BLOCK = 16
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """A block-quantised weight of a matrix product: rows of a block share a scale.
+    """A block-quantised weight of a matrix multiplication: the rows of a block share a scale.
 
     Attributes:
         name: The initializer's name.
         integers: Quantised values, int8 ``[K, N]``.
         scales: Scales of the blocks, float32 ``[K / block, N]``.
         bits: Bits of each quantised value, 4 or 8.
-        bias: Bias ``[N]`` of the product; None for none.
+        bias: Bias ``[N]`` that is added to the result; None for none.
     """
 
     name: str
@@ -59,7 +60,10 @@ class BlockWeights:
 
 @dataclass(frozen=True)
 class _Found:
-    """A product with such a weight: input, weight, and last node (the addition of the bias, or the MatMul)."""
+    """A matrix multiplication with a block-quantised weight.
+
+    ``source`` is the input, ``matrix`` the weight, and ``node`` the last node: the addition of the bias, or the MatMul.
+    """
 
     source: ir.Value
     matrix: BlockWeights
@@ -67,24 +71,26 @@ class _Found:
 
     @property
     def out(self) -> ir.Value:
-        """The result, with the bias."""
+        """The result of the multiplication, after the addition of the bias."""
         return self.node.outputs[0]
 
 
 def use_block_kernels(
     model: ir.Model, *, columns_too: bool = False, accuracy: int = INT8_COMPUTE, fused_bias: bool = True
 ) -> int:
-    """Replaces products with block-quantised weights by MatMulNBits; products of the same value become one node.
+    """Replaces matrix multiplications with block-quantised weights by MatMulNBits nodes.
+
+    Matrix multiplications of the same value become one node.
 
     Args:
         model: A prepared graph.
-        columns_too: Whether to replace also products with int8 activations and one scale for each column. The kernel
-            does not use the recorded ranges of these activations.
-        accuracy: ``accuracy_level`` of the kernel; 0 multiplies activations as they are.
+        columns_too: Whether to replace also multiplications with int8 activations and one scale for each column. The
+            kernel does not use the recorded ranges of these activations.
+        accuracy: ``accuracy_level`` of the kernel; with 0, activations are not rounded.
         fused_bias: Whether the kernel adds the bias; else an addition stays after it, as older CUDA kernels require.
 
     Returns:
-        The number of replaced products.
+        The number of replaced matrix multiplications.
     """
     found = [found for node in model.graph if (found := _block_product(node, fused_bias)) is not None]
     if columns_too:
@@ -137,7 +143,7 @@ def _column_products(model: ir.Model) -> list[_Found]:
 
 
 def _replace(graph: ir.Graph, group: Sequence[_Found], accuracy: int) -> None:
-    """Replaces products of one value by one node, whose result is split."""
+    """Replaces matrix multiplications of one value by one node; the result is split again."""
     first, matrices = group[0], [one.matrix for one in group]
     place = next(node for node in graph if node in {one.node for one in group})
     rows, bits, block = len(matrices[0].integers), matrices[0].bits, matrices[0].block
@@ -172,7 +178,7 @@ def _replace(graph: ir.Graph, group: Sequence[_Found], accuracy: int) -> None:
 
 
 def _packed(integers: Array, bits: int, block: int) -> Array:
-    """int8 ``[K, N]`` as the kernel reads it: uint8 ``[N, K / block, block * bits / 8]``, zero in the middle."""
+    """Packs int8 ``[K, N]`` for the kernel: uint8 ``[N, K / block, block * bits / 8]``, with 0 in the middle."""
     shifted = (integers.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8).T
     blocks = np.ascontiguousarray(shifted).reshape(shifted.shape[0], -1, block)
     if bits == 8:

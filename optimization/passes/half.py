@@ -1,8 +1,8 @@
 """Changes the floating type of a whole graph: to FP32 for the passes, and to FP16 afterwards.
 
-The passes match graphs in FP32. So a graph in FP16 is first widened: its casts disappear. When the passes are done,
-all floating tensors become FP16, except in nodes that FP16 would overflow or round too much. Large weights are
-converted one by one when they are written. A weight that was FP16 in the bundle is not converted: the bundle's own
+The passes can rewrite only graphs in FP32. So a graph in FP16 is first widened: its casts disappear. When the passes
+are done, all floating tensors become FP16, except in nodes that FP16 would overflow or round too much. Large weights
+are converted one by one when they are written. A weight that was FP16 in the bundle is not converted: the bundle's own
 tensor is used.
 """
 
@@ -38,7 +38,11 @@ STAYS = ("present.", "cross.")
 
 
 def widen(model: ir.Model) -> int:
-    """Turns every FP16 tensor of a graph into FP32 and removes the casts between them; returns their number."""
+    """Turns every FP16 tensor of a graph into FP32 and removes the casts between both types.
+
+    Returns:
+        The number of changed tensors.
+    """
     graph = model.graph
     narrow = [value for value in _values(graph) if value.dtype == FP16]
     if not narrow:
@@ -113,7 +117,7 @@ def dequantize(model: ir.Model) -> int:
 
 
 def _dequantized(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> ir.Value:
-    """Adds an initializer with a weight's floating values, which are computed when the graph is written."""
+    """Adds an initializer for the floating values of an integer weight, computed when the graph is written."""
     value = ir.Value(name=f"{weight.name}.{node.outputs[0].name}", shape=weight.shape, type=ir.TensorType(FP32))
     value.const_value = converted(value, lambda: _restored(node), FP32)
     graph.register_initializer(value)
@@ -141,7 +145,7 @@ def _restored(node: ir.Node) -> Array:
 
 
 def converted(value: ir.Value, read: Callable[[], Array], target: ir.DataType) -> ir.TensorProtocol:
-    """Returns an initializer's tensor in another type; a large tensor is converted again at each read."""
+    """Returns an initializer's tensor in another type; a large tensor is converted at each use of its values."""
 
     def convert() -> ir.TensorProtocol:
         array = read()
@@ -173,9 +177,10 @@ def _after(node: ir.Node, kept: Container[ir.Node]) -> bool:
 
 
 def keep_residuals(model: ir.Model) -> int:
-    """Marks the residual stream of a model with root-mean-square norms, and the products added to it, as FP32.
+    """Marks nodes of a model with root-mean-square norms as FP32: the residual stream, and what is added to it.
 
-    The feed-forward output reaches 66246 in Flan-T5 (transformers#5651), more than the largest FP16 number, 65504.
+    The marked matrix multiplications are the last ones of the feed-forward blocks. Their output reaches 66246 in
+    Flan-T5 (transformers#5651), more than the largest FP16 number, 65504.
 
     Returns:
         The number of marked nodes.
@@ -198,14 +203,17 @@ def keep_residuals(model: ir.Model) -> int:
 
 
 def _feed_forward(value: ir.Value | None) -> ir.Node | None:
-    """Whether a node is the last product of a feed-forward layer: its input comes from an activation."""
+    """Returns the last matrix multiplication of a feed-forward block if it computes ``value``; otherwise None.
+
+    The multiplication is recognised by its input, which comes from an activation function.
+    """
     node = producer(value, "MatMul") or producer(value, "MatMulNBits")
     before = node.inputs[0].producer() if node is not None and node.inputs[0] is not None else None
     return node if before is not None and before.op_type in ("Mul", "Relu", "Gelu", "BiasGelu", "FastGelu") else None
 
 
 def _ancestors(nodes: Iterable[ir.Node]) -> set[ir.Node]:
-    """Finds the nodes, and all nodes with floating outputs that they depend on."""
+    """Returns the given nodes and all nodes before them whose outputs are FP32 numbers."""
     found: set[ir.Node] = set()
     waiting = list(nodes)
     while waiting:
@@ -253,7 +261,7 @@ def _cast(value: ir.Value, target: ir.DataType, name: str) -> ir.Node:
 
 
 def _retype_attributes(node: ir.Node, source: ir.DataType, target: ir.DataType) -> None:
-    """Changes the type that a Cast or ConstantOfShape node makes, from ``source`` to ``target``."""
+    """Changes the output type of a Cast or ConstantOfShape node from ``source`` to ``target``."""
     to = node.attributes.get("to")
     if node.op_type == "Cast" and to is not None and to.as_int() == source:
         node.attributes["to"] = ir.AttrInt64("to", int(target))
@@ -264,7 +272,7 @@ def _retype_attributes(node: ir.Node, source: ir.DataType, target: ir.DataType) 
 
 
 def _only_for(value: ir.Value, nodes: Container[ir.Node]) -> bool:
-    """Whether all users of a value are among ``nodes``."""
+    """Returns whether all users of a value are among ``nodes``."""
     return all(user in nodes for user, _ in value.uses()) and not value.is_graph_output()
 
 

@@ -4,8 +4,8 @@
 
 becomes ONNX Runtime's MultiHeadAttention with keys and values of four axes. The graph still appends to the KV cache.
 T5, BERT and Flamingo decoders use this operator, because GroupQueryAttention supports neither relative positions nor
-cross-attention. This pass also fuses what ``attention.py`` does not: learned queries without a batch, and a mask of
-keys over a variable number of queries.
+cross-attention. This pass also fuses two kinds of attention that ``attention.py`` does not fuse: with learned queries
+that have no batch axis, and with a mask of keys over a variable number of queries.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def fuse_heads(model: ir.Model) -> int:
 
 
 class _Fuser:
-    """Rewrites one graph. Several layers share a mask, which is expanded once.
+    """Fuses the attentions of one graph. If several layers share a mask, the mask is expanded only once.
 
     Args:
         graph: The graph.
@@ -58,7 +58,10 @@ class _Fuser:
         return True
 
     def _query(self, core: Core, rows: int | str) -> ir.Value:
-        """Returns the queries ``[B, S, H d]`` from before the split into heads, or merges the heads if rotated."""
+        """Returns the queries ``[B, S, H d]``, from before they were split into heads.
+
+        If the queries were rotated after the split, nodes that merge their heads are inserted.
+        """
         batch, heads, steps, width = dims(core.query)
         query = flat(core.query)
         wide = ir.Shape([batch, steps, int(heads) * int(width)])
@@ -92,7 +95,7 @@ class _Fuser:
 
 
 def _keys(core: Core) -> tuple[ir.Value, ir.Value]:
-    """Returns keys and values ``[B, T, H d]`` if both are split here; otherwise as they are, with heads."""
+    """Returns keys and values ``[B, T, H d]`` if nodes of this graph split both into heads; otherwise with heads."""
     key, value = flat(core.key), flat(core.value)
     return (core.key, core.value) if key is None or value is None else (key, value)
 

@@ -1,8 +1,9 @@
-"""Rewrites INT8 products for CPUs: one node takes float activations and returns a float result.
+"""Rewrites INT8 matrix multiplications for CPUs: one node takes float activations and returns a float result.
 
-The portable graph has symmetric QuantizeLinear and DequantizeLinear nodes around each product, the form that TensorRT
-takes. A CPU multiplies unsigned activations by signed weights, so zero points change from 0 to 128. It can also compute
-the range of an activation at run time (a dynamic range), which is as fast as a recorded range and never saturates.
+In the exported graph, symmetric QuantizeLinear and DequantizeLinear nodes are around each multiplication, as TensorRT
+requires. A CPU multiplies unsigned activations by signed weights, so zero points change from 0 to 128. It can also
+compute the range of an activation at run time (a dynamic range), which is as fast as a recorded range and never
+saturates.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class QuantisedProduct:
         step: The recorded scale of the activation.
         weight: Quantised weight, int8 ``[K, N]``.
         scales: Scales of the weight's columns, ``[N]``.
-        bias: Bias ``[N]`` that is added to the product; None for none.
+        bias: Bias ``[N]`` that is added to the result; None for none.
         last: The last node: the addition of the bias, or the MatMul.
     """
 
@@ -51,12 +52,12 @@ class QuantisedProduct:
 
     @property
     def out(self) -> ir.Value:
-        """The result of the product, after the addition of the bias."""
+        """The result of the MatMul, after the addition of the bias."""
         return self.last.outputs[0]
 
 
 def quantised_products(model: ir.Model) -> list[QuantisedProduct]:
-    """Finds the products of a graph with int8 activations and int8 weights, with one scale for each weight column."""
+    """Finds the MatMuls of a graph with int8 activations and int8 weights, with one scale for each weight column."""
     found = (_product(node) for node in model.graph if node.op_type == "MatMul")
     return [product for product in found if product is not None]
 
@@ -80,7 +81,11 @@ def _product(node: ir.Node) -> QuantisedProduct | None:
 
 
 def use_dynamic_ranges(model: ir.Model) -> int:
-    """Makes products compute one range for each activation at run time; returns the number of products."""
+    """Replaces INT8 matrix multiplications by nodes that compute the range of each activation at run time.
+
+    Returns:
+        The number of replaced matrix multiplications.
+    """
     products = quantised_products(model)
     for product in products:
         zeros = _zeros(model.graph, product)
@@ -90,9 +95,12 @@ def use_dynamic_ranges(model: ir.Model) -> int:
 
 
 def use_recorded_ranges(model: ir.Model) -> int:
-    """Makes products use the ranges of the calibration, with unsigned activations around 128.
+    """Replaces INT8 matrix multiplications by nodes that use the ranges of the calibration.
 
-    Returns the number of products.
+    Activations become unsigned, around 128.
+
+    Returns:
+        The number of replaced matrix multiplications.
     """
     products = quantised_products(model)
     zero = initializer(model.graph, "middle", np.array(MIDDLE, np.uint8))
@@ -112,7 +120,11 @@ def use_recorded_ranges(model: ir.Model) -> int:
 
 
 def without_rounding(model: ir.Model) -> int:
-    """Removes the rounding of activations, to compute a reference for INT8 graphs; returns the number of products."""
+    """Removes the rounding of activations, to compute a reference for INT8 graphs.
+
+    Returns:
+        The number of changed matrix multiplications.
+    """
     products = quantised_products(model)
     for product in products:
         product.node.replace_input_with(0, product.activation)
@@ -120,6 +132,6 @@ def without_rounding(model: ir.Model) -> int:
 
 
 def _zeros(graph: ir.Graph, product: QuantisedProduct) -> ir.Value:
-    """Zero points of a weight's columns, all 0."""
+    """Returns an initializer with the zero points of a weight's columns, all 0."""
     width = int(dims(product.scales)[0])
     return initializer(graph, f"zeros.{width}", np.zeros(width, np.int8))

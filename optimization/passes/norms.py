@@ -30,7 +30,7 @@ SKIPS = {
 
 
 def fuse_norms(model: ir.Model) -> int:
-    """Fuses root-mean-square norms, then norms with residuals before them; returns the number of fused nodes."""
+    """Fuses root-mean-square norms, then all norms with their residuals; returns the number of fused nodes."""
     return fuse_rms_norms(model) + sum(_skip(node) for node in list(model.graph) if node.op_type in SKIPS)
 
 
@@ -41,7 +41,11 @@ def fuse_rms_norms(model: ir.Model) -> int:
 
 
 def _rms(reciprocal: ir.Node) -> bool:
-    """``x / sqrt(mean(x²) + eps) * weight`` (Zhang and Sennrich, arXiv 1910.07467)."""
+    """Fuses ``x / sqrt(mean(x²) + eps) * weight`` (Zhang and Sennrich, arXiv 1910.07467) around a Reciprocal node.
+
+    Returns:
+        Whether the nodes were fused.
+    """
     root = producer(reciprocal.inputs[0], "Sqrt")
     plus = with_scalar(producer(root.inputs[0], "Add")) if root is not None else None
     mean = producer(plus[0], "ReduceMean") if plus is not None else None
@@ -67,7 +71,7 @@ def _rms(reciprocal: ir.Node) -> bool:
 
 
 def _squared(value: ir.Value | None) -> ir.Value | None:
-    """The value that was squared; None if this is no square."""
+    """Returns ``x`` if a value is computed as ``x²`` by Pow or Mul; None otherwise."""
     power = with_scalar(producer(value, "Pow"))
     if power is not None:
         return power[0] if power[1] == 2.0 else None

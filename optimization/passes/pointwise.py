@@ -1,10 +1,11 @@
-"""Rewrites float products as 1 x 1 convolutions, whose weights ONNX Runtime reads faster.
+"""Rewrites float matrix multiplications as 1 x 1 convolutions, whose weights ONNX Runtime reads faster.
 
     x [.., K] @ w [K, N] (+ bias)  =  conv(x as [1, K, 1, rows], w as [N, K, 1, 1], bias), reshaped back
 
 ONNX Runtime prepacks the weights of a convolution into blocks of channels for the processor when it loads a graph
-(NCHWc, MLAS' ``MlasNchwcConv``), and converts its rows in the same pass. For few rows it then reads weights at nearly
-the memory's bandwidth, which its matrix product does not reach (``benchmarks/results/streaming.json``).
+(NCHWc, MLAS' ``MlasNchwcConv``), and converts the rows of the input in the same pass. For few rows, weights are then
+read at nearly the memory's bandwidth, which ONNX Runtime's MatMul does not reach
+(``benchmarks/results/streaming.json``).
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ TO_CHANNELS, TO_ROWS = (0, 3, 1, 2), (0, 2, 3, 1)
 
 @dataclass(frozen=True)
 class _Product:
-    """A product with a constant matrix.
+    """A MatMul with a constant matrix.
 
     Attributes:
-        source: ``[.., K]``.
-        weight: Initializer of the product's weight, ``[K, N]``.
-        matrix: float32 ``[K, N]``.
-        bias: ``[N]``; None for none.
+        source: Input of the MatMul, ``[.., K]``.
+        weight: Initializer of the weight, ``[K, N]``.
+        matrix: Values of the weight, float32 ``[K, N]``.
+        bias: Bias that is added to the result, ``[N]``; None for none.
         last: The last node: the addition of the bias, or the MatMul.
     """
 
@@ -52,20 +53,20 @@ class _Product:
 
     @property
     def out(self) -> ir.Value:
-        """The result, with the bias."""
+        """The result of the MatMul, after the addition of the bias."""
         return self.last.outputs[0]
 
 
 def use_pointwise_convolutions(model: ir.Model, *, narrowing: bool = False) -> int:
-    """Replaces float matrix products by convolutions of kernel size 1.
+    """Replaces float matrix multiplications by convolutions of kernel size 1.
 
     Args:
         model: A prepared graph.
-        narrowing: Whether to replace only products with fewer outputs than inputs: for other products and hundreds of
-            rows, ONNX Runtime's matrix product is as fast.
+        narrowing: Whether to replace only multiplications with fewer outputs than inputs. For other multiplications and
+            hundreds of rows, ONNX Runtime's MatMul is as fast.
 
     Returns:
-        The number of replaced products.
+        The number of replaced matrix multiplications.
     """
     found = [product for node in model.graph if (product := _product(node, narrowing)) is not None]
     for product in found:
@@ -98,7 +99,10 @@ def _replace(graph: ir.Graph, product: _Product) -> None:
 
 
 def _channels(graph: ir.Graph, product: _Product, inner: int) -> ir.Value:
-    """The source as ``[1, K, 1, rows]``; after another convolution and a ReLU, without reshaping twice."""
+    """Returns the input of a multiplication as ``[1, K, 1, rows]``.
+
+    If another convolution and a ReLU compute the input, it is not reshaped twice.
+    """
     relu = producer(product.source, "Relu")
     before = producer(relu.inputs[0], "Reshape") if relu is not None else None
     turned = producer(before.inputs[0], "Transpose") if before is not None else None
@@ -117,7 +121,7 @@ def _is_pointwise(value: ir.Value | None) -> bool:
 
 
 def _shape(graph: ir.Graph, product: _Product, columns: int) -> ir.Value:
-    """The shape of a product's result: the leading lengths of its source, and ``columns``."""
+    """Returns the shape of a multiplication's result: the leading lengths of the input, and ``columns``."""
     leading = dims(product.source)[:-1]
     known = [size for size in leading if isinstance(size, int)]
     if len(known) >= len(leading) - 1:  # at most one unknown length, which ONNX computes

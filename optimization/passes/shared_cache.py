@@ -1,7 +1,7 @@
 """Rewrites a decoder such that its KV cache is written in place, by ONNX Runtime's GroupQueryAttention.
 
-The portable decoder concatenates past and new keys at every step, and takes a mask. In the new graph each row of the
-cache has C slots, the row's text begins in slot 0, and ``seqlens_k`` holds its length:
+The exported (not optimized) decoder concatenates past and new keys at every step, and has a mask as input. In the new
+graph each row of the cache has C slots, the row's text begins in slot 0, and ``seqlens_k`` holds its length:
 
     inputs_embeds        [B, S, D]     shorter rows of a prefill are padded on the right; the padding is not attended to
     position_ids         [B, S]        only for models with learned positions (OPT)
@@ -72,7 +72,7 @@ def share_cache(model: ir.Model, cache: CacheSpec, max_positions: int) -> bool:
     """Rewrites a causal decoder without cross-attention so that the KV cache is written in place.
 
     Args:
-        model: The portable decoder, prepared.
+        model: The exported decoder, prepared.
         cache: The decoder's KV cache.
         max_positions: The longest context in tokens: length of the tables of rotary angles.
 
@@ -103,7 +103,7 @@ def share_cache(model: ir.Model, cache: CacheSpec, max_positions: int) -> bool:
 
 
 def _layer(graph: ir.Graph, index: int) -> Layer | None:
-    """The attention of a layer, found by the names of its cache; None if it has another form."""
+    """Finds the attention of a layer by the names of the layer's cache; None if the nodes are not as expected."""
     outputs = {value.name: value for value in graph.outputs}
     key, value = outputs[f"present.{index}.key"], outputs[f"present.{index}.value"]
     news = [_appended(part) for part in (key, value)]
@@ -121,7 +121,7 @@ def _layer(graph: ir.Graph, index: int) -> Layer | None:
 
 
 def _appended(present: ir.Value) -> ir.Value | None:
-    """The new keys or values that are appended to the past."""
+    """Returns the new keys or values that are appended to the past; None if ``present`` is computed in another way."""
     node = producer(present, "Concat")
     past = str(present.name).replace("present", "past_key_values")
     if node is None or len(node.inputs) != 2 or node.inputs[0] is None or node.inputs[0].name != past:
@@ -135,7 +135,7 @@ NEXT = {None: ("Unsqueeze", "Transpose"), "Unsqueeze": ("Transpose",), "Transpos
 
 
 def _softmax_of(key: ir.Value) -> ir.Node | None:
-    """The softmax over the scores of a layer's keys."""
+    """Returns the softmax over the scores of a layer's keys; None if the path to it has other nodes than expected."""
     value, kind = key, None
     while True:
         node = next((user for user in users(value) if user.op_type in NEXT[kind]), None)
@@ -145,13 +145,18 @@ def _softmax_of(key: ir.Value) -> ir.Node | None:
 
 
 def _is_heads_of(value: ir.Value, present: ir.Value) -> bool:
-    """Whether an attention's values are the layer's, with or without an axis for the group."""
+    """Returns whether the values of an attention are the cached values ``present``; an axis for groups is ignored."""
     node = producer(value, "Unsqueeze")
     return (node.inputs[0] if node is not None else value) is present
 
 
 def _before_rotation(value: ir.Value | None) -> tuple[ir.Value, tuple[ir.Value, ir.Value] | None] | None:
-    """Heads ``[B, H, S, d]`` before the rotation, with its cosines and sines; (heads, None) without rotation."""
+    """Finds the heads ``[B, H, S, d]`` before their rotation by rotary positions.
+
+    Returns:
+        The heads, and the cosines and sines of the rotation (None if the heads are not rotated); None if the nodes are
+        not those of a rotation.
+    """
     if value is None:
         return None
     grouped = producer(value, "Reshape")
@@ -180,7 +185,7 @@ def _mul(value: ir.Value) -> ir.Node | None:
 
 
 def _before_heads(value: ir.Value | None) -> ir.Value | None:
-    """``[B, S, H d]`` before the split into heads ``[B, H, S, d]``; None if nodes are in between, as in Qwen3."""
+    """Returns ``[B, S, H d]`` before the split into heads ``[B, H, S, d]``; None if nodes are in between (Qwen3)."""
     node = producer(value, "Transpose")
     if node is None or permutation(node) != [0, 2, 1, 3]:
         return None
@@ -189,10 +194,13 @@ def _before_heads(value: ir.Value | None) -> ir.Value | None:
 
 
 def _window(model: ir.Model, layers: Sequence[Layer], longest: int) -> int | None:
-    """How many slots each slot attends to, -1 for all before it; None if the bias is not that of a causal mask.
+    """Returns how many slots each slot attends to; -1 for all slots before it.
 
-    The bias is computed over the longest context, for a row without padding and one with padding, and its values are
-    examined: exporters build masks from different nodes.
+    The bias of the scores is computed over the longest context, for a row without padding and a row with padding. Its
+    values are examined, because exporters build masks from different nodes.
+
+    Returns:
+        The number of slots; None if the bias cannot be computed, or is not that of a causal mask.
     """
     biases = {_without_group(layer.core.bias) for layer in layers}
     bias = biases.pop()
@@ -217,19 +225,19 @@ def _window(model: ir.Model, layers: Sequence[Layer], longest: int) -> int | Non
 
 
 def _probe_shape(value: ir.Value, longest: int) -> list[int]:
-    """Two rows, :data:`PROBED` new slots, and the longest past that leaves room for them."""
+    """Returns the shape of an input for two rows with :data:`PROBED` new slots, over the longest context."""
     free = {"batch": 2, "steps": PROBED, "past": longest - PROBED}
     return [size if isinstance(size, int) else free[size] for size in dims(value)]
 
 
 def _without_group(bias: ir.Value | None) -> ir.Value | None:
-    """A bias before it gets an axis for grouped heads."""
+    """Returns a bias as it is before it gets an axis for grouped heads."""
     node = producer(bias, "Unsqueeze")
     return node.inputs[0] if node is not None and len(dims(bias)) == 5 else bias
 
 
 def _causal(mask: Array, window: int) -> Array:
-    """Which slots the last :data:`PROBED` ones attend to: ``[B, S, T]``."""
+    """Returns which slots the last :data:`PROBED` slots attend to in a causal mask: bool ``[B, S, T]``."""
     total = mask.shape[1]
     slots, queries = np.arange(total), np.arange(total - PROBED, total)[:, None]
     near = (slots <= queries) & (slots > queries - window)
@@ -239,7 +247,12 @@ def _causal(mask: Array, window: int) -> Array:
 def _tables(
     model: ir.Model, rotation: tuple[ir.Value, ir.Value] | None, longest: int
 ) -> tuple[ir.Value, ir.Value] | None:
-    """Tables of cosines and sines of every position, ``[longest, d / 2]``."""
+    """Computes the tables of cosines and sines of every position, ``[longest, d / 2]``.
+
+    Returns:
+        The tables as initializers; None without rotary positions, or if the angles cannot be computed from the
+        positions.
+    """
     if rotation is None:
         return None
     found = evaluate_graph(model, list(rotation), {"position_ids": np.arange(longest)[None]})
@@ -253,7 +266,7 @@ def _tables(
 
 
 def _inputs(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
-    """The two inputs that replace the mask."""
+    """Adds the two inputs that replace the mask, ``seqlens_k`` and ``total_sequence_length``; returns them."""
     lengths = ir.Value(name="seqlens_k", shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.INT32))
     total = ir.Value(name="total_sequence_length", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT32))
     graph.inputs.extend([lengths, total])
@@ -269,7 +282,7 @@ def _rewrite(
     window: int,
     cache: CacheSpec,
 ) -> None:
-    """Puts one node in place of a layer's attention."""
+    """Replaces the attention of a layer by one GroupQueryAttention node."""
     named = {str(value.name): value for value in (*graph.inputs, *graph.outputs)}
     pasts = [named[f"past_key_values.{index}.{kind}"] for kind in ("key", "value")]
     presents = [named[f"present.{index}.{kind}"] for kind in ("key", "value")]
@@ -295,7 +308,7 @@ def _rewrite(
 
 
 def _finish(model: ir.Model) -> None:
-    """Removes the mask, the positions if they are not used, and all nodes that computed with them."""
+    """Removes the mask, all nodes that only used the mask, and the positions if no node uses them any more."""
     model.graph.sort()
     clean(model)
     for name in ("attention_mask", "position_ids"):
