@@ -1,1 +1,1 @@
-"""TensorRT engines of a bundle's graphs: profiles, the builder, fingerprints. Imports no torch."""
+"""Builds TensorRT engines of a bundle's graphs: profiles, the builder, fingerprints; imports no torch."""

@@ -1,4 +1,4 @@
-"""``blip2edge build``: builds one TensorRT engine for each graph, each in its own process, into one folder."""
+"""Implements ``blip2edge build``: builds a TensorRT engine for each graph, in a process of its own, into one folder."""
 
 from __future__ import annotations
 
@@ -60,9 +60,8 @@ class BuildReport:
         engines: The built engines, by graph name.
         memory_mib: The largest estimate of one engine's build memory, in MiB.
         bundle: The bundle that holds only engines, if ``output`` was given.
-        cache: Form of the decoder's KV cache; empty without a decoder.
-        cache_reason: Why the KV cache is not updated in place; empty if it is updated in place, or if another form was
-            asked for.
+        cache: Kind of the decoder's KV cache, one of ``DECODER_CACHES`` except ``auto``; empty without a decoder.
+        cache_reason: The reason why ``auto`` did not choose the KV cache that is updated in place; empty otherwise.
     """
 
     directory: Path
@@ -76,7 +75,7 @@ class BuildReport:
 
 @dataclass
 class _BuildTask:
-    """The settings and results of one build."""
+    """The settings of one build, and the engines that are built so far."""
 
     bundle: Bundle
     options: BuildOptions
@@ -105,11 +104,11 @@ def build_bundle(
             is read-only.
         target: ``tensorrt`` or ``rtx``.
         sm: Compute capabilities of the GPUs to build for, 86 for 8.6; only for ``rtx``.
-        output: Directory of a new bundle that holds only engines, no ONNX files.
+        output: Directory of a new bundle that holds only engines, no ONNX files; None for no such bundle.
         force: Whether ``output`` is replaced if it exists.
         anyway: Whether to go on if this machine has too little memory.
         progress: Called with a graph's name, engines done and engines in all.
-        notify: Called before the build with sentences about the memory that it needs, and about the KV cache.
+        notify: Called before the build with sentences about the memory that the build needs, and about the KV cache.
         **options: Further fields of :class:`BuildOptions`.
 
     Raises:
@@ -162,7 +161,14 @@ def _task(bundle: Bundle, options: BuildOptions) -> _BuildTask:
 
 
 def _check_memory(task: _BuildTask, anyway: bool, notify: Notify | None) -> int:
-    """Reports the largest memory of one engine's build, and compares it with this machine's; returns MiB."""
+    """Estimates the memory of each engine's build, and compares the largest estimate with this machine's memory.
+
+    Returns:
+        The largest estimate in MiB.
+
+    Raises:
+        EngineError: The memory is too small, and ``anyway`` is False.
+    """
     files = {name: record.size for name, record in task.bundle.manifest.files.items()}
     needs = [build_need(weight_bytes(plan, files), task.options.workspace, plan.name) for plan in task.plans]
     need = max(needs, key=lambda one: one.likely)
@@ -176,7 +182,7 @@ def _check_memory(task: _BuildTask, anyway: bool, notify: Notify | None) -> int:
 
 
 def _build_into(task: _BuildTask, root: Path, progress: ProgressCallback | None) -> Path:
-    """Builds every engine; the folder gets its name when all of them are there."""
+    """Builds every engine into a new folder, which gets its final name when all engines are built."""
     if task.options.target == "tensorrt" and task.options.timing_cache is None:
         task.options = replace(task.options, timing_cache=task.bundle.derive(KIND) / TIMING_CACHE)
     directory = root / task.fingerprint.name
@@ -208,7 +214,7 @@ def _in_process(task: _BuildTask, plan: EnginePlan, staging: Path) -> BuiltEngin
 
 
 def _end_with_parent(parent: int) -> None:
-    """Ends this process when its parent is killed (Linux): a builder that goes on would hold memory and the GPU."""
+    """Makes the system end this process when its parent is killed (Linux), to free its memory and the GPU."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it was killed before
@@ -218,7 +224,15 @@ def _end_with_parent(parent: int) -> None:
 def _build_one(
     options: BuildOptions, plan: EnginePlan, version: tuple[int, int], output: Path, inspect_layers: bool
 ) -> BuiltEngine:
-    """Builds one engine; ``inspect_layers``: counts its layers by precision, which needs a GPU."""
+    """Builds one engine.
+
+    Args:
+        options: The options of the build.
+        plan: The graph, with its inputs and outputs.
+        version: Version of the installed TensorRT, major and minor number.
+        output: The engine file.
+        inspect_layers: Whether to count the engine's layers by precision, which needs a GPU.
+    """
     trt, written = load_tensorrt(options.target), output.with_suffix(".safetensors")
     if plan.step is not None:
         dtype = plan.step.spec.outputs[1].dtype
@@ -264,7 +278,7 @@ def _precision(bundle: Bundle, name: str) -> str:
 
 
 def _write_other_files(task: _BuildTask, staging: Path) -> None:
-    """Writes the other files of a bundle that holds only engines: manifest, tokenizers and token table."""
+    """Writes the other files of a bundle that holds only engines: manifest, tokenizers and token embedding table."""
     graphs = {record.spec.file for record in task.bundle.manifest.graphs.values()}
     graphs |= {name for record in task.bundle.manifest.graphs.values() for name in record.data_files}
     kept = {name: record for name, record in task.bundle.manifest.files.items() if name not in graphs}

@@ -1,4 +1,4 @@
-"""Makes the error of a build that failed, with the advice that fits TensorRT's reason."""
+"""Makes the error of a failed build, with advice that depends on the reason that TensorRT gives."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Builds an engine with TensorRT 10.3 to 11.x or TensorRT for RTX, as a strongly typed network.
 
-The graph fixes every precision (by casts and Q/DQ nodes), so the builder chooses none. Names that some versions of
-the Python binding lack are checked before they are used; ``tests/engine/test_api_names.py`` checks all names against
-the lists of each version.
+The graph fixes every precision (by casts and Q/DQ nodes), so the builder chooses none. Some versions of the Python
+binding lack some names; such a name is checked before it is used. ``tests/engine/test_api_names.py`` checks all names
+against the lists of each version.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class BuildOptions:
         workspace: Limit of the builder's scratch memory, in MiB; None for the builder's default.
         capacity: Slots of the decoder's KV cache; None for 256 more than the prompt usually takes.
         max_batch: Largest number of rows (pictures times beams) of the decoder; None for the value of the export.
-        decoder: Form of the decoder's KV cache, one of ``DECODER_CACHES``. The TensorRT runtime does not run
-            ``concatenated``, the exported form.
+        decoder: Kind of the decoder's KV cache, one of ``DECODER_CACHES``. ``concatenated`` is the growing cache of the
+            exported graph; the TensorRT runtime does not run it.
         timing_cache: File that keeps the timings of kernels from build to build; None for a file in the directory of
             the engines. ``tensorrt`` only.
         version_compatible: Whether the engines also run on newer TensorRT versions with the same major number; such
@@ -96,7 +96,7 @@ class BuildOptions:
             raise UsageError(f"{option('capacity')} must be at least {LEAST_CAPACITY}, not {self.capacity}")
 
     def flags(self) -> tuple[str, ...]:
-        """Command-line flags, besides ``--target``, that build the same engines again."""
+        """Returns the command-line flags, besides ``--target``, that build the same engines again."""
         flags: list[str] = [part for number in self.sm for part in ("--sm", str(number))]
         for flag, value in (
             ("--workspace", self.workspace),
@@ -122,7 +122,7 @@ class BuiltEngine:
         seconds: Time to parse the graph and build the engine.
         profiles: Names of the optimization profiles, in the order of their numbers in TensorRT.
         warnings: Warnings of the TensorRT builder.
-        asked: Number of matrix products in the graph, by precision.
+        asked: Number of matrix multiplications and convolutions in the graph, by precision.
         landed: Number of layers by the precision that TensorRT chose; None without a GPU to inspect the engine.
     """
 
@@ -138,7 +138,9 @@ class BuiltEngine:
 def build_engine(
     trt: Any, plan: EnginePlan, version: ParserVersion, output: Path, options: BuildOptions = DEFAULTS
 ) -> BuiltEngine:
-    """Parses a graph and writes its engine. The parser finds the weights in the directory of the graph.
+    """Parses a graph with TensorRT, builds the engine and writes it to a file.
+
+    The parser finds the weights in the directory of the graph.
 
     Args:
         trt: The TensorRT module from :func:`load_tensorrt`.
@@ -206,14 +208,14 @@ def layers_of(trt: Any, path: Path) -> dict[str, int]:
 
 
 def _network_flags(trt: Any) -> int:
-    """Makes the network strongly typed: by a flag up to TensorRT 10.x, by default from 11."""
+    """Returns the flags that make the network strongly typed: one up to TensorRT 10.x, none from 11 (the default)."""
     if version_of(trt)[0] >= 11:
         return 0
     return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
 
 def _refusal(parser: Any, graph: Path) -> str:
-    """The parser's error, with the node that it refuses."""
+    """Returns the parser's error as text, with the node that the parser does not support."""
     if parser.num_errors == 0:
         return f"TensorRT cannot read {graph}"
     error = parser.get_error(0)
@@ -252,7 +254,11 @@ def _name_gpus(trt: Any, config: Any, compute_capabilities: Sequence[int]) -> No
 
 
 def _read_timings(config: Any, path: Path | None) -> Any:
-    """Loads the timings of earlier builds into a config; a file that does not exist counts as an empty one."""
+    """Loads the timings of earlier builds into a config; if the file does not exist, the timings are empty.
+
+    Returns:
+        The timing cache; None if ``path`` is None.
+    """
     if path is None:
         return None
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")

@@ -1,6 +1,6 @@
-"""Counts the layers of an engine by precision: whether INT8 was used.
+"""Counts the layers of an engine by precision, to show whether INT8 was used.
 
-The engine inspector returns a JSON list of layers, each with the formats of its tensors ("Row major linear FP16
+The engine inspector returns a JSON list of layers, each with the formats of the layer's tensors ("Row major linear FP16
 format", "Int8 NC/32HW32"); see "Engine Inspector" in NVIDIA's TensorRT documentation. A layer's precision is that of
 its first input.
 """

@@ -1,8 +1,10 @@
-"""The operators that TensorRT's ONNX parser supports, by version, as data.
+"""Lists the operators that TensorRT's ONNX parser supports, by version.
 
 Sources: onnx-tensorrt, docs/operators.md of the releases 10.1 and 10.15, and docs/Changelog.md up to 10.15 for the
-versions between. The documents of 10.3, 10.13, 10.16 and 11.4 were not available: each of these has the table of the
-nearest earlier release with the changes of the changelog, so that operators of later releases are not listed.
+versions between. The documents of 10.3, 10.13, 10.16 and 11.4 were not available. For each of these versions, the table
+of the nearest earlier release is used, with the changes of the changelog; so operators of later releases are not
+listed.
+
 Operators that exported graphs use, or could use, are listed; all others count as not supported.
 """
 

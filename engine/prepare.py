@@ -1,4 +1,4 @@
-"""Plans the engines of a bundle: the graph of each as TensorRT parses it, and its tensors.
+"""Plans the engines of a bundle: which graph TensorRT parses for each engine, and the engine's inputs and outputs.
 
 A graph is loaded without its weights, adapted (``adapt.py``), checked against the TensorRT version (``support.py``),
 and passed to the parser as bytes. The parser finds the weights by the graph's path.
@@ -44,10 +44,10 @@ class EnginePlan:
         path: The ``.onnx`` file; for the step graph, a path in the folder of its weights.
         spec: The engine's inputs and outputs.
         cache: The KV cache of a decoder; None for other graphs.
-        form: Form of that cache, one of ``DECODER_CACHES`` except ``auto``; empty for other graphs.
-        reason: Why the cache is not updated in place although ``auto`` was asked for; empty otherwise.
+        form: Kind of that cache, one of ``DECODER_CACHES`` except ``auto``; empty for other graphs.
+        reason: Why the cache is not updated in place although ``--decoder`` is ``auto``; empty otherwise.
         prompt: Usual number of tokens in a prefill.
-        step: What the step graph is made from; None for other graphs.
+        step: Token embedding table and tensors of the step graph; None for other graphs.
         precision: Precision of the bundle.
     """
 
@@ -72,7 +72,10 @@ class EnginePlan:
         return model
 
     def serialised(self, version: ParserVersion) -> tuple[bytes, dict[str, int]]:
-        """Returns the adapted graph as bytes, without its weights, and the number of its products by precision.
+        """Converts the adapted graph to bytes, without its weights.
+
+        Returns:
+            The bytes, and the number of matrix multiplications and convolutions by precision.
 
         Raises:
             EngineError: The TensorRT version ``version`` does not support a node.
@@ -96,8 +99,8 @@ def capacity_of(manifest: Manifest, wanted: int | None) -> int:
 def prompt_of(manifest: Manifest) -> int:
     """Estimates the number of tokens in the decoder's prompt: :data:`PROMPT_TEXT` text tokens and the visual tokens.
 
-    Visual tokens are not counted if the decoder attends to them by cross-attention. A bundle without a prompt gets
-    :data:`PROMPT`.
+    Visual tokens are not counted if the decoder attends to them by cross-attention. For a bundle without a prompt, the
+    result is :data:`PROMPT`.
     """
     if manifest.prompt is None:
         return PROMPT
@@ -120,7 +123,7 @@ def plans_of(
         version: The TensorRT version that will parse the graphs.
         capacity: Slots of the KV cache; None for the default.
         most_rows: Largest number of rows (pictures times beams) of the decoder; None for the value of the export.
-        decoder: Form of the decoder's KV cache, one of ``DECODER_CACHES``.
+        decoder: Kind of the decoder's KV cache, one of ``DECODER_CACHES``.
 
     Raises:
         EngineError: ``decoder`` is the update in place, but this version or graph does not allow it.
@@ -145,7 +148,7 @@ def plans_of(
 
 
 def asked_precisions(model: ir.Model) -> dict[str, int]:
-    """Counts the matrix products of a graph by precision, the most frequent first.
+    """Counts the matrix multiplications and convolutions of a graph by precision, the most frequent first.
 
     In ``int8`` both factors are quantised; in ``int8 weights`` and ``int4 weights`` only the second factor.
     """
@@ -165,7 +168,7 @@ def asked_precisions(model: ir.Model) -> dict[str, int]:
 
 
 def _stored(value: ir.Value | None) -> str:
-    """The type that a factor is stored in before its DequantizeLinear; empty for a factor without one."""
+    """Returns the type in which a factor is stored before its DequantizeLinear; empty without a DequantizeLinear."""
     while value is not None and value.producer() is not None:
         node = value.producer()
         if node is None:

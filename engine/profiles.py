@@ -1,4 +1,4 @@
-"""Optimization profiles: the ranges of shapes that an engine is built for, from the axes of its graph."""
+"""Makes optimization profiles: the ranges of shapes that an engine is built for, from the axes of its graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks whether a TensorRT version supports a graph: operators, opset and types, node by node, before a build."""
+"""Checks, before a build, whether a TensorRT version supports a graph: operators, opset and types, node by node."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def version_for(target: str, version: tuple[int, int]) -> ParserVersion:
 
 
 def check_graph(model: ir.Model, version: ParserVersion) -> list[Finding]:
-    """Checks that a TensorRT version supports every node of a graph.
+    """Checks that a TensorRT version supports the opset, the inputs and every node of a graph.
 
     Args:
         model: The graph; its weights are not read.
         version: The TensorRT version that will parse the graph.
 
     Returns:
-        The nodes that are not supported.
+        The nodes and inputs that are not supported; an opset that is too new is listed as well.
     """
     types = dtypes_of(model)
     findings = [*_inputs(model.graph.inputs), *_opset(model, version)]
@@ -79,7 +79,10 @@ def refuse(file: str, findings: list[Finding], version: ParserVersion) -> None:
 
 
 def dtypes_of(model: ir.Model) -> dict[ir.Value, str]:
-    """Returns the dtype of every value: as stored, or by the rule of its operator; unknown ones are omitted."""
+    """Returns the dtype of every value of a graph: the stored dtype, or the dtype by the rule of the node's operator.
+
+    Values with an unknown dtype are omitted.
+    """
     types: dict[ir.Value, str] = {}
     for value in [*model.graph.inputs, *model.graph.initializers.values()]:
         dtype = value.dtype or (value.const_value.dtype if value.const_value is not None else None)
@@ -94,7 +97,7 @@ def dtypes_of(model: ir.Model) -> dict[ir.Value, str]:
 
 
 def _computed(node: ir.Node, index: int, types: dict[ir.Value, str]) -> str | None:
-    """The type of an output by the rule of its operator."""
+    """Returns the type of a node's output by the rule of the operator; None if it is unknown."""
     if node.op_type in BOOLEAN:
         return "BOOL"
     if node.op_type in INDICES or (node.op_type == "TopK" and index == 1):
@@ -125,7 +128,7 @@ def _inputs(values: Iterable[ir.Value]) -> list[Finding]:
 
 
 def _opset(model: ir.Model, version: ParserVersion) -> list[Finding]:
-    """Checks the opset; a graph with Q/DQ nodes may have a newer one."""
+    """Checks the opset of a graph; a newer opset may be allowed for graphs with Q/DQ nodes."""
     opset = model.opset_imports.get("", 0)
     kinds = {node.op_type for node in model.graph}
     newest = version.quantised_opset if kinds & QUANTISED_OPSET_OPERATORS else version.opset

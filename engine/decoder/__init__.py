@@ -1,1 +1,1 @@
-"""Rewrites the decoder for TensorRT: the forms of its KV cache, and the graph between two decode steps."""
+"""Rewrites the decoder for TensorRT's kinds of KV cache, and makes the graph between two decode steps."""

@@ -1,4 +1,4 @@
-"""Chooses the form of the KV cache of a decoder's engine, for a TensorRT version."""
+"""Chooses the kind of KV cache of a decoder's engine (constant shape, or updated in place), for a TensorRT version."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class CacheForm:
-    """How to build a decoder for one form of the KV cache; the shapes of the cache never change.
+    """How to build a decoder for one kind of KV cache; the shapes of the cache never change.
 
     Attributes:
-        describe: Returns the decoder's inputs and outputs; takes the exported ones, the KV cache and the capacity.
-        rewrite: Rewrites the exported graph; takes the graph, the KV cache, the capacity and the file's name.
+        describe: Returns the decoder's inputs and outputs. Arguments: the inputs and outputs of the exported decoder,
+            the KV cache, and the capacity in slots.
+        rewrite: Rewrites the exported graph. Arguments: the graph, the KV cache, the capacity and the file's name.
     """
 
     describe: Callable[[GraphSpec, CacheSpec, int], GraphSpec]
@@ -41,16 +42,17 @@ FORMS: Mapping[str, CacheForm] = {
 
 
 def choose_form(wanted: str, path: Path, cache: CacheSpec, version: ParserVersion) -> tuple[str, str]:
-    """Chooses the form of a decoder's KV cache.
+    """Chooses the kind of KV cache for the engine of a decoder.
 
     Args:
-        wanted: The value of ``--decoder``; ``auto`` is the update in place where it is possible, else ``constant``.
-        path: The exported decoder.
+        wanted: The value of ``--decoder``. ``auto`` chooses the cache that is updated in place if this is possible,
+            else ``constant``.
+        path: The file of the exported decoder.
         cache: KV cache of the decoder.
         version: The TensorRT version that will parse the graph.
 
     Returns:
-        The form, and why ``auto`` did not choose the update in place (empty otherwise).
+        The kind of KV cache, and the reason why ``auto`` did not choose the update in place (empty otherwise).
 
     Raises:
         EngineError: ``wanted`` is the update in place, but this version or graph does not allow it.
@@ -67,7 +69,7 @@ def choose_form(wanted: str, path: Path, cache: CacheSpec, version: ParserVersio
 
 
 def _check_in_place(path: Path, cache: CacheSpec, version: ParserVersion) -> None:
-    """Raises EngineError if the decoder cannot update its cache in place in this version."""
+    """Raises EngineError if this TensorRT version cannot update the decoder's cache in place."""
     constant = f"build with {option('decoder')} {CONSTANT}"
     if version.types_of("TensorScatter") is None:
         raise EngineError(f"{version.name} cannot update a KV cache in place, TensorRT 10.15 and newer can", constant)

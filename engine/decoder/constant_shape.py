@@ -1,7 +1,7 @@
-"""Gives a decoder a KV cache of constant capacity, which is written at ``cache_position``.
+"""Gives a decoder a KV cache of constant capacity; new keys and values are written at ``cache_position``.
 
 In an exported decoder the cache grows: ``present = Concat(past, new)``, so every step has other shapes. Here ``past``
-and ``present`` both have C slots. The shapes of a step never change, and a CUDA graph can replay it:
+and ``present`` both have C slots. The shapes of a step never change, so that a step can be replayed as a CUDA graph:
 
     inputs_embeds        [B, S, D]
     attention_mask int64 [B, C]      0 masks a slot (padding on the left); slots after the last token are always masked
@@ -35,7 +35,7 @@ BOOLEANS = dict.fromkeys(("GreaterOrEqual", "Less", "And"), ir.DataType.BOOL)
 
 
 def constant_shape_spec(spec: GraphSpec, cache: CacheSpec, capacity: int) -> GraphSpec:
-    """Describes the inputs and outputs of the decoder with constant shapes.
+    """Returns the inputs and outputs of the decoder with constant shapes.
 
     Args:
         spec: Inputs and outputs of the exported decoder.
@@ -103,7 +103,7 @@ class _Writer:
 
     Args:
         graph: The decoder.
-        past: One of the cache's inputs, for the capacity.
+        past: A past input of the cache; the inserted nodes compute the capacity from its shape.
         position: ``cache_position``.
     """
 
@@ -131,7 +131,7 @@ class _Writer:
         old.name, written.name = None, present
 
     def _token_of_slot(self, new: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Computes for each slot the index of its new token ``[C]``, and whether the slot gets one ``[C, 1]``."""
+        """Computes for each slot the index of its new token ``[C]``, and whether it gets a new token ``[C, 1]``."""
         zero, one = self._constant("cache_zero", 0), self._constant("cache_one", 1)
         scalar = {"start": SLOTS_AXIS, "end": SLOTS_AXIS + 1}
         capacity = self._squeezed(self._add("Shape", [self._past], "cache_capacity", scalar))
@@ -172,8 +172,8 @@ class _Writer:
 def _replace_past_length(graph: ir.Graph, past: ir.Value, position: ir.Value, name: str) -> None:
     """Replaces the length of the past by ``cache_position`` everywhere.
 
-    An exported graph computes that length once, as ``Squeeze(Shape(past)[2:3])``; only the new nodes use the shape of
-    the past, for the capacity.
+    An exported graph computes that length once, as ``Squeeze(Shape(past)[2:3])``. Only the new nodes still use the
+    shape of the past: they compute the capacity.
     """
     lengths = [node for node, _ in past.uses() if node.op_type == "Shape"]
     old = [node for node in lengths if not str(node.outputs[0].name).startswith("cache_")]
@@ -187,7 +187,12 @@ def _replace_past_length(graph: ir.Graph, past: ir.Value, position: ir.Value, na
 
 
 def rename_slots(graph: ir.Graph, capacity: int | str = CAPACITY) -> None:
-    """Replaces the axes ``past`` and ``past + steps`` by the capacity, a name or a number."""
+    """Replaces the axes ``past`` and ``past + steps`` in all shapes of a graph by the capacity.
+
+    Args:
+        graph: The decoder; changed in place.
+        capacity: Number of slots, or the name of an axis.
+    """
     for value in [*graph.inputs, *graph.outputs, *(output for node in graph for output in node.outputs)]:
         if value.shape is not None and any(_is_past(dim) for dim in value.shape):
             value.shape = ir.Shape([capacity if _is_past(dim) else dim for dim in value.shape])

@@ -1,8 +1,9 @@
 """Gives a decoder a KV cache that is updated in place, for TensorRT 10.15 and newer and TensorRT for RTX.
 
-The constant-shape form (``constant_shape.py``) copies the whole cache in every step: each layer reads ``past`` and
-writes all C slots of ``present``. Here ``present`` is ``past`` itself: ``TensorScatter`` (opset 24) writes the S new
-keys and values only, and both tensors have one address. ``Attention`` (opset 24) is one node, which TensorRT fuses:
+The constant-shape decoder (``constant_shape.py``) copies the whole cache in every step: each layer reads ``past`` and
+writes all C slots of ``present``. In the in-place decoder, ``present`` and ``past`` have one address, and
+``TensorScatter`` (opset 24) writes only the S new keys and values. ``Attention`` (opset 24) is one node, for which
+TensorRT has a fused kernel:
 
     inputs_embeds         [B, S, D]
     attention_mask  int64 [B, C]     0 masks a slot, for example padding; slots after the last token are always masked
@@ -12,17 +13,17 @@ keys and values only, and both tensors have one address. ``Attention`` (opset 24
     past_key_values.{i}.{key,value}  [B, H, C, d]      unwritten slots must hold finite values: 0 * NaN is NaN
     -> logits [B, K, V], present.{i}.{key,value} [B, H, C, d], which are the updated past_key_values
 
-The rest of the graph stays as it was exported: weights, casts, Q/DQ nodes and block scales. What changes:
+The rest of the graph stays as it was exported: weights, casts, Q/DQ nodes and block scales. These things change:
 
 - Rows: each row has its own ``cache_position``, so rows of different lengths need no padding between them.
-- Masked scores: the exported graph adds -30000 to them, ``Attention`` gets the mask as bool. Their weight is 0 in both.
-  A bias that also holds relative positions (T5) stays as it is.
-- Softmax: fp16 graphs compute it in FP32 by casts. TensorRT's parser refuses ``softmax_precision``, so its precision is
-  that of TensorRT's kernel.
-- Grouped heads: ``Attention`` takes fewer key and value heads than query heads, so they are not repeated.
+- Masked scores: the exported graph adds -30000 to masked scores; ``Attention`` has a bool mask instead. In both graphs
+  the weights of masked slots are 0. A bias that also holds relative positions (T5) stays as it is.
+- Softmax: in fp16 graphs, casts make the softmax FP32. TensorRT's parser refuses ``softmax_precision``, so TensorRT's
+  kernel decides the precision of the softmax.
+- Grouped heads: ``Attention`` supports fewer key and value heads than query heads, so keys and values are not repeated.
 
 Two inputs of ``Attention`` that look suitable are not used: TensorRT's parser ignores ``nonpad_kv_seqlen`` without a
-message, and reads ``is_causal`` as aligned to the upper left corner, which is wrong for a cache. The mask is therefore
+message, and treats ``is_causal`` as aligned to the upper left corner, which is wrong for a cache. The mask is therefore
 computed in the graph, from ``cache_position``.
 """
 
@@ -49,7 +50,7 @@ COMPARISONS = frozenset({"Greater", "Equal", "LessOrEqual", "Not", "Or", "Sub"})
 
 
 def in_place_spec(spec: GraphSpec, cache: CacheSpec, capacity: int) -> GraphSpec:
-    """Describes the inputs and outputs of the decoder whose cache is updated in place.
+    """Returns the inputs and outputs of the decoder whose cache is updated in place.
 
     Args:
         spec: Inputs and outputs of the exported decoder.
@@ -102,8 +103,8 @@ def to_in_place(model: ir.Model, cache: CacheSpec, capacity: int, name: str) -> 
 def allow_decomposition(model: ir.Model) -> None:
     """Lets TensorRT compute ``Attention`` with other operators if it has no fused kernel, for example in FP32.
 
-    The function sets an attribute that only TensorRT supports; ONNX Runtime refuses it. Without the attribute, such a
-    build fails.
+    The function sets an attribute that only TensorRT supports; ONNX Runtime refuses a graph with it. Without the
+    attribute, such a build fails.
     """
     for node in model.graph:
         if node.op_type == "Attention":
@@ -112,11 +113,11 @@ def allow_decomposition(model: ir.Model) -> None:
 
 @dataclass(frozen=True)
 class _Product:
-    """The nodes of one attention: from the scores to the weighted values.
+    """The values at the start and the end of one attention: from the scaled queries to the weighted values.
 
     Attributes:
         query: Scaled queries ``[B, H, S, d]``, before a reshape to groups.
-        mask: bool ``[B, 1, S, C]``, true where a query attends to a slot, or a bias ``[B, H, S, C]`` of the scores.
+        mask: bool ``[B, 1, S, C]``, true where a query attends to a slot; or a bias ``[B, H, S, C]`` of the scores.
         output: The weighted values ``[B, H, S, d]``, after a reshape from groups.
     """
 
@@ -126,7 +127,7 @@ class _Product:
 
 
 class _Rewriter:
-    """Replaces the nodes of the cache and of the attention over it.
+    """Replaces the nodes that append to the cache, and the nodes of the attention over the cache.
 
     Args:
         graph: The decoder.
@@ -146,8 +147,9 @@ class _Rewriter:
     def count_per_row(self) -> None:
         """Gives the new tokens' slots an axis of rows: ``cache_position[b] + s`` in place of ``length of past + s``.
 
-        An exported graph computes ``Unsqueeze(Range(S) + Squeeze(Shape(past)[2:3]), 1)``, ``[S, 1]``, compares it with
-        the slots ``[1, C]``, and adds an axis for the rows later. Here the comparisons give ``[B, S, C]`` at once.
+        An exported graph computes ``Unsqueeze(Range(S) + Squeeze(Shape(past)[2:3]), 1)``, ``[S, 1]``, compares this
+        column with the slots ``[1, C]``, and adds an axis for the rows later. After the change, the comparisons give
+        ``[B, S, C]`` at once.
         """
         length = self._only(self._only(self._past, "Shape").outputs[0], "Squeeze").outputs[0]
         added = self._only(length, "Add")
@@ -162,7 +164,7 @@ class _Rewriter:
         self._drop_row_axes(queries)
 
     def _drop_row_axes(self, queries: ir.Value) -> None:
-        """Removes the nodes that add the axis of rows to what was computed from the new tokens' slots."""
+        """Removes the nodes that add an axis of rows to values that are computed from the new tokens' slots."""
         waiting, known = [queries], {queries}
         while waiting:
             for node, _ in list(waiting.pop().uses()):
@@ -190,9 +192,9 @@ class _Rewriter:
         old.name, updated.name = None, present
 
     def attend(self, key: str, value: str) -> None:
-        """Replaces the products and the softmax over a layer's keys and values by ``Attention``.
+        """Replaces the matrix multiplications and the softmax over a layer's keys and values by ``Attention``.
 
-        Its ``scale`` is 1, because the exported graph scales the queries.
+        The ``scale`` of the new node is 1, because the exported graph scales the queries.
         """
         outputs = {str(output.name): output for output in self._graph.outputs}
         product = self._match(outputs[key], outputs[value])
@@ -202,7 +204,7 @@ class _Rewriter:
         ir.convenience.replace_all_uses_with(product.output, found)
 
     def _match(self, key: ir.Value, value: ir.Value) -> _Product:
-        """Finds the nodes between a layer's scores and its weighted values."""
+        """Finds the nodes of a layer's attention, from the keys to the weighted values."""
         grouped = any(node.op_type == "Unsqueeze" for node, _ in key.uses())
         if grouped:
             key, value = (self._only(part, "Unsqueeze").outputs[0] for part in (key, value))
@@ -232,9 +234,10 @@ class _Rewriter:
         return scaled
 
     def _mask(self, bias: ir.Value, grouped: bool) -> ir.Value:
-        """Returns the mask of ``Attention`` for a bias of the scores; layers with the same bias share it.
+        """Returns the mask input of ``Attention`` for a bias of the scores; layers with the same bias share one mask.
 
-        It is bool ``[B, 1, S, C]`` if the bias only hides slots, otherwise the bias itself (T5's relative positions).
+        The mask is bool ``[B, 1, S, C]`` if the bias only hides slots. Otherwise the bias itself is returned (T5's
+        relative positions).
         """
         if grouped:
             bias = self._present(self._producer(bias, "Unsqueeze").inputs[0])
@@ -249,12 +252,16 @@ class _Rewriter:
         return self._masks[hidden]
 
     def _through_cast(self, value: ir.Value, operator: str) -> ir.Node:
-        """Returns the only node with this operator that reads a value, or its cast."""
+        """Returns the only node with this operator that has as an input a value, or the value after a Cast."""
         casts = [node.outputs[0] for node, _ in value.uses() if node.op_type == "Cast"]
         return self._only(casts[0] if len(casts) == 1 else value, operator)
 
     def _only(self, value: ir.Value, operator: str) -> ir.Node:
-        """Returns the only node with this operator that reads a value."""
+        """Returns the only node with this operator that has ``value`` as an input.
+
+        Raises:
+            EngineError: There is no such node, or there are several.
+        """
         found = [node for node, _ in value.uses() if node.op_type == operator]
         if len(found) != 1:
             raise self._error(f"{value.name} is read by {len(found)} nodes {operator}, not by one")
@@ -272,7 +279,7 @@ class _Rewriter:
         return value
 
     def _axes(self, node: ir.Node) -> list[int]:
-        """Returns the axes of an Unsqueeze."""
+        """Returns the axes of an Unsqueeze node; empty if they are not constant."""
         axes = self._present(node.inputs[1]).const_value
         return [] if axes is None else [int(axis) for axis in axes.numpy()]
 

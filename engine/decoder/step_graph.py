@@ -1,4 +1,4 @@
-"""The graph between two decode steps: it chooses the most likely token and prepares the inputs of the next step.
+"""Makes the graph between two decode steps: it chooses the most likely token and prepares the inputs of the next step.
 
     logits float32 [B, 1, V], position_ids int64 [B, 1], cache_position int64 [1] or [B],
     seen float32 [B, V], penalty float32 [B, 1], held float32 [B, V], held_steps int64 [B, 1]
@@ -10,8 +10,8 @@ tokens) are not chosen while ``held_steps`` is above 0. ``token_logprobs`` are t
 at the chosen tokens. A row whose logits contain NaN gets the token −1, which the host reports as an error.
 
 The outputs are inputs of the next step, so the host can launch step after step on a GPU and read the tokens later. The
-token table is external data of the graph, at its offset in ``embed_tokens.safetensors``. A quantised table is first
-written in the decoder's floating type.
+token embedding table is external data of the graph, at its offset in ``embed_tokens.safetensors``. A quantised table is
+first converted to the decoder's floating type.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ TYPES = {
 
 @dataclass(frozen=True)
 class StepSource:
-    """The parts from which the step graph is made.
+    """The token embedding table and the tensors from which the step graph is made.
 
     Attributes:
-        table: The token table, a safetensors file.
+        table: The file of the token embedding table (safetensors).
         spec: Inputs and outputs of the step graph.
     """
 
@@ -61,12 +61,12 @@ class StepSource:
 
     @classmethod
     def of(cls, bundle: Bundle, most_rows: int | None, per_row: bool = False) -> StepSource:
-        """Makes the source of a bundle's step graph.
+        """Returns the source of a bundle's step graph.
 
         Args:
             bundle: An opened bundle.
             most_rows: Largest number of rows of the decoder; None for the value of the export.
-            per_row: Whether the decoder takes a ``cache_position`` for each row.
+            per_row: Whether the decoder has a ``cache_position`` for each row.
         """
         decoder = bundle.graph(DECODER).spec
         known = {tensor.name: tensor for tensor in (*decoder.inputs, *decoder.outputs)}
@@ -95,15 +95,15 @@ class StepSource:
 
     @property
     def table_bytes(self) -> int:
-        """Size of the token table in bytes, as it is stored."""
+        """Size of the file of the token embedding table, in bytes."""
         return self.table.stat().st_size
 
 
 def step_graph(source: StepSource) -> ir.Model:
-    """Builds the step graph, which chooses the next token and reads its embedding from the token table.
+    """Builds the step graph, which chooses the next token and looks up its embedding in the token embedding table.
 
     Raises:
-        EngineError: The token table is quantised; :func:`dense_table` writes one in floating point.
+        EngineError: The token embedding table is quantised; :func:`dense_table` writes a table in floating point.
     """
     inputs = [_value(tensor) for tensor in source.spec.inputs]
     outputs = [_value(tensor) for tensor in source.spec.outputs]
@@ -166,10 +166,10 @@ def _constant(name: str, values: NDArray[Any]) -> ir.Value:
 
 
 def dense_table(source: Path, dtype: str, output: Path) -> Path:
-    """Makes a token table in floating point, as TensorRT needs it; a quantised table is converted.
+    """Returns a token embedding table in floating point, as TensorRT needs it; a quantised table is converted.
 
     Args:
-        source: The file of the bundle's token table.
+        source: The file of the bundle's token embedding table.
         dtype: The decoder's floating-point dtype.
         output: File for the converted table.
 
