@@ -1,6 +1,6 @@
 """Checks of ``blip2edge doctor`` that matter most on a board: power mode, clocks, swap, disk.
 
-Everything is read from files of the system and from ``nvpmodel``; what a system does not have is left out.
+Everything is read from files of the system and from ``nvpmodel``. A check is left out if the system lacks its file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Query = Callable[[], str]
 
 
 def read_file(path: Path) -> str:
-    """The text of a small system file without spaces around it; empty if it cannot be read."""
+    """Reads a small system file; returns its text without surrounding spaces, empty if it cannot be read."""
     try:
         return path.read_text(errors="replace").strip("\0 \n")
     except OSError:
@@ -29,7 +29,7 @@ def read_file(path: Path) -> str:
 
 
 def query_nvpmodel() -> str:
-    """The output of ``nvpmodel -q``; empty if it is not installed or fails."""
+    """Returns the output of ``nvpmodel -q``; empty if ``nvpmodel`` is not installed or fails."""
     try:
         done = subprocess.run(["nvpmodel", "-q"], capture_output=True, text=True, timeout=QUERY_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -49,7 +49,7 @@ UNTRIED = {"TensorRT": "tensorrt", "TensorRT-RTX": "rtx"}
 
 
 def conclusion(checks: Sequence[Check]) -> str:
-    """One sentence: the backends that ran here, those that were not tried, the available memory, and what to mend.
+    """Returns a sentence: backends that ran here, backends that were not tried, available memory, what to correct.
 
     Args:
         checks: All checks of the doctor.
@@ -85,7 +85,7 @@ def board_checks(root: Path = Path("/"), query: Query = query_nvpmodel) -> list[
 
 
 def _power_mode(root: Path, query: Query) -> Check | None:
-    """The mode of ``nvpmodel``, and the mode without a power limit."""
+    """Checks the mode of ``nvpmodel``; names the mode without a power limit."""
     modes = dict(re.findall(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>", read_file(root / "etc/nvpmodel.conf")))
     current = re.search(r"NV Power Mode:\s*(\S+)\s+(\d+)", query())
     number = current[2] if current else read_file(root / "var/lib/nvpmodel/status").partition(":")[2].lstrip("0") or "0"
@@ -100,7 +100,7 @@ def _power_mode(root: Path, query: Query) -> Check | None:
 
 
 def _clocks(root: Path, is_jetson: bool) -> Check | None:
-    """Clocks of CPU and GPU now and at most, and the CPU's governor."""
+    """Checks the present and the largest clocks of CPU and GPU, and the CPU's governor."""
     policies = sorted((root / "sys/devices/system/cpu/cpufreq").glob("policy*"))
     parts = []
     for policy in policies[:1]:
@@ -123,7 +123,7 @@ def _megahertz(text: str, unit: float) -> str:
 
 
 def _swap(root: Path, is_jetson: bool) -> Check | None:
-    """Swap space in files, partitions and compressed memory."""
+    """Checks the swap space in files, partitions and compressed memory."""
     table = read_file(root / "proc/swaps")
     if not table:
         return None
@@ -139,7 +139,7 @@ def _swap(root: Path, is_jetson: bool) -> Check | None:
 
 
 def _disk() -> Check:
-    """Free space where engines and optimized copies go."""
+    """Checks the free disk space in the folder of engines and optimized copies."""
     try:
         cache = cache_directory()
     except NoHomeError:

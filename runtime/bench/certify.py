@@ -1,8 +1,8 @@
-"""Compares a bundle on this machine and backend with the reference outputs that it carries, for `certify`.
+"""Compares a bundle's outputs on this machine and backend with the reference outputs in the bundle (`certify`).
 
 Each graph gets the same seeded inputs, independent of the other graphs. So a deviation shows which graph is wrong, and
-which of its outputs is the first wrong one. The captions of drawn pictures show what the deviations change, and the
-speed of each stage.
+which output of the graph is wrong first. The captions of drawn pictures show how the deviations change texts, and how
+fast each stage is.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class OutputCheck:
 
     @property
     def held(self) -> bool:
-        """Whether the output passes."""
+        """Returns whether the deviation is at most the tolerance."""
         return self.deviation <= self.tolerance
 
 
 @dataclass(frozen=True)
 class GraphCheck:
-    """The outputs of one graph.
+    """The result of comparing the outputs of one graph.
 
     Attributes:
         graph: Name of the graph.
@@ -74,27 +74,28 @@ class GraphCheck:
 
     @property
     def worst(self) -> OutputCheck:
-        """The output with the largest deviation."""
+        """Returns the output with the largest deviation."""
         return max(self.outputs, key=lambda one: one.deviation)
 
     @property
     def first_beyond(self) -> str | None:
-        """The first output beyond its tolerance; None if all hold."""
+        """Returns the first output whose deviation exceeds its tolerance; None if all outputs pass."""
         return next((one.output for one in self.outputs if not one.held), None)
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """How a bundle runs here, compared with its reference outputs; ``--json`` prints :meth:`to_json`.
+    """The result of :func:`certify` for a bundle on this machine; ``--json`` prints :meth:`to_json`.
 
     Attributes:
         bundle: The bundle's directory.
         sha256: Hash of the bundle.
         backend: The backend that ran the graphs.
-        machine: Processor, system, and versions of the packages; those of the references under ``references``.
-        graphs: The outputs of each graph.
-        captions: Number of captions with the same tokens, and of all.
-        tokens: Number of equal tokens (in the same place), and of all tokens of the references.
+        machine: Processor, system and package versions of this machine; under ``references``, those of the machine that
+            recorded the references.
+        graphs: The compared outputs of each graph.
+        captions: Number of captions with the same tokens as the reference, and number of all captions.
+        tokens: Number of tokens that equal the reference at the same position, and number of all reference tokens.
         min_equal: Smallest share of equal tokens that passes.
         timings_ms: Median milliseconds by stage.
     """
@@ -111,7 +112,7 @@ class Certificate:
 
     @property
     def faults(self) -> list[str]:
-        """The checks that failed, one sentence for each; empty if all passed."""
+        """Returns a sentence for each failed check; empty if all checks passed."""
         found = [
             f"{one.graph}: {one.first_beyond} is the first output beyond its tolerance; the largest deviation is "
             f"{one.worst.deviation:.1e} ({one.worst.output}), and {one.worst.tolerance:.0e} is allowed"
@@ -124,7 +125,7 @@ class Certificate:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object with the attributes as keys, ``held``, and ``faults``."""
+        """Returns a JSON object with the attributes as keys, and with ``held`` and ``faults``."""
         values = asdict(self)
         for graph, check in zip(values["graphs"], self.graphs, strict=True):
             graph["first_beyond"] = check.first_beyond
@@ -147,7 +148,7 @@ def certify(
 
     Args:
         bundle: The bundle.
-        backend: The backend to test; ``auto`` for the one that `caption` would use.
+        backend: The backend to test; ``auto`` for the backend that `caption` would use.
         threads: CPU threads of an operator; None for all cores.
         min_equal: Smallest share of equal tokens, 0 to 1; None for 1 in fp32 and 0.9 otherwise.
         tolerance: Largest deviation of every output; None for :data:`TOLERANCES` by precision.

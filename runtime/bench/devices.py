@@ -1,7 +1,8 @@
-"""The boards that ``plan`` knows: memory, bandwidth and rates by their makers' figures, and the assumed efficiency.
+"""The boards of ``plan``: memory, bandwidth and rates from the makers' data sheets, and the assumed efficiency.
 
-Rates are peak rates of dense products (a sparse figure of a data sheet is halved). None of these boards was measured
-here; the plan says so. ``this`` is the machine that runs the command, measured by :mod:`.roofline`.
+Rates are peak rates of dense matrix multiplications (if a data sheet gives a rate for sparse matrices, half of it).
+None of these boards was measured for this project; the plan says so. ``this`` is the machine that runs the command;
+:mod:`.roofline` measures it.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ class Efficiency:
     """The shares of the peak rates that graphs are assumed to reach, by the format of the weights (``WEIGHT_BYTES``).
 
     Attributes:
-        products: Share of the product rate that :meth:`Board.rate` chooses for the format.
+        products: Share of the peak rate :meth:`Board.rate` that matrix multiplications reach, by the format.
         bytes: Share of the memory bandwidth while weights are read.
-        overlaps: Whether reading overlaps with computing: the longer one counts. If not, their sum counts, and the
-            share of the bandwidth is that of products of one row, whose operations are part of the reading.
-        extra_rows: Rows that a product of several rows costs more than it has, because small products are slower.
+        overlaps: Whether reading weights overlaps with computing: the longer time counts. If not, the sum of both times
+            counts, and ``bytes`` is measured with multiplications of one row, whose operations are part of the reading.
+        extra_rows: Number of rows that is added to the cost of a matrix multiplication of several rows, because small
+            multiplications are slower.
         cache_passes: How often keys and values are read or copied in a step.
-        element_s: Seconds of the operators between matrices for one number of their outputs.
-        call_s: Seconds of the call of an operator, whatever the number of tokens.
+        element_s: Seconds that the operators between matrix multiplications take for each number of their outputs.
+        call_s: Seconds that each call of an operator takes, for any number of tokens.
         cached_bytes: As ``bytes``, for floating-point weights that the processor's cache holds; may exceed 1.
         fuses: Whether all operators around a matrix are compiled into :data:`FUSED_OPERATORS`, whatever the graph has.
-        source: What these figures come from.
+        source: Where these values come from.
     """
 
     products: Mapping[str, float]
@@ -86,10 +88,11 @@ class Board:
         base: Bytes that a process of the runtime needs without any model: interpreter, libraries, driver context.
         bytes_per_s: Memory bandwidth.
         rates: Additions and multiplications per second by ``fp32``, ``fp16``, ``int8``; a CPU has no ``fp16``.
-        host: Time of Python and of preprocessing, relative to the CPU that ``plan.HOST_S`` was chosen on.
-        efficiency: Assumed shares of these rates.
-        source: Where the figures come from.
-        refuses: Precisions that do not run there, each with the reason.
+        host: Time of Python code and preprocessing, divided by the time on the CPU for which ``plan.HOST_S`` was
+            chosen.
+        efficiency: The shares of the peak rates that graphs are assumed to reach.
+        source: Where the values come from.
+        refuses: Precisions that do not run on the board, each with the reason.
         measured: Whether bandwidth and rates were measured on this machine.
     """
 
@@ -108,16 +111,16 @@ class Board:
 
     @property
     def usable(self) -> int:
-        """Bytes that are left for a process of the runtime."""
+        """Returns the bytes of memory that are left for a process of the runtime."""
         return self.memory - self.reserved
 
     @property
     def is_cpu(self) -> bool:
-        """Whether the graphs run on the CPU, which computes fp16 in fp32."""
+        """Returns whether the graphs run on the CPU; there, fp16 graphs are computed in fp32."""
         return "fp16" not in self.rates
 
     def rate(self, kind: str) -> float:
-        """Peak operations per second for weights of a format; weights alone in 4 or 8 bits are multiplied in fp16."""
+        """Returns the peak operations per second for a weight format (GPU: of fp16 if only weights are quantized)."""
         if self.is_cpu:
             return self.rates["fp32" if kind in ("fp32", "fp16") else "int8"]
         return self.rates[kind if kind in self.rates else "fp16"]
@@ -129,7 +132,7 @@ NO_BLOCKS = {"int8": "TensorRT takes no 8-bit weights in blocks: use int4, or ca
 
 def _jetson(name: str, title: str, gib: int, gigabytes: float, fp32: float, int8: float, source: str, *,
             cpu: float = 2.5, reserved: float = 1.2) -> Board:  # fmt: skip
-    """A Jetson: CPU and GPU share the memory; FP16 is half of the dense INT8 rate of the tensor cores (Ampere)."""
+    """Describes a Jetson: CPU and GPU share memory; the FP16 rate is half of the dense INT8 rate (Ampere)."""
     rates = {"fp32": fp32 * TERA, "fp16": int8 / 2 * TERA, "int8": int8 * TERA}
     return Board(name, title, gib * GIB, int(reserved * GB), int(1.0 * GB), gigabytes * GB, rates, cpu,
                   GPU_EFFICIENCY, source, NO_BLOCKS)  # fmt: skip
@@ -137,14 +140,14 @@ def _jetson(name: str, title: str, gib: int, gigabytes: float, fp32: float, int8
 
 def _card(name: str, title: str, gib: int, gigabytes: float, fp32: float, fp16: float, int8: float,
           source: str) -> Board:  # fmt: skip
-    """A graphics card in a PC: only its own memory counts."""
+    """Describes a graphics card in a PC: only the memory of the card counts."""
     rates = {"fp32": fp32 * TERA, "fp16": fp16 * TERA, "int8": int8 * TERA}
     return Board(name, title, gib * GIB, int(0.4 * GB), int(0.7 * GB), gigabytes * GB, rates, 1.0, GPU_EFFICIENCY,
                   source)  # fmt: skip
 
 
 def _arm(name: str, title: str, gib: int, gigabytes: float, cores: int, ghz: float, source: str) -> Board:
-    """Arm Cortex-A76 cores: two 128-bit FMA units, 16 FP32 and 64 INT8 operations a cycle (SDOT)."""
+    """Describes a board of Arm Cortex-A76 cores: 16 FP32 and 64 INT8 operations a cycle (two 128-bit units)."""
     rates = {"fp32": cores * ghz * 16e9, "int8": cores * ghz * 64e9}
     return Board(name, title, gib * GIB, int(0.6 * GB), int(0.15 * GB), gigabytes * GB, rates, 2.5, CPU_EFFICIENCY,
                   source)  # fmt: skip
@@ -188,10 +191,7 @@ DEVICES: Mapping[str, Board] = {
 
 
 def find_device(name: str) -> Board:
-    """The board of this name.
-
-    Raises:
-        UsageError: There is no such board.
+    """Returns the board of this name. Raises: UsageError: There is no such board.
     """
     if name in DEVICES:
         return DEVICES[name]

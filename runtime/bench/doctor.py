@@ -1,8 +1,8 @@
 """Checks what this machine can run: ``blip2edge doctor``.
 
 A package may list an execution provider that does not work: it fails at the first kernel, or falls back to the CPU
-without a message. So every provider of ONNX Runtime, and OpenVINO, multiplies two matrices, and the product is compared
-with NumPy's. A missing package is a failed check, not an exception. torch is never imported.
+without a message. So two matrices are multiplied on every provider of ONNX Runtime and on OpenVINO, and the result is
+compared with NumPy's. A missing package is a failed check, not an exception. torch is never imported.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _packages() -> Check:
 
 
 def _onnxruntime() -> list[Check]:
-    """The package itself, then each provider that it lists, each after multiplying two matrices."""
+    """Checks the package onnxruntime, and multiplies two matrices on each provider that it lists."""
     fix = f"{pip_command('cpu')}; on a Jetson, NVIDIA's own wheel of onnxruntime-gpu"
     if _spec("onnxruntime") is None:
         return [Check("ONNX Runtime", False, "not installed", fix, required=True)]
@@ -147,7 +147,7 @@ def _onnxruntime() -> list[Check]:
 
 
 def _installed(module: str, packages: tuple[str, ...], fix: str) -> Check:
-    """Presence and version of a package, without importing it."""
+    """Checks presence and version of a package without importing it."""
     if _spec(module) is None:
         return Check(module, False, "not installed", fix)
     versions = [version for package in packages if (version := installed(package))]
@@ -155,7 +155,7 @@ def _installed(module: str, packages: tuple[str, ...], fix: str) -> Check:
 
 
 def _openvino() -> Check:
-    """OpenVINO, after multiplying two matrices."""
+    """Checks OpenVINO by multiplying two matrices."""
     check = _installed("openvino", ("openvino",), pip_command("openvino"))
     if not check.ok:
         return check
@@ -171,7 +171,7 @@ def _openvino() -> Check:
 
 
 def _driver() -> Check:
-    """The NVIDIA driver and its GPUs."""
+    """Checks the NVIDIA driver and its GPUs."""
     driver = nvidia_driver()
     gpus = [f"{gpu.name} (sm_{gpu.compute_capability})" for gpu in driver.gpus]
     found = ", ".join([*gpus, driver.problem] if driver.problem else gpus)
@@ -182,7 +182,7 @@ def _driver() -> Check:
 
 
 def _tensorrt(name: str, module: str, packages: tuple[str, ...], extra: str, driver: Check) -> Check:
-    """Presence and version of a TensorRT, without importing it: without a driver, the import can end the process."""
+    """Checks a TensorRT package without importing it: without a driver, the import can end the process."""
     fix = f"with an NVIDIA GPU: {pip_command(extra)}"
     if extra == "tensorrt":
         fix += "; on a Jetson it comes with JetPack: create the environment with --system-site-packages"

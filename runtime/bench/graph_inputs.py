@@ -1,6 +1,7 @@
-"""Seeded inputs for any graph of a bundle, and the same decode steps for every form of a decoder.
+"""Makes seeded inputs for any graph of a bundle, and runs the same decode steps on every version of a decoder.
 
-`optimize` compares a copy with the portable graph on them, and `certify` a backend with the recorded outputs.
+With these inputs, `optimize` compares an optimized graph with the exported graph, and `certify` compares a backend's
+outputs with the recorded outputs.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def draw_inputs(spec: GraphSpec, upstream: Mapping[str, Array]) -> Arrays:
 
     Args:
         spec: The graph's inputs and outputs.
-        upstream: Outputs of the graphs that run before this one, by name; they are used where the names fit.
+        upstream: Outputs of the graphs that run before this graph, by name. If an input has the name of such an output,
+            the output is used.
     """
     rng, lengths = np.random.default_rng(SEED), _lengths(spec)
     drawn: Arrays = {}
@@ -66,7 +68,7 @@ def draw_pixels(spec: TensorSpec, rng: np.random.Generator) -> Array:
 
 
 def draw_cross_inputs(spec: GraphSpec, upstream: Mapping[str, Array]) -> Arrays:
-    """Draws the keys, values and mask of a decoder's cross-attention; empty for a decoder without one.
+    """Draws keys, values and mask of a decoder's cross-attention; empty for a decoder without cross-attention.
 
     Args:
         spec: The decoder's inputs and outputs.
@@ -84,11 +86,11 @@ def draw_cross_inputs(spec: GraphSpec, upstream: Mapping[str, Array]) -> Arrays:
 
 
 def decode(decoder: Decoder, context: Mapping[str, Array]) -> Arrays:
-    """Decodes as generation does: ragged prompts, decode steps, several tokens at once, truncated and reordered rows.
+    """Runs a decoder as generation does: prompts of different lengths, steps, several tokens, truncation, new order.
 
     Args:
         decoder: The decoder.
-        context: What :func:`draw_cross_inputs` drew.
+        context: Keys, values and mask from :func:`draw_cross_inputs`.
 
     Returns:
         Logits of each kind of step by name.
@@ -108,7 +110,7 @@ def decode(decoder: Decoder, context: Mapping[str, Array]) -> Arrays:
 
 
 def for_steps(context: Mapping[str, Array], steps: int) -> Arrays:
-    """The context for ``steps`` new tokens: a mask with a row for each new token gets that many rows."""
+    """Returns the context for ``steps`` new tokens: a mask with one row for each new token gets ``steps`` rows."""
     made = dict(context)
     mask = made.get(CROSS_MASK)
     if mask is not None and mask.ndim == 3:
@@ -117,7 +119,7 @@ def for_steps(context: Mapping[str, Array], steps: int) -> Arrays:
 
 
 def _lengths(spec: GraphSpec) -> dict[str, int]:
-    """The length of each elementary axis of a graph's inputs."""
+    """Chooses a length for each elementary axis of a graph's inputs."""
     axes = [dim for tensor in spec.inputs for dim in tensor.dims if not isinstance(dim, int)]
     return {axis.name: _length(axis) for axis in axes if " + " not in axis.name}
 

@@ -37,7 +37,7 @@ GROWTH_RUNS = 3
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What ``blip2edge bench`` measures.
+    """The options of ``blip2edge bench``: numbers of captions, their lengths, and the sweeps.
 
     Attributes:
         runs: Number of captions that are timed.
@@ -120,7 +120,7 @@ class BenchReport:
     roofline: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object with the attributes as keys."""
+        """Returns a JSON object with the attributes as keys."""
         return asdict(self)
 
 
@@ -181,13 +181,13 @@ class Bench:
         return {"kind": kind, "tokens_per_pass": float(np.median([one.tokens_per_pass for one in found]))}
 
     def prompt_length(self, prompt: str | None = None, *, decoder: bool = True) -> int:
-        """Number of tokens in the prompt, visual tokens included; ``decoder``: of what the decoder takes of it."""
+        """Counts the prompt's tokens, visual tokens included; ``decoder``: only tokens that the decoder processes."""
         text = self.captioner.prompts.with_default(self.prompt if prompt is None else prompt)
         initial = self.captioner.generator.language.initial if decoder else []
         return len(initial) or self.captioner.prompts(text, self.frames).length
 
     def room(self) -> int:
-        """Length of the longest caption in tokens; its last token needs no slot of the context."""
+        """Returns the length of the longest caption in tokens; its last token needs no slot of the context."""
         return self.captioner.generator.max_positions - self.prompt_length() + 1
 
     def sweep_batches(self, batches: Sequence[int], tokens: int) -> list[dict[str, float]]:
@@ -387,7 +387,7 @@ def _bundle(captioner: Captioner) -> dict[str, Any]:
 
 
 def _graph_bytes(captioner: Captioner) -> int:
-    """Bytes of the weight files of all graphs in the bundle."""
+    """Returns the bytes of the weight files of all graphs in the bundle."""
     files = captioner.bundle.manifest.files
     names = {data for graph in captioner.bundle.manifest.graphs.values() for data in graph.data_files}
     return sum(files[name].size for name in names)

@@ -1,4 +1,4 @@
-"""Memory: what a caption and the long commands need, what the machine has, and the check before a command begins.
+"""Estimates the memory of captioning and of long commands, reads the machine's memory, and compares the two.
 
 All estimates of memory are here. ``plan`` shows them; ``export``, ``calibrate`` and ``build`` compare them with this
 machine by :func:`check_memory`.
@@ -37,7 +37,7 @@ class MachineMemory:
         available: Memory that no program uses, without swap.
         ram: All memory, without swap.
         swap_free, swap: Swap that no program uses, and all swap.
-        limit: Most memory of the container; None without a limit.
+        limit: Largest memory that the container may use; None without a limit.
     """
 
     available: int
@@ -48,12 +48,12 @@ class MachineMemory:
 
     @property
     def free(self) -> int:
-        """Memory and swap that no program uses, at most the limit."""
+        """Returns memory and swap that no program uses, at most the container's limit."""
         return self._limited(self.available + self.swap_free)
 
     @property
     def total(self) -> int:
-        """All memory and swap, at most the limit."""
+        """Returns all memory and swap, at most the container's limit."""
         return self._limited(self.ram + self.swap)
 
     def _limited(self, size: int) -> int:
@@ -86,8 +86,8 @@ class MemoryNeed:
     Attributes:
         what: The command, for the message: ``the export``.
         least: With less memory, the command certainly fails.
-        likely: An estimate of the peak.
-        mend: How to lower the need.
+        likely: Estimated peak.
+        mend: What the user can do so that the command needs less memory.
         ignorable: Whether the command has the option ``anyway``.
     """
 
@@ -99,9 +99,7 @@ class MemoryNeed:
 
 
 def export_need(largest: int, total: int, *, full: bool) -> MemoryNeed:
-    """The memory of an export.
-
-    Args:
+    """Estimates the memory of an export. Args:
         largest: Elements of the largest tensor.
         total: Elements of all tensors.
         full: Whether the whole model is compared with torch, or a sample of its layers.
@@ -114,19 +112,20 @@ def export_need(largest: int, total: int, *, full: bool) -> MemoryNeed:
 
 
 def calibration_need(largest: int) -> MemoryNeed:
-    """The memory of a calibration; ``largest``: bytes of the largest graph's weights in the parent bundle.
+    """Estimates the memory of a calibration; ``largest``: bytes of the largest graph's weights.
 
-    An assumption, not a measurement: ONNX Runtime holds the graph, and the weights are read and rounded beside it.
+    An assumption, not a measurement: ONNX Runtime keeps the graph of the parent bundle in memory, and at the same time
+        its weights are read and rounded.
     """
     mend = "calibrate on a machine with more memory, or export in fp16 first"
     return MemoryNeed("the calibration", largest, CALIBRATION_BASE + 2 * largest, mend)
 
 
 def build_need(weights: int, workspace_mib: int | None, graph: str) -> MemoryNeed:
-    """The memory of the build of one engine.
+    """Estimates the memory that building one engine needs.
 
-    The builder holds the graph's weights twice (parsed, and in the engine), TensorRT's libraries and kernels, and
-    scratch memory for the kernels that it times.
+    In memory are the graph's weights twice (parsed, and in the engine), TensorRT's libraries and kernels, and scratch
+    memory for the kernels that the builder times.
 
     Args:
         weights: Size of the graph's weights in bytes.
@@ -146,12 +145,12 @@ def check_memory(
     notify: Notify | None = None,
     memory: MachineMemory | None = None,
 ) -> None:
-    """Warns if a command will probably not fit into this machine's memory, and stops one that certainly does not.
+    """Warns if a command probably needs more memory than this machine has; raises an error if it certainly does.
 
     Args:
         need: What the command needs.
         error: Class of the error.
-        anyway: Go on, whatever the estimate.
+        anyway: Whether to continue whatever the estimate is.
         notify: Called with the warning.
         memory: The machine's memory; None to read it.
 
@@ -179,7 +178,7 @@ class RunMemory:
     """Bytes of memory while pictures are captioned one by one.
 
     Attributes:
-        weights: All graphs and the token table.
+        weights: All graphs and the token embedding table.
         cache: Keys and values of the whole context, cross-attention included.
         activations: The largest intermediate results of any stage.
         workspace: Process, libraries and driver context without a model.
@@ -192,21 +191,21 @@ class RunMemory:
 
     @property
     def total(self) -> int:
-        """Their sum."""
+        """Returns the sum of all fields."""
         return self.weights + self.cache + self.activations + self.workspace
 
     def to_json(self) -> dict[str, int]:
-        """The fields and ``run``, their sum."""
+        """Returns a JSON object with the fields and their sum ``run``."""
         return {**vars(self), "run": self.total}
 
 
 def held_precision(precision: str, device: Board) -> str:
-    """The precision of the weights in memory: a CPU computes fp16 in fp32, so its weights are in fp32 too."""
+    """Returns the precision of the weights in memory: on a CPU, fp16 weights are kept in fp32."""
     return "fp32" if device.is_cpu and precision == "fp16" else precision
 
 
 def element_bytes(precision: str, device: Board) -> float:
-    """Bytes of an activation, and of a value of the KV cache."""
+    """Returns the bytes of one activation value, and the bytes of one value of the KV cache."""
     return WEIGHT_BYTES["fp32" if device.is_cpu or precision == "fp32" else "fp16"]
 
 

@@ -25,7 +25,7 @@ class EnergyMeter:
 
     Attributes:
         source: Name of the meter; empty if the machine has none.
-        reason: Why there is no meter; empty if there is one.
+        reason: Why there is no meter; empty if there is a meter.
         joules: Energy used during the last ``with`` block; None without a meter.
     """
 
@@ -51,7 +51,7 @@ Counter = Callable[[], float]
 
 
 def _nvml() -> Counter | None:
-    """The counter of the first GPU: nvmlDeviceGetTotalEnergyConsumption, in millijoules."""
+    """Opens the energy counter of the first GPU (nvmlDeviceGetTotalEnergyConsumption, in millijoules)."""
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -70,7 +70,7 @@ def _nvml() -> Counter | None:
 
 
 def _rapl() -> Counter | None:
-    """The counter of the first CPU package, in microjoules, which wraps around; often only root may read it."""
+    """Opens the energy counter of the first CPU package (microjoules, wraps around); often only root may read it."""
     try:
         last = int(RAPL.read_text(encoding="ascii"))
         range_uj = int(RAPL.with_name("max_energy_range_uj").read_text(encoding="ascii"))
@@ -104,7 +104,7 @@ class RailCounter:
         threading.Thread(target=self._watch, name="blip2edge-rail", daemon=True).start()
 
     def __call__(self) -> float:
-        """Joules up to now."""
+        """Returns the joules up to now."""
         with self._sampling:
             now = self._clock()
             self._joules += self.watts() * (now - self._last)
@@ -126,7 +126,7 @@ class RailCounter:
 
 
 def _rail() -> Counter | None:
-    """The power monitor of a Jetson, an INA3221."""
+    """Opens the power monitor of a Jetson, an INA3221."""
     for label in sorted(HWMON.glob("hwmon*/in*_label")):
         try:
             name = label.read_text(encoding="ascii").strip()

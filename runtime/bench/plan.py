@@ -1,7 +1,7 @@
-"""``blip2edge plan``: does a model fit a device, how fast is a caption, and which bridge suits it.
+"""``blip2edge plan``: predicts whether a model fits a device, how fast a caption is, and which bridge is best.
 
-Everything is computed from the shape of the model (:mod:`blip2edge.shapes`), by the roofline with the efficiency that
-:mod:`.devices` states. No model is loaded.
+Everything is computed from the sizes of the model (:mod:`blip2edge.shapes`), by the roofline with the efficiency in
+:mod:`.devices`. No model is loaded.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CHEAP_SHARE = 0.25
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """The request that is planned.
+    """The request whose time and memory are predicted.
 
     Attributes:
         frames: Pictures of an item; None for the model's own number (1, or the frames of a video model).
@@ -68,12 +68,13 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """A model in one precision on one device.
+    """The predictions for a model in one precision on one device.
 
     Attributes:
-        memory: Bytes while pictures are captioned.
+        memory: Bytes of memory that captioning needs.
         build: Bytes at the peak of building the engines, or a CPU's optimized copy, on the device.
-        fits_run, fits_build: Whether these fit the device's usable memory; false if the precision is refused.
+        fits_run, fits_build: Whether ``memory`` and ``build`` fit the device's usable memory; false if the precision is
+            refused.
         refused: Why the device does not run this precision; empty if it does.
         ms: Predicted milliseconds: ``preprocess``, ``vision``, ``bridge``, ``prefill``, ``decode_per_token``,
             ``decode`` (all tokens after the first), ``total``.
@@ -89,16 +90,16 @@ class PrecisionPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the device can build and run it."""
+        """Returns whether the device can build and run this precision."""
         return self.fits_run and self.fits_build
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens a second while decoding."""
+        """Returns the tokens per second while decoding."""
         return 1e3 / self.ms["decode_per_token"]
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object for ``plan --json``; the times of a refused precision are null."""
+        """Returns a JSON object for ``plan --json``; the times of a refused precision are null."""
         times = {stage: None if self.refused else round(ms, 3) for stage, ms in self.ms.items()}
         return {
             "precision": self.precision,
@@ -113,17 +114,17 @@ class PrecisionPlan:
 
 @dataclass(frozen=True)
 class BridgeRow:
-    """A bridge between the same vision encoder and language model.
+    """The predictions for one kind of bridge between the same vision encoder and language model.
 
     Attributes:
         kind: ``qformer``, ``mlp``, ``perceiver`` or ``pool``.
-        parameters: Number of parameters of the part.
-        tokens_per_picture, tokens: Visual tokens of a picture, and of the whole item.
-        fits_context: Whether they fit the context with prompt and caption.
+        parameters: Number of parameters of the bridge.
+        tokens_per_picture, tokens: Number of visual tokens of a picture, and of the whole item.
+        fits_context: Whether the visual tokens fit the context together with prompt and caption.
         ms: Predicted milliseconds of the bridge and the prefill together.
         total_ms: Predicted milliseconds of a caption.
-        fits_memory: Whether the device can build and run the model with it.
-        trade_off: When it is the right one.
+        fits_memory: Whether the device can build and run the model with this bridge.
+        trade_off: When this bridge is the right choice.
     """
 
     kind: str
@@ -139,15 +140,15 @@ class BridgeRow:
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """A model on one device: all precisions, the bridges, and what is recommended.
+    """The predictions for a model on one device: all precisions, the bridges, and the recommended bridge.
 
     Attributes:
         precisions: In the order of ``FORMATS``.
-        chosen: The highest precision that fits; ``int4`` if none does. Not fp32 on a GPU, where fp16 is faster and the
-            captions are the same; not fp16 on a CPU, which computes it in fp32.
+        chosen: The highest precision that fits; ``int4`` if no precision fits. Never fp32 on a GPU, because fp16 is
+            faster with the same captions; never fp16 on a CPU, because a CPU computes fp16 in fp32.
         bridges: Empty for a decoder that cross-attends to the picture without slots.
-        bridge: Kind of the recommended bridge; ``none`` without one.
-        reason: Why.
+        bridge: Kind of the recommended bridge; ``none`` if no bridge is recommended.
+        reason: Why this bridge is recommended.
     """
 
     device: Board
@@ -158,7 +159,7 @@ class DevicePlan:
     reason: str
 
     def of(self, precision: str) -> PrecisionPlan:
-        """The plan of one precision."""
+        """Returns the plan of one precision."""
         return next(one for one in self.precisions if one.precision == precision)
 
     def to_json(self) -> dict[str, Any]:
@@ -181,7 +182,7 @@ class DevicePlan:
 
 
 def token_budget(shape: ModelShape, options: PlanOptions) -> dict[str, Any]:
-    """Visual tokens of a picture and of the item, and the slots of the context that the request takes."""
+    """Counts the visual tokens of a picture and of the item, and the context slots that the request needs."""
     frames = options.frames or shape.frames
     slots = shape.slots * frames + options.prompt_tokens + options.new_tokens
     return {
@@ -199,11 +200,11 @@ def token_budget(shape: ModelShape, options: PlanOptions) -> dict[str, Any]:
 
 
 def effective(device: Board, kind: str, size: float) -> Roofline:
-    """The rates that the graphs reach by the stated efficiency, for weights of a format.
+    """Returns the roofline that graphs reach on a board with the assumed efficiency, for weights of one format.
 
     Args:
         device: The board.
-        kind: The format.
+        kind: The format of the weights.
         size: Bytes that a run reads.
     """
     share = device.efficiency
@@ -218,7 +219,7 @@ def effective(device: Board, kind: str, size: float) -> Roofline:
 
 
 def part_cost(part: ModelPart, weights: HeldWeights, device: Board, tokens: TokenCounts, times: int = 1) -> StageCost:
-    """Operations and bytes of a run of a part; ``times``: pictures in a batch, which share the weights."""
+    """Counts operations and bytes of a run of a part (such as the bridge); ``times`` is the batch size."""
     share = device.efficiency
     products = times * sum(matrix.operations(tokens, share.extra_rows, share.overlaps) for matrix in part.matrices)
     scores = times * sum(attention.operations(tokens) for attention in part.attentions)
@@ -229,17 +230,17 @@ def part_cost(part: ModelPart, weights: HeldWeights, device: Board, tokens: Toke
 def part_seconds(
     part: ModelPart, cost: StageCost, weights: HeldWeights, device: Board, tokens: TokenCounts, times: int = 1
 ) -> float:
-    """Seconds of a run of a part: products and bytes by the roofline, operators between them, calls of operators."""
+    """Predicts a part's seconds: matrix multiplications by the roofline, other operators, calls of operators."""
     share = device.efficiency
     between = times * part.elements(tokens) * share.element_s + operators(part, weights, device) * share.call_s
     return cost.seconds(effective(device, weights.kind, cost.bytes), overlaps=share.overlaps) + between
 
 
 def operators(part: ModelPart, weights: HeldWeights, device: Board) -> int:
-    """Number of operators that are called in a run of a part.
+    """Returns the number of operators that are called in a run of a part.
 
-    A CPU's optimized copy computes the products of a large decoder in floating point as convolutions, each between a
-    reshape and a transpose.
+    In a CPU's optimized copy, the matrix multiplications of a large floating-point decoder are convolutions, each
+    between a reshape and a transpose.
     """
     if device.efficiency.fuses:
         return part.calls * FUSED_OPERATORS
@@ -248,11 +249,10 @@ def operators(part: ModelPart, weights: HeldWeights, device: Board) -> int:
 
 
 def step_cost(shape: ModelShape, weights: HeldWeights, element: float, device: Board, tokens: TokenCounts) -> StageCost:
-    """Operations and bytes of a decode step: the decoder's weights, and the keys and values of its context.
+    """Counts operations and bytes of a decode step: the decoder's weights, keys and values of the context.
 
     Args:
-        shape: The model.
-        weights: The decoder's weights.
+        shape: The model. weights: The decoder's weights.
         element: Bytes of a value of the KV cache.
         device: The board.
         tokens: Numbers of tokens, with the context of the step.
@@ -386,7 +386,7 @@ def recommended(shape: ModelShape, rows: Sequence[BridgeRow], options: PlanOptio
 
 
 def _fewer_tokens(room: int, queries: int, frames: int) -> str:
-    """How the tokens of a Q-Former fit ``room`` free slots: fewer pictures, or fewer queries for each, or both."""
+    """Says how the tokens of a Q-Former fit ``room`` free slots: fewer pictures, fewer queries, or both."""
     ways = []
     if room >= queries:
         ways.append(f"take at most {_counted(room // queries, 'frame', 'frames')}")

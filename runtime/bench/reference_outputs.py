@@ -1,7 +1,8 @@
 """The reference outputs of a bundle: its graphs on seeded inputs, and its captions of drawn pictures.
 
-`export` and `calibrate` record them with the portable graphs on the CPU, and `certify` compares another backend or
-machine with them. An output is recorded as a count sketch (Charikar, Chen and Farach-Colton, 2002): each element is
+`export` and `calibrate` record the reference outputs with the exported graphs on the CPU; `certify` compares the
+outputs of another backend or machine with them. An output is recorded as a count sketch (Charikar, Chen and
+Farach-Colton, 2002): each element is
 added, with a sign, to one of :data:`BINS` sums. The norm of the difference of two sketches estimates the norm of the
 difference of the outputs, whatever their size, within about 10 %.
 """
@@ -69,7 +70,7 @@ class ReferenceOutputs:
     Attributes:
         inputs: Sketches of the graphs' inputs, by ``graph/input``: seeded numbers, which depend on NumPy alone.
         outputs: Sketches of the graphs' outputs, by ``graph/output``, in the order in which the graphs compute them.
-            Those of the decoder's KV cache show which of its layers differ.
+            The sketches of the decoder's keys and values show which layers differ.
         prompt: The prompt of every picture; None for the bundle's default.
         tokens: The caption of each drawn picture as token ids; empty for a model that compares pictures with texts.
         made_with: Versions and processor.
@@ -90,7 +91,7 @@ class ReferenceOutputs:
 
     @classmethod
     def read(cls, bundle: Bundle) -> ReferenceOutputs | None:
-        """Reads a bundle's references; None if it has none.
+        """Reads a bundle's reference outputs; returns None if the bundle has no reference outputs.
 
         Raises:
             BundleError: The file cannot be read.
@@ -180,9 +181,10 @@ def run_graphs(
         progress: Called with a stage's name, steps done and steps in all.
 
     Yields:
-        The name of a graph, its inputs, and its outputs. Those of a decoder are the logits of :func:`decode`; before
-        them, all outputs of one run, where the backend can run the graph with the inputs of the bundle's own graph:
-        those of the layers (keys and values) first.
+        The name of a graph, its inputs, and its outputs. The outputs of a decoder are the logits of :func:`decode`;
+        before
+        them, all outputs of one run, if the backend can run the graph with the inputs of the bundle's own graph: keys
+        and values of the layers first.
     """
     report = progress or (lambda stage, done, total: None)
     graphs = bundle.manifest.graphs
@@ -218,7 +220,7 @@ def caption_drawings(captioner: Captioner, prompt: str | None) -> list[CaptionRe
 
 
 def draw_pictures() -> list[NDArray[np.uint8]]:
-    """Draws the pictures ``[96, 128, 3]`` uint8: waves in whole numbers, the same on every machine."""
+    """Draws the pictures ``[96, 128, 3]`` uint8: waves, computed in whole numbers so that all machines get the same."""
     row, column, channel = np.indices((*SIZE, 3), dtype=np.int64)
     pictures = []
     for number in range(PICTURES):
@@ -255,7 +257,7 @@ def deviation(got: Sketch, wanted: Sketch) -> float:
 
 @lru_cache(maxsize=64)
 def _places(size: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The bin and the sign of each element, by SplitMix64 (Steele, Lea and Flood, 2014) of its index."""
+    """Computes bin and sign of each element from its index by SplitMix64 (Steele, Lea and Flood, 2014)."""
     mixed = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)

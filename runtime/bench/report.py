@@ -18,7 +18,7 @@ UNITS = {
 
 
 def markdown(report: BenchReport) -> str:
-    """Formats the report as Markdown: a table of stages, then single figures, then the sweeps."""
+    """Formats the report as Markdown: a table of stages, then single measured values, then the sweeps."""
     lines = [
         f"| {' | '.join(STAGE_COLUMNS)} |",
         "|---|---:|---:|---:|---:|---:|",
@@ -32,7 +32,7 @@ def markdown(report: BenchReport) -> str:
 
 
 def facts(report: BenchReport) -> list[str]:
-    """Formats the report's single figures, one sentence for each."""
+    """Formats the report's single measured values as sentences, one sentence for each value."""
     memory = {name: f"{count / 1e6:.0f} MB" for name, count in report.memory.items()}
     found = [
         f"{report.tokens_per_s:.1f} tokens/s while decoding, {report.options.tokens} tokens per caption",
@@ -87,7 +87,7 @@ def bench_page(report: BenchReport) -> str:
 
 
 def _stage_rows(report: BenchReport) -> list[tuple[str, ...]]:
-    """The cells of :data:`STAGE_COLUMNS` for each stage."""
+    """Returns the table cells of each stage, in the order of :data:`STAGE_COLUMNS`."""
     return [
         (name, *(f"{stage.ms[key]:.1f}" for key in ("p50", "p90", "p99")), f"{stage.cpu_ms:.1f}", _share(stage))
         for name, stage in report.stages.items()
@@ -95,7 +95,7 @@ def _stage_rows(report: BenchReport) -> list[tuple[str, ...]]:
 
 
 def _stage_bars(report: BenchReport) -> list[Bar]:
-    """Two bars for each stage: wall time, and CPU time with its lower bound."""
+    """Makes two bars for each stage: wall time, and CPU time with its lower bound."""
     found = []
     for name, stage in report.stages.items():
         if name != "total":

@@ -1,7 +1,8 @@
 """Measures the roofline of this machine's cores: bytes read from memory per second, and operations per second.
 
-The time of a stage has two lower bounds: its operations divided by that rate, and the bytes of its weights divided by
-that bandwidth (Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009). One core is measured in CPU time of
+The time of a stage has two lower bounds: its operations divided by the operations per second, and the bytes of its
+weights divided by the bytes per second (Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009). One core is
+measured in CPU time of
 this process, so that the load of other processes does not count; several cores are measured in wall time.
 """
 
@@ -56,7 +57,7 @@ def measure(backend: str, threads: int = 1) -> Roofline:
     """Measures the limits of some cores of this machine; takes about a second.
 
     Args:
-        backend: The backend that runs the matrix products, ``cpu`` or ``openvino``.
+        backend: The backend that runs the matrix multiplications, ``cpu`` or ``openvino``.
         threads: Number of cores.
 
     Raises:
@@ -67,7 +68,7 @@ def measure(backend: str, threads: int = 1) -> Roofline:
 
 
 def this_device(threads: int | None = None, image_size: int = 224) -> Board:
-    """Measures this machine: bandwidth, product rates, and preprocessing; takes a few seconds.
+    """Measures bandwidth, rates of matrix multiplication, and preprocessing of this machine; takes a few seconds.
 
     Args:
         threads: CPU threads; None for all cores.
@@ -119,12 +120,12 @@ def this_device(threads: int | None = None, image_size: int = 224) -> Board:
 
 
 def reference_seconds(size: int) -> float:
-    """Seconds of preprocessing one picture of :data:`PICTURE` to ``size`` pixels on the reference processor."""
+    """Returns the seconds that the reference processor needs to preprocess one picture to ``size`` pixels."""
     return PICTURE[0] * PICTURE[1] * INPUT_PIXEL_S + size * size * OUTPUT_PIXEL_S
 
 
 def call_seconds(backend: str) -> float:
-    """Measures the seconds of a call: the mean of small operators, when other data has filled the caches.
+    """Measures the mean seconds of calling a small operator after other data has filled the processor's caches.
 
     In a decode step the weights of all layers are read between two calls of the same operator.
 
@@ -147,12 +148,12 @@ def call_seconds(backend: str) -> float:
 
 
 def read_bytes_per_s(backend: str, threads: int = 1, matrices: tuple[int, int] = READ) -> float:
-    """Measures the bytes of float32 weights that products of one row read per second, as a decode step does.
+    """Measures how many bytes of float32 weights one-row matrix multiplications read per second (as in decoding).
 
     Args:
-        backend: The backend that runs the products.
+        backend: The backend that runs the multiplications.
         threads: Number of cores.
-        matrices: Number of the square matrices that are read, and their side.
+        matrices: Number of square matrices that are read, and the number of rows of each matrix.
 
     Raises:
         BackendError: The backend's package is not installed.
@@ -165,7 +166,7 @@ def read_bytes_per_s(backend: str, threads: int = 1, matrices: tuple[int, int] =
 
 
 def _read_seconds(backend: str, threads: int, weights: dict[str, Array], convolutions: bool) -> float:
-    """The least time of products of one row, as matrix products or as convolutions; optimized copies have both."""
+    """Measures the least seconds of one-row multiplications: MatMul nodes or convolutions (copies have both)."""
     side = len(next(iter(weights.values())))
     shape = (1, side, 1, 1) if convolutions else (1, side)
     held = {name: one.reshape(side, side, 1, 1) if convolutions else one for name, one in weights.items()}
@@ -177,7 +178,7 @@ def _read_seconds(backend: str, threads: int, weights: dict[str, Array], convolu
 
 
 def element_seconds(backend: str) -> float:
-    """Measures the seconds of the operators between matrices for one number: :data:`OPERATORS` times a tanh.
+    """Measures the seconds per number of the operators between multiplications: :data:`OPERATORS` times a tanh.
 
     Raises:
         BackendError: The backend's package is not installed.
@@ -186,7 +187,7 @@ def element_seconds(backend: str) -> float:
 
 
 def _operator_seconds(backend: str, nodes: int, elements: int) -> float:
-    """The least CPU time of a tanh of some numbers, in a chain of nodes."""
+    """Measures the least CPU time of a chain of ``nodes`` tanh operators on ``elements`` numbers."""
     chain: list[Node] = [("Tanh", (f"v{number}",), f"v{number + 1}") for number in range(nodes)]
     kind = ("float32", (1, elements))
     model = onnx_model(chain, {"v0": kind}, (f"v{nodes}", kind))
@@ -201,7 +202,7 @@ def preprocess_seconds(picture: tuple[int, int], size: int) -> float:
 
 
 def _bandwidth(threads: int = 1) -> float:
-    """Bytes per second read from memory, measured with a sum of squares in each thread."""
+    """Measures the bytes per second that are read from memory, with a sum of squares in each thread."""
     streams = [np.ones(STREAMED // 4 // threads, np.float32) for _ in range(threads)]
     if threads == 1:
         return streams[0].nbytes / _least(lambda: np.dot(streams[0], streams[0]))
@@ -211,7 +212,7 @@ def _bandwidth(threads: int = 1) -> float:
 
 
 def _rate(backend: str, threads: int = 1, *, integer: bool) -> float:
-    """Operations per second of a matrix product with a constant weight, the best of several sizes."""
+    """Measures operations per second of matrix multiplication by a constant weight; the best of several sizes."""
     return max(
         2.0 * rows * inner * columns / product_seconds(backend, rows, inner, columns, threads, integer=integer)
         for rows, inner, columns in SIZES
@@ -219,7 +220,7 @@ def _rate(backend: str, threads: int = 1, *, integer: bool) -> float:
 
 
 def product_seconds(backend: str, rows: int, inner: int, columns: int, threads: int = 1, *, integer: bool) -> float:
-    """The least time of one matrix product, in seconds."""
+    """Measures the least time of one matrix multiplication, in seconds."""
     rng = np.random.default_rng(0)
     if integer:
         second = rng.integers(-127, 128, (inner, columns), np.int8)
@@ -236,7 +237,7 @@ def _run_seconds(
     threads: int,
     before: Callable[[], object] = lambda: None,
 ) -> float:
-    """The least time of one run of a model: CPU time in one thread, wall time in several; ``before`` is not timed."""
+    """Measures a model's least run time: CPU time with one thread, else wall time; ``before`` is not timed."""
     with TemporaryDirectory(prefix="blip2edge-roofline-") as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(model)
@@ -252,7 +253,7 @@ def _least(
     clock: Callable[[], float] | None = None,
     before: Callable[[], object] = lambda: None,
 ) -> float:
-    """The least time of :data:`REPEATS` runs, after one that warms up; CPU time unless another clock is given."""
+    """Measures the least time of :data:`REPEATS` runs after a warm-up run; CPU time if no ``clock`` is given."""
     clock = clock or time.process_time
     compute()
     times = []
@@ -265,7 +266,7 @@ def _least(
 
 
 def product_graph(rows: int, second: Array) -> bytes:
-    """Makes an ONNX model of a matrix product ``c = a @ b``, with ``b`` stored in the model; returns its bytes.
+    """Makes an ONNX model of ``c = a @ b`` (matrices) with ``b`` stored in the model; returns the model's bytes.
 
     Args:
         rows: Number of rows of the input ``a``, float32 ``[rows, inner]``.
@@ -287,7 +288,7 @@ def product_graph(rows: int, second: Array) -> bytes:
 
 
 def measure_available(own: str) -> tuple[Roofline | None, str]:
-    """Measures the roofline with the backend ``own``, or with another one for the CPU; returns both.
+    """Measures the roofline with the backend ``own`` or another CPU backend; returns roofline and backend name.
 
     Returns:
         None and an empty name if no such backend is installed.

@@ -1,4 +1,4 @@
-"""The decoder in CUDA kernels of our own. Not yet a backend: nothing here is reached by a command.
+"""The decoder in CUDA kernels of this project. Not yet a backend: no command uses this package.
 
 What exists: the kernels in ``kernels/`` (CUDA C++ that NVRTC compiles); the Python that names a kernel's template
 arguments and packs its parameters; the plan of a decoder's launches from its layout, behind the interface of the

@@ -89,7 +89,7 @@ def compile_kernels(kernels: Iterable[Kernel], capability: int) -> bytes:
 
 
 def _log(nvrtc: Any, program: Any) -> str:
-    """The first error of the compiler's log, in one line."""
+    """Returns the first error of the compiler's log, in one line."""
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
     log = bytearray(size)
     nvrtc.nvrtcGetProgramLog(program, log)

@@ -1,4 +1,4 @@
-"""Reads what the kernels of a cubin use: registers, stack and static shared memory.
+"""Reads from a cubin how many registers, and how much stack and static shared memory, its kernels use.
 
 A cubin is a 64-bit ELF file. The section ``.nv.info`` has records of a format, an attribute and a value; the attributes
 used here give a number for each kernel's symbol. ``.nv.shared.NAME`` is as large as a kernel's static shared memory.
@@ -23,7 +23,7 @@ SYMBOL_BYTES = 24
 
 @dataclass(frozen=True)
 class Usage:
-    """What a block or thread of a kernel uses.
+    """The registers and memory that a thread or a block of a kernel uses.
 
     Attributes:
         registers: Registers of a thread.
@@ -37,7 +37,7 @@ class Usage:
 
 
 def kernel_usage(cubin: bytes) -> dict[str, Usage]:
-    """Returns what each kernel of a cubin uses, by the kernel's name.
+    """Returns the registers and memory that each kernel of a cubin uses, by the kernel's name.
 
     Raises:
         BackendError: The file is no 64-bit ELF file with the sections of a cubin.
@@ -69,7 +69,7 @@ def _usage(cubin: bytes) -> dict[str, Usage]:
 
 
 def _sections(cubin: bytes) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the sections. One without bytes in the file has as many zeros."""
+    """Returns names and contents of the sections. A section without bytes in the file becomes zeros of its size."""
     (start,) = struct.unpack_from("<Q", cubin, 0x28)
     size, count, names_at = struct.unpack_from("<HHH", cubin, 0x3A)
     headers = [struct.unpack_from("<IIQQQQ", cubin, start + index * size) for index in range(count)]

@@ -1,6 +1,6 @@
-"""Greedy decoding on the GPU: a step chooses its token and reads that token's embedding for the next step.
+"""Greedy decoding on the GPU: each step chooses a token and copies the token's embedding for the next step.
 
-So all launches of a step have the same parameters in every step, and nothing in them waits for the host.
+So the kernel launches have the same parameters in every step, and no kernel waits for the host.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ FLOATS = {"F32": ("float", 32), "F16": ("__half", 16)}
 
 @dataclass(frozen=True)
 class TableOnDevice:
-    """The token table on the GPU, as the bundle stores it.
+    """The token embedding table on the GPU, in the format of the bundle.
 
     Attributes:
-        form: One of :data:`blip2edge.runtime.cuda.steps.TABLES`.
+        form: Format of the table, one of :data:`blip2edge.runtime.cuda.steps.TABLES`.
         bits: Bits of a value.
-        value: Type of the floats or scales.
+        value: C++ type of the floats or scales.
         address: Address of the values.
         scales: Address of the scales; 0 for floats.
-        block: Values of an embedding that share a scale; 0 for floats.
+        block: Number of neighbouring values of an embedding that share a scale; 0 for floats.
     """
 
     form: str
@@ -54,7 +54,7 @@ class TableOnDevice:
 
 
 def load_table(path: Path, tensor: str, device: KernelDevice) -> TableOnDevice:
-    """Copies a token table to the GPU.
+    """Copies a token embedding table to the GPU.
 
     Args:
         path: The safetensors file; :class:`blip2edge.bundle.token_table.TokenTable` has checked it.
@@ -86,15 +86,15 @@ def load_table(path: Path, tensor: str, device: KernelDevice) -> TableOnDevice:
 
 
 class KernelDecoder(InPlaceDecoder):
-    """A decoder in kernels, which can choose greedy tokens on the GPU.
+    """A decoder that runs as CUDA kernels and can choose greedy tokens on the GPU.
 
     Args:
         session: The decoder on the GPU.
-        spec: Inputs and outputs of the portable decoder graph.
-        cache: Names and sizes of that graph's key and value tensors.
-        table: The token table on the host.
+        spec: Inputs and outputs of the exported (not optimized) decoder graph.
+        cache: Names and sizes of the key and value tensors of the exported graph.
+        table: The token embedding table on the host.
         max_positions: The longest context, in tokens.
-        stored: The token table on the GPU.
+        stored: The token embedding table on the GPU.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class KernelState(InPlaceState):
 
     @property
     def gives_logprobs(self) -> bool:
-        """The kernels always compute log-probabilities; see :class:`GreedyState`."""
+        """Returns True: these kernels always output log-probabilities; see :class:`GreedyState`."""
         return True
 
     def greedy(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[GreedyStep, None, None]:
@@ -183,7 +183,7 @@ class KernelState(InPlaceState):
 
     @contextmanager
     def _marks(self, rules: Sequence[StepScores]) -> Iterator[_Marks]:
-        """Buffers of the choice for these rules; freed at the end."""
+        """Makes the buffers for choosing tokens by these rules; frees them at the end of the block."""
         kernels, rows = self._decoder.kernels, self.batch_size
         device, vocabulary = kernels.device, kernels.weights.layout.vocabulary
         cuts = max(1, min(-(-vocabulary // (THREADS * LOGITS_OF_A_THREAD)), 2 * device.multiprocessors))
@@ -206,7 +206,7 @@ class KernelState(InPlaceState):
 
 @dataclass(frozen=True)
 class _Marks:
-    """Addresses of the choice's buffers, in the order of ``ChooseArguments``."""
+    """Addresses of the buffers for choosing tokens, in the order of ``ChooseArguments``."""
 
     cuts: int
     seen: int

@@ -1,7 +1,7 @@
-"""A kernel as data: its template's arguments, the size of its block, and the structure that is its one parameter.
+"""A kernel as data: the template's arguments, the size of a thread block, and the structure that is its parameter.
 
-Kernels are templates (``kernels/*.cuh``). A module of CUDA C++ instantiates those that a decoder needs
-(:func:`module_source`), each under a name without mangling.
+Kernels are templates (``kernels/*.cuh``). :func:`module_source` makes a CUDA C++ module that instantiates the templates
+for one decoder; each instance has a plain (not mangled) name.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Kernel:
         file: The source that has the template, a file in :data:`KERNELS`.
         template: The template's name.
         values: The template's arguments, as C++.
-        arguments: The structure that the kernel takes; its name in C++ is the same.
+        arguments: The structure that is the kernel's parameter; it has the same name in C++.
         shared: Dynamic shared memory of a block, in bytes.
     """
 
@@ -41,11 +41,11 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        """Name of the kernel in a compiled module."""
+        """Returns the name of the kernel in a compiled module."""
         return "_".join((self.template, *(re.sub(r"\W", "", value).lower() for value in self.values)))
 
     def source(self) -> str:
-        """The kernel's definition in C++; the template is included before."""
+        """Returns the kernel's definition in C++; the file with the template must be included before."""
         values = f"<{', '.join(self.values)}>" if self.values else ""
         return (
             f'extern "C" __global__ void __launch_bounds__({THREADS}) {self.name}('
@@ -62,7 +62,8 @@ class Launch:
         grid: Blocks along x, y and z.
         arguments: The kernel's structure; addresses in it are those of the GPU.
         parts: Bytes that the kernel needs at ``arguments.parts``; launches of a stream may share them.
-        counters: Counters that it needs at ``arguments.arrived``, uint32, zero before and after.
+        counters: Number of uint32 counters that the kernel needs at ``arguments.arrived``; they are zero before and
+            after the launch.
     """
 
     kernel: Kernel
@@ -81,10 +82,10 @@ def module_source(kernels: Iterable[Kernel]) -> str:
 
 
 def pointers(*names: str) -> list[tuple[str, Any]]:
-    """Fields of a structure that are addresses."""
+    """Makes the fields of a structure that are addresses."""
     return [(name, ctypes.c_void_p) for name in names]
 
 
 def integers(*names: str) -> list[tuple[str, Any]]:
-    """Fields of a structure that are ``long long``."""
+    """Makes the fields of a structure that are ``long long``."""
     return [(name, ctypes.c_longlong) for name in names]

@@ -1,6 +1,6 @@
-"""What the kernels need to know of a decoder: its sizes, its norms, and where each weight lies in the bundle's files.
+"""Describes a decoder for the kernels: sizes, norms, and the place of each weight in the bundle's files.
 
-``optimization/decoder_layout.py`` reads it from the decoder's graph. A layer computes
+``optimization/decoder_layout.py`` makes this description from the decoder's graph. The formula of a layer is
 
     x = x + out(attention(query(n), key(n), value(n)))      n = attention_norm(x)
     x = x + down(f(n))                                      n = feed_forward_norm(x)
@@ -27,7 +27,7 @@ class Stored:
 
     Attributes:
         file: Name of the file.
-        offset: First byte.
+        offset: Position of the tensor's first byte in the file.
         dtype: A key of :data:`NUMPY`.
         shape: The tensor's shape.
     """
@@ -38,7 +38,7 @@ class Stored:
     shape: tuple[int, ...]
 
     def read(self, directory: Path) -> Array:
-        """Maps the values into memory; those of 4 bits are bytes ``[N / 2]``."""
+        """Maps the tensor's values into memory; 4-bit values are returned as bytes, two values in each byte."""
         count = int(np.prod(self.shape))
         shape = ((count + 1) // 2,) if self.dtype == "int4" else self.shape
         mapped: Array = np.memmap(directory / self.file, NUMPY[self.dtype], "r", self.offset, shape)
@@ -47,12 +47,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A weight ``[K, N]``, with a scale for each column of a block of rows if it is an integer.
+    """A weight matrix ``[K, N]``. Integer weights have a scale for each block of rows and each column.
 
     Attributes:
         weight: The values.
         scales: The scales, ``[K / block, N]``; None in floating point.
-        bias: ``[N]``; None for none.
+        bias: The bias ``[N]``; None without bias.
     """
 
     weight: Stored
@@ -61,7 +61,7 @@ class StoredMatrix:
 
     @property
     def block(self) -> int:
-        """Rows that share a scale; 0 in floating point."""
+        """Returns the number of rows that share a scale; 0 for floating-point weights."""
         return self.weight.shape[0] // self.scales.shape[0] if self.scales is not None else 0
 
 
@@ -77,7 +77,7 @@ class StoredNorm:
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """The weights of a layer; ``gate`` is None where ReLU is the activation."""
+    """The weights of a layer; ``gate`` is None if ReLU is the activation."""
 
     attention_norm: StoredNorm
     query: StoredMatrix
@@ -100,9 +100,9 @@ class DecoderLayout:
         kv_heads: G, heads of keys and values.
         head_dim: d, width of a head.
         scale: Factor on the attention scores.
-        window: How many slots a token attends to, itself included; 0 for all before it.
+        window: Number of last slots that a token attends to, its own slot included; 0 for all slots up to it.
         positions: Table of learned positions ``[P, D]``; None for rotary positions.
-        position_offset: Unused rows at the start of ``positions``.
+        position_offset: Number of unused rows at the start of ``positions``.
         rotation: float32 ``[positions, d]``, d / 2 cosines and d / 2 sines; None for learned positions.
         layers: The layers.
         final_norm: The norm before the head.
@@ -124,15 +124,15 @@ class DecoderLayout:
 
     @property
     def group(self) -> int:
-        """Query heads that share a head of keys and values."""
+        """Returns the number of query heads that share a head of keys and values."""
         return self.heads // self.kv_heads
 
     @property
     def inner(self) -> int:
-        """Width of the feed-forward."""
+        """Returns the width of the feed-forward layer."""
         return self.layers[0].up.weight.shape[1]
 
     @property
     def vocabulary(self) -> int:
-        """V, the number of tokens."""
+        """Returns V, the number of tokens in the vocabulary."""
         return self.head.weight.shape[1]

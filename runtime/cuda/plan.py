@@ -1,7 +1,8 @@
-"""The launches of one run of a decoder: B rows of S new tokens, with logits of K of them.
+"""Makes the kernel launches of one run of a decoder: B rows of S new tokens, with logits at K positions of a row.
 
-Addresses of buffers are fixed for a run's sizes, so the list of launches is too: it can be replayed, or captured as a
-CUDA graph. What changes from run to run lies in the buffers (embeddings, lengths, which positions get logits).
+The sizes of a run determine the addresses of its buffers and so the list of launches. The list can be replayed, or
+captured as a CUDA graph. Values that change from run to run are in the buffers (embeddings, lengths, positions that get
+logits).
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ class RunSizes:
     """Sizes of a run.
 
     Attributes:
-        rows: B.
+        rows: B, the number of rows.
         steps: S, new tokens of each row.
-        asked: K, positions of each row that get logits.
+        asked: K, the number of positions of each row that get logits.
         capacity: C, slots of a row of the cache.
     """
 
@@ -47,7 +48,7 @@ class RunSizes:
 
     @property
     def tokens(self) -> int:
-        """B * S."""
+        """Returns B * S, the number of new slots."""
         return self.rows * self.steps
 
 
@@ -57,9 +58,9 @@ class RunBuffers:
 
     Attributes:
         embeddings: fp32 ``[B, S, D]``, written by the host.
-        before: int32 ``[B]``, tokens of each row in the cache.
-        fresh: int32 ``[B]``, valid new tokens of each row.
-        chosen: int32 ``[B * K]``, positions that get logits, as rows of ``[B * S, D]``.
+        before: int32 ``[B]``, number of tokens that each row has in the cache.
+        fresh: int32 ``[B]``, number of valid new tokens of each row.
+        chosen: int32 ``[B * K]``, positions that get logits, as row numbers of ``x``.
         logits: fp32 ``[B * K, V]``.
         x: The residual stream, fp32 ``[B * S, D]``.
     """
@@ -125,8 +126,8 @@ def plan_run(
     Args:
         weights: The decoder's weights.
         sizes: Sizes of the run.
-        buffers: Its buffers.
-        cache: Keys and values.
+        buffers: Buffers of the run.
+        cache: Addresses of keys and values.
         multiprocessors: Number of the GPU's multiprocessors.
     """
     return list(_Planner(weights, sizes, buffers, cache, multiprocessors).launches())
@@ -137,7 +138,8 @@ def needed_kernels(weights: DecoderWeights, rows: Sequence[int] = (1, 2, 3, 4, 5
 
     Args:
         weights: The decoder's weights.
-        rows: Numbers of rows of the products: each number up to four has its own kernels, all others share theirs.
+        rows: Numbers of input rows of the matrix multiplications. Each number up to four has its own kernels; all
+            larger numbers share the same kernels.
     """
     nowhere = CacheAddresses([0] * len(weights.layers), [0] * len(weights.layers))
     buffers = RunBuffers(0, 0, 0, 0, 0, 0, 0, dict.fromkeys(("query", "key", "value"), 0), 0, (0, 0))
@@ -220,7 +222,7 @@ class _Planner:
         gated: int = 0,
         **given: object,
     ) -> Iterator[Launch]:
-        """Products of one input: a launch for each form of matrices that are neighbours."""
+        """Multiplies one input by several matrices; neighbouring matrices of the same format share a launch."""
         for _, same in groupby(parts, key=lambda part: part[0].form):
             group = list(same)
             product = group[0][0].product(rows, [matrix.width for matrix, _ in group], **given)

@@ -1,6 +1,6 @@
-"""Products with a weight of the bundle: the choice of a kernel, its grid and its parameter.
+"""Multiplies activations by weight matrices of the bundle: chooses the kernel, its grid and its parameter.
 
-``kernels/gemv.cuh`` describes the computation; ``gemm.cuh`` is that of more rows.
+``kernels/gemv.cuh`` describes the computation for a few rows, ``gemm.cuh`` for more rows.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ CHUNK = 16
 
 
 class Matrix(ctypes.Structure):
-    """``Matrix`` of ``gemv.cuh``."""
+    """The C++ structure ``Matrix`` of ``gemv.cuh``."""
 
     _fields_ = [*pointers("weight", "scales", "bias", "residual", "out"), *integers("width")]
 
 
 class GemvArguments(ctypes.Structure):
-    """``GemvArguments`` of ``gemv.cuh``."""
+    """The C++ structure ``GemvArguments`` of ``gemv.cuh``."""
 
     _fields_ = [
         ("matrices", Matrix * MOST_MATRICES),
@@ -44,16 +44,16 @@ class GemvArguments(ctypes.Structure):
 
 @dataclass(frozen=True)
 class RowProduct:
-    """The form of a product ``[M, K] x [K, N]``; products of one launch share it.
+    """Sizes and types of a matrix multiplication ``[M, K] x [K, N]``; all multiplications of a launch share them.
 
     Attributes:
         bits: Bits of a weight: 16 (fp16), 8 or 4.
-        rows: M.
-        depth: K.
-        widths: N of each matrix.
-        block: Rows of weights that share a scale; 0 for fp16.
-        scale: Type of the scales.
-        out: Type of the results.
+        rows: M, the number of input rows.
+        depth: K, the number of rows of each matrix.
+        widths: N, the number of columns, of each matrix.
+        block: Number of rows of a matrix that share a scale; 0 for fp16.
+        scale: C++ type of the scales.
+        out: C++ type of the results.
         swiglu: Whether the input is ``silu(x) * gated``.
         relu: Whether ReLU follows the bias.
     """
@@ -76,14 +76,15 @@ class RowProduct:
 
     @property
     def few(self) -> bool:
-        """Whether the kernel is that of a few rows."""
+        """Returns whether the kernel for a few rows is used."""
         return self.rows <= MOST_ROWS
 
     @property
     def load(self) -> int:
-        """Bytes of a load of weights: the largest that all rows of all matrices are aligned for.
+        """Returns the bytes of one load of weights: the largest size to which all rows of all matrices are aligned.
 
-        In four bits, three and four rows take eight bytes: sixteen would need more registers than a thread has.
+        With 4-bit weights and more than two input rows, a load has at most 8 bytes: 16 bytes would need more registers
+        than a thread has.
 
         Raises:
             ValueError: The width in four bits is odd, so that rows do not begin at a byte.
@@ -97,21 +98,21 @@ class RowProduct:
 
     @property
     def lanes(self) -> int:
-        """Lanes of a warp along the columns."""
+        """Returns the number of lanes of a warp along the columns."""
         return min(SEGMENT // self.load, WARP) if self.few else WARP
 
     @property
     def tile(self) -> int:
-        """Columns of a block."""
+        """Returns the number of columns of a thread block."""
         return self.lanes * self.load * 8 // self.bits if self.few else GEMM_COLUMNS
 
     @property
     def tiles(self) -> int:
-        """Blocks along the columns of the widest matrix."""
+        """Returns the number of thread blocks along the columns of the widest matrix."""
         return -(-max(self.widths) // self.tile)
 
     def splits(self, multiprocessors: int) -> int:
-        """Blocks along K: enough that every multiprocessor has two blocks, as long as each thread has a chunk.
+        """Returns the number of thread blocks along K: two for each multiprocessor, if K is large enough.
 
         Args:
             multiprocessors: Number of the GPU's multiprocessors.
@@ -123,12 +124,12 @@ class RowProduct:
         return max(1, min(most, wanted))
 
     def parts_bytes(self, splits: int) -> int:
-        """Size of the buffer for the sums of the blocks along K."""
+        """Returns the bytes of the buffer for the sums of the thread blocks along K."""
         return 4 * len(self.widths) * splits * self.rows * max(self.widths) if splits > 1 else 0
 
     @property
     def kernel(self) -> Kernel:
-        """The kernel for this form."""
+        """Returns the kernel for these sizes and types."""
         kinds = ("SWIGLU" if self.swiglu else "PLAIN", "RELU" if self.relu else "LINEAR")
         if self.few:
             sizes = (str(self.bits), str(self.rows), str(self.load))
@@ -147,7 +148,7 @@ class RowProduct:
             x: Address of the input, fp16 ``[M, K]``.
             parts: Address of :meth:`parts_bytes` bytes.
             arrived: Address of a counter, uint32, for each tile of each matrix; zeros.
-            splits: Blocks along K.
+            splits: Number of thread blocks along K.
             gated: Address of the second input of SwiGLU.
         """
         arguments = GemvArguments(

@@ -1,7 +1,7 @@
 """Runs a decoder's kernels behind the interface of an in-place KV cache (``runtime/decoding/kv/in_place.py``).
 
-So prompts of different lengths, batches, beams, drafts and rows that join a running batch are those of the other
-in-place decoders.
+So prompts of different lengths, batches, beam search, speculative decoding and continuous batching use the code of the
+other in-place decoders.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class KernelSession:
 
     Args:
         weights: The decoder's weights.
-        device: The GPU that has them.
+        device: The GPU that the weights are on.
     """
 
     input_names: tuple[str, ...] = ("inputs_embeds", "logits_indices", LENGTHS, TOTAL)
@@ -42,7 +42,7 @@ class KernelSession:
         return KernelBuffers(self)
 
     def buffers(self, sizes: RunSizes) -> RunBuffers:
-        """Returns the buffers of runs of these sizes, in the stream's memory."""
+        """Returns the buffers for runs of these sizes."""
         if sizes not in self._buffers:
             while len(self._buffers) >= KEPT_SIZES:
                 for address in self._buffers.pop(next(iter(self._buffers))).addresses:
@@ -69,7 +69,7 @@ class KernelBuffers:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Number of rows and of slots; see :class:`CacheBuffers`."""
+        """Returns the numbers of rows and slots; see :class:`CacheBuffers`."""
         return self._shape[0], self._shape[2]
 
     def resize(self, shape: Sequence[int], used: int) -> None:
@@ -118,7 +118,7 @@ class KernelBuffers:
             return device.read(buffers.logits, (rows, indices.shape[1], self._layout.vocabulary), np.float32)
 
     def addresses(self, first: int) -> CacheAddresses:
-        """Returns the addresses of keys and values from a row on."""
+        """Returns the addresses of each layer's keys and values, from row ``first`` on."""
         start = first * self._row_bytes(self._shape)
         places = [address + start for address in self._addresses]
         return CacheAddresses(places[0::2], places[1::2])

@@ -1,4 +1,4 @@
-"""The kernels of a decoder between its products: norm, attention, first input and choice of the token.
+"""The kernels of a decoder besides matrix multiplication: norm, attention, input of layer 1, choice of the token.
 
 The sources in ``kernels/`` describe the computations and the fields of the structures.
 """
@@ -21,13 +21,13 @@ BEST_BYTES = 16
 
 
 class NormArguments(ctypes.Structure):
-    """``NormArguments`` of ``norm.cuh``."""
+    """The C++ structure ``NormArguments`` of ``norm.cuh``."""
 
     _fields_ = [*pointers("x", "weight", "bias", "rows", "out"), *integers("width"), ("epsilon", ctypes.c_float)]
 
 
 class AttentionArguments(ctypes.Structure):
-    """``AttentionArguments`` of ``attention.cuh``."""
+    """The C++ structure ``AttentionArguments`` of ``attention.cuh``."""
 
     _fields_ = [
         *pointers("query", "key", "value", "keys", "values", "rotation", "before", "fresh", "out", "parts", "arrived"),
@@ -37,7 +37,7 @@ class AttentionArguments(ctypes.Structure):
 
 
 class EmbedArguments(ctypes.Structure):
-    """``EmbedArguments`` of ``embed.cuh``."""
+    """The C++ structure ``EmbedArguments`` of ``embed.cuh``."""
 
     _fields_ = [
         *pointers("embeddings", "positions", "before", "x"),
@@ -46,7 +46,7 @@ class EmbedArguments(ctypes.Structure):
 
 
 class ChooseArguments(ctypes.Structure):
-    """``ChooseArguments`` of ``choose.cuh``."""
+    """The C++ structure ``ChooseArguments`` of ``choose.cuh``."""
 
     _fields_ = [
         *pointers("logits", "seen", "penalty", "held", "held_steps", "before", "tokens", "logprobs"),
@@ -60,16 +60,16 @@ TABLES = ("FLOATS", "ROWS_OF_INTEGERS", "COLUMNS_OF_INTEGERS")
 
 
 def norm_kernel(kind: str) -> Kernel:
-    """The norm of rows; ``kind`` is one of :data:`NORMS`."""
+    """Returns the kernel that normalizes rows; ``kind`` is one of :data:`NORMS`."""
     return Kernel("norm.cuh", "norm", (kind,), NormArguments, 4 * WARPS)
 
 
 def attention_kernel(width: int, group: int) -> Kernel:
-    """Attention over the cache.
+    """Returns the kernel of attention over the cache.
 
     Args:
         width: d, width of a head.
-        group: Query heads that share a head of keys and values.
+        group: Number of query heads that share a head of keys and values.
 
     Raises:
         ValueError: There is no kernel for these sizes.
@@ -82,21 +82,21 @@ def attention_kernel(width: int, group: int) -> Kernel:
 
 
 def part_bytes(width: int, group: int) -> int:
-    """Size of the sums of a cut of the slots, for a head of keys and a token."""
+    """Returns the bytes of the partial sums of one range of slots, for one head of keys and one token."""
     return 4 * group * (width + 2)
 
 
 def embed_kernel(value: str) -> Kernel:
-    """The first layer's input, from embeddings of type ``value``: ``float`` or ``__half``."""
+    """Returns the kernel that makes the first layer's input; ``value`` is ``float`` or ``__half``."""
     return Kernel("embed.cuh", "embed", (value,), EmbedArguments, 0)
 
 
 def choose_kernel(table: str, bits: int, value: str) -> Kernel:
-    """The choice of the next token.
+    """Returns the kernel that chooses the next token.
 
     Args:
-        table: Form of the token table, one of :data:`TABLES`.
-        bits: Bits of an integer of the table; 16 or 32 for floats.
-        value: Type of the table's floats or scales.
+        table: Format of the token embedding table, one of :data:`TABLES`.
+        bits: Bits of one value of the table; 16 or 32 for floats.
+        value: C++ type of the table's floats or scales.
     """
     return Kernel("choose.cuh", "choose", (table, str(bits), value), ChooseArguments, BEST_BYTES * WARPS)

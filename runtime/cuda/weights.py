@@ -19,7 +19,7 @@ from blip2edge.runtime.cuda.products import RowProduct
 
 
 class KernelDevice(Protocol):
-    """Memory, copies and launches on one GPU, in one stream: each call sees the results of those before.
+    """Memory, copies and kernel launches on one GPU, in one stream: they run in the order of the calls.
 
     Attributes:
         multiprocessors: Number of the GPU's multiprocessors.
@@ -31,7 +31,7 @@ class KernelDevice(Protocol):
         """Allocates ``size`` bytes, filled with zeros; returns the address, a multiple of 256."""
 
     def free(self, address: int) -> None:
-        """Frees what :meth:`allocate` returned, after the launches so far."""
+        """Frees memory of :meth:`allocate`, after the launches so far are done."""
 
     def write(self, address: int, values: Array) -> None:
         """Copies an array to the GPU."""
@@ -48,14 +48,14 @@ class KernelDevice(Protocol):
 
 @dataclass(frozen=True)
 class MatrixWeights:
-    """A matrix ``[K, N]`` on the GPU; addresses are 0 for what there is not.
+    """A matrix ``[K, N]`` on the GPU; the address of a missing bias or missing scales is 0.
 
     Attributes:
         bits: Bits of a value: 16, 8 or 4.
-        depth: K.
-        width: N.
-        block: Rows that share a scale; 0 for fp16.
-        scale: Type of the scales.
+        depth: K, the number of rows.
+        width: N, the number of columns.
+        block: Number of rows that share a scale; 0 for fp16.
+        scale: C++ type of the scales.
         weight: Address of the values.
         scales: Address of the scales.
         bias: Address of the bias, fp32 ``[N]``.
@@ -72,17 +72,17 @@ class MatrixWeights:
 
     @property
     def form(self) -> tuple[int, int, str]:
-        """What matrices of one launch share, besides K."""
+        """Returns the properties that all matrices of one launch have in common, besides K."""
         return self.bits, self.block, self.scale
 
     def product(self, rows: int, widths: Sequence[int], **given: Any) -> RowProduct:
-        """The product of ``rows`` rows with matrices of this form and these widths."""
+        """Describes the multiplication of ``rows`` rows by matrices of this format and these widths."""
         return RowProduct(self.bits, rows, self.depth, tuple(widths), self.block, self.scale, **given)
 
 
 @dataclass(frozen=True)
 class NormWeights:
-    """A norm on the GPU; ``bias`` is 0 for none."""
+    """A norm on the GPU; ``bias`` is 0 without bias."""
 
     kind: str
     weight: int
@@ -110,8 +110,7 @@ class DecoderWeights:
     """All weights of a decoder on the GPU.
 
     Attributes:
-        layout: The decoder.
-        layers: The layers.
+        layout: Sizes of the decoder. layers: The layers.
         final_norm: The norm before the head.
         head: The head.
         positions: Address of the table of learned positions, fp32; 0 for none.
@@ -170,7 +169,7 @@ class _Loader:
         return address
 
     def floats(self, stored: Stored | None) -> int:
-        """A floating-point tensor in fp32."""
+        """Copies a floating-point tensor to the GPU in fp32; returns its address, 0 for None."""
         return 0 if stored is None else self.put(stored.read(self._directory).astype(np.float32))
 
     def norm(self, stored: StoredNorm) -> NormWeights:

@@ -1,4 +1,4 @@
-"""Checks who may use the server: API key, host names, pages of other origins (CORS), and headers for browsers."""
+"""Checks whether a request is allowed (API key, host names, origins of web pages); sets headers for browsers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Access:
     hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Checks the forms: a browser compares an origin letter by letter."""
+        """Checks how origins and host names are written: a browser compares an origin letter by letter."""
         for origin in self.origins:
             if origin not in ("*", "null") and not re.fullmatch(ORIGIN, origin):
                 raise UsageError(
@@ -67,7 +67,7 @@ class Access:
 
 
 class AccessControl:
-    """ASGI middleware that applies the rules; requests that break one are answered with an error in OpenAI's form.
+    """ASGI middleware that applies the rules; answers a request that breaks a rule with an error as OpenAI's API.
 
     Args:
         app: The application.
@@ -148,14 +148,14 @@ class AccessControl:
 def host_name(host: str) -> str:
     """Returns the name in a ``Host`` header, in lower case and without the port: ``[::1]:8000`` is ``::1``.
 
-    A malformed header gives an empty text.
+    Returns an empty text for a malformed header.
     """
     found = re.fullmatch(r"\[(.*)\](?::\d*)?|([^:]*)(?::\d*)?", host.strip())
     return "" if found is None else (found[1] or found[2] or "").lower()
 
 
 def content_security_policy(page: str) -> str:
-    """Makes the content security policy of a page: only its own inline scripts, and requests to this server only."""
+    """Makes a page's content security policy: it allows only the page's inline scripts and requests to this server."""
     hashes = [
         f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
         for script in re.findall(r"<script>(.*?)</script>", page, re.DOTALL)

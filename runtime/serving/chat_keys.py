@@ -28,8 +28,8 @@ class RequestError(UsageError):
     """A request that is refused.
 
     Args:
-        problem: As of :class:`UsageError`.
-        fix: As of :class:`UsageError`.
+        problem: As in :class:`UsageError`.
+        fix: As in :class:`UsageError`.
         field: The wrong key.
         code: ``error.code`` of the answer.
         status: HTTP status of the answer.
@@ -61,7 +61,7 @@ ERRORS: tuple[tuple[type[Exception], int, str, str], ...] = (
 
 
 def classified(error: Exception) -> tuple[int, str, str]:
-    """Status, ``type`` and ``code`` of an error."""
+    """Returns HTTP status, ``type`` and ``code`` of an error."""
     status, kind, code = next(row[1:] for row in ERRORS if isinstance(error, row[0]))
     if isinstance(error, RequestError):
         return error.status, "server_error" if error.status >= 500 else kind, error.code
@@ -69,11 +69,11 @@ def classified(error: Exception) -> tuple[int, str, str]:
 
 
 def error_json(error: Blip2EdgeError, names: Mapping[str, str] = {}) -> dict[str, Any]:
-    """An error as JSON.
+    """Makes the JSON object of an error.
 
     Args:
         error: The error; its text names options by their Python names.
-        names: The request's keys by those names, where they differ.
+        names: For each Python name that differs from the request's key, that key.
     """
     _, kind, code = classified(error)
     return {
@@ -96,12 +96,12 @@ class ChatKey:
 
     Attributes:
         name: The key.
-        meaning: For the table in ``docs/serving.md``.
-        option: The field of ``GenerationOptions`` that it sets; empty for none.
+        meaning: Description for the table in ``docs/serving.md``.
+        option: The field of ``GenerationOptions`` that the key sets; empty if it sets no field.
         values: The values that are accepted because they change nothing, or :data:`ANY_TEXT`. Empty for a key that is
-            read (``option`` is set, or ``is_read``), and for one that is always refused.
-        is_read: Whether ``openai_api`` reads it.
-        own: Whether it extends OpenAI's schema.
+            read (``option`` is set, or ``is_read``), and for a key that is always refused.
+        is_read: Whether ``openai_api`` reads the key.
+        own: Whether the key extends OpenAI's schema.
     """
 
     name: str
@@ -113,7 +113,7 @@ class ChatKey:
 
     @property
     def effect(self) -> str:
-        """``honored``, ``accepted: VALUES`` or ``refused``, for the table in the docs."""
+        """Returns ``honored``, ``accepted: VALUES`` or ``refused``, for the table in the docs."""
         if self.option or self.is_read:
             return "honored"
         if ANY_TEXT in self.values:
@@ -193,7 +193,7 @@ MIN_SEED = -(2**63)
 
 
 def is_same(value: Any, other: Any) -> bool:
-    """Whether two JSON values are equal; a boolean is no number."""
+    """Returns whether two JSON values are equal; a boolean never equals a number."""
     return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
 
 
@@ -255,7 +255,7 @@ def check_chat_keys(values: Mapping[str, Any], keys: Sequence[ChatKey] = KEYS) -
 
 
 def check_type(name: str, value: Any, kind: type, expected: str) -> None:
-    """Raises RequestError unless a value is None or of a type."""
+    """Raises RequestError unless a value is None or has the type ``kind``."""
     if value is not None and not isinstance(value, kind):
         raise RequestError(f"expected {name} to be {expected}, got {shown(value)}", field=name, code="invalid_type")
 
@@ -271,7 +271,7 @@ def check_seconds(value: Any) -> None:
 
 
 def generation_options(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The options that a request sets.
+    """Returns the options that a request sets.
 
     Returns:
         Fields of ``GenerationOptions``, whose ranges are not checked yet; and the request's key for each of them.

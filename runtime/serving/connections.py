@@ -1,6 +1,7 @@
-"""Connections of the server: a protocol for uvicorn with time limits, and a limit on their number.
+"""Connections of the server: a protocol for uvicorn with time limits and a limit on the number of connections.
 
-uvicorn's own protocol limits the idle time between two requests only. This one also limits the time of a header, closes
+uvicorn's own protocol limits only the idle time between two requests. The protocol here also limits the time of a
+header, closes
 the oldest waiting connection when there are too many, gives a client limited time to take its answer, and closes a
 connection whose body was not read to its end (an answer of 413 or 408).
 """
@@ -36,7 +37,7 @@ SPARE_FILES = 128 + 2 * MOST_LINGERING
 
 
 class ConnectionTable:
-    """All connections of a server, and those that wait for a request, in the order in which they began to wait.
+    """Lists all connections of a server; also the connections that wait for a request, longest wait first.
 
     Args:
         limits: The limits.
@@ -52,11 +53,11 @@ class ConnectionTable:
         self.handshakes: dict[asyncio.Transport, None] = {}
 
     def __len__(self) -> int:
-        """Number of open connections, TLS handshakes among them."""
+        """Returns the number of open connections, TLS handshakes included."""
         return len(self.open) + len(self.handshakes)
 
     def begin_handshake(self, transport: asyncio.Transport, done: asyncio.Future[None]) -> None:
-        """Counts a TLS handshake until it is done; above half the limit of connections, ends the oldest one."""
+        """Counts a TLS handshake until it is done; if too many are open, ends the oldest handshake."""
         self.handshakes[transport] = None
         done.add_done_callback(lambda _: self.handshakes.pop(transport, None))
         if len(self.handshakes) > most_handshakes(self.limits.connections):
@@ -67,7 +68,7 @@ class ConnectionTable:
             done.get_loop().call_soon(oldest.abort)
 
     def add(self, connection: GuardedProtocol) -> None:
-        """Adds a connection; above the limit, closes the oldest that waits, or this one if all others are busy."""
+        """Adds a connection; above the limit, closes the connection that waits longest (perhaps this connection)."""
         self.open.add(connection)
         self.waiting[connection] = None
         if len(self.open) > self.limits.connections:
@@ -81,7 +82,7 @@ class ConnectionTable:
         self.ending.pop(connection, None)
 
     def end(self, connection: GuardedProtocol) -> None:
-        """Bounds the number of connections that are closed and no longer counted, but have unsent data."""
+        """Notes a closed connection with unsent data; aborts the oldest such connection if there are too many."""
         self.refused.discard(connection)
         if connection not in self.open:
             self.ending[connection] = None
@@ -96,8 +97,8 @@ class GuardedProtocol(H11Protocol):
 
     Args:
         table: The table of connections.
-        *arguments: As uvicorn passes them.
-        **named: As uvicorn passes them.
+        *arguments: Arguments from uvicorn.
+        **named: Keyword arguments from uvicorn.
     """
 
     def __init__(self, table: ConnectionTable, *arguments: Any, **named: Any) -> None:
@@ -122,7 +123,7 @@ class GuardedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Reads a piece of a request; the time of its header begins with its first byte."""
+        """Handles a piece of a request; the time limit of a header starts with the header's first byte."""
         if self.transport.is_closing() or self in self._table.refused:
             return
         if self in self._table.waiting and not self._received:
@@ -131,7 +132,7 @@ class GuardedProtocol(H11Protocol):
         super().data_received(data)
 
     def handle_events(self) -> None:
-        """Handles what was read; a complete header ends the wait for a request."""
+        """Handles the received events; a complete header ends the wait for a request."""
         super().handle_events()
         cycle: Any = self.cycle  # None before the first request
         if cycle is not None and not isinstance(cycle.transport, GentleTransport):
@@ -200,7 +201,7 @@ class GuardedProtocol(H11Protocol):
         self.close_gently()
 
     def close_gently(self) -> None:
-        """Closes the connection; if the client is still sending, when it has read the answer or some time later.
+        """Closes the connection; if the client still sends, only after it has read the answer or after some time.
 
         Closing a connection with unread data at once would discard the answer (TCP reset).
         """
@@ -212,7 +213,7 @@ class GuardedProtocol(H11Protocol):
             self.end()
 
     def end(self) -> None:
-        """Closes the connection; a client that does not read unsent data in time loses it.
+        """Closes the connection; unsent data that the client does not read in time is dropped.
 
         asyncio keeps a closed connection until its data is sent, without a limit.
         """
@@ -246,10 +247,11 @@ class GuardedProtocol(H11Protocol):
 
 
 class GentleTransport:
-    """The transport of a connection that uvicorn uses while it answers a request.
+    """The transport that uvicorn uses while it answers a request; replaces the connection's own transport.
 
     Args:
-        connection: The connection; it is closed gently if its body is not read to its end.
+        connection: The connection; if its body is not read to its end, it is closed by
+            :meth:`GuardedProtocol.close_gently`.
     """
 
     def __init__(self, connection: GuardedProtocol) -> None:
@@ -289,7 +291,7 @@ class ServingLoop(asyncio.SelectorEventLoop):
     def _make_ssl_transport(
         self, rawsock: Any, protocol: Any, sslcontext: Any, waiter: Any = None, **named: Any
     ) -> asyncio.Transport:
-        """Begins a handshake; asyncio has no public call for it. The waiter is done at the end of each handshake."""
+        """Begins a handshake (asyncio has no public call for it). ``waiter`` is done when the handshake ends."""
         made: Any = super()
         transport: asyncio.Transport = made._make_ssl_transport(rawsock, protocol, sslcontext, waiter, **named)
         self._table.begin_handshake(transport, waiter)
@@ -297,12 +299,12 @@ class ServingLoop(asyncio.SelectorEventLoop):
 
 
 def most_handshakes(connections: int) -> int:
-    """Number of TLS handshakes that may be open besides so many connections."""
+    """Returns how many TLS handshakes may be open besides ``connections`` connections."""
     return max(1, connections // 2)
 
 
 def allow_files(connections: int) -> int:
-    """Raises this process's soft limit of open files to what connections need, up to the hard limit.
+    """Raises this process's soft limit of open files to the number that connections need, up to the hard limit.
 
     Returns:
         The number of connections that the limit allows, at most ``connections``.

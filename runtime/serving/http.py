@@ -79,11 +79,11 @@ class Server:
     Args:
         served: A loaded bundle, or the sources of several.
         load: Loads the one bundle again if its engine is broken; None: a broken engine stays broken.
-        max_batch, max_waiting: As of :class:`Scheduler`.
-        deadline: Time limit in seconds for a caption, if the request gives none; None for no limit.
+        max_batch, max_waiting: As in :class:`Scheduler`.
+        deadline: Time limit in seconds for a caption, if the request sets no limit; None for no limit.
         access: Rules of access; None allows all clients except web pages of other origins.
         limits: The largest request.
-        connections: Limits of bodies; those of connections are kept by ``connections.py``.
+        connections: Limits of bodies (``connections.py`` applies the limits of connections).
         backoff: Waits between attempts to load the engine again.
         log: Where the request log goes; None for nowhere.
     """
@@ -128,27 +128,27 @@ class Server:
 
     @property
     def model(self) -> str:
-        """Name of the first bundle."""
+        """Returns the name of the first bundle."""
         return next(iter(self.models)).name
 
     @property
     def engine(self) -> RestartingCaptioner:
-        """The engine of the first bundle that captions."""
+        """Returns the engine of the first bundle that captions."""
         return self.models.captioner(None).engine
 
     @property
     def captioner(self) -> Captioner:
-        """The captioner in use."""
+        """Returns the captioner in use."""
         return self.engine.captioner
 
     @property
     def scheduler(self) -> Scheduler:
-        """The scheduler in use."""
+        """Returns the scheduler in use."""
         return self.engine.scheduler
 
     @property
     def counts(self) -> dict[str, int]:
-        """Requests by their outcome."""
+        """Returns the numbers of requests by their outcome."""
         return self.metrics.counts
 
     def close(self) -> None:
@@ -295,11 +295,11 @@ class Server:
         find: Callable[[str | None], ServedCaptioner | ServedMatcher] | None,
         most: int | None = None,
     ) -> bytes:
-        """The body; it is not read if the only bundle that may answer has no room, or cannot answer.
+        """Reads the body. It is not read if the only bundle that may answer has no room or cannot answer.
 
         Args:
             request: The request.
-            find: Finds the bundle that answers, by its name; None for a request that needs none.
+            find: Finds the bundle that answers, by its name; None for a request that needs no bundle.
             most: Largest number of bytes; None for the limit of pictures.
         """
         name = request.query_params.get("model")
@@ -322,7 +322,7 @@ class Server:
         answer: Answer,
         names: Mapping[str, str],
     ) -> AsyncGenerator[dict[str, Any]]:
-        """The chunks of a streamed answer. A late error is an object as well, and the last one."""
+        """Yields the chunks of a streamed answer. An error after the first chunk is sent as the last object."""
         async with client:
             submit()
             piece = await client.next()
@@ -386,7 +386,7 @@ class Server:
 
 
 def _check_json(request: HttpRequest, fix: str) -> None:
-    """Raises RequestError if the body's type is that of a form or a file."""
+    """Raises RequestError if the content type of the body is that of a form or a file."""
     kind = media_type(request.headers)
     if kind == FORM_TYPE or kind.startswith(("image/", "audio/", "video/")):
         raise RequestError(

@@ -1,4 +1,4 @@
-"""JSON bodies of requests, of bounded size, with the pictures in them (data URLs); and parts of answers."""
+"""Parses JSON bodies of bounded size and pictures in them (data URLs); makes JSON objects for answers."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _STRUCTURE = re.compile(r'["\[\]{},:]')
 
 
 def json_object(body: bytes, limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
-    """A body's JSON object.
+    """Parses a body as a JSON object.
 
     Args:
         body: UTF-8, or another encoding that ``json.loads`` recognizes.
         limits: The deepest nesting, and the largest number of keys and values.
 
     Raises:
-        RequestError: It is none, exceeds a limit, or a key is in it twice.
+        RequestError: The body is no JSON object, exceeds a limit, or contains a key twice.
     """
     try:
         text = body.decode(json.detect_encoding(body))
@@ -52,7 +52,7 @@ def check_structure(text: str, depth: int, nodes: int) -> None:
     search for quotes in long strings, which runs in C.
 
     Args:
-        text: The JSON text; other texts pass, or are refused as well.
+        text: The JSON text. It is not checked whether the text is valid JSON.
         depth: The deepest nesting of lists and objects.
         nodes: The largest number of nodes.
 
@@ -77,7 +77,7 @@ def check_structure(text: str, depth: int, nodes: int) -> None:
 
 
 def _string_end(text: str, start: int, most: int) -> tuple[int, int]:
-    """The index after a string's closing quote, or of the text's end, and how many escaped quotes come before it."""
+    """Returns the index after a string's closing quote (or of the text's end), and the number of escaped quotes."""
     at, escaped = start, 0
     while escaped <= most:
         quote = text.find('"', at)
@@ -91,7 +91,7 @@ def _string_end(text: str, start: int, most: int) -> tuple[int, int]:
 
 
 def picture_bytes(url: Any, field: str) -> bytes:
-    """The file in a data URL (RFC 2397), read as browsers do (https://fetch.spec.whatwg.org/#data-urls).
+    """Returns the file in a data URL (RFC 2397), read as in browsers (https://fetch.spec.whatwg.org/#data-urls).
 
     Scheme and ``base64`` may be in upper case; media type and parameters may be left out or be any; the data may be
     percent-encoded, with or without base64; base64 may contain white space and lack its padding.
@@ -101,7 +101,7 @@ def picture_bytes(url: Any, field: str) -> bytes:
         field: The request's key, for errors.
 
     Raises:
-        RequestError: It is another kind of URL, or its base64 is broken.
+        RequestError: The URL is no data URL, or its base64 is broken.
     """
     text = url.strip() if isinstance(url, str) else ""
     head, comma, data = text.partition(",")
@@ -129,7 +129,7 @@ def picture_bytes(url: Any, field: str) -> bytes:
 
 
 def usage(result: CaptionResult) -> dict[str, int]:
-    """Counts of tokens; visual tokens are tokens of the prompt, and the decoder's start token is not counted."""
+    """Returns token counts; visual tokens count as prompt tokens, the decoder's start token is not counted."""
     return {
         "prompt_tokens": result.prompt_tokens,
         "completion_tokens": result.new_tokens,
@@ -138,7 +138,7 @@ def usage(result: CaptionResult) -> dict[str, int]:
 
 
 def about(result: CaptionResult) -> dict[str, Any]:
-    """How sure the answer is: log-probability, confidence, and whether the text is empty because it is not sure."""
+    """Returns log-probability and confidence, and whether the text is empty because of low confidence."""
     return {
         "logprob": round(result.logprob, DIGITS),
         "confidence": result.confidence,
@@ -147,7 +147,7 @@ def about(result: CaptionResult) -> dict[str, Any]:
 
 
 def logprobs_json(tokens: Sequence[TextToken]) -> dict[str, Any]:
-    """OpenAI's object of a choice's log-probabilities."""
+    """Makes OpenAI's ``logprobs`` object of a choice."""
 
     def one(text: str, logprob: float) -> dict[str, Any]:
         return {"token": text, "logprob": round(logprob, DIGITS), "bytes": list(text.encode("utf-8", "replace"))}

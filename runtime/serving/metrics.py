@@ -1,6 +1,6 @@
 """The metrics of the server in the Prometheus format: counters, loads and histograms.
 
-A server of several bundles adds the label ``model`` to what is counted for each of them.
+A server of several bundles adds the label ``model`` to the metrics of each bundle.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class Distribution:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, value: float, *labels: str) -> None:
-        """Counts a value, with the values of the labels."""
+        """Adds a value to the histogram; ``labels`` are the values of the labels."""
         with self._lock:
             counts, total = self._values.setdefault(labels, ([0] * (len(self.bounds) + 1), [0.0]))
             counts[bisect_left(self.bounds, value)] += 1
             total[0] += value
 
     def family(self) -> HistogramMetricFamily:
-        """The histogram, as ``prometheus_client`` reads it."""
+        """Returns the histogram as an object of ``prometheus_client``."""
         made = HistogramMetricFamily(self.name, self.text, labels=self.labels)
         with self._lock:
             copied = {labels: (list(counts), total[0]) for labels, (counts, total) in self._values.items()}
@@ -63,17 +63,18 @@ OUTCOMES = ("done", "failed", "refused", "cancelled")
 
 
 class ModelMetrics:
-    """What is counted for one bundle.
+    """The metrics of one bundle.
 
     Args:
-        shared: The metrics of the server, which have the histograms.
+        shared: The metrics of the server, which contain the histograms.
         model: Value of the label ``model``; None for a server of one bundle, whose metrics lack that label.
         load: Returns the requests in each queue.
         restarts: Returns how often the engine was loaded again.
 
     Attributes:
-        counts: Requests by their outcome; those of the server where it has one bundle.
-        tokens: Generated tokens.
+        counts: Numbers of requests by their outcome; if the server has one bundle, the same object as
+            ``Metrics.counts``.
+        tokens: Number of generated tokens.
         stage_ms: Milliseconds by stage.
     """
 
@@ -114,14 +115,15 @@ class Metrics(Collector):
     """All metrics of a server.
 
     Args:
-        bodies: Returns the bytes of the bodies of open requests.
+        bodies: Returns the total bytes of the bodies of open requests.
         several: Whether the server has several bundles.
 
     Attributes:
-        counts: Requests by their outcome; with several bundles, those that were refused before one was chosen.
+        counts: Numbers of requests by their outcome; with several bundles, only of requests that were refused before a
+            bundle was chosen.
         models: The metrics of each bundle.
-        closed: Connections that the server closed, by the reason.
-        open: Returns the number of open connections; set by the server of connections.
+        closed: Number of connections that the server closed, by the reason.
+        open: Returns the number of open connections; the code that serves connections sets it.
         queue, stages, first, lengths, rows: Histograms of all bundles.
     """
 
@@ -144,7 +146,7 @@ class Metrics(Collector):
         self._registry.register(self)
 
     def text(self, accept: str) -> tuple[bytes, str]:
-        """The metrics in the format that an ``Accept`` header asks for, and its content type."""
+        """Returns the metrics in the format that an ``Accept`` header names, and the content type."""
         encode, kind = choose_encoder(accept)
         return encode(self._registry), kind
 
@@ -157,7 +159,7 @@ class Metrics(Collector):
         self.closed[reason] = self.closed.get(reason, 0) + 1
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics, as ``prometheus_client`` reads them."""
+        """Yields the metrics as objects of ``prometheus_client``."""
         models, tail = self.models, self._tail
         outcomes = [((name, *one.labels), n) for one in models for name, n in one.counts.items()]
         outcomes += [((name, ""), n) for name, n in self.counts.items()] if tail else []

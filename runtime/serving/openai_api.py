@@ -1,8 +1,8 @@
 """OpenAI's chat format for a captioner: parses requests, and writes completions and chunks.
 
-The keys of a request are in ``chat_keys.py``. A user message holds a picture as a ``data:`` URL (or several, where the
-model takes several), and an optional text, which is the prompt. A system message and earlier turns are accepted where
-the bundle's prompt has a place for them (``PromptSpec.turns``), and refused where not. Pictures given as ``http:`` URLs
+The keys of a request are in ``chat_keys.py``. A user message contains a picture as a ``data:`` URL (or several, if the
+model takes several), and an optional text, which is the prompt. A system message and earlier turns are accepted if the
+bundle's prompt has a place for them (``PromptSpec.turns``), else refused. Pictures given as ``http:`` URLs
 are refused, so that no client can make the server fetch an address (server-side request forgery).
 """
 
@@ -56,13 +56,13 @@ class ChatRequest:
 
     Attributes:
         images: Files of pictures, at least one.
-        prompt: The text, or the texts of a conversation; None for none.
+        prompt: The text, or the texts of a conversation; None without text.
         options: Fields of ``GenerationOptions``.
         stream: Whether tokens are sent as they are generated.
         deadline: Seconds for the answer (``deadline_s``); None for the server's default.
         include_usage: Whether a stream ends with a chunk of ``usage``.
         ask: Whether the prompt is a question for the bundle's template.
-        names: The request's key for each of its options, for errors.
+        names: For each option, the key of the request that set it; for error messages.
         model: Name of the bundle; None for the default.
         logprobs: Whether the answer has the log-probabilities of its tokens.
     """
@@ -81,24 +81,24 @@ class ChatRequest:
 
 @dataclass(frozen=True)
 class Message:
-    """A message: its role in the prompt, and its pictures (bytes) and texts in their order."""
+    """A chat message: its role in the prompt, and its pictures (bytes) and texts in their order."""
 
     role: str
     parts: tuple[str | bytes, ...]
 
     @property
     def texts(self) -> list[str]:
-        """Its texts that are not empty."""
+        """Returns the message's texts that are not empty."""
         return [part for part in self.parts if isinstance(part, str) and part]
 
     @property
     def text(self) -> str:
-        """Its texts, joined by spaces."""
+        """Returns the message's texts, joined by spaces."""
         return " ".join(self.texts)
 
     @property
     def pictures(self) -> list[bytes]:
-        """Its pictures."""
+        """Returns the message's pictures."""
         return [part for part in self.parts if isinstance(part, bytes)]
 
 
@@ -116,7 +116,8 @@ def read_request(body: bytes, spec: PromptSpec | SpecOf | None = None, limits: L
         limits: Limits of the JSON.
 
     Raises:
-        RequestError: It is no JSON object, has no picture, or has an unknown key or a value that cannot be honored.
+        RequestError: The body is no JSON object, has no picture, or has an unknown key or a value that cannot be
+            honored.
     """
     values = json_object(body, limits)
     check_chat_keys(values)
@@ -155,7 +156,7 @@ def read_request(body: bytes, spec: PromptSpec | SpecOf | None = None, limits: L
 
 
 def _stream_options(value: Any) -> bool:
-    """Whether ``usage`` is wanted at the end of a stream."""
+    """Checks ``stream_options``; returns whether ``usage`` is sent at the end of a stream."""
     check_type("stream_options", value, dict, "an object")
     for name, wanted in sorted((value or {}).items()):
         if name not in ("include_usage", "include_obfuscation"):
@@ -177,7 +178,7 @@ def _stream_options(value: Any) -> bool:
 
 
 def _messages(values: Any) -> list[Message]:
-    """The messages, without system messages that are empty."""
+    """Reads the messages; leaves out system messages that are empty."""
     if values is None:
         raise _wrong("expected messages, got none", code="missing_required_parameter")
     if not isinstance(values, list) or not all(isinstance(one, dict) for one in values):
@@ -231,7 +232,7 @@ def _part(part: Any, role: str, place: str) -> str | bytes:
 
 
 def _only(values: Mapping[str, Any], known: Sequence[str], place: str) -> None:
-    """Raises RequestError where an object has another key whose value is not null."""
+    """Raises RequestError if an object has an unknown key whose value is not null."""
     for name in sorted(values.keys() - set(known)):
         if values[name] is not None:
             raise _wrong(f"{place}.{name} is not supported", "leave it out", code="unsupported_parameter")
@@ -242,7 +243,7 @@ def _wrong(problem: str, fix: str | None = None, code: str = "invalid_value") ->
 
 
 def _arranged(messages: list[Message], spec: PromptSpec | None) -> tuple[tuple[bytes, ...], str | Dialog | None]:
-    """The pictures of a request, and its prompt."""
+    """Returns the pictures and the prompt of a request."""
     roles = [message.role for message in messages]
     if "user" not in roles:
         raise _wrong("expected a message of the role user, got none")
@@ -266,7 +267,7 @@ def _arranged(messages: list[Message], spec: PromptSpec | None) -> tuple[tuple[b
 
 
 def _check_places(roles: list[str], turns: Mapping[str, str]) -> None:
-    """Raises RequestError where the prompt has no place for a message."""
+    """Raises RequestError if the prompt has no place for a message."""
     if "system" in roles and "system" not in turns:
         raise _wrong(
             "this bundle's prompt has no place for a message of the role system or developer",
@@ -289,7 +290,7 @@ def _check_places(roles: list[str], turns: Mapping[str, str]) -> None:
 
 
 def _in_order(message: Message, spec: PromptSpec | None) -> str:
-    """The text of a lone message; several texts between pictures keep their places where the prompt has such places."""
+    """Returns the text of a single message. Texts between pictures stay there if the prompt is interleaved."""
     texts = message.texts
     marked = any(marker in text for marker in MARKERS for text in texts)
     if spec is None or spec.kind != INTERLEAVED or len(texts) < 2 or marked:
@@ -308,13 +309,13 @@ _REASONS = {"eos": "stop", "stop": "stop", "length": "length", ABSTAINED: "stop"
 
 @dataclass(frozen=True)
 class Answer:
-    """Makes the objects of an answer.
+    """Makes the JSON objects of an answer.
 
     Attributes:
         id: Id of the answer.
         created: Unix time in seconds.
         model: Name of the bundle.
-        include_usage: Whether the last chunk gives ``usage``; all others then have null there.
+        include_usage: Whether the last chunk has ``usage``; in all other chunks ``usage`` is then null.
         tokens: Finds the tokens of the text; None if the request asks for no log-probabilities.
     """
 
@@ -325,7 +326,7 @@ class Answer:
     tokens: TextTokens | None = None
 
     def completion(self, result: CaptionResult) -> dict[str, Any]:
-        """A complete answer; ``timings_ms`` and the keys of :func:`about` are added to OpenAI's keys."""
+        """Makes a complete answer; ``timings_ms`` and the keys of :func:`about` are added to OpenAI's keys."""
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": result.text, "refusal": None},
@@ -341,17 +342,17 @@ class Answer:
 
     @classmethod
     def to(cls, wanted: ChatRequest, model: str, tokenizer: Tokenizer) -> Answer:
-        """Begins the answer of the bundle ``model`` to a request."""
+        """Makes the object for the answer of the bundle ``model`` to a request."""
         tokens = TextTokens(tokenizer) if wanted.logprobs else None
         return cls(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model, wanted.include_usage, tokens)
 
     def chunk(self, piece: str, row: Generation | None = None, *, role: bool = False) -> dict[str, Any]:
-        """A piece of an answer.
+        """Makes a chunk with a piece of the answer.
 
         Args:
             piece: The text.
-            row: The tokens so far; None where they are known at the end only.
-            role: Whether it is the first chunk, which has the role and no text.
+            row: The tokens so far; None if the tokens are known only at the end.
+            role: Whether this is the first chunk, which has the role and no text.
         """
         logprobs = None
         if self.tokens is not None and not role:
@@ -362,20 +363,20 @@ class Answer:
         return self._chunk([choice], None)
 
     def last_chunk(self, result: CaptionResult) -> dict[str, Any]:
-        """The chunk with the finish reason; it has the keys of :func:`about`, and tokens that no other chunk has."""
+        """Makes the chunk with finish reason, the keys of :func:`about`, and the tokens that no other chunk has."""
         reason = _REASONS[result.finish_reason]
         choice = {"index": 0, "delta": {}, "logprobs": self._logprobs(result, ""), "finish_reason": reason}
         return {**self._chunk([choice], None), **about(result)}
 
     def _logprobs(self, result: CaptionResult, piece: str) -> dict[str, Any] | None:
-        """The tokens of the last piece; None if the request does not ask for them."""
+        """Returns the tokens of the last piece; None if the request does not ask for log-probabilities."""
         if self.tokens is None:
             return None
         ids = result.tokens[len(result.tokens) - result.new_tokens :]
         return logprobs_json(self.tokens.rest(ids, result.token_logprobs, result.likeliest, piece))
 
     def usage_chunk(self, result: CaptionResult) -> dict[str, Any]:
-        """The chunk after the last piece, for ``stream_options.include_usage``; it has ``timings_ms`` as well."""
+        """Makes the chunk for ``stream_options.include_usage``, after all others; also with ``timings_ms``."""
         return {**self._chunk([], usage(result)), "timings_ms": result.timings_ms}
 
     def _chunk(self, choices: list[dict[str, Any]], counts: dict[str, int] | None) -> dict[str, Any]:

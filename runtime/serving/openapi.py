@@ -35,7 +35,7 @@ class Endpoint:
         method: ``GET`` (then ``HEAD`` as well) or ``POST``.
         path: Path of the route in the OpenAPI document.
         name: Name of the method of ``Server`` that answers, without its underscore, and the ``operationId``.
-        summary: What it does.
+        summary: What the route does.
         answers: Content types of an answer of status 200, and the name of the schema of each; empty for any text.
         errors: Statuses of errors, besides :data:`COMMON_ERRORS`.
         body: Name of the key for the text of a picture's request (``prompt``, ``question``, ``text``), ``chat``,
@@ -52,7 +52,7 @@ class Endpoint:
 
     @property
     def route(self) -> str:
-        """The path as Starlette writes it."""
+        """Returns the path in Starlette's notation."""
         return self.path.replace("{name}", "{name:path}")
 
 
@@ -127,7 +127,7 @@ _METHODS = {"GET", "HEAD", "POST", "OPTIONS"}
 
 
 def route_name(method: str, path: str) -> str:
-    """The route of a request for the metrics: a path of :data:`ENDPOINTS`, or ``other``."""
+    """Returns the name of a request's route for the metrics: a path of :data:`ENDPOINTS`, or ``other``."""
     if method not in _METHODS:
         return "other"
     if path in _PATHS:
@@ -136,7 +136,7 @@ def route_name(method: str, path: str) -> str:
 
 
 def option_schemas(limits: Limits) -> dict[str, Schema]:
-    """The schema of each option of generation; the ranges are those of ``GenerationOptions``."""
+    """Returns the schema of each generation option; the ranges are those of ``GenerationOptions``."""
     penalty: Schema = {"type": "number", "minimum": PENALTIES[0], "maximum": PENALTIES[1]}
     return {
         "max_new_tokens": {"type": "integer", "minimum": 1, "maximum": limits.new_tokens},
@@ -299,14 +299,14 @@ def _answer_schemas() -> dict[str, Schema]:
 
 
 def _list_schema(item: Schema, more: Mapping[str, Schema]) -> Schema:
-    """The schema of a list in OpenAI's form, with the name of the bundle."""
+    """Makes the schema of a list in OpenAI's format, with the name of the bundle."""
     kind: Schema = {"const": "list"}
     properties = {"object": kind, "data": {"type": "array", "items": item}, "model": {"type": "string"}, **more}
     return _object(properties, list(properties))
 
 
 def _form_names(endpoint: Endpoint) -> tuple[str, ...]:
-    """Options of a picture's request."""
+    """Returns the names of the options that a request with pictures may have."""
     return (endpoint.body, *(FORM_OPTIONS if endpoint.body != "text" else ()), "deadline_s", "model")
 
 
@@ -320,7 +320,7 @@ def _parameters(endpoint: Endpoint, options: Mapping[str, Schema]) -> list[Schem
 
 
 def _body(endpoint: Endpoint, options: Mapping[str, Schema]) -> Schema:
-    """The forms of a request's body, by their media types."""
+    """Returns the schemas of a request's body, by their media types."""
     if endpoint.body == "chat":
         parts = [{"type": "image_url", "image_url": {"url": EXAMPLE_URL}}, {"type": "text", "text": "a photo of"}]
         example = {"messages": [{"role": "user", "content": parts}], "max_tokens": 8}

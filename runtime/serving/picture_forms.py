@@ -1,4 +1,4 @@
-"""Pictures in requests: data URLs, and the three forms of ``POST /caption``, ``/ask`` and ``/match``.
+"""Reads pictures in requests: data URLs, and the three body formats of ``POST /caption``, ``/ask`` and ``/match``.
 
 - The body is a picture file; options are in the query.
 - ``multipart/form-data``: files named ``file`` or ``image``; options are fields of the form, or in the query.
@@ -39,7 +39,7 @@ _TEXT = re.compile(rb"(?!P[1-7]\s|#define|/\* XPM)[\t\n\r -~]+")
 
 
 def media_type(headers: Headers) -> str:
-    """A body's type in lower case, without parameters."""
+    """Returns a body's content type in lower case, without parameters."""
     return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
@@ -49,7 +49,7 @@ class CaptionRequest:
 
     Attributes:
         pictures: Files, at least one.
-        text: The prompt or the question; None where it is missing or empty.
+        text: The prompt or the question; None if it is missing or empty.
         options: Fields of ``GenerationOptions``.
         deadline: Seconds for the answer (``deadline_s``); None for the server's default.
         model: Name of the bundle; None for the default.
@@ -68,7 +68,7 @@ class MatchRequest:
 
     Attributes:
         pictures: Files, at least one.
-        texts: At least one.
+        texts: Texts to compare with the pictures, at least one.
         deadline: Seconds for the answer (``deadline_s``); None for the server's default.
         model: Name of the bundle; None for the default.
     """
@@ -82,17 +82,17 @@ class MatchRequest:
 def read_caption_request(
     body: bytes, headers: Headers, query: QueryParams, text: str, limits: Limits = DEFAULT_LIMITS
 ) -> CaptionRequest:
-    """Reads a request in one of the three forms; to be called in a thread that runs no event loop.
+    """Reads a request in one of the three body formats; call it in a thread that runs no event loop.
 
     Args:
         body: The body.
         headers: Headers of the request.
         query: Query of the URL.
-        text: ``prompt`` or ``question``.
+        text: Name of the key for the text: ``prompt`` or ``question``.
         limits: Limits of a JSON body.
 
     Raises:
-        RequestError: The body's type is another, there is no picture, or an option is unknown or given twice.
+        RequestError: The content type is not supported, there is no picture, or an option is unknown or given twice.
     """
     pictures, options = _read(body, headers, query, (text, *FORM_OPTIONS, "deadline_s", "model"), "stop", limits)
     prompt, deadline, model = (options.pop(name, None) for name in (text, "deadline_s", "model"))
@@ -106,7 +106,7 @@ def read_match_request(
     """Reads a request of ``/match``, as :func:`read_caption_request` does; ``text`` may be given several times.
 
     Raises:
-        RequestError: As there; or there is no text.
+        RequestError: As in :func:`read_caption_request`; or there is no text.
     """
     pictures, options = _read(body, headers, query, ("text", "deadline_s", "model"), "text", limits)
     texts: list[Any] = options.get("text", [])
@@ -125,7 +125,7 @@ def read_match_request(
 def _read(
     body: bytes, headers: Headers, query: QueryParams, known: tuple[str, ...], several: str, limits: Limits
 ) -> tuple[tuple[bytes, ...], dict[str, Any]]:
-    """The pictures and the options of a request; ``several`` is the option that may be given several times."""
+    """Returns pictures and options of a request; ``several`` is the option that may be given several times."""
     kind = media_type(headers)
     given = [(name, _value(name, value)) for name, value in query.multi_items()]
     pictures: list[bytes] = []
@@ -164,7 +164,7 @@ def _read(
 
 
 class _FormParser(MultiPartParser):
-    """Parses a form in memory; a form without its end is an error."""
+    """Parses a multipart form in memory; raises an error if the end of the form is missing."""
 
     spool_max_size = 1 << 40  # never to a file
     ended = False
@@ -185,7 +185,7 @@ class _FormParser(MultiPartParser):
 
 
 async def _read_form(body: bytes, headers: Headers, pictures: list[bytes], given: list[tuple[str, Any]]) -> None:
-    """Adds the files and the fields of a form."""
+    """Reads a multipart form: adds its files to ``pictures`` and its fields to ``given``."""
 
     async def content() -> AsyncGenerator[bytes, None]:
         yield body
@@ -215,7 +215,7 @@ async def _read_form(body: bytes, headers: Headers, pictures: list[bytes], given
 
 
 def _written_picture(text: str, name: str) -> bytes:
-    """The picture of a form's field that is no file."""
+    """Reads the picture in a form's text field, which must be a data URL."""
     if text.lstrip()[:5].lower() != "data:":
         raise RequestError(
             f"expected {name} to be a file or a data URL, got the text {shown(text)}",
@@ -226,7 +226,7 @@ def _written_picture(text: str, name: str) -> bytes:
 
 
 def _value(name: str, text: str) -> Any:
-    """An option of a query or form: a number where it is one; None where it is empty."""
+    """Parses an option of a query or form as JSON; text that is no JSON stays text, and empty text becomes None."""
     if not text:
         return None
     if name in TEXT_OPTIONS:
@@ -239,7 +239,7 @@ def _value(name: str, text: str) -> Any:
 
 
 def _unique(given: list[tuple[str, Any]], known: tuple[str, ...], several: str) -> dict[str, Any]:
-    """The options; the values of the option ``several`` are collected in a list."""
+    """Returns the options by name; all values of the option ``several`` are in a list."""
     options: dict[str, Any] = {}
     for name, value in given:
         if name not in known:

@@ -1,4 +1,4 @@
-"""Bodies and clients of requests: bounded reading of a body, pieces of text for a client that may be gone, events."""
+"""Reads bodies of bounded size, passes pieces of text to a client that may be gone, and formats events."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class ClientGoneError(Exception):
 
 
 class BodyMemory:
-    """The memory for bodies, over all requests that are not answered.
+    """Limits the memory for the bodies of all requests that are not answered yet.
 
     Args:
-        most: Bytes.
+        most: Largest number of bytes.
 
     Attributes:
-        used: Bytes that are held.
+        used: Bytes in use.
     """
 
     def __init__(self, most: int) -> None:
@@ -40,7 +40,7 @@ class BodyMemory:
 
     @contextmanager
     def share(self) -> Iterator[BodyShare]:
-        """A request's share, which is given back at the end of the block."""
+        """Makes the share of a request; its bytes are released at the end of the ``with`` block."""
         share = BodyShare(self)
         try:
             yield share
@@ -49,16 +49,16 @@ class BodyMemory:
 
 
 class BodyShare:
-    """The bytes that one request holds."""
+    """Counts the bytes of one request's body in :class:`BodyMemory`."""
 
     def __init__(self, memory: BodyMemory) -> None:
         self._memory, self.bytes = memory, 0
 
     def add(self, count: int) -> None:
-        """Takes bytes.
+        """Adds ``count`` bytes to the request's share.
 
         Raises:
-            RequestError: Other requests hold too many (status 503).
+            RequestError: Together, all requests would use too many bytes (status 503).
         """
         if self._memory.used + count > self._memory.most:
             raise RequestError(
@@ -128,7 +128,7 @@ class WaitingClient(Generic[Submitted]):
     At the end of the ``async with`` block, its caption or call is canceled if it is not finished.
 
     Attributes:
-        pending: The caption or the call, once it is submitted.
+        pending: The caption or the call, after it is submitted.
     """
 
     pending: Submitted
@@ -139,12 +139,12 @@ class WaitingClient(Generic[Submitted]):
         self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
 
     async def __aenter__(self) -> WaitingClient[Submitted]:
-        """Begins to watch the connection."""
+        """Starts to watch whether the connection is closed."""
         self._gone = asyncio.ensure_future(self._disconnected())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Cancels what is pending, if it is not finished."""
+        """Cancels the client's caption or call, if it is not finished."""
         self._gone.cancel()
         if hasattr(self, "pending"):
             self.pending.cancel()
@@ -154,14 +154,14 @@ class WaitingClient(Generic[Submitted]):
             pass
 
     def put(self, piece: str | None) -> None:
-        """Adds a piece of the text for the client; None: it was the last one. Any thread may call it."""
+        """Adds a piece of the text for the client, or None after the last piece. Any thread may call it."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
     async def next(self) -> str | None:
-        """The next piece, or None after the last; raises ClientGoneError where the connection is closed.
+        """Returns the next piece, or None after the last; raises ClientGoneError if the connection is closed.
 
-        A deadline ends the wait when it passes, in whichever queue the request is.
+        The wait also ends when the request's deadline passes, in any queue.
         """
         piece = asyncio.ensure_future(self._pieces.get())
         try:
@@ -177,7 +177,7 @@ class WaitingClient(Generic[Submitted]):
             piece.cancel()
 
     def outcome(self) -> Any:
-        """The result of the finished caption or call; raises its error."""
+        """Returns the result of the finished caption or call; raises its error."""
         try:
             return self.pending.result(0)
         except CancelledError as error:  # the server is closing
@@ -185,7 +185,7 @@ class WaitingClient(Generic[Submitted]):
 
 
 async def event_lines(first: dict[str, Any], events: AsyncGenerator[dict[str, Any]]) -> AsyncIterator[str]:
-    """Server-sent events; ``[DONE]`` follows the last one, unless it is an error."""
+    """Formats server-sent events; ``[DONE]`` follows the last event, unless that event is an error."""
     event = first
     yield _line(event)
     async with aclosing(events):

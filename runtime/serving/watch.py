@@ -39,7 +39,7 @@ class WatchResult:
         reused: Whether the visual tokens or the caption of an earlier frame were reused.
         image: The frame's picture.
         seconds: Time of the frame: in a video file, or since the start of the watch.
-        step: What was done for the frame.
+        step: Which work was done for the frame: one of the steps of :class:`ReuseLadder`.
         audit: The audited frames so far, as :meth:`AuditMonitor.to_json` returns them; None unless ``reuse_below`` is
             ``auto``.
     """
@@ -85,7 +85,7 @@ class NewestFrame:
                 self._changed.notify()
 
     def get(self) -> tuple[Frame, float, int] | None:
-        """The newest frame, its arrival (``time.monotonic``) and the frames dropped before it; None at the end."""
+        """Returns the newest frame, its arrival (``time.monotonic``), the number of dropped frames; None at the end."""
         with self._changed:
             while self._latest is None and not self._ended:
                 self._changed.wait()
@@ -100,7 +100,8 @@ class NewestFrame:
     def close(self) -> None:
         """Stops the thread that reads the frames.
 
-        If the frames come from a :class:`Source`, it is closed and the thread stops at once. Otherwise the thread stops
+        If the frames come from a :class:`Source`, the source is closed and the thread stops at once. Otherwise the
+        thread stops
         when the next frame arrives.
         """
         with self._changed:
@@ -126,23 +127,24 @@ def watch(
     Args:
         captioner: A loaded bundle.
         frames: From :func:`open_source`; a :class:`Source` is closed at the end.
-        prompt: As ``Captioner.caption`` takes it.
+        prompt: As in ``Captioner.caption``.
         every: Whether to caption every frame in order and drop none. A :class:`Source` with ``is_queue`` implies it.
-        reuse_below: A frame that differs by less from the last encoded one is not encoded; 0 encodes every frame. See
+        reuse_below: A frame is not encoded if it differs by less than this from the last encoded frame; 0 encodes every
+            frame. See
             :class:`blip2edge.runtime.captioning.reuse.frames.ReusingEncoder`. ``auto``: thresholds are fitted to a
             stated rate of missed changes, and captions are reused too; see :class:`ReuseLadder`.
-        reuse: How ``auto`` fits; None for the defaults.
+        reuse: How ``auto`` fits its thresholds; None for the defaults.
         max_fps: Largest number of captions per second; 0 for no limit. A camera's frames in between are dropped.
         on_piece: Called with each piece of a text as it is generated, and with None at its end. With ``auto``, a text
             is one piece.
-        **options: As ``Captioner.caption`` takes them.
+        **options: As in ``Captioner.caption``.
 
     Yields:
         One result per captioned frame.
 
     Raises:
         DataError: The source failed, or a kept fit cannot be read.
-        UsageError: ``reuse_below`` is not a number from 0 to 1 or ``auto``; or as of :class:`ReuseLadder`.
+        UsageError: ``reuse_below`` is not a number from 0 to 1 or ``auto``; or as in :class:`ReuseLadder`.
     """
     generation = captioner.options(**options)
     captioner.generator.confidence.check(generation, prompt)
@@ -201,7 +203,7 @@ def _by_scheduler(
     on_piece: Callable[[str | None], None] | None,
     opened: ExitStack,
 ) -> CaptionFrame:
-    """A function that captions a frame with a scheduler, which is closed with the stack."""
+    """Makes a function that captions a frame with a scheduler; the scheduler is closed together with ``opened``."""
     encoder = captioner.reusing(reuse_below) if reuse_below else None
     scheduler = opened.enter_context(captioner.scheduler(max_batch=1, max_waiting=1, encoder=encoder))
 
@@ -215,7 +217,7 @@ def _by_scheduler(
 def _by_ladder(
     ladder: ReuseLadder, prompt: str | None, on_piece: Callable[[str | None], None] | None, image: Any
 ) -> tuple[CaptionResult, Step]:
-    """Captions a frame with a ladder."""
+    """Captions a frame with a :class:`ReuseLadder`."""
     result, step = ladder(image, prompt)
     if on_piece is not None:
         on_piece(result.text)
@@ -224,13 +226,13 @@ def _by_ladder(
 
 
 def _close(frames: NewestFrame | Iterator[Frame]) -> None:
-    """Ends the frames, if they can be ended."""
+    """Closes ``frames`` if it is a :class:`NewestFrame` or a :class:`Source`."""
     if isinstance(frames, (NewestFrame, Source)):
         frames.close()
 
 
 def _paced(frames: Iterator[Any], interval: float) -> Iterator[Any]:
-    """Takes one frame in `interval` seconds at most. It waits before it takes a frame, so that the frame is new."""
+    """Yields at most one frame in `interval` seconds. It waits before it takes a frame, so that the frame is new."""
     due = 0.0
     while True:
         time.sleep(max(0.0, due - time.monotonic()))

@@ -1,6 +1,6 @@
 """The backends ``tensorrt`` and ``rtx``: sessions and a decoder that run a bundle's engines.
 
-The code is tested with a simulation of CUDA and TensorRT that computes on the CPU. It was not run on a GPU yet.
+The code is tested with a simulation of CUDA and TensorRT on the CPU. It was not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class EngineOpener:
         """Loads a graph's engine.
 
         Raises:
-            EngineError: There is none, or TensorRT refuses it.
+            EngineError: There is no engine for this graph, or TensorRT cannot load it.
             BundleIntegrityError: The engine's file was changed.
         """
         record = self._set.record(graph)
@@ -102,7 +102,7 @@ class EngineOpener:
         return DecoderSession(self._device, engine, record, partial(self._engines, engine, record))
 
     def _engines(self, decoder: object, record: EngineRecord) -> Engines:
-        """The decoder's engine and the one that chooses its tokens; raises BackendError without a KV cache."""
+        """Opens the engine that chooses tokens; returns both engines. Raises BackendError without a KV cache."""
         cache = self._bundle.manifest.cache
         if cache is None:
             raise BackendError(
@@ -120,7 +120,7 @@ class EngineOpener:
 
 
 def _kernels(bundle: Bundle, engines: str) -> Path | None:
-    """The file of the compiled kernels of a folder of engines; None without a home directory."""
+    """Returns the path of the file that keeps the compiled kernels of these engines; None without a home directory."""
     try:
         return cache_directory() / KERNELS / f"{bundle.sha256[:16]}-{engines}.cache"
     except RuntimeError:
@@ -142,7 +142,7 @@ class DecoderSession(TrtSession):
         self._engines = engines
 
     def decoder(self, table: TokenTable) -> DeviceDecoder:
-        """Makes the decoder that runs on this engine; ``table`` is the bundle's token table."""
+        """Makes the decoder that runs on this engine; ``table`` is the bundle's token embedding table."""
         if self.closed:
             raise closed_graph()
         return DeviceDecoder(self._engines(), table)

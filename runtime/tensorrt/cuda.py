@@ -1,7 +1,7 @@
 """A thin layer over cuda-python: buffers, streams, events and graphs, with every status checked.
 
 A tensor that both host and GPU access is a :class:`Mirror`: pinned memory on the host and memory on the GPU, with
-copies between them. Where both share one memory (Jetson), it is a single pinned buffer with two addresses.
+copies between them. If host and GPU share one memory (Jetson), it is a single pinned buffer with two addresses.
 """
 
 from __future__ import annotations
@@ -188,8 +188,8 @@ class Mirror:
         cuda: The CUDA runtime.
         shape: The largest shape of the tensor.
         dtype: dtype of the elements.
-        on_device: Whether the GPU has a buffer of its own even where both share one memory. The GPU does not cache
-            pinned memory of the host, so it should not read large tensors there in every step.
+        on_device: Whether the GPU gets its own buffer even if host and GPU share one memory. Pinned memory of the host
+            is not cached on the GPU, so large tensors that the GPU reads in every step should not be there.
 
     Attributes:
         address: Address of the buffer on the GPU.
@@ -224,7 +224,7 @@ class Mirror:
         return self._host[:count].reshape(shape)
 
     def holds(self, shape: Sequence[int]) -> bool:
-        """Whether a tensor of this shape fits into the buffer."""
+        """Returns whether a tensor of this shape fits into the buffer."""
         return math.prod(shape) <= self._count
 
     def put(self, values: Array, stream: int) -> None:

@@ -1,13 +1,13 @@
 """Runs the decoder on a GPU: KV cache, decode steps as CUDA graphs, and greedy decoding on the GPU.
 
-A workspace holds the buffers of a batch of B rows, at addresses that never change, and their contexts. A decode step is
-captured once as a CUDA graph, which runs the decoder, chooses the token and reads its row of the token table, and is
-then launched as a whole. There are two forms of the decoder's engine:
+A workspace has the buffers of a batch of B rows, at addresses that never change, and the execution contexts. A decode
+step (run the decoder, choose the token, copy the token's embedding) is captured once as a CUDA graph, which is then
+launched as a whole. There are two versions of the decoder's engine:
 
-- Constant shapes: keys, values and the small tensors have two buffers each. A step reads one and writes the other, so
-  there are two graphs, from the first buffer to the second and back.
+- Constant shapes: keys, values and the small tensors have two buffers each. A step reads one buffer and writes the
+other buffer, so there are two graphs: from the first buffer to the second, and back.
 - Updated in place: keys and values have one buffer, which is input and output of the decoder. The small tensors have
-  two; the graph ends with a copy of the second to the first, so there is one graph.
+two buffers; the graph ends with a copy from the second buffer to the first, so there is one graph.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class DeviceCache:
             space.cross[name].put(values, self.lane.stream)
 
     def _copy_row(self, row: int, old: Workspace, source: int, origin: int) -> None:
-        """Copies a row of another workspace into this one's half, all layers at once."""
+        """Copies a row of another workspace into this workspace's current half, all layers at once."""
         space = self.workspace
         self.cuda.copy_rows(
             space.halves[self.half].address + row * space.row_bytes,
@@ -162,13 +162,13 @@ class DeviceState(FixedState):
 
     @property
     def gives_logprobs(self) -> bool:
-        """Whether the step engine computes log-probabilities; see :class:`GreedyState`."""
+        """Returns whether the step engine outputs log-probabilities; see :class:`GreedyState`."""
         return self.cache.engines.gives_logprobs
 
     def greedy(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[GreedyStep, None, None]:
         """Yields the likeliest next tokens ``[B]`` and their log-probabilities ``[B]`` step by step.
 
-        The next step already runs on the GPU meanwhile.
+        While the caller uses a token, the next step already runs on the GPU.
 
         A step is launched before the previous token is read. When the caller stops, the state holds all tokens except
         the last ones that were yielded, as after :meth:`step`.
@@ -215,7 +215,7 @@ class DeviceState(FixedState):
                 lane.synchronize()
 
     def _put_first(self, token_ids: NDArray[np.int64], scores: _RowScores) -> None:
-        """Copies the inputs of the first step to the GPU; every step computes those of the next."""
+        """Copies the inputs of the first step to the GPU. Each step computes the inputs of the next step there."""
         cache = self.cache
         values = self.inputs(self.decoder.embed(token_ids[:, None]), self.positions[:, None] + 1, 1)
         values[CACHE_POSITION] = self.decoder.cache_position(self.slot, self.batch_size)
@@ -227,7 +227,7 @@ class DeviceState(FixedState):
         self._rules = {name: array.shape for name, array in scores.arrays().items()}
 
     def _launch(self, number: int) -> None:
-        """Launches a step (decoder, choice of the token, its row of the table); copies its results to the host."""
+        """Launches a step (decoder, choice of the token, copy of its embedding); copies the results to the host."""
         cache, lane, cuda = self.cache, self.cache.lane, self.cache.cuda
         space, half = cache.workspace, cache.half
         if half in space.graphs:
@@ -294,7 +294,7 @@ class _RowScores:
             np.put_along_axis(self._seen, tokens[:, None], 1, axis=1)
 
     def arrays(self) -> dict[str, Array]:
-        """The inputs by name: ``seen`` and ``held`` float32 ``[B, V]``, ``penalty`` and ``held_steps`` ``[B, 1]``."""
+        """Returns the inputs by name: ``seen``, ``held`` float32 ``[B, V]``; ``penalty``, ``held_steps`` ``[B, 1]``."""
         return {"seen": self._seen, "penalty": self._penalty, "held": self._held, "held_steps": self._held_steps}
 
 
@@ -311,7 +311,7 @@ class DeviceDecoder(FixedDecoder):
 
     Args:
         engines: The two engines that decode.
-        table: The token table, for prompts and for decoding that is not greedy.
+        table: The token embedding table, for prompts and for decoding that is not greedy.
     """
 
     state_class = DeviceState

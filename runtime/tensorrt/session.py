@@ -33,8 +33,8 @@ class Target:
     """An edition of TensorRT.
 
     Attributes:
-        module: Name of its Python module.
-        builds_anywhere: Whether it can build engines without a GPU, for given compute capabilities.
+        module: Name of the edition's Python module.
+        builds_anywhere: Whether this edition can build engines without a GPU, for given compute capabilities.
     """
 
     module: str
@@ -81,7 +81,7 @@ def make_logger(trt: Any) -> tuple[Any, deque[str]]:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            """Called by TensorRT; 0 is an internal error, 1 an error, 2 a warning."""
+            """Keeps a message; TensorRT calls it. Severity 0 is an internal error, 1 an error, 2 a warning."""
             if int(severity) <= int(trt.ILogger.WARNING):
                 messages.append(" ".join(message.split()))
 
@@ -89,13 +89,13 @@ def make_logger(trt: Any) -> tuple[Any, deque[str]]:
 
 
 class Lane:
-    """A stream, and the scratch memory of the engines that run on it one after the other.
+    """A CUDA stream, and the scratch memory of the engines that run in this stream one after the other.
 
     Args:
         cuda: The CUDA runtime.
 
     Attributes:
-        stream: The stream.
+        stream: The CUDA stream.
         lock: Held by the thread that adds work to the stream, or uses buffers that engines share.
     """
 
@@ -112,9 +112,9 @@ class Lane:
 
     @property
     def scratch(self) -> DeviceBuffer:
-        """Scratch memory of all execution contexts of the lane.
+        """Returns the scratch memory that all execution contexts of the lane share.
 
-        CUDA graphs hold the buffer's address, so a buffer that became too small is freed only by :meth:`close`.
+        CUDA graphs contain the buffer's address, so a buffer that became too small is freed only by :meth:`close`.
         """
         if not self._scratch or self._scratch[-1].size < self._most:
             self._scratch.append(DeviceBuffer(self.cuda, self._most))
@@ -156,7 +156,7 @@ class Device:
         self._compiled: Any = None
 
     def open(self, path: Path, *, host_code: bool = False) -> Any:
-        """Deserialises an engine, reading the file in pieces if this TensorRT can, otherwise from a mapped file.
+        """Deserialises an engine: from pieces of the file if this TensorRT can, else from a memory-mapped file.
 
         Args:
             path: The engine file.
@@ -210,7 +210,7 @@ class Device:
 
 
 def _reader(trt: Any, file: BinaryIO) -> Any:
-    """Makes TensorRT's stream reader of an open file."""
+    """Makes a TensorRT stream reader that reads an open file."""
     whence = {trt.SeekPosition.SET: 0, trt.SeekPosition.CUR: 1, trt.SeekPosition.END: 2}
 
     class Reader(trt.IStreamReaderV2):  # type: ignore[misc]  # known at run time only
@@ -224,7 +224,7 @@ def _reader(trt: Any, file: BinaryIO) -> Any:
             return file.read(min(num_bytes, PIECE))
 
         def seek(self, offset: int, where: Any) -> bool:
-            """Moves the position in the file; always True."""
+            """Moves the position in the file; always returns True."""
             file.seek(offset, whence[where])
             return True
 
@@ -236,7 +236,7 @@ class Context:
 
     Args:
         device: The device that the engine runs on.
-        lane: The lane that it runs in.
+        lane: The lane that the engine runs in.
         engine: The deserialised engine.
         record: The engine's record in ``engine.json``.
         profile: Name of the optimization profile.
@@ -275,9 +275,9 @@ class Context:
 
     @property
     def can_be_captured(self) -> bool:
-        """Whether a run of the engine can be captured in a CUDA graph.
+        """Returns whether a run of the engine can be captured in a CUDA graph.
 
-        TensorRT for RTX reports it. TensorRT has no such query; its engines can always be captured.
+        TensorRT for RTX has a query for this. TensorRT has no such query; its engines can always be captured.
         """
         check = getattr(self._context, "is_stream_capturable", None)
         return True if check is None else bool(check(self._lane.stream))
@@ -295,7 +295,7 @@ class Context:
 
 
 class TrtSession:
-    """An engine that takes and returns NumPy arrays; it follows the ``Session`` protocol of ``base.py``.
+    """Runs an engine on NumPy arrays; implements the ``Session`` protocol of ``base.py``.
 
     All calls share the session's buffers, so a call holds the lane's lock until its results are copied.
 
@@ -303,7 +303,7 @@ class TrtSession:
         device: The device that the engine runs on.
         engine: The deserialised engine.
         record: The engine's record in ``engine.json``.
-        lane: The lane that it runs in; None for the device's lane for encoding.
+        lane: The lane that the engine runs in; None for the device's lane for encoding.
     """
 
     def __init__(self, device: Device, engine: Any, record: EngineRecord, lane: Lane | None = None) -> None:
@@ -351,7 +351,7 @@ class TrtSession:
         self._mirrors.clear()
 
     def _mirror(self, tensor: TensorSpec, shape: tuple[int, ...]) -> Mirror:
-        """The tensor's buffer; a larger one replaces it if it is too small."""
+        """Returns the tensor's buffer; replaces it by a larger buffer if it is too small."""
         known = self._mirrors.get(tensor.name)
         if known is not None and known.holds(shape):
             return known

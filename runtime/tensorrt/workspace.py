@@ -38,7 +38,7 @@ class Engines:
         step_record: Record of the ``step`` engine.
         cache: The KV cache's tensors.
         capacity: C, positions of the KV cache.
-        idle: Idle workspaces, the least recently used first; at most :data:`MOST_IDLE`.
+        idle: Idle workspaces, the least recently used workspace first; at most :data:`MOST_IDLE`.
     """
 
     device: Device
@@ -52,21 +52,21 @@ class Engines:
 
     @property
     def in_place(self) -> bool:
-        """Whether the decoder updates its KV cache in place: ``past`` and ``present`` have one address."""
+        """Returns whether the KV cache is updated in place: then ``past`` and ``present`` have the same address."""
         return self.decoder_record.cache == IN_PLACE
 
     @property
     def gives_logprobs(self) -> bool:
-        """Whether the step engine computes the log-probabilities of the tokens that it chooses."""
+        """Returns whether the step engine outputs the log-probabilities of the chosen tokens."""
         return any(tensor.name == TOKEN_LOGPROBS for tensor in self.step_record.spec.outputs)
 
     @property
     def lane(self) -> Lane:
-        """The lane in which both engines run."""
+        """Returns the lane in which both engines run."""
         return self.device.decoding
 
     def tensors(self) -> dict[str, TensorSpec]:
-        """Inputs and outputs of both engines by name; a name that both have means the same tensor."""
+        """Returns inputs and outputs of both engines by name; the same name in both engines means the same tensor."""
         records = (self.decoder_record.spec, self.step_record.spec)
         return {tensor.name: tensor for spec in records for tensor in (*spec.inputs, *spec.outputs)}
 
@@ -151,7 +151,7 @@ class Workspace:
 
     @property
     def can_be_captured(self) -> bool:
-        """Whether a decode step can become a CUDA graph."""
+        """Returns whether a decode step can be captured as a CUDA graph."""
         return self.contexts["decode"].can_be_captured and self.choice.can_be_captured
 
     def after(self, half: int) -> int:
@@ -159,7 +159,7 @@ class Workspace:
         return (half + 1) % len(self.halves)
 
     def mirror(self, name: str, half: int, shape: tuple[int, ...]) -> Mirror:
-        """Returns the buffer of the small tensor ``name``; a larger one replaces it if ``shape`` does not fit.
+        """Returns the buffer of the small tensor ``name``; replaces it by a larger buffer if ``shape`` does not fit.
 
         ``half`` is one of the two halves, whose addresses never change, or :data:`WIDE`.
         """
@@ -185,7 +185,7 @@ class Workspace:
             context.bind(name, mirror.address, self.cross_shape(name))
 
     def cross_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the cross-attention input ``name`` for this batch."""
+        """Returns the shape of the cross-attention input ``name`` for this batch."""
         names = [tensor.name for tensor in self._engines.decoder_record.spec.inputs if is_cross(tensor.name)]
         length = self.key[1][names.index(name)]
         dims = self.tensors[name].dims
@@ -194,5 +194,5 @@ class Workspace:
 
 
 def is_cross(name: str) -> bool:
-    """Whether the decoder's input ``name`` belongs to its cross-attention."""
+    """Returns whether the decoder's input ``name`` belongs to its cross-attention."""
     return name.startswith("cross")

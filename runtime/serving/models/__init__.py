@@ -1,1 +1,1 @@
-"""The bundles of a server, and what a bundle for retrieval answers."""
+"""The bundles of a server, and the requests that a bundle for retrieval answers."""

@@ -1,10 +1,12 @@
 """``POST /v1/embeddings`` in OpenAI's format, and ``POST /match``: parses requests, computes and writes answers.
 
 OpenAI's schema has texts only. A picture is an object ``{"image": "data:image/...;base64,..."}`` in the list ``input``,
-as in the servers of other multimodal embeddings. Its vector and a text's are compared by the cosine.
+as in the servers of other multimodal embeddings. The vector of a picture and the vector of a text are compared by the
+cosine.
 
-A picture of BLIP-2 has K vectors, one for each query, and its cosine with a text is the largest of them. OpenAI's
-``embedding`` has no place for them, so they are sent as ``embeddings``, if ``return_multivector`` is true.
+A picture of BLIP-2 has K vectors, one for each query, and its cosine with a text is the largest cosine of these K
+vectors. OpenAI's ``embedding`` has a place for one vector only, so the K vectors are sent as ``embeddings``, if
+``return_multivector`` is true.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ class EmbeddingRequest:
 
 @dataclass(frozen=True)
 class Embedded:
-    """The vectors of an input, ``[F]`` or ``[K, F]`` float32, and its length in tokens; 0 for a picture."""
+    """The vectors of an input, ``[F]`` or ``[K, F]`` float32, and the input's length in tokens (0 for a picture)."""
 
     vectors: NDArray[np.float32]
     tokens: int
@@ -73,7 +75,7 @@ def read_embeddings(body: bytes, limits: Limits = DEFAULT_LIMITS) -> EmbeddingRe
     """Reads a request's JSON.
 
     Raises:
-        RequestError: It is no JSON object, has no input, has an unknown key or a value that cannot be honored, or
+        RequestError: The body is no JSON object, has no input, has an unknown key or a value that cannot be honored, or
             exceeds a limit.
         PromptError: The texts are too long.
     """
@@ -153,7 +155,7 @@ def embed_steps(matcher: Matcher, inputs: Sequence[str | bytes], batch_size: int
     Another thread may empty ``inputs`` to end the steps.
 
     Raises:
-        ImageError, PromptError: An input cannot be read; the error names it.
+        ImageError, PromptError: An input cannot be read; the error names the input.
     """
     first = 0
     while batch := inputs[first : first + batch_size]:
@@ -179,7 +181,7 @@ def _unless_error(result: Value | Blip2EdgeError) -> Value:
 
 
 def _of_input(index: int, compute: Callable[[Any], Value], argument: object) -> Value:
-    """Calls ``compute``; an error names the input."""
+    """Calls ``compute`` on an input; if it raises an error, adds the input's index to the error."""
     try:
         return compute(argument)
     except Blip2EdgeError as error:
@@ -202,7 +204,7 @@ def match_steps(
 
 
 def vectors_per_image(matcher: Matcher) -> int:
-    """Number of vectors that the matcher computes for a picture: K, or 1."""
+    """Returns the number of vectors that the matcher computes for a picture: K, or 1."""
     (features,) = matcher.bundle.manifest.graphs[IMAGE_FEATURES].spec.outputs
     queries = features.dims[1]
     return queries if isinstance(queries, int) else queries.max

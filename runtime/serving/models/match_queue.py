@@ -26,9 +26,9 @@ class MatchCall(Pending[list[Any]]):
     """A submitted call; its result is a list of all results of its steps.
 
     Attributes:
-        steps: Computes it, batch by batch; none after the call has ended.
-        inputs: The list of pictures and texts that the steps read. It is emptied when the call has ended, so that all
-            but those of the current step are freed at once.
+        steps: Generator that computes the call's results, batch by batch; no steps after the call has ended.
+        inputs: The list of pictures and texts that the steps use. It is emptied when the call has ended, so that all
+            inputs except those of the current step are freed at once.
         on_piece: Called with None when the call has ended.
         on_end: Called with the call when it has ended.
     """
@@ -55,12 +55,12 @@ class MatchQueue(Restarting[Matcher]):
 
     Args:
         matcher: A loaded bundle.
-        load, backoff: As of :class:`Restarting`.
+        load, backoff: As in :class:`Restarting`.
         max_waiting: Largest number of calls that wait.
-        graph_lock: Held during each step, where the graphs of several bundles run one at a time.
+        graph_lock: Held during each step, if the graphs of several bundles must run one at a time.
 
     Attributes:
-        matcher: The one in use; a new one after each restart.
+        matcher: The matcher in use; a new matcher after each restart.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class MatchQueue(Restarting[Matcher]):
         self._thread.start()
 
     def ready(self) -> MatchQueue:
-        """The queue itself.
+        """Returns the queue itself.
 
         Raises:
             EngineFaultError: The engine is broken, or is being loaded again.
@@ -90,7 +90,7 @@ class MatchQueue(Restarting[Matcher]):
         return self
 
     def check_room(self) -> None:
-        """Raises OverloadError if the queue is full: then the pictures need not be read."""
+        """Raises OverloadError if the queue is full; call it before pictures are read."""
         with self._changed:
             full = len(self._waiting) >= self._max_waiting
             # `over` ends expired calls, and so removes them
@@ -103,7 +103,7 @@ class MatchQueue(Restarting[Matcher]):
         """Adds a call.
 
         Args:
-            steps: Computes it, batch by batch; called by the queue's thread.
+            steps: Computes the call's results, batch by batch; the queue's thread runs it.
             inputs: The list of pictures and texts that the steps read; it is emptied when the call has ended.
             deadline: Seconds from now after which the call fails if it is not finished; None for no deadline.
             on_piece: Called with None when the call has ended.
@@ -124,7 +124,7 @@ class MatchQueue(Restarting[Matcher]):
 
     @property
     def load(self) -> dict[str, int]:
-        """Numbers of calls that are ``waiting`` and ``running``."""
+        """Returns the numbers of calls that are ``waiting`` and ``running``."""
         with self._changed:
             return {"waiting": len(self._waiting), "running": int(self._running is not None)}
 
@@ -137,7 +137,7 @@ class MatchQueue(Restarting[Matcher]):
         self._thread.join()
 
     def _remove(self, call: MatchCall) -> None:
-        """Removes a call that has ended, if it waits."""
+        """Removes a call that has ended from the queue, if the call still waits there."""
         with self._changed:
             if call in self._waiting:
                 self._waiting.remove(call)
@@ -164,7 +164,7 @@ class MatchQueue(Restarting[Matcher]):
             del call  # an error in it may hold the pictures
 
     def _computed(self, call: MatchCall) -> list[Any]:
-        """The results of a call; fewer if it was canceled or its deadline has passed."""
+        """Computes the results of a call; stops early if the call was canceled or its deadline has passed."""
         results: list[Any] = []
         steps = call.steps(self.matcher)
         while not call.over:
@@ -176,7 +176,7 @@ class MatchQueue(Restarting[Matcher]):
         return results
 
     def _failed(self, call: MatchCall, error: Exception) -> None:
-        """Fails a call. If a known good text fails too, the engine is broken, and the bundle is loaded again."""
+        """Fails a call. If a known good text fails too, the engine is broken, and a restart begins."""
         if not may_be_engine_fault(error) or (fault := self._fault()) is None:
             call.fail(error)
             return
@@ -191,7 +191,7 @@ class MatchQueue(Restarting[Matcher]):
             self._load_again(self._load, self.matcher)
 
     def _fault(self) -> Exception | None:
-        """The error of a text that every healthy engine embeds; None if there is no error."""
+        """Embeds a text that works on every healthy engine; returns the error, or None if there is no error."""
         try:
             self._check(self.matcher)
         except Exception as error:  # noqa: BLE001 - the engine may fail in any way

@@ -34,7 +34,7 @@ class ModelSource:
 
     Attributes:
         loaded: The loaded bundle.
-        load: Function that loads the bundle again after its engine broke. If None, it is not loaded again.
+        load: Function that loads the bundle again if its engine is broken. If None, the bundle is not loaded again.
         name: Name of the model in requests. If empty, the name of the bundle's directory is used.
     """
 
@@ -44,7 +44,7 @@ class ModelSource:
 
     @property
     def model(self) -> str:
-        """The name in requests."""
+        """Returns the model's name in requests."""
         return self.name or self.loaded.bundle.path.resolve().name
 
 
@@ -53,10 +53,10 @@ class Queueing:
     """How requests of each bundle wait.
 
     Attributes:
-        max_batch, max_waiting: As of :class:`Scheduler`.
-        deadline: Time limit in seconds for a request that gives none; None for no limit.
+        max_batch, max_waiting: As in :class:`Scheduler`.
+        deadline: Time limit in seconds for a request that sets no limit; None for no limit.
         limits: The largest request.
-        backoff: Waits between attempts to load an engine again.
+        backoff: The waiting times between attempts to load an engine again.
     """
 
     max_batch: int = 8
@@ -75,7 +75,7 @@ def load_served(
     require_signature: Path | None,
     queries: int | None = None,
 ) -> Loaded:
-    """Loads a bundle: as a captioner, or as a matcher if it is for retrieval; see :meth:`Captioner.load`.
+    """Loads a bundle as a captioner, or as a matcher if the bundle is for retrieval; see :meth:`Captioner.load`.
 
     ``queries`` is the number of visual tokens of each picture for requests that do not set it, of an elastic bundle.
 
@@ -102,9 +102,9 @@ class ServedModel:
 
     Attributes:
         name: Name of the model in requests.
-        engine: Queue of the model's requests; a new one after a fault.
-        metrics: What is counted for it.
-        captions: Whether it captions pictures.
+        engine: The queue of the model's requests with the loaded bundle.
+        metrics: The metrics of this bundle.
+        captions: Whether the bundle captions pictures.
     """
 
     captions = False
@@ -117,20 +117,20 @@ class ServedModel:
 
     @property
     def load(self) -> Mapping[str, int]:
-        """Requests in each queue."""
+        """Returns the number of requests in each queue."""
         raise NotImplementedError
 
     def described(self) -> dict[str, Any]:
-        """The object of ``/v1/models``."""
+        """Returns the object that describes the bundle in ``/v1/models``."""
         about = {"created": self._written, "owned_by": "blip2edge", "captions": self.captions}
         return {"id": self.name, "object": "model", **about}
 
     def health(self) -> dict[str, Any]:
-        """The object of ``/health``."""
+        """Returns the object of ``/health`` for this bundle."""
         return {"status": self.engine.state, "model": self.name, "load": self.load}
 
     def counted(self, pending: Pending[Any]) -> None:
-        """Counts a finished caption or call, which shows that the engine works."""
+        """Counts a finished caption or call, and resets the engine's count of faults."""
         if isinstance(pending, Request):
             self.metrics.add_caption(pending)
         else:
@@ -162,12 +162,12 @@ class ServedCaptioner(ServedModel):
 
     @property
     def captioner(self) -> Captioner:
-        """The captioner in use."""
+        """Returns the captioner in use."""
         return self.engine.captioner
 
     @property
     def load(self) -> Mapping[str, int]:
-        """Requests in each queue."""
+        """Returns the number of requests in each queue."""
         return self.engine.scheduler.load
 
     def submit(
@@ -181,8 +181,8 @@ class ServedCaptioner(ServedModel):
         """Submits a client's pictures.
 
         Raises:
-            EngineFaultError, OverloadError: It cannot be served now.
-            UsageError, PromptError: It exceeds a limit, or an option is outside its range.
+            EngineFaultError, OverloadError: The request cannot be served now.
+            UsageError, PromptError: The request exceeds a limit, or an option is outside its range.
         """
         scheduler = self.engine.ready()
         self._check_limits(pictures, prompt, options)
@@ -213,7 +213,7 @@ class ServedCaptioner(ServedModel):
             )
 
     def _limited(self, options: GenerationOptions) -> GenerationOptions:
-        """Limits the length that the bundle or ``min_new_tokens`` gives."""
+        """Reduces a length from the bundle or ``min_new_tokens`` to the server's limit; returns the options."""
         most = self.queueing.limits.new_tokens
         if options.max_new_tokens <= most:
             return options
@@ -221,7 +221,7 @@ class ServedCaptioner(ServedModel):
 
 
 class ServedMatcher(ServedModel):
-    """A bundle for retrieval: it compares pictures with texts, and embeds both."""
+    """A bundle for retrieval: compares pictures with texts, and embeds pictures and texts."""
 
     engine: MatchQueue
 
@@ -237,14 +237,14 @@ class ServedMatcher(ServedModel):
 
     @property
     def load(self) -> Mapping[str, int]:
-        """Requests in each queue."""
+        """Returns the number of requests in each queue."""
         return self.engine.load
 
     def submit(self, client: WaitingClient[MatchCall], steps: Steps, inputs: list[Any], deadline: float | None) -> None:
-        """Submits a client's call; ``inputs`` is the list that the steps read.
+        """Submits a client's call; ``inputs`` is the list of pictures and texts that ``steps`` uses.
 
         Raises:
-            EngineFaultError, OverloadError: It cannot be served now.
+            EngineFaultError, OverloadError: The request cannot be served now.
             UsageError: The deadline is outside its range.
         """
         client.pending = self.engine.ready().submit(
@@ -256,9 +256,9 @@ class ServedModels:
     """All bundles of a server.
 
     Args:
-        sources: At least one; their names differ.
-        queueing: How requests wait, at each bundle.
-        bodies: As of :class:`Metrics`.
+        sources: The bundles, at least one; their names must differ.
+        queueing: How requests of each bundle wait.
+        bodies: As in :class:`Metrics`.
 
     Attributes:
         metrics: Metrics of the server.
@@ -294,10 +294,10 @@ class ServedModels:
         return len(self._models)
 
     def by_name(self, name: str) -> ServedModel:
-        """The bundle of a name.
+        """Returns the bundle with this name.
 
         Raises:
-            RequestError: There is none (status 404).
+            RequestError: There is no such bundle (status 404).
         """
         if name not in self._models:
             has = "this server has one" if len(self) == 1 else "this server has"
@@ -311,13 +311,13 @@ class ServedModels:
         return self._models[name]
 
     def captioner(self, name: str | None) -> ServedCaptioner:
-        """The bundle that captions a request's pictures.
+        """Returns the bundle that captions a request's pictures.
 
         Args:
             name: Name of the model; None for the first bundle that captions. A server of one bundle accepts any name.
 
         Raises:
-            RequestError: There is no such bundle, or it captions no pictures.
+            RequestError: There is no such bundle, or the bundle captions no pictures.
         """
         model = self._chosen(name, ServedCaptioner)
         if isinstance(model, ServedCaptioner):
@@ -330,7 +330,7 @@ class ServedModels:
         )
 
     def matcher(self, name: str | None) -> ServedMatcher:
-        """The bundle that embeds a request's inputs; see :meth:`captioner`."""
+        """Returns the bundle that embeds a request's inputs; see :meth:`captioner`."""
         model = self._chosen(name, ServedMatcher)
         if isinstance(model, ServedMatcher):
             return model
@@ -349,7 +349,7 @@ class ServedModels:
         return first
 
     def health(self) -> dict[str, Any]:
-        """The object of ``/health``; ``models`` lists all bundles where there are several."""
+        """Returns the object of ``/health``; ``models`` lists all bundles if there are several."""
         each = [model.health() for model in self]
         if len(each) == 1:
             return each[0]
@@ -364,9 +364,9 @@ class ServedModels:
 
 
 def shared_lock(loaded: Sequence[Loaded]) -> FairLock | None:
-    """A lock that the bundles share if their graphs, all run at once, would use more threads than there are cores.
+    """Returns a lock for all bundles if their graphs, run at once, would use more threads than cores; else None.
 
-    A captioner encodes and decodes at once, in two threads; a matcher runs one graph.
+    A captioner runs up to two graphs at once (encoding and decoding threads); a matcher runs one graph.
     """
     threads = sum(one.graphs.host_threads * (2 if isinstance(one, Captioner) else 1) for one in loaded)
     return FairLock() if threads > cores() else None

@@ -1,1 +1,1 @@
-"""Where ``blip2edge watch`` reads frames from, and where it sends captions to."""
+"""The sources of frames of ``blip2edge watch``, and the receivers of its captions."""

@@ -20,8 +20,9 @@ FRAGMENTED = {"movflags": "frag_every_frame+empty_moov+default_base_moof", "flus
 class AnnotatedVideo(Sink):
     """Writes the captioned pictures with their captions into an MP4 file.
 
-    Each picture is shown until the next captioned one. Each frame is written to the file at once, so that the file can
-    be played after a crash as well. All pictures have the size of the first one, with even sides.
+    Each picture is shown until the next captioned picture. Each frame is written to the file at once, so that the file
+    can
+    be played after a crash as well. All pictures have the size of the first picture, with even height and width.
 
     Args:
         file: The file; it must not exist.
@@ -29,7 +30,7 @@ class AnnotatedVideo(Sink):
 
     Raises:
         OutputError: The file exists, or cannot be written.
-        UsageError: Its suffix is not ``.mp4``.
+        UsageError: The file's suffix is not ``.mp4``.
         BackendError: PyAV is not installed.
     """
 

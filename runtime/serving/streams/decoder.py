@@ -1,4 +1,4 @@
-"""Decodes the frames of a video with PyAV, and counts those that are damaged or missing."""
+"""Decodes the frames of a video with PyAV, and counts the frames that are damaged or missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MOST_FAILED = 250  # packets in a row that cannot be decoded before the stream c
 
 
 class Ending(threading.Event):
-    """Set when a source is to end; the thread that reads the source counts its faults here.
+    """An event that is set when a source must end; the thread that reads the source counts damaged frames here.
 
     Attributes:
         undecoded: Frames so far that could not be decoded, in whole or in part.
@@ -39,7 +39,7 @@ def decoded(container: Any, ending: Ending) -> Iterator[Any]:
 
     Raises:
         av.error.FFmpegError: The container cannot be read, or :data:`MOST_FAILED` packets in a row cannot be decoded.
-        IndexError: It has no video stream.
+        IndexError: The container has no video stream.
     """
     invalid = pyav().error.InvalidDataError
     stream = container.streams.video[0]
@@ -62,7 +62,7 @@ def decoded(container: Any, ending: Ending) -> Iterator[Any]:
 
 
 def _listed(container: Any, stream: Any) -> int:
-    """Number of frames that the file's header lists; 0 if it lists none.
+    """Returns the number of frames that the file's header lists; 0 if the header lists no number.
 
     The header of an MP4 or MOV also lists frames that its edit list leaves out, and its index finds every frame.
     """

@@ -1,4 +1,4 @@
-"""GStreamer pipelines: their text, and OpenCV as their reader where it is built with GStreamer."""
+"""GStreamer pipelines: parses their text, and reads them with OpenCV if it is built with GStreamer."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ APPSINK = re.compile(r"(\s*!\s*videoconvert[^!]*)?(\s*!\s*video/x-raw\s*,\s*form
 
 
 def pipeline_reader() -> Any:
-    """Returns OpenCV's module if it reads pipelines, or None if ``gst-launch-1.0`` runs them.
+    """Returns OpenCV's module if it can read pipelines, or None if ``gst-launch-1.0`` must run them.
 
     Raises:
-        BackendError: Neither is installed.
+        BackendError: Neither OpenCV with GStreamer nor ``gst-launch-1.0`` is installed.
     """
     cv2 = opencv()
     if cv2 is None and shutil.which("gst-launch-1.0") is None:
@@ -36,7 +36,7 @@ def pipeline_reader() -> Any:
 
 
 def opencv() -> Any:
-    """Returns OpenCV's module; None where it is not installed, or built without GStreamer, as PyPI's wheels are."""
+    """Returns OpenCV's module; None if it is not installed or built without GStreamer (as PyPI's wheels are)."""
     try:
         cv2 = importlib.import_module("cv2")
     except ImportError:
@@ -47,7 +47,8 @@ def opencv() -> Any:
 def opencv_pictures(cv2: Any, text: str, closed: threading.Event) -> Generator[tuple[float, Any], None, None]:
     """Yields the pictures that OpenCV reads from a pipeline, with the seconds since its start.
 
-    An end for OpenCV is added to a pipeline without one. The pictures are uint8 ``[H, W, 3]`` in RGB.
+    If the pipeline has no ``appsink`` element for OpenCV at its end, such an element is added. The pictures are uint8
+    ``[H, W, 3]`` in RGB.
     """
     end = "" if APPSINK.search(text) else " ! videoconvert ! video/x-raw,format=BGR ! appsink drop=true max-buffers=1"
     capture = cv2.VideoCapture(text + end, cv2.CAP_GSTREAMER)
@@ -65,7 +66,7 @@ def opencv_pictures(cv2: Any, text: str, closed: threading.Event) -> Generator[t
 
 
 def pipeline_words(pipeline: str) -> list[str]:
-    """Splits a pipeline into words, without its end for OpenCV."""
+    """Splits a pipeline into words; leaves out the ``appsink`` element for OpenCV at its end."""
     try:
         return shlex.split(APPSINK.sub("", pipeline))
     except ValueError as error:

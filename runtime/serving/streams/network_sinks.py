@@ -1,4 +1,4 @@
-"""Receivers in the network: a webhook (``watch --post``) and an MQTT broker (``--mqtt``)."""
+"""Sinks that send captions over the network: to a webhook (``watch --post``) or an MQTT broker (``--mqtt``)."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ MQTT_PORTS = {"mqtt": 1883, "mqtts": 8883}
 
 
 def _parts(flag: str, url: str, schemes: Collection[str], wanted: str, hint: str) -> SplitResult:
-    """The parts of a receiver's address.
+    """Splits a receiver's address into its parts, and checks them.
 
     Raises:
-        UsageError: It has another scheme, no host, a wrong port, or spaces before its path.
+        UsageError: The address has another scheme, no host, a wrong port, or spaces before its path.
     """
     wrong = UsageError(f"expected {option(flag)} to be {wanted}, got {shown_address(url)}", hint)
     try:
@@ -47,7 +47,7 @@ def _parts(flag: str, url: str, schemes: Collection[str], wanted: str, hint: str
 
 
 class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects: they would become ``GET`` without the caption, and send the headers to another host."""
+    """Refuses redirects: a redirected request would lose the caption and send the headers to another host."""
 
     def redirect_request(self, _request: Any, answer: Any, code: int, _: Any, __: Any, to: str) -> NoReturn:
         """Raises RefusedError."""
@@ -56,10 +56,10 @@ class NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def open_webhook(url: str, options: SinkOptions) -> Sink:
-    """A sink that sends each caption as ``POST`` with a JSON body.
+    """Makes a sink that sends each caption as ``POST`` with a JSON body.
 
     Raises:
-        UsageError: It is no address of http or https, has a user name, or characters that HTTP cannot send.
+        UsageError: The address is not http or https, or has a user name or characters that HTTP cannot send.
     """
     bare = re.fullmatch(r"[A-Za-z0-9.-]+(:\d+)?(/\S*)?", url)
     hint = f"write http://{url}" if bare else "it begins with http:// or https://; the port is 1 to 65535"
@@ -141,7 +141,7 @@ class MqttPublisher:
             self._client = None
 
     def _connected(self) -> Any:
-        """A client that the broker has accepted."""
+        """Returns a client that is connected to the broker."""
         from paho.mqtt.client import Client
         from paho.mqtt.enums import CallbackAPIVersion
 
@@ -176,6 +176,6 @@ class MqttSink(QueuedSink):
         super().__init__(shown_address(url), self._publisher, options.report)
 
     def close(self) -> None:
-        """As of QueuedSink; then closes the connection."""
+        """Ends delivery as :meth:`QueuedSink.close` does; then closes the connection."""
         super().close()
         self._publisher.close()

@@ -1,4 +1,4 @@
-"""A receiver of captions: what it gets, and a queue with a thread, so that it never delays a caption."""
+"""Receivers of captions: the data that they get, and a queue with a thread, so that they never delay a caption."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class CaptionEvent:
     """A caption on its way to the sinks.
 
     Attributes:
-        values: What is sent, as a JSON object: that of ``watch --json`` with ``source`` and ``time``.
+        values: The JSON object to send: the object of ``watch --json`` with ``source`` and ``time``.
         image: The picture.
         seconds: Time of the frame in the video, or since the start.
     """
@@ -45,16 +45,16 @@ class Sink(ABC):
 
     @abstractmethod
     def put(self, event: CaptionEvent) -> None:
-        """Takes a caption."""
+        """Accepts a caption for delivery."""
 
     @abstractmethod
     def close(self) -> None:
-        """Sends what waits, and ends."""
+        """Sends the waiting captions, and ends."""
 
 
 @dataclass(frozen=True)
 class SinkOptions:
-    """What sinks need besides their address.
+    """Options of sinks, besides their address.
 
     Attributes:
         report: Called with a sentence for the user.
@@ -66,11 +66,11 @@ class SinkOptions:
 
 
 class RefusedError(Exception):
-    """The receiver will never take this caption."""
+    """Raised if the receiver will never accept this caption."""
 
 
 class TryLaterError(OSError):
-    """The receiver was reached, and may take this caption later; the message says what it answered."""
+    """Raised if the receiver answered, but may accept this caption only later; the message has the answer."""
 
 
 class QueuedSink(Sink):
@@ -80,8 +80,8 @@ class QueuedSink(Sink):
 
     Args:
         name: The receiver, for messages.
-        deliver: Sends a caption. It raises an OSError if that can be tried again, and RefusedError, or any other
-            exception, if not.
+        deliver: Sends a caption. It raises an OSError if sending can be tried again, and RefusedError or any other
+            exception if not.
         report: Called with a sentence for the user.
     """
 
@@ -106,7 +106,7 @@ class QueuedSink(Sink):
             self._changed.notify()
 
     def close(self) -> None:
-        """Gives the waiting captions :data:`CLOSE_S` seconds, and reports how many were not delivered."""
+        """Delivers waiting captions for at most :data:`CLOSE_S` seconds; reports how many were not delivered."""
         with self._changed:
             self._ends = time.monotonic() + CLOSE_S
             self._changed.notify()

@@ -1,6 +1,7 @@
 """The sources of ``blip2edge watch``: folders, video files, cameras, network streams and GStreamer pipelines.
 
-:data:`KINDS` lists the kinds of sources. Each matches its sources by their form, and makes frames. A live source that
+:data:`KINDS` lists the kinds of sources. Each kind has a function that recognizes the text of its sources, and a
+function that makes their frames. A live source that
 breaks off is opened again by :func:`_reconnecting`, which is the same for all of them.
 """
 
@@ -45,14 +46,11 @@ Report = Callable[[str], None]  # takes a sentence for the user
 
 @dataclass(frozen=True)
 class Frame:
-    """A picture.
-
-    Attributes:
-        name: A file's name, or seconds into the video.
+    """A picture. Attributes: name: A file's name, or seconds into the video.
         image: The picture, or its path.
         retry: Gives the frame back to its source, which tries it again: for a file that may still be written. None
             if it is complete.
-        seconds: Time of the frame in a video file; None if it has none.
+        seconds: Time of the frame in a video file; None if the frame has no time.
     """
 
     name: str
@@ -70,7 +68,7 @@ class Source(Iterator[Frame]):
     Args:
         make: Makes the frames; its argument is set when the source is closed.
         is_queue: Whether frames wait until they are taken, as the files of a folder do; a camera drops them.
-        is_live: Whether it has no end of its own, as a camera.
+        is_live: Whether the source has no end, like a camera.
     """
 
     def __init__(self, make: Callable[[Ending], Frames], *, is_queue: bool = False, is_live: bool = False) -> None:
@@ -80,7 +78,7 @@ class Source(Iterator[Frame]):
         self._frames = make(self._closed)
 
     def __next__(self) -> Frame:
-        """The next frame; waits for it."""
+        """Waits for the next frame, and returns it."""
         try:
             with self._running:
                 if self._closed.is_set():
@@ -91,7 +89,7 @@ class Source(Iterator[Frame]):
 
     @property
     def undecoded(self) -> int:
-        """Number of frames so far that could not be decoded, in whole or in part."""
+        """Returns the number of frames so far that could not be decoded, in whole or in part."""
         return self._closed.undecoded
 
     def close(self) -> None:
@@ -100,7 +98,7 @@ class Source(Iterator[Frame]):
         self._end_if_closed()
 
     def _end_if_closed(self) -> None:
-        """Ends the generator after :meth:`close`; while it runs, the running thread does so afterwards."""
+        """Ends the generator after :meth:`close`. If another thread runs the generator, that thread ends it later."""
         if self._closed.is_set() and self._running.acquire(blocking=False):
             try:
                 self._frames.close()
@@ -113,12 +111,13 @@ class SourceKind:
     """A kind of source.
 
     Attributes:
-        form: How it is written, for errors.
+        form: How a source of this kind is written, for error messages.
         matches: Whether a text names a source of this kind.
-        frames: Makes its frames: the text, whether to follow the source, and an event that ends the frames.
-        is_queue: As of :class:`Source`.
-        is_live: Whether it has no end: when it ends or fails after its first frame, it is opened again.
-        check: Raises BackendError if a package or a program that it needs is missing.
+        frames: Makes the frames of a source. Arguments: the text, whether to follow the source, and an event that ends
+            the frames.
+        is_queue: As in :class:`Source`.
+        is_live: Whether the source has no end: when it ends or fails after its first frame, it is opened again.
+        check: Raises BackendError if a package or a program that this kind needs is missing.
     """
 
     form: str
@@ -155,7 +154,7 @@ def open_source(source: str, *, follow: bool = True, report: Report | None = Non
 
 
 def _no_source(source: str) -> DataError:
-    """The error of a text that names no source."""
+    """Returns the error for a text that names no source."""
     suffix, name = os.path.splitext(source)[1], shown_address(source)
     if suffix and not os.path.lexists(source):
         return DataError(f"{name}: no such file", "check the path")
@@ -207,8 +206,8 @@ def _reconnecting(make: Callable[[Ending], Frames], name: str, report: Report, c
 def _folder(folder: str, follow: bool, closed: Ending) -> Frames:
     """Yields the pictures of a folder, oldest first; with `follow`, once two listings show a file unchanged.
 
-    With `follow`, a frame can be given back: its file is tried again when it changes, and a last time when
-    :data:`SETTLED_POLLS` listings show it unchanged.
+    With `follow`, a frame can be given back: its file is tried again when the file changes, and a last time when
+        :data:`SETTLED_POLLS` listings show the file unchanged.
     """
     path = Path(folder)
     taken: set[_Version] = set()
@@ -288,7 +287,7 @@ def _decoded(source: str, file: Any, closed: Ending, **how: Any) -> Frames:
 
     Args:
         source: Name of the source in errors.
-        file: What PyAV opens: an address, or an open file.
+        file: The address or the open file that PyAV opens.
         closed: Ends the frames.
         **how: Arguments of ``av.open``.
     """
@@ -318,7 +317,8 @@ def _decoded(source: str, file: Any, closed: Ending, **how: Any) -> Frames:
 def _pipeline(source: str, _follow: bool, closed: Ending) -> Frames:
     """Yields the frames of a GStreamer pipeline or of ``csi:N``.
 
-    OpenCV reads it if it is built with GStreamer, otherwise ``gst-launch-1.0`` runs it and PyAV reads its frames.
+    OpenCV reads the pipeline if OpenCV is built with GStreamer; otherwise ``gst-launch-1.0`` runs it and PyAV reads its
+    frames.
     """
     text = CSI.format(source[4:]) if _is_csi(source) else source
     cv2 = gstreamer.opencv()
@@ -373,7 +373,7 @@ def _is_device(source: str) -> bool:
 
 
 def _is_video(source: str) -> bool:
-    """Whether it is a file with the suffix of a video, or without a suffix: FFmpeg reads the form from its content."""
+    """Returns whether ``source`` is a file with a video's suffix, or without suffix (FFmpeg detects the format)."""
     suffix = Path(source).suffix.lower()
     return (not suffix or suffix in VIDEO_SUFFIXES) and os.path.isfile(source)
 

@@ -88,7 +88,7 @@ class TritonPythonModel:
         self._engine.captioner.close()
 
     def _submitted(self, request: Any) -> list[Request] | Exception:
-        """The submitted rows of a request, or its error."""
+        """Submits the rows of a request; returns the submitted rows, or the error."""
         rows: list[Request] = []
         try:
             for image, prompt, options in self._rows(request):
@@ -121,7 +121,7 @@ class TritonPythonModel:
             stream.end(self.failed(error))
 
     def _rows(self, request: Any) -> list[tuple[bytes, str | None, dict[str, Any]]]:
-        """Picture, prompt and options of each row."""
+        """Returns picture, prompt and options of each row."""
 
         def values(name: str) -> list[Any] | None:
             tensor = self.triton.get_input_tensor_by_name(request, name)
@@ -140,13 +140,13 @@ class TritonPythonModel:
         ]
 
     def result(self, row: Request, timeout: float | None = None) -> CaptionResult:
-        """Waits for the result of a row, which shows that the engine works; arguments as of :meth:`Request.result`."""
+        """Waits for a row's result, and resets the engine's count of faults; arguments as in :meth:`Request.result`."""
         result = row.result(timeout)
         self._engine.succeeded()
         return result
 
     def answer(self, texts: list[str], objects: list[str]) -> Any:
-        """A response with the outputs ``text`` and ``json``."""
+        """Makes a response with the outputs ``text`` and ``json``."""
         tensors = [
             self.triton.Tensor(name, np.array([[value.encode()] for value in values], dtype=np.object_))
             for name, values in (("text", texts), ("json", objects))
@@ -154,7 +154,7 @@ class TritonPythonModel:
         return self.triton.InferenceResponse(tensors)
 
     def failed(self, error: BaseException) -> Any:
-        """A response with an error."""
+        """Makes a response with an error."""
         triton = self.triton.TritonError
         code = triton.INTERNAL
         if isinstance(error, (OverloadError, EngineFaultError)):
@@ -165,7 +165,7 @@ class TritonPythonModel:
 
 
 class _Stream:
-    """The responses of one request of a decoupled model."""
+    """Sends the responses of one request of a decoupled model."""
 
     def __init__(self, model: TritonPythonModel, sender: Any) -> None:
         self._model, self._sender = model, sender
@@ -191,7 +191,7 @@ class _Stream:
             self._sender.send(self._model.answer([piece], [""]))
 
     def end(self, response: Any) -> None:
-        """Sends the last response, once."""
+        """Sends the last response, unless it was sent already."""
         if not self._ended:
             self._ended = True
             self._sender.send(response, flags=self._model.triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
@@ -203,5 +203,5 @@ def end_process() -> None:
 
 
 def _text(error: BaseException) -> str:
-    """The error's message, with the names of options as inputs have them."""
+    """Returns the error's message, with the names of Triton inputs in place of option names."""
     return error.text(python_option) if isinstance(error, Blip2EdgeError) else f"{type(error).__name__}: {error}"

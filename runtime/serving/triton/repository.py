@@ -33,15 +33,15 @@ OUTPUTS = (("text", "TYPE_STRING"), ("json", "TYPE_STRING"))
 
 @dataclass(frozen=True)
 class TritonModel:
-    """How Triton runs a bundle.
+    """The settings with which Triton runs a bundle.
 
     Attributes:
-        name: Name of the model; empty for that of the bundle's directory.
+        name: Name of the model; empty for the name of the bundle's directory.
         max_batch: Largest number of captions decoded in one batch.
         delay_us: Microseconds for which Triton waits for further requests of a batch.
         instances: Number of processes, each of which loads the bundle.
-        threads: CPU threads of each; None for all cores.
-        backend: As of ``Captioner.load``.
+        threads: CPU threads of each process; None for all cores.
+        backend: As in ``Captioner.load``.
         stream: Whether the model sends pieces of the text as they are generated (Triton's decoupled mode).
         link: Whether to link the bundle's directory instead of copying it.
     """
@@ -69,9 +69,9 @@ def write_model(bundle: str | Path, repository: Path, model: TritonModel, *, for
         The model's directory.
 
     Raises:
-        BundleError: It is no bundle, or one that does not caption.
-        OutputError: The model exists and ``force`` is False, or it cannot be written.
-        UsageError: The name has characters that Triton does not take in an address.
+        BundleError: ``bundle`` is no bundle, or does not caption.
+        OutputError: The model exists and ``force`` is False, or the model cannot be written.
+        UsageError: The name has characters that Triton does not allow in an address.
     """
     opened = Bundle.open(bundle)
     if DECODER not in opened.manifest.graphs:
@@ -108,7 +108,7 @@ __all__ = ["TritonPythonModel"]
 
 
 def config_text(name: str, model: TritonModel) -> str:
-    """The model's ``config.pbtxt``. Each text is written as JSON writes it, which protobuf's text format reads."""
+    """Returns the model's ``config.pbtxt``. Texts are quoted as in JSON, which is valid in protobuf's text format."""
     inputs = ",\n".join(
         f"  {{ name: {json.dumps(one)} data_type: {kind} dims: [ 1 ]{' optional: true' if optional else ''} }}"
         for one, kind, optional in INPUTS
