@@ -110,7 +110,9 @@ def open_with(
         threads: CPU threads, for operators that no GPU provider supports.
         provider: The provider that must come first.
         providers: All providers, best first, with their options.
-        optimized: How to load a graph of an optimized copy; None for an exported (not optimized) graph. Raises:
+        optimized: How to load a graph of an optimized copy; None for an exported (not optimized) graph.
+
+    Raises:
         BackendError: onnxruntime is not installed, the provider does not work here, or ONNX Runtime runs some matrix
             multiplications, attentions or norms of the graph on the CPU.
         BundleError: ONNX Runtime cannot load the file.
@@ -138,7 +140,7 @@ def open_with(
 
 
 def open_on_host(path: Path, optimized: OptimizedFile | None = None) -> DeviceSession:
-    """Loads a graph with the CPU in place of the GPU, to check a copy or this module on a machine without a GPU."""
+    """Loads a graph with the CPU in place of the GPU, to check an optimized copy on a machine without a GPU."""
     onnxruntime = require("onnxruntime", "the check of a copy for CUDA", BackendError)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

@@ -274,7 +274,7 @@ class GraphOpener:
         portable: Whether to ignore optimized copies.
 
     Attributes:
-        backend: Name of the backend; for ``auto``, the one that was chosen.
+        backend: Name of the backend; for ``auto``, the backend that was chosen.
         closed: Whether :meth:`close` was called.
         copied: Names of the graphs that were loaded from an optimized copy.
 

@@ -332,7 +332,7 @@ def check_provider(ort: ModuleType, name: str) -> Check:
 
     ONNX Runtime lists a provider also if its driver or libraries are missing, and then runs the graph on the CPU
     without a message. So the fallback to the CPU is switched off here. The check fails if the session cannot be made,
-    if it uses another provider, if the run raises an exception, or if the product is wrong.
+    if it uses another provider, if the run raises an exception, or if the result is wrong.
 
     Args:
         ort: The module ``onnxruntime``.

@@ -191,7 +191,10 @@ DEVICES: Mapping[str, Board] = {
 
 
 def find_device(name: str) -> Board:
-    """Returns the board of this name. Raises: UsageError: There is no such board.
+    """Returns the board of this name.
+
+    Raises:
+        UsageError: There is no such board.
     """
     if name in DEVICES:
         return DEVICES[name]

@@ -99,7 +99,9 @@ class MemoryNeed:
 
 
 def export_need(largest: int, total: int, *, full: bool) -> MemoryNeed:
-    """Estimates the memory of an export. Args:
+    """Estimates the memory of an export.
+
+    Args:
         largest: Elements of the largest tensor.
         total: Elements of all tensors.
         full: Whether the whole model is compared with torch, or a sample of its layers.
@@ -115,7 +117,7 @@ def calibration_need(largest: int) -> MemoryNeed:
     """Estimates the memory of a calibration; ``largest``: bytes of the largest graph's weights.
 
     An assumption, not a measurement: ONNX Runtime keeps the graph of the parent bundle in memory, and at the same time
-        its weights are read and rounded.
+    its weights are read and rounded.
     """
     mend = "calibrate on a machine with more memory, or export in fp16 first"
     return MemoryNeed("the calibration", largest, CALIBRATION_BASE + 2 * largest, mend)

@@ -73,8 +73,7 @@ class PrecisionPlan:
     Attributes:
         memory: Bytes of memory that captioning needs.
         build: Bytes at the peak of building the engines, or a CPU's optimized copy, on the device.
-        fits_run, fits_build: Whether ``memory`` and ``build`` fit the device's usable memory; false if the precision is
-            refused.
+        fits_run, fits_build: Whether ``memory`` and ``build`` fit the device's memory; false for a refused precision.
         refused: Why the device does not run this precision; empty if it does.
         ms: Predicted milliseconds: ``preprocess``, ``vision``, ``bridge``, ``prefill``, ``decode_per_token``,
             ``decode`` (all tokens after the first), ``total``.
@@ -163,7 +162,7 @@ class DevicePlan:
         return next(one for one in self.precisions if one.precision == precision)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object for ``plan --json``."""
+        """Returns a JSON object for ``plan --json``."""
         device = self.device
         return {
             "device": device.name,
@@ -252,7 +251,8 @@ def step_cost(shape: ModelShape, weights: HeldWeights, element: float, device: B
     """Counts operations and bytes of a decode step: the decoder's weights, keys and values of the context.
 
     Args:
-        shape: The model. weights: The decoder's weights.
+        shape: The model.
+        weights: The decoder's weights.
         element: Bytes of a value of the KV cache.
         device: The board.
         tokens: Numbers of tokens, with the context of the step.
@@ -333,10 +333,10 @@ def recommended(shape: ModelShape, rows: Sequence[BridgeRow], options: PlanOptio
     """Chooses a bridge by the token budget against the quality for each token; returns its kind and the reason.
 
     1. A decoder that cross-attends to the picture keeps its bridge.
-    2. ``none``, where prompt and caption alone fill the context, or the device holds the model with no bridge.
-    3. The MLP, where its tokens fit the context and cost little time: it loses nothing of the picture.
-    4. A Q-Former with fewer queries, where not even 32 tokens a picture fit the context.
-    5. Where the device does not hold the model with a Q-Former: the bridge with the fewest tokens that fits, which is
+    2. ``none``, if prompt and caption alone fill the context, or the model fits the device with no bridge.
+    3. The MLP, if its tokens fit the context and cost little time: it loses nothing of the picture.
+    4. A Q-Former with fewer queries, if not even 32 tokens a picture fit the context.
+    5. If the model with a Q-Former does not fit the device: the bridge with the fewest tokens that fits, which is
        the attention pool if it fits.
     6. The Q-Former.
     """

@@ -162,7 +162,7 @@ class Encoder:
         clock: StageClock,
         queries: int | None = None,
     ) -> PreparedBatch:
-        """Computes the pixel values of the pictures and the token ids of the prompts; arguments as of a call."""
+        """Computes the pixel values of the pictures and the token ids of the prompts; arguments as in ``__call__``."""
         with clock("preprocess"):
             spec = self.text.prompts.spec
             counts = [spec.frames] * len(images)

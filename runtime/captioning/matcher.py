@@ -4,7 +4,7 @@
     text    --tokenize---> input_ids    -----------------------------text_embeds--> one vector of length 1
     image_embeds, input_ids ------------------------------------------------match--> probability
 
-The cosine of a picture and a text is the largest product of the text's vector with one of the picture's K vectors.
+The cosine of a picture and a text is the largest dot product of the text's vector with the picture's K vectors.
 """
 
 from __future__ import annotations
@@ -178,8 +178,8 @@ class Matcher(LoadedBundle):
     ) -> Iterator[list[MatchResult]]:
         """Compares as :meth:`match_many` in short steps, so that other threads can run graphs in between.
 
-        Yields: After each step, the results of a picture with up to ``step`` texts; an empty list after a step that
-            only computes vectors.
+        Yields:
+            The results of a picture with up to ``step`` texts; an empty list after a step that only embeds.
         """
         self._check_open()
         ids = [self.token_ids(text) for text in texts]

@@ -110,7 +110,8 @@ class DecoderWeights:
     """All weights of a decoder on the GPU.
 
     Attributes:
-        layout: Sizes of the decoder. layers: The layers.
+        layout: Sizes of the decoder.
+        layers: The layers.
         final_norm: The norm before the head.
         head: The head.
         positions: Address of the table of learned positions, fp32; 0 for none.

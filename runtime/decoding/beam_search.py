@@ -167,7 +167,7 @@ class _BeamGroup:
         ended: NDArray[np.bool_],
         logprobs: NDArray[np.float32],
     ) -> None:
-        """Adds the texts that just ended to the finished ones, and keeps the num_beams best by penalised score."""
+        """Adds the texts that just ended to the finished texts, and keeps the num_beams best by penalised score."""
         width = self._options.num_beams
         ripe = ended & (np.arange(len(ended)) < width)
         if not ripe.any():

@@ -40,7 +40,7 @@ class LogitsProcessor:
     """Changes the scores of the next token.
 
     Attributes:
-        apply: Changes scores [V] in place; the ids [P + n] are those of the prompt and the n generated ones.
+        apply: Changes scores [V] in place; the ids [P + n] are the P prompt ids and the n generated ids.
         steps: The numbers n of generated tokens at which the processor acts.
     """
 

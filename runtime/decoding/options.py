@@ -128,7 +128,7 @@ class GenerationOptions:
         min_p: Sample from tokens of at least this share of the likeliest one's probability.
         typical_p: Sample from the most typical tokens whose probabilities reach this sum; 1: from all.
         epsilon_cutoff: Sample from tokens of at least this probability.
-        eta_cutoff: As `epsilon_cutoff`, but lower where the entropy is large.
+        eta_cutoff: As `epsilon_cutoff`, but lower if the entropy is large.
         top_logprobs: Number of likeliest tokens whose log-probabilities the result has at each token, at most
             :data:`MAX_TOP_LOGPROBS`; not with beam search.
         abstain_below: The text is empty if its confidence is below this (docs/confidence.md); None: never.
@@ -246,7 +246,7 @@ def merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     """Returns a bundle's default options; options that the caller gives replace them.
 
     Sampling and beam search exclude each other: the caller's mode replaces the bundle's mode. If a length limit of the
-        bundle contradicts a length limit of the caller, the bundle's limit is adjusted.
+    bundle contradicts a length limit of the caller, the bundle's limit is adjusted.
 
     Args:
         defaults: The manifest's `generation`; keys that are no options are ignored.

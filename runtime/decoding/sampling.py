@@ -66,7 +66,7 @@ class StepScores:
 
 
 def penalize_repetition(scores: NDArray[np.float32], seen: NDArray[np.int64], penalty: float) -> None:
-    """Makes repeated tokens less likely, in place: divides their positive scores, multiplies the negative ones.
+    """Makes repeated tokens less likely, in place: divides positive scores, multiplies negative scores.
 
     The penalty of CTRL (arXiv 1909.05858).
 

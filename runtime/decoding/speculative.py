@@ -1,6 +1,6 @@
 """Speculative decoding: a draft model proposes tokens, and one pass of the language model verifies them all.
 
-The language model processes its last token and the proposed ones in one pass, which gives logits after each of them.
+The language model processes its last token and the proposed tokens in one pass, which gives logits after each token.
 Proposed tokens are accepted as long as they equal the tokens that these logits choose. The first one that differs and
 all tokens after it are removed from the KV cache (Leviathan et al., arXiv 2211.17192, with arg-max acceptance). Every
 token is chosen from the language model's own logits, so the text is that of plain decoding.
@@ -37,7 +37,7 @@ class DraftModel(Protocol):
     """Proposes the next tokens of one text; the language model (the target model) then verifies them."""
 
     def propose(self, generated: Sequence[int], most: int) -> list[int]:
-        """Proposes the tokens that follow the generated ones.
+        """Proposes the tokens that follow the generated tokens.
 
         Args:
             generated: Token ids that the language model generated so far, at least one.
@@ -54,7 +54,7 @@ class SpeculationCost:
 
     It compares the seconds per token with speculation (draft model and verification) with the seconds of a plain step.
     If speculation is slower, it pauses: the next steps are plain. Then speculation is tried again. Each time
-        speculation is slower again, the next pause is longer.
+    speculation is slower again, the next pause is longer.
 
     Args:
         clock: Returns seconds.

@@ -32,7 +32,7 @@ class Grey16:
 
         Raises:
             ImageError: The values of black and white are not known: the pixels are 32-bit integers or floating-point
-                numbers, or the picture has more than 8 bits and is not the one that was opened from a file.
+                numbers, or the picture has more than 8 bits and was changed after it was opened.
         """
         tags = getattr(image, "tag_v2", {})  # of a TIFF file, whose values Pillow does not scale
         unsigned = set(tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))) == {_UNSIGNED}

@@ -155,7 +155,7 @@ class Workspace:
         return self.contexts["decode"].can_be_captured and self.choice.can_be_captured
 
     def after(self, half: int) -> int:
-        """Returns the half that a step writes when it reads ``half``: the other, or ``half`` if it is the only one."""
+        """Returns the half that a step writes if it reads ``half``: the other half; ``half`` if there is no other."""
         return (half + 1) % len(self.halves)
 
     def mirror(self, name: str, half: int, shape: tuple[int, ...]) -> Mirror:

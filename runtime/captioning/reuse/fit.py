@@ -110,7 +110,7 @@ class Recording:
 
     @property
     def changes(self) -> int:
-        """Number of frames whose caption differs from that of the frame before."""
+        """Returns the number of frames whose caption differs from the caption of the frame before."""
         return sum(one != other for one, other in zip(self.texts, self.texts[1:], strict=False))
 
     def median_times(self) -> FrameTimes:

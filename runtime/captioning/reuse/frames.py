@@ -100,7 +100,7 @@ class ReusingEncoder:
         clock: StageClock,
         queries: int | None = None,
     ) -> EncodedBatch:
-        """Encodes a row; arguments and errors as of :class:`Encoder`.
+        """Encodes a row; arguments and errors as in :class:`Encoder`.
 
         Raises:
             ValueError: More or fewer than one row.

@@ -134,7 +134,7 @@ class QueuedSink(Sink):
             wait = min(2 * wait, LONGEST_WAIT_S)
 
     def _pause(self, seconds: float) -> None:
-        """Waits before the next attempt; :meth:`close` ends the wait. Later attempts are :data:`FIRST_WAIT_S` apart."""
+        """Waits before the next attempt. :meth:`close` ends the wait; later waits last :data:`FIRST_WAIT_S` at most."""
         with self._changed:
             if self._ends == float("inf"):
                 self._changed.wait_for(lambda: self._ends < float("inf"), seconds)

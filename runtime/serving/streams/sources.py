@@ -46,7 +46,10 @@ Report = Callable[[str], None]  # takes a sentence for the user
 
 @dataclass(frozen=True)
 class Frame:
-    """A picture. Attributes: name: A file's name, or seconds into the video.
+    """A picture of a source.
+
+    Attributes:
+        name: A file's name, or seconds into the video.
         image: The picture, or its path.
         retry: Gives the frame back to its source, which tries it again: for a file that may still be written. None
             if it is complete.
@@ -207,7 +210,7 @@ def _folder(folder: str, follow: bool, closed: Ending) -> Frames:
     """Yields the pictures of a folder, oldest first; with `follow`, once two listings show a file unchanged.
 
     With `follow`, a frame can be given back: its file is tried again when the file changes, and a last time when
-        :data:`SETTLED_POLLS` listings show the file unchanged.
+    :data:`SETTLED_POLLS` listings show the file unchanged.
     """
     path = Path(folder)
     taken: set[_Version] = set()
