@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _cost_of(captioner: Captioner) -> CostOf | None:
-    """Counts the operations and bytes of each stage; None where the onnx packages are not installed."""
+    """Returns a function that counts the operations and bytes of each stage; None if an onnx package is missing."""
     if missing(("onnx", "onnx_ir")):
         return None
     from blip2edge.optimization.stage_cost import stage_costs

@@ -145,5 +145,5 @@ def run(options: argparse.Namespace) -> int:
 
 
 def counts(numbers: Mapping[str, int]) -> str:
-    """Counts in one line, such as `12 int8, 3 fp16`."""
+    """Joins names and their counts in one line, such as `12 int8, 3 fp16`."""
     return ", ".join(f"{number} {name}" for name, number in numbers.items()) or "-"

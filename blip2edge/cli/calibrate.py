@@ -85,7 +85,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def _add_formats(parser: Parser) -> None:
-    """The flags that set number formats."""
+    """Adds the flags that set the number formats of weights and activations."""
     parser.add_argument(
         "--method",
         choices=RANGE_METHODS,
@@ -127,7 +127,7 @@ def _add_formats(parser: Parser) -> None:
 
 
 def _add_references(parser: Parser) -> None:
-    """The flags of the confidence."""
+    """Adds the flags of the confidence (``--references`` and those that belong to it)."""
     group = parser.add_argument_group(
         "confidence", "a confidence holds for the bundle, the prompt and the generation flags that it is fitted with"
     )
@@ -155,7 +155,7 @@ def _add_references(parser: Parser) -> None:
 
 
 def _references(options: argparse.Namespace) -> References | None:
-    """The pictures of ``--references``, if it is given."""
+    """Reads the pictures and captions that ``--references`` names; returns None if the flag is not given."""
     given = {name: getattr(options, name) for name in CONFIDENT if getattr(options, name) is not None}
     if options.references is None:
         needless = [
@@ -245,7 +245,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_search(options: argparse.Namespace) -> None:
-    """Raises UsageError for flags that go only with a search, or only without."""
+    """Raises UsageError if a flag of the search is given without ``--search``, or one that the search sets itself."""
     only = {name: getattr(options, name) for name in ("max_drop", "max_ms", "max_mb", "device")}
     others = {name: getattr(options, name) for name in ("weights", "format", "drop_limit", "int8_activations")}
     given = [name for name, value in (others if options.search else only).items() if value not in (None, [])]
@@ -260,7 +260,7 @@ def _check_search(options: argparse.Namespace) -> None:
 
 
 def _search(options: argparse.Namespace, shared: dict[str, Any]) -> CalibrationReport:
-    """Search, and print the front."""
+    """Searches the formats of each graph, and prints the best combinations of formats."""
     from blip2edge.calibration.search.front import PointLimits
     from blip2edge.calibration.search.pipeline import search
     from blip2edge.calibration.search.points import SearchOptions
@@ -291,7 +291,7 @@ def _search(options: argparse.Namespace, shared: dict[str, Any]) -> CalibrationR
 
 
 def front_table(found: FoundPoints, ms: str) -> str:
-    """A line for each point of the front, the fastest first."""
+    """Makes a table of the best combinations of formats, the fastest first."""
     rows = [
         [
             "→" if point == found.chosen.point else "",
@@ -309,7 +309,7 @@ def front_table(found: FoundPoints, ms: str) -> str:
 
 
 def report_table(report: CalibrationReport) -> str:
-    """A line for each graph, and how many captions are the same as the parent's."""
+    """Makes a table with a line for each graph, then says how many captions are the same as the parent bundle's."""
     from blip2edge.calibration.report.files import REPORT_PAGE
 
     rows = []
@@ -345,7 +345,7 @@ def report_table(report: CalibrationReport) -> str:
 
 
 def confidence_line(fitted: ConfidenceReport) -> str:
-    """The figures of a fitted confidence in one line."""
+    """Writes the measured values of a fitted confidence in one line."""
     found = fitted.figures
     half = dict(map(tuple, found["coverage"]))[0.5]
     return (

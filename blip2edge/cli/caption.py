@@ -51,18 +51,18 @@ class Item:
 
     @property
     def name(self) -> str | list[str]:
-        """The picture's name, or those of several pictures, as JSON output shows them."""
+        """The name of the picture, or a list of names for several pictures, as in the JSON output."""
         names = [printable(picture.name) for picture in self.pictures]
         return names if len(names) > 1 else names[0]
 
     @property
     def label(self) -> str:
-        """The text that is printed before a caption: the names of the pictures and a colon."""
+        """The text that is printed before a caption: the names of its pictures and a colon."""
         return f"{' '.join(printable(picture.name) for picture in self.pictures)}: "
 
     @property
     def source(self) -> ItemSource:
-        """The pictures as ``Captioner.caption`` takes them."""
+        """The pictures in the form of an argument of ``Captioner.caption``."""
         sources = [picture.source for picture in self.pictures]
         return sources if len(sources) > 1 else sources[0]
 
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
 def print_captions(
     captioner: Captioner, options: argparse.Namespace, items: list[Item], prompts: list[str] | None
 ) -> int:
-    """Prints the caption of each item; a caption is flushed, so that the next program in a pipe gets it at once.
+    """Prints the caption of each item, and flushes the output, so that the next program in a pipe gets it at once.
 
     Returns:
         The exit status: 1 if a picture could not be read, or one of several prompts does not fit.
@@ -140,7 +140,10 @@ def print_captions(
 
 
 def shown_text(captioner: Captioner, result: CaptionResult) -> str:
-    """The caption for standard output; on a terminal, words with a token less likely than one in two are underlined."""
+    """Returns the caption for standard output.
+
+    On a terminal, a word is underlined if one of its tokens has a probability below 1/2.
+    """
     from blip2edge.runtime.captioning.request import ABSTAINED
 
     if result.finish_reason == ABSTAINED:
@@ -156,7 +159,7 @@ def assign(pictures: list[PictureArgument], given: list[str] | None) -> tuple[li
     """Assigns pictures to prompts: each prompt takes as many pictures as it contains <image>, at least one.
 
     Raises:
-        UsageError: The number of <image> in the prompts differs from that of the pictures.
+        UsageError: The number of <image> in the prompts differs from the number of pictures.
     """
     places = [sum(prompt.count(marker) for marker in MARKERS) for prompt in given or ()]
     if given is None or not any(places):
@@ -175,10 +178,10 @@ def assign(pictures: list[PictureArgument], given: list[str] | None) -> tuple[li
 
 
 def _prompts(given: list[str] | None, count: int) -> list[str] | None:
-    """One prompt for each picture, or None for the bundle's own.
+    """Returns one prompt for each picture; None to use the bundle's default prompt.
 
     Raises:
-        UsageError: The number of prompts is neither one nor that of the pictures.
+        UsageError: The number of prompts is neither one nor the number of pictures.
     """
     if given is None:
         return None
@@ -193,7 +196,7 @@ def _prompts(given: list[str] | None, count: int) -> list[str] | None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Check for flags that cannot be combined, before the bundle is loaded.
+    """Checks that the given flags can be combined, before the bundle is loaded.
 
     Raises:
         UsageError: Beam search or a confidence with streaming, or a smallest length above the largest.

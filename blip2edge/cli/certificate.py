@@ -33,7 +33,7 @@ class SelfSigned:
         certificate: File in PEM format.
         key: File in PEM format, which only its owner can read.
         fingerprint: SHA-256 of the certificate, as browsers show it.
-        names: Host names and addresses that it holds for.
+        names: Host names and addresses that the certificate is valid for.
     """
 
     certificate: Path
@@ -43,7 +43,7 @@ class SelfSigned:
 
 
 def self_signed(*hosts: str) -> SelfSigned:
-    """The certificate of the cache if it holds for the names of this machine, else a new one.
+    """Returns the certificate in the cache if it is valid for the names of this machine, else makes a new one.
 
     Args:
         *hosts: Further names or addresses.
@@ -76,14 +76,14 @@ def self_signed(*hosts: str) -> SelfSigned:
 
 
 def machine_names() -> set[str]:
-    """Host names of this machine and the addresses of its network interfaces, without link-local ones."""
+    """Returns the host names of this machine and the addresses of its interfaces, without link-local addresses."""
     name = socket.gethostname().lower()
     names = {name, f"{name}.local"} if _is_name(name) else set()
     return names | _ipv4() | _ipv6()
 
 
 def _is_name(host: str) -> bool:
-    """Whether a certificate may hold for a host: a name in ASCII, or an address that is not the unspecified one."""
+    """Whether a certificate may name a host: an ASCII name, or an address other than ``0.0.0.0`` and ``::``."""
     with suppress(ValueError):
         return not ipaddress.ip_address(host).is_unspecified
     return 0 < len(host) <= 253 and host.isascii() and all(host.split("."))
@@ -110,7 +110,7 @@ def _ipv6() -> set[str]:
 
 
 def _usable(certificate: Path, key: Path, wanted: tuple[str, ...]) -> str | None:
-    """The fingerprint of a certificate that holds for the names long enough; None if there is none."""
+    """Returns the fingerprint of a kept certificate; None if it lacks a name, expires soon, or cannot be read."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
 
@@ -128,7 +128,7 @@ def _usable(certificate: Path, key: Path, wanted: tuple[str, ...]) -> str | None
 
 
 def _make(names: tuple[str, ...]) -> tuple[bytes, bytes]:
-    """A new certificate for the names, and its key, both in PEM format."""
+    """Makes a certificate for the names; returns the certificate and its key, both in PEM format."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec

@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def certificate_text(found: Certificate) -> str:
-    """The certificate as a table of the graphs, the tokens, the times, and the faults."""
+    """Formats the certificate: a table of the graphs, then tokens, times and faults."""
     rows = [
         [
             one.graph,

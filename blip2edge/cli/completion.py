@@ -17,7 +17,7 @@ FILE_NAMES = ("IMAGE", "SOURCE", "CHECKPOINT", "DATA", "DIR", "DIRECTORY", "FILE
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument as completion needs it.
+    """Describes one argument of a command for completion.
 
     Attributes:
         flags: ``--output`` and its short forms; empty for a positional argument.
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _known_values() -> dict[tuple[str, str], tuple[str, ...]]:
-    """Values that are offered though others are allowed too, by command, and flag or placeholder: boards and models."""
+    """Returns suggested values by command, and flag or placeholder: boards and models. Other values are allowed too."""
     from blip2edge.runtime.bench.devices import DEVICES, THIS
     from blip2edge.shapes.families import PUBLISHED
 
@@ -73,7 +73,7 @@ def _known_values() -> dict[tuple[str, str], tuple[str, ...]]:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> list[Argument]:
-    """The arguments of one parser, without the argument that names the command."""
+    """Returns the arguments of one parser, without the argument that selects the command."""
     return [
         _argument(action)
         for action in parser._actions
@@ -95,10 +95,10 @@ def _argument(action: argparse.Action) -> Argument:
 
 
 def bash_script(arguments: dict[str, list[Argument]], commands: dict[str, str]) -> str:
-    """The script for bash.
+    """Writes the script for bash.
 
     Args:
-        arguments: Arguments by command; those of the key ``""`` come before the command.
+        arguments: Arguments by command; the key ``""`` has the arguments that come before the command.
         commands: The summary of each command.
     """
     after, flags, words = [], [], [f'        "") words="{" ".join(commands)}" ;;']
@@ -138,7 +138,7 @@ def bash_script(arguments: dict[str, list[Argument]], commands: dict[str, str]) 
 
 
 def zsh_script(arguments: dict[str, list[Argument]], commands: dict[str, str]) -> str:
-    """The script for zsh; the arguments are those of :func:`bash_script`."""
+    """Writes the script for zsh; the arguments are those of :func:`bash_script`."""
 
     def specs(one: Argument) -> list[str]:
         values = f"({' '.join(one.values)})" if one.values else "_files" if one.is_file else " "
@@ -172,7 +172,7 @@ def zsh_script(arguments: dict[str, list[Argument]], commands: dict[str, str]) -
 
 
 def fish_script(arguments: dict[str, list[Argument]], commands: dict[str, str]) -> str:
-    """The script for fish; the arguments are those of :func:`bash_script`."""
+    """Writes the script for fish; the arguments are those of :func:`bash_script`."""
     lines = ["# Completion of blip2edge for fish. Use it with:  blip2edge completion fish | source"]
     for name, text in commands.items():
         lines.append(f"complete -c blip2edge -f -n __fish_use_subcommand -a {name} -d {_quoted(text)}")
@@ -192,5 +192,5 @@ def fish_script(arguments: dict[str, list[Argument]], commands: dict[str, str]) 
 
 
 def _quoted(text: str) -> str:
-    """A text in single quotes, without single quotes inside, so that each shell reads it in the same way."""
+    """Puts a text in single quotes and removes single quotes inside, so that each shell reads it in the same way."""
     return "'" + text.replace("'", "’").replace("\\", "") + "'"

@@ -19,12 +19,14 @@ FORM = "{env:NAME} or {file:PATH}"
 
 
 def has_credentials(text: str) -> bool:
-    """Whether a text has a place for a credential."""
+    """Whether a text contains ``{env:NAME}`` or ``{file:PATH}``."""
     return _PLACE.search(text) is not None
 
 
 def filled_address(text: str) -> str:
-    """Fills in the credentials of an address: a part of it is percent-encoded; the whole address is taken as it is.
+    """Fills in the credentials of an address.
+
+    A credential inside an address is percent-encoded; a credential that is the whole address is not changed.
 
     Raises:
         UsageError: The variable is not set, the file cannot be read, or one of them is empty.
@@ -34,7 +36,7 @@ def filled_address(text: str) -> str:
 
 
 def filled_text(text: str) -> str:
-    """Fills in credentials as they are; errors as of :func:`filled_address`."""
+    """Fills in credentials without encoding; raises the errors of :func:`filled_address`."""
     return _PLACE.sub(partial(_value, encode=False), text)
 
 

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Export the miniature checkpoint, verify it, calibrate it, caption the pictures, print the figures."""
+    """Export the miniature checkpoint, verify it, calibrate it, caption the pictures, print the measured values."""
     started = time.monotonic()
     problem = demo_problem()
     if problem is not None:
@@ -103,7 +103,7 @@ def demo_problem() -> BackendError | None:
 
 
 def _target(out: Path | None) -> Path:
-    """The bundle's directory: in the user's cache, or `out`, which may be absent, empty or an earlier bundle.
+    """Returns the bundle's directory: in the user's cache, or `out`, which may be absent, empty or an earlier bundle.
 
     Raises:
         OutputError: `out` holds something else.
@@ -121,7 +121,7 @@ def _target(out: Path | None) -> Path:
 
 
 def _calibrate(parent: Path, progress: Progress) -> CalibrationReport:
-    """Make an INT8 bundle next to the other, calibrated on scenes like those of the training."""
+    """Makes an INT8 bundle next to the exported bundle, calibrated on scenes like the training scenes."""
     import tempfile
 
     from blip2edge.calibration.pipeline import calibrate
@@ -135,7 +135,7 @@ def _calibrate(parent: Path, progress: Progress) -> CalibrationReport:
 
 
 def _int8(report: CalibrationReport, same: int, pictures: int) -> str:
-    """Size of the INT8 bundle, and how many pictures get the same caption from it."""
+    """Says how large the INT8 bundle is, and how many pictures get the same caption from it."""
     from blip2edge.bundle.bundle import Bundle
 
     count = size(bundle_bytes(Bundle.open(report.bundle).manifest))
@@ -153,7 +153,7 @@ def _captions(pictures: list[Path], results: list[CaptionResult]) -> str:
 
 
 def _closing(report: ExportReport) -> list[str]:
-    """Size of the bundle, largest difference from torch, and why TensorRT was not run."""
+    """Returns lines with the bundle's size, the largest difference from torch, and why TensorRT was not run."""
     from blip2edge.bundle.bundle import Bundle
 
     manifest = Bundle.open(report.bundle).manifest
@@ -166,7 +166,7 @@ def _closing(report: ExportReport) -> list[str]:
 
 
 def _tensorrt() -> str:
-    """Why no TensorRT engine ran: what `doctor` finds missing, or that the demo runs on the CPU only."""
+    """Says why no TensorRT engine ran: what `doctor` finds missing, or that the demo runs on the CPU only."""
     from blip2edge.runtime.bench.doctor import diagnose
 
     found = [check for check in diagnose() if check.name in ("NVIDIA driver", "TensorRT")]

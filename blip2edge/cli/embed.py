@@ -72,7 +72,7 @@ def _print(kind: str, name: str, vector: Any) -> None:
 
 
 def _write(output: Path, kind: str, names: Sequence[str], vectors: Iterable[Any]) -> int:
-    """Writes all vectors as one array. A broken picture ends the command, because row N belongs to picture N.
+    """Writes all vectors to a file as one array. A broken picture ends the command, because row N belongs to picture N.
 
     If the file cannot be written, the vectors are printed, so that they are not lost.
     """
@@ -99,7 +99,7 @@ def _write(output: Path, kind: str, names: Sequence[str], vectors: Iterable[Any]
 
 @contextmanager
 def _nothing_written(output: Path) -> Iterator[None]:
-    """Adds to the error of a picture that no file is written, since each row of the array belongs to one picture."""
+    """Adds to the error of a picture that no file is written, because each row of the array needs its picture."""
     try:
         yield
     except ImageError as error:

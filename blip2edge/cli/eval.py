@@ -148,7 +148,7 @@ def _add_retrieval_flags(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Score a checkpoint or a bundle on scenes or on data from files, and print the figures."""
+    """Score a checkpoint or a bundle on scenes or on data from files, and print the scores."""
     if options.predictions is not None:
         check_file(options.predictions, "predictions")
     from blip2edge.bundle.hub.names import is_hub_name
@@ -194,7 +194,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def text_of(figures: Mapping[str, Any]) -> str:
-    """The figures as text: a line or a table for each, then the first mistakes and broken samples."""
+    """Formats the scores: a line or a table for each, then the first wrong captions and broken samples."""
     lines = []
     for name, value in figures.items():
         if isinstance(value, dict) and name not in _TEXTS:
@@ -213,7 +213,7 @@ def _figure(value: Any) -> str:
 
 
 def _table_of(name: str, rows: Mapping[str, Any]) -> str:
-    """A group of figures: one column, or as many as each row has."""
+    """Formats a group of scores as a table: one column for single numbers, else a column for each key of a row."""
     nested = {key: row for key, row in rows.items() if isinstance(row, dict)}
     if not nested:
         return table((name, ""), [(key, _figure(value)) for key, value in rows.items()], right=(1,))

@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def summary(document: dict[str, Any], page: Path) -> str:
-    """A table of the layers with medians over queries and pictures, the similarity, the gates, and the page."""
+    """Formats the result: a table of the layers (medians over queries and pictures), the similarity, gates and page."""
     lines = []
     if document["pictures"]:
         lines += [table(HEADER, [_row(document, at) for at in range(len(document["layers"]))], right=range(4)), ""]
@@ -100,7 +100,7 @@ def summary(document: dict[str, Any], page: Path) -> str:
 
 
 def _row(document: dict[str, Any], at: int) -> list[str]:
-    """One layer's medians over all queries of all pictures."""
+    """Returns the table row of one layer: medians over all queries of all pictures."""
     queries = [query for picture in document["pictures"] for query in picture["layers"][at]["queries"]]
     others = median(query["before"] + query["queries"] for query in queries)
     spread, weight = (median(query[key] for query in queries) for key in ("spread", "weight"))

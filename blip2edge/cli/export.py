@@ -89,11 +89,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def report_table(report: ExportReport) -> str:
-    """A line for each graph, and one for the whole bundle.
+    """Makes a table with a line for each graph and a line for the whole bundle.
 
-    The largest difference from torch is absolute, and relative to the largest value of the output; the tolerance
-    limits the relative one. Where patches are merged, torch merges them too, and one more line compares that with the
-    model that merges none.
+    The table has the largest absolute difference from torch, and this difference relative to the largest value of the
+    output, which the tolerance limits. If patches are merged, torch merges the same patches, and one more line compares
+    the output with that of the model without merging.
     """
     rows = [
         [
@@ -113,7 +113,7 @@ def report_table(report: ExportReport) -> str:
 
 
 def merging_line(merging: MergingRecord) -> str:
-    """How many patches were merged, and how similar the output is to that of the model that merges none."""
+    """Says how many patches were merged, and how similar the output is to that of the model without merging."""
     counts = f"{merging.merge_tokens} a layer, {merging.embeds_before} embeddings become {merging.embeds}"
     if merging.cosine is None or merging.lowest is None:
         return f"merged patches: {counts}; not compared with the model that merges none (--verify full does)"

@@ -83,7 +83,7 @@ def add_number(
     kind: Callable[[str], float] = positive_int,
     metavar: str = "N",
 ) -> None:
-    """An option with one number."""
+    """Adds an option with one number."""
     group.add_argument(flag, metavar=metavar, type=kind, default=default, help=text)
 
 
@@ -138,7 +138,7 @@ def print_unsigned(bundle: Bundle) -> None:
 
 
 def add_threads(parser: ArgumentParser) -> None:
-    """CPU threads."""
+    """Adds ``--threads``, the number of CPU threads."""
     add_number(parser, "--threads", "number of CPU threads (default: all cores)")
 
 
@@ -150,25 +150,25 @@ def add_output(
     required: bool = True,
     force: str = "replace {} if it exists",
 ) -> None:
-    """The output of a command, and whether it may be replaced."""
+    """Adds the flag of a command's output, and ``--force`` to replace an existing output."""
     parser.add_argument("-o", "--output", metavar=metavar, type=Path, required=required, help=text)
     parser.add_argument("--force", action="store_true", help=force.format(metavar))
 
 
 def add_batch_size(parser: ArgumentParser, default: int) -> None:
-    """Pictures in one batch."""
+    """Adds ``--batch-size``, the number of pictures in one batch."""
     add_number(parser, "--batch-size", "number of pictures in one batch", default)
 
 
 def add_stream_or_json(parser: ArgumentParser) -> None:
-    """How captions are printed."""
+    """Adds the flags for the way in which captions are printed: ``--stream`` or ``--json``."""
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--stream", action="store_true", help="print each caption while it is generated")
     how.add_argument("--json", action="store_true", help="print one line of JSON for each picture")
 
 
 def add_generation(parser: ArgumentParser) -> None:
-    """All flags of GenerationOptions, and the draft model."""
+    """Adds a flag for each field of GenerationOptions, and the flags of the draft model."""
     group = add_some_generation(parser, "generation", "default values are in bundle.json", GENERATION)
     add_draft(
         group,
@@ -178,14 +178,14 @@ def add_generation(parser: ArgumentParser) -> None:
 
 
 def add_draft(group: _ActionsContainer, text: str) -> None:
-    """The draft model."""
+    """Adds ``--draft``, the draft model."""
     group.add_argument("--draft", choices=DRAFTS, default="auto", help=text)
 
 
 def add_some_generation(
     parser: ArgumentParser, title: str, description: str, names: Iterable[str]
 ) -> _ActionsContainer:
-    """A group of the flags of :data:`GENERATION` that `names` lists."""
+    """Adds a group with those flags of :data:`GENERATION` that `names` lists; returns the group."""
     group = parser.add_argument_group(title, description)
     for name in names:
         metavar, kind, text = GENERATION[name]
@@ -194,13 +194,13 @@ def add_some_generation(
 
 
 def given_generation(options: Namespace) -> dict[str, Any]:
-    """The generation flags that were given, by their field of GenerationOptions."""
+    """Returns the values of the generation flags that were given, by their field of GenerationOptions."""
     given = {name: getattr(options, name, None) for name in GENERATION}
     return {name: value for name, value in given.items() if value is not None}
 
 
 def add_limits(parser: ArgumentParser, kind: type[Limits | ConnectionLimits], names: Iterable[str] = ()) -> None:
-    """A flag for each limit of a class, or for those that ``names`` lists."""
+    """Adds a flag for each limit of the class ``kind``, or only for the limits that ``names`` lists."""
     group = parser.add_argument_group("limits" if kind is Limits else "limits of connections")
     for one in fields(kind):
         if names and one.name not in names:
@@ -217,13 +217,13 @@ def add_limits(parser: ArgumentParser, kind: type[Limits | ConnectionLimits], na
 
 
 def given_limits(options: Namespace, kind: type[LimitsClass]) -> LimitsClass:
-    """The limits by their flags; the default where a flag is not given."""
+    """Returns the limits that the flags set; a limit whose flag is not given has its default."""
     given = {one.name: getattr(options, f"limit_{one.name}", None) for one in fields(kind)}
     return kind(**{name: value for name, value in given.items() if value is not None})
 
 
 def add_data_files(parser: ArgumentParser) -> None:
-    """Where the parts of COCO's files are, and how much may be broken."""
+    """Adds the flags for the files of a data set, and for the number of samples that may be missing or broken."""
     parser.add_argument(
         "--images",
         metavar="DIR",
@@ -247,7 +247,7 @@ def add_data_files(parser: ArgumentParser) -> None:
 
 
 def add_no_optimize(parser: ArgumentParser) -> None:
-    """Without the optimized copy that `export` and `calibrate` make at their end."""
+    """Adds ``--no-optimize``: `export` and `calibrate` then make no optimized copy at their end."""
     parser.add_argument(
         "--no-optimize",
         action="store_true",

@@ -1,4 +1,4 @@
-"""Types of flags: each turns the text of a flag into a value, or refuses it."""
+"""Types of flags: functions that convert the text of a flag to a value, or raise an error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_LATIN_1 = 255  # HTTP headers are encoded as Latin-1
 
 
 def number(text: str) -> float:
-    """A finite number."""
+    """Reads a finite number."""
     try:
         value = float(text)
     except ValueError:
@@ -24,7 +24,7 @@ def number(text: str) -> float:
 
 
 def _number(what: str, allowed: Callable[[float], bool]) -> Callable[[str], float]:
-    """The type of a number that is ``what``."""
+    """Makes the type of a number for which ``allowed`` is true; ``what`` describes the number in errors."""
 
     def parse(text: str) -> float:
         value = number(text)
@@ -42,7 +42,7 @@ share_or_zero = _number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 def share_or_auto(text: str) -> float | Literal["auto"]:
-    """A number from 0 to 1, or ``auto``."""
+    """Reads a number from 0 to 1, or ``auto``."""
     if text == "auto":
         return "auto"
     try:
@@ -52,12 +52,12 @@ def share_or_auto(text: str) -> float | Literal["auto"]:
 
 
 def positive_int(text: str) -> int:
-    """A whole number of at least 1."""
+    """Reads a whole number of at least 1."""
     return _whole(text, 1)
 
 
 def non_negative_int(text: str) -> int:
-    """A whole number of at least 0."""
+    """Reads a whole number of at least 0."""
     return _whole(text, 0)
 
 
@@ -80,7 +80,7 @@ def _whole(text: str, least: int) -> int:
 
 
 def http_header(text: str) -> tuple[str, str]:
-    """A header of HTTP, given as ``NAME: VALUE``: its name and its value."""
+    """Reads an HTTP header ``NAME: VALUE``; returns its name and its value."""
     name, colon, value = text.partition(":")
     if not colon or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or not value.strip().isprintable():
         raise argparse.ArgumentTypeError(f"expected NAME:VALUE, got {text!r}")

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _proof(name: Path, bundle: Bundle) -> list[str]:
-    """What the hashes prove, and what only a signature proves."""
+    """Returns lines that say what the checked hashes prove, and what only a signature proves."""
     from blip2edge.bundle.trust.signature import SIGNATURE, how_to_sign
 
     known = f"{SIGNATURE} was not checked: blip2edge verify {quoted(name)} --key PUBLIC_KEY"
@@ -89,7 +89,7 @@ def _verify(bundle: Bundle, progress: ProgressCallback) -> int:
 
 
 def _copies(bundle: Bundle) -> list[str]:
-    """The optimized copies of a bundle, and which of its graphs run from them."""
+    """Describes the optimized copies of a bundle, and names the graphs that run from them."""
     from blip2edge.runtime.backends.open_graph import KIND, PACKAGES, read_copy
 
     lines = []
@@ -129,7 +129,7 @@ def _engines(bundle: Bundle) -> list[str]:
 
 
 def bundle_bytes(manifest: Manifest) -> int:
-    """The size of all files in the manifest, in bytes."""
+    """Returns the total size of all files in the manifest, in bytes."""
     return sum(record.size for record in manifest.files.values())
 
 
@@ -166,7 +166,7 @@ def _head(manifest: Manifest) -> list[str]:
 
 
 def _calibration(record: Mapping[str, Any]) -> dict[str, str]:
-    """How a bundle was calibrated, and how similar it is to its parent."""
+    """Returns lines that say how a bundle was calibrated, and how similar it is to its parent bundle."""
     lines = {"calibrated": f"{record['method']}, on {record['pictures']} pictures"}
     cosines = {
         graph: min(value["mean"] for value in outputs.values())
@@ -206,7 +206,7 @@ def _graph(name: str, graph: GraphRecord, manifest: Manifest) -> list[str]:
 
 
 def _tensors(specs: tuple[TensorSpec, ...]) -> list[str]:
-    """A line for each tensor; the layers of the KV cache share one line."""
+    """Returns a line for each tensor; the layers of the KV cache share one line."""
     lines = []
     folded: dict[str, list[TensorSpec]] = {}
     for spec in specs:

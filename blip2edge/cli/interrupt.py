@@ -29,12 +29,12 @@ def install() -> None:
 
 
 def exit_status() -> int | None:
-    """128 plus the number of the first signal that came; None where none came."""
+    """Returns 128 plus the number of the first received signal; None if no signal was received."""
     return 128 + _received[0] if _received else None
 
 
 def forget() -> None:
-    """Forgets the signals that came, so that the exit status is 0: a signal is the normal end of ``serve``."""
+    """Forgets the received signals, so that the exit status is 0: a signal is the normal end of ``serve``."""
     _received.clear()
 
 

@@ -57,13 +57,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _scores(result: MatchResult) -> str:
-    """Both scores, or the one that the model gives."""
+    """Formats the cosine, and the match probability before it if the model has one."""
     cosine = f"cosine {result.cosine:.4f}"
     return cosine if result.probability is None else f"probability {result.probability:.4f}, {cosine}"
 
 
 def load_matcher(options: argparse.Namespace) -> Matcher:
-    """The matcher that the flags name."""
+    """Loads the matcher of the bundle that the flags name."""
     from blip2edge.runtime.captioning.matcher import Matcher
 
     matcher = Matcher.load(

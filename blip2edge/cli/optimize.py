@@ -49,7 +49,7 @@ def optimized(bundle: Path, backend: str = "cpu") -> OptimizedReport:
 
 
 def report_table(report: OptimizedReport) -> str:
-    """A line for each optimized graph; below it the others, with the reason."""
+    """Makes a table with a line for each optimized graph; below it are the other graphs, with the reason."""
     from blip2edge.optimization.recipes import NOT_INT8
 
     rows = []

@@ -60,7 +60,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors have the form of all other errors: one line `error: …`, status 2.
+    """An ArgumentParser whose errors look like all other errors: one line `error: …`, exit status 2.
 
     The error of an unknown flag or value also names the most similar known one.
     """
@@ -126,7 +126,7 @@ def _gives(word: str, flags: Sequence[str]) -> bool:
 
 
 def _pattern_hint(words: Sequence[str]) -> str:
-    """What to do if a shell has replaced a pattern by the names of files; empty if one of the words is not a file."""
+    """Returns the advice for a pattern that the shell replaced by file names; empty if a word is not a file."""
     if not all(map(os.path.exists, words)):
         return ""
     return "; if the shell replaced a pattern by these names, give the folder, or the pattern in quotes"
@@ -139,7 +139,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def build_parser(words: Sequence[str] | None = None) -> Parser:
-    """The parser of all commands. Every parsed result has `run`, the command's function.
+    """Builds the parser of all commands. Every parsed result has `run`, the command's function.
 
     Args:
         words: What will be parsed. Commands that are not among these words get no flags, and their modules are not

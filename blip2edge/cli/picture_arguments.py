@@ -59,7 +59,7 @@ class PictureArgument:
         name: The file's path, the address, or ``-``.
         kept: Reads the bytes of the file; None for a path that the runtime opens itself.
         found: Whether the picture was found in a folder or by a pattern.
-        problem: Why there is no such picture, where it is known: an empty folder, a pattern without a match.
+        problem: Why there is no such picture, if the reason is known: an empty folder, a pattern without a match.
     """
 
     name: str
@@ -69,7 +69,7 @@ class PictureArgument:
 
     @property
     def source(self) -> ImageSource:
-        """The value that the runtime takes as ``image``: the path, or a function that reads the bytes."""
+        """The value for the runtime's argument ``image``: the path, or a function that reads the bytes."""
         from blip2edge.runtime.images.preprocess import DeferredImage
 
         return self.name if self.kept is None else DeferredImage(self.name, self.kept)
@@ -78,7 +78,7 @@ class PictureArgument:
         """Checks that there is a file, without reading it; an address or a pipe is not checked.
 
         Raises:
-            ImageError: There is none.
+            ImageError: There is no such file.
         """
         from blip2edge.runtime.images.preprocess import check_picture_file
 

@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
 def _status(
     options: argparse.Namespace, model: str, shape: ModelShape, plans: list[DevicePlan], request: PlanOptions
 ) -> int:
-    """The exit status 0; raises an error if a fit is required and the model does not fit a device."""
+    """Returns the exit status 0; raises an error if a fit is required and the model does not fit a device."""
     from blip2edge.cli.plan_text import fits, what_fits
     from blip2edge.errors import CheckpointError
 
@@ -116,7 +116,7 @@ def _status(
 def plan_json(
     model: str, origin: str, shape: ModelShape, plans: list[DevicePlan], request: PlanOptions
 ) -> dict[str, Any]:
-    """The JSON object of ``plan --json``."""
+    """Makes the JSON object of ``plan --json``."""
     from blip2edge.runtime.bench.plan import token_budget
 
     return {
@@ -158,7 +158,7 @@ def _next(model: str, plans: list[DevicePlan], *, all_boards: bool) -> list[str]
 
 
 def _checkpoint_of(model: str) -> Path | None:
-    """The directory or hub name that ``export`` takes for a planned model; None if there is none."""
+    """Returns the directory or hub name to give to ``export`` for a planned model; None if there is none."""
     from blip2edge.shapes.families import checkpoint_name
     from blip2edge.shapes.sources import CONFIG
 

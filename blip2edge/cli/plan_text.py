@@ -1,4 +1,4 @@
-"""The text of ``blip2edge plan``: parameters and tokens, one table a device, and the arithmetic."""
+"""Writes the text of ``blip2edge plan``: parameters and tokens, a table for each device, and the arithmetic."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ BOARDS_HEADER = ("device", "usable", "GB/s", "precision", "run", "build", "fits"
 
 
 def million(count: int) -> str:
-    """A number of parameters in millions."""
+    """Formats a number of parameters in millions."""
     return f"{count / 1e6:,.1f} M"
 
 
 def head(model: str, origin: str, shape: ModelShape, request: PlanOptions) -> str:
-    """Parameters of each part, and the tokens against the context."""
+    """Writes the parameters of vision encoder, bridge and language model, and the tokens compared with the context."""
     count, budget = shape.parameters(), token_budget(shape, request)
     side = f"; {million(count['bridge'] + shape.text_side)} with its text side" if shape.text_side else ""
     unused = f"; {million(shape.unused)} of the checkpoint are not deployed" if shape.unused else ""
@@ -71,7 +71,7 @@ def head(model: str, origin: str, shape: ModelShape, request: PlanOptions) -> st
 
 
 def fits_line(row: PrecisionPlan, usable: int) -> str:
-    """One clear line: whether a precision fits."""
+    """Writes one line that says whether a precision runs on the device and fits its memory."""
     if row.refused:
         return f"does not run: {row.refused}"
     if row.fits:
@@ -85,7 +85,7 @@ def fits_line(row: PrecisionPlan, usable: int) -> str:
 
 
 def device_text(plan: DevicePlan) -> str:
-    """Memory, times and bridges of one device."""
+    """Writes the tables of one device: memory, times, and bridges."""
     device = plan.device
     state = "measured" if device.measured else "not measured"
     rates = ", ".join(f"{kind} {rate / 1e12:.3g}" for kind, rate in device.rates.items())
@@ -122,12 +122,12 @@ def device_text(plan: DevicePlan) -> str:
 
 
 def fits(shape: ModelShape, plan: DevicePlan, request: PlanOptions) -> bool:
-    """Whether the device builds and runs the chosen precision, and the tokens fit the context."""
+    """Whether the device has the memory to build and run the chosen precision, and the tokens fit the context."""
     return plan.of(plan.chosen).fits and bool(token_budget(shape, request)["fits"])
 
 
 def what_fits(shape: ModelShape, plan: DevicePlan, request: PlanOptions) -> str:
-    """One line for a plan that does not fit: the frames, the board or the published model that would."""
+    """Writes one line for a plan that does not fit: the number of frames, the board or the model that would fit."""
     budget = token_budget(shape, request)
     frames, name = budget["frames"], plan.device.name
     in_context = _most(frames, lambda few: bool(token_budget(shape, replace(request, frames=few))["fits"]))
@@ -156,7 +156,10 @@ def _fits_at(shape: ModelShape, device: Board, request: PlanOptions, frames: int
 
 
 def _most(limit: int, able: Callable[[int], bool]) -> int:
-    """The largest number up to ``limit`` for which ``able`` holds; 0 if none. Fewer frames never need more."""
+    """Returns the largest number up to ``limit`` for which ``able`` is true; 0 if there is none.
+
+    It searches by halving: if a number of frames fits, every smaller number fits too.
+    """
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
@@ -165,7 +168,7 @@ def _most(limit: int, able: Callable[[int], bool]) -> int:
 
 
 def _smaller_model(shape: ModelShape, plan: DevicePlan, request: PlanOptions) -> str:
-    """The largest published model with fewer parameters that fits the device; empty if none does."""
+    """Returns the largest published model with fewer parameters that fits the device; empty if no model fits."""
     found = {}
     for name in PUBLISHED:
         other = shape_of(published_config(name))
@@ -198,7 +201,7 @@ def _bridges(plan: DevicePlan) -> str:
 
 
 def boards_table(plans: Sequence[DevicePlan]) -> str:
-    """One line a board, in the highest precision that fits."""
+    """Makes a table with one line for each board, in the highest precision that fits."""
     rows = []
     for plan in plans:
         row = plan.of(plan.chosen)
@@ -224,7 +227,7 @@ def boards_table(plans: Sequence[DevicePlan]) -> str:
 
 
 def explanation(shape: ModelShape, plan: DevicePlan, request: PlanOptions) -> str:
-    """The arithmetic of the chosen precision, line by line."""
+    """Writes the arithmetic of the chosen precision, line by line."""
     device, precision = plan.device, plan.chosen
     held, row = held_precision(precision, device), plan.of(precision)
     frames = request.frames or shape.frames

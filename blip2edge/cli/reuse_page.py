@@ -1,4 +1,4 @@
-"""The report of ``watch --reuse-below auto --reuse-fit FILE.json`` as one HTML page, from the kept JSON object."""
+"""Makes the HTML report of ``watch --reuse-below auto --reuse-fit FILE.json`` from the JSON object in that file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Point = Mapping[str, Any]
 
 
 def reuse_page(document: Mapping[str, Any], source: str) -> str:
-    """Formats a fit as an HTML page with the curve of missed changes against the work saved.
+    """Formats fitted thresholds as an HTML page, with the curve of missed changes over the saved work.
 
     Args:
         document: The object of :func:`blip2edge.runtime.captioning.reuse.ladder.fit_document`.
@@ -54,7 +54,7 @@ def reuse_page(document: Mapping[str, Any], source: str) -> str:
 
 
 def _front(points: Sequence[Point], key: str) -> list[Point]:
-    """The points that no other one beats in both ``saved`` and ``key``, by ``saved``."""
+    """Returns the threshold pairs for which no other pair has both more ``saved`` and less ``key``; by ``saved``."""
     found: list[Point] = []
     for point in sorted(points, key=lambda one: (-one["saved"], one[key])):
         if not found or point[key] < found[-1][key]:
@@ -76,7 +76,7 @@ def _cells(point: Point) -> tuple[str, ...]:
 
 
 def _chart(points: Sequence[Point], chosen: Point | None, rate: float) -> str:
-    """Work saved from left to right, rates from the bottom up to four times the stated one."""
+    """Draws the rate of missed changes over the saved work; the vertical axis ends at four times the stated rate."""
     most = 4 * rate
 
     def place(point: Point, key: str) -> tuple[float, float]:

@@ -108,11 +108,11 @@ def add_arguments(parser: Parser) -> None:
 
 
 def _api_key(options: argparse.Namespace) -> str:
-    """The API key, from the flag or the environment; empty for none.
+    """Returns the API key from the flag or the environment; empty if there is none.
 
     Raises:
-        UsageError: It is given, and empty: a script whose variable is not set would otherwise open the server. Or a
-            credential in it is missing.
+        UsageError: The key is given, but empty: if a variable in a script were not set, the server would be open to
+            everyone. Or a credential in the key is missing.
     """
     given = getattr(options, "api_key", os.environ.get(API_KEY))
     if given is not None and not given.strip():
@@ -171,7 +171,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _bundles(options: argparse.Namespace) -> list[tuple[str, Path]]:
-    """The name and the directory of each bundle; an empty name for that of the directory.
+    """Returns the name and the directory of each bundle; an empty name stands for the directory's name.
 
     Raises:
         UsageError: Two bundles have the same name, or a name is empty.
@@ -272,7 +272,7 @@ def _open_log(name: str | None, opened: ExitStack) -> TextIO | None:
 
 
 def _tls(options: argparse.Namespace) -> tuple[Path, Path] | None:
-    """The files of the certificate and its key; None for http.
+    """Returns the files of the certificate and its key; None for http.
 
     Raises:
         UsageError: One of the two flags is missing, the files are not a certificate and its key, or ``--self-signed``
@@ -306,7 +306,7 @@ def _tls(options: argparse.Namespace) -> tuple[Path, Path] | None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket. It is opened before the model is loaded, so that a port in use is an error at once.
+    """Opens a listening socket before the model is loaded, so that a port in use is an error at once.
 
     Raises:
         OutputError: The address or the port cannot be used.

@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _password(key: Path) -> str:
-    """The password of a private key.
+    """Returns the password of a private key, from the environment or asked on the terminal.
 
     Raises:
         UsageError: The environment variable is not set, and there is no terminal.

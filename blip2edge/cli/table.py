@@ -1,4 +1,4 @@
-"""Text tables and units for the terminal."""
+"""Formats text tables and numbers with units for the terminal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequen
 
 
 def plural(count: int, one: str) -> str:
-    """A number with its noun: ``1 picture``, ``2 pictures``.
+    """Formats a number with its noun: ``1 picture``, ``2 pictures``.
 
     Args:
         count: The number.
@@ -43,7 +43,7 @@ def plural(count: int, one: str) -> str:
 
 
 def size(count: int) -> str:
-    """A number of bytes as text: 512 B, 1.5 KB, 7.4 GB (powers of 1000)."""
+    """Formats a number of bytes: 512 B, 1.5 KB, 7.4 GB (powers of 1000)."""
     if count < 1000:
         return f"{count} B"
     value = float(count)
@@ -55,5 +55,5 @@ def size(count: int) -> str:
 
 
 def difference(value: float) -> str:
-    """A numerical difference as text: 1.2e-05, or 0."""
+    """Formats a numerical difference: 1.2e-05, or 0."""
     return "0" if value == 0.0 else f"{value:.1e}"

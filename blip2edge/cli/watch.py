@@ -113,7 +113,7 @@ def _add_reuse(parser: argparse.ArgumentParser) -> None:
 
 
 def _reuse_plan(options: argparse.Namespace) -> ReusePlan | None:
-    """The plan of ``--reuse-below auto``; None without ``auto``."""
+    """Returns the options for fitting the thresholds of ``--reuse-below auto``; None without ``auto``."""
     from blip2edge.cli.reuse_page import reuse_page
     from blip2edge.runtime.captioning.reuse.ladder import ReusePlan
 
@@ -140,10 +140,10 @@ def _reuse_plan(options: argparse.Namespace) -> ReusePlan | None:
 
 
 def _report_of(fit: Path) -> Path:
-    """The file of the report beside a kept fit.
+    """Returns the file of the HTML report, beside the JSON file with the fitted thresholds.
 
     Raises:
-        UsageError: It would be the file of the fit, or the fit has no name of a file.
+        UsageError: Both would be the same file, or the path of the JSON file has no file name.
     """
     page = fit.with_name(f"{fit.stem}.html") if fit.name else fit
     if page.name.lower() == fit.name.lower() or page.resolve() == fit.resolve():
@@ -200,10 +200,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _source(given: str) -> str:
-    """The source with its credentials.
+    """Returns the source of the frames, with its credentials filled in.
 
     Raises:
-        UsageError: A credential is missing, or a pipeline has one.
+        UsageError: A credential is missing, or a pipeline contains a credential.
     """
     source = filled_address(given)
     if has_credentials(given) and " ! " in given + source:  # also a pipeline that is the credential's value
@@ -215,7 +215,7 @@ def _source(given: str) -> str:
 
 
 def _about(caption: WatchResult) -> dict[str, Any]:
-    """The keys of a frame in JSON, besides those of its caption."""
+    """Returns the keys of a frame in the JSON output, without the keys of its caption."""
     return {
         "frame": caption.frame,
         "dropped": caption.dropped,
@@ -234,7 +234,7 @@ def _event(source: str, caption: WatchResult, values: dict[str, Any]) -> Caption
 
 
 def _open_sinks(options: argparse.Namespace, opened: ExitStack) -> list[Sink]:
-    """The receivers that the flags name; they are closed with the stack."""
+    """Opens the receivers of captions that the flags name; they are closed with the stack ``opened``."""
     if options.post_header and not options.post:
         raise UsageError(f"{option('post_header')} needs {option('post')}", field="post_header")
     given = [(flag, filled_address(value)) for flag in RECEIVERS for value in getattr(options, flag)]

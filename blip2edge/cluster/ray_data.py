@@ -81,7 +81,7 @@ def map_on_ray(
 
 
 def _own_error(error: BaseException | None) -> Blip2EdgeError | None:
-    """The error of this project that a worker raised, and Ray wrapped; None if there is none."""
+    """Returns the error of this project that a worker raised, without Ray's wrapper; None if it is another error."""
     while error is not None:
         if isinstance(error, Blip2EdgeError):
             return error

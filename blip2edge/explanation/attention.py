@@ -46,9 +46,9 @@ class LayerWeights:
     Attributes:
         layer: Number of the layer in the bridge, from 0.
         patches: float64 ``[Q, rows, columns]``, the weight of each patch.
-        before: float64 ``[Q]``, the weight of the tokens before the patches together: class token, registers.
-        queries: float64 ``[Q]``, the weight of the queries themselves together (perceiver), else 0. The three
-            parts of a query sum to 1.
+        before: float64 ``[Q]``, the sum of the weights of the tokens before the patches: class token, registers.
+        queries: float64 ``[Q]``, the sum of the weights of all queries (perceiver), else 0. For each query, the
+            weights of `patches`, `before` and `queries` add up to 1.
     """
 
     layer: int
@@ -58,9 +58,10 @@ class LayerWeights:
 
     @property
     def spread(self) -> NDArray[np.float64]:
-        """How many patches each query looks at, float64 ``[Q]``: the exponential of the entropy over the patches.
+        """Number of patches that each query attends to, float64 ``[Q]``.
 
-        It is 1 if all the weight is on one patch, and the number of patches if all patches have the same weight.
+        It is the exponential of the entropy of the weights over the patches. The number is 1 if all the weight is on
+        one patch. If all patches have the same weight, it is the number of patches.
         """
         flat = self.patches.reshape(len(self.patches), -1)
         shares = flat / np.maximum(flat.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
@@ -70,7 +71,7 @@ class LayerWeights:
 
 
 def attention_layers(graph: ir.Model) -> list[AttentionLayer]:
-    """Finds the layers of a graph in which queries attend to a picture, in their order.
+    """Finds the layers of a bridge's graph in which queries attend to the picture, in the order of the layers.
 
     A layer is recognized by the name of the weights that its keys are computed with. These names are those of the
     checkpoint's modules, and stay in fp16, INT8 and INT4 graphs.
@@ -86,7 +87,7 @@ def attention_layers(graph: ir.Model) -> list[AttentionLayer]:
 
 
 def layer_weights(layer: AttentionLayer, weights: Array, embeds: int, rows: int, columns: int) -> LayerWeights:
-    """Averages the attention weights of one picture over the heads, and splits them by what they are on.
+    """Averages the attention weights of one picture over the heads, and splits them: patches, tokens before, queries.
 
     Args:
         layer: The layer.
@@ -121,7 +122,10 @@ def check_lengths(layers: Sequence[AttentionLayer], outputs: Sequence[Array], em
 
 
 def _key_module(softmax: ir.Node) -> str | None:
-    """The path of the module whose keys a softmax compares with; None if it has none with a name."""
+    """Finds the module that makes the keys of an attention, from the attention's softmax node.
+
+    Returns the module's path; None if no weight of the keys has a known name.
+    """
     scores = next((node for node in _before(softmax.inputs[0]) if node.op_type == "MatMul"), None)
     if scores is None:
         return None
@@ -134,7 +138,7 @@ def _key_module(softmax: ir.Node) -> str | None:
 
 
 def _layer_of(path: str | None) -> int | None:
-    """The number of the layer with this path; None if its queries do not attend to the picture."""
+    """Returns the number of the layer with this path; None if the path is not of an attention to the picture."""
     for place in PLACES:
         match = place.search(path or "")
         if match is not None:
@@ -143,7 +147,7 @@ def _layer_of(path: str | None) -> int | None:
 
 
 def _before(value: ir.Value | None) -> Iterator[ir.Node]:
-    """The nodes that a value is computed by, the nearest first."""
+    """Yields the nodes that compute a value, directly or through other nodes; the nearest node is first."""
     waiting, seen = deque([value]), set()
     while waiting:
         now = waiting.popleft()
@@ -156,7 +160,7 @@ def _before(value: ir.Value | None) -> Iterator[ir.Node]:
 
 
 def _initializers(value: ir.Value | None) -> Iterator[str]:
-    """The names of the initializers that a value is computed from, the nearest first."""
+    """Yields the names of the initializers and inputs that a value is computed from; the nearest is first."""
     if value is not None and value.producer() is None:
         yield str(value.name)
     for node in _before(value):

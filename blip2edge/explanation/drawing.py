@@ -30,7 +30,7 @@ Colours = NDArray[np.uint8]
 
 
 def colours(values: NDArray[np.float64], scale: Sequence[str]) -> Colours:
-    """Colours of values from 0 to 1 on a scale; returns uint8 ``[..., 3]``."""
+    """Converts values from 0 to 1 to the colours of a scale; returns uint8 ``[..., 3]``."""
     points = np.array([[int(code[at : at + 2], 16) for at in (0, 2, 4)] for code in scale], np.float64)
     places = np.clip(values, 0.0, 1.0) * (len(points) - 1)
     below = np.minimum(places.astype(np.int64), len(points) - 2)
@@ -42,14 +42,14 @@ def colours(values: NDArray[np.float64], scale: Sequence[str]) -> Colours:
 def heat_map(picture: Image.Image, view: View, weights: NDArray[np.float64], most: float | None = None) -> Image.Image:
     """Draws the weights of the patches over a picture; each square is one patch.
 
-    The picture is drawn in grey, and the colour of a weight covers it: more for a larger weight. Parts that are not in
-    the model's input, such as the sides that a crop cuts off, are dark and have no colour.
+    The picture is drawn in grey, under the colours of the weights: a larger weight hides more of the picture. Regions
+    that are not in the model's input, such as the sides that a crop cuts off, are dark and have no colour.
 
     Args:
         picture: The upright picture, or a smaller copy of it with the same proportions.
         view: The part of the original picture that is the model's input.
         weights: Weights of the patches, ``[rows, columns]``, at least 0.
-        most: The weight with the last colour; None for the largest one.
+        most: The weight that gets the last colour of the scale; None for the largest weight.
 
     Returns:
         An RGB picture of the size of ``picture``.
@@ -70,12 +70,12 @@ def heat_map(picture: Image.Image, view: View, weights: NDArray[np.float64], mos
 def layer_sheet(picture: Image.Image, view: View, layer: LayerWeights) -> Image.Image:
     """Draws one layer: the picture, the mean over the queries, then the heat map of each query with its largest weight.
 
-    Each map has its own scale, up to its largest weight.
+    Each heat map has its own colour scale, up to its largest weight.
 
     Args:
         picture: The upright picture.
-        view: The part of it that is the model's input.
-        layer: The weights.
+        view: The part of the picture that is the model's input.
+        layer: The attention weights of the layer.
     """
     small = picture.copy()
     small.thumbnail((SIDE, SIDE))

@@ -14,16 +14,17 @@ GATE = re.compile(r"^language\.cross_layers\.(?P<number>\d+)\.(?P<part>attention
 
 @dataclass(frozen=True)
 class Gate:
-    """The gates of one gated layer, ``tanh(alpha)``: 0 adds nothing, 1 or -1 all.
+    """The gates of one gated layer, ``tanh(alpha)``: the factors of the output that the layer adds.
 
-    A layer has one gate, or one a channel; then these are the means of their absolute values.
+    A layer has one gate, or one gate for each channel. In the second case, the values here are the means of the
+    absolute values of the gates.
 
     Attributes:
         layer: Number of the gated layer, from 0.
-        before: Number of the language model's layer that it is before.
+        before: Number of the language model's layer that follows the gated layer.
         attention: Gate of the attention to the pictures.
         feed_forward: Gate of the feed-forward.
-        channels: Number of gates of each part.
+        channels: Number of gates of the attention, and of the feed-forward.
     """
 
     layer: int
@@ -33,7 +34,7 @@ class Gate:
     channels: int
 
     def to_json(self) -> dict[str, Any]:
-        """An object of the list ``gates`` in ``explain.json``."""
+        """Returns the object for the list ``gates`` in ``explain.json``."""
         return dict(vars(self))
 
 
@@ -58,5 +59,5 @@ def read_gates(decoder: ir.Model, layers: int) -> list[Gate]:
 
 
 def _one(values: Any) -> float:
-    """The gate of a layer, or the mean of the absolute values of its gates."""
+    """Returns the only gate of a layer, or the mean of the absolute values of several gates."""
     return float(values[0]) if values.size == 1 else float(np.abs(values).mean())

@@ -1,4 +1,4 @@
-"""Where the patches lie in the picture: undoes the crop and the resizing of the preprocessing."""
+"""Finds the place of each patch in the picture: reverses the crop and the resizing of the preprocessing."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ PASSED = ("Cast", "QuantizeLinear", "DequantizeLinear", "Mul", "Add", "Div", "Su
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """The patches among the picture's embeddings.
+    """The grid of patches, and the place of the patches among the picture's embeddings.
 
     Attributes:
         rows: Rows of patches.
         columns: Columns of patches.
-        before: Number of embeddings before those of the patches: the class token, registers.
+        before: Number of embeddings before the patches: the class token, registers.
         stride: Height and width of a patch in pixels of the model's input. The patches begin at its upper left corner;
-            a rest at its right and lower edges is in no patch.
+            a rest at its right and lower edges belongs to no patch.
     """
 
     rows: int
@@ -43,8 +43,8 @@ class View:
 
     Attributes:
         picture: Width and height of the upright picture in pixels.
-        scale: Pixels of the picture for one of the resized picture, across and down.
-        corner: Left and top of the crop in the resized picture, in its pixels; below 0 if the crop is larger than the
+        scale: Number of pixels of the picture for one pixel of the resized picture, across and down.
+        corner: Left and top of the crop in pixels of the resized picture; below 0 if the crop is larger than the
             resized picture, which is then padded.
         grid: The patches of the model's input.
     """
@@ -55,10 +55,10 @@ class View:
     grid: PatchGrid
 
     def patch_of(self, points: NDArray[np.float64], axis: int) -> NDArray[np.int64]:
-        """The numbers of the patches at points of the picture along one axis.
+        """Returns the numbers of the patches at points of the picture along one axis.
 
         Args:
-            points: Points of the picture in its pixels, ``[N]``.
+            points: Coordinates of the points in pixels of the picture, ``[N]``.
             axis: 0: across, 1: down.
 
         Returns:
@@ -70,7 +70,7 @@ class View:
         return np.where((numbers >= 0) & (numbers < count), numbers, -1)
 
     def rectangle(self, row: int, column: int) -> tuple[float, float, float, float]:
-        """Left, top, right and bottom of a patch in pixels of the upright picture, cut at the picture's borders."""
+        """Returns left, top, right and bottom of a patch in pixels of the upright picture, cut at its borders."""
         sides = []
         for axis, number in enumerate((column, row)):
             for edge in (number, number + 1):
@@ -86,7 +86,7 @@ def view_of(preprocessing: Preprocessing, width: int, height: int, grid: PatchGr
     Args:
         preprocessing: The bundle's preprocessing.
         width: Width of the upright picture in pixels.
-        height: Its height.
+        height: Height of the upright picture in pixels.
         grid: The patches of the model's input.
     """
     across, down = preprocessing.resized(width, height) if preprocessing.resize else (width, height)
@@ -97,14 +97,14 @@ def view_of(preprocessing: Preprocessing, width: int, height: int, grid: PatchGr
 
 
 def patch_grid(vision: ir.Model, spec: GraphSpec) -> PatchGrid:
-    """Finds rows and columns of the patches of a vision encoder.
+    """Finds the rows and columns of a vision encoder's patches.
 
-    The stride of the patch embedding gives them; it is the convolution that reads the pixels. Where the first
-    convolution is none of patches, the grid is the largest one of the input's proportions that fits.
+    They follow from the stride of the patch embedding, the convolution whose input is the pixels. If the first
+    convolution is no patch embedding, the grid is the largest one with the input's proportions that fits.
 
     Args:
         vision: The vision encoder's graph.
-        spec: Its spec: the last input dimensions are the height and width of the pixel values.
+        spec: The graph's spec: the last dimensions of its input are height and width of the pixel values.
 
     Raises:
         BundleError: The sizes vary, or the embeddings do not fit a grid of patches.
@@ -133,7 +133,7 @@ def patch_grid(vision: ir.Model, spec: GraphSpec) -> PatchGrid:
 
 
 def _patch_size(vision: ir.Model) -> tuple[int, int] | None:
-    """Height and width of a patch in pixels; None if the pixels are not cut into patches by a convolution."""
+    """Returns height and width of a patch in pixels; None if the graph has no convolution that cuts patches."""
     value = vision.graph.inputs[0]
     for _ in range(len(PASSED) * 2):
         readers = [user for user, _ in value.uses()]

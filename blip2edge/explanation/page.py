@@ -17,7 +17,7 @@ WHOLE = 'style="max-width:100%;height:auto"'
 
 
 def picture_tag(picture: Image.Image, text: str) -> str:
-    """An ``img`` element that contains the picture as a JPEG; ``text`` describes it."""
+    """Makes an ``img`` element that contains the picture as a JPEG; ``text`` describes the picture."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=QUALITY)
     data = base64.b64encode(buffer.getvalue()).decode()

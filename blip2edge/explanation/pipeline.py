@@ -37,7 +37,7 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class ExplainReport:
-    """What :func:`explain` made.
+    """The result of :func:`explain`.
 
     Attributes:
         directory: The directory with ``explain.html``, ``explain.json`` and the PNG files.
@@ -79,8 +79,8 @@ def explain(
         output: The directory to write.
         prompt: The instruction, for a bridge that reads one (InstructBLIP); None for the bundle's default.
         queries: Number of queries of an elastic bundle; None for all.
-        maps: Number of pictures that heat maps are drawn of, the first ones; the others count for the similarity of
-            the queries.
+        maps: Heat maps are drawn of this number of pictures, from the first on; the other pictures count only for the
+            similarity of the queries.
         force: Whether an existing directory with an ``explain.json`` is replaced.
         threads: CPU threads; None for all cores.
         require_signature: A public key that the bundle must be signed for; see :meth:`Bundle.open`.
@@ -128,19 +128,19 @@ def explain(
 
 @dataclass
 class _Writer:
-    """Writes the PNG files of one run, and keeps their elements for the page by file name."""
+    """Writes the PNG files of one run, and keeps the ``img`` element of each for the page, by file name."""
 
     directory: Path
     tags: dict[str, str] = field(default_factory=dict)
 
     def save(self, name: str, picture: Image.Image, text: str) -> None:
-        """Writes one picture; ``text`` describes it."""
+        """Writes one picture as a PNG file; ``text`` describes the picture on the page."""
         picture.save(self.directory / name)
         self.tags[name] = picture_tag(picture, text)
 
 
 def _gates_of(bundle: Bundle) -> list[Gate]:
-    """The gates of a bundle's decoder; none of other families than Flamingo."""
+    """Reads the gates of a bundle's decoder; returns an empty list for families other than Flamingo."""
     manifest = bundle.manifest
     if manifest.cross is None or manifest.cross.mask != "steps" or manifest.cache is None:
         return []
@@ -161,7 +161,10 @@ def _explained(
     writer: _Writer,
     progress: Callable[[int, int], None],
 ) -> tuple[dict[str, Any], list[ImageError]]:
-    """Runs all pictures, writes their heat maps and the similarity; returns ``explain.json`` without its gates."""
+    """Runs the graphs on all pictures, and writes the heat maps and the picture of the queries' cosines.
+
+    Returns the content of ``explain.json`` without the gates, and the errors of pictures that could not be read.
+    """
     compared, heads = QueryComparison(), 0
     pictures: list[dict[str, Any]] = []
     failures: list[ImageError] = []
@@ -199,7 +202,7 @@ def _explained(
 
 
 def _layer_record(layer: LayerWeights, view: View) -> dict[str, Any]:
-    """An object of the list ``layers`` of a picture in ``explain.json``."""
+    """Returns the object for one layer in the list ``layers`` of a picture in ``explain.json``."""
     queries = []
     for number, weights in enumerate(layer.patches):
         row, column = divmod(int(weights.argmax()), view.grid.columns)
@@ -216,12 +219,12 @@ def _layer_record(layer: LayerWeights, view: View) -> dict[str, Any]:
 
 
 def _name(source: ImageSource, number: int) -> str:
-    """A picture's name: its path, or its number if it has none."""
+    """Returns a picture's name: its path, or its number if it has no path."""
     if isinstance(source, DeferredImage):
         return source.name
     return str(source) if isinstance(source, (str, Path)) else f"picture {number}"
 
 
 def _file_stem(name: str) -> str:
-    """A picture's name as part of a file name."""
+    """Returns a picture's name without characters that are not allowed in a file name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).stem)[:40].strip("-.") or "picture"

@@ -30,7 +30,7 @@ class Probe:
     Args:
         bundle: The bundle.
         graph: The graph with the queries, one of :data:`QUERY_GRAPHS`.
-        layers: Its layers in which queries attend to the picture.
+        layers: The layers of this graph in which queries attend to the picture.
         others: Inputs of the graph besides ``image_embeds``, by name.
         threads: CPU threads; None for all cores.
     """
@@ -78,7 +78,7 @@ class Probe:
 def open_bridge(
     bundle: Bundle, prompt: str | None, queries: int | None, threads: int | None, *, gated: bool
 ) -> Probe | None:
-    """Opens the graphs of a bundle; None for a bundle with gates and without queries.
+    """Opens the graphs of a bundle; returns None if the bundle has gates, but no queries that attend to the picture.
 
     Args:
         bundle: The bundle.
@@ -116,7 +116,7 @@ def open_bridge(
 
 
 def _way_of_patches(bundle: Bundle) -> str:
-    """How the patches of a bundle without queries reach the text."""
+    """Says how the model of a bundle without queries uses the patches, for an error."""
     if DECODER not in bundle.manifest.graphs:
         return "it compares the class token with the text"
     if BRIDGE in bundle.manifest.graphs:
@@ -127,7 +127,7 @@ def _way_of_patches(bundle: Bundle) -> str:
 def _other_inputs(
     bundle: Bundle, spec: GraphSpec, prompt: str | None, queries: int | None
 ) -> tuple[dict[str, Array], str | None]:
-    """The bridge's inputs besides ``image_embeds`` for one picture, and the instruction that is in them."""
+    """Returns the bridge's inputs besides ``image_embeds`` for one picture, and the instruction in them (or None)."""
     found: dict[str, Array] = {}
     elastic, text = bundle.manifest.elastic, bundle.manifest.prompt
     if elastic is not None and any(tensor.name == QUERY_IDS for tensor in spec.inputs):

@@ -1,4 +1,4 @@
-"""Compares the visual tokens of the queries: with each other in one picture, and of one query over the pictures."""
+"""Compares visual tokens by their cosine: those of two queries in one picture, and of one query in two pictures."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from blip2edge.bundle.dtypes import Array
 
 @dataclass(frozen=True)
 class Similarity:
-    """How alike the queries are.
+    """Measures how similar the visual tokens of the queries are.
 
     Attributes:
         pictures: Number of pictures, N.
         matrix: float64 ``[Q, Q]``, the cosine of the visual tokens of two queries, averaged over the pictures.
         between: float64 ``[Q]``, the cosine of the visual tokens of one query in two different pictures, averaged over
-            all pairs of pictures; None with fewer than two pictures. A query near 1 says the same of every picture.
+            all pairs of pictures; None with fewer than two pictures. If the value is near 1, the visual token of this
+            query hardly depends on the picture.
     """
 
     pictures: int
@@ -36,7 +37,7 @@ class Similarity:
 
     @property
     def most_alike(self) -> tuple[int, int, float] | None:
-        """The two queries with the largest cosine, and it; None with one query."""
+        """The two queries with the largest cosine, and this cosine; None with one query."""
         if len(self.matrix) < 2:
             return None
         upper = np.where(np.triu(np.ones_like(self.matrix), 1) > 0, self.matrix, -np.inf)
@@ -44,7 +45,7 @@ class Similarity:
         return int(one), int(other), float(upper[one, other])
 
     def to_json(self) -> dict[str, Any]:
-        """The object ``similarity`` of ``explain.json``."""
+        """Returns the object ``similarity`` of ``explain.json``."""
         pair = self.most_alike
         return {
             "pictures": self.pictures,
@@ -56,7 +57,7 @@ class Similarity:
 
 
 class QueryComparison:
-    """Adds up the cosines picture by picture; memory does not grow with the number of pictures."""
+    """Adds up the cosines picture by picture, so that memory does not grow with the number of pictures."""
 
     def __init__(self) -> None:
         self._pictures = 0

@@ -1,4 +1,4 @@
-"""The four kinds of bridge around the same vision encoder and language model."""
+"""Makes the shape of a model with each of four kinds of bridge; vision encoder and language model stay the same."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ TRADE_OFFS: Mapping[str, str] = {
 
 
 def with_bridges(shape: ModelShape) -> dict[str, ModelShape]:
-    """The model with each kind of bridge: its own as it is, the others with the sizes of the published models.
+    """Returns the shape of the model with each kind of bridge, by kind.
 
-    Empty for a decoder that cross-attends to the picture, whose bridge cannot be exchanged alone.
+    The model's own bridge stays as it is; the other bridges have the sizes of the published models. The result is empty
+    if the decoder cross-attends to the picture, because then the bridge cannot be replaced alone.
     """
     vision = shape.part(VISION)
     if vision is None or shape.slots == 0:

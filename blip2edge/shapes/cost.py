@@ -1,4 +1,4 @@
-"""The cost of a stage, and the roofline that its time follows from (Williams et al., CACM 52(4), 2009)."""
+"""The cost of a stage, and the roofline model for its time (Williams et al., CACM 52(4), 2009)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ class Roofline:
 
     Attributes:
         bytes_per_s: Bytes read from memory per second, in one stream.
-        float_ops_per_s: Additions and multiplications per second in floating-point matrix products.
-        integer_ops_per_s: Additions and multiplications per second in products of 8-bit activations and weights.
+        float_ops_per_s: Additions and multiplications per second in floating-point matrix multiplications.
+        integer_ops_per_s: Additions and multiplications per second in matrix multiplications of 8-bit activations and
+            weights.
     """
 
     bytes_per_s: float
@@ -20,7 +21,7 @@ class Roofline:
     integer_ops_per_s: float
 
     def to_json(self) -> dict[str, float]:
-        """The rates as a JSON object, in gigabytes and billions of operations per second."""
+        """Returns the rates as a JSON object, in gigabytes and billions of operations per second."""
         return {
             "gigabytes_per_s": round(self.bytes_per_s / 1e9, 1),
             "gigaflops_fp32": round(self.float_ops_per_s / 1e9, 1),
@@ -48,16 +49,19 @@ class StageCost:
         )
 
     def seconds(self, roofline: Roofline, *, overlaps: bool = True) -> float:
-        """Seconds that the stage needs at least: for its operations or for reading its bytes, whichever is longer.
+        """Returns the shortest possible time of the stage in seconds: the longer of computing and reading memory.
 
         Args:
-            roofline: The rates.
-            overlaps: False for the sum of both, where a core does not read while it computes.
+            roofline: The rates of the processor.
+            overlaps: Whether the processor reads while it computes; if False, both times are added.
         """
         products = self.float_ops / roofline.float_ops_per_s + self.integer_ops / roofline.integer_ops_per_s
         reading = self.bytes / roofline.bytes_per_s
         return max(products, reading) if overlaps else products + reading
 
     def limited_by(self, roofline: Roofline) -> str:
-        """Returns what limits the stage: ``products`` if computing takes longer than reading memory, else ``bytes``."""
+        """Returns what limits the time of the stage.
+
+        ``products``: the matrix multiplications take longer than reading memory; ``bytes``: they do not.
+        """
         return "bytes" if self.seconds(roofline) <= self.bytes / roofline.bytes_per_s else "products"

@@ -13,7 +13,7 @@ DIVISOR = 8  # numbers of channels are multiples of it
 
 
 class Stage(NamedTuple):
-    """Blocks of one resolution: their number, kernel, stride of the first, expansion, and output channels."""
+    """The blocks of one resolution: their number, kernel, stride of the first block, expansion, and output channels."""
 
     repeats: int
     kernel: int
@@ -47,7 +47,7 @@ class BlockShape(NamedTuple):
 
 
 def feature_side(image_size: int) -> int:
-    """Side of the last feature map in cells, for a picture of ``image_size`` pixels."""
+    """Returns the side of the last feature map in cells, for a picture of ``image_size`` pixels."""
     side = math.ceil(image_size / 2)  # after the stem
     for stage in STAGES:
         side = math.ceil(side / stage.stride)
@@ -62,7 +62,7 @@ def scaled_channels(plain: int, factor: float) -> int:
 
 
 def block_shapes(image_size: int, width_coefficient: float, depth_coefficient: float) -> list[BlockShape]:
-    """The shape of each block.
+    """Returns the shape of each block.
 
     Args:
         image_size: Side of the picture in pixels.
@@ -84,9 +84,9 @@ def block_shapes(image_size: int, width_coefficient: float, depth_coefficient: f
 
 
 def convolutions(image_size: int, width_coefficient: float, depth_coefficient: float, hidden: int) -> ModelPart:
-    """The network without its classifier: each convolution as a matrix that multiplies its output's cells.
+    """Describes the network without its classifier: each convolution is a matrix, and each output cell is a row.
 
-    A depthwise convolution reads ``kernel²`` values for each output, so it is a matrix of so many inputs.
+    A depthwise convolution computes each output from ``kernel²`` values, so its matrix has ``kernel²`` inputs.
 
     Args:
         image_size: Side of the picture in pixels.

@@ -22,15 +22,15 @@ DINOV3 = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12
 
 @dataclass(frozen=True)
 class EncoderShape:
-    """A vision encoder.
+    """The shape of a vision encoder.
 
     Attributes:
-        part: Its matrices.
-        image_size, patch_size: In pixels.
+        part: The encoder's matrices and attentions.
+        image_size, patch_size: Sides of picture and patch in pixels.
         width: Channels of an embedding.
         prefix: Number of embeddings before those of the patches: class token and registers.
-        keep_prefix: Whether these are in the output.
-        cells: Number of embeddings of a picture where the sizes do not give it; else 0.
+        keep_prefix: Whether the embeddings before the patches are in the output.
+        cells: Number of embeddings of a picture if it does not follow from the sizes; else 0.
     """
 
     part: ModelPart
@@ -43,7 +43,7 @@ class EncoderShape:
 
 
 def encoder_shape(values: Mapping[str, Any], kinds: Collection[str] | None = None) -> EncoderShape:
-    """The shape of a ``vision_config``; without a ``model_type``, of BLIP-2's encoder.
+    """Reads the shape of the encoder in a ``vision_config``; without a ``model_type``, it is BLIP-2's encoder.
 
     Args:
         values: Content of the section.
@@ -62,7 +62,7 @@ def encoder_shape(values: Mapping[str, Any], kinds: Collection[str] | None = Non
 
 
 def _depth(f: Sizes) -> tuple[int, bool]:
-    """Number of blocks that run, and whether the final norm follows (``vision_feature_layer``)."""
+    """Reads ``vision_feature_layer``; returns the number of blocks that run, and whether the final norm follows."""
     depth, layer = f["num_hidden_layers"], f.values.get("vision_feature_layer")
     if layer is None:
         return depth, True

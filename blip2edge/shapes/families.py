@@ -1,4 +1,4 @@
-"""The shape of a model from its ``config.json``, or from the name under which it is published; without torch."""
+"""Reads the shape of a model from its ``config.json``, or from the name of a published model; without torch."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ VIDEO_FRAMES = 4  # frames of an InstructBlipVideo's item
 
 
 def published_config(name: str) -> dict[str, Any] | None:
-    """The ``config.json`` of a published model, from this package's files; None for an unknown name.
+    """Returns the ``config.json`` of a published model, from this package's files; None for an unknown name.
 
     Args:
         name: Name on the hub, in any case, or the name of a file in ``published``.
@@ -65,7 +65,7 @@ def published_config(name: str) -> dict[str, Any] | None:
 
 
 def checkpoint_name(name: str) -> str | None:
-    """The hub name of the checkpoint to export; None for a published configuration without one.
+    """Returns the hub name of the checkpoint to export; None if the published configuration has no checkpoint.
 
     Args:
         name: Name on the hub, or the name of a file in ``published``, as for :func:`published_config`.
@@ -76,7 +76,7 @@ def checkpoint_name(name: str) -> str | None:
 
 
 def unknown_model(name: str) -> CheckpointError:
-    """The error of a name that is neither a directory, a file, nor a published model."""
+    """Makes the error for a name that is neither a directory, a file, nor a published model."""
     known = [*PUBLISHED, *PUBLISHED.values()]
     similar = get_close_matches(name, known, n=1, cutoff=0.5)
     return CheckpointError(

@@ -31,7 +31,7 @@ T5_CONTEXT = 2048  # tokens; T5 itself has no limit
 
 @dataclass(frozen=True)
 class LanguageShape:
-    """The parts of a language model, and what :class:`ModelShape` needs to know about it; attributes as there."""
+    """The shape of a language model. Its attributes are those of the same name in :class:`ModelShape`."""
 
     parts: tuple[ModelPart, ...]
     cache: CacheShape
@@ -42,7 +42,7 @@ class LanguageShape:
 
 
 def opt(values: Any, _: bool | None = None) -> LanguageShape:
-    """OPT; OPT-350m has a narrower token table and norms after the blocks."""
+    """Returns the shape of an OPT; OPT-350m has a narrower token table and norms after the blocks."""
     f = Sizes("text_config", values, OPT)
     width, layers, heads = f["hidden_size"], f["num_hidden_layers"], f["num_attention_heads"]
     narrow, positions, vocabulary = f.get("word_embed_proj_dim", width), f["max_position_embeddings"], f["vocab_size"]
@@ -68,7 +68,10 @@ def opt(values: Any, _: bool | None = None) -> LanguageShape:
 
 
 def llama(values: Any, tied: bool | None = None, kind: str = "llama") -> LanguageShape:
-    """Llama, Mistral, Qwen2 and Qwen3; ``tied``: whether the head is the token table, None to read it."""
+    """Returns the shape of a Llama, Mistral, Qwen2 or Qwen3.
+
+    ``tied``: whether the head is the token table; None to read this from the config.
+    """
     f = Sizes("text_config", values, LLAMAS[kind])
     width, layers, heads = f["hidden_size"], f["num_hidden_layers"], f["num_attention_heads"]
     head = f.get("head_dim", width // heads)
@@ -93,9 +96,9 @@ def llama(values: Any, tied: bool | None = None, kind: str = "llama") -> Languag
 
 
 def t5(values: Any, _: bool | None = None) -> LanguageShape:
-    """T5 and Flan-T5: the text encoder, the cross-attention's keys and values, the decoder.
+    """Returns the shape of a T5 or Flan-T5: text encoder, keys and values of the cross-attention, decoder.
 
-    Its attention has a relative bias, so the optimized copy fuses neither that nor the norms and gates around it.
+    T5's attention has a relative bias, so the optimized copy fuses neither the attention nor the norms and gates.
     """
     f = Sizes("text_config", values, T5)
     width, inner, heads, head, encoders = (f[key] for key in ("d_model", "d_ff", "num_heads", "d_kv", "num_layers"))
@@ -137,7 +140,10 @@ def t5(values: Any, _: bool | None = None) -> LanguageShape:
 def bert_layers(
     layers: int, width: int, inner: int, heads: int, rows: str, cross: tuple[int, str]
 ) -> tuple[tuple[WeightMatrix, ...], tuple[AttentionProducts, ...], int]:
-    """Matrices, products and norms of BLIP's text layers; ``cross``: width and name of what they cross-attend to."""
+    """Returns the matrices, the attentions, and the number of norm parameters of BLIP's text layers.
+
+    ``cross``: width and name (see :data:`TokenCounts`) of the states that the layers cross-attend to.
+    """
     context = "context" if rows == "steps" else rows
     matrices = (
         *attention(layers, width, width, rows, bias=True),
@@ -152,7 +158,10 @@ def bert_layers(
 
 
 def bert(values: Any, picture: int, *, reads_question: bool = False) -> LanguageShape:
-    """BLIP's text decoder, and for VQA the encoder of questions; ``picture`` is the width of the embeddings."""
+    """Returns the shape of BLIP's text decoder, for VQA with the encoder of questions.
+
+    ``picture``: width of the picture's embeddings.
+    """
     f = Sizes("text_config", values, BERT)
     sizes = (f["num_hidden_layers"], f["hidden_size"], f["intermediate_size"], f["num_attention_heads"])
     layers, width, _, heads = sizes
@@ -178,7 +187,10 @@ def bert(values: Any, picture: int, *, reads_question: bool = False) -> Language
 
 
 def flamingo(values: Any, source: int) -> LanguageShape:
-    """A Llama with gated cross-attention layers (Idefics); ``source`` is the width of what they attend to."""
+    """Returns the shape of a Llama with gated cross-attention layers (Idefics).
+
+    ``source``: width of the states that the gated layers attend to.
+    """
     f = Sizes("config.json", values, {**LLAMA, "cross_layer_interval": 1})
     plain = llama({**values, "num_key_value_heads": None, "attention_bias": False, "mlp_bias": False})
     width, layers = f["hidden_size"], f["num_hidden_layers"] // f["cross_layer_interval"]
@@ -210,7 +222,7 @@ LANGUAGES: Mapping[str, Callable[..., LanguageShape]] = {
 
 
 def bridged_shape(values: Any, default: str, tied: bool | None = None) -> LanguageShape:
-    """Reads a ``text_config``; ``default`` is the ``model_type`` of one that names none.
+    """Reads the shape of the language model in a ``text_config``; ``default`` is used if it has no ``model_type``.
 
     Raises:
         UnsupportedModelError: The ``model_type`` is not supported.

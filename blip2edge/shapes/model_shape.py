@@ -1,6 +1,6 @@
-"""The shape of a model as data: its weight matrices, and which tokens each of them multiplies.
+"""The shape of a model as data: its weight matrices, and the tokens that each matrix is multiplied with.
 
-Parameters, bytes and operations of a model all follow from these rows. Only the standard library is imported, so that
+Parameters, bytes and operations of a model follow from these matrices. Only the standard library is imported, so that
 a board without torch can compute them from a ``config.json`` (:mod:`.families`).
 """
 
@@ -48,11 +48,11 @@ FORMATS: Mapping[str, Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class HeldWeights:
-    """How the weights of a part are held in memory.
+    """Format and size of the weights of one graph in memory.
 
     Attributes:
-        kind: Their format, a key of :data:`WEIGHT_BYTES`.
-        bytes: Their size.
+        kind: Format of the weights, a key of :data:`WEIGHT_BYTES`.
+        bytes: Size of the weights in bytes.
     """
 
     kind: str
@@ -60,7 +60,7 @@ class HeldWeights:
 
     @property
     def floating(self) -> bool:
-        """Whether products with them are in floating point, in the format of the weights."""
+        """Whether matrix multiplications with these weights run in floating point, in the format of the weights."""
         return self.kind in ("fp32", "fp16")
 
 
@@ -72,14 +72,14 @@ in the graphs of ``benchmarks/plan_check.py``."""
 
 @dataclass(frozen=True)
 class WeightMatrix:
-    """Weight matrices of one size.
+    """One or more weight matrices of the same size.
 
     Attributes:
         name: What the matrix computes.
         inputs, outputs: Numbers of input and output channels.
-        rows: The tokens that it multiplies, a name of :data:`TokenCounts`.
+        rows: Name of the tokens that the matrix is multiplied with, a key of :data:`TokenCounts`.
         count: Number of such matrices.
-        bias: Whether each has a bias.
+        bias: Whether each matrix has a bias.
     """
 
     name: str
@@ -100,12 +100,13 @@ class WeightMatrix:
         return self.weights + self.count * self.outputs * self.bias
 
     def operations(self, tokens: TokenCounts, extra_rows: int = 0, one_row: bool = True) -> float:
-        """Additions and multiplications: two for each weight and token.
+        """Number of additions and multiplications: two for each weight and token.
 
         Args:
             tokens: Numbers of tokens.
-            extra_rows: Tokens that are added where there are several, for processors that are slower at few tokens.
-            one_row: Whether the first token counts; not where its product is part of the time to read the weights.
+            extra_rows: Number of tokens to add if there are several, for processors that are slower at few tokens.
+            one_row: Whether the first token counts. It does not if the time to read the weights includes its
+                multiplication.
         """
         rows = tokens_of(self.rows, tokens)
         return 2.0 * self.weights * (rows - (not one_row) + (extra_rows if rows > 1 else 0))
@@ -113,12 +114,13 @@ class WeightMatrix:
 
 @dataclass(frozen=True)
 class AttentionProducts:
-    """The products without weights of an attention: scores, and the weighted sum of the values.
+    """The matrix multiplications without weights in an attention: the scores, and the weighted sum of the values.
 
     Attributes:
         width: Heads times width of a head.
         heads: Number of heads.
-        queries, keys: The tokens that attend and those that are attended to, names of :data:`TokenCounts`.
+        queries, keys: Names of the tokens that attend, and of the tokens that are attended to; keys of
+            :data:`TokenCounts`.
         count: Number of layers.
     """
 
@@ -129,7 +131,10 @@ class AttentionProducts:
     count: int
 
     def operations(self, tokens: TokenCounts) -> float:
-        """Additions and multiplications: two for scores and two for sums, for each query, key and channel."""
+        """Number of additions and multiplications.
+
+        They are two for the scores and two for the weighted sums, for each query, key and channel.
+        """
         return 4.0 * self.count * self.width * tokens_of(self.queries, tokens) * tokens_of(self.keys, tokens)
 
     def scores(self, tokens: TokenCounts) -> int:
@@ -139,15 +144,15 @@ class AttentionProducts:
 
 @dataclass(frozen=True)
 class ModelPart:
-    """A part of a model that is one graph of a bundle.
+    """The shape of one graph of a bundle, such as the vision encoder.
 
     Attributes:
         name: Name of the graph.
-        matrices: Its weight matrices.
-        attentions: Its products without weights.
+        matrices: Weight matrices of the graph.
+        attentions: Matrix multiplications without weights (attention scores and weighted sums).
         vectors: Number of all other parameters: norms, positions, learned queries.
-        operators: Operators of the CPU's optimized graph for each product with weights, convolutions aside;
-            :data:`FUSED_OPERATORS` where attention, norms and activations are fused.
+        operators: Number of operators in the CPU's optimized graph for each matrix multiplication with weights, without
+            convolutions; :data:`FUSED_OPERATORS` if attention, norms and activations are fused.
     """
 
     name: str
@@ -163,22 +168,22 @@ class ModelPart:
 
     @property
     def kind(self) -> str:
-        """The part's key in :data:`FORMATS`."""
+        """Key of this graph in :data:`FORMATS`: ``vision``, ``bridge`` or ``language``."""
         return self.name if self.name in (VISION, BRIDGE) else "language"
 
     def bytes(self, precision: str) -> float:
-        """Bytes of the part's weights in a precision; biases, norms and tables stay in floating point."""
+        """Bytes of the graph's weights in a precision; biases, norms and tables stay in floating point."""
         weights = sum(matrix.weights for matrix in self.matrices)
         rest = WEIGHT_BYTES["fp16" if precision == "fp16" else "fp32"]
         return weights * WEIGHT_BYTES[FORMATS[precision][self.kind]] + (self.parameters - weights) * rest
 
     def weights(self, precision: str) -> HeldWeights:
-        """The part's weights in a precision."""
+        """Format and size of the graph's weights in a precision."""
         return HeldWeights(FORMATS[precision][self.kind], self.bytes(precision))
 
     @property
     def calls(self) -> int:
-        """Number of products with weights in one run."""
+        """Number of matrix multiplications with weights in one run of the graph."""
         return sum(matrix.count for matrix in self.matrices)
 
     def elements(self, tokens: TokenCounts) -> float:
@@ -189,8 +194,8 @@ class ModelPart:
     def activation_bytes(self, tokens: TokenCounts, element: float) -> float:
         """Bytes of the largest activations that are alive at once, ``element`` bytes each.
 
-        The input and output of the widest matrix with the residual, or the scores of a layer before and after softmax
-        with queries, keys and values.
+        These are the input, the output and the residual of the widest matrix; or queries, keys, values and the scores
+        before and after softmax of one layer.
         """
         widest = max((matrix.inputs + 2 * matrix.outputs) * tokens_of(matrix.rows, tokens) for matrix in self.matrices)
         scores = [
@@ -202,7 +207,7 @@ class ModelPart:
 
 
 def tokens_of(name: str, tokens: TokenCounts) -> int:
-    """The number of tokens by its name in :data:`TokenCounts`, or by a sum of such names (``a+b``)."""
+    """Returns the number of tokens for a name in :data:`TokenCounts`, or for a sum of such names (``a+b``)."""
     return sum(int(part) if part.isdigit() else tokens[part] for part in name.split("+"))
 
 
@@ -211,7 +216,7 @@ class CacheShape:
     """Sizes of the keys and values that the decoder keeps.
 
     Attributes:
-        layers, heads, head_dim: Self-attention: one key and one value a token.
+        layers, heads, head_dim: Sizes of the self-attention, which keeps one key and one value for each token.
         cross: Channels of the cross-attention's keys in all layers together; 0 without cross-attention.
     """
 
@@ -221,37 +226,44 @@ class CacheShape:
     cross: int = 0
 
     def bytes(self, context: int, source: int, element: float) -> float:
-        """Bytes of a row's keys and values: ``context`` tokens, and ``source`` embeddings for cross-attention."""
+        """Bytes of the keys and values of one batch row.
+
+        Args:
+            context: Number of tokens.
+            source: Number of embeddings that the decoder cross-attends to.
+            element: Bytes of one value.
+        """
         own = self.layers * self.heads * self.head_dim * context
         return 2 * (own + self.cross * source) * element
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Everything about a model that its memory and its time depend on.
+    """The sizes of a model that determine its memory and its time.
 
     Attributes:
         family: Name of the family, as in ``bundle.json``.
         parts: The graphs: vision encoder, bridge, text encoder, keys and values of the cross-attention, decoder.
         bridge: Kind of the bridge: ``qformer``, ``instructed-qformer``, ``mlp``, ``perceiver``, ``pool`` or ``none``.
-        image_size, patch_size: In pixels; a ``patch_size`` of 0 is not known.
+        image_size, patch_size: Sides of picture and patch in pixels; a ``patch_size`` of 0 is not known.
         keep_class: Whether the bridge gets the class token and all other tokens before the patches. If not, a LLaVA
             always drops the first embedding. For a SigLIP, which has no class token, this is the first patch.
-        queries: Number of query tokens of the bridge; 0 for a bridge without.
+        queries: Number of query tokens of the bridge; 0 for a bridge without query tokens.
         least_queries: Smallest number of query tokens that the bridge works with. ``queries`` for a bundle that is not
-            elastic; 1 where the model can still be trained with fewer.
-        slots: Tokens of the text that a picture takes; 0 if the decoder cross-attends to it.
+            elastic; 1 if the model can still be trained with fewer.
+        slots: Number of text positions for a picture's visual tokens; 0 if the decoder cross-attends to the picture.
         frames: Pictures of an item.
         max_positions: Longest context in tokens.
         table: Rows and width of the token table.
         tied: Whether the head is the transposed token table.
         cache: Sizes of the KV cache.
-        source: What the decoder cross-attends to: ``embeds``, ``queries`` or ``encoder``; empty without.
+        source: Tokens that the decoder cross-attends to: ``embeds``, ``queries`` or ``encoder``; empty without
+            cross-attention.
         width: Width of the language model's layers.
         text_side: Parameters of the Q-Former's text side, with which it is pretrained and which is not deployed.
-        prefix: Number of positions before those of the patches: the class token and registers.
+        prefix: Number of positions before the patches: the class token and registers.
         unused: Parameters of the published checkpoint that are not deployed.
-        cells: Number of patches of a picture where ``image_size`` and ``patch_size`` do not give it; else 0.
+        cells: Number of patches of a picture if it does not follow from ``image_size`` and ``patch_size``; else 0.
     """
 
     family: str
@@ -276,32 +288,32 @@ class ModelShape:
     cells: int = 0
 
     def part(self, name: str) -> ModelPart | None:
-        """The part of this name; None if the model has none."""
+        """Returns the shape of the graph ``name``; None if the model has no such graph."""
         return next((part for part in self.parts if part.name == name), None)
 
     @property
     def decoder(self) -> ModelPart:
-        """The decoder, which every captioning model has."""
+        """The shape of the decoder, which every captioning model has."""
         return next(part for part in self.parts if part.name == DECODER)
 
     @property
     def patches(self) -> int:
-        """Positions of a picture in the vision encoder, the class token and registers included."""
+        """Number of a picture's positions in the vision encoder, class token and registers included."""
         return int((self.cells or (self.image_size // self.patch_size) ** 2) + self.prefix)
 
     @property
     def embeds(self) -> int:
-        """Embeddings of a picture that the vision encoder returns."""
+        """Number of embeddings that the vision encoder returns for a picture."""
         return self.patches - (0 if self.keep_class else max(self.prefix, 1))
 
     @property
     def visual_tokens(self) -> int:
-        """Visual tokens of a picture that the language model reads, as slots of the text or by cross-attention."""
+        """Number of a picture's visual tokens, which are slots of the text or are attended to by cross-attention."""
         return self.queries or self.embeds
 
     @property
     def table_parameters(self) -> int:
-        """Parameters of the token table; 0 if the head is the same matrix, because the head counts them."""
+        """Number of parameters of the token embedding table; 0 if it is tied to the head, which counts them."""
         return 0 if self.tied else self.table[0] * self.table[1]
 
     def parameters(self) -> dict[str, int]:
@@ -312,7 +324,7 @@ class ModelShape:
         return {"vision": vision, "bridge": bridge, "language": language, "total": vision + bridge + language}
 
     def table_bytes(self, precision: str) -> float:
-        """Bytes of the token table's file; the head of eight bits has no copy of its own if it is tied."""
+        """Bytes of the file of the token embedding table; 0 if the head is tied and both have 8-bit weights."""
         table = FORMATS[precision]["table"]
         if self.tied and table == FORMATS[precision]["language"] == "int8-weights":
             return 0.0
@@ -323,9 +335,9 @@ class ModelShape:
         return sum(part.bytes(precision) for part in self.parts) + self.table_bytes(precision)
 
     def tokens(self, frames: int, text: int) -> dict[str, int]:
-        """Numbers of tokens of a request: ``frames`` pictures and ``text`` tokens of prompt; see :data:`TokenCounts`.
+        """Returns the numbers of tokens of a request, by the names in :data:`TokenCounts`.
 
-        ``steps`` and ``context`` are those of the prefill.
+        The request has ``frames`` pictures and ``text`` prompt tokens; ``steps`` and ``context`` are for the prefill.
         """
         prompt = self.slots * frames + text
         counts = {
@@ -346,8 +358,8 @@ class ModelShape:
 
         Args:
             kind: Kind of the bridge.
-            bridge: Its part.
-            queries: Its query tokens; 0 for one visual token an embedding.
+            bridge: Shape of the bridge's graph.
+            queries: Number of the bridge's query tokens; 0 for one visual token for each embedding.
         """
         parts = tuple(bridge if part.name == BRIDGE else part for part in self.parts)
         return replace(
@@ -358,7 +370,7 @@ class ModelShape:
         """Returns the same model with only the first ``queries`` of its query tokens.
 
         Raises:
-            UsageError: It has fewer query tokens, or none, or its bundle does not work with so few.
+            UsageError: The bridge has fewer query tokens, or none, or the bundle does not work with so few.
         """
         if not self.queries:
             raise UsageError(

@@ -1,7 +1,7 @@
 """Shapes of vision encoders and bridges, from their sections of a ``config.json``; defaults as in transformers.
 
-A test compares every part with the parameters of this project's modules and of transformers' classes, so that the two
-readers of a config (this one, and ``model/families``, which builds modules) cannot differ.
+A test compares every shape with the parameters of this project's modules and of transformers' classes. So a config
+gives the same sizes here and in ``model/families``, which builds modules.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TEXT_VOCABULARY = 30523  # BERT's words and [DEC], in BLIP-2's stage 1
 
 
 class Sizes:
-    """The sizes in a section of a ``config.json``.
+    """Reads the sizes in a section of a ``config.json``.
 
     Args:
         section: Name of the section, for errors.
@@ -60,7 +60,7 @@ class Sizes:
         return self.get(key, None)
 
     def get(self, key: str, default: int | None) -> int:
-        """Reads a positive whole number; ``default`` is the value of a key that has no default."""
+        """Reads a positive whole number; ``default`` is used for a missing key that is not in ``defaults``."""
         value = self._known.get(key)
         if value is None:
             value = self._known.maps[1].get(key, default)
@@ -87,17 +87,17 @@ def attention(
     bias: bool = False,
     out_bias: bool | None = None,
 ) -> tuple[WeightMatrix, ...]:
-    """The four matrices of an attention.
+    """Returns the four matrices of an attention, for all layers.
 
     Args:
         layers: Number of layers.
         width: Width of the states that attend.
         inner: Heads times width of a head.
-        rows: The tokens that attend.
-        keys: Width and name of the tokens that are attended to; None for those that attend.
+        rows: Name of the tokens that attend.
+        keys: Width and name of the tokens that are attended to; None if they are the tokens that attend.
         kv: Width of keys and values together with all their heads; None for ``inner``.
         bias: Whether queries, keys and values have biases.
-        out_bias: Whether the output has one; None for ``bias``.
+        out_bias: Whether the output matrix has a bias; None for ``bias``.
     """
     context, context_rows = keys or (width, rows)
     out_bias = bias if out_bias is None else out_bias
@@ -111,7 +111,7 @@ def attention(
 def feed_forward(
     layers: int, width: int, inner: int, rows: str, *, gated: bool = False, bias: bool = False
 ) -> tuple[WeightMatrix, ...]:
-    """The two matrices of a feed-forward, or three if it is gated."""
+    """Returns the two matrices of a feed-forward, or three if it is gated, for all layers."""
     return (
         WeightMatrix("gate and up" if gated else "up", width, inner, rows, (1 + gated) * layers, bias),
         WeightMatrix("down", inner, width, rows, layers, bias),
@@ -119,10 +119,12 @@ def feed_forward(
 
 
 def vit(values: Any, defaults: Mapping[str, int], *, clip: bool = False, post_norm: bool = True) -> ModelPart:
-    """The vision encoder; ``clip``: as CLIP's, without a bias of the patches and with a norm before the layers.
+    """Returns the shape of a vision encoder.
+
+    With ``clip``, it is built as CLIP's: the patches have no bias, and a norm comes before the layers.
 
     Raises:
-        UnsupportedModelError: It is no ViT.
+        UnsupportedModelError: The encoder is no ViT.
     """
     if isinstance(values, Mapping) and values.get("model_type") in CONVOLUTIONAL:
         raise UnsupportedModelError(
@@ -149,7 +151,10 @@ def vit(values: Any, defaults: Mapping[str, int], *, clip: bool = False, post_no
 
 
 def qformer(values: Any, encoder: int, queries: int, output: int, *, instructed: bool = False) -> ModelPart:
-    """The Q-Former and its projection to ``output`` channels; ``encoder`` is the width of a picture's embeddings."""
+    """Returns the shape of a Q-Former and its projection to ``output`` channels.
+
+    ``encoder``: width of a picture's embeddings.
+    """
     f = Sizes("qformer_config", values, QFORMER)
     width, inner, layers = f["hidden_size"], f["intermediate_size"], f["num_hidden_layers"]
     heads, crossing = f["num_attention_heads"], -(-layers // f["cross_attention_frequency"])
@@ -175,7 +180,10 @@ def qformer(values: Any, encoder: int, queries: int, output: int, *, instructed:
 
 
 def text_side(values: Any) -> int:
-    """Parameters of a Q-Former's text side: word and position tables, and a second feed-forward in each layer."""
+    """Returns the number of parameters of a Q-Former's text side.
+
+    They are the token embedding and position tables, and a second feed-forward in each layer.
+    """
     f = Sizes("qformer_config", values, {**QFORMER, "vocab_size": TEXT_VOCABULARY})
     width, inner, layers = f["hidden_size"], f["intermediate_size"], f["num_hidden_layers"]
     forward = sum(matrix.parameters for matrix in feed_forward(layers, width, inner, "", bias=True))
@@ -183,13 +191,16 @@ def text_side(values: Any) -> int:
 
 
 def mlp(encoder: int, output: int, *, bias: bool = True) -> ModelPart:
-    """LLaVA's bridge: two layers over every embedding."""
+    """Returns the shape of LLaVA's bridge: two linear layers, applied to every embedding."""
     sizes = ((encoder, output), (output, output))
     return ModelPart(BRIDGE, tuple(WeightMatrix("layer", one, other, "embeds", 1, bias) for one, other in sizes))
 
 
 def perceiver(values: Any, width: int, output: int = 0) -> ModelPart:
-    """The perceiver resampler of embeddings ``width`` wide; ``output``: channels of its projection, 0 for none."""
+    """Returns the shape of a perceiver resampler for embeddings of this width.
+
+    ``output``: channels of its projection; 0 for no projection.
+    """
     f = Sizes("perceiver_config", values, PERCEIVER)
     latents, layers, heads, head = (f[key] for key in PERCEIVER)
     norms = 2 * width * (3 * layers + 1) + (4 * head * layers if f.flag("qk_layer_norms_perceiver", False) else 0)
@@ -209,7 +220,7 @@ def perceiver(values: Any, width: int, output: int = 0) -> ModelPart:
 
 
 def pool(values: Any, encoder: int, output: int) -> ModelPart:
-    """The attention pool: one attention of learned queries to the embeddings, and a projection."""
+    """Returns the shape of an attention pool: one attention of learned queries to the embeddings, and a projection."""
     f = Sizes("bridge_config", values, POOL)
     width = f["hidden_size"]
     return ModelPart(

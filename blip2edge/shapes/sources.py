@@ -38,10 +38,10 @@ def find_shape(model: str) -> tuple[ModelShape, str]:
             ``config.json``, or the name of a checkpoint on the hub.
 
     Returns:
-        The shape, and where it comes from.
+        The shape, and a text that says where it comes from.
 
     Raises:
-        CheckpointError: There is no such model, its config cannot be read, or it is not supported.
+        CheckpointError: There is no such model, its config cannot be read, or the model is not supported.
         BundleError: The bundle cannot be read or downloaded, or its model writes no captions.
         MissingPackageError: A bundle on the hub is named, and ``huggingface_hub`` is not installed.
     """
@@ -144,7 +144,7 @@ def bundle_shape(manifest: Manifest, path: Path) -> ModelShape:
 
 
 def _positions(manifest: Manifest, image: int, count: int) -> dict[str, Any]:
-    """What the number of embeddings tells of the positions in the vision encoder: fields of :class:`ModelShape`.
+    """Guesses the positions in the vision encoder from the number of embeddings; returns fields of :class:`ModelShape`.
 
     - A square and a small rest: the patches, a class token and registers.
     - A square: LLaVA's CLIP, whose class token is dropped; in a native model an encoder without class token. A LLaVA
@@ -172,18 +172,18 @@ def _positions(manifest: Manifest, image: int, count: int) -> dict[str, Any]:
 
 
 def _parameters(manifest: Manifest, graph: GraphRecord) -> int:
-    """Parameters of a graph, from the bytes of its weight files."""
+    """Estimates the number of parameters of a graph from the size of its weight files."""
     size = sum(manifest.files[file].size for file in graph.data_files if file in manifest.files)
     return round(size / WEIGHT_BYTES.get(graph.precision, 2.0))
 
 
 def _fixed(size: Any) -> int:
-    """A length that is fixed, or the usual one of an axis."""
+    """Returns the length of a dimension: its fixed length, or the usual length (``opt``) of an axis."""
     return int(size) if isinstance(size, int) else int(size.opt)
 
 
 def _stack(weights: int, width: int, rows: str) -> tuple[WeightMatrix, ...]:
-    """Layers of 12 squares of the width each: attention, and a feed-forward four times as wide inside."""
+    """Returns one matrix with this number of weights, which stands for all layers together."""
     return (WeightMatrix("layers", width, max(1, round(weights / width)), rows),)
 
 
