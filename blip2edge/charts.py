@@ -1,4 +1,4 @@
-"""Charts as inline SVG, and the HTML page that shows them: no scripts, no network, light and dark.
+"""Makes charts as inline SVG, and an HTML page for them, without scripts and external files, in light and dark style.
 
 Colours are CSS classes of the page: ``now`` (new value), ``before`` (old value), ``bad`` (value beyond a limit),
 ``limit`` (line), ``axis`` and ``figure`` (texts).
@@ -25,9 +25,9 @@ class Bar:
     Attributes:
         label: Text before the bar.
         style: CSS class of the bar.
-        length: Length; all bars of a chart have the same unit.
+        length: Length of the bar; all bars of a chart have the same unit.
         figure: Text after the bar.
-        limit: Position of a vertical line, in the same unit; None for no line.
+        limit: Position of a vertical line, in the unit of ``length``; None for no line.
     """
 
     label: str
@@ -38,7 +38,7 @@ class Bar:
 
 
 def html_page(title: str, body: str) -> str:
-    """A whole HTML page with the common style.
+    """Makes a whole HTML page with the common style.
 
     Args:
         title: Title of the page, not yet escaped.
@@ -52,7 +52,7 @@ def html_page(title: str, body: str) -> str:
 
 
 def html_table(header: Sequence[str], align: str, rows: Iterable[Sequence[str]]) -> str:
-    """An HTML table.
+    """Makes an HTML table.
 
     Args:
         header: Titles of the columns, as HTML.
@@ -69,7 +69,7 @@ def html_table(header: Sequence[str], align: str, rows: Iterable[Sequence[str]])
 
 
 def element(tag: str, content: str = "", **attributes: str | float) -> str:
-    """An SVG element.
+    """Makes an SVG element.
 
     Args:
         tag: Name of the element.
@@ -85,12 +85,12 @@ def element(tag: str, content: str = "", **attributes: str | float) -> str:
 
 
 def label(text: str, x: float, y: float, *, anchor: str = "start", style: str = "axis") -> str:
-    """An SVG text element at ``(x, y)`` in px; ``text`` is escaped. ``anchor`` is ``start``, ``middle`` or ``end``."""
+    """Makes an SVG text at ``(x, y)`` in px; ``text`` is escaped. ``anchor`` is ``start``, ``middle`` or ``end``."""
     return element("text", escape(text), class_=style, x=x, y=y, text_anchor=anchor)
 
 
 def svg(width: float, height: float, shapes: Sequence[str]) -> str:
-    """An inline SVG picture, with the colours of the page."""
+    """Makes an inline SVG picture, with the colours of the page."""
     return (
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}" '
         f'role="img">{"".join(shapes)}</svg>'
@@ -98,7 +98,7 @@ def svg(width: float, height: float, shapes: Sequence[str]) -> str:
 
 
 def svg_file(width: float, height: float, shapes: Sequence[str]) -> str:
-    """The content of an SVG file: black text on white."""
+    """Makes the content of an SVG file: black text on white."""
     background = element("rect", width=width, height=height, fill="#fff")
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
@@ -107,7 +107,7 @@ def svg_file(width: float, height: float, shapes: Sequence[str]) -> str:
 
 
 def bars(rows: Sequence[Bar], width: int = 640) -> str:
-    """Horizontal bars from zero; ``width`` is in px."""
+    """Draws horizontal bars that begin at zero; ``width`` is in px."""
     longest = max((row.length for row in rows), default=0.0) or 1.0
     scale = (width - LABEL - FIGURE) / longest
     shapes = []
@@ -124,7 +124,7 @@ def bars(rows: Sequence[Bar], width: int = 640) -> str:
 
 
 def curve(points: Sequence[tuple[float, float]], width: int = 640, height: int = 150) -> str:
-    """A line through points ``(x, y)``, with both axes from zero; ``width`` and ``height`` are in px."""
+    """Draws a line through points ``(x, y)``; both axes begin at zero; ``width`` and ``height`` are in px."""
     left, top = 60, 25
     most_x = max(x for x, _ in points) or 1.0
     most_y = max(y for _, y in points) or 1.0
@@ -162,7 +162,7 @@ class Mark:
 
 
 def scatter(marks: Sequence[Mark], across: str, up: str, width: int = 760, height: int = 300) -> str:
-    """Points by two values, both on logarithmic axes; points of value 0 are at the bottom.
+    """Draws a scatter plot with two logarithmic axes; points whose vertical value is 0 are at the bottom.
 
     Args:
         marks: The points.
@@ -199,19 +199,19 @@ def scatter(marks: Sequence[Mark], across: str, up: str, width: int = 760, heigh
 
 
 def _log_axis(values: Sequence[float], start: float, end: float) -> Callable[[float], float]:
-    """Places values on a logarithmic axis from ``start`` to ``end`` in px."""
+    """Returns a function that converts a value to its place on a logarithmic axis from ``start`` to ``end`` in px."""
     first, last = math.log(min(values)), math.log(max(values))
     return lambda value: start + (end - start) * (math.log(value) - first) / ((last - first) or 1.0)
 
 
 def _ticks(values: Sequence[float]) -> list[float]:
-    """The ends of a logarithmic axis, and two values between."""
+    """Returns the labelled values of a logarithmic axis: both ends, and two values between the ends."""
     first, last = math.log(min(values)), math.log(max(values))
     return [min(values), *(math.exp(first + (last - first) * share) for share in (1 / 3, 2 / 3)), max(values)]
 
 
 def grid(cells: Mapping[tuple[str, int], float], unit: str) -> str:
-    """A grid of squares, darker for larger values; a row for each kind of matrix, a column for each layer.
+    """Draws a grid of squares, darker for larger values: a row for each kind of matrix, a column for each layer.
 
     Args:
         cells: Values of at least 0, by kind and layer.
@@ -244,7 +244,7 @@ def grid(cells: Mapping[tuple[str, int], float], unit: str) -> str:
 
 
 def histogram(counts: Sequence[int], end: float, threshold: float | None, width: int = 150, height: int = 34) -> str:
-    """Counts in equal bins from 0 on, on a logarithmic scale, without the empty bins at the end.
+    """Draws a histogram with equal bins from 0 on and logarithmic heights; empty bins at the end are left out.
 
     Args:
         counts: Count of each bin.
@@ -273,7 +273,7 @@ def histogram(counts: Sequence[int], end: float, threshold: float | None, width:
 
 
 def spread(values: Sequence[float], limit: float, spare: float, width: int = 640, height: int = 90) -> str:
-    """The number of tensors by headroom: one bar for each half power of ten.
+    """Draws the number of tensors by headroom: one bar for each half power of ten.
 
     Args:
         values: Headroom of each tensor.

@@ -1,4 +1,4 @@
-"""The values of options that take one of a few names: one list for the code, the command line and its help.
+"""The allowed values of options with a few names: one list for the code, the command line and its help.
 
 Only the standard library is imported, because `--help` imports this module.
 """

@@ -53,7 +53,7 @@ _HIDDEN: set[str] = set()
 
 
 def option(name: str, *, on: bool = False) -> str:
-    """The name of an option for the text of an error, marked so that each interface can write it in its own way.
+    """Marks the name of an option in the text of an error, so that each interface can write the name in its own way.
 
     Args:
         name: The Python name, such as ``max_new_tokens``.
@@ -75,11 +75,11 @@ class Blip2EdgeError(Exception):
 
     Args:
         problem: What was expected and what came, without a final full stop.
-        fix: What the user can do next; None where nothing helps.
+        fix: What the user can do next; None if nothing helps.
         field: The option that is wrong, by its Python name; by default the first :func:`option` in ``problem``.
 
     Attributes:
-        field: See above; None where the error is not about an option.
+        field: Python name of the wrong option; None if the error is not about an option.
     """
 
     exit_status = 1
@@ -102,10 +102,10 @@ class Blip2EdgeError(Exception):
         return None if self._fix is None else _written(self._fix, python_option)
 
     def text(self, write: Writer = python_option) -> str:
-        """The whole error in one line.
+        """Returns the whole error in one line.
 
         Args:
-            write: Writes the options in it.
+            write: Function that writes the name of each option in the error.
         """
         whole = self._problem if self._fix is None else f"{self._problem}; {self._fix}"
         return _written(whole, write)
@@ -201,34 +201,34 @@ class EngineFaultError(BackendError):
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message in one plain line of at most 200 characters; its class where the message is empty.
+    """Returns the message of an exception in one line of at most 200 characters; its class if the message is empty.
 
-    Passwords in it are replaced as by :func:`shown_address`.
+    Passwords in the message are replaced as in :func:`shown_address`.
     """
     text = shown_address(" ".join(_ESCAPE.sub("", hidden(str(error))).split())) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:199]}…"
 
 
 def shown_address(address: str) -> str:
-    """An address, a GStreamer pipeline or a message as it is printed: ``***`` in place of passwords.
+    """Replaces passwords by ``***`` in an address, a GStreamer pipeline or a message, before it is printed.
 
-    It replaces the password of ``scheme://user:password@host``, the values of properties and parameters such as
+    Passwords are the password of ``scheme://user:password@host``, the values of properties and parameters such as
     ``user-pw=``, ``passphrase=``, ``password=`` and ``token=``, and everything that was given to :func:`hide`.
     """
     return hidden(_SECRET.sub(r"\1***", _USER_PASSWORD.sub(r"\1:***@", address)))
 
 
 def hide(secret: str) -> None:
-    """Hides a text from now on in errors, addresses and messages. Fewer than four characters are not hidden.
+    """Hides a text from now on in errors, addresses and messages. A text of fewer than four characters is not hidden.
 
-    Its forms in one line are hidden too: with single spaces, as errors are written, and escaped, as in ``repr``.
+    Two variants of the text are hidden too: with single spaces, as in errors of one line, and escaped, as in ``repr``.
     """
     forms = {secret, " ".join(secret.split()), repr(secret)[1:-1]}
     _HIDDEN.update(form for form in forms if len(form) >= SHORTEST_HIDDEN)
 
 
 def hidden(text: str) -> str:
-    """A text with ``***`` in place of everything that was given to :func:`hide`."""
+    """Returns a text with ``***`` in place of everything that was given to :func:`hide`."""
     for secret in sorted(_HIDDEN, key=len, reverse=True):
         text = text.replace(secret, "***")
     return text

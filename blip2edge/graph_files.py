@@ -1,4 +1,4 @@
-"""Loads the ``.onnx`` files of bundles with onnx_ir, and checks that their weights are where the graph says."""
+"""Loads the ``.onnx`` files of bundles with onnx_ir, and checks that the weights are in the files that they name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load_graph(path: Path) -> ir.Model:
         path: The ``.onnx`` file.
 
     Raises:
-        BundleError: The file is no ONNX graph, or its weights are not whole, or are outside its directory.
+        BundleError: The file is no ONNX graph, or its weights are incomplete or in another directory.
     """
     with reading(path, "an ONNX graph", BundleError, "copy the bundle again, or export the checkpoint again"):
         if path.stat().st_size > MAX_GRAPH:
@@ -34,7 +34,7 @@ def load_graph(path: Path) -> ir.Model:
 
 
 def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
-    """The tensors of a graph and of the graphs inside it: initializers and attributes."""
+    """Yields the tensors of a graph and of its subgraphs: initializers and attributes."""
     for graph in (model.graph, *model.graph.subgraphs()):
         yield from (value.const_value for value in graph.initializers.values() if value.const_value is not None)
         for node in graph:
@@ -44,7 +44,7 @@ def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
 
 
 def _check_tensor(tensor: ir.TensorProtocol, path: Path) -> None:
-    """Raises ValueError for a tensor whose values are not where they should be."""
+    """Raises ValueError if the values of a tensor are incomplete, or are in a file outside the graph's directory."""
     if isinstance(tensor, ir.ExternalTensor):
         location, start = str(tensor.location), tensor.offset or 0
         if not is_file_name(location):

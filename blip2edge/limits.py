@@ -15,13 +15,13 @@ MAX_SIDE = 65_535
 
 
 def limit(default: float, flag: str, unit: str, text: str) -> Any:
-    """A field of a class of limits: its default, its flag, its unit, and its meaning for the help."""
+    """Declares a field of a class of limits: its default, its flag, its unit, and its meaning for the help."""
     return field(default=default, metadata={"flag": flag, "unit": unit, "help": text})
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest request that is served. Pictures are checked before they are decoded.
+    """The largest allowed request. Pictures are checked before they are decoded.
 
     Attributes:
         side: Width or height of a picture in pixels.
@@ -68,11 +68,11 @@ FILE_LIMITS = (*PICTURE_LIMITS, "frames")
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """Limits on the connections of the server, together and each.
+    """Limits on the connections of the server: on all connections together, and on each connection.
 
     Attributes:
-        connections: Open connections. A further one closes the oldest that waits for a request; if all are busy, it
-            is answered with 503.
+        connections: Open connections. For a further connection, the oldest idle connection is closed; if all are busy,
+            the further connection is answered with 503.
         header_s: Seconds from the first byte of a request, or from the connection, to the end of the header.
         body_s: Seconds for a whole body.
         body_rate: Bytes per second that a body needs on average, after :data:`BODY_GRACE_S`.
@@ -98,7 +98,7 @@ BODY_GRACE_S = 5.0
 
 
 def limit_table() -> str:
-    """The table of limits in ``docs/serving.md``, in Markdown."""
+    """Makes the table of limits for ``docs/serving.md``, in Markdown."""
     rows = ["| flag | default | limits |", "|---|---:|---|"]
     for group in (Limits, ConnectionLimits):
         for one in fields(group):

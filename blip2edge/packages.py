@@ -65,7 +65,7 @@ def pip_command(extra: str = "", upgrade: bool = False) -> str:
 
 
 def _requirement(extras: str) -> str:
-    """What pip installs: ``-e CLONE``, a directory, or a requirement; quoted for the shell."""
+    """Returns the argument of ``pip install``: ``-e CLONE``, a directory, or a requirement; quoted for the shell."""
     if CLONE is not None and (CLONE / "hatch_build.py").is_file():
         return f"-e {shlex.quote(f'{CLONE}{extras}')}"
     found = _direct_url()
@@ -82,7 +82,7 @@ def _requirement(extras: str) -> str:
 
 
 def _local_path(url: str) -> str:
-    """The path of a URL of a file or a directory; empty for any other URL."""
+    """Returns the path of a ``file:`` URL; empty for any other URL."""
     if not url.startswith("file:"):
         return ""
     from urllib.parse import urlsplit
@@ -92,7 +92,10 @@ def _local_path(url: str) -> str:
 
 
 def _direct_url() -> dict[str, Any]:
-    """Where pip installed blip2edge from, if not from an index (PEP 610); empty if it is not known."""
+    """Returns pip's record of the source of blip2edge, a URL or a directory (PEP 610).
+
+    It is empty if pip installed blip2edge from a package index, or if there is no record.
+    """
     from importlib.metadata import PackageNotFoundError, distribution
 
     try:
@@ -103,7 +106,7 @@ def _direct_url() -> dict[str, Any]:
 
 
 def _pip() -> str:
-    """``pip`` if the shell finds that of this environment, else ``PYTHON -m pip``."""
+    """Returns ``pip`` if this command is the pip of this Python environment, else ``PYTHON -m pip``."""
     pip = shutil.which("pip")
     here = Path(sys.executable).absolute().parent
     return "pip" if pip is not None and Path(pip).absolute().parent == here else f"{shlex.quote(sys.executable)} -m pip"
@@ -130,12 +133,12 @@ def _hidden(package: str) -> Iterator[None]:
 
 
 def install_command(extra: str = "") -> str:
-    """The advice of an error: how to install blip2edge, or an extra."""
+    """Returns the advice for an error: how to install blip2edge, or an extra."""
     return f"install it: {pip_command(extra)}"
 
 
 def missing(packages: Iterable[str]) -> list[str]:
-    """The packages that are not installed; none is imported."""
+    """Returns those of the packages that are not installed; no package is imported."""
     return [name for name in packages if not _is_found(name)]
 
 
@@ -147,7 +150,7 @@ def _is_found(package: str) -> bool:
 
 
 def installed(package: str) -> str:
-    """The version of a package by its name on PyPI, or of its ``-gpu`` form; empty if neither is installed."""
+    """Returns the version of a package by its PyPI name, or of its ``-gpu`` package; empty if neither is installed."""
     from importlib.metadata import PackageNotFoundError, version  # slow to import, so not at every start
 
     for name in (package, f"{package}-gpu"):
@@ -162,10 +165,10 @@ def require(package: str, purpose: str, error: type[Blip2EdgeError], extra: str 
     """Imports an optional package.
 
     Args:
-        package: The name that it is imported under.
-        purpose: What needs it: the beginning of the error.
-        error: The class of the error if it is missing.
-        extra: The extra that installs it; empty for that of :data:`EXTRAS`.
+        package: The name in the import statement.
+        purpose: What needs the package: the beginning of the error.
+        error: The class of the error if the package is missing.
+        extra: The extra that installs the package; empty for the extra in :data:`EXTRAS`.
         hint: Further advice for the error.
     """
     try:

@@ -54,12 +54,12 @@ def is_address(path: str) -> bool:
 
 
 def version_mark(described: Mapping[str, Any]) -> str:
-    """What an object store gives as the version or the time of a file; empty if it gives neither."""
+    """Returns the version or the time of a file in an object store, from its description; empty without both."""
     return next((str(described[key]) for key in _VERSION_KEYS if described.get(key)), "")
 
 
 def is_file(path: Path) -> bool:
-    """Whether a path is that of a file; False for a name that the system refuses, such as one that is too long."""
+    """Whether a path is that of a file; False if the system does not allow the name, for example if it is too long."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -99,9 +99,9 @@ class ShardFile:
     Attributes:
         shard: The tar file.
         name: Name of the file in the shard.
-        offset: Position of its first byte in the shard.
-        size: Length in bytes.
-        sparse: Whether it is a sparse file, whose bytes are not one piece of the shard. It is not read.
+        offset: Position of the file's first byte in the shard.
+        size: Length of the file in bytes.
+        sparse: Whether the file is sparse: its bytes are not one piece of the shard. Such a file is not read.
     """
 
     shard: Path
@@ -148,7 +148,7 @@ class BrokenShardError(DataError):
 
 
 class _Member(tarfile.TarInfo):
-    """A header of a tar file, with limits on what tarfile does not check."""
+    """A header of a tar file; sizes that tarfile does not check are limited."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         long = self.type in _LONG_HEADERS and self.size > MAX_LONG_HEADER
@@ -170,11 +170,11 @@ def open_shard(path: Path, opened: BinaryIO | None = None) -> Iterator[Iterator[
 
     Args:
         path: An uncompressed tar file.
-        opened: The file if it is opened already, such as one of an object store; it is not closed.
+        opened: The file if it is already open, for example in an object store; it is not closed.
 
     Yields:
         The files in the order of the shard, each with a function that reads its content while the shard is open.
-        Later, use `ShardFile.read`.
+        After the shard is closed, use `ShardFile.read`.
 
     Raises:
         DataError: The file cannot be opened.
@@ -202,7 +202,7 @@ def _files(path: Path, archive: tarfile.TarFile, file: BinaryIO) -> Iterator[tup
 
 
 def _next(archive: tarfile.TarFile, file: BinaryIO, last: int) -> tarfile.TarInfo | None:
-    """The next member, or None at the end; ``last`` is the position of the last member's header.
+    """Returns the header of the next file; None at the end. ``last`` is the position of the last file's header.
 
     Raises:
         tarfile.ReadError: A header is damaged (tarfile itself then ends without an error), or points to an earlier

@@ -127,7 +127,7 @@ class Progress:
         return now - self._drawn >= (REDRAW_SECONDS if self._terminal else LINE_SECONDS)
 
     def _tick(self) -> None:
-        """Draw the present stage again, with its new time, until the work has ended."""
+        """Draws the current stage again and again with the new time, until the work has ended."""
         while not self._ended.wait(TICK_SECONDS):
             with self._lock:
                 now, (done, total) = time.monotonic(), self._state
@@ -145,7 +145,7 @@ class Progress:
         self._stream.flush()
 
     def _text(self, seconds: float) -> str:
-        """One line for the present state: name, bar or count, seconds since the stage began, remaining time."""
+        """Writes one line for the current state: name, bar or count, seconds since the stage began, remaining time."""
         done, total = self._state
         if total <= 0:
             return f"{self._stage}: {done}" if done else f"{self._stage} …"
@@ -163,7 +163,7 @@ class Progress:
 
 
 def _duration(seconds: float) -> str:
-    """Seconds as text: 8 s, 3 min, 2 h 5 min."""
+    """Formats seconds: 8 s, 3 min, 2 h 5 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

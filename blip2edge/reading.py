@@ -57,8 +57,8 @@ def reading(
         form: What the file should be: ``JSON``, ``a safetensors file``.
         error: Class of the error.
         fix: What the user can do about a broken file.
-        missing: The error for a file that does not exist; None for one that names the system's reason.
-        explain: Makes a better error of some exceptions; it returns None for the others.
+        missing: The error for a file that does not exist; None for an error with the system's reason.
+        explain: Function that makes a better error for some exceptions, and returns None for all other exceptions.
 
     Raises:
         Blip2EdgeError: The class ``error``: the file cannot be opened, or is not of this form.
@@ -98,10 +98,10 @@ def checking(
         form: What the file should be.
         error: Class of the error.
         fix: What the user can do.
-        explain: Makes a better error.
+        explain: Function that makes a better error, or returns None.
 
     Raises:
-        Blip2EdgeError: The class ``error``: a value does not pass.
+        Blip2EdgeError: The class ``error``: a value does not pass the check.
     """
     try:
         yield
@@ -115,12 +115,12 @@ def _unreadable(path: str | Path, error: type[Blip2EdgeError], found: OSError) -
 
 
 def _shown(path: str | Path) -> str:
-    """A path for a message: bytes that are not UTF-8 are escaped."""
+    """Formats a path for a message: bytes that are not UTF-8 are escaped."""
     return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _reason(found: Exception) -> str:
-    """The message of a parser's exception; its class too where the message alone says little."""
+    """Returns the message of a parser's exception, with its class if the message alone is not clear."""
     if isinstance(found, RecursionError):
         return "its values are nested too deeply"
     if isinstance(found, MemoryError):

@@ -1,4 +1,4 @@
-"""Opens files for reading; if the name is that of a pipe, a device or a socket, the call never waits forever."""
+"""Opens files for reading without waiting forever, also if the name is that of a pipe, a device or a socket."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def open_file(path: str | Path) -> BufferedReader:
     """Opens a file or a named pipe for reading.
 
     Raises:
-        OSError: It cannot be opened, is a device, a socket or a directory, or is a pipe that no program writes to.
+        OSError: The file cannot be opened, is a device, a socket or a directory, or is a pipe without a writer.
     """
     _refuse(os.stat(path).st_mode, path)
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -41,7 +41,7 @@ def _refuse(mode: int, path: str | Path) -> None:
 
 
 def _wait(descriptor: int, path: str | Path) -> None:
-    """Waits for the first byte of a pipe, or for the end of its writer."""
+    """Waits for the first byte of a pipe or the end of its writer; raises TimeoutError after :data:`WAIT_S` seconds."""
     poll = select.poll()
     poll.register(descriptor, select.POLLIN | select.POLLHUP)
     if not poll.poll(WAIT_S * 1000):

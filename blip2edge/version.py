@@ -1,3 +1,3 @@
-"""The version of the package."""
+"""The version of the package blip2edge."""
 
 __version__ = "0.1.0"

@@ -240,7 +240,7 @@ class CrossSpec:
         head_dim: Width of a head.
         source_dim: Width of the tensor that keys and values are computed from: encoder states, patches or visual
             tokens.
-        mask: Form of the decoder's ``cross_attention_mask``, one of :data:`CROSS_MASKS`.
+        mask: Kind of the decoder's ``cross_attention_mask``, one of :data:`CROSS_MASKS`.
         source: Name of the tensor that keys and values are computed from.
     """
 
@@ -312,9 +312,9 @@ class PromptSpec:
         end_token_id: Kind ``interleaved``: the token that ends a document; later tokens attend to no earlier picture.
         image_token: Kind ``placeholder``: the tokenizer's token for a picture.
         kind: How the prompt is built, one of :data:`PROMPT_KINDS`.
-        turns: Templates of a conversation's messages by :data:`TURNS`, each with one ``{prompt}``; that of ``picture``
-            has one ``{image}`` as well. Joined in the order of the messages, they are the whole text. Empty if the
-            prompt has a place for one text only.
+        turns: Templates of a conversation's messages by :data:`TURNS`, each with one ``{prompt}``; the template of
+            ``picture`` has one ``{image}`` as well. Joined in the order of the messages, the filled templates are the
+            whole text. Empty if a prompt can have only one text.
 
     Raises:
         ValueError: ``kind`` is unknown, or a token is set that only another kind uses.
@@ -346,7 +346,7 @@ class PromptSpec:
 
     @property
     def gives_ids(self) -> bool:
-        """Whether transformers generates from the prompt's ids alone; else from embeddings, as of visual tokens."""
+        """Whether transformers generates from token ids; otherwise from embeddings, such as visual tokens."""
         return self.kind != SEGMENTS or MARKERS[0] not in self.template
 
     def to_json(self) -> dict[str, Any]:
@@ -355,7 +355,10 @@ class PromptSpec:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> PromptSpec:
-        """Reads a spec from the JSON object of :meth:`to_json`; before version 0.2, the tokens determine ``kind``."""
+        """Reads a spec from the JSON object of :meth:`to_json`.
+
+        Objects of versions before 0.2 have no key ``kind``: then the tokens in the object determine the kind.
+        """
         known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
         tokens = {INTERLEAVED: known.get("picture_token"), PLACEHOLDER: known.get("image_token")}
         implied = next((kind for kind, token in tokens.items() if token), SEGMENTS)

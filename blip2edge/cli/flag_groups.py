@@ -256,7 +256,7 @@ def add_no_optimize(parser: ArgumentParser) -> None:
 
 
 def add_anyway(parser: ArgumentParser) -> None:
-    """Adds ``--anyway``, which goes on where the memory of this machine is certainly too small."""
+    """Adds ``--anyway``: the command goes on even if this machine certainly has too little memory."""
     parser.add_argument(
         "--anyway",
         action="store_true",
