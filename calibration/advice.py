@@ -17,7 +17,7 @@ LEAST_COSINE = 0.99
 
 
 def picture_warnings(pictures: PictureSet) -> list[str]:
-    """Returns warnings about the pictures of a calibration."""
+    """Returns warnings if a calibration has too few pictures, or if some of them cannot be read."""
     warnings = []
     if len(pictures) < ADVISED:
         warnings.append(

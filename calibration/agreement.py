@@ -44,11 +44,11 @@ class Cosine:
 
 @dataclass(frozen=True)
 class GreedyCaption:
-    """The greedy caption of a picture.
+    """The caption of a picture by greedy decoding.
 
     Attributes:
         tokens: Token ids.
-        text: The text.
+        text: The caption as text.
     """
 
     tokens: tuple[int, ...]

@@ -76,7 +76,10 @@ class SubstituteSession:
         self._compute = compute
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """Calls the function; returns all its outputs. See :class:`blip2edge.runtime.backends.base.Session`."""
+        """Calls the function with the inputs; returns all outputs of the function, also if ``outputs`` names only some.
+
+        See :class:`blip2edge.runtime.backends.base.Session`.
+        """
         del outputs
         return self._compute(inputs)
 

@@ -51,7 +51,7 @@ class CalibrationPicture:
 
     @property
     def name(self) -> str:
-        """The picture's name in messages."""
+        """The picture's name in messages: the file's path, and for a picture in a shard also the name in the shard."""
         return printable(f"{self.path}:{self.member}" if self.member else str(self.path))
 
     def references(self) -> list[str]:
@@ -114,14 +114,16 @@ def choose_pictures(
     progress: Callable[[int, int], None] | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> PictureSet:
-    """Finds pictures and takes ``count`` of them, evenly spaced in the order of their names.
+    """Finds pictures and chooses ``count`` of them, evenly spaced in the order of their names.
+
+    A picture that cannot be read is replaced by another picture.
 
     Args:
         source: A folder of picture files and ``.tar`` shards in WebDataset's format, searched with its subfolders;
             or one shard.
         count: Largest number of pictures.
         progress: Called with pictures read and pictures in all.
-        limits: The largest picture that is decoded; larger ones are skipped.
+        limits: The largest picture that is decoded; larger pictures are skipped.
 
     Raises:
         DataError: No picture can be read, or a shard is damaged.

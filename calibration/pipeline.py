@@ -1,4 +1,4 @@
-"""``blip2edge calibrate``: makes an INT8 or INT4 bundle; if a step fails, nothing is published.
+"""Implements ``blip2edge calibrate``: makes an INT8 or INT4 bundle; if a step fails, nothing is published.
 
 1. Record: choose the pictures, caption some of them with the parent, and save the inputs of each graph to disk.
 2. Quantize: choose the ranges of activations (``activations``), round the weights (``weights``), write each new graph.
@@ -111,7 +111,7 @@ def calibrate(
     notify: Notify | None = None,
     prepared: PreparedSteps | None = None,
 ) -> CalibrationReport:
-    """Makes an INT8 or INT4 bundle from a bundle in floating point, the parent; or fits a confidence, or both.
+    """Makes an INT8 or INT4 bundle from a floating-point bundle (the parent), or fits a confidence, or does both.
 
     Args:
         bundle: The directory of the parent, in fp32 or fp16; without ``images``, a bundle of any precision.
@@ -120,22 +120,25 @@ def calibrate(
         method: How activation ranges are chosen, one of :data:`blip2edge.choices.RANGE_METHODS`.
         activations: Names of the graphs whose activations become INT8. Those of :data:`INT8_ACTIVATIONS` that the
             parent lacks have no effect.
-        weights: The type of the weights of the other graphs, ``int8`` or ``int4`` (the token table becomes ``int8``);
-            None keeps them unchanged.
-        formats: Formats of single graphs or matrices, which come before ``activations`` and ``weights``:
+        weights: The type of the weights of the other graphs, except the vision encoder: ``int8`` or ``int4`` (the token
+            embedding table becomes ``int8``); None keeps them unchanged.
+        formats: Formats of single graphs or matrices, which replace the choices by ``activations`` and ``weights``:
             ``GRAPH=FORMAT`` or ``GRAPH:PATTERN=FORMAT`` (:mod:`blip2edge.calibration.formats`).
-        drop_limit: Percentage points of the captions that may differ from the parent's: the most sensitive layers are
-            kept in floating point until the limit holds. None for no limit.
-        cider: Scores captions. With it, and a ``.txt`` of references for every picture, the limit is on CIDEr.
-        references: Pictures with known captions, on which the confidence of the new bundle is fitted; None for none.
+        drop_limit: Largest share of the captions that may differ from the parent's, in percentage points: the most
+            sensitive layers are kept in floating point until the captions are within the limit. None for no limit.
+        cider: Scores captions. If it is given and every picture has a ``.txt`` of references, the limit is on the drop
+            of CIDEr.
+        references: Pictures with known captions, on which the confidence of the new bundle is fitted; None for no
+            confidence.
         count: Largest number of pictures.
         force: Whether to replace an existing bundle at ``output``.
         anyway: Whether to go on if this machine has too little memory.
         threads: CPU threads; None for all cores.
-        limits: The largest picture that is decoded; larger ones are skipped, with a warning.
+        limits: The largest picture that is decoded; larger pictures are skipped, with a warning.
         progress: Called with a stage's name, steps done and steps in all.
         notify: Called with a warning if this machine has probably too little memory.
-        prepared: Steps that :func:`blip2edge.calibration.search.pipeline.search` has made; None to make all here.
+        prepared: Results of steps that :func:`blip2edge.calibration.search.pipeline.search` has run; None to run all
+            steps here.
 
     Raises:
         UsageError: ``method``, ``weights``, a format or a graph in ``activations`` is unknown, or ``drop_limit`` does
@@ -337,7 +340,10 @@ def graph_headroom(context: CalibrationContext, record: GraphRecord) -> dict[str
 
 
 def check_enough_memory(parent: Bundle, *, anyway: bool, notify: Notify | None) -> None:
-    """Warns or raises BundleError if this machine has too little memory to calibrate the bundle."""
+    """Checks that this machine has enough memory to calibrate the bundle.
+
+    If the memory is probably too small, ``notify`` is called with a warning, or BundleError is raised.
+    """
     largest = max(map(parent.manifest.graph_bytes, parent.manifest.graphs.values()))
     check_memory(calibration_need(largest), BundleError, anyway=anyway, notify=notify)
 

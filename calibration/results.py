@@ -1,4 +1,4 @@
-"""The results of a calibration: one record per graph, and the report of the whole run."""
+"""Holds the results of a calibration: a record of each graph, and the report of the whole run."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ class CalibratedGraph:
     matrices: Mapping[str, MatrixSummary] = field(default_factory=dict)
 
     def weights_json(self) -> dict[str, Any] | None:
-        """Makes the manifest's entry of a graph with weight-only quantization; None for other graphs.
+        """Returns the manifest's entry of a graph with weight-only quantization; None for other graphs.
 
-        The entry has ``bits`` (the fewest of a matrix), the number of matrices of each block size (``blocks``), and the
-        mean ``error`` and ``plain_error`` of the matrices whose activations were observed.
+        The entry has ``bits`` (of the matrix with the fewest bits), the number of matrices of each block size
+        (``blocks``), and the mean ``error`` and ``plain_error`` of the matrices whose activations were observed.
         """
         if not self.matrices:
             return None

@@ -50,7 +50,7 @@ class InMemoryStore:
 
 
 class DataFile:
-    """A file of external tensors, written from front to end.
+    """A file of external tensors, to which tensors are appended one after the other.
 
     Args:
         path: The file, in the directory of the graph that refers to it.
@@ -90,7 +90,11 @@ class DataFile:
     def add_bytes(
         self, name: str, data: bytes | memoryview, dtype: ir.DataType, shape: tuple[int, ...]
     ) -> ir.ExternalTensor:
-        """Appends a tensor given as bytes (little-endian, 4-bit values packed in pairs)."""
+        """Appends a tensor that is given as bytes: little-endian, two 4-bit values per byte.
+
+        Returns:
+            A tensor that refers to the bytes in the file.
+        """
         padding = bytes(-self._offset % (PAGE if len(data) >= LARGE else LINE))
         for piece in (padding, data):
             self._file.write(piece)

@@ -96,7 +96,11 @@ def _check_sizes(body: bytes) -> None:
 
 
 def save_observations(path: Path, observations: Observations) -> None:
-    """Writes a cache file as a whole; does nothing if another process writes the same file at this moment."""
+    """Writes the observations of a graph to a cache file.
+
+    The file appears only when it is complete. If another process writes the same file at this moment, nothing is
+    written.
+    """
     arrays: dict[str, Any] = {"names": np.frombuffer(json.dumps(list(observations)).encode(), np.uint8)}
     for index, observation in enumerate(observations.values()):
         histogram = observation.histogram

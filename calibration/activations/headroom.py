@@ -58,7 +58,7 @@ class TensorRange:
 
     @property
     def headroom(self) -> float:
-        """65504 (the largest fp16 number) divided by the largest value; infinite if all values are zero."""
+        """65504 (the largest FP16 number) divided by the tensor's largest value; infinite if all values are zero."""
         return FP16_MAX / self.largest if self.largest > 0 else np.inf
 
     @property

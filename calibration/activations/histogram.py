@@ -36,7 +36,11 @@ class Histogram:
         self.maximum = 0.0
 
     def add(self, values: NDArray[np.floating]) -> None:
-        """Adds the absolute values of an array of any shape to the counts; ValueError if a value is not finite."""
+        """Adds the absolute values of an array of any shape to the counts.
+
+        Raises:
+            ValueError: A value is not finite.
+        """
         sizes = np.abs(values, dtype=np.float32).ravel()
         if not sizes.size:
             return
@@ -78,7 +82,12 @@ def percentile(histogram: Histogram, share: float = PERCENTILE) -> float:
 
 
 def mse(histogram: Histogram, candidates: int = 64) -> float:
-    """Tries ``candidates`` thresholds; returns the one with the least mean squared error of rounding and saturation."""
+    """Returns the threshold with the least mean squared error of rounding and saturation.
+
+    Args:
+        histogram: The histogram of the tensor.
+        candidates: Number of thresholds that are compared.
+    """
     if histogram.width == 0.0:
         return histogram.maximum
     centres, counts = histogram.centres, histogram.counts.astype(np.float64)
@@ -97,8 +106,8 @@ def mse(histogram: Histogram, candidates: int = 64) -> float:
 def entropy(histogram: Histogram) -> float:
     """Returns the threshold whose 128 levels lose the least information (KL divergence; Migacz, GTC 2017).
 
-    For each threshold, the histogram that saturates there is compared with a second histogram. The second one has the
-    same values merged into 128 levels and spread over the bins that are not empty.
+    For each threshold, two histograms are compared: the histogram that saturates at this threshold, and the same
+    histogram merged into 128 levels and spread again over the bins that are not empty.
     """
     if histogram.width == 0.0:
         return histogram.maximum

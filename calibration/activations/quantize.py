@@ -148,7 +148,7 @@ def _observations(context: CalibrationContext, model: ir.Model, record: GraphRec
 
 
 def _observe(context: CalibrationContext, model: ir.Model, record: GraphRecord, names: Sequence[str]) -> Observations:
-    """Runs a graph on all its recorded inputs and observes some tensors."""
+    """Runs a graph on all its recorded inputs; returns the observations of the activations ``names``."""
     runs = context.feeds.count(record.spec.name)
     observers = {name: Observer(runs, seed) for seed, name in enumerate(names)}
 

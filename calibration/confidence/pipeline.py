@@ -66,7 +66,7 @@ def add_confidence(
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> ConfidenceReport:
-    """Fits the confidence of a bundle that is being made, and writes it to its manifest and reports.
+    """Fits the confidence of a bundle that is being made, and writes the fit to the bundle's manifest and reports.
 
     Args:
         directory: The bundle, whose manifest is written.

@@ -45,7 +45,7 @@ def thumbnail(picture: Image.Image) -> str:
 
 
 def shown_pictures(captions: Sequence[Mapping[str, str]]) -> list[int]:
-    """Chooses the pictures that the page shows, those with different captions first; returns their indices."""
+    """Returns the indices of the pictures that the page shows; pictures with different captions come first."""
     order = sorted(range(len(captions)), key=lambda at: captions[at]["parent"] == captions[at]["ours"])
     return order[:SHOWN]
 

@@ -171,7 +171,17 @@ def measure_layers(
     pictures: Sequence[CalibrationPicture],
     texts: Sequence[Sequence[int]],
 ) -> list[Sensitivity]:
-    """Measures the sensitivity of every quantized layer; the most sensitive layer is first."""
+    """Measures the sensitivity of every quantized layer on some pictures.
+
+    Args:
+        context: The calibration.
+        quantized: The fully quantized graphs.
+        pictures: The pictures; the first :data:`PICTURES` are used.
+        texts: Token ids of the parent's caption of each picture.
+
+    Returns:
+        The sensitivities, the most sensitive layer first.
+    """
     meter = DivergenceMeter(context.parent, pictures[:PICTURES], texts[:PICTURES], context.threads)
 
     def model_of(layer: QuantizedLayer) -> Callable[[], ir.Model]:

@@ -84,7 +84,7 @@ class Workload:
 
     @cached_property
     def references(self) -> list[list[str]]:
-        """Reference captions of each picture."""
+        """Reference captions of each picture; an empty list for a picture without any."""
         return [picture.references() for picture in self.pictures]
 
     @cached_property

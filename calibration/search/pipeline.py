@@ -1,13 +1,16 @@
-"""``calibrate --search``: finds the formats with the least loss, time and bytes, and publishes one combination.
+"""Implements ``calibrate --search``: finds formats with little loss, time and size, and publishes one combination.
 
-1. Make: each format of each part once (``choices``, ``variants``), with its optimized copy.
-2. Measure each alone: its stages' time here (``measure``) or on a board (``predicted``), its bytes, and how much it
-   changes the next token.
-3. Combine: time and bytes add up, and the change of the next token is predicted as the sum.
-4. Measure the captions of the combinations on the predicted front, and of what the plain flags make (``front``).
-5. Publish the chosen combination as the plain flags would make it.
+1. Make: the graphs of each part (vision encoder, bridge, language model) are made once in each format (``choices``,
+   ``variants``), with an optimized copy.
+2. Measure: for each part and format alone, the time of its stages here (``measure``) or on a board (``predicted``), the
+   bytes, and the change of the next token.
+3. Combine: times and bytes of the parts are added, and the change of the next token is predicted as the sum.
+4. Compare captions: for the combinations on the predicted front, and for those that ``calibrate`` makes without a
+search
+   (``front``).
+5. Publish: the chosen combination is published as ``calibrate`` with its flags would do it.
 
-Each finished step is kept (``journal``), so a killed search goes on.
+The result of each finished step is stored (``journal``), so that a killed search can be resumed.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class QuantizedLayer:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How much the model's logits change if only this layer is quantized.
+    """The sensitivity of a layer: how much the model's logits change if only this layer is quantized.
 
     Attributes:
         layer: The layer.
@@ -234,12 +234,15 @@ def rank_layers(
     models: Sequence[tuple[QuantizedLayer, Callable[[], ir.Model]]],
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Sensitivity]:
-    """Measures the sensitivity of layers, one at a time; the most sensitive layer is first.
+    """Measures the sensitivity of layers, one layer at a time.
 
     Args:
         meter: Measures the divergence.
         models: Each layer, with a function that makes the graph in which only this layer is quantized.
         progress: Called with layers done and layers in all.
+
+    Returns:
+        The sensitivities, the most sensitive layer first.
     """
     found = [meter.measure(layer, model()) for layer, model in counted(models, len(models), progress)]
     return sorted(found, key=lambda item: -item.loss)

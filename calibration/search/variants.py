@@ -197,7 +197,7 @@ class Variants:
         made.rename(folder / COPY)
 
     def publish_copies(self, bundle: Path, choices: Mapping[str, PartChoice]) -> None:
-        """Puts the optimized copies that were timed into the published bundle; does nothing without an optimizer."""
+        """Adds the optimized copies of the chosen formats to the published bundle, if there is an optimizer."""
         if self.optimizer is not None:
             with staged(bundle / COPY, force=True, marker=None) as folder:
                 self._fill_copy(folder, choices, bundle, self.optimizer)

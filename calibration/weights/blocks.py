@@ -83,7 +83,7 @@ def plain_scales(weight: Floats, form: BlockFormat) -> Floats:
 
 
 def searched_scales(weight: Floats, form: BlockFormat, importance: Floats | None = None) -> Floats:
-    """Finds the scales with the least rounding error: the plain scales times one of :data:`SHRINKS`, for each block.
+    """Finds the scale of each block with the least rounding error: the plain scale times one of :data:`SHRINKS`.
 
     Args:
         weight: The matrix, ``[K, N]``.

@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al., arXiv 2210.17323): rounds weights so that later inputs compensate the error of earlier ones.
+"""Rounds weights by GPTQ (Frantar et al., arXiv 2210.17323): later inputs compensate the error of earlier inputs.
 
 The weights are rounded one input after the other. The error of an input is distributed over the remaining inputs such
 that the output changes least, by the Cholesky factor of the inverse of ``H = XᵀX`` (X: the activations of the matrix).
@@ -134,7 +134,7 @@ class GptqRounder:
     def _fitted(self, weight: Floats, integers: Integers, scales: Floats, form: BlockFormat) -> Floats:
         """Returns the scales ``[K / block, N]`` with the least error for given integers.
 
-        The scale of one block after the other is computed, while the scales of the other blocks are fixed.
+        The scales are computed for one block after the other, while the scales of all other blocks are fixed.
         The error of an output is ``eᵀ H e`` with ``e = w - Σ s_b q_b``; it is quadratic in each ``s_b``.
         """
         fitted = scales.copy()

@@ -112,9 +112,10 @@ class SegmentRunner:
         self._changed: dict[str, Array] = {}
 
     def __iter__(self) -> Iterator[tuple[str, Iterator[Array]]]:
-        """Yields each activation's name with its values, one array per set of inputs.
+        """Yields each activation's name with an iterator over its values, one array per set of inputs.
 
-        The caller reads all values, and may call :meth:`replace`, before it takes the next activation.
+        The caller must read all values before it continues with the next activation, and may call :meth:`replace`
+        before that.
         """
         for at, segment in enumerate(self._segments):
             yield segment.activation, self._advance(segment)
