@@ -101,7 +101,7 @@ class Form:
     recipe: Recipe | None = None
 
     def open(self) -> Session:
-        """Loads the graph, for one thread."""
+        """Loads the graph for one CPU thread; returns the session."""
         if self.recipe is None:
             return OnnxRuntimeSession(self.file, 1)
         session = OnnxRuntimeSession(self.file, 1, optimized=OptimizedFile(self.file.parent, self.recipe.layout))
@@ -132,7 +132,7 @@ def timed_run(task: CopyTask, name: str, session: Session) -> Callable[[], objec
 
 
 def _cross_inputs(task: CopyTask) -> dict[str, Array]:
-    """Makes the keys, values and mask of a decoder's cross-attention; empty for a decoder without one."""
+    """Draws the keys, values and mask of a decoder's cross-attention; empty for a decoder without cross-attention."""
     return draw_cross_inputs(task.bundle.graph(DECODER).spec, task.upstream)
 
 

@@ -263,7 +263,7 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Maker:
-    """How the optimized copies for one backend are made.
+    """Says for one backend which graphs get an optimized copy, and which function makes it.
 
     Attributes:
         precisions: Precisions of the graphs that are optimized.

@@ -86,7 +86,7 @@ class Recipe:
 
     @property
     def one_by_one(self) -> bool:
-        """Whether rows of a batch must be run separately: a dynamic range covers all rows of a tensor."""
+        """Whether rows of a batch must be run separately, because a dynamic range covers all rows of a tensor."""
         return "dynamic ranges" in self.passes
 
 

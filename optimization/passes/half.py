@@ -94,10 +94,10 @@ def halve(model: ir.Model) -> int:
 
 
 def dequantize(model: ir.Model) -> int:
-    """Removes the rounding of activations, and turns integer weights back into floating ones.
+    """Removes the rounding of activations, and turns integer weights back into floating-point weights.
 
     Returns:
-        The number of DequantizeLinear nodes.
+        The number of removed DequantizeLinear nodes.
     """
     clean(model)  # a weight of a fused product is not used any more
     found = 0
@@ -226,7 +226,7 @@ def _ancestors(nodes: Iterable[ir.Node]) -> set[ir.Node]:
 
 
 def _keep_fp32(graph: ir.Graph, node: ir.Node) -> None:
-    """Inserts casts to and from FP32 around a node, but none between two nodes in FP32."""
+    """Inserts casts from FP16 before a node and to FP16 after it; between two FP32 nodes, there is no cast."""
     for index, value in enumerate(node.inputs):
         if value is None or value.dtype != FP16:
             continue

@@ -50,7 +50,7 @@ ROTARY_WIDTH = 16
 
 @dataclass(frozen=True)
 class Layer:
-    """The attention of one decoder layer.
+    """The values of the attention of one decoder layer.
 
     Attributes:
         core: The attention around its softmax.
