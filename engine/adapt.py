@@ -15,7 +15,11 @@ INTEGERS = frozenset({"INT32", "INT64"})
 
 
 def adapt(model: ir.Model) -> int:
-    """Replaces nodes that TensorRT does not support, in place; returns the number of replaced nodes."""
+    """Replaces the nodes of a graph that some TensorRT versions do not support; the graph itself is changed.
+
+    Returns:
+        The number of replaced nodes.
+    """
     types = dtypes_of(model)
     changed = 0
     for node in list(model.graph):

@@ -16,13 +16,13 @@ LESS_MEMORY = (
 
 
 def build_error(plan: EnginePlan, target: str, workspace: int | None, messages: Sequence[str]) -> EngineError:
-    """Makes the error of a build that returned no engine.
+    """Returns the error for a build that gave no engine.
 
     Args:
         plan: The engine that was to be built.
         target: The edition of TensorRT, ``tensorrt`` or ``rtx``.
         workspace: Limit of the builder's scratch memory in MiB; None for no limit.
-        messages: TensorRT's warnings and errors; the last one is the reason.
+        messages: TensorRT's warnings and errors; the last message is the reason.
     """
     reason = messages[-1] if messages else "no reason given"
     return EngineError(

@@ -89,9 +89,11 @@ class EnginePlan:
 def capacity_of(manifest: Manifest, wanted: int | None) -> int:
     """Returns the number of slots of each row in the decoder's KV cache.
 
+    The number is never larger than the model's longest context.
+
     Args:
         manifest: The bundle's manifest.
-        wanted: The value of ``--capacity``; None for :data:`DEFAULT_CAPACITY` more slots than the prompt takes.
+        wanted: The value of ``--capacity``; None for :data:`DEFAULT_CAPACITY` more slots than the prompt usually needs.
     """
     return min(manifest.max_positions, DEFAULT_CAPACITY + prompt_of(manifest) if wanted is None else wanted)
 

@@ -51,7 +51,7 @@ DECODER_PROFILES: dict[str, dict[str, Range]] = {
 
 
 def profiles_of(spec: GraphSpec, prompt: int = PROMPT) -> list[Profile]:
-    """Makes the optimization profiles of a graph: three for a decoder, one for any other graph.
+    """Makes the optimization profiles of a graph: three profiles for a decoder, one profile for any other graph.
 
     Args:
         spec: The graph's inputs and outputs.
@@ -70,7 +70,7 @@ def profiles_of(spec: GraphSpec, prompt: int = PROMPT) -> list[Profile]:
 
 
 def with_rows(spec: GraphSpec, most_rows: int | None) -> GraphSpec:
-    """Returns ``spec`` with ``most_rows`` as the largest number of rows; None keeps the number."""
+    """Returns ``spec`` with ``most_rows`` as the largest number of rows; unchanged if ``most_rows`` is None."""
     if most_rows is None:
         return spec
 

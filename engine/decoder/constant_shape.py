@@ -68,7 +68,7 @@ def constant_shape_spec(spec: GraphSpec, cache: CacheSpec, capacity: int) -> Gra
 
 
 def to_constant_shape(model: ir.Model, cache: CacheSpec, name: str) -> None:
-    """Rewrites an exported decoder to constant shapes, in place.
+    """Rewrites an exported decoder to constant shapes; the model itself is changed.
 
     Args:
         model: The exported graph, in any precision.

@@ -68,10 +68,10 @@ def in_place_spec(spec: GraphSpec, cache: CacheSpec, capacity: int) -> GraphSpec
 
 
 def to_in_place(model: ir.Model, cache: CacheSpec, capacity: int, name: str) -> None:
-    """Rewrites an exported decoder so that it updates its KV cache in place. The model itself is changed.
+    """Rewrites an exported decoder so that it updates its KV cache in place.
 
     Args:
-        model: The exported graph, in any precision.
+        model: The exported graph, in any precision; changed itself.
         cache: The decoder's KV cache.
         capacity: C, number of slots of each row; TensorRT needs a constant.
         name: Name of the graph's file, for errors.
@@ -220,7 +220,7 @@ class _Rewriter:
         return _Product(self._query(scores.inputs[0], grouped), mask, last.outputs[0])
 
     def _query(self, query: ir.Value | None, grouped: bool) -> ir.Value:
-        """Returns the scaled queries without a reshape to groups."""
+        """Returns the scaled queries ``[B, H, S, d]``, without a reshape to groups."""
         node = None if query is None else query.producer()
         if query is None or not grouped:
             return self._present(query)
