@@ -328,7 +328,7 @@ def in_format(context: CalibrationContext, record: GraphRecord, form: GraphForma
 
 
 def graph_headroom(context: CalibrationContext, record: GraphRecord) -> dict[str, Any] | None:
-    """Measures the FP16 headroom of the parent's graph for the report; None if no inputs of it were recorded."""
+    """Measures the FP16 headroom of the parent's graph; None if no inputs of the graph were recorded."""
     name = record.spec.name
     if not context.feeds.count(name):
         return None

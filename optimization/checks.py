@@ -93,7 +93,7 @@ class Form:
     """An ONNX file of one version of a graph, for ONNX Runtime on the CPU.
 
     Attributes:
-        file: The file of the exported graph, or of a rewritten graph.
+        file: The file of the exported (not optimized) graph, or of a rewritten graph.
         recipe: The passes that rewrote the graph; None for the exported graph.
     """
 

@@ -154,10 +154,9 @@ def _some_columns(weight: Array, count: int) -> Array:
 
 
 def _divisors(channel_max: Array, weight: Array) -> Iterator[Array]:
-    """Yields one divisor ``[K]`` per migration strength alpha.
+    """Yields one divisor ``[K]`` per migration strength alpha (SmoothQuant, eq. 4).
 
-    The divisor of a channel is ``max|x|^alpha / max|w|^(1 - alpha)`` (SmoothQuant, eq. 4), scaled so that the median is
-    1.
+    The divisor of a channel is ``max|x|^alpha / max|w|^(1 - alpha)``, scaled so that the median over the channels is 1.
     """
     largest = np.abs(weight).max(axis=1)
     used = (channel_max > 0) & (largest > 0)

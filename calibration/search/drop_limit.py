@@ -94,7 +94,7 @@ class KeptLayers:
     count: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Returns a JSON object with limit, losses and layers: ``sensitivity`` in the calibration record."""
+        """Returns limit, losses and layers as a JSON object, ``sensitivity`` in the calibration record."""
         return {
             "limit": self.limit.points,
             "measure": self.limit.measure,

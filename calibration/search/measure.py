@@ -89,7 +89,7 @@ class Workload:
 
     @cached_property
     def meter(self) -> DivergenceMeter:
-        """Measures the change of the next token; created at the first use, because this runs the parent."""
+        """Measures the change of the next token. Created at the first use, because this runs the parent."""
         texts = [caption.tokens for caption in self.captions[:PICTURES]]
         return DivergenceMeter(self.context.parent, self.pictures[:PICTURES], texts, self.context.threads)
 

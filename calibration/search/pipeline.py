@@ -163,7 +163,10 @@ def search(
 def _plan(
     parent: Bundle, pictures: PictureSet, options: SearchOptions, method: str, optimizer: Optimizer | None
 ) -> dict[str, Any]:
-    """Returns the values that decide the results of a search, without the limits, which only choose a result."""
+    """Returns the values that decide the results of a search.
+
+    The limits are not among the values: they only decide which result is published.
+    """
     return {
         "bundle": parent.sha256,
         "pictures": pictures.sha256,

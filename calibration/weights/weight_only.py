@@ -153,7 +153,10 @@ def quantize_matrices(
 
 
 def copy_others(model: ir.Model, data: DataFile, but: Container[str]) -> None:
-    """Copies the external initializers to ``data``, except those named in ``but``; others stay in the graph's file."""
+    """Copies the external initializers to ``data``, except those named in ``but``.
+
+    Small initializers are stored in the graph's own file and stay there.
+    """
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if name not in but and isinstance(tensor, ir.ExternalTensor):

@@ -23,7 +23,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class CacheForm:
-    """How to build a decoder for one kind of KV cache; the shapes of the cache never change.
+    """The functions that build a decoder for one kind of KV cache; the shapes of the cache never change.
 
     Attributes:
         describe: Returns the decoder's inputs and outputs. Arguments: the inputs and outputs of the exported decoder,
