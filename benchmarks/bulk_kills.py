@@ -6,8 +6,8 @@
 duplicates to a directory of WebDataset shards, and with `--force` to a file that replaces another one. For each way of
 killing, each output is made twice: once without a kill, and once by a run that is killed (SIGKILL) every few seconds
 and started again by the same call until the output is complete. The ways of killing (`tests/faults.py`): at a random
-moment, just before a change of the disk, and just after one. Expected: the bytes are equal, no picture is missing or
-there twice, and nothing is left beside the output.
+moment, just before a file is changed, and just after a file was changed. Expected: the bytes are equal, no picture is
+missing or there twice, and nothing is left beside the output.
 
 Exit status 1 if one of the expectations is not met.
 """
@@ -45,14 +45,14 @@ BROKEN_EVERY, COPY_EVERY = 100, 50
 
 @dataclass(frozen=True)
 class Case:
-    """An output that is made.
+    """An output of ``bulk``, and the options with which it is made.
 
     Attributes:
-        name: Its name.
-        captions: Number of captions of a picture.
+        name: File name of the output.
+        captions: Number of captions of each picture.
         generation: Options of the generation.
-        duplicates: Threshold of duplicates; None to look for none.
-        force: Whether it replaces (``--force``) an output of one picture.
+        duplicates: Threshold of the cosine similarity of duplicates; None: duplicates are not searched.
+        force: Whether the output replaces (``--force``) an earlier output, which has one picture.
     """
 
     name: str
@@ -70,7 +70,7 @@ CASES = (
 
 
 def draw(folder: Path, count: int) -> None:
-    """Draws the pictures; some are broken, some are copies of the picture before in another format."""
+    """Writes the pictures; some are broken, some are copies (in another format) of the picture before."""
     last = Image.new("RGB", (64, 64))
     for number, scene in enumerate(scenes(count, seed=9)):
         path = folder / f"{number // 500:03d}" / f"{number:06d}"
@@ -86,7 +86,7 @@ def draw(folder: Path, count: int) -> None:
 
 
 def digest(path: Path) -> str:
-    """Hash of a file, or of the names and bytes of a directory."""
+    """Returns a hash of a file, or of the names and bytes of all files in a directory."""
     whole = hashlib.sha256()
     for one in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if one.is_file():
@@ -95,13 +95,13 @@ def digest(path: Path) -> str:
 
 
 def rows_of(path: Path) -> list[Any]:
-    """All rows of an output."""
+    """Returns all rows of an output, as :class:`Row`."""
     sink = sink_of("parquet" if path.is_file() else "webdataset")
     return [row for part in ([path] if path.is_file() else sorted(path.glob("*.tar"))) for row in sink.rows(part)]
 
 
 def killed_runs(root: Path, case: Case, arguments: Any, killer: Killer, ways: list[str]) -> dict[str, Any]:
-    """Makes one output with and without kills; returns what was seen."""
+    """Makes one output without kills and, in each way, with kills; returns the comparison of the outputs."""
     out = root / "out" / case.name
 
     def make() -> None:

@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def nodes_of_workers() -> set[str]:
-    """The nodes of the workers of bulk that are alive."""
+    """Returns the ids of the nodes on which workers of bulk are running."""
     actors = ray._private.state.actors().values()  # the public function needs Ray's dashboard
     return {
         actor["Address"]["NodeID"] for actor in actors if actor["State"] == "ALIVE" and "Map" in actor["ActorClassName"]

@@ -37,7 +37,7 @@ from blip2edge.training.data.scenes import scenes
 
 
 def draw(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:
-    """Draws the pictures."""
+    """Writes generated pictures as JPEG files; returns their paths."""
     folder.mkdir()
     noise = np.random.default_rng(0).integers(-12, 13, (size[1], size[0], 3), np.int16)
     paths = []
@@ -53,7 +53,7 @@ def draw(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:
 
 
 def decode(preprocessing: Preprocessing, path: Path) -> None:
-    """Decodes one picture."""
+    """Reads, decodes and preprocesses one picture."""
     preprocessing(str(path))
 
 

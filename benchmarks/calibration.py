@@ -90,7 +90,7 @@ def calibrate(parent: Path, target: Path, images: Path, count: int) -> dict[str,
 
 
 def contestants(parent: Path, bundle: Path, folder: Path) -> dict[str, Path]:
-    """Path of each measured graph, by its name in the result."""
+    """Returns the path of each measured ONNX graph, by the graph's name in the result."""
     found = {"fp32": parent / f"{VISION}.onnx", "int8 as TensorRT takes it": bundle / f"{VISION}.onnx"}
     for index, (name, passes) in enumerate(COPIES.items()):
         model = ir.load(bundle / f"{VISION}.onnx")
@@ -118,7 +118,7 @@ def race(graphs: dict[str, Path], pixels: np.ndarray[Any, Any], rounds: int) -> 
 
 
 def measure_memory(folder: Path, parent: Path | None, counts: list[int]) -> dict[str, Any]:
-    """Peak memory of calibrations on different numbers of scenes."""
+    """Returns the peak memory of calibrations on different numbers of scenes."""
     draw(folder / "images", max(counts))
     parent = parent or export_checkpoint(CHECKPOINT, folder / "parent").bundle
     runs = [calibrate(parent, folder / f"int8-{count}", folder / "images", count) for count in counts]
@@ -126,7 +126,7 @@ def measure_memory(folder: Path, parent: Path | None, counts: list[int]) -> dict
 
 
 def measure_race(folder: Path, given: tuple[Path, Path] | None, rounds: int) -> dict[str, Any]:
-    """Sizes and times of the given fp32 and INT8 bundles; without `given`, the bundles are made here."""
+    """Returns sizes and times of the given fp32 and INT8 bundles; if `given` is None, makes the bundles first."""
     if given is None:
         draw(folder / "images", RACE_PICTURES)
         write_checkpoint(folder / "checkpoint", {**SHAPE, **SMALL_REST}, torch.float32)
@@ -143,7 +143,7 @@ def measure_race(folder: Path, given: tuple[Path, Path] | None, rounds: int) -> 
 
 
 def main() -> None:
-    """Prints the figures and writes them as JSON."""
+    """Runs the measurement of the command line, prints the result and writes it as JSON."""
     parser = parser_of(__doc__)
     parser.add_argument("part", choices=("memory", "race"))
     parser.add_argument("--counts", type=int, nargs="+", default=[50, 500], help="pictures (50 500)")

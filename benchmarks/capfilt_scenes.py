@@ -91,7 +91,7 @@ def write_scenes(directory: Path, series: int, count: int, captions: list[str] |
 
 
 def planted(series: int, count: int, share: float, seed: int) -> list[str]:
-    """Captions of scenes, of which the given share is wrong."""
+    """Returns the captions of scenes; the given share of the captions is wrong."""
     rng = np.random.default_rng(seed)
     scenes = [make_scene(number, seed=series) for number in range(count)]
     near = [
@@ -109,7 +109,7 @@ def planted(series: int, count: int, share: float, seed: int) -> list[str]:
 
 
 def train(work: Path, name: str, stage: str, recipe: str, reuse: bool) -> Path:
-    """Writes a recipe and trains by it. Returns the checkpoint's directory."""
+    """Writes a recipe and trains with the recipe. Returns the checkpoint's directory."""
     path = work / f"{name}.toml"
     path.write_text(recipe, encoding="utf-8")
     if not (reuse and (work / name).is_dir()):
@@ -150,13 +150,13 @@ def filtered(work: Path, writer: Path, matcher: Path, options: argparse.Namespac
 
 
 def cpu_seconds(model: Path) -> float:
-    """CPU seconds of a training, from its record `training.json`."""
+    """Returns the CPU seconds of a training, read from its record `training.json`."""
     record: dict[str, Any] = json.loads((model / "training.json").read_text(encoding="utf-8"))
     return float(record["cpu_seconds"])
 
 
 def score(model: Path, name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Figures of a model on held-out scenes; the output of `eval` is kept in the working directory."""
+    """Returns a model's scores on held-out scenes; the output of `eval` is kept in the working directory."""
     path: Path = options.work / f"eval-{name}.json"
     if not (options.reuse and path.is_file()):
         path.write_text(blip2edge("eval", str(model), "--count", str(options.scenes), "--threads", "1", "--json"))
@@ -167,7 +167,7 @@ def score(model: Path, name: str, options: argparse.Namespace) -> dict[str, Any]
 
 
 def filtering(kept: Path, web: list[str], right: list[str]) -> dict[str, Any]:
-    """How well the filter separates right and wrong web captions, and how many kept captions are right."""
+    """Returns how well the filter separates right and wrong web captions, and how many kept captions are right."""
     captions: dict[int, list[tuple[str, str]]] = {}
     for path in shard_paths(kept):
         for entry in read_shards([path], BrokenSamples("kept", 0)):

@@ -1,7 +1,7 @@
 """Traces one caption: lists its files, classes and functions, and counts the changes from one file to another.
 
-To understand a caption, a reader must open these files, so there should be few. The second of two equal captions is
-traced, so that work that is done once per process is not counted.
+A person who wants to understand the code of a caption must open these files, so there should be few files. The same
+picture is captioned twice, and the second caption is traced: work that is done once per process is not counted.
 
     python benchmarks/caption_path.py BUNDLE examples/pictures/scene-1.png
 """
@@ -23,7 +23,7 @@ ROOT = Path(blip2edge.__file__).resolve().parents[1]
 
 
 def trace(run: Callable[[], Any]) -> tuple[dict[str, set[str]], int]:
-    """Calls a function; returns its Python functions by file of this project, and the changes of file."""
+    """Calls a function; returns the called Python functions of this project by file, and the number of file changes."""
     found: dict[str, set[str]] = {}
     entered: list[str] = []
 

@@ -1,4 +1,4 @@
-"""Writes the tables of the keys of requests and of the limits in docs/serving.md, from the data that the server reads.
+"""Writes the tables in docs/serving.md (keys of requests, and limits), from the definitions in the server's code.
 
 python benchmarks/chat_keys.py --write docs/serving.md
 """
@@ -18,7 +18,7 @@ TABLES = {"chat keys": key_table, "embedding keys": partial(key_table, EMBEDDING
 
 
 def placed(page: str) -> str:
-    """A page with the tables between their marks."""
+    """Returns the page with the current tables between their marks."""
     return with_tables(page, TABLES, "chat_keys.py")
 
 

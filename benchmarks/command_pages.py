@@ -25,13 +25,13 @@ NAVIGATION = re.compile(r"(# commands: made by [^\n]*\n).*?( *# end of commands\
 
 
 def parsers() -> dict[str, Parser]:
-    """The parser of each command."""
+    """Returns the parser of each command, by the command's name."""
     (commands,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
     return dict(commands.choices)
 
 
 def flag_cell(action: argparse.Action) -> str:
-    """An argument with its value, as code: ``--output``, ``-o`` `DIR`."""
+    """Returns the table cell of an argument and its value, as code: ``--output``, ``-o`` `DIR`."""
     if not action.option_strings:
         name = action.metavar if isinstance(action.metavar, str) else action.dest
         many = {"+": " …", "*": " …"}.get(str(action.nargs), "")
@@ -46,7 +46,7 @@ def flag_cell(action: argparse.Action) -> str:
 
 
 def help_cell(parser: Parser, action: argparse.Action) -> str:
-    """The help of an argument with its default, without line breaks."""
+    """Returns the table cell with an argument's help and default, without line breaks."""
     text = parser._get_formatter()._expand_help(action)
     if not action.option_strings and action.choices is not None:
         text = f"One of {', '.join(f'`{value}`' for value in action.choices)}. {text}"
@@ -56,7 +56,7 @@ def help_cell(parser: Parser, action: argparse.Action) -> str:
 
 
 def flags_of(parser: Parser) -> str:
-    """Usage and arguments of one command, as Markdown."""
+    """Returns the usage and the arguments of one command, as Markdown."""
     name = parser.prog.rpartition(" ")[2]
     required = [action for action in parser._actions if action.required or not action.option_strings]
     words = [_usage(action) for action in sorted(required, key=lambda action: bool(action.option_strings))]
@@ -82,31 +82,31 @@ def _usage(action: argparse.Action) -> str:
 
 
 def page(name: str, parser: Parser, present: str) -> str:
-    """The page of a command: its hand-written text, then the generated flags.
+    """Returns the page of a command: the hand-written text, then the generated flags.
 
     Args:
         name: The command.
-        parser: Its parser.
-        present: The page as it is; empty if there is none.
+        parser: Parser of the command.
+        present: The existing page; empty if there is no page.
     """
     text = present.partition(BEGIN)[0] or f"# {name}\n\n{parser.description}\n\n"
     return f"{text}{BEGIN}\n{flags_of(parser)}"
 
 
 def navigation(text: str) -> str:
-    """``mkdocs.yml`` with the pages of all commands."""
+    """Returns the text of ``mkdocs.yml`` with the pages of all commands."""
     lines = "".join(f"      - {name}: commands/{name}.md\n" for name in COMMANDS)
     return NAVIGATION.sub(lambda found: f"{found[1]}{lines}{found[2]}", text)
 
 
 def list_of_commands() -> str:
-    """The table of all commands."""
+    """Returns the table of all commands."""
     rows = "".join(f"| [{name}]({name}.md) | {summary} |\n" for name, summary in COMMANDS.items())
     return f"| command | what it does |\n|---|---|\n{rows}"
 
 
 def documents() -> dict[Path, str]:
-    """The text of each file that this script writes."""
+    """Returns the text of each file that this script writes, by the file's path."""
     index = PAGES / "index.md"
     found = {
         SITE: navigation(SITE.read_text(encoding="utf-8")),
@@ -119,7 +119,7 @@ def documents() -> dict[Path, str]:
 
 
 def main() -> None:
-    """Writes the pages, or compares them with those that are there."""
+    """Writes the pages, or compares them with the existing pages."""
     parser = parser_of(__doc__)
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--write", action="store_true", help="write the pages")

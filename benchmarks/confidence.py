@@ -88,14 +88,14 @@ FITS = {"clean": ("clean",), "noise": ("noise",), "mixed": tuple(KINDS)}
 
 
 def disturbed(kinds: tuple[str, ...], count: int, seed: int) -> Iterator[tuple[Picture, str]]:
-    """Pictures, the kinds in turn, each with its caption."""
+    """Yields disturbed pictures with their right captions; the kinds of disturbance alternate."""
     rng = np.random.default_rng([seed, len(kinds)])
     for number, scene in enumerate(scenes(count, split="heldout", seed=seed)):
         yield TESTS[kinds[number % len(kinds)]](scene.picture, rng), scene.caption
 
 
 def empty(count: int) -> Iterator[Picture]:
-    """Pictures without content: one grey, uniform noise, a gradient of two colours, in turn."""
+    """Yields pictures without content, in turn: a single grey, uniform noise, a gradient of two colours."""
     rng = np.random.default_rng(EMPTY_SEED)
     size = (PICTURE_SIZE, PICTURE_SIZE)
     for number in range(count):
@@ -119,7 +119,7 @@ def blip2edge(*arguments: str) -> None:
 
 
 def make_bundles(work: Path) -> dict[str, Path]:
-    """Exports the miniature, and calibrates it to INT8."""
+    """Exports the miniature, and calibrates it to INT8. Returns the two bundles by precision."""
     bundles = {"fp32": work / "fp32", "int8": work / "int8"}
     if not bundles["int8"].is_dir():
         ranges = work / "ranges"
@@ -133,7 +133,7 @@ def make_bundles(work: Path) -> dict[str, Path]:
 
 
 def write_references(folder: Path, kinds: tuple[str, ...], count: int) -> None:
-    """A folder of pictures and captions, as `--references` takes it."""
+    """Writes a folder of disturbed pictures with captions, which can be given as `--references`."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, (picture, caption) in enumerate(disturbed(kinds, count, FIT_SEED)):
         picture.save(folder / f"{number:05d}.png")
@@ -141,7 +141,7 @@ def write_references(folder: Path, kinds: tuple[str, ...], count: int) -> None:
 
 
 def fitted_map(bundle: Path, folder: Path, output: Path) -> tuple[ConfidenceMap, dict[str, Any]]:
-    """Fits a map by the command; returns it, and what the manifest says about it."""
+    """Fits a confidence map with the command `calibrate`; returns the map, and its entry in the bundle's manifest."""
     blip2edge("calibrate", str(bundle), "-o", str(output), "--references", str(folder), "--no-optimize", "--force")
     record = json.loads((output / "bundle.json").read_text(encoding="utf-8"))["confidence"]["caption"]
     about = {name: record[name] for name in ("kind", "pictures", "right", "right_if", "brier")}
@@ -149,7 +149,7 @@ def fitted_map(bundle: Path, folder: Path, output: Path) -> tuple[ConfidenceMap,
 
 
 def captioned(captioner: Captioner, pairs: list[tuple[Picture, str]]) -> tuple[Any, Any]:
-    """Features of the captions ``[N, 3]``, and whether each is right ``[N]``."""
+    """Captions pictures; returns the features of the captions ``[N, 3]``, and whether each caption is right ``[N]``."""
     results = captioner.caption_many([picture for picture, _ in pairs], batch_size=16)
     both = zip(results, pairs, strict=True)
     found = [(features(result.token_logprobs), result.text == text) for result, (_, text) in both]
@@ -157,14 +157,20 @@ def captioned(captioner: Captioner, pairs: list[tuple[Picture, str]]) -> tuple[A
 
 
 def error_if_true(confidences: Any, draws: int = 200) -> float:
-    """Mean calibration error if each confidence were exactly the chance of being right: what chance alone gives."""
+    """Returns the mean calibration error that would be measured if the confidences were exactly right.
+
+    The error is then not 0, because the number of captions is limited.
+    """
     rng = np.random.default_rng(0)
     found = [calibration_error(confidences, rng.random(len(confidences)) < confidences) for _ in range(draws)]
     return round(float(np.mean(found)), 4)
 
 
 def rejected(confidences: Any, right: Any, empty_confidences: Any) -> dict[str, Any]:
-    """How well pictures without content are separated from right captions, and their share below one in two."""
+    """Returns how well confidences separate right captions from pictures without content.
+
+    Also returns the share of pictures without content whose confidence is below 0.5.
+    """
     values = np.concatenate([confidences[right], empty_confidences])
     good = np.arange(len(values)) < right.sum()
     return {
@@ -175,7 +181,7 @@ def rejected(confidences: Any, right: Any, empty_confidences: Any) -> dict[str, 
 
 
 def measure(bundle: Path, precision: str, options: argparse.Namespace) -> dict[str, Any]:
-    """All figures of one bundle."""
+    """Fits and tests all confidence maps of one bundle; returns the measured values."""
     with Captioner.load(bundle, backend="cpu", threads=1) as captioner:
         tests = {
             kind: captioned(captioner, list(disturbed((kind,), options.scenes, TEST_SEED + at)))
@@ -215,7 +221,7 @@ def measure(bundle: Path, precision: str, options: argparse.Namespace) -> dict[s
 
 
 def cost(vocabulary: int, runs: int = 300) -> float:
-    """Least milliseconds of the log-probability of one token."""
+    """Returns the least time, in milliseconds, that the log-probability of one token takes."""
     logits = np.random.default_rng(0).normal(0, 3, vocabulary).astype(np.float32)
     least = float("inf")
     for _ in range(runs):
@@ -226,7 +232,7 @@ def cost(vocabulary: int, runs: int = 300) -> float:
 
 
 def tables(found: dict[str, Any]) -> str:
-    """The tables of ``docs/confidence.md``."""
+    """Returns the tables of ``docs/confidence.md``."""
     head = [f"{name} {precision}" for precision in found["bundles"] for name in FITS]
     columns = [found["bundles"][precision][name] for precision in found["bundles"] for name in FITS]
     same: list[Callable[[dict[str, Any]], float]] = [

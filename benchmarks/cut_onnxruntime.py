@@ -36,12 +36,12 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Code:
-    """The code for one kind of GPU in a fat binary.
+    """Position of the machine code for one kind of GPU in a library.
 
     Attributes:
         architecture: Compute capability, 90 for 9.0.
-        start: Offset of the code in the library.
-        size: Its bytes.
+        start: Offset of the code in the library, in bytes.
+        size: Size of the code in bytes.
     """
 
     architecture: int
@@ -50,7 +50,7 @@ class Code:
 
 
 def section_of(library: bytes | bytearray, name: str) -> tuple[int, int]:
-    """Offset and size of a section of an ELF file of 64 bits; size 0 if there is none."""
+    """Returns the offset and the size of a section of a 64-bit ELF file, in bytes; size 0 without such a section."""
     if library[:5] != b"\x7fELF\x02":
         return 0, 0
     (table,) = struct.unpack_from("<Q", library, 0x28)
@@ -65,7 +65,7 @@ def section_of(library: bytes | bytearray, name: str) -> tuple[int, int]:
 
 
 def codes_of(library: bytes | bytearray) -> Iterator[Code]:
-    """The code for each kind of GPU in all fat binaries of a library.
+    """Yields the positions of all GPU codes in a library, for each kind of GPU.
 
     Raises:
         ValueError: A fat binary is damaged.
@@ -89,7 +89,7 @@ def codes_of(library: bytes | bytearray) -> Iterator[Code]:
 
 
 def cut_library(library: bytes, architectures: set[int]) -> bytes:
-    """The library with zeros in place of the code for other GPUs.
+    """Returns the library with zeros in place of the code for other GPUs.
 
     Raises:
         ValueError: The library has no code for one of the architectures.

@@ -27,7 +27,7 @@ SAMPLES, FILES, PROCESSES = 8000, 16, 8
 
 
 def write(folder: Path) -> None:
-    """The same samples as shards, Parquet, JSONL and CSV; each picture is a JPEG of 64 pixels a side."""
+    """Writes the same samples as shards, Parquet, JSONL and CSV; each picture is a JPEG of 64 x 64 pixels."""
     rng = np.random.default_rng(0)
     pictures = []
     for _ in range(32):
@@ -54,7 +54,7 @@ def write(folder: Path) -> None:
 
 
 def seconds(folder: Path, kind: str, path: str, count: int, part: tuple[int, int] = (0, 1)) -> float:
-    """CPU seconds to draw `count` samples, pictures not decoded; the least of three."""
+    """Returns the CPU seconds in which `count` samples are read (pictures are not decoded); the least of three runs."""
     config, found = DataConfig(kind=kind, path=path), []
     for _ in range(3):
         start = time.process_time()
@@ -65,7 +65,7 @@ def seconds(folder: Path, kind: str, path: str, count: int, part: tuple[int, int
 
 
 def main() -> None:
-    """Prints the figures, and writes them to a file."""
+    """Measures all formats, prints the times, and writes them to a file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write them there")
     options = parser.parse_args()

@@ -1,7 +1,7 @@
-"""The error of INT8 and INT4 on the demo's captions: ``python benchmarks/demo_precision.py``.
+"""Measures how INT8 and INT4 change the demo's captions: ``python benchmarks/demo_precision.py``.
 
 Exports the example checkpoint, calibrates it on scenes of the training split, and captions 1,000 scenes with pairs of
-objects that neither training nor calibration used. It runs the portable graphs.
+objects that neither training nor calibration used. The bundles run with their exported (not optimized) graphs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CALIBRATION_SEED = 4242
 
 
 def score(bundle: Path, count: int) -> dict[str, Any]:
-    """Share of exactly right captions on held-out scenes, and bytes of the bundle."""
+    """Returns the share of exactly right captions on held-out scenes, and the size of the bundle in bytes."""
     captioner = Captioner.load(bundle, backend="cpu", threads=1)
     scores = evaluate_scenes(
         lambda pictures: [result.text for result in captioner.caption_many(pictures, batch_size=16)], count
@@ -35,7 +35,7 @@ def score(bundle: Path, count: int) -> dict[str, Any]:
 
 
 def measure(folder: Path, pictures: int, count: int) -> dict[str, dict[str, Any]]:
-    """One row for each precision."""
+    """Makes and scores a bundle for each precision; returns one row for each precision."""
     parent = export_checkpoint(CHECKPOINT, folder / "fp32").bundle
     images = folder / "images"
     images.mkdir()

@@ -3,14 +3,14 @@
     python benchmarks/elastic.py --json benchmarks/results/elastic.json
 
 1. ``scenes``: `examples/recipes/scenes/elastic.toml` trains the miniature from the shipped weights (seven minutes
-   of CPU time); its bundle captions 1,000 held-out scenes at each m. The same weights without the mark of elastic
-   queries make the plain bundle, whose ids are compared with those at m = M.
+   of CPU time); its bundle captions 1,000 held-out scenes at each m. The same weights without the entry for elastic
+   queries make the plain bundle. Its token ids are compared with the token ids of the elastic bundle at m = M.
 2. ``video``: 60 frames in one prompt, at the sizes of the miniature and at those of BLIP-2 (ViT-B/16, 32 queries, the
    language model of OPT-125m), with random weights: tokens of the context, bytes of the KV cache, and CPU time of
    bridge, prefill and whole caption. The numbers m take turns on one thread, round by round; ratios are within a round.
 
-``--keep DIR`` keeps checkpoints and bundles, and uses those that exist; ``--skip-scenes`` and ``--skip-video`` leave a
-part out, and then keep its figures of the JSON file.
+``--keep DIR`` keeps checkpoints and bundles in DIR, and uses existing ones. ``--skip-scenes`` and ``--skip-video``
+leave out a measurement; its values in the JSON file are kept.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ ROUNDS = {"miniature": 20, "blip-2": 2}
 
 
 def elastic_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The trained checkpoint, and its training record; made if it does not exist."""
+    """Returns the checkpoint trained with elastic queries, and its training record; trains it if it does not exist."""
     path = folder / "elastic"
     if not path.exists():
         train("stage2", RECIPE, path, log=lambda line: print(line, file=sys.stderr), evaluation_scenes=0)
@@ -84,7 +84,7 @@ def elastic_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def plain_checkpoint(path: Path, folder: Path) -> Path:
-    """The same weights without the mark of elastic queries."""
+    """Writes a copy of a checkpoint without the entry for elastic queries; returns the copy's directory."""
     plain = folder / "plain"
     plain.mkdir(exist_ok=True)
     for file in path.iterdir():
@@ -97,14 +97,14 @@ def plain_checkpoint(path: Path, folder: Path) -> Path:
 
 
 def bundle_of(checkpoint: Path, path: Path, verify: str | None = None) -> Path:
-    """The bundle of a checkpoint; made if it does not exist."""
+    """Returns the bundle of a checkpoint; exports the checkpoint if the bundle does not exist."""
     if not path.exists():
         export_checkpoint(checkpoint, path, verify=verify)
     return path
 
 
 def captions_of(bundle: Path, count: int, queries: int | None) -> tuple[list[tuple[int, ...]], float]:
-    """Token ids for held-out scenes, and the share of captions that are exactly right."""
+    """Captions held-out scenes; returns the token ids, and the share of captions that are exactly right."""
     ids: list[tuple[int, ...]] = []
     with Captioner.load(bundle, backend="cpu", threads=1, draft="none") as captioner:
 
@@ -117,7 +117,7 @@ def captions_of(bundle: Path, count: int, queries: int | None) -> tuple[list[tup
 
 
 def scenes(folder: Path, count: int) -> dict[str, Any]:
-    """Exact match at each m, and how many captions have the ids of the plain bundle at m = M."""
+    """Returns the exact match at each m, and how many captions at m = M equal those of the plain bundle."""
     checkpoint, record = elastic_checkpoint(folder)
     elastic = bundle_of(checkpoint, folder / "elastic-bundle")
     plain = bundle_of(plain_checkpoint(checkpoint, folder), folder / "plain-bundle")
@@ -152,7 +152,7 @@ class CpuClock(StageClock):
 
     @contextmanager
     def __call__(self, stage: str) -> Any:
-        """Adds the CPU time of the block."""
+        """Adds the CPU time of a ``with`` block to the time of a stage."""
         start = time.process_time()
         with super().__call__(stage):
             yield
@@ -160,7 +160,7 @@ class CpuClock(StageClock):
 
 
 class Video:
-    """Captions of one video of :data:`FRAMES` frames of noise, with TOKENS tokens."""
+    """Captions one video of :data:`FRAMES` frames of noise, with TOKENS tokens."""
 
     def __init__(self, bundle: Path) -> None:
         self.captioner = Captioner.load(bundle, backend="cpu", threads=1)
@@ -179,7 +179,7 @@ class Video:
         self.pixels = prepared.pixels
 
     def caption(self, queries: int) -> dict[str, Any]:
-        """CPU seconds of the stages after the vision encoder, tokens of the prompt, and bytes of the KV cache."""
+        """Captions the video; returns CPU seconds of the stages after the vision encoder, prompt tokens, KV bytes."""
         encoder, clock = self.captioner.encoder, CpuClock()
         prepared = encoder.prepared([self.prompt], [FRAMES], self.pixels, queries)
         outputs = encoder.run_bridge(self.vision, prepared.bridge_inputs, clock)
@@ -197,7 +197,7 @@ class Video:
 
 
 def video(name: str, folder: Path) -> dict[str, Any]:
-    """What 60 frames cost at each m, and the ratios to m = M."""
+    """Returns time, tokens and KV-cache bytes of a video of 60 frames at each m, and the ratios to those at m = M."""
     checkpoint = folder / f"video-{name}"
     if not checkpoint.exists():
         write_checkpoint(checkpoint, SHAPES[name])

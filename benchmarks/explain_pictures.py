@@ -3,7 +3,7 @@
     python benchmarks/explain_pictures.py --write | --check
 
 The pictures are docs/explain.png (the heat maps of one layer for one picture) and docs/explain-queries.png (the cosines
-of the queries). ``--check`` allows the small differences that other machines round to.
+of the queries). ``--check`` allows small differences, because other machines round differently.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TOLERANCE = 2.0  # mean difference of a colour, of 255
 
 
 def made(directory: Path, bundle: Path | None = None) -> tuple[dict[Path, Image.Image], str]:
-    """The pictures by their path in docs/, and the page with its figures.
+    """Makes the pictures and the page. Returns the pictures by their path in docs/, and the page with its numbers.
 
     Args:
         directory: An empty directory for the files of the run.
@@ -45,14 +45,14 @@ def made(directory: Path, bundle: Path | None = None) -> tuple[dict[Path, Image.
 
 
 def difference(one: Image.Image, other: Image.Image) -> float:
-    """The mean difference of the colours of two pictures, of 255; 255 if their sizes differ."""
+    """Returns the mean difference of the pixel values of two pictures (0 to 255); 255 if their sizes differ."""
     if one.size != other.size:
         return 255.0
     return float(np.asarray(ImageChops.difference(one.convert("RGB"), other.convert("RGB"))).mean())
 
 
 def main() -> None:
-    """Writes the pictures and the figures, or compares them with those that are there."""
+    """Writes the pictures and the page, or compares them with the existing files."""
     parser = parser_of(__doc__)
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--write", action="store_true", help="write the pictures and the figures")

@@ -25,7 +25,7 @@ INTERVAL = 0.02  # seconds between two samples
 
 
 def tree_bytes(root: int) -> int:
-    """RssAnon + RssShmem of a process and all its descendants, in bytes."""
+    """Returns RssAnon + RssShmem of a process and all its descendants, in bytes."""
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -43,7 +43,7 @@ def tree_bytes(root: int) -> int:
 
 
 def own_bytes(pid: int) -> int:
-    """RssAnon + RssShmem of one process, in bytes; 0 if it has ended."""
+    """Returns RssAnon + RssShmem of one process, in bytes; 0 if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The three commands at the beginning of README.md, on the shape of a published model: seconds, sizes, memory.
+"""Measures the three commands at the beginning of README.md with a model of published size: seconds, bytes, memory.
 
     python benchmarks/first_caption.py --json benchmarks/results/first_caption.json
 
@@ -33,7 +33,7 @@ SIDE = 384  # pixels, of the pictures
 
 
 def write_tokenizer(directory: Path, size: int) -> None:
-    """Writes a WordPiece tokenizer with as many tokens as BERT's, at the same places; most of them are invented."""
+    """Writes a WordPiece tokenizer of BERT's size, with BERT's ids of special tokens; most tokens are invented."""
     names = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 1037: "a", 1997: "of", 6302: "photo"}
     vocabulary = {names.get(number, f"w{number}"): number for number in range(size)}
     tokenizer: Any = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
@@ -45,7 +45,7 @@ def write_tokenizer(directory: Path, size: int) -> None:
 
 
 def run(name: str, words: list[str], made: Path | None = None) -> dict[str, Any]:
-    """Runs one command; returns its seconds, its peak memory, and the bytes of the bundle that it made."""
+    """Runs one command; returns its seconds, its peak memory in bytes, and the size of the bundle that it made."""
     start, peak, before = time.perf_counter(), 0, resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen([sys.executable, "-m", "blip2edge", *words], stdout=subprocess.PIPE, text=True)
     while process.poll() is None:
@@ -68,7 +68,7 @@ def run(name: str, words: list[str], made: Path | None = None) -> dict[str, Any]
 
 
 def main() -> None:
-    """Draws the checkpoint and the pictures, runs the commands, and writes the figures."""
+    """Writes the random checkpoint and the pictures, runs the commands, and writes the measured values."""
     parser = parser_of(__doc__)
     parser.add_argument("--pictures", type=int, default=64, help="number of pictures to calibrate on")
     parser.add_argument("--work", type=Path, help="where 4 GB are written (default: the system's temporary directory)")

@@ -15,7 +15,7 @@ PROMPT = "The capital of France is a city that is known for its"
 
 
 def ours(path: str) -> str:
-    """Generates the first token with a bundle's language model: decoder, token table and tokenizer, no picture."""
+    """Generates the first token with a bundle's decoder, token embedding table and tokenizer, without a picture."""
     from blip2edge.bundle.bundle import Bundle
     from blip2edge.bundle.schema import DECODER
     from blip2edge.runtime.backends.open_graph import GraphOpener

@@ -1,4 +1,4 @@
-"""Requests made by schemathesis from the server's OpenAPI document, against a running `blip2edge serve`.
+"""Sends requests to a running `blip2edge serve`; schemathesis makes them from the server's OpenAPI document.
 
     python benchmarks/fuzz_http.py BUNDLE --seconds 600 --json benchmarks/results/fuzz-http.json
 

@@ -2,8 +2,9 @@
 
     python benchmarks/gguf_variants.py SOURCE.gguf --out DIR
 
-Writes ``Q8_0.gguf`` (every matrix) and ``Q4_0.gguf`` (every matrix but the token table, which is also the head). The
-table stays at Q8_0, as in llama.cpp's own quantizer if the row size is not a multiple of 256. Needs
+Writes ``Q8_0.gguf`` (every matrix in Q8_0) and ``Q4_0.gguf`` (every matrix in Q4_0, except the token embedding table,
+which is also the head). The table stays in Q8_0, as in llama.cpp's own quantizer if the row size is not a multiple of
+256. Needs
 ``pip install gguf``.
 """
 

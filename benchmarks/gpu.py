@@ -1,4 +1,4 @@
-"""Checks and measurements on an NVIDIA GPU, in two parts of at most 5 minutes each.
+"""Runs checks and measurements on an NVIDIA GPU, in two parts of at most 5 minutes each.
 
     python benchmarks/gpu.py --part 1 --json benchmarks/results/gpu-1.json     # CUDA itself; transformers, to compare
     python benchmarks/gpu.py --part 2 --json benchmarks/results/gpu-2.json     # ONNX Runtime's CUDA provider

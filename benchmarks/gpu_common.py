@@ -1,4 +1,4 @@
-"""What the steps of ``gpu.py`` share: the picture, the published model's shape, and the clock."""
+"""Functions that several steps of ``gpu.py`` use: the picture, the model in a published shape, and the clock."""
 
 from __future__ import annotations
 

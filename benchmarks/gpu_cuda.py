@@ -1,4 +1,4 @@
-"""Part 1 of the steps of ``gpu.py``: CUDA itself, our runtime over it, and transformers to compare with."""
+"""Part 1 of the steps of ``gpu.py``: CUDA itself, this project's runtime on CUDA, and transformers for comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The steps of ``gpu.py``. ``python benchmarks/gpu_steps.py STEP`` runs one, and prints its result as JSON."""
+"""Lists the steps of ``gpu.py``. ``python benchmarks/gpu_steps.py STEP`` runs a step and prints its result as JSON."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ STEPS = (
 
 
 def main() -> None:
-    """Runs one step."""
+    """Runs the step that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("step", choices=[step.name for step in STEPS])
     parser.add_argument("--dry-run", action="store_true")

@@ -1,4 +1,4 @@
-"""Draws docs/masks.svg: the three attention masks of stage 1, computed by the function that training uses.
+"""Draws docs/masks.svg: the three attention masks of stage 1, computed with the training's own function.
 
 python benchmarks/masks_picture.py docs/masks.svg
 """
@@ -20,14 +20,14 @@ ATTENDED, MASKED, PAD = "#2f6f9f", "#eef1f4", "#d8c9a8"
 
 
 def slot_name(slot: int) -> str:
-    """Name of a position: q1 … for queries, t1 … for tokens, pad."""
+    """Returns the name of a position: q1, q2, … for queries; t1, t2, … for tokens; pad for padding."""
     if slot < QUERIES:
         return f"q{slot + 1}"
     return "pad" if slot >= QUERIES + TOKENS - PADDED else f"t{slot - QUERIES + 1}"
 
 
 def draw() -> str:
-    """Draws the masks as SVG."""
+    """Returns an SVG picture of the masks."""
     text = torch.ones(1, TOKENS, dtype=torch.int64)
     text[0, TOKENS - PADDED :] = 0
     slots = QUERIES + TOKENS

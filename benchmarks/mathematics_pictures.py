@@ -23,12 +23,12 @@ Points = Sequence[tuple[float, float]]
 
 
 class Plot:
-    """Lines over two linear axes.
+    """A plot of lines over two linear axes.
 
     Args:
         x: Smallest and largest value of the horizontal axis.
-        y: The same of the vertical axis.
-        marks: Values with a number on the horizontal and the vertical axis.
+        y: Smallest and largest value of the vertical axis.
+        marks: Values that are labelled with their number, on the horizontal and on the vertical axis.
         names: Texts at the two axes.
     """
 
@@ -53,7 +53,7 @@ class Plot:
         self.shapes.append(label(names[1], 4, 14))
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        """Pixels of a point."""
+        """Returns the position of a point in the picture, in pixels."""
         (left, right), (low, high) = self._x, self._y
         return (
             self.left + (x - left) / (right - left) * self.width,
@@ -69,12 +69,12 @@ class Plot:
         self.shapes.append(element("text", name, x=x + 6, y=y - 4, fill=colour))
 
     def file(self, right: int = 150) -> str:
-        """The SVG file; ``right`` is the space beside the axes in px."""
+        """Returns the SVG text; ``right`` is the space beside the axes in pixels."""
         return svg_file(self.left + self.width + right, self.top + self.height + 44, self.shapes)
 
 
 def similarity() -> str:
-    """Stage 1, ITC: a text's vector against the queries of each picture; the largest cosine counts."""
+    """Draws stage 1, ITC: the cosines of a text's vector and the queries of each picture; the largest cosine counts."""
     queries, pictures, cell = 8, 4, 30
     shapes = [label("cosine of the text “a red ring” with the queries of four pictures", 8, 18)]
     for row in range(pictures):
@@ -100,7 +100,7 @@ def similarity() -> str:
 
 
 def ranges() -> str:
-    """INT8: the squared error of rounding and of saturation over the threshold, for a Laplace distribution.
+    """Draws, for INT8, the squared error of rounding and of saturation over the threshold, for a Laplace distribution.
 
     Density exp(-|x|) / 2 with 1 in 10,000 values at 40: rounding costs step² / 12 with step = t / 127, saturation the
     integral of (x - t)² exp(-x) beyond t, which is 2 exp(-t), plus that of the outliers.
@@ -126,7 +126,7 @@ def ranges() -> str:
 
 
 def blocks() -> str:
-    """INT4: two blocks of weights, each with its own scale, beside one scale for all."""
+    """Draws, for INT4, two blocks of weights with one scale for each block, and with one scale for both blocks."""
     size, high = 16, BlockFormat(4, 16).high
     weights = [
         (0.9 if at < size else 0.14) * math.sin(2.1 * at + 0.4) * (0.6 + 0.4 * math.cos(0.7 * at))
@@ -166,12 +166,12 @@ def blocks() -> str:
 
 
 def tokens_per_pass(rate: float, proposed: int) -> float:
-    """Expected tokens of one verifying pass: 1 + a + a² + … + a^k (Leviathan et al., arXiv 2211.17192, equation 1)."""
+    """Returns the expected tokens of a verifying pass: 1 + a + a² + … + a^k (arXiv 2211.17192, equation 1)."""
     return sum(rate**power for power in range(proposed + 1))
 
 
 def acceptance() -> str:
-    """Speculative decoding: expected tokens per pass over the acceptance rate."""
+    """Draws, for speculative decoding, the expected tokens per pass over the acceptance rate."""
     plot = Plot(
         (0.0, 1.0),
         (1.0, 9.0),
@@ -185,7 +185,7 @@ def acceptance() -> str:
 
 
 def cache_bytes(layers: int, heads: int, width: int, bytes_each: int = 2) -> int:
-    """Bytes of keys and values of one token: 2 x layers x heads x width of a head x bytes of a number."""
+    """Returns the bytes of one token's keys and values: 2 x layers x heads x width of a head x bytes of a number."""
     return 2 * layers * heads * width * bytes_each
 
 
@@ -198,7 +198,7 @@ CACHES: Mapping[str, tuple[int, int, int]] = {
 
 
 def cache() -> str:
-    """KV cache in fp16 with 30 text tokens, after a Q-Former (32 visual tokens) and after an MLP (576)."""
+    """Draws the size of the KV cache in fp16: 30 text tokens, with a Q-Former (32 visual tokens) and an MLP (576)."""
     longest = max(cache_bytes(*shape) for shape in CACHES.values()) * (576 + 30)
     shapes = [label("KV cache of one picture and 30 text tokens, fp16", 8, 18)]
     for row, (name, shape) in enumerate(CACHES.items()):
@@ -226,7 +226,7 @@ PICTURES: Mapping[str, Callable[[], str]] = {
 
 
 def main() -> None:
-    """Writes the pictures, or compares them with those that are there."""
+    """Writes the pictures, or compares them with the existing files."""
     parser = parser_of(__doc__)
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--write", action="store_true", help="write the pictures")

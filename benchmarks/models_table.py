@@ -43,20 +43,20 @@ anything is written, `blip2edge export` compares the names and shapes of its ten
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """A Markdown table; the columns named in ``right`` are aligned to the right."""
+    """Returns a Markdown table; the columns whose numbers are in ``right`` are aligned to the right."""
     rule = ["--:" if column in right else "---" for column in range(len(head))]
     lines = [head, rule, *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
 def code(text: str) -> str:
-    """The text as code in a cell; a dash if it is empty."""
+    """Returns a text as code for a table cell; a dash for an empty text."""
     escaped = text.replace("|", "\\|").replace("\n", "\\n")
     return f"`{escaped}`" if text else "–"
 
 
 def families() -> str:
-    """One row for each family of the registry."""
+    """Returns a table with one row for each family of the registry."""
     comparing = {config.family for config in map(opened, map(published, NAMES)) if isinstance(config, RetrievalConfig)}
     rows = []
     for name, family in FAMILIES.items():
@@ -73,7 +73,7 @@ def families() -> str:
 
 
 def encoders() -> str:
-    """One row for each vision encoder of the registry."""
+    """Returns a table with one row for each vision encoder of the registry."""
     rows = []
     for name, row in VISION_ENCODERS.items():
         kinds = ", ".join(code(kind) for kind in (name, *row.within))
@@ -104,12 +104,15 @@ has `rescale_first` in the `preprocessing` of its `bundle.json`, which older ver
 
 
 def count(parameters: int) -> str:
-    """A number of parameters in millions, as text."""
+    """Returns a number of parameters as text, in millions."""
     return f"{parameters / 1e6:,.0f}" if parameters >= 1e7 else f"{parameters / 1e6:.1f}"
 
 
 def parts(config: Config) -> dict[str, int]:
-    """Number of parameters of each part; a shared parameter counts once."""
+    """Returns the number of parameters of each part of a model (vision encoder, bridge and so on).
+
+    A shared parameter counts once.
+    """
     with torch.device("meta"):
         model = build_model(config)
     found: dict[str, int] = {}
@@ -120,7 +123,7 @@ def parts(config: Config) -> dict[str, int]:
 
 
 def visual_tokens(config: Config) -> str:
-    """The cell of the column *a picture*: how many visual tokens or vectors."""
+    """Returns the table cell with the number of visual tokens or vectors of a picture."""
     if not isinstance(config, CaptionerConfig):
         vectors = config.num_features
         return f"{vectors} vector{'s' if vectors > 1 else ''}"
@@ -134,7 +137,7 @@ def visual_tokens(config: Config) -> str:
 
 
 def passing(name: str, parity: dict[str, Any]) -> str:
-    """The precisions whose parity check passed, each with its largest relative difference."""
+    """Returns the precisions that passed the parity check, each with its largest relative difference, as text."""
     found = parity.get(name, {})
     held = []
     for precision in PRECISIONS:
@@ -145,7 +148,7 @@ def passing(name: str, parity: dict[str, Any]) -> str:
 
 
 def checkpoints() -> str:
-    """One row for each published configuration."""
+    """Returns a table with one row for each published configuration."""
     parity = json.loads(PARITY.read_text())["results"] if PARITY.is_file() else {}
     rows = []
     for name in NAMES:
@@ -185,7 +188,7 @@ measured on the same architecture with a few small random layers (`python benchm
 
 
 def document() -> str:
-    """The whole page."""
+    """Returns the whole page."""
     bridges = ", ".join(code(name) for name in BRIDGE_BUILDERS if name != "none")
     models = ", ".join(code(name) for name in bridged_languages())
     bounds = ", ".join(f"{bound:.0e} ({precision})" for precision, bound in TOLERANCES.items())
@@ -206,7 +209,7 @@ def document() -> str:
 
 
 def main() -> None:
-    """Writes the page, prints it, or compares it with an existing one."""
+    """Writes the page, prints the page, or compares it with the existing page."""
     parser = parser_of(__doc__)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--write", type=Path, metavar="FILE", help="write the page to FILE")

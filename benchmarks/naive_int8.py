@@ -41,7 +41,7 @@ NAIVE = "onnxruntime MinMax per tensor"
 
 
 class Pixels(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime has no types
-    """Gives calibration pictures to ONNX Runtime's quantization tool."""
+    """Returns calibration pictures, one at a time, to ONNX Runtime's quantization tool."""
 
     def __init__(self, batches: Iterator[np.ndarray[Any, Any]]) -> None:
         self.batches = batches
@@ -77,7 +77,7 @@ def naive_bundle(parent: Path, target: Path, pictures: Sequence[Scene]) -> None:
 
 
 def figures(parent: Path, bundle: Path, wanted: Sequence[str], heldout: Sequence[Scene]) -> dict[str, Any]:
-    """Cosine of the vision encoder's outputs, agreement of the captions, and how many are right."""
+    """Returns the cosine of the vision encoder's outputs to fp32, and the shares of equal and of right captions."""
     prepare = Preprocessing.from_json(Bundle.open(parent).manifest.preprocessing)
     sessions = [OnnxRuntimeSession(root / f"{VISION}.onnx", 1) for root in (parent, bundle)]
     cosines = []
@@ -96,14 +96,14 @@ def figures(parent: Path, bundle: Path, wanted: Sequence[str], heldout: Sequence
 
 
 def captions(bundle: Path, pictures: Sequence[Scene]) -> list[str]:
-    """Captions pictures with a bundle."""
+    """Captions pictures with a bundle; returns the captions."""
     captioner = Captioner.load(bundle, backend="cpu", threads=1)
     results = captioner.caption_many([scene.picture for scene in pictures], batch_size=16)
     return [result.text for result in results]
 
 
 def measure(folder: Path, pictures: int, heldout: int) -> dict[str, dict[str, Any]]:
-    """One row for each way to quantize, after the row of the fp32 bundle."""
+    """Quantizes and measures in each way; returns one row for fp32, then one row for each way to quantize."""
     plant(
         CHECKPOINT,
         folder / "checkpoint",

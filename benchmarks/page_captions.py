@@ -67,7 +67,7 @@ def draw(folder: Path, count: int) -> list[Path]:
 
 
 def on_the_page(page: Page, files: list[Path]) -> list[str]:
-    """The captions in the page's list."""
+    """Captions the files on the page of ``serve``; returns the captions that the page shows."""
     page.choose("#file", files)
     page.until(f"pictures.length === {len(files)} && pictures.every(one => one.state === 'done') && !busy")
     texts: list[str] = page.value("pictures.map(one => one.text.textContent)")
@@ -75,7 +75,7 @@ def on_the_page(page: Page, files: list[Path]) -> list[str]:
 
 
 def main() -> None:
-    """Compares, and writes how many differ."""
+    """Compares the captions, and writes how many differ."""
     parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--pictures", type=int, default=40)

@@ -3,7 +3,7 @@
     blip2edge export examples/checkpoint -o /tmp/scenes
     python benchmarks/page_pictures.py /tmp/scenes --output docs
 
-Needs Chromium. The pictures on the page are those of examples/pictures, eight times as large; one is the camera's.
+Needs Chromium. The page shows the pictures of examples/pictures, enlarged eight times, one of them from the camera.
 """
 
 from __future__ import annotations

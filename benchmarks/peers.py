@@ -41,7 +41,7 @@ class Contestant:
 
 
 def transformers_contestants(checkpoint: Path, pixels: np.ndarray, tokens: int, compiled: bool) -> list[Contestant]:
-    """transformers: eager, and with `compiled` also with vision encoder, Q-Former and language model compiled."""
+    """Returns the contestants of transformers: eager; if `compiled`, also with the modules compiled by torch."""
     from transformers import Blip2ForConditionalGeneration
 
     model = Blip2ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
@@ -69,7 +69,7 @@ def transformers_contestants(checkpoint: Path, pixels: np.ndarray, tokens: int, 
 
 
 def plain_runtime(bundle: Path, pixels: np.ndarray, tokens: int) -> Contestant:
-    """ONNX Runtime as a first script uses it: its default options, and the cache through NumPy arrays at every step."""
+    """Returns the contestant plain ONNX Runtime: default options, the KV cache copied to NumPy in each step."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -111,7 +111,7 @@ def plain_runtime(bundle: Path, pixels: np.ndarray, tokens: int) -> Contestant:
 def ours(
     name: str, bundle: Path, picture: np.ndarray, tokens: int, batch: int, stages: list[dict[str, float]]
 ) -> Contestant:
-    """blip2edge's runtime on a bundle; each call appends the milliseconds of its stages to `stages`."""
+    """Returns the contestant blip2edge on a bundle; each caption appends the milliseconds of its stages to `stages`."""
     captioner = Captioner.load(bundle, threads=1)
 
     def caption() -> list[list[int]]:
@@ -131,7 +131,11 @@ def ours(
 
 
 def race(contestants: list[Contestant], rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """CPU seconds of every contestant by round, after a warm-up round; share of token ids equal to the first's."""
+    """Runs all contestants in turn, after a warm-up round.
+
+    Returns:
+        CPU seconds of each contestant by round, and the share of its token ids that equal the first contestant's.
+    """
     seconds, ids = in_turn({contestant.name: contestant.caption for contestant in contestants}, rounds)
     base = np.array(ids[contestants[0].name])
     same = {name: float((np.array(found) == base).mean()) for name, found in ids.items()}

@@ -1,4 +1,4 @@
-"""The decoder of a language model in blip2edge, transformers, optimum-onnx and llama.cpp, with the same weights.
+"""Measures a language model's decoder in blip2edge, transformers, optimum-onnx and llama.cpp, with the same weights.
 
     python benchmarks/peers_language.py --bundle fp32=BUNDLE --bundle int8=BUNDLE8 --eager SMOLLM2
         --gguf Q8_0=FILE --llama-python VENV/bin/python --json FILE

@@ -1,8 +1,9 @@
-"""A vision encoder in fp32 and INT8, in ONNX Runtime with default options, OpenVINO and blip2edge.
+"""Measures a vision encoder in fp32 and INT8, in ONNX Runtime with default options, OpenVINO and blip2edge.
 
     python benchmarks/peers_vision.py FP32 INT8 --openvino-python VENV/bin/python --json FILE
 
-Both arguments are bundles. ``blip2edge calibrate`` made the INT8 one: the symmetric Q/DQ file that TensorRT takes.
+Both arguments are bundles. The INT8 bundle is made by ``blip2edge calibrate``; its encoder is a symmetric Q/DQ graph,
+which TensorRT also accepts.
 """
 
 from __future__ import annotations

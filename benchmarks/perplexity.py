@@ -1,4 +1,4 @@
-"""Perplexity of a real language model with INT8 and INT4 weights, against fp32 and against rounding to nearest.
+"""Measures the perplexity of a real language model: fp32, calibrated INT8 and INT4 weights, and plainly rounded ones.
 
     python benchmarks/smollm2.py --out SMOLLM2
     python benchmarks/smollm2_captioner.py SMOLLM2 --out CHECKPOINT
@@ -6,7 +6,7 @@
     python benchmarks/texts.py --out TEXTS
     python benchmarks/perplexity.py BUNDLE --texts TEXTS --json benchmarks/results/perplexity.json
 
-The decoder of a bundle and its token table are quantized by the code of `blip2edge calibrate --weights`, with windows
+A bundle's decoder and token embedding table are quantized by the code of `blip2edge calibrate --weights`, with windows
 of ``calibration.txt`` instead of captions. Perplexity is measured on windows of ``evaluation.txt``, which has other
 documents; the first token of a window is not scored. ONNX Runtime fuses the blocks into MatMulNBits, which also rounds
 activations to eight bits per block. "plain" rounds every matrix to nearest, with scales that map the largest value to
@@ -49,7 +49,7 @@ VARIANTS = ("fp32", "int8", "int4", "int4 plain")
 
 
 def windows(bundle: Bundle, text: Path, count: int) -> Array:
-    """Windows of a text's tokens, int64 ``[count, WINDOW]``, at equal distances over the text."""
+    """Returns windows of a text's token ids, int64 ``[count, WINDOW]``, at equal distances over the text."""
     ids = Tokenizer.from_file(bundle.file(TOKENIZER_FILE)).encode(text.read_text(encoding="utf-8"))
     if len(ids) < count * WINDOW:
         sys.exit(f"{text} has {len(ids)} tokens, but {count} windows of {WINDOW} tokens are needed")
@@ -58,7 +58,7 @@ def windows(bundle: Bundle, text: Path, count: int) -> Array:
 
 
 def inputs(bundle: Bundle, table: TokenTable, rows: Array) -> Iterator[dict[str, Array]]:
-    """The decoder's inputs for each window, with logits at every position."""
+    """Yields the decoder's inputs for each window, so that the decoder gives logits at every position."""
     cache = bundle.manifest.cache
     assert cache is not None
     empty = np.zeros((1, cache.num_heads, 0, cache.head_dim), np.float32)
@@ -74,7 +74,7 @@ def inputs(bundle: Bundle, table: TokenTable, rows: Array) -> Iterator[dict[str,
 
 
 def perplexity(bundle: Bundle, folder: Path, rows: Array) -> tuple[float, int]:
-    """Perplexity of the decoder and token table in a folder, and the number of scored tokens."""
+    """Returns the perplexity of the decoder and token embedding table in a folder, and the number of scored tokens."""
     table = TokenTable(folder / EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, "float32")
     session = OnnxRuntimeSession(folder / "decoder.onnx", 1)
     lost, scored = 0.0, 0
@@ -104,7 +104,7 @@ def calibrated(bundle: Bundle, bits: int, rows: Array, folder: Path) -> dict[str
 
 
 def rounded_plainly(bundle: Bundle, bits: int, folder: Path) -> None:
-    """Writes the decoder rounded to the nearest; the token table stays in fp32."""
+    """Writes the decoder with weights rounded to nearest; the token embedding table stays in fp32."""
     model = ir.load(bundle.file("decoder.onnx"))
     products = find_targets(model).products
     formats, _ = choose_formats(products, GraphFormat(NumberFormat(f"int{bits}")))
@@ -115,7 +115,7 @@ def rounded_plainly(bundle: Bundle, bits: int, folder: Path) -> None:
 
 
 def measure(bundle: Bundle, variant: str, calibration: Array, evaluation: Array) -> dict[str, Any]:
-    """Quantizes and measures one variant."""
+    """Quantizes one variant and returns its perplexity, sizes and errors."""
     start = time.process_time()
     with tempfile.TemporaryDirectory() as name:
         folder, found = Path(name), {}
@@ -134,7 +134,7 @@ def measure(bundle: Bundle, variant: str, calibration: Array, evaluation: Array)
 
 
 def summary(results: dict[str, Any]) -> dict[str, float]:
-    """Perplexities, losses and sizes relative to fp32; empty until all variants are measured."""
+    """Returns perplexities, losses and sizes relative to fp32; empty until all variants are measured."""
     if not {"fp32", "int8", "int4", "int4 plain"} <= results.keys():
         return {}
     base = results["fp32"]

@@ -1,4 +1,4 @@
-"""Perplexity of llama.cpp's formats, on the windows of ``benchmarks/perplexity.py``.
+"""Measures the perplexity of llama.cpp's formats, on the windows of ``benchmarks/perplexity.py``.
 
     python benchmarks/gguf_variants.py SOURCE.gguf --out GGUF
     python benchmarks/perplexity_gguf.py BUNDLE --texts TEXTS --gguf Q8_0=GGUF/Q8_0.gguf --gguf Q4_0=GGUF/Q4_0.gguf
@@ -21,7 +21,7 @@ from blip2edge.bundle.bundle import Bundle
 
 @torch.no_grad()
 def perplexity(model: torch.nn.Module, rows: torch.Tensor) -> float:
-    """Perplexity on windows of tokens ``[N, T]``; the first token of a window is not scored."""
+    """Returns the perplexity of a model on windows of token ids ``[N, T]``; a window's first token is not scored."""
     lost = 0.0
     for row in rows:
         logits = model(row[None]).logits[0, :-1].double()

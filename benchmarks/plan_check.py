@@ -1,17 +1,17 @@
-"""Compares the times that ``plan`` predicts for this machine with those that ``bench`` measures. It fits nothing.
+"""Compares the times that ``plan`` predicts for this machine with the times that ``bench`` measures. It fits nothing.
 
     python benchmarks/plan_check.py --work DIR [--json benchmarks/results/plan.json]
     python benchmarks/plan_check.py --work DIR --independent [--json benchmarks/results/plan-independent.json]
 
-The models run on one thread. The constants of ``plan`` were chosen on the first three, in fp32: the miniature of
+The models run on one thread. The constants of ``plan`` were chosen on three models in fp32: the miniature of
 ``examples/checkpoint`` (BLIP-2), the shape of ``Salesforce/blip-image-captioning-base``, and a small LLaVA, so this
 comparison is a fit. ``--independent`` takes three models of ``plan_shapes.py`` on which no constant was chosen, in
 fp32, INT8 and INT4.
 
 All weights are random, except the miniature's. Each model is drawn, exported, calibrated where it is not fp32, and
 optimized, and captions a picture of 480 x 640. The bundles stay in ``--work`` and are used again. The least CPU time of
-a stage counts, and for the decoding that of a step, as for the rates of the machine, so that the load of other programs
-has little effect; medians and wall times are recorded beside it.
+a stage (for the decoding: of a step) is compared, so that the load of other programs has little effect. The machine's
+rates are measured in the same way. Medians and wall times are recorded too.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ STAGES = ("preprocess", "vision", "bridge", "prefill", "decode", "total")
 
 
 def write_bert_tokenizer(directory: Path) -> None:
-    """Replaces the tokenizer by one of BERT's frame, which BLIP's prompts need."""
+    """Replaces the tokenizer by one that puts [CLS] and [SEP] around a text, like BERT's; BLIP's prompts need them."""
     words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 101, "[SEP]": 102, "a": 2, "photo": 3, "of": 4}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]  # the stubs know no setter
@@ -66,13 +66,13 @@ def write_bert_tokenizer(directory: Path) -> None:
 
 
 def remove_frame(directory: Path) -> None:
-    """Removes the special tokens around a text, which Idefics' prompts write themselves."""
+    """Changes the tokenizer so that it adds no special tokens around a text: Idefics' prompts contain them already."""
     file = directory / "tokenizer.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "post_processor": None}))
 
 
 def checkpoint_of(name: str, work: Path) -> Path:
-    """Draws the checkpoint of a model, unless it exists."""
+    """Returns a model's checkpoint; writes one with random weights if it does not exist."""
     if name == "miniature":
         return CHECKPOINT
     directory = work / name
@@ -86,7 +86,7 @@ def checkpoint_of(name: str, work: Path) -> Path:
 
 
 def bundle_of(name: str, precision: str, checkpoint: Path, work: Path) -> Path:
-    """Exports a checkpoint, and calibrates it for INT8 or INT4, with the optimized copy, unless the bundle exists."""
+    """Returns the bundle of a checkpoint, optimized; if it does not exist, exports and (INT8, INT4) calibrates it."""
     bundle = work / f"{name}-{precision}"
     if not bundle.is_dir():
         if precision == "fp32":
@@ -101,10 +101,10 @@ def bundle_of(name: str, precision: str, checkpoint: Path, work: Path) -> Path:
 
 
 def least_steps_ms(run: Bench, runs: int) -> float:
-    """CPU milliseconds of decoding: the least time of a step in several captions, for each step.
+    """Returns the CPU milliseconds of decoding: the least time of one step in several captions, times the steps.
 
-    A step is about as long as a run of the rates of the machine, so both find moments in which other programs leave the
-    memory free; a whole caption does not.
+    A step takes about as long as one measurement of the machine's rates. So for both, some runs fall into moments in
+    which other programs do not use the memory. A whole caption is too long for such a moment.
     """
     least = math.inf
     for _ in range(runs):
@@ -118,7 +118,7 @@ def least_steps_ms(run: Bench, runs: int) -> float:
 
 
 def compare(name: str, precision: str, work: Path, runs: int) -> dict[str, Any]:
-    """Predicts and measures one model."""
+    """Predicts and measures the times and the memory of one model; returns both."""
     checkpoint = checkpoint_of(name, work)
     bundle = bundle_of(name, precision, checkpoint, work)
     shape, _ = find_shape(str(checkpoint))
@@ -164,7 +164,7 @@ def compare(name: str, precision: str, work: Path, runs: int) -> dict[str, Any]:
 
 
 def least(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The lowest prediction and the lowest measured time of each stage over the rounds, and their ratio."""
+    """Returns, for each stage, the lowest prediction and the lowest measured time of all rounds, and their ratio."""
     fastest = min(rounds, key=lambda one: one["stages"]["total"]["predicted_ms"])
     stages = {}
     for stage in fastest["stages"]:
@@ -177,7 +177,7 @@ def least(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def row(predicted: float, measured: Mapping[str, Any]) -> dict[str, Any]:
-    """A stage: predicted, measured, and their ratio."""
+    """Returns the entry of one stage: predicted time, measured time, and their ratio."""
     cpu = measured["least_cpu_ms"]
     return {
         "predicted_ms": round(predicted, 3),
@@ -203,7 +203,7 @@ def show(result: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    """Compares the models, prints a line a stage, and writes the JSON file."""
+    """Compares the models, prints a line for each stage, and writes the JSON file."""
     parser = parser_of(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="where checkpoints and bundles are kept (8 GB)")
     parser.add_argument("--independent", action="store_true", help="the models that no constant was chosen on")

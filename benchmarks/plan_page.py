@@ -20,18 +20,18 @@ MODEL = "Salesforce/blip2-opt-2.7b"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; every column but the first and the source is aligned to the right."""
+    """Returns a Markdown table; all columns except the first and the source are aligned to the right."""
     rule = ["---" if name in ("", head[0], "source") else "---:" for name in head]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)) + "\n"
 
 
 def tera(rate: float | None) -> str:
-    """A rate in tera-operations a second; a dash for a format that the board does not compute."""
+    """Returns a rate as text, in tera-operations per second; a dash if the board has no arithmetic for the format."""
     return "–" if rate is None else f"{rate / 1e12:.3g}"
 
 
 def boards() -> str:
-    """The boards, and what BLIP-2 with OPT-2.7b needs and takes there."""
+    """Returns the table of the boards, with memory and times of BLIP-2 with OPT-2.7b on each board."""
     shape, _ = find_shape(MODEL)
     rows = []
     for name, board in DEVICES.items():
@@ -55,7 +55,7 @@ def boards() -> str:
 
 
 def efficiency() -> str:
-    """The assumed shares of the rates."""
+    """Returns the table of the assumed efficiency: the share of a board's rates that is reached."""
     rows = [
         (kind, *(f"{share:.0%}" for table in (CPU_EFFICIENCY, GPU_EFFICIENCY) for share in (table.products[kind],
                                                                                             table.bytes[kind])))
@@ -66,7 +66,7 @@ def efficiency() -> str:
 
 
 def compared(file: str) -> str:
-    """Predicted and measured times of a run of ``plan_check.py``."""
+    """Returns the table of predicted and measured times, from the result file of ``plan_check.py``."""
     found = json.loads((RESULTS / file).read_text(encoding="utf-8"))
     rows = []
     for result in found["results"]:
@@ -94,7 +94,7 @@ TABLES = {
 
 
 def placed(page: str) -> str:
-    """A page with the tables between their marks."""
+    """Returns the page with the current tables between their marks."""
     return with_tables(page, TABLES, "plan_page.py")
 
 

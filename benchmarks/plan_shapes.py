@@ -1,4 +1,7 @@
-"""Shapes of small models for ``plan_check.py``: the fitted ones, and three that no constant was chosen on."""
+"""Configurations of small models for ``plan_check.py``.
+
+The constants of ``plan`` were chosen on some of these models; three models were not used for that choice.
+"""
 
 from __future__ import annotations
 

@@ -2,11 +2,11 @@
 
 The example checkpoint is small and has no outliers. This module adds them such that its captions do not change:
 
-- Some channels after each norm become 20 to 80 times larger, and the weights that read them smaller by the same
-  factor, so that the function is the same.
-- Two hidden units of the first MLP are active on one token each, the class token and the first patch, with values
-  hundreds of times larger than those of other units. They write to one channel of that token's residual stream, as
-  Sun et al. (arXiv 2402.17762) and Darcet et al. (arXiv 2309.16588) found in trained encoders.
+- Some channels after each norm become 20 to 80 times larger, and the following weights for these channels smaller by
+  the same factor, so that the encoder computes the same function.
+- Two hidden units of the first MLP are active on one token each: the class token, and the first patch. Their values are
+  hundreds of times larger than those of other units. The two units change one channel of that token's residual stream,
+  as found by Sun et al. (arXiv 2402.17762) and Darcet et al. (arXiv 2309.16588) in trained encoders.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def plant(source: Path, target: Path, pictures: Sequence[Image.Image], seed: int
 
 @torch.no_grad()
 def _behind_norm2(source: Path, pictures: Sequence[Image.Image]) -> Tensor:
-    """Input of the first MLP: ``[pictures, tokens, width]``."""
+    """Runs the encoder on pictures; returns the input of the first MLP, ``[pictures, tokens, width]``."""
     opened = open_checkpoint(source, None)
     model: Any = load_model(opened)
     seen: list[Tensor] = []

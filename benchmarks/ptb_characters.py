@@ -42,7 +42,7 @@ def stanford(jar: Path, lines: list[str]) -> list[list[str]]:
 
 
 def table(name: str, comment: str, characters: Iterable[str]) -> str:
-    """The assignment of a table of ranges, with its docstring."""
+    """Returns the Python source of one table of ranges: an assignment with its docstring."""
     ranges: list[list[int]] = []
     for code in sorted(map(ord, characters)):
         if ranges and code == ranges[-1][1] + 1:

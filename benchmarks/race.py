@@ -26,10 +26,10 @@ class Contestant:
     """A program that is measured.
 
     Attributes:
-        name: Its name in the tables.
+        name: Name of the program in the tables.
         kind: A key of ``worker.KINDS``.
-        path: What it loads.
-        python: The interpreter of its environment.
+        path: Path of the bundle or model that the program loads.
+        python: The Python interpreter that runs the program.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Contestant:
 
 
 class Running:
-    """A contestant's process."""
+    """The running process of a contestant."""
 
     def __init__(self, contestant: Contestant) -> None:
         self.name = contestant.name
@@ -54,7 +54,7 @@ class Running:
             raise SystemExit(f"{self.name} did not start")
 
     def ask(self, task: list[Any]) -> float:
-        """Runs one task in the process. Returns its CPU seconds."""
+        """Runs one task in the process. Returns the task's CPU seconds."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(task) + "\n")
         self.process.stdin.flush()
@@ -73,7 +73,10 @@ class Running:
 
 
 def race(contestants: list[Contestant], tasks: dict[str, list[Any]], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """CPU seconds of every task, contestant and round, after one round of warm-up."""
+    """Runs all tasks of all contestants in turn, after a warm-up round. Returns the CPU seconds.
+
+    The result has, for each task and contestant, the seconds of each round.
+    """
     running = [Running(contestant) for contestant in contestants]
     seconds: dict[str, dict[str, list[float]]] = {task: {one.name: [] for one in running} for task in tasks}
     for number in range(rounds + 1):
@@ -89,7 +92,7 @@ def race(contestants: list[Contestant], tasks: dict[str, list[Any]], rounds: int
 
 
 def table(seconds: dict[str, dict[str, list[float]]], base: str) -> list[dict[str, Any]]:
-    """One row per contestant: for each task, the medians of its milliseconds and of its ratios to ``base``."""
+    """Returns one row per contestant: for each task, the median milliseconds and the median ratio to ``base``."""
     rows = []
     for name in next(iter(seconds.values())):
         row: dict[str, Any] = {"name": name}
@@ -103,7 +106,7 @@ def table(seconds: dict[str, dict[str, list[float]]], base: str) -> list[dict[st
 
 
 def versions(contestants: list[Contestant], packages: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    """Versions of some packages in the environment of each contestant."""
+    """Returns the versions of some packages in the environment of each contestant."""
     code = (
         "import json,sys\nfrom importlib.metadata import version, PackageNotFoundError\nfound={}\n"
         "for name in sys.argv[1:]:\n  try: found[name]=version(name)\n  except PackageNotFoundError: pass\n"

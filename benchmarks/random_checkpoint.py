@@ -74,12 +74,12 @@ TINY: dict[str, int] = {
 
 
 def published(name: str) -> dict[str, Any]:
-    """The published configuration of this name, from `blip2edge/shapes/published`."""
+    """Returns the published configuration with this name, from `blip2edge/shapes/published`."""
     return dict(json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8")))
 
 
 def shrunk(config: dict[str, Any]) -> dict[str, Any]:
-    """The same model with the sizes of :data:`TINY`; kinds and flags stay."""
+    """Returns the configuration with the sizes of :data:`TINY`; kinds and flags are unchanged."""
     small: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict):
@@ -92,7 +92,7 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def scaled(config: dict[str, Any], depth: float) -> dict[str, Any]:
-    """The same widths with ``depth`` times the layers."""
+    """Returns the configuration with the number of layers multiplied by ``depth``; widths are unchanged."""
     out: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict):
@@ -105,7 +105,7 @@ def scaled(config: dict[str, Any], depth: float) -> dict[str, Any]:
 
 
 def opened(values: dict[str, Any]) -> Config:
-    """A configuration as it is read from a checkpoint: with a separate head if the published files have one."""
+    """Parses a configuration as for a checkpoint; with a separate head if the published weights have one."""
     config: Any = read_config(values)
     if values.get("text_config", {}).get("tie_word_embeddings") is False and config.language.tie_embeddings:
         config = replace(config, language=replace(config.language, tie_embeddings=False))

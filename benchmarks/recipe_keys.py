@@ -24,7 +24,7 @@ BLOCKS = ("vision", "qformer", "language")
 
 
 def meanings(kind: type) -> dict[str, str]:
-    """The docstring of each field of a dataclass, inherited fields included."""
+    """Returns the docstring of each field of a dataclass, inherited fields included."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if not dataclasses.is_dataclass(base):
@@ -39,7 +39,7 @@ def meanings(kind: type) -> dict[str, str]:
 
 
 def written(value: Any) -> str:
-    """A default value in TOML's notation."""
+    """Returns a default value in TOML's notation."""
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     if isinstance(value, str):
@@ -50,7 +50,7 @@ def written(value: Any) -> str:
 
 
 def table(kind: type, without: type | None = None) -> str:
-    """A table with one row for each key; a key of `without` only if its default differs."""
+    """Returns a table with one row for each key of a section; omits keys that `without` has with the same default."""
     default, plain = kind(), None if without is None else without()
     texts = meanings(kind)
     rows = ["| key | default | meaning |", "|---|---|---|"]
@@ -65,7 +65,7 @@ def table(kind: type, without: type | None = None) -> str:
 
 
 def document() -> str:
-    """All tables as Markdown."""
+    """Returns all tables as Markdown."""
     types = {
         field.name: type(getattr(recipes.TrainingConfig(), field.name))
         for field in dataclasses.fields(recipes.TrainingConfig)
@@ -92,19 +92,19 @@ def document() -> str:
 
 
 def summary(kind: type) -> str:
-    """The first sentence of a section's description."""
+    """Returns the first sentence of a section's description."""
     return (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
 
 
 def placed(page: str) -> str:
-    """The page with new tables between the marks BEGIN and END."""
+    """Returns the page with new tables between the marks BEGIN and END."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{document()}\n{END}{after}"
 
 
 def main() -> None:
-    """Writes the tables into a page, or compares them with those that are there."""
+    """Writes the tables into a page, or compares them with the tables of the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--write", type=Path, metavar="FILE", help="write the tables into the page FILE")

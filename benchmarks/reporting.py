@@ -37,7 +37,7 @@ def in_turn(
         calls: The measured functions by name.
         rounds: Measured rounds.
         check: Called with the results of each round; raises an error if they are wrong.
-        clock: Gives the current time in seconds.
+        clock: Function that returns the current time in seconds.
 
     Returns:
         Seconds of each function by round, and the results of the last round.
@@ -55,12 +55,12 @@ def in_turn(
 
 
 def median_ratio(above: Iterable[float], below: Iterable[float]) -> float:
-    """Median of the ratios within each round, which the machine's load distorts less than the ratio of two medians."""
+    """Returns the median of the ratios within each round; the machine's load changes it less than ratios of medians."""
     return statistics.median(one / other for one, other in zip(above, below, strict=True))
 
 
 def with_tables(page: str, tables: Mapping[str, Callable[[], str]], script: str) -> str:
-    """A page with tables between their marks ``<!-- NAME: made by benchmarks/SCRIPT -->``."""
+    """Returns the page with new tables between their marks ``<!-- NAME: made by benchmarks/SCRIPT -->``."""
     for name, table in tables.items():
         begin, end = f"<!-- {name}: made by benchmarks/{script} -->\n", f"<!-- end of {name} -->\n"
         before, _, rest = page.partition(begin)
@@ -69,7 +69,7 @@ def with_tables(page: str, tables: Mapping[str, Callable[[], str]], script: str)
 
 
 def parser_of(doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is a script's docstring."""
+    """Returns an argument parser whose help is a script's docstring."""
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
@@ -80,7 +80,7 @@ def named_path(text: str) -> tuple[str, Path]:
 
 
 def cpu_model() -> str:
-    """Name of the processor."""
+    """Returns the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -89,27 +89,27 @@ def cpu_model() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """The machine on which a script runs: processor, cores and system."""
+    """Describes the machine on which the script runs: processor, cores and operating system."""
     return {"cpu": cpu_model(), "cores": os.cpu_count(), "system": platform.platform()}
 
 
 def system(*packages: str) -> dict[str, str]:
-    """Operating system, Python and packages, with their versions."""
+    """Returns the versions of the operating system, Python and some packages."""
     return {"system": platform.platform(), **python(*packages)}
 
 
 def python(*packages: str) -> dict[str, str]:
-    """Versions of Python and of some packages."""
+    """Returns the versions of Python and some packages."""
     return {"python": platform.python_version(), **versions(*packages)}
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Versions of some packages."""
+    """Returns the versions of some packages."""
     return {name: version(name) for name in packages}
 
 
 def command(*words: str) -> str:
-    """The command that runs this script; its own arguments unless others are given."""
+    """Returns the command line that runs this script, with its present arguments or the given `words`."""
     return " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *(words or sys.argv[1:])])
 
 

@@ -1,4 +1,6 @@
-"""Checks that the extras for a device have wheels there: ``.venv310/bin/python benchmarks/resolve_device.py``.
+"""Checks that all packages of the device extras have wheels for the device (64-bit Arm).
+
+    .venv310/bin/python benchmarks/resolve_device.py
 
 pip resolves the runtime with each extra, with the versions of ``constraints.txt``, for 64-bit Arm and the Python that
 runs this script; nothing is installed. Run it with Python 3.10 for JetPack 6 (`make resolve`), with 3.12 for JetPack 7:
@@ -21,7 +23,7 @@ EXTRAS = ("", "cpu", "serve", "tls", "video", "hub", "build", "sign", "mqtt")
 
 
 def requirements(extra: str) -> list[str]:
-    """The requirements of the runtime and of one extra."""
+    """Returns the requirements of the runtime and of one extra."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -31,10 +33,10 @@ def requirements(extra: str) -> list[str]:
 
 
 def resolve(extra: str) -> dict[str, str]:
-    """The version of each package that pip would install.
+    """Returns the version of each package that pip would install on the device.
 
     Raises:
-        SystemExit: A package has no wheel there.
+        SystemExit: A package has no wheel for the device.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"

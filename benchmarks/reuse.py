@@ -1,4 +1,4 @@
-"""Time saved and captions changed by ``watch --reuse-below``: ``python benchmarks/reuse.py --json FILE``.
+"""Measures the time saved and captions changed by ``watch --reuse-below``: ``python benchmarks/reuse.py --json FILE``.
 
 The video is made of generated scenes with camera noise: each scene stands still, then one of its objects changes its
 colour, then the picture fades into the next scene. The example checkpoint captions every frame with each limit. The
@@ -33,7 +33,7 @@ SEED = 77
 
 
 def film(count: int) -> list[NDArray[np.uint8]]:
-    """The frames of ``count`` scenes."""
+    """Makes the frames of a video with ``count`` scenes."""
     rng = np.random.default_rng(SEED)
     shown = list(scenes(count + 1, split="heldout", seed=SEED))
     frames: list[Picture] = []
@@ -45,7 +45,7 @@ def film(count: int) -> list[NDArray[np.uint8]]:
 
 
 def watched(captioner: Captioner, frames: list[NDArray[np.uint8]], below: float) -> list[WatchResult]:
-    """The results of one pass over the video."""
+    """Captions the video once with one limit; returns the results of all frames."""
 
     def source() -> Iterator[Frame]:
         for index, frame in enumerate(frames):
@@ -55,7 +55,7 @@ def watched(captioner: Captioner, frames: list[NDArray[np.uint8]], below: float)
 
 
 def measure(captioner: Captioner, frames: list[NDArray[np.uint8]], rounds: int) -> list[dict[str, Any]]:
-    """One row per limit. The limits run in turn; the quickest round of each counts."""
+    """Measures all limits in turn; returns one row for each limit, with the time of its fastest round."""
     seconds, found = in_turn({below: partial(watched, captioner, frames, below) for below in LIMITS}, rounds)
     texts = {below: [one.result.text for one in seen if one.result] for below, seen in found.items()}
     return [

@@ -1,4 +1,4 @@
-"""Missed changes and time saved by ``watch --reuse-below auto``: ``python benchmarks/reuse_auto.py --json FILE``.
+"""Measures ``watch --reuse-below auto``: missed changes and time saved: ``python benchmarks/reuse_auto.py --json F``.
 
 Thresholds are fitted on one film of each kind of ``reuse_films.py``, and used on other films, with other scenes. Each
 film is also captioned with every frame encoded; where the captions differ, a change was missed. Fits:
@@ -44,7 +44,7 @@ def frames_of(pictures: Film) -> Iterator[Frame]:
 
 
 def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A JSON object that is computed once, so that an interrupted run continues."""
+    """Reads a JSON object from a file; if there is no file, calls ``make`` and writes the file first."""
     if not path.exists():
         write_json(path, make())
     found: dict[str, Any] = json.loads(path.read_text())
@@ -52,7 +52,7 @@ def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def recorded(captioner: Captioner, kind: str, frames: int, folder: Path) -> Recording:
-    """The recording of films of a kind, of which every frame is encoded; its parts are kept in the folder."""
+    """Returns the recording of films of one kind with every frame encoded; keeps its files in the folder."""
     parts = []
     for seed, start in product(FIT_SEEDS, range(0, frames, PART)):
         path = folder / f"recording-{kind}-{seed}-{start}.npz"
@@ -80,7 +80,7 @@ def joined(recordings: Sequence[Recording]) -> Recording:
 
 
 def timed(captioner: Captioner, pictures: Film, **options: Any) -> dict[str, Any]:
-    """The captions and steps of a film, the last audit, and CPU milliseconds a frame."""
+    """Captions a film; returns its captions and steps, the last audit, and the CPU milliseconds per frame."""
     start = time.process_time()
     results = list(watch(captioner, frames_of(pictures), every=True, **options))
     cpu_ms = (time.process_time() - start) / len(pictures) * 1e3
@@ -89,7 +89,10 @@ def timed(captioner: Captioner, pictures: Film, **options: Any) -> dict[str, Any
 
 
 def overlooked(given: Sequence[str], wanted: Sequence[str]) -> tuple[int, int]:
-    """Changes of the caption, and those whose caption was given in none of the frames until the next change."""
+    """Returns the number of changes of the right caption, and how many changes were never shown.
+
+    A change was never shown if none of the frames until the next change got its caption.
+    """
     starts = [at for at in range(1, len(wanted)) if wanted[at] != wanted[at - 1]]
     ends = [*starts[1:], len(wanted)]
     missed = sum(wanted[start] not in given[start:end] for start, end in zip(starts, ends, strict=True))
@@ -97,7 +100,7 @@ def overlooked(given: Sequence[str], wanted: Sequence[str]) -> tuple[int, int]:
 
 
 def tested(captioner: Captioner, pictures: Film, full: dict[str, Any], plan: ReusePlan) -> dict[str, Any]:
-    """The figures of one film with a kept fit."""
+    """Captions a film with fitted thresholds, and compares it with every frame encoded; returns the measured values."""
     sentences: list[str] = []
     plan = replace(plan, report=sentences.append)
     found = timed(captioner, pictures, reuse_below="auto", reuse=plan)

@@ -28,7 +28,10 @@ NOISE = {"cuts": 3.0, "movement": 3.0, "lighting": 4.0}
 
 
 def recoloured(scene: Scene) -> Picture:
-    """The scene with the channels of its first object's box in another order; the grey background stays grey."""
+    """Returns a scene's picture with another colour of the first object.
+
+    The colour channels around the object are exchanged, so the grey background stays grey.
+    """
     picture = np.asarray(scene.picture, np.float32).copy()
     thing = scene.first
     rows, columns = (slice(max(0, int(at - thing.radius - 1)), int(at + thing.radius + 2)) for at in (thing.y, thing.x))
@@ -37,12 +40,12 @@ def recoloured(scene: Scene) -> Picture:
 
 
 def with_noise(picture: Picture, rng: Random, deviation: float) -> NDArray[np.uint8]:
-    """One frame of the film."""
+    """Returns one frame of the film: the picture with camera noise."""
     return np.clip(picture + rng.normal(0, deviation, picture.shape), 0, 255).round().astype(np.uint8)
 
 
 def cuts(shown: Iterator[Scene], rng: Random) -> Iterator[Picture]:
-    """Scenes that stand still for 20 to 80 frames; every third one has an object that changes its colour then."""
+    """Yields scenes that stand still for 20 to 80 frames; in every third scene, an object then changes its colour."""
     for number, scene in enumerate(shown):
         yield from [np.asarray(scene.picture, np.float32)] * int(rng.integers(20, 80))
         if number % 3 == 0:
@@ -50,7 +53,7 @@ def cuts(shown: Iterator[Scene], rng: Random) -> Iterator[Picture]:
 
 
 def movement(shown: Iterator[Scene], rng: Random) -> Iterator[Picture]:
-    """Scenes whose objects move: 4 movements of 10 to 30 frames, and 15 to 50 frames of rest after each."""
+    """Yields scenes with 4 movements of an object, each of 10 to 30 frames, then 15 to 50 frames without movement."""
     for scene in shown:
         things = [scene.first, scene.second]
         tints = np.array([COLOURS[thing.colour] for thing in things])
@@ -66,7 +69,7 @@ def movement(shown: Iterator[Scene], rng: Random) -> Iterator[Picture]:
 
 
 def _moved(thing: SceneObject, rng: Random) -> SceneObject:
-    """The object at another place, or at the same place in the other size."""
+    """Returns the object at another place, or at the same place in the other size."""
     if rng.random() < 0.25:
         size = "large" if thing.size == "small" else "small"
         return replace(thing, size=size, radius=RADII[size])
@@ -81,7 +84,7 @@ def _between(one: SceneObject, other: SceneObject, part: float) -> SceneObject:
 
 
 def lighting(shown: Iterator[Scene], rng: Random) -> Iterator[Picture]:
-    """Scenes under a light that drifts by 30 % in brightness and by 10 % in each colour; fades of 8 frames."""
+    """Yields scenes in a light that drifts by 30 % in brightness and 10 % in each colour; scenes fade over 8 frames."""
     periods, phases = rng.uniform(150, 400, 4), rng.uniform(0, 2 * np.pi, 4)
     before: Picture | None = None
     number = 0
@@ -103,7 +106,7 @@ KINDS: dict[str, Callable[[Iterator[Scene], Random], Iterator[Picture]]] = {
 
 
 def film(kind: str, frames: int, seed: int, split: Split = "heldout") -> Film:
-    """The first frames of a film of one of :data:`KINDS`; the same arguments give the same pixels."""
+    """Returns the first frames of a film of one of :data:`KINDS`; the same arguments give the same pixels."""
     rng = np.random.default_rng([seed, list(KINDS).index(kind)])
     shown = (make_scene(index, split=split, seed=seed) for index in count())
     return [with_noise(picture, rng, NOISE[kind]) for picture in islice(KINDS[kind](shown, rng), frames)]

@@ -1,4 +1,4 @@
-"""The gain of the scheduler: vision overlapped with decoding, and continuous batching of random arrivals.
+"""Measures the gain of the scheduler: vision overlapped with decoding, and continuous batching of random arrivals.
 
     python benchmarks/scheduling.py --json benchmarks/results/scheduling.json --trace docs/overlap.svg
 
@@ -56,7 +56,7 @@ TOKENS = (5, 40)  # shortest and longest caption of the arrivals
 
 
 def fixed(tokens: int) -> dict[str, Any]:
-    """Options for a caption of exactly this number of tokens."""
+    """Returns the generation options for a caption of exactly ``tokens`` tokens."""
     return {"max_new_tokens": tokens, "min_new_tokens": tokens}
 
 
@@ -74,11 +74,13 @@ def streamed(captioner: Captioner, pictures: list[np.ndarray], options: dict[str
 def overlap(
     whole: Captioner, half: Captioner, pictures: list[np.ndarray], tokens: int, rounds: int
 ) -> tuple[dict[str, Any], list[Span]]:
-    """Wall seconds of the three ways, round by round, and the spans of the last round on half of the cores each.
+    """Measures three ways to caption: one by one, scheduler on half of the cores per thread, scheduler on all cores.
+
+    Returns the wall seconds by round, and the time spans of both threads in the last round on half of the cores each.
 
     Args:
-        whole: A captioner whose graphs use all cores.
-        half: A captioner of the same bundle on half of the cores.
+        whole: A captioner that uses all cores.
+        half: A captioner of the same bundle that uses half of the cores.
         pictures: The pictures to caption.
         tokens: Length of every caption.
         rounds: Measured rounds, after one round of warm-up.
@@ -105,7 +107,7 @@ def overlap(
 
 
 def together(spans: list[Span]) -> float:
-    """Share of the time, from the first span to the last, in which both threads are busy."""
+    """Returns the share of the time, from the first span to the last, in which both threads are busy."""
     events = sorted([(span.start, 1) for span in spans] + [(span.end, -1) for span in spans])
     both, active, last = 0.0, 0, events[0][0]
     for at, change in events:
@@ -115,7 +117,7 @@ def together(spans: list[Span]) -> float:
 
 
 def arrivals(captioner: Captioner, picture: np.ndarray, rate: float, count: int, batch: int) -> dict[str, float]:
-    """Serves pictures that arrive at ``rate`` per second; seconds from arrival to caption, captions per second."""
+    """Captions pictures that arrive at ``rate`` per second; returns waiting times (s), and captions per second."""
     rng = np.random.default_rng(7)  # the same for every way of serving
     gaps, lengths = rng.exponential(1.0, count) / rate, rng.integers(TOKENS[0], TOKENS[1] + 1, count)
     waits: list[float] = []
@@ -140,7 +142,7 @@ def arrivals(captioner: Captioner, picture: np.ndarray, rate: float, count: int,
 
 
 def sustained(captioner: Captioner, picture: np.ndarray, count: int, batch: int, solo_s: float) -> dict[str, Any]:
-    """The highest of `RATES` within the time limit, and the measurements of all rates up to it."""
+    """Returns the highest of `RATES` that keeps the time limit, and the measurements of all rates up to that rate."""
     seen = []
     for relative in RATES:
         seen.append({"of_one_by_one": relative, **arrivals(captioner, picture, relative / solo_s, count, batch)})
@@ -151,7 +153,7 @@ def sustained(captioner: Captioner, picture: np.ndarray, count: int, batch: int,
 
 
 def drawing(spans: list[Span], pictures: int = 6) -> str:
-    """The spans of the first pictures as an SVG: one lane per thread, one colour per picture."""
+    """Returns an SVG picture of the time spans of the first pictures: one row per thread, one colour per picture."""
     spans = [span for span in spans if max(span.requests) < pictures]
     first, last = min(span.start for span in spans), max(span.end for span in spans)
     scale = 860 / (last - first)
@@ -180,7 +182,7 @@ def drawing(spans: list[Span], pictures: int = 6) -> str:
 
 
 def main() -> None:
-    """Measures both and writes the results."""
+    """Measures overlap and arrivals, and writes the results."""
     parser = parser_of(__doc__)
     parser.add_argument("bundle", nargs="?", type=Path, help="a bundle; by default random weights are exported")
     parser.add_argument("--pictures", type=int, default=8)

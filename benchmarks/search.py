@@ -1,11 +1,12 @@
-"""The search of formats (``calibrate --search``) on two captioners: ``python benchmarks/search.py``.
+"""Measures the search for combinations of number formats (``calibrate --search``) on two captioners.
 
     python benchmarks/search.py miniature
     python benchmarks/search.py smollm2 --bundle BUNDLE     the bundle of benchmarks/smollm2_captioner.py
 
 The miniature is the example checkpoint, on scenes of the training split. The SmolLM2 captioner has a random vision
 encoder, so its captions have no meaning, but the language model is real. A killed run goes on when it is started again.
-The result is the front, what the plain flags make (measured in the same run), and the CPU minutes on one thread.
+The result has the front (combinations of formats that no other combination beats), the combinations of the plain flags
+(measured in the same run), and the CPU minutes on one thread.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ CALIBRATION_SEED = 4242
 
 
 def draw_scenes(folder: Path, count: int) -> None:
-    """Draws pictures of the training split."""
+    """Writes pictures of scenes of the training split as files."""
     if not folder.exists():
         folder.mkdir(parents=True)
         for index, scene in enumerate(scenes(count, split="train", seed=CALIBRATION_SEED)):
@@ -45,13 +46,13 @@ def optimize_graphs(bundle: Path, graphs: Sequence[str]) -> None:
 
 
 def row(point: FormatPoint, front: Sequence[FormatPoint]) -> dict[str, Any]:
-    """One measured point, with what the front has in its place."""
+    """Returns the row of one measured combination of formats, with the combinations of the front that beat it."""
     beaten = [other.flags for other in front if other.beats(point)]
     return {**point.to_json(), "on_the_front": point in front, "beaten_by": beaten}
 
 
 def rows(found: FoundPoints) -> dict[str, Any]:
-    """The front, the plain flags, and whether a plain flag is better than a point of the front."""
+    """Returns rows for the front and for the plain flags, and how often a plain flag beats one of the front."""
     measured = [point for point in found.points if point.drop is not None]
     presets = [point for point in measured if point.preset]
     return {

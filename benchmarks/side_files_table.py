@@ -20,7 +20,7 @@ TABLES = ("IMAGE_PROCESSOR", "PROCESSOR", "TOKENIZER", "GENERATION", "CONFIG")
 
 
 def table(keys: KeyTable) -> str:
-    """The keys of a file: honoured, then checked, then neutral."""
+    """Returns the table of a file's keys: honoured keys, then checked keys, then keys without effect."""
     lines = ["| keys | what happens |", "|---|---|"]
     if keys.honoured:
         lines.append(f"| {listed(keys.honoured)} | honoured |")
@@ -32,12 +32,12 @@ def table(keys: KeyTable) -> str:
 
 
 def listed(names: tuple[str, ...]) -> str:
-    """Names as code, with commas."""
+    """Returns the names as code, separated by commas."""
     return ", ".join(f"`{name}`" for name in names)
 
 
 def page() -> str:
-    """The whole page."""
+    """Returns the whole page."""
     text = NOTES.read_text(encoding="utf-8")
     for name in TABLES:
         text = text.replace(f"{{{name}}}", table(getattr(side_keys, name)))
@@ -45,7 +45,7 @@ def page() -> str:
 
 
 def main() -> None:
-    """Writes the page, or compares it with an existing one."""
+    """Writes the page, or compares it with the existing page."""
     parser = parser_of(__doc__)
     parser.add_argument("--write", type=Path)
     parser.add_argument("--check", type=Path)

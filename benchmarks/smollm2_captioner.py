@@ -4,8 +4,8 @@
     python benchmarks/smollm2_captioner.py SMOLLM2 --out CHECKPOINT
     blip2edge export CHECKPOINT -o BUNDLE
 
-The visual tokens are noise; the decoder, its head and the token table are real. Weight-only quantization and the speed
-of decoding are measured on it, because both depend only on the language model.
+The visual tokens are noise; the decoder, its head and the token embedding table have trained weights. Weight-only
+quantization and the speed of decoding are measured with this checkpoint: both depend only on the language model.
 """
 
 from __future__ import annotations

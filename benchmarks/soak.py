@@ -1,4 +1,4 @@
-"""A server at twice its capacity for minutes, and many captions through one scheduler: statuses, times, memory, files.
+"""Runs a server at twice its capacity, and many captions in one process; checks statuses, times, memory, open files.
 
     python benchmarks/soak.py overload BUNDLE --minutes 10 --json benchmarks/results/soak.json
     python benchmarks/soak.py endurance BUNDLE --captions 100000 --json benchmarks/results/endurance.json
@@ -58,7 +58,7 @@ class Service:
     address: str
 
     def answers(self) -> dict[str, int]:
-        """Answers by status, of all routes, by the server's own metrics."""
+        """Returns the number of answers by status, over all routes, from the server's own metrics."""
         with urllib.request.urlopen(f"{self.address}/metrics", timeout=60) as answer:
             text = answer.read().decode()
         counts: Counter[str] = Counter()
@@ -67,12 +67,12 @@ class Service:
         return dict(sorted(counts.items()))
 
     def state(self) -> dict[str, int]:
-        """Resident memory in bytes and open files of the server."""
+        """Returns the server's resident memory in bytes, and its number of open files."""
         return process_state(self.process.pid)
 
 
 def process_state(number: int) -> dict[str, int]:
-    """Resident memory in bytes, open files and threads of a process."""
+    """Returns the resident memory in bytes, and the numbers of open files and threads, of a process."""
     pages = int(Path(f"/proc/{number}/statm").read_text().split()[1])
     files, threads = os.listdir(f"/proc/{number}/fd"), os.listdir(f"/proc/{number}/task")
     return {"resident_bytes": pages * os.sysconf("SC_PAGE_SIZE"), "files": len(files), "threads": len(threads)}
@@ -95,7 +95,7 @@ def served(bundle: Path, *words: str) -> Iterator[Service]:
 
 
 def picture() -> bytes:
-    """A picture of noise, as a JPEG file."""
+    """Returns a picture of noise, as the bytes of a JPEG file."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).resize((320, 240)).save(file, "JPEG")
@@ -120,7 +120,7 @@ async def post(host: str, port: int, request: bytes) -> int:
 
 
 async def capacity(host: str, port: int, request: bytes, clients: int, seconds: float) -> float:
-    """Captions per second that the server gives to clients that wait for each answer."""
+    """Measures how many captions per second the server makes for clients that wait for each answer."""
     done = 0
     end = time.perf_counter() + seconds
 
@@ -137,11 +137,11 @@ async def capacity(host: str, port: int, request: bytes, clients: int, seconds: 
 async def overload(
     service: Service, request: bytes, rate: float, seconds: float
 ) -> tuple[dict[int, list[float]], list[dict[str, Any]], int]:
-    """Sends requests at a rate.
+    """Sends requests at a fixed rate, whether answers come or not.
 
     Returns:
-        Seconds of the answers by status, samples of the server, and the number of requests that were left out because
-        too many were unanswered.
+        Seconds until the answers, by status; samples of the server's memory and files; and the number of requests that
+        were not sent because too many requests had no answer yet.
     """
     host, port = urlsplit(service.address).hostname or "", urlsplit(service.address).port or 0
     times: dict[int, list[float]] = {}
@@ -171,7 +171,7 @@ async def overload(
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
-    """Median, 99 % and longest, in milliseconds."""
+    """Returns the median, the 99th percentile and the largest of times given in seconds, in milliseconds."""
     return {
         "count": len(values),
         "p50_ms": round(float(np.quantile(values, 0.5)) * 1e3, 1),
@@ -181,7 +181,7 @@ def quantiles(values: list[float]) -> dict[str, float]:
 
 
 def growth(samples: list[dict[str, Any]]) -> float:
-    """Growth of the mean resident memory from the first half of the time to the second, as a share."""
+    """Returns the growth of the mean resident memory, from the first half of the time to the second, as a share."""
     warm_up = min(WARM_UP_S, samples[-1]["s"] / 4)
     sizes = [sample["resident_bytes"] for sample in samples if sample["s"] >= warm_up]
     half = len(sizes) // 2
@@ -189,13 +189,15 @@ def growth(samples: list[dict[str, Any]]) -> float:
 
 
 def memory(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """The entries of the record about memory."""
+    """Returns the entries about memory for the result."""
     rule = f"mean of the second half / mean of the first half - 1 <= {GROWTH:g}, after min({WARM_UP_S:g} s, a quarter)"
     return {"memory_growth": round(growth(samples), 4), "memory_rule": rule, "samples": samples}
 
 
 def bound_ms(words: list[str], captions_per_s: float) -> float:
-    """Longest expected 99th percentile of a caption's time: twice the time for a full queue and a full batch.
+    """Returns the largest allowed 99th percentile of a caption's time, in milliseconds.
+
+    It is twice the time that the captions of a full queue and a full batch take.
 
     Args:
         words: Flags of `blip2edge serve`.
@@ -287,7 +289,7 @@ def run_endurance(bundle: Path, captions: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Runs one of the two and writes the results."""
+    """Runs the measurement of the command line, overload or endurance, and writes the results."""
     parser = parser_of(__doc__)
     parser.add_argument("kind", choices=("overload", "endurance"))
     parser.add_argument("bundle", type=Path)

@@ -1,4 +1,4 @@
-"""The gain of speculative decoding: the same bundle with and without its draft model, on held-out pictures, in one run.
+"""Measures the gain of speculative decoding: a bundle with and without its draft model, on held-out pictures.
 
     python benchmarks/speculation.py smollm2=BUNDLE miniature=BUNDLE --json benchmarks/results/speculation.json
 
@@ -30,16 +30,16 @@ SERIES = 900  # series of the held-out scenes, which no training uses
 
 
 class Always(SpeculationCost):
-    """Runs the draft model at every step."""
+    """A cost estimate with which the draft model runs at every step."""
 
     @property
     def pays(self) -> bool:
-        """Always true."""
+        """Returns True: the draft model always runs."""
         return True
 
 
 class Contestant:
-    """One way to caption. All contestants share one captioner, and so the same weights in memory."""
+    """One way to caption. All contestants use the same captioner, and so the same weights in memory."""
 
     def __init__(self, captioner: Captioner, draft: str) -> None:
         self.captioner = captioner
@@ -55,7 +55,7 @@ class Contestant:
 
 
 def share(parts: Sequence[CaptionResult], stage: str) -> float:
-    """Mean milliseconds of a stage per caption."""
+    """Returns the mean milliseconds of a stage per caption."""
     return round(statistics.mean(part.timings_ms[stage] for part in parts), 3)
 
 
@@ -66,7 +66,7 @@ def race(bundle: Path, drafts: Sequence[str], pictures: int, warm_up: int, token
         bundle: A bundle with a draft model.
         drafts: Values of `--draft`, one for each contestant; includes "none".
         pictures: Number of timed captions of each contestant.
-        warm_up: Number of captions before them, which are not timed.
+        warm_up: Number of captions before the timed captions.
         tokens: Largest number of tokens of a caption.
 
     Raises:
@@ -114,7 +114,7 @@ def race(bundle: Path, drafts: Sequence[str], pictures: int, warm_up: int, token
 
 
 def sizes(path: Path) -> dict[str, Any]:
-    """Bytes that one step of the language model and of the draft model reads, and their ratio."""
+    """Returns the bytes of weights that one step uses, for the language model and the draft model, and their ratio."""
     files = Bundle.open(path).manifest.files
     language = files[f"{DECODER}.onnx.data"].size
     draft = files[f"{DRAFT}.onnx.data"].size

@@ -2,8 +2,9 @@
 
     python benchmarks/stages.py --work DIR [--start examples/checkpoint] [--steps 150 300 900] [--seeds 0 1]
 
-Both begin with a new Q-Former between the vision encoder and the language model of `--start`. One spends a third of its
-steps on stage 1, the other all steps on stage 2. The score is the share of held-out scenes captioned exactly right.
+Both runs begin with a new Q-Former between the vision encoder and the language model of `--start`. The first run uses a
+third of its steps for stage 1, the second run all steps for stage 2. The score is the share of held-out scenes whose
+caption is exactly right.
 Writes benchmarks/results/stages.json, keeping results of other lengths and seeds, and the curve next to
 docs/training.md.
 """
@@ -33,7 +34,7 @@ BLOCK = "hidden_size = 128\nintermediate_size = 512\nnum_layers = 4\nnum_heads =
 
 
 def recipe(start: Path, seed: int, stage1: int, stage2: int, itg: float) -> str:
-    """The recipe of one run, as TOML."""
+    """Returns the recipe of one run, as TOML."""
     optimizer = "batch_size = 16\nlearning_rate = 8e-4\nwarmup_steps = 100\n"
     return (
         f"seed = {seed}\nthreads = 1\n[loop]\nlog_every = 25\n"
@@ -45,7 +46,7 @@ def recipe(start: Path, seed: int, stage1: int, stage2: int, itg: float) -> str:
 
 
 def run(work: Path, name: str, text: str, scenes: int) -> dict[str, Any]:
-    """Trains once. Returns the figures, and the loss of stage 2 over the steps of the whole run."""
+    """Trains once. Returns the scores, and the loss of stage 2 over the steps of the whole run."""
     path, out = work / f"{name}.toml", work / name
     path.write_text(text)
     clock = time.process_time()
@@ -62,7 +63,7 @@ def run(work: Path, name: str, text: str, scenes: int) -> dict[str, Any]:
 
 
 def draw(runs: list[dict[str, Any]]) -> None:
-    """Draws the loss of stage 2 over the steps of the longest runs."""
+    """Draws the loss of stage 2 over the steps, for the longest runs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Start-up time and memory: seconds to load a bundle and to the first word, and memory over many captions.
+"""Measures start-up time and memory: seconds to load a bundle and to the first word, and memory over many captions.
 
     python benchmarks/startup.py BUNDLE PICTURE --captions 10000 --json FILE
     python benchmarks/startup.py … --language SMOLLM2_8 --gguf Q8_0.gguf --llama-python VENV/bin/python
@@ -34,7 +34,7 @@ FIRST_WORD = (
 
 
 def first_word(bundle: Path, picture: Path) -> tuple[float, float]:
-    """Wall and CPU seconds of a process from its start to the first piece of a caption."""
+    """Returns the wall and CPU seconds from the start of a process to the first piece of a caption."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", FIRST_WORD, str(bundle), str(picture)], check=True, capture_output=True)
@@ -44,14 +44,14 @@ def first_word(bundle: Path, picture: Path) -> tuple[float, float]:
 
 
 def load(bundle: Path) -> tuple[float, float]:
-    """Wall and CPU seconds of loading a bundle, the packages imported before."""
+    """Returns the wall and CPU seconds in which a bundle is loaded, after the packages were imported."""
     start, cpu = time.perf_counter(), time.process_time()
     Captioner.load(bundle, threads=1)
     return time.perf_counter() - start, time.process_time() - cpu
 
 
 def first_token(kind: str, path: str, python: str) -> tuple[float, float, str]:
-    """Wall and CPU seconds of a process from its start to a language model's first token, and that token."""
+    """Returns the wall and CPU seconds from the start of a process to the first token, and the token."""
     script = Path(__file__).with_name("first_token.py")
     start = time.perf_counter()
     process = subprocess.Popen(
@@ -69,7 +69,7 @@ def first_token(kind: str, path: str, python: str) -> tuple[float, float, str]:
 
 
 def text_starts(language: str, gguf: str, llama_python: str, starts: int) -> dict[str, Any]:
-    """Starts blip2edge and llama.cpp in turn. Returns their seconds, and medians of the ratios by round."""
+    """Starts blip2edge and llama.cpp in turn. Returns their seconds, and the median of the ratios within each round."""
     rounds = [
         (first_token("ours", language, sys.executable), first_token("llama", gguf, llama_python))
         for _ in range(starts + 1)

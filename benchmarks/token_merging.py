@@ -1,12 +1,13 @@
-"""Time saved and captions changed by token merging.
+"""Measures the time saved and the captions changed by token merging.
 
     python benchmarks/token_merging.py --json benchmarks/results/token-merging.json
 
-The example checkpoint is exported with ``--merge-tokens R``: captions of 1,000 scenes with pairs of objects that no
-training phase used, and the CPU time of its vision encoder. For a ViT-B/16 at 224 pixels with random weights, only the
-CPU time. Each bundle has its optimized copy. The contestants run in turn, on one thread each, by process CPU time.
+The example checkpoint is exported with ``--merge-tokens R``. It captions 1,000 scenes with pairs of objects that no
+training phase used, and the CPU time of its vision encoder is measured. For a ViT-B/16 at 224 pixels with random
+weights, only the CPU time is measured. Each bundle has its optimized copy. The contestants run in turn, each on one
+thread; times are process CPU time.
 
-``--keep DIR`` keeps the bundles and scores, and uses those that exist; ``--prepare`` ends before the measurements.
+``--keep DIR`` keeps the bundles and scores in DIR, and uses existing ones; ``--prepare`` ends before the measurements.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ ROUNDS = {MINIATURE: 150, LARGE: 15}
 
 
 def checkpoint_of(model: str, folder: Path) -> Path:
-    """Directory of a model's checkpoint; the large one is written if it does not exist."""
+    """Returns the directory of a model's checkpoint; writes the large model's checkpoint if it does not exist."""
     if model == MINIATURE:
         return CHECKPOINT
     path = folder / "checkpoint"
@@ -45,7 +46,7 @@ def checkpoint_of(model: str, folder: Path) -> Path:
 
 
 def bundle_of(model: str, tokens: int, folder: Path) -> Path:
-    """Directory of a bundle with its optimized copy; made if it does not exist."""
+    """Returns the directory of a bundle with its optimized copy; makes the bundle if it does not exist."""
     path = folder / f"{model}-{tokens}"
     if not path.exists():
         optimize(export_checkpoint(checkpoint_of(model, folder), path, merge_tokens=tokens).bundle)
@@ -53,7 +54,7 @@ def bundle_of(model: str, tokens: int, folder: Path) -> Path:
 
 
 def captions_of(bundle: Path, count: int) -> tuple[list[str], float]:
-    """Captions of held-out scenes, and the share that is exactly right."""
+    """Captions held-out scenes; returns the captions, and the share of captions that are exactly right."""
     captioner = Captioner.load(bundle, backend="cpu", threads=1)
     said: list[str] = []
 
@@ -66,7 +67,7 @@ def captions_of(bundle: Path, count: int) -> tuple[list[str], float]:
 
 
 def scores_of(folder: Path, count: int) -> dict[str, Any]:
-    """Scores of the example checkpoint for each R."""
+    """Returns the scores of the example checkpoint for each R (number of merged tokens per layer)."""
     path = folder / f"scores-{count}.json"
     if path.exists():
         return dict(json.loads(path.read_text()))
@@ -83,7 +84,7 @@ def scores_of(folder: Path, count: int) -> dict[str, Any]:
 
 
 def timed(model: str, folder: Path) -> list[dict[str, Any]]:
-    """CPU time and number of output embeddings of a model's vision encoders."""
+    """Returns the CPU time and the number of output embeddings of a model's vision encoder, for each R."""
     contestants = [Contestant(str(tokens), "vision", str(bundle_of(model, tokens, folder))) for tokens in COUNTS[model]]
     rows = table(race(contestants, {"run": ["run"]}, ROUNDS[model]), contestants[0].name)
     for row, contestant in zip(rows, contestants, strict=True):

@@ -1,16 +1,16 @@
-"""Memory of a training step of stage 2: predicted for published shapes, and measured at about a tenth of their size.
+"""Predicts the memory of a training step (stage 2) for published models, and measures it at a tenth of their size.
 
     python benchmarks/training_memory.py --json benchmarks/results/training-memory.json
 
-The choices are added one after the other: float32; frozen parts in bfloat16; activation checkpointing; LoRA on the
-attentions; parameters sharded over two processes. For each, `training/setup/memory.py` predicts the peak of a step at
-the shape of a published model, and of a smaller one of the same family with random weights. The smaller one makes three
-steps in processes of its own. The largest resident memory of the second and third step is read from /proc (Linux), less
-the memory before the model was built. The weights, the batch and the seed are the same for all choices, so that their
+The choices are added one after the other: float32; frozen modules in bfloat16; activation checkpointing; LoRA on the
+attentions; parameters sharded over two processes. For each choice, `training/setup/memory.py` predicts the peak of a
+step for a published model, and for a smaller model of the same family with random weights. The smaller model makes
+three steps in separate processes. The largest resident memory of the second and third step is read from /proc (Linux),
+minus the memory before the model was built. The weights, the batch and the seed are equal for all choices, so that the
 losses can be compared. Environment variables make malloc return freed memory.
 
-The file is written after each measurement. The same command goes on where an interrupted one stopped; remove the file
-to measure again.
+The file is written after each measurement. If a run was interrupted, the same command continues it; remove the file to
+measure again.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ ROWS, SMALL_ROWS, TOKENS, STEPS = 16, 4, 32, 3
 
 
 def values_of(name: str, *, small: bool) -> dict[str, Any]:
-    """The ``config.json`` of a published model, or of the smaller one of its family."""
+    """Returns the ``config.json`` of a published model, or of the smaller model of the same family."""
     from blip2edge.shapes.families import published_config
 
     values: dict[str, Any] = json.loads(json.dumps(published_config(name)))
@@ -60,7 +60,7 @@ def values_of(name: str, *, small: bool) -> dict[str, Any]:
 
 
 def recipe_of(choice: str, rows: int) -> Any:
-    """The recipe of a choice."""
+    """Returns the recipe of a choice."""
     from blip2edge.training.config import parse_config
 
     loop, stage2 = CHOICES[choice]
@@ -70,7 +70,7 @@ def recipe_of(choice: str, rows: int) -> Any:
 
 
 def predicted(name: str, choice: str, *, small: bool) -> dict[str, int]:
-    """The prediction for one process."""
+    """Returns the predicted memory of one process, in bytes by name."""
     from blip2edge.model.families.registry import read_config
     from blip2edge.training.setup.memory import predict
 
@@ -80,13 +80,13 @@ def predicted(name: str, choice: str, *, small: bool) -> dict[str, int]:
 
 
 def resident(field: str) -> int:
-    """A figure of /proc/self/status in bytes, such as VmRSS or VmHWM."""
+    """Returns a value of /proc/self/status in bytes, such as VmRSS or VmHWM."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def settle() -> int:
-    """Returns freed memory to the system, and forgets the peak so far; the resident memory."""
+    """Gives freed memory back to the system and resets the recorded peak; returns the resident memory in bytes."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
@@ -94,7 +94,7 @@ def settle() -> int:
 
 
 def measure(name: str, choice: str) -> dict[str, Any] | None:
-    """Makes the steps of a choice in this process; None in all processes but the first."""
+    """Makes the steps of a choice in this process. Returns losses and peak; None in all processes but the first."""
     import peft
     import torch
     import torch._dynamo
@@ -156,7 +156,7 @@ def measure(name: str, choice: str) -> dict[str, Any] | None:
 
 
 def measured(name: str, choice: str) -> dict[str, Any]:
-    """The same in processes of its own."""
+    """Runs :func:`measure` in new processes; returns its losses and peak memory."""
     own = [str(Path(__file__)), "--one", name, choice]
     several = "fsdp" in CHOICES[choice][0]
     start = ["-m", "torch.distributed.run", "--nproc-per-node", "2", *own] if several else own
@@ -167,7 +167,7 @@ def measured(name: str, choice: str) -> dict[str, Any]:
 
 
 def row_of(name: str, choice: str, known: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
-    """The predictions of a choice, and its measurement if an earlier call made it with the same small model."""
+    """Returns the row of a choice: predictions, and the measurement of an earlier call with the same small model."""
     small = predicted(name, choice, small=True)
     row = {"choice": choice, "predicted": predicted(name, choice, small=False), "small": small}
     earlier = known.get((name, choice), {})
@@ -180,7 +180,7 @@ def row_of(name: str, choice: str, known: dict[tuple[str, str], dict[str, Any]])
 
 
 def kept_rows(path: Path | None) -> dict[tuple[str, str], dict[str, Any]]:
-    """The rows of an earlier call, by model and choice."""
+    """Returns the rows that an earlier call wrote, by model and choice."""
     if path is None or not path.exists():
         return {}
     models = json.loads(path.read_text(encoding="utf-8"))["models"]

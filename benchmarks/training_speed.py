@@ -53,7 +53,7 @@ BOS = 2
 
 @dataclass(frozen=True)
 class Shape:
-    """Config of the trained model, and number of pictures per step."""
+    """The config of a trained model, and the number of pictures per step."""
 
     config: dict[str, Any]
     rows: int
@@ -77,7 +77,7 @@ class Shape:
 
 
 def shapes() -> dict[str, Shape]:
-    """The measured shapes. The miniature's sizes are read from its checkpoint."""
+    """Returns the measured shapes. The miniature's sizes are read from its checkpoint."""
     miniature = json.loads((CHECKPOINT / "config.json").read_text())
     return {"miniature": Shape(miniature, 16), "ViT-B/16, OPT-125m": Shape(SHAPE, 4)}
 
@@ -117,13 +117,13 @@ class Pictures:
 
 
 def captions(rows: int) -> list[list[int]]:
-    """Random token ids of captions, ``WORDS`` per caption."""
+    """Returns random token ids of captions, ``WORDS`` ids per caption."""
     draw = torch.Generator().manual_seed(1)
     return torch.randint(5, 300, (rows, WORDS), generator=draw).tolist()
 
 
 def theirs(model: Blip2ForConditionalGeneration, shape: Shape, source: Pictures) -> Callable[[], float]:
-    """Returns the function that makes a step with transformers' modules and returns its loss."""
+    """Returns a function that makes one training step with transformers' modules and returns the loss."""
     model.requires_grad_(False)
     trained = nn.ModuleList([model.qformer, model.language_projection])
     trained.requires_grad_(True)
@@ -161,7 +161,7 @@ def theirs(model: Blip2ForConditionalGeneration, shape: Shape, source: Pictures)
 
 
 def ours(directory: Path, shape: Shape, source: Pictures, cache: FeatureCache | None) -> Callable[[], float]:
-    """Returns the function that makes a step of this project's loop and returns its loss."""
+    """Returns a function that makes one step of this project's training loop and returns the loss."""
     model = load_checkpoint(directory)
     accelerator = Accelerator(cpu=True)
     encoder = FrozenEncoder(model.vision, shape.preprocessing, accelerator, cache)
@@ -184,7 +184,7 @@ def ours(directory: Path, shape: Shape, source: Pictures, cache: FeatureCache | 
 
 
 def race(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of every contestant in each round, after a warm-up round. Exits if the losses differ."""
+    """Returns the CPU seconds of each contestant in each round, after a warm-up round. Exits if the losses differ."""
 
     def check(losses: dict[str, float]) -> None:
         values = list(losses.values())

@@ -32,7 +32,7 @@ READY_S = 300
 
 
 def backends(pytriton: Path, folder: Path) -> Path:
-    """The Python backend with the stub for this Python, as pytriton arranges them."""
+    """Makes a folder with Triton's Python backend and the stub for this Python, as pytriton does; returns its path."""
     shutil.copytree(pytriton / "tritonserver" / "backends", folder)
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = pytriton / "tritonserver" / "python_backend_stubs" / version / "triton_python_backend_stub"
@@ -48,20 +48,20 @@ def add_path(model: Path) -> None:
 
 
 def free_port() -> int:
-    """A TCP port that is free now."""
+    """Returns a TCP port that is free now."""
     with socket.socket() as made:
         made.bind(("127.0.0.1", 0))
         return int(made.getsockname()[1])
 
 
 class Client:
-    """Requests of Triton's HTTP interface."""
+    """Sends requests to Triton's HTTP interface."""
 
     def __init__(self, port: int) -> None:
         self._address = f"http://127.0.0.1:{port}/v2"
 
     def call(self, path: str, body: Any = None) -> tuple[int, bytes]:
-        """Status and body of a GET, or of a POST of JSON."""
+        """Sends a GET request, or a POST request with JSON; returns the status and the body."""
         data = None if body is None else json.dumps(body).encode()
         try:
             with urllib.request.urlopen(urllib.request.Request(self._address + path, data), timeout=300) as answer:
@@ -70,7 +70,7 @@ class Client:
             return error.code, error.read()
 
     def infer(self, model: str, files: list[bytes], prompt: str, length: int) -> tuple[int, Any]:
-        """Captions pictures in one request."""
+        """Captions pictures in one request; returns the status and the answer."""
         rows = len(files)
         urls = [f"data:image/png;base64,{base64.b64encode(file).decode()}" for file in files]
         inputs = [
@@ -83,7 +83,7 @@ class Client:
 
 
 def wait_ready(client: Client, process: subprocess.Popen[bytes], log: Path) -> float:
-    """Seconds until the server is ready."""
+    """Waits until the server is ready; returns the seconds that this took."""
     start = time.monotonic()
     while time.monotonic() - start < READY_S:
         if process.poll() is not None:
@@ -144,7 +144,7 @@ def measured(client: Client, captioner: Captioner, pictures: list[bytes], count:
 
 
 def main() -> None:
-    """Starts the server, sends the requests, and writes what was found."""
+    """Starts the server, sends the requests, and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--pytriton", type=Path, required=True, help="folder of the installed package pytriton")

@@ -6,7 +6,7 @@ The server is GStreamer's (Debian: gstreamer1.0-plugins-ugly gir1.2-gst-rtsp-ser
 pictures of examples/pictures in turn as H.264. There are two kinds of cuts:
 
 - killed: the server is killed, and started again after some seconds; connections are reset.
-- stalled: the server is stopped (SIGSTOP) without closing a connection, as when a cable is pulled, and goes on later.
+- stalled: the server is stopped (SIGSTOP) and continues later; connections stay open, as if a cable was pulled.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ class Watch:
             self.messages.append(line.strip())
 
     def take(self, count: int) -> list[tuple[float, dict[str, Any]]]:
-        """The next captions."""
+        """Returns the next ``count`` captions, each with its time."""
         return [self.captions.get(timeout=PATIENCE_S) for _ in range(count)]
 
     def drain(self) -> int:
-        """Drops the captions that have come; how many."""
+        """Removes the captions that have arrived; returns their number."""
         count = 0
         while not self.captions.empty():
             self.captions.get()
@@ -93,7 +93,7 @@ class Watch:
 
 
 def cut(watch: Watch, server: subprocess.Popen[bytes], port: int, kind: str, seconds: float) -> tuple[Any, Any]:
-    """Cuts the stream for some seconds. Returns the server that runs afterwards, and what was measured."""
+    """Cuts the stream for some seconds. Returns the server that runs afterwards, and the measured values."""
     before = len(watch.messages)
     watch.drain()
     if kind == "killed":
@@ -121,7 +121,7 @@ def cut(watch: Watch, server: subprocess.Popen[bytes], port: int, kind: str, sec
 
 
 def main() -> None:
-    """Runs the cuts."""
+    """Makes all cuts of the stream, and writes the measured values."""
     parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--seconds", type=float, nargs="+", default=[2.0, 8.0], help="lengths of the cuts")

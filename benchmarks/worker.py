@@ -30,7 +30,7 @@ def timed(function) -> float:
 
 
 class Onnx:
-    """A graph with one float input, in ONNX Runtime with default options."""
+    """Runs an ONNX graph with one float input, in ONNX Runtime with default options."""
 
     def __init__(self, path: str) -> None:
         import onnxruntime
@@ -48,7 +48,7 @@ class Onnx:
 
 
 class OpenVino:
-    """A graph with one float input, in OpenVINO; ``path`` may end in ``:bf16`` to compute in bfloat16."""
+    """Runs an ONNX graph with one float input, in OpenVINO; in bfloat16 if ``path`` ends in ``:bf16``."""
 
     def __init__(self, path: str) -> None:
         import openvino
@@ -65,7 +65,7 @@ class OpenVino:
 
 
 class Vision:
-    """A bundle's vision encoder as blip2edge runs it."""
+    """Runs a bundle's vision encoder with blip2edge's runtime."""
 
     def __init__(self, path: str) -> None:
         from blip2edge.bundle.bundle import Bundle
@@ -83,7 +83,7 @@ class Vision:
 
 
 class Ours:
-    """A bundle's decoder as blip2edge runs it; ``path`` may end in ``:portable``."""
+    """Runs a bundle's decoder in blip2edge; with ``:portable`` after the path, its exported (not optimized) graph."""
 
     def __init__(self, path: str) -> None:
         from blip2edge.bundle.bundle import Bundle
@@ -114,9 +114,10 @@ class Ours:
 
 
 class Llama:
-    """A GGUF file in llama.cpp (``pip install xllamacpp``, which contains builds for all CPUs).
+    """Runs a GGUF file in llama.cpp (``pip install xllamacpp``, which contains builds for all CPUs).
 
-    Each prompt has new ids, because the server reuses the cache of equal prompts. All texts have the given length.
+    Each prompt has new token ids, because llama.cpp's server reuses the cache of equal prompts. All texts have the
+    given length in tokens.
     """
 
     def __init__(self, path: str) -> None:
@@ -149,7 +150,7 @@ class Llama:
 
 
 class Eager:
-    """A language model's directory in transformers, with default options."""
+    """Runs a language model from a directory in transformers, with default options."""
 
     def __init__(self, path: str) -> None:
         import torch
@@ -181,7 +182,7 @@ class Eager:
 
 
 class Optimum(Eager):
-    """A language model exported by optimum-onnx, in its own runtime class."""
+    """Runs a language model exported by optimum-onnx, in optimum's own runtime class."""
 
     def __init__(self, path: str) -> None:
         import onnxruntime

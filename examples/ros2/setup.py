@@ -1,4 +1,4 @@
-"""The build of the ROS 2 package, which colcon runs."""
+"""Builds the ROS 2 package; colcon runs this file."""
 
 from setuptools import setup
 

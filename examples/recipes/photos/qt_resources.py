@@ -20,7 +20,7 @@ def read_resources(path: Path) -> dict[str, bytes]:
     """Reads all files of a resource file; returns their content by path.
 
     Raises:
-        DataError: It is no resource file, or it is damaged, or a file in it is compressed with zstd.
+        DataError: The file is no resource file, is damaged, or contains a file that is compressed with zstd.
     """
     content = path.read_bytes()
     if content[:4] != MAGIC:
@@ -33,7 +33,7 @@ def read_resources(path: Path) -> dict[str, bytes]:
 
 
 def _files(content: bytes, tree: int, data: int, names: int, node_bytes: int, path: Path) -> list[tuple[str, bytes]]:
-    """All files of the tree with their content."""
+    """Returns (path, content) of all files in the tree."""
     found: list[tuple[str, bytes]] = []
     waiting = [(0, "")]
     while waiting:
@@ -56,6 +56,6 @@ def _files(content: bytes, tree: int, data: int, names: int, node_bytes: int, pa
 
 
 def _name(content: bytes, place: int) -> str:
-    """The name of a node: its length, a hash, and UTF-16."""
+    """Returns the name of a node, stored as its length, a hash, and UTF-16 text."""
     (length,) = struct.unpack(">H", content[place : place + 2])
     return content[place + 6 : place + 6 + 2 * length].decode("utf-16-be")

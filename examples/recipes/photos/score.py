@@ -3,9 +3,9 @@
     blip2edge eval runs/photos/captioner-more --data runs/photos/data/test --predictions runs/photos/test.json
     python examples/recipes/photos/score.py runs/photos/test.json --data runs/photos/data --html runs/photos/page.html
 
-The animal is the last word of a photograph's title: "bear" of "polar bear". A caption names it if it contains this
-word, or a word of `KINDS`. Photographs count whose animal occurs in the training captions. As a control, the captions
-are also scored against the title of the next photograph.
+The animal is the last word of a photograph's title: "bear" for "polar bear". A caption names the animal if the caption
+contains this word, or a word of `KINDS` for it. Only photographs whose animal occurs in the training captions count. As
+a control, each caption is also compared with the title of the next photograph.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SHOWN = 20  # photographs of the page
 
 
 class Scored(NamedTuple):
-    """A held-out photograph: its file name, its title, its caption, whether its animal occurs in the training."""
+    """A held-out photograph: file name, title, caption, and whether its animal occurs in the training captions."""
 
     name: str
     title: str
@@ -41,18 +41,18 @@ class Scored(NamedTuple):
 
 
 def animal(title: str) -> str:
-    """The last word of a title."""
+    """Returns the animal in a title: its last word."""
     return title.split()[-1].lower()
 
 
 def names_it(caption: str, title: str) -> bool:
-    """Whether a caption contains the animal of a title, as a whole word."""
+    """Returns whether a caption contains the animal of a title, as a whole word."""
     words = set(re.findall(r"[a-z]+", caption.lower()))
     return bool(words & {animal(title), *KINDS.get(animal(title), ())})
 
 
 def read_scored(predictions: Path, data: Path) -> list[Scored]:
-    """Reads captions and titles.
+    """Reads the captions and titles of the photographs.
 
     Args:
         predictions: Output of `blip2edge eval --predictions`.
@@ -74,7 +74,7 @@ def read_scored(predictions: Path, data: Path) -> list[Scored]:
 
 
 def figures(scored: Sequence[Scored]) -> dict[str, Any]:
-    """The counts of named animals, whole and by the activity that the photographs come from."""
+    """Returns how many captions name the animal: in all, and for each activity from which the photographs come."""
 
     def counts(rows: Sequence[Scored]) -> dict[str, Any]:
         known = [row for row in rows if row.trained]
@@ -93,7 +93,7 @@ def figures(scored: Sequence[Scored]) -> dict[str, Any]:
 
 
 def page(scored: Sequence[Scored], data: Path) -> str:
-    """An HTML page of photographs with title and caption; the pictures are in the page."""
+    """Returns an HTML page that shows photographs with title and caption; the page contains the pictures."""
     cells = []
     for row in sorted(scored, key=lambda each: not each.trained)[:SHOWN]:
         picture = base64.b64encode((data / "test" / f"{row.name}.png").read_bytes()).decode()
@@ -114,7 +114,7 @@ def page(scored: Sequence[Scored], data: Path) -> str:
 
 
 def machine() -> dict[str, str]:
-    """The machine and the versions that a result depends on."""
+    """Returns the machine and the package versions that a result depends on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return {
@@ -126,7 +126,7 @@ def machine() -> dict[str, str]:
 
 
 def main() -> None:
-    """The command line."""
+    """Parses the command line, scores the captions and writes the results."""
     parser = argparse.ArgumentParser(description="Scores the captions of held-out photographs.")
     parser.add_argument("predictions", type=Path, help="output of `blip2edge eval --predictions`")
     parser.add_argument("--data", type=Path, required=True, help="output of prepare.py")

@@ -17,7 +17,7 @@ BICUBIC, FLIP = Image.Resampling.BICUBIC, Image.Transpose.FLIP_LEFT_RIGHT
 
 
 def opened(picture: Image.Image) -> Image.Image:
-    """The picture as RGBA, cut to its visible part, at most twice as large as a view."""
+    """Returns the picture as RGBA, cropped to its visible part, with sides of at most two view sizes."""
     picture = picture.convert("RGBA")
     box = picture.getchannel("A").getbbox()
     picture = picture.crop(box) if box else picture
@@ -40,7 +40,7 @@ def _part(photo: Image.Image, draw: np.random.Generator) -> Image.Image:
 
 
 def background(photos: Sequence[Image.Image], draw: np.random.Generator) -> Image.Image:
-    """A part of a photograph without animals, a smooth colour, or white; RGB, 224 x 224."""
+    """Draws a background, RGB, 224 x 224: a part of a photograph without animals, a smooth colour, or white."""
     chance = draw.random()
     if chance < PHOTO_SHARE and photos:
         return _part(photos[int(draw.integers(len(photos)))], draw)
@@ -48,7 +48,7 @@ def background(photos: Sequence[Image.Image], draw: np.random.Generator) -> Imag
 
 
 def view(cut_out: Image.Image, photos: Sequence[Image.Image], draw: np.random.Generator) -> Image.Image:
-    """A random view of a cut-out.
+    """Draws a random view of a cut-out: the cut-out on a background.
 
     Args:
         cut_out: RGBA, from :func:`opened`.

@@ -1,9 +1,9 @@
-"""Writes a small BERT with random weights, whose vocabulary comes from the captions: the start of the Q-Former.
+"""Writes a small BERT with random weights and a vocabulary from the captions; the Q-Former starts from this BERT.
 
     python examples/recipes/photos/words.py --data runs/photos/data/train --out runs/photos/words
 
-Without it, the Q-Former's text side has the vocabulary of the language model: 49,152 tokens, which take most of the
-time of a step on a CPU. The captions of this recipe have about 110 words.
+Without this BERT, the Q-Former's text side has the vocabulary of the language model: 49,152 tokens, which take most of
+a step's time on a CPU. The captions of this recipe have about 110 different words.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ POSITIONS = 32
 
 
 def small_tokenizer(texts: list[str]) -> Tokenizer:
-    """A WordPiece tokenizer with all words of the texts, and all letters."""
+    """Makes a WordPiece tokenizer with all words of the texts, and all letters."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -37,7 +37,7 @@ def small_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def write_bert(texts: list[str], out: Path, *, hidden: int, layers: int, heads: int, seed: int) -> int:
-    """Writes the checkpoint; returns the number of its tokens.
+    """Writes the checkpoint of the BERT; returns the size of its vocabulary.
 
     Raises:
         UsageError: `out` exists.
@@ -61,7 +61,7 @@ def write_bert(texts: list[str], out: Path, *, hidden: int, layers: int, heads: 
 
 
 def main() -> None:
-    """The command line."""
+    """Parses the command line, reads the captions and writes the checkpoint."""
     parser = argparse.ArgumentParser(description="Writes a small BERT with random weights for the captions.")
     parser.add_argument("--data", type=Path, required=True, help="the folder of the training pictures")
     parser.add_argument("--out", type=Path, required=True, help="the directory to write; must not exist")

@@ -36,11 +36,11 @@ from blip2edge.runtime.serving.watch import watch
 
 
 class Encoding(NamedTuple):
-    """How the pixels of an encoding lie in memory.
+    """The memory layout of the pixels of a ROS image encoding.
 
     Attributes:
         bits: Bits of a channel, 8 or 16.
-        channels: Channels of a pixel.
+        channels: Number of channels of a pixel.
         rgb: Positions of red, green and blue in a pixel; all 0 for grey.
     """
 
@@ -96,7 +96,7 @@ def to_rgb(message: Image) -> NDArray[np.uint8]:
 
 
 class NewestMessage:
-    """Hands the newest message from the executor's thread to the captioning thread."""
+    """Passes the newest message from the executor's thread to the captioning thread."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -104,19 +104,19 @@ class NewestMessage:
         self._closed = False
 
     def put(self, message: Image) -> None:
-        """Replaces the message that waits."""
+        """Stores a message for the captioning thread; replaces a message that was not taken yet."""
         with self._changed:
             self._message = message
             self._changed.notify()
 
     def close(self) -> None:
-        """Ends the iteration."""
+        """Ends the iteration in the captioning thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
 
     def __iter__(self) -> Iterator[Image]:
-        """Yields the newest message each time, and waits for one."""
+        """Waits for a message and yields the newest one, again and again, until :meth:`close` is called."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._message is not None)
@@ -127,7 +127,7 @@ class NewestMessage:
 
 
 class CaptionNode(Node):  # type: ignore[misc]  # rclpy has no types where it is absent
-    """The node; see the module."""
+    """The ROS 2 node that captions pictures; its topics and parameters are described in the module."""
 
     def __init__(self) -> None:
         super().__init__("blip2edge")
@@ -147,7 +147,7 @@ class CaptionNode(Node):  # type: ignore[misc]  # rclpy has no types where it is
         self._thread.start()
 
     def destroy_node(self) -> None:
-        """Ends the thread, and the node."""
+        """Ends the captioning thread, and destroys the node."""
         self._newest.close()
         self._thread.join()
         super().destroy_node()
@@ -156,7 +156,7 @@ class CaptionNode(Node):  # type: ignore[misc]  # rclpy has no types where it is
         return self.get_parameter(name).value
 
     def _frames(self) -> Iterator[Frame]:
-        """The pictures; a message that cannot be read is reported once for each reason."""
+        """Yields the pictures of the messages. For unreadable messages, logs each different reason once."""
         for message in self._newest:
             try:
                 picture = to_rgb(message)

@@ -7,7 +7,7 @@ from launch_ros.actions import Node
 
 
 def generate_launch_description() -> LaunchDescription:
-    """The node with its bundle, its topic and its limit."""
+    """Describes the launch: the node with its bundle, its picture topic and its largest rate of captions."""
     return LaunchDescription(
         [
             DeclareLaunchArgument("bundle"),
