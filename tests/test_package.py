@@ -159,6 +159,7 @@ GenerationOptions(draft="yes")  # type: ignore[arg-type]
 """
 
 
+@pytest.mark.slow
 def test_mypy_refuses_wrong_options(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     (tmp_path / "user.py").write_text(TYPED)

@@ -23,7 +23,6 @@ from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.families.registry import read_config, write_config
 from blip2edge.model.vision.efficientnet_lite import EfficientNetLiteConfig
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.shapes.families import shape_of
 from tests import drawing_photos
 from tests.drawing import Drawn, draw_pictures
 
@@ -85,9 +84,3 @@ def test_int8_leaves_the_convolutions_in_floating_point(exported: Exported, tmp_
     picture = draw_pictures(1)[0]
     quantized = Captioner.load(tmp_path / "int8", threads=1).caption(picture, max_new_tokens=4)
     assert quantized.tokens
-
-
-def test_plan_refuses_it_by_name(exported: Exported) -> None:
-    values = json.loads((exported.checkpoint / "config.json").read_text())
-    with pytest.raises(UnsupportedModelError, match="'efficientnet_lite', whose size is not computed"):
-        shape_of(values)

@@ -89,9 +89,10 @@ def loader(source: Any, vision: Any, cache: FeatureCache | None = None, workers:
     )
 
 
-def test_the_encoder_stays_in_float32_where_autocast_is_off(vision: Any) -> None:
+def test_the_encoder_stays_in_float32_where_autocast_is_off(vision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under bfloat16 the features differ in the third digit; without autocast they are those of float32."""
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    accelerator = Accelerator(cpu=True)  # accelerate allows one precision in a process, so autocast is replaced
+    monkeypatch.setattr(accelerator, "autocast", lambda: torch.autocast("cpu", torch.bfloat16))
     source = iter(Faulty())
     samples = [next(source)]
     pixels = [PREPROCESSING(samples[0].open_picture())]

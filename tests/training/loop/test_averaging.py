@@ -82,6 +82,7 @@ def test_a_step_that_is_skipped_is_not_averaged(tmp_path: Path, monkeypatch: pyt
     assert counts["updates"] == 0
 
 
+@pytest.mark.slow
 def test_averages_change_the_checkpoint_and_no_step(tmp_path: Path) -> None:
     losses, found = {}, {}
     for name, loop in (
@@ -141,6 +142,7 @@ def test_validation_scores_the_weights_that_the_recipe_names(
     assert torch.equal(ended, seen["last"] if where == "validation" else seen["mean"])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_averages(tmp_path: Path) -> None:
     path = recipes.write(tmp_path / "recipe.toml", TOP, loop="snapshot_every = 2\nema_decay = 0.9")
 

@@ -92,6 +92,7 @@ def test_the_phase_ends_with_its_best_weights_and_stops_early(tmp_path: Path, mo
     assert not equal(weights(tmp_path / "best"), weights(tmp_path / "other"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_the_best_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = recipes.write(tmp_path / "recipe.toml", TOP, loop="snapshot_every = 3", validation=EVERY)
     planned(monkeypatch, [0.2, 0.9, 0.4, 0.5])

@@ -99,6 +99,7 @@ def test_a_frozen_language_model_in_bfloat16_loses_little(kind: str, alike: floa
     assert less < 0.8 * held
 
 
+@pytest.mark.slow
 def test_a_run_with_both(tmp_path: Path) -> None:
     """The checkpoint's frozen parts are their values in bfloat16; the losses are close to those of the plain run."""
     losses, weights = [], []

@@ -115,6 +115,7 @@ def test_the_checkpoint_has_the_trained_encoder(tmp_path: Path) -> None:
     assert changed(plain, slow) & vision == {f"vision_model.post_layernorm.{part}" for part in ("weight", "bias")}
 
 
+@pytest.mark.slow
 def test_stage_1_trains_it_too_and_stage_2_goes_on_from_it(tmp_path: Path) -> None:
     both = run(tmp_path, "both", stage1=UNFREEZE)
     alone = run(tmp_path, "alone", "stage1", stage1=UNFREEZE)
@@ -131,6 +132,7 @@ def test_a_trained_encoder_is_in_float32_over_a_frozen_language_model_in_half_pr
     assert not {name for name in rounded if name.startswith("vision_model.") and found[name].ndim > 1}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     sections = {"stage1": UNFREEZE, "stage2": f"{UNFREEZE}\nlayer_decay = 0.5"}
     whole = run(tmp_path, "whole", loop="snapshot_every = 2", **sections)
