@@ -151,10 +151,10 @@ class BindingSession(Protocol):
 
 
 POSITION_AXIS = 2
-"""The axis of ``[B, H, P, d]`` that is sliced."""
+"""The axis of ``[B, H, P, d]`` that is sliced: the positions P."""
 
 RunModel = Callable[[bytes, Mapping[str, Any]], Any]
-"""Runs a model of :mod:`blip2edge.runtime.backends.probe` on the device; its output ``y`` as an ``OrtValue``."""
+"""Runs a model of :mod:`blip2edge.runtime.backends.probe` on the device; returns ``y`` as an ``OrtValue``."""
 
 
 class DeviceArray:
@@ -262,14 +262,14 @@ BACKENDS = {
         "blip2edge.runtime.backends.onnxruntime_cuda", function="open_graph_with_tensorrt", profiled=True
     ),
 }
-"""The backends by name; ``auto`` is the first one."""
+"""The backends by name; ``auto`` means the first backend."""
 
 MOST_THREADS = 1024
 
 RUN_FIX = (
     f"if memory ran out, lower {option('batch_size')} or {option('num_beams')}; else use another {option('backend')}"
 )
-"""What the user can do when a graph that was loaded fails to run."""
+"""Text of an error: what the user can do when a loaded graph fails to run."""
 
 
 def check_threads(threads: object) -> None:

@@ -26,13 +26,13 @@ KIND = "engines"
 RECORD = DERIVED[KIND]
 SCHEMA_VERSION = 3
 STEP = "step"
-"""Name of the engine between two decode steps: it chooses the token and reads its row of the token table."""
+"""Name of the engine that runs between two decode steps: it chooses the token and returns the token's embedding."""
 
 TOKEN_LOGPROBS = "token_logprobs"
-"""Name of the output of that engine with the log-probabilities of the chosen tokens; engines of version 0.1 lack it."""
+"""Name of the ``step`` engine's output with the tokens' log-probabilities; engines of version 0.1 do not have it."""
 
 CONSTANT, IN_PLACE = "constant", "in-place"
-"""Forms of a decoder's KV cache that the runtime supports: ``present`` is another tensor than ``past``, or the same."""
+"""Kinds of KV cache in engines: ``present`` and ``past`` are two tensors (constant), or the same tensor (in-place)."""
 
 
 @dataclass(frozen=True)

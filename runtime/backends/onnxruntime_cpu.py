@@ -109,7 +109,7 @@ WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 PROVIDERS = ["CPUExecutionProvider"]
 SLOW_FUSIONS = ["SkipLayerNormFusion", "BiasSkipLayerNormFusion"]
-"""ONNX Runtime's own fusions that are off for an optimized file: ``optimize`` applied them where they are faster."""
+"""ONNX Runtime's fusions that are off for an optimized file: ``optimize`` applied these fusions if they are faster."""
 
 
 @contextmanager

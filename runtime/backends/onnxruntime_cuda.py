@@ -36,17 +36,17 @@ CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "do_copy_in_default_strea
 CAPTURE = "enable_cuda_graph"
 GRAPHS_VARIABLE = "BLIP2EDGE_CUDA_GRAPHS"
 GRAPH_ID = "gpu_graph_id"
-"""Run option: the number of the CUDA graph that a run captures or replays; :data:`NO_GRAPH` for neither."""
+"""Run option: the number of the CUDA graph to capture or replay; :data:`NO_GRAPH` for a run without CUDA graph."""
 
 PRECISION_FLAGS = {"fp16": "trt_fp16_enable", "int8": "trt_int8_enable"}
-"""Options of the TensorRT provider that allow kernels of a precision. It has none for TF32, which is on in TensorRT."""
+"""Options of the TensorRT provider that allow kernels of a precision. TF32 has no option; it is always on."""
 
 JETSON = "; on a Jetson, see docs/jetson.md"
 GPU, HOST = ("cuda", 0), ("cpu", 0)
-"""A device as ONNX Runtime names it, and its number."""
+"""ONNX Runtime's name of a device, and the number of the device."""
 
 ON_DEVICE = ("present.", "cross.")
-"""Beginnings of the names of outputs that stay on the device: keys and values."""
+"""Prefixes of the names of outputs that stay on the device: keys and values."""
 
 
 def open_graph(

@@ -46,7 +46,7 @@ PACKAGES = {"cpu": "onnxruntime", "openvino": "openvino", "cuda": ""}
 optimizes a copy for CUDA when it loads it."""
 
 OF_ONE_MACHINE = ("openvino",)
-"""Backends whose copies are compiled for one processor, and not used on any other."""
+"""Backends whose optimized copies are compiled for one processor, and are not used on other processors."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ ELEMENT_TYPES: Mapping[str, int] = {
 IR_VERSION, OPSET = 8, 17
 
 TensorType = tuple[str, Sequence[int | str]]
-"""dtype and shape; a dimension that is a name takes any length."""
+"""dtype and shape; a dimension that is a name may have any length."""
 
 Node = tuple[str, Sequence[str], str]
 """Operator, names of its inputs, name of its output. All attributes have their defaults."""
@@ -131,7 +131,7 @@ if TYPE_CHECKING:
 CPUINFO = Path("/proc/cpuinfo")
 
 NAMES = ("model name", "Model")
-"""Keys of ``/proc/cpuinfo`` for the processor's name, or on Arm the board's."""
+"""Keys of ``/proc/cpuinfo`` for the name of the processor (on Arm: of the board)."""
 
 NUMBERS = (
     *("cpu family", "model", "stepping"),
@@ -279,7 +279,7 @@ class Check:
 
 _SQUARE = ("float32", ("m", "m"))
 MATMUL = onnx_model([("MatMul", ("a", "b"), "c")], {"a": _SQUARE, "b": _SQUARE}, ("c", _SQUARE))
-"""``c [m, m] = a [m, m] @ b [m, m]``."""
+"""A small ONNX model that multiplies two matrices: ``c [m, m] = a [m, m] @ b [m, m]``."""
 
 MATMUL_WIDTH = 64  # rows and columns of the trial
 MATMUL_TOLERANCE = 2e-2  # relative; a GPU may multiply in TF32, with 10 bits of mantissa

@@ -45,7 +45,7 @@ RUNNERS = {
 """The backend of each check that multiplies matrices, by the check's name; the fastest first."""
 
 UNTRIED = {"TensorRT": "tensorrt", "TensorRT-RTX": "rtx"}
-"""The backend of each check that only finds the package and a driver."""
+"""The backend of each check that only finds the package and a driver, by the check's name."""
 
 
 def conclusion(checks: Sequence[Check]) -> str:

@@ -27,13 +27,13 @@ from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
 from blip2edge.version import __version__
 
 TOLERANCES = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-1}
-"""Largest deviation of an output by the precision of its graph, ``|a - b| / |b|``."""
+"""Largest deviation ``|a - b| / |b|`` of an output that passes, by the precision of the graph."""
 
 INTEGER_TOLERANCE = 0.15
-"""Of graphs with integer weights or activations, which every kernel rounds in its own way: a cosine of 0.99."""
+"""Largest deviation for graphs with integer weights or activations, because kernels round differently: cosine 0.99."""
 
 EXACT, OTHERS = 1.0, 0.9
-"""Smallest share of equal tokens by default: of a bundle in fp32, and of the others."""
+"""Smallest share of equal tokens by default: for a bundle in fp32, and for any other bundle."""
 
 PACKAGES = ("numpy", "onnxruntime", "openvino", "tensorrt")
 

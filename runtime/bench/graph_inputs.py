@@ -20,10 +20,10 @@ LENGTHS = {"source": 9, "instruction": 6, "text": 7, "past": 4, "steps": 3, "ask
 """Length of an axis by its name, within its range; other axes have the length ``opt``."""
 
 VOCABULARY = 16
-"""Token ids below it are in every vocabulary."""
+"""Token ids below this number are in every vocabulary."""
 
 DRAWN = 17
-"""Token ids that :func:`decode` draws for a row. It uses ten, but another number would change all recorded outputs."""
+"""Number of token ids that :func:`decode` draws for a row: it uses ten, but a change would change recorded outputs."""
 
 Arrays = dict[str, Array]
 

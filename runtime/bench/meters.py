@@ -15,7 +15,7 @@ from blip2edge.runtime.captioning.request import STAGES, StageClock
 HWMON = Path("/sys/class/hwmon")
 RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 TOTAL_RAILS = ("VDD_IN", "VIN_SYS_5V0", "POM_5V_IN")
-"""The rail that supplies the whole board; its name depends on the kind of Jetson."""
+"""Names of the power rail that supplies the whole board; the name depends on the kind of Jetson."""
 
 SAMPLE = 0.05  # seconds between two samples of a rail
 

@@ -26,18 +26,18 @@ from blip2edge.shapes.cost import Roofline, StageCost
 from blip2edge.shapes.model_shape import FORMATS, FUSED_OPERATORS, HeldWeights, ModelPart, ModelShape, TokenCounts
 
 HOST_S = {"preprocess": 2e-4, "vision": 5e-5, "bridge": 2e-4, "prefill": 5e-4, "decode": 3e-5}
-"""Seconds of Python by stage (a step for ``decode``), on one core of an AMD EPYC; not measured, but chosen so that the
+"""Seconds of Python code by stage (``decode``: a step), on one core of an AMD EPYC; not measured: chosen so that the
 predictions come near ``benchmarks/results/plan.json``."""
 
 STAGE_OF = {VISION: "vision", BRIDGE: "bridge"}
-"""Stage of each graph; all others run in the prefill."""
+"""Stage of each graph; all graphs that are not listed run in the prefill."""
 
 CONVOLUTION_OPERATORS, CONVOLVED_BYTES = 3, 32 << 20
-"""Operators around a product as a convolution, and the bytes of a decoder's weights from which on optimized copies have
-convolutions."""
+"""Number of operators around a convolution that replaces a matrix multiplication; and the size of a decoder's weights,
+in bytes, above which optimized copies have such convolutions."""
 
 CACHED_BYTES = 8 << 20
-"""Bytes of weights that a CPU's last cache still holds when the graph runs again, while other programs run too."""
+"""Bytes of weights that stay in a CPU's last cache between two runs of a graph, while other programs run too."""
 
 CHEAP_SHARE = 0.25
 """An MLP is recommended if its tokens cost at most this share of a caption with a Q-Former."""

@@ -39,18 +39,18 @@ from blip2edge.runtime.text.prompt import PromptBuilder
 from blip2edge.version import __version__
 
 REFERENCE_OUTPUTS = "reference_outputs.json"
-"""Name of the file in a bundle."""
+"""Name of the file with the reference outputs in a bundle."""
 
 SCHEMA_VERSION = 1
 
 BINS = 64
-"""Numbers of a sketch."""
+"""Number of values in a sketch."""
 
 PICTURES = 4
-"""Pictures that are captioned."""
+"""Number of pictures that are captioned."""
 
 TOKENS = 16
-"""Longest caption in tokens."""
+"""Largest length of a caption in tokens."""
 
 SIZE = (96, 128)
 """Rows and columns of a drawn picture."""

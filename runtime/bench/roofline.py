@@ -39,14 +39,14 @@ picture of 480 x 640 to 224 pixels in 3.1 ms, to 384 in 4.6 to 7.0 ms."""
 
 ELEMENTS = 1 << 16
 OPERATORS = 1.5
-"""Passes of a tanh over the outputs of a matrix that take as long as the operators that follow a matrix; chosen so that
+"""Time of the operators after a matrix multiplication, divided by the time of a tanh on its outputs; chosen so that
 the predictions come near ``benchmarks/results/plan.json``."""
 
 SMALL: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Mul", ("{0}", "{0}")), ("ReduceMean", ("{1}",)), ("Sqrt", ("{2}",)), ("Reciprocal", ("{3}",)),
     ("Mul", ("{0}", "{4}")), ("Reshape", ("{5}", "heads")), ("Transpose", ("{6}",)), ("Reshape", ("{7}", "flat")),
 )  # fmt: skip
-"""Operators as they stand between matrices: their inputs are the outputs of earlier ones, 0 the first input of all."""
+"""Typical operators between matrix multiplications. Inputs are numbers of earlier outputs; 0 is the model's input."""
 
 BLOCKS, WIDTH = 32, 256
 READ = (24, 1024)  # matrices and their sides, more than any cache holds: what a decode step reads

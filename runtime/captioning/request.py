@@ -29,10 +29,10 @@ STAGES = ("preprocess", "vision", "bridge", "prefill", "decode")
 
 
 NOT_IN_JSON = ("tokens_per_pass", "prompt_tokens", "new_tokens", "token_logprobs", "likeliest")
-"""Attributes of a result that ``to_json`` does not copy; it adds ``token_logprobs``, rounded, at the end."""
+"""Attributes of a result that ``to_json`` does not copy. At its end, ``to_json`` adds ``token_logprobs``, rounded."""
 
 DIGITS = 6
-"""Decimals of log-probabilities in JSON."""
+"""Number of decimals of log-probabilities in JSON."""
 
 ABSTAINED = "abstained"
 """``finish_reason`` of a text whose confidence is below ``abstain_below``."""

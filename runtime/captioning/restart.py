@@ -20,7 +20,7 @@ from blip2edge.runtime.decoding.options import GenerationOptions
 log = logging.getLogger(__name__)
 
 CHECK_S = 120.0
-"""Seconds for the request that shows that a loaded engine works, and for the end of a broken engine's threads."""
+"""Time limit in seconds for the test request of a loaded engine, and for the end of a broken engine's threads."""
 
 Loaded = TypeVar("Loaded", bound=LoadedBundle)
 

@@ -18,7 +18,7 @@ TARGETS = (75, 80, 86, 87, 89, 90, 100, 110, 120)
 """Compute capabilities that cubins are made for, times ten. A cubin runs on its own and later minor versions."""
 
 HEADERS = ("nvidia/cu13/include", "nvidia/cuda_runtime/include")
-"""Where the wheels of CUDA 13 and 12 have ``cuda_fp16.h``, from site-packages."""
+"""Folders of ``cuda_fp16.h`` in the wheels of CUDA 13 and 12, below site-packages."""
 
 
 def load_nvrtc() -> Any:

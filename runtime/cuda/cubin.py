@@ -16,7 +16,7 @@ from blip2edge.errors import BackendError
 
 REGISTERS, STACK = 0x2F, 0x12
 SIZED = 4
-"""Format of a record with a 16-bit length and that many bytes; records of other formats have 2 bytes."""
+"""Format of a record with a 16-bit length and a value of this length; records of other formats have 2 bytes."""
 
 SYMBOL_BYTES = 24
 

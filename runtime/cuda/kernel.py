@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 KERNELS = Path(__file__).parent / "kernels"
-"""Directory of the sources."""
+"""Directory of the kernels' sources."""
 
 WARP = 32
 THREADS = 256
-"""Threads of every block; ``THREADS`` of ``common.cuh``."""
+"""Number of threads in every block; ``THREADS`` of ``common.cuh``."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 from blip2edge.bundle.dtypes import Array
 
 NUMPY = {"float32": np.float32, "float16": np.float16, "int8": np.int8, "int4": np.uint8}
-"""NumPy's dtypes of stored values; two 4-bit values are one byte, the first in the lower half."""
+"""NumPy's dtypes of stored values; two 4-bit values are one byte, the first value in the lower half."""
 
 
 @dataclass(frozen=True)

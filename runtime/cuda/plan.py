@@ -25,7 +25,7 @@ from blip2edge.runtime.cuda.steps import (
 from blip2edge.runtime.cuda.weights import DecoderWeights, KernelDevice, LayerOnDevice, MatrixWeights, NormWeights
 
 SLOTS_OF_A_CUT = 64
-"""Slots of the cache that make a further block of attention worthwhile."""
+"""Number of cache slots for which attention uses one more thread block."""
 
 HALF, FLOAT, INT = 2, 4, 4  # bytes
 

@@ -13,17 +13,17 @@ from typing import Literal
 from blip2edge.runtime.cuda.kernel import THREADS, WARP, Kernel, Launch, integers, pointers
 
 SEGMENT = 64
-"""Bytes of a row of weights that neighbouring lanes read; ``SEGMENT`` of ``gemv.cuh``."""
+"""Bytes of a row of weights that neighbouring lanes load together; ``SEGMENT`` of ``gemv.cuh``."""
 
 MOST_ROWS = 4
-"""Most rows of ``gemv.cuh``; more take ``gemm.cuh``."""
+"""Largest number of input rows for ``gemv.cuh``; for more rows, ``gemm.cuh`` is used."""
 
 GEMM_ROWS, GEMM_COLUMNS = 32, 64
 """Rows and columns of a block of ``gemm.cuh``."""
 
 MOST_MATRICES = 3
 CHUNK = 16
-"""Rows of weights that a thread reads at a time; ``LEAST_BLOCK`` of ``weights.cuh``."""
+"""Number of rows of weights that a thread loads at a time; ``LEAST_BLOCK`` of ``weights.cuh``."""
 
 
 class Matrix(ctypes.Structure):

@@ -19,7 +19,7 @@ from blip2edge.runtime.cuda.weights import DecoderWeights, KernelDevice
 from blip2edge.runtime.decoding.kv.in_place import LENGTHS, TOTAL
 
 KEPT_SIZES = 4
-"""Sizes of runs whose buffers are kept."""
+"""Number of run sizes whose buffers are kept."""
 
 
 class KernelSession:

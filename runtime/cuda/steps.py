@@ -11,13 +11,13 @@ from blip2edge.runtime.cuda.kernel import THREADS, WARP, Kernel, integers, point
 
 WARPS = THREADS // WARP
 MOST_GROUP = 8
-"""Most query heads that share a head of keys: each lane has their sums in registers."""
+"""Largest number of query heads that share a head of keys: each lane has the sums of these heads in registers."""
 
 CHANNELS = 8
-"""Channels of a lane; ``CHANNELS`` of ``attention.cuh``."""
+"""Number of channels of a head that one lane computes; ``CHANNELS`` of ``attention.cuh``."""
 
 BEST_BYTES = 16
-"""Size of ``Best`` in ``choose.cuh``."""
+"""Bytes of the structure ``Best`` in ``choose.cuh``."""
 
 
 class NormArguments(ctypes.Structure):

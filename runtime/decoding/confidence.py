@@ -25,13 +25,13 @@ from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.text.prompt import PromptText
 
 FEATURES = ("lowest", "mean", "sum")
-"""Features of a text: the lowest log-probability of a token, the mean one, and the sum."""
+"""Features of a text: the lowest, the mean and the sum of its tokens' log-probabilities."""
 
 FLOOR = 1e-4
-"""Added to the size of a log-probability before its logarithm is taken."""
+"""Number that is added to the absolute value of a log-probability before the logarithm, which is then finite."""
 
 FREE_OPTIONS = ("max_new_tokens", "seed", "draft", "top_logprobs", "abstain_below")
-"""Options that may differ from those of the fit: they do not change a text that ends before the limit of length."""
+"""Options that may differ from the fit's options: they do not change a text that ends before the length limit."""
 
 Scores = NDArray[np.float64]
 

@@ -34,7 +34,7 @@ from blip2edge.runtime.decoding.speculative import (
 from blip2edge.runtime.text.tokenizer import Tokenizer
 
 SPARE = 2
-"""Tokens that are drafted in addition: the last word of a draft may be incomplete, and is then removed."""
+"""Number of tokens drafted in addition: the last word of a draft may be incomplete, and is then removed."""
 
 CLOCKS: Mapping[str, Callable[[], float]] = {"auto": time.thread_time, "cpu": time.thread_time}
 """Clock of :class:`SpeculationCost` by backend. ONNX Runtime on the CPU also computes in the calling thread, so the CPU

@@ -12,7 +12,7 @@ from blip2edge.runtime.text.tokenizer import TextStream, Tokenizer
 Stopped = Callable[[Sequence[int]], bool]
 
 Likeliest = tuple[tuple[int, float], ...]
-"""The likeliest tokens at one place of a text, each with its log-probability, likeliest first."""
+"""The likeliest tokens at one position of a text, each with its log-probability, likeliest first."""
 
 
 @dataclass(frozen=True)

@@ -349,7 +349,7 @@ FILTERS: Mapping[str, tuple[Callable[[float, Scores], Mask], float]] = {
     "epsilon_cutoff": (_epsilon, 0.0),
     "eta_cutoff": (_eta, 0.0),
 }
-"""By option: the function that chooses the tokens to keep, and the option's value that keeps all."""
+"""By option: the function that chooses the tokens to keep, and the value of the option that keeps all tokens."""
 
 
 def sampling_filters(options: GenerationOptions) -> list[Filter]:

@@ -29,13 +29,13 @@ MAX_TEMPERATURE = 1e3
 """Largest temperature: with it, all tokens are almost equally likely."""
 
 MAX_STOPS = 64
-"""Largest number of stop texts, as each is searched for at every token."""
+"""Largest number of stop texts, because the text is searched for each stop text at every token."""
 
 MIN_SAMPLING_TEMPERATURE = 1e-5
 """Temperatures below this are greedy decoding: in float32, the likeliest token then has the probability 1."""
 
 MAX_BIAS = 1e6
-"""Largest bias of a sequence; minus infinity excludes it."""
+"""Largest bias of a sequence; a bias of minus infinity excludes the sequence."""
 
 BELOW_ONE = 1 - 1e-6
 """Largest probability that a cutoff of sampling may have."""
@@ -44,7 +44,7 @@ MAX_TOP_LOGPROBS = 20
 """Largest number of likeliest tokens at each token, as in OpenAI's chat format."""
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-"""Options that act in sampling alone."""
+"""Options that have an effect only in sampling."""
 
 _SAMPLING = f"{option('temperature')}, {option('top_p')} or {option('top_k')}"
 
@@ -390,7 +390,7 @@ _CHECKED: Mapping[str, Callable[[str, Any], Any]] = {
     "abstain_below": partial(check_number, low=0.0, high=1.0),
     "queries": partial(check_integer, least=1),
 }
-"""By field: the function that checks a value, and returns it as it is stored."""
+"""By field: the function that checks a value and returns the value to store."""
 
 _NONE_IS_OFF = tuple(_CHECKED)[tuple(_CHECKED).index("min_length") :]
 

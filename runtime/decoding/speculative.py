@@ -30,7 +30,7 @@ over one token, so that rounding could swap two nearly equal scores. Below the m
 pass over one token, as in plain decoding."""
 
 TIE_MARGIN_QUANTIZED = 3e-2
-"""The same for INT8 and INT4 decoders."""
+"""The value of :data:`TIE_MARGIN` for INT8 and INT4 decoders."""
 
 
 class DraftModel(Protocol):

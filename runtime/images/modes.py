@@ -16,7 +16,7 @@ _16_BIT_FORMATS = ("JPEG2000", "PNG", "PPM", "TIFF")
 _SCALED_BY_PILLOW = ("PNG", "PPM")  # formats whose mode "I" is 16-bit greyscale, scaled to 0…65535
 
 WITHOUT_PREMULTIPLIED_ALPHA = {"La": "LA", "RGBa": "RGBA"}
-"""Modes whose colours are multiplied by their alpha, and the same without."""
+"""Pillow's modes whose colours are multiplied by alpha, each with the same mode without this multiplication."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Grey16:
 
         Raises:
             ImageError: The values of black and white are not known: the pixels are 32-bit integers or floating-point
-                numbers, or the picture has more than 8 bits and was changed after it was opened.
+                numbers, or the picture has more than 8 bits and does not come unchanged from a file.
         """
         tags = getattr(image, "tag_v2", {})  # of a TIFF file, whose values Pillow does not scale
         unsigned = set(tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))) == {_UNSIGNED}

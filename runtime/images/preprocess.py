@@ -32,7 +32,7 @@ from blip2edge.runtime.images.floats import resized_floats
 from blip2edge.runtime.images.modes import WITHOUT_PREMULTIPLIED_ALPHA, Grey16, blend_on_white
 
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
-"""Formats that are decoded, by Pillow's names. Pillow runs other programs for some of the others (EPS: Ghostscript)."""
+"""Formats that are decoded, by Pillow's names. For some other formats, Pillow runs programs (EPS: Ghostscript)."""
 
 BILINEAR = 2
 BICUBIC = 3

@@ -28,7 +28,7 @@ ORIGIN = r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\s/?#@:\[\]*A-Z]+)(:\d{1,5})?"
 """The origin of a page, as browsers send it: RFC 6454, section 6.2."""
 
 OPEN = ("/", "/health")
-"""Paths that need no API key: the page asks for the key, and a supervisor asks for the health."""
+"""Paths that need no API key: the page on which a user enters the key, and the health check."""
 
 
 @dataclass(frozen=True)

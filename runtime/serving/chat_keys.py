@@ -87,7 +87,7 @@ def error_json(error: Blip2EdgeError, names: Mapping[str, str] = {}) -> dict[str
 
 
 ANY_TEXT = object()
-"""In :attr:`ChatKey.values`: any text."""
+"""Value of :attr:`ChatKey.values` that accepts any text."""
 
 
 @dataclass(frozen=True)
@@ -186,10 +186,10 @@ KEYS: tuple[ChatKey, ...] = (
 """All keys: those of OpenAI's schema first, then our own."""
 
 NAMES = {**{key.option: key.name for key in reversed(KEYS) if key.option}, "deadline": "deadline_s"}
-"""The key that an error names for each of the library's options, where the request does not say which it used."""
+"""For each option of the library, the key that an error names if the request's own key is not known."""
 
 MIN_SEED = -(2**63)
-"""OpenAI's smallest seed. A negative one is taken modulo 2^64, as the library's seeds begin at 0."""
+"""OpenAI's smallest seed. A negative seed is taken modulo 2^64, because the library's seeds begin at 0."""
 
 
 def is_same(value: Any, other: Any) -> bool:
@@ -303,7 +303,7 @@ def generation_options(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
 FORM_OPTIONS = tuple(
     name for name in GenerationOptions.__dataclass_fields__ if name in {key.option for key in KEYS if key.option}
 )
-"""Options of ``POST /caption`` and ``/ask``, by the names that ``caption --json`` has."""
+"""Options of ``POST /caption`` and ``/ask``, with the same names as in ``caption --json``."""
 
 
 def key_table(keys: Sequence[ChatKey] = KEYS) -> str:

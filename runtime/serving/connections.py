@@ -29,7 +29,7 @@ LINGER_S = 2.0
 
 MOST_LINGERING = 100
 """Largest number of refused connections that stay open until their clients have read the answer. The same limit holds
-for closed connections whose clients still read. Further ones are closed at once.
+for closed connections whose clients still read. Further connections are closed at once.
 """
 
 SPARE_FILES = 128 + 2 * MOST_LINGERING

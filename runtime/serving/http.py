@@ -64,10 +64,10 @@ CODES = {404: "not_found", 405: "method_not_allowed"}
 """``code`` of the errors that are found before a route is called."""
 
 RECENT, MAX_EVENT = 100, 64 << 10
-"""Posted captions that are kept, and the largest body of one in bytes."""
+"""Number of posted captions that are kept, and the largest body of a posted caption in bytes."""
 
 FIELDS = {CHAT: "messages", EMBEDDINGS: "input", MATCH: "image"}
-"""``param`` of an error of a picture or a text that names no other key, by route."""
+"""By route: ``param`` of an error about a picture or a text, if the error names no other key."""
 
 SHARE = "blip2edge.body_share"
 """Key of the ASGI scope: the request's share of the memory for bodies."""

@@ -33,7 +33,7 @@ from blip2edge.runtime.text.prompt import Dialog
 from blip2edge.runtime.text.tokenizer import Tokenizer
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""Roles that are read, and the role that each has in a prompt."""
+"""Roles of messages that are accepted, and the role in the prompt for each of them."""
 
 MESSAGE_KEYS: dict[str, tuple[Any, ...]] = {
     "name": (),
@@ -47,7 +47,7 @@ MESSAGE_KEYS: dict[str, tuple[Any, ...]] = {
 null always is."""
 
 DETAILS = (None, "auto", "low", "high", "original")
-"""Values of ``detail``; the picture is always read at the size of the vision encoder."""
+"""Accepted values of ``detail``; they have no effect: every picture is resized for the vision encoder."""
 
 
 @dataclass(frozen=True)

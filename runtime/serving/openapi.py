@@ -103,7 +103,7 @@ ENDPOINTS = (
 )
 
 EVENT_KEYS = ("time", "source", "frame", "text")
-"""Keys of a posted caption that are kept."""
+"""Keys of a posted caption that are kept; other keys are dropped."""
 
 ERRORS = {
     400: "The request is wrong; `param` is the key",

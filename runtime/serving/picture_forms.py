@@ -24,13 +24,13 @@ from blip2edge.runtime.serving.json_bodies import check_structure, json_object, 
 
 JSON_TYPE, FORM_TYPE = "application/json", "multipart/form-data"
 FILE_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")
-"""Types of a body that is a picture file, besides ``image/*``; the last is what curl sends for ``--data-binary``."""
+"""Content types of a body that is a picture file, besides ``image/*``; curl's ``--data-binary`` sends the last type."""
 
 PICTURES = ("file", "image")
 """Names of pictures in a form, and of the picture in JSON."""
 
 TEXT_OPTIONS = ("prompt", "question", "text", "model", "draft", "stop")
-"""Options of a query or form that are texts; all others are numbers."""
+"""Options of a query or form that are texts; all other options are parsed as JSON."""
 
 SEND = "curl --data-binary @dog.jpg URL, or curl -F file=@dog.jpg URL"
 

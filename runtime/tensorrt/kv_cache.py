@@ -33,7 +33,7 @@ from blip2edge.runtime.tensorrt.workspace import TOKENS_IN_FLIGHT, WIDE, Engines
 
 NEXT = "next_"
 GREEDY = ("inputs_embeds", "position_ids", CACHE_POSITION, "seen", "held_steps")
-"""Inputs of the next step that the choice of a token computes."""
+"""Inputs of the next decode step that the ``step`` engine computes."""
 
 
 class DeviceCache:

@@ -14,16 +14,16 @@ from blip2edge.runtime.tensorrt.cuda import DeviceBuffer, Mirror
 from blip2edge.runtime.tensorrt.session import Context, Device, Lane
 
 TOKENS_IN_FLIGHT = 4
-"""Tokens that may be on the way from the GPU to the host at once."""
+"""Largest number of tokens that are copied from the GPU to the host at the same time."""
 
 MOST_IDLE = 4
-"""Idle workspaces that are kept. Each holds KV caches, so one for every batch size would need too much memory."""
+"""Largest number of idle workspaces: each has a KV cache, so a workspace for every batch size needs too much memory."""
 
 LARGE = ("logits", "seen", "held")
 """Tensors with an element for each token of the vocabulary, which stay in the GPU's own memory."""
 
 WIDE = 2
-"""Given in place of the number of a half (0 or 1), it names the buffers for prompts and for several tokens at once."""
+"""Used in place of the number of a half (0 or 1): the buffers for prompts and for several tokens at once."""
 
 
 @dataclass

@@ -24,7 +24,7 @@ from blip2edge.errors import PromptError, UsageError, option
 from blip2edge.runtime.text.tokenizer import Tokenizer, check_characters_fit, reserved_texts
 
 NO_IMAGE = -1
-"""In :attr:`Prompt.attends_to`: the token attends to no image."""
+"""Value in :attr:`Prompt.attends_to` of a token that attends to no image."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Dialog:
 
 
 PromptText = str | Dialog
-"""A prompt as it is given."""
+"""A prompt from the user: a text or a conversation."""
 
 Text = TypeVar("Text", bound=PromptText)
 

@@ -60,7 +60,7 @@ def check_characters_fit(texts: Iterable[str], max_positions: int, field: str = 
 
 
 TOKENIZER_BYTES = 256 << 20
-"""Largest `tokenizer.json`; those of 256,000 tokens have 35 MB."""
+"""Largest `tokenizer.json`; files with 256,000 tokens have 35 MB."""
 
 
 def parse_tokenizer(

@@ -26,19 +26,19 @@ import numpy as np
 from blip2edge.runtime.captioning.reuse.frames import Floats, feature_distance, picture_distance
 
 CONFIDENCE = 0.95
-"""Probability with which all the bounds of a run hold."""
+"""Probability that all confidence bounds of a run are right."""
 
 AUDIT_EVERY = 50
-"""One in this number of reused frames is encoded in full, to check the reused caption."""
+"""One of this many reused frames is encoded in full (audited), to check the reused caption."""
 
 ALARM = 100.0
-"""Likelihood ratio of the audits at which the thresholds are fitted again: a false alarm in 100 audits at most."""
+"""Likelihood ratio of the audits above which the thresholds are fitted again: at most one false alarm in 100 audits."""
 
 SKIP_STEPS, CAPTION_STEPS = 4, 6
 """Number of quantiles of the distances that are tried as thresholds, for each of the two comparisons."""
 
 BLOCK = 200
-"""Frames of a block. Missed changes of one block count as dependent: in some scenes captions change often."""
+"""Number of frames in a block. Missed changes of one block count as dependent: in some scenes captions change often."""
 
 LEAST_EFFECT = AUDIT_EVERY / 2
 """Smallest design effect: an overlooked change lasts until the next audit, on average half of the frames between two.
@@ -48,10 +48,10 @@ Few scenes give too low an estimate, because most misses come from few of them: 
 """
 
 EQUAL = 0.02
-"""Pairs whose share of time saved differs by no more count as equal, and the one with the lowest bound is chosen."""
+"""Pairs whose shares of saved time differ by at most this count as equal; the pair with the lowest bound is chosen."""
 
 LARGEST_SHARE = 0.75
-"""Thresholds are quantiles of the distances in the recording, up to this one."""
+"""Thresholds are quantiles of the distances in the recording; this is the largest quantile."""
 
 
 class Thresholds(NamedTuple):

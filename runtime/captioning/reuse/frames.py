@@ -26,7 +26,7 @@ CELLS = 16
 
 
 ROWS, WIDTH = 32, 64
-"""Largest size of a frame's features."""
+"""Largest number of rows of a frame's features, and of values in a row."""
 
 Floats = NDArray[np.float32]
 Context = Callable[[Mapping[str, Array]], dict[str, Array]]

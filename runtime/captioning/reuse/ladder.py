@@ -57,10 +57,10 @@ from blip2edge.runtime.decoding.options import GenerationOptions, check_integer,
 from blip2edge.runtime.images.video import ItemSource
 
 Step = Literal["full", "fit", "skip", "features", "caption", "audit"]
-"""What was done for a frame."""
+"""Name of the work that was done for a frame; see the diagram above."""
 
 REUSED: frozenset[Step] = frozenset(("skip", "features", "caption"))
-"""Steps that reuse something of an earlier frame."""
+"""Steps that reuse the caption or the visual tokens of an earlier frame."""
 
 LONGEST = 3  # times the frames of a fit: older ones are removed from the recording
 FORMAT = 1  # of the kept file

@@ -201,10 +201,10 @@ class InPlaceState:
 
 
 POOLED = 4
-"""Buffers that are kept for later states. A CUDA graph belongs to the addresses that it was captured with."""
+"""Number of free buffers that are kept for later states, because a CUDA graph is valid only for its addresses."""
 
 KEPT_RUNS = 8
-"""Bound runs that are kept for a buffer; each shape of the inputs needs its own."""
+"""Number of bound runs that are kept for a buffer; each shape of the inputs needs its own bound run."""
 
 
 @dataclass

@@ -38,10 +38,10 @@ from blip2edge.runtime.serving.picture_forms import MatchRequest
 Value = TypeVar("Value")
 
 MOST_INPUTS = 2048
-"""Largest number of inputs in a request; it is OpenAI's."""
+"""Largest number of inputs in a request, as in OpenAI's API."""
 
 MOST_PAIRS = 1024
-"""Largest number of pairs of a picture and a text in a request of ``/match``: each pair is a run of the head."""
+"""Largest number of pairs of a picture and a text in a request of ``/match``: the matching head runs on each pair."""
 
 
 @dataclass(frozen=True)

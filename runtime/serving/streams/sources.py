@@ -390,4 +390,4 @@ KINDS = (
     SourceKind("the address of a video", lambda at: bool(_scheme(at)), _address, pyav),
     SourceKind("a video file", _is_video, _file, pyav),
 )
-"""All kinds of sources; the first that matches is used."""
+"""All kinds of sources; the first kind that matches is used."""

@@ -32,7 +32,7 @@ from blip2edge.runtime.captioning.restart import Backoff, RestartingCaptioner
 from blip2edge.runtime.serving.json_bodies import picture_bytes
 
 MOST_WAITING = 1024
-"""Requests that wait in a decoupled model; further ones are refused as unavailable."""
+"""Largest number of requests that wait in a decoupled model; further requests are refused as unavailable."""
 
 
 class TritonPythonModel:

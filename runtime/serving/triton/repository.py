@@ -25,10 +25,10 @@ VERSION = "1"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 INPUTS = (("image", "TYPE_STRING", False), ("prompt", "TYPE_STRING", True), ("max_new_tokens", "TYPE_INT32", True))
-"""Name, type, and whether it may be left out. A row has one value of each."""
+"""The inputs: name, type, and whether the input may be left out. A row has one value of each input."""
 
 OUTPUTS = (("text", "TYPE_STRING"), ("json", "TYPE_STRING"))
-"""The caption; and the object of ``caption --json``."""
+"""The outputs, name and type: the caption, and the object of ``caption --json``."""
 
 
 @dataclass(frozen=True)
