@@ -154,7 +154,7 @@ def parse_json(content: bytes | str, *, strict: bool = False) -> Any:
 
     Args:
         content: UTF-8, a byte order mark allowed; or a text.
-        strict: Whether to refuse NaN, Infinity and an object with one key twice, as for files of our own. Other
+        strict: Whether to refuse NaN, Infinity and an object with a repeated key, as for this project's files. Other
             programs write them.
 
     Raises:

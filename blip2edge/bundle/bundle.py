@@ -87,7 +87,7 @@ class Bundle:
 
     @classmethod
     def _open(cls, directory: Path, signature: Signature | None) -> Bundle:
-        """Opens a bundle whose signature, if one is required, was checked with the key."""
+        """Opens a bundle. If a signature is required, the caller has already checked it with the public key."""
         if not (directory / MANIFEST).is_file():
             read_manifest(directory)  # raises the error of a directory that is not a bundle
         checked = CheckedFiles(strict=signature is not None)
@@ -102,7 +102,7 @@ class Bundle:
         return bundle
 
     def manifest_hashes(self) -> dict[str, str]:
-        """The SHA-256 of each file that ``bundle.json`` lists, by file name."""
+        """Returns the SHA-256 of each file that ``bundle.json`` lists, by file name."""
         return {name: record.sha256 for name, record in self.manifest.files.items()}
 
     def admits(self, directory: Path, record: str) -> bool:
@@ -110,7 +110,8 @@ class Bundle:
 
         Args:
             directory: Directory of an optimized copy or of engines.
-            record: Name of the file in it that lists the others with their hashes; read it after this call.
+            record: Name of the file in this directory that lists the other files with their hashes; the caller must
+                read this file after the call.
         """
         if self.signature is None:
             return True
@@ -265,7 +266,7 @@ def load_whole(
     require_signature: str | Path | None = None,
     signature: str | Path | None = None,
 ) -> Loaded:
-    """Opens a bundle and loads from it: all of it from one bundle, also if a run replaces it meanwhile.
+    """Opens a bundle and loads from it. If a run replaces the bundle meanwhile, everything is loaded again.
 
     Args:
         path: The directory of the bundle, or its name on the hub, as for :meth:`Bundle.open`.

@@ -86,7 +86,7 @@ def full_match(pattern: str, expected: str) -> Check:
 
 
 def one_of_texts(*choices: str) -> Check:
-    """Returns a check for one of some texts."""
+    """Returns a check for a text that is one of the given texts."""
     return check_that(lambda value: isinstance(value, str) and value in choices, f"one of {', '.join(choices)}")
 
 
@@ -143,7 +143,7 @@ def record(
         required: A check for each key that must be there.
         optional: A check for each key that may be there.
         closed: Whether other keys are refused.
-        rules: Checks of the whole object, after those of its keys.
+        rules: Checks of the whole object, which run after the checks of its keys.
     """
 
     def check(value: Any, where: str) -> None:

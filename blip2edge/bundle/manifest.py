@@ -30,12 +30,12 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """What ``bundle.json`` records about one graph.
+    """The record of one graph in ``bundle.json``.
 
     Attributes:
         spec: The graph's inputs and outputs.
         precision: ``fp32``, ``fp16``, ``bf16``, or a precision of ``calibrate``: ``int8``, ``int8-weights``, ``int4``.
-        parity: Difference between each output and that of the torch model.
+        parity: Difference between each output and the same output of the torch model.
         fp32_exceptions: The parts that are kept in FP32 in a graph of lower precision, with the reason; one sentence
             each.
         data_files: Names of the graph's weight files.
@@ -53,7 +53,7 @@ class GraphRecord:
         return (self.spec.file, *self.data_files)
 
     def to_json(self) -> dict[str, Any]:
-        """The record as a JSON object for ``bundle.json``."""
+        """Returns the record as a JSON object for ``bundle.json``."""
         return {
             "file": self.spec.file,
             "data_files": list(self.data_files),
@@ -105,7 +105,7 @@ class Manifest:
     Attributes:
         family: ``model_type`` of the source checkpoint.
         source: The checkpoint's path (``checkpoint``) and one hash over the names and hashes of its files (``sha256``).
-        precision: ``fp32``, ``fp16`` or ``bf16``; in a calibrated bundle, the precision of parts that are not
+        precision: ``fp32``, ``fp16`` or ``bf16``; in a calibrated bundle, the precision of all operators that are not
             quantised.
         verify: How the export was checked: ``full`` or ``sample``.
         graphs: The record of each graph, by name.
@@ -168,7 +168,7 @@ class Manifest:
         return f"{', '.join(texts)}, computed from {self.precision}"
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest as the JSON object of ``bundle.json``."""
+        """Returns the manifest as the JSON object of ``bundle.json``."""
         return {
             "schema_version": SCHEMA_VERSION,
             "family": self.family,
@@ -233,7 +233,7 @@ class Manifest:
         return manifest
 
     def graph_bytes(self, graph: GraphRecord) -> int:
-        """Size of a graph's files in bytes; files that this bundle does not contain count as 0."""
+        """Returns the size of a graph's files in bytes; files that this bundle does not contain count as 0."""
         return sum(self.files[file].size for file in graph.files if file in self.files)
 
     def write(self, directory: Path) -> None:

@@ -44,7 +44,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where and how a safetensors file stores one tensor.
+    """The entry of one tensor in a safetensors file: dtype, shape and position.
 
     Attributes:
         dtype: Name of the dtype, a key of :data:`DTYPES`.
@@ -97,7 +97,7 @@ class SafetensorsFile:
         self._missing = partial(_no_tensor, path, error, fix)
 
     def stored(self, name: str) -> StoredTensor:
-        """Returns where and how the tensor ``name`` is stored.
+        """Returns dtype, shape and position of the tensor ``name``.
 
         Raises:
             BundleError: The file has no such tensor.

@@ -245,7 +245,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_search(options: argparse.Namespace) -> None:
-    """Raises UsageError if a flag of the search is given without ``--search``, or one that the search sets itself."""
+    """Raises UsageError for a flag that needs ``--search`` without it, or a flag that the search itself chooses."""
     only = {name: getattr(options, name) for name in ("max_drop", "max_ms", "max_mb", "device")}
     others = {name: getattr(options, name) for name in ("weights", "format", "drop_limit", "int8_activations")}
     given = [name for name, value in (others if options.search else only).items() if value not in (None, [])]

@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write captions, score all of them, and keep those that reach the threshold, in shards."""
+    """Write captions, score all captions, and keep the captions that reach the threshold, in shards."""
     from dataclasses import replace
 
     from blip2edge.bundle.outputs.publishing import check_output

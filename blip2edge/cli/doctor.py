@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(_options: argparse.Namespace) -> int:
-    """Print what this machine can run; status 1 where it cannot caption at all."""
+    """Print what this machine can run; the exit status is 1 if it cannot caption at all."""
     from blip2edge.runtime.bench.board import conclusion
     from blip2edge.runtime.bench.doctor import diagnose
 

@@ -98,7 +98,7 @@ def add_bundle(parser: Parser) -> None:
 
 
 def add_bundle_option(parser: ArgumentParser) -> None:
-    """Adds the option ``--bundle``, and those of the backend that runs the bundle."""
+    """Adds the option ``--bundle``, and the options of the backend that runs the bundle."""
     parser.add_argument("-b", "--bundle", metavar="BUNDLE", type=Path, required=True, help=BUNDLE)
     add_backend(parser)
 

@@ -94,7 +94,7 @@ class PictureArgument:
 
 
 def find_pictures(words: Iterable[str], *, videos: bool = False) -> list[PictureArgument]:
-    """Finds the pictures that the words name, in the words' order; those of a folder are sorted by name.
+    """Finds the pictures that the words name, in the order of the words; the pictures of a folder are sorted by name.
 
     Only folders and patterns are read here. A file or address is read when the runtime decodes the picture, so that a
     picture that cannot be read does not stop the others. An empty folder, or a pattern without a match, counts as one

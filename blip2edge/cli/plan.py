@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
 
     Raises:
         UsageError: A value of a flag is wrong, or a required fit names no device.
-        CheckpointError: The model does not fit a device, where that is required.
+        CheckpointError: A flag requires that the model fits, and it does not fit a device.
     """
     from blip2edge.cli import plan_text
     from blip2edge.errors import UsageError

@@ -33,7 +33,7 @@ def map_on_ray(
 ) -> Iterator[dict[str, Any]]:
     """Maps rows on the machines of a Ray cluster.
 
-    A worker whose machine is lost starts on another one as soon as that has a free CPU, and its rows are mapped again.
+    If a machine is lost, its worker starts again as soon as another machine has a free CPU, and maps its rows again.
 
     Args:
         address: Address of a Ray cluster, "auto" for the cluster of this machine, or :data:`LOCAL`.

@@ -32,7 +32,7 @@ class AttentionLayer:
     Attributes:
         layer: Number of the layer in the bridge, from 0.
         tensor: Name of the softmax's output in the graph, ``[B, H, Q, K]``: the first keys are the picture's
-            embeddings. In a perceiver, those of the queries follow.
+            embeddings. In a perceiver, the keys of the queries follow.
     """
 
     layer: int

@@ -1,4 +1,4 @@
-"""Compares visual tokens by their cosine: those of two queries in one picture, and of one query in two pictures."""
+"""Compares visual tokens by their cosine: of two queries in one picture, and of one query in two pictures."""
 
 from __future__ import annotations
 

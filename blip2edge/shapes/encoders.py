@@ -28,7 +28,7 @@ class EncoderShape:
         part: The encoder's matrices and attentions.
         image_size, patch_size: Sides of picture and patch in pixels.
         width: Channels of an embedding.
-        prefix: Number of embeddings before those of the patches: class token and registers.
+        prefix: Number of embeddings before the patches: class token and registers.
         keep_prefix: Whether the embeddings before the patches are in the output.
         cells: Number of embeddings of a picture if it does not follow from the sizes; else 0.
     """
@@ -88,7 +88,7 @@ def _encoder(f: Sizes, matrices: tuple[WeightMatrix, ...], layers: int, prefix: 
 
 
 def siglip(values: Mapping[str, Any]) -> EncoderShape:
-    """SigLIP's encoder without its pooling head: no class token, a position for each patch."""
+    """Returns the shape of SigLIP's encoder without its pooling head: no class token, a position for each patch."""
     f = Sizes("vision_config", values, SIGLIP)
     (layers, norm), width = _depth(f), f["hidden_size"]
     matrices = (
@@ -101,7 +101,10 @@ def siglip(values: Mapping[str, Any]) -> EncoderShape:
 
 
 def dinov2(values: Mapping[str, Any], defaults: Mapping[str, int] = DINOV2) -> EncoderShape:
-    """DINOv2: a class token, positions, two scales of the width in each layer; registers if ``defaults`` has some."""
+    """Returns the shape of a DINOv2: class token, positions, two vectors of scales in each layer.
+
+    It has registers if ``defaults`` has the key of their number, ``num_register_tokens``.
+    """
     f = Sizes("vision_config", values, defaults)
     (layers, norm), width = _depth(f), f["hidden_size"]
     registers = f["num_register_tokens"] if "num_register_tokens" in defaults else 0
@@ -117,7 +120,7 @@ def dinov2(values: Mapping[str, Any], defaults: Mapping[str, int] = DINOV2) -> E
 
 
 def dinov3(values: Mapping[str, Any]) -> EncoderShape:
-    """DINOv3's ViT: as DINOv2 with rotary positions, which are no parameters."""
+    """Returns the shape of DINOv3's ViT: as DINOv2, but with rotary positions, which are no parameters."""
     f = Sizes("vision_config", values, DINOV3)
     (layers, norm), width = _depth(f), f["hidden_size"]
     registers = f["num_register_tokens"] if values.get("num_register_tokens") else 0
@@ -133,19 +136,19 @@ def dinov3(values: Mapping[str, Any]) -> EncoderShape:
 
 
 def blip2(values: Mapping[str, Any]) -> EncoderShape:
-    """BLIP-2's ViT: a class token, and a norm after the layers."""
+    """Returns the shape of BLIP-2's ViT: a class token, and a norm after the layers."""
     f = Sizes("vision_config", values, EVA)
     return EncoderShape(vit(values, EVA), f["image_size"], f["patch_size"], f["hidden_size"], 1, True)
 
 
 def clip(values: Mapping[str, Any]) -> EncoderShape:
-    """CLIP's ViT, all of its layers, without the norm after them."""
+    """Returns the shape of CLIP's ViT with all its layers, without the norm after the layers."""
     f, part = Sizes("vision_config", values, CLIP_VISION), vit(values, CLIP_VISION, clip=True, post_norm=False)
     return EncoderShape(part, f["image_size"], f["patch_size"], f["hidden_size"], 1, True)
 
 
 def efficientnet_lite(values: Mapping[str, Any]) -> EncoderShape:
-    """EfficientNet-Lite: an embedding for each cell of its last feature map."""
+    """Returns the shape of an EfficientNet-Lite: an embedding for each cell of its last feature map."""
     f = Sizes("vision_config", values, EFFICIENTNET_LITE)
     width, depth = (values.get(f"{name}_coefficient", 1.0) for name in ("width", "depth"))
     if not all(type(each) in (int, float) and 0 < each <= 10 for each in (width, depth)):

@@ -67,7 +67,8 @@ def hub_config(name: str) -> Any:
     """Reads the ``config.json`` of a model on the hub, from its cache or by the network.
 
     Raises:
-        CheckpointError: The name is not one of the hub, or ``huggingface_hub`` is not installed or does not reach it.
+        CheckpointError: The name is no name on the hub, ``huggingface_hub`` is not installed, or the hub cannot be
+            reached.
     """
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or missing(["huggingface_hub"]):
         raise unknown_model(name)

@@ -108,7 +108,7 @@ def first_file(hub: Any, repository: str, file: str, revision: str = MAIN) -> Pa
 
 
 class _Download:
-    """The download of one revision of a repository.
+    """Downloads one revision of a repository.
 
     Attributes:
         snapshot: The revision's directory in the hub's cache.

@@ -57,7 +57,7 @@ def hub_errors(
 
 @contextmanager
 def quiet_client() -> Iterator[None]:
-    """Prints no warnings of the hub's client in the block: it warns of each attempt to connect again."""
+    """Hides the warnings of the hub's client in the block; the client warns at each new attempt to connect."""
     log = logging.getLogger("huggingface_hub")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -63,9 +63,9 @@ def push_bundle(
         repository: ``ORG/NAME``.
         private: Whether a new repository is private.
         revision: A branch, which is made if it does not exist; None for ``main``.
-        message: The commit's message; None for one that names the bundle.
+        message: The commit's message; None for a message that names the bundle.
         derived: Whether optimized copies and engines in the bundle are uploaded as well.
-        license_id: The hub's identifier of the license; None for that of the checkpoint, where the hub knows it.
+        license_id: The hub's identifier of the license; None for the license of the checkpoint, if the hub has it.
         progress: Called with a file's name, the number of files hashed and the number of all files.
 
     Raises:

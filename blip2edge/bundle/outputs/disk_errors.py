@@ -45,8 +45,8 @@ def output_error(path: Path, error: BaseException, fix: str = "check the path an
 def error_number(error: BaseException) -> int | None:
     """Returns the operating system's number of an error, or of an error that caused it; None if there is no number.
 
-    An error that was being handled when another one was raised may not be its cause. It counts only if it means a full
-    disk.
+    If an error was raised while another error was handled, the other error may not be its cause. In this case, the
+    number of the other error counts only if it means a full disk.
     """
     current: BaseException | None = error
     raised_from = True

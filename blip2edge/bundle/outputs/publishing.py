@@ -72,7 +72,7 @@ def check_output(target: Path, force: bool, marker: str | None = MANIFEST) -> Pa
         marker: A file that an existing directory must hold to be replaced.
 
     Returns:
-        ``target``, with a name where it was ``.`` or ended with ``..``.
+        ``target``; a path that is ``.`` or ends with ``..`` is replaced by the path with the directory's name.
 
     Raises:
         OutputError: The same cases as for :func:`staged`.
@@ -85,7 +85,7 @@ def check_output(target: Path, force: bool, marker: str | None = MANIFEST) -> Pa
 
 
 def scratch(staging: Path, name: str) -> Path:
-    """Makes a directory for files that are not published, beside the one that :func:`staged` made.
+    """Makes a directory for files that are not published, beside the directory that :func:`staged` made.
 
     The new directory is removed with the other files of the run.
     """
@@ -231,7 +231,7 @@ def flush_file(path: Path) -> None:
 
 
 def flush_names(directory: Path) -> None:
-    """Writes the names in a directory to the disk, where the system can."""
+    """Writes the names in a directory to the disk, if the operating system supports it."""
     try:
         descriptor = os.open(directory, os.O_RDONLY)
     except OSError:  # Windows opens no directories

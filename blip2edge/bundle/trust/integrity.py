@@ -63,7 +63,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files that one manifest lists.
+    """The files that a manifest lists, with their expected hashes.
 
     Attributes:
         directory: Directory of the files.
@@ -173,7 +173,7 @@ class CheckedFiles:
         A file with another identity is hashed again; if :attr:`strict`, it is refused.
 
         Raises:
-            BundleIntegrityError: A file is not the one that was checked.
+            BundleIntegrityError: A file is not the file that was checked.
         """
         for path, (identity, sha256) in self._files.items():
             try:

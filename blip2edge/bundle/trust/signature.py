@@ -87,15 +87,15 @@ class _Listed:
         self.ignored: frozenset[str] = frozenset()
 
     def add_ignored_paths(self, *, model_path: object, paths: Any) -> None:  # noqa: ARG002 - as the package calls it
-        """Called with the paths that the signature leaves out."""
+        """Records the paths that the signature leaves out; model_signing calls this method."""
         self.ignored = frozenset(str(path) for path in paths)
 
     def hash(self, model_path: object, *, files_to_hash: object = None) -> _Listed:  # noqa: ARG002 - as above
-        """Called for the hashes of the files."""
+        """Returns this object, without hashing files; model_signing calls this method for the hashes of the files."""
         return self
 
     def __eq__(self, signed: object) -> bool:
-        """Called to compare the hashes with the signed ones."""
+        """Records the signed hashes and returns True; model_signing calls this method to compare the hashes."""
         manifest: Any = signed
         for one in manifest.resource_descriptors():
             if one.digest.algorithm != "sha256" or manifest.serialization_type["method"] != "files":
@@ -189,7 +189,7 @@ def _reason(error: Exception) -> str:
 def unsigned_paths(bundle: Path, signature: Signature) -> list[str]:
     """Returns the files of a bundle that its signature neither lists nor leaves out, as paths in the bundle.
 
-    A derived folder without any signed file is one path.
+    A folder of an optimized copy or of engines without any signed file is listed as one path.
     """
     left_out = {SIGNATURE, *signature.ignored}
     found: list[str] = []

@@ -148,7 +148,10 @@ class _CheckedHashing:
         self.files: dict[str, str] = {}
 
     def hash(self, path: Path) -> Any:
-        """Called by model_signing for the hashes of the files; returns its manifest."""
+        """Hashes the files and compares the hashes with the bundle's records; model_signing calls this method.
+
+        Returns the manifest that model_signing makes of the files.
+        """
         try:
             manifest = self._hashing.hash(path)
         except ValueError as error:  # a symbolic link, or something that is no file
