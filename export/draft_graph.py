@@ -4,7 +4,7 @@ input_ids [B,S]          new tokens; the text begins with [DEC]
 attention_mask [B,P+S]   1 for a valid slot; the first Q slots are the query tokens
 text_positions [B,S]     positions in the text, 0 for [DEC]
 logits_indices [B,K]     indices of the tokens that need logits
-past_key_values.{i}.{key,value} [B,H,P,d]   the bridge's queries.{i}.{key,value}, then those of earlier tokens
+past_key_values.{i}.{key,value} [B,H,P,d]   the bridge's queries.{i}.{key,value}, then keys/values of earlier tokens
 → logits [B,K,V], present.{i}.{key,value} [B,H,P+S,d]
 """
 

@@ -138,7 +138,7 @@ def export_checkpoint(
         precision: ``fp32``, ``fp16`` or ``bf16``.
         verify: ``full`` compares the whole model with torch; ``sample`` compares single layers with the written
             weights, and needs the memory of one layer. None chooses by the checkpoint's size.
-        base: The directory or hub name with the frozen parts of a ``.pth``, or with the base of an adapter.
+        base: The directory or hub name with the frozen weights for a ``.pth``, or with the base of an adapter.
         merge_tokens: Patches that are merged in each layer of the vision encoder (``model/vision/token_merging.py``).
         force: Replace an existing bundle.
         anyway: Go on if this machine has too little memory.

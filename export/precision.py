@@ -103,7 +103,7 @@ def convert(traced: Traced, precision: str, exceptions: Sequence[Fp32Exception])
     """Converts a traced graph to another precision, in place.
 
     Args:
-        traced: An FP32 graph; its spec is replaced by that of the new precision.
+        traced: An FP32 graph; its spec is replaced by the spec of the new precision.
         precision: A key of :data:`blip2edge.choices.PRECISIONS`.
         exceptions: The rules for nodes that stay in FP32.
 

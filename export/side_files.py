@@ -184,7 +184,7 @@ def _check_tokenizer(
 ) -> None:
     """Raises CheckpointError if the tokenizer gives an id that is not below ``vocab_size``.
 
-    With ``whole``, all tokens are checked, else the tokens without the added ones, and the ids of a sample text.
+    With ``whole``, all tokens are checked; else all tokens but the added tokens, and the ids of a sample text.
     ``image_token``: the token for a picture and the id that ``config.json`` gives it, which must agree.
     """
     tokenizer = serialized.open()

@@ -1,1 +1,1 @@
-"""The models in PyTorch, and the checkpoints that they are read from and written to."""
+"""The models in PyTorch, and the code that reads and writes their checkpoints."""

@@ -308,7 +308,7 @@ LEARNED_QUERIES = ("qformer", "instructed-qformer", "perceiver", "pool")
 
 @dataclass(frozen=True)
 class CaptionerConfig:
-    """Config of a captioner of any family: its three parts and its special tokens.
+    """Config of a captioner of any family: vision encoder, bridge, language model, and special tokens.
 
     Attributes:
         bos_token_id: Token that begins every text after the visual tokens.
@@ -321,8 +321,8 @@ class CaptionerConfig:
         family: Name of the family, a key in ``families/registry.py``.
         frames: Number of pictures per item: 1, or the frames of a video.
         draft: Config of the Q-Former's text head; None if the checkpoint has none.
-        elastic: Smallest number of queries that the bridge was trained with, where each training step used the first m
-            of all queries; 0 if it was trained with all of them only.
+        elastic: Smallest number of queries that the bridge was trained with, if each training step used only the first
+            m queries, with varying m; 0 if every step used all queries.
     """
 
     vision: VisionEncoderConfig

@@ -243,9 +243,9 @@ def chosen_queries(queries: Tensor, query_ids: Tensor | None) -> Tensor:
 
     Args:
         queries: All M learned queries, ``[1, M, D]`` or ``[M, D]``.
-        query_ids: The numbers of those that a picture uses, int64 ``[B, Q]`` or ``[1, Q]``: 0 to Q - 1, the first Q
-            queries, of a bridge that was trained with every such Q (Matryoshka Query Transformer: Hu et al., arXiv
-            2405.19315). None for all.
+        query_ids: The numbers 0 to Q - 1 of the queries to use for a picture, int64 ``[B, Q]`` or ``[1, Q]``; None for
+            all queries. The bridge must be trained with varying Q (Matryoshka Query Transformer: Hu et al., arXiv
+            2405.19315).
 
     Returns:
         ``[B, Q, D]`` or ``[1, Q, D]``; for None, ``queries``.

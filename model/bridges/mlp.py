@@ -1,4 +1,4 @@
-"""LLaVA's bridge: each patch passes two linear layers on its own (Liu et al., arXiv 2310.03744, section 3.2)."""
+"""LLaVA's bridge: two linear layers, applied to each patch alone (Liu et al., arXiv 2310.03744, section 3.2)."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class QFormerLayer(nn.Module):
             image_embeds: The picture's embeddings, ``[B, P, Dv]``.
 
         Returns:
-            The queries, and the keys and values of the self-attention, whose batch is that of the given queries.
+            The queries, and the keys and values of the self-attention with the same batch size as the given queries.
         """
         key_value = self.self_attention.key_value(queries)
         queries = self.self_attention.attend_to(queries, key_value)
@@ -76,8 +76,8 @@ class QFormerBase(nn.Module):
         """Runs the queries through all layers.
 
         Before the first attention to the picture, the queries are the same for every row. They stay ``[1, Q, D]``,
-        so that a graph optimiser can fold this part into a constant. In training with dropout, the queries are expanded
-        first, because each row needs its own random mask.
+        so that a graph optimiser can fold these layers into constants. In training with dropout, the queries are
+        expanded first, because each row needs its own random mask.
 
         Args:
             image_embeds: The picture's embeddings, ``[B, P, Dv]``.

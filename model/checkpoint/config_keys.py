@@ -1,8 +1,8 @@
 """Finds the keys of a ``config.json`` that would change the captions and that this project does not read.
 
 :class:`RecordedObject` records the keys that the reader of a family asks for. All others are compared with the
-transformers' config object without them: a key that does not change the object's value changes nothing, and one that
-transformers does not know is named in a warning. Any other is refused.
+transformers' config object without them. A key that does not change this object has no effect. A key that transformers
+does not read either is named in a warning. Any other key is refused.
 """
 
 from __future__ import annotations

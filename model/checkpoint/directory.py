@@ -54,7 +54,7 @@ class Checkpoint:
 
     Args:
         given: A directory with weights, with a PEFT adapter, or with both.
-        base: The directory with the weights that an adapter changes; None for the one that the adapter names.
+        base: The directory with the weights that an adapter changes; None for the directory that the adapter names.
 
     Attributes:
         directory: The directory with config and weights: ``given``, or the base of the adapter in ``given``.
@@ -131,7 +131,7 @@ class Checkpoint:
         return self.files.read(self.map.sources(ours))
 
     def lay_over(self, tensors: Mapping[str, Tensor], path: Path) -> None:
-        """Replaces tensors of the directory by trained ones from another file.
+        """Replaces tensors of the directory by trained tensors from another file.
 
         Args:
             tensors: New tensors, by the directory's names.

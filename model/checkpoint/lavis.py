@@ -2,7 +2,7 @@
 
 A ``.pth`` of salesforce/LAVIS (and of MiniGPT-4, which is built on it) is ``{"model": state_dict}`` with the
 parameters that were trained: the Q-Former and ``ln_vision`` after stage 1; these and the projection after stage 2;
-the vision encoder too where it was fine-tuned; only the projection for MiniGPT-4. The rest comes from a checkpoint
+also the vision encoder if it was fine-tuned; only the projection for MiniGPT-4. The rest comes from a checkpoint
 directory of the same shape.
 """
 

@@ -1,7 +1,7 @@
 """Tables that say what happens to each key of the files next to a checkpoint's weights.
 
-A key is *honoured* (read and used), *neutral* (no value changes a caption), *checked* (only the values in the table
-are accepted; any other would change a caption; the error names the key), or *unread*: transformers 5.23 does not read
+A key is *honoured* (read and used), *neutral* (no value changes a caption), *checked* (only the values in the table are
+accepted; any other value would change a caption; the error names the key), or *unread*: transformers 5.23 does not read
 it either, so it is named in a warning. ``tests/export/test_side_keys.py`` compares the tables with the installed
 transformers, and ``docs/checkpoints.md`` shows them.
 """

@@ -53,7 +53,8 @@ def write_blip2(
 ) -> dict[str, Any]:
     """Makes the ``config.json`` that :func:`read_blip2` and transformers read.
 
-    ``architecture`` and ``part`` are the prefixes of transformers' class name and of the parts' ``model_type``.
+    ``architecture`` is the prefix of transformers' class name, and ``part`` is the prefix of the ``model_type`` in the
+    sections for vision encoder and Q-Former.
     """
     return {
         "model_type": config.family,

@@ -50,7 +50,7 @@ class Family:
         title: Name of the family in tables.
         read: Function that makes the config from a ``config.json``.
         write: Function that makes the ``config.json`` from a config.
-        rules: Which tensors of a checkpoint the parameters of vision encoder and bridge are read from (see also
+        rules: Names of the checkpoint's tensors for the parameters of vision encoder and bridge (see also
             `vision_prefix`).
         vision_prefix: Prefix of the vision encoder's tensors, if the family works with every encoder of
             ``vision/registry.py``; empty if `rules` name these tensors.
@@ -235,7 +235,7 @@ def _family_of(f: Fields) -> Family:
     """Returns the row for a checkpoint's ``model_type``; if several rows have this type, the row for its class.
 
     Raises:
-        UnsupportedModelError: No such row.
+        UnsupportedModelError: There is no such row.
     """
     model_type = f.values.get("model_type")
     rows = [family for name, family in FAMILIES.items() if (family.model_type or name) == model_type]

@@ -1,4 +1,4 @@
-"""Flamingo's decoder: a Llama with gated cross-attention layers between its own (arXiv 2204.14198, 3.2).
+"""Flamingo's decoder: a Llama with gated cross-attention layers between its layers (arXiv 2204.14198, 3.2).
 
 Before every ``cross_interval``-th layer, a gated layer lets each token attend to the visual tokens of the last picture
 before it. The keys and values of those tokens are computed once per request. The output of a gated layer is multiplied

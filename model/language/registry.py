@@ -29,7 +29,7 @@ class Language:
     Attributes:
         read_config: Function that makes the config from a ``text_config``.
         build: Function that makes the module from a config.
-        rules: Function that returns, for a config, which tensors of a checkpoint the parameters are read from.
+        rules: Function that returns, for a config, the names of the checkpoint's tensors for the parameters.
         encoder_inputs: Names of the encoder's inputs, for encoder-decoder models.
         ties: Tied tensors of a checkpoint whose config ties its embeddings.
         left_out: Tensors of a checkpoint that are not used (regular expressions).

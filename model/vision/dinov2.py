@@ -1,8 +1,8 @@
 """DINOv2's vision encoder, with and without registers (Oquab et al., arXiv 2304.07193; Darcet et al., 2309.16588).
 
-A ViT whose blocks scale what they add, channel by channel (LayerScale: Touvron et al., arXiv 2103.17239). The giant
-model has a gated feed-forward. Registers are learned tokens between the class token and the patches; they have no
-position.
+A ViT whose blocks scale each channel of attention and feed-forward before the addition (LayerScale: Touvron et al.,
+arXiv 2103.17239). The giant model has a gated feed-forward. Registers are learned tokens between the class token and
+the patches; they have no position.
 """
 
 from __future__ import annotations

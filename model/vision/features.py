@@ -2,7 +2,7 @@
 
 Two keys of a ``vision_config``, with the meaning that they have in transformers' LLaVA:
 
-- ``vision_feature_layer``: -1 for the output of the last block without the final norm, -2 for that of the block before,
+- ``vision_feature_layer``: -1 for the output of the last block without the final norm, -2 for the block before it,
   and so on. Without this key: the encoder's ``last_hidden_state``, after the final norm.
 - ``vision_feature_select_strategy``: ``full`` (default) for all embeddings; ``default`` without those before the
   patches: the class token and the registers.

@@ -29,14 +29,14 @@ class VisionEncoder:
         embeds: Description of the output embeddings, for tables.
         read_config: Function that makes the config from a ``vision_config``.
         build: Function that makes the module from a config.
-        rules: Function that returns, for a config, which tensors the parameters are read from, without a prefix.
+        rules: Function that returns, for a config, the names of the tensors for the parameters, without a prefix.
         prefix: Prefix of the tensors in a checkpoint of the encoder alone, whose ``config.json`` is the
             ``vision_config``. Some versions of transformers write the tensors without this prefix.
         left_out: Tensors of such a checkpoint that are not used (regular expressions).
         cut: Tensors that are not used if the features are those of an earlier block (regular expressions).
         within: The ``model_type`` of whole models that have this encoder, in the section ``vision_config``.
         resized: Function that makes an encoder for pictures of another size in pixels; None if there is none.
-        image_processor: Class of the preprocessing where its file names none, a key of ``CLASSES`` in
+        image_processor: Class of the preprocessing if its file names no class, a key of ``CLASSES`` in
             ``checkpoint/image_processor.py``.
     """
 

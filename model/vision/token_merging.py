@@ -6,7 +6,7 @@ most similar by cosine. The ``r`` most similar pairs become their mean, weighted
 In later layers a key that represents ``s`` patches counts ``s`` times: ``log s`` is added to its score (proportional
 attention, equation 1). The class token is never merged.
 
-``r`` is the same for every picture, so that every shape is known when a graph is made. Pairs are added by a product
+``r`` is the same for every picture, so that every shape is known when a graph is made. Pairs are added by multiplying
 with a matrix of zeros and ones, because not every TensorRT supports scatter with a sum.
 """
 

@@ -73,7 +73,7 @@ class Block(nn.Module):
 
 
 class VisionTransformer(VisionModule):
-    """Vision encoder (ViT): one embedding per patch, after that of the class token if it is kept."""
+    """Vision encoder (ViT): one embedding for each patch; if the class token is kept, its embedding is first."""
 
     config: VisionConfig
 

@@ -49,7 +49,7 @@ class Rule:
 
 
 def under(ours: str, theirs: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
-    """Adds a prefix to each path of rules: ``ours`` to paths in the model, ``theirs`` to those of the checkpoint."""
+    """Adds a prefix to each path of the rules: ``ours`` to model paths, ``theirs`` to checkpoint paths."""
     return tuple(Rule(ours + rule.ours, tuple(theirs + path for path in rule.sources()), rule.rows) for rule in rules)
 
 

@@ -91,7 +91,7 @@ class TensorFiles:
             self.dtypes[name] = part.get_dtype()
 
     def put(self, name: str, shape: tuple[int, ...], read: Callable[[], Tensor]) -> None:
-        """Adds a tensor, or replaces the one of this name.
+        """Adds a tensor, or replaces the tensor of this name.
 
         Args:
             name: Name of the tensor in the weight tables.

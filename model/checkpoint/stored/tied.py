@@ -1,4 +1,4 @@
-"""Handles tied tensors of a checkpoint: adds the names that its files lack, and compares the values of stored ones."""
+"""Handles tied tensors of a checkpoint: adds missing names, and compares the values of stored tensors."""
 
 from __future__ import annotations
 
