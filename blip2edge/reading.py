@@ -91,7 +91,9 @@ def checking(
     *,
     explain: Explain | None = None,
 ) -> Iterator[None]:
-    """Turns the ``ValueError`` of a check of parsed values into a declared error; all others pass unchanged.
+    """Turns a ``ValueError`` in the block, raised by a check of parsed values, into an error of the class ``error``.
+
+    All other exceptions pass unchanged.
 
     Args:
         path: As for :func:`reading`; the other arguments as well.

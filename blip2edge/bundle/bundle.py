@@ -299,7 +299,7 @@ def load_whole(
 
 
 def _signed(directory: Path, public_key: str | Path | None, signature: str | Path | None) -> Signature | None:
-    """Reads the signature of a bundle and checks it with the public key; None without a key."""
+    """Reads the signature of a bundle and checks it with the public key; returns None if there is no public key."""
     if public_key is None:
         return None
     if not (directory / MANIFEST).is_file():

@@ -24,7 +24,7 @@ _NOTHING: Mapping[str, Check] = {}
 
 
 def check_that(holds: Callable[[Any], bool], expected: str) -> Check:
-    """Makes a check from a function that returns whether a value is valid."""
+    """Makes a check from the function ``holds``, which returns whether a value is valid; ``expected`` is for errors."""
 
     def check(value: Any, where: str) -> None:
         if not holds(value):

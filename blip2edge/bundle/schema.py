@@ -117,7 +117,7 @@ class TensorSpec:
         return tuple(dim if isinstance(dim, int) else dim.value(sizes) for dim in self.dims)
 
     def to_json(self) -> dict[str, Any]:
-        """The spec as a JSON object for ``bundle.json``."""
+        """Returns the spec as a JSON object for ``bundle.json``."""
         axes: list[dict[str, Any]] = []
         for dim in self.dims:
             if isinstance(dim, int):
@@ -152,7 +152,7 @@ class GraphSpec:
         return f"{self.name}.onnx"
 
     def axes(self) -> dict[str, Axis]:
-        """The elementary axes of the graph's inputs, by name."""
+        """Returns the elementary axes (those that are no sum) of the graph's inputs, by name."""
         found: dict[str, Axis] = {}
         for spec in self.inputs:
             for dim in spec.dims:
@@ -174,7 +174,7 @@ class GraphSpec:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """``inputs`` and ``outputs`` as a JSON object for ``bundle.json`` and ``engine.json``."""
+        """Returns ``inputs`` and ``outputs`` as a JSON object for ``bundle.json`` and ``engine.json``."""
         return {key: [tensor.to_json() for tensor in getattr(self, key)] for key in ("inputs", "outputs")}
 
     @classmethod
@@ -350,7 +350,7 @@ class PromptSpec:
         return self.kind != SEGMENTS or MARKERS[0] not in self.template
 
     def to_json(self) -> dict[str, Any]:
-        """The spec as a JSON object for ``bundle.json``."""
+        """Returns the spec as a JSON object for ``bundle.json``."""
         return dict(vars(self))
 
     @classmethod
@@ -386,7 +386,7 @@ class Parity:
     sample: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The difference as a JSON object for ``bundle.json``."""
+        """Returns the difference as a JSON object for ``bundle.json``."""
         return {**vars(self), "cases": list(self.cases)}
 
     @classmethod

@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def optimized(bundle: Path, backend: str = "cpu") -> OptimizedReport:
-    """Make the optimized copy, with progress on standard error."""
+    """Makes the optimized copy of a bundle, with progress on standard error."""
     from blip2edge.optimization.pipeline import optimize
 
     with Progress() as progress:

@@ -354,7 +354,7 @@ class ModelShape:
         return {**counts, "source": source, "steps": steps, "context": steps}
 
     def with_bridge(self, kind: str, bridge: ModelPart, queries: int) -> ModelShape:
-        """Returns the same model with another bridge, whose visual tokens are slots of the text.
+        """Returns the shape of the same model with another bridge, whose visual tokens are slots of the text.
 
         Args:
             kind: Kind of the bridge.
@@ -367,7 +367,7 @@ class ModelShape:
         )
 
     def with_queries(self, queries: int) -> ModelShape:
-        """Returns the same model with only the first ``queries`` of its query tokens.
+        """Returns the shape of the same model with only the first ``queries`` query tokens of its bridge.
 
         Raises:
             UsageError: The bridge has fewer query tokens, or none, or the bundle does not work with so few.

@@ -79,7 +79,7 @@ class PerceiverFeedForward(FeedForward):
 
 
 class PerceiverLayer(nn.Module):
-    """Attention and feed-forward, each added to the latents."""
+    """A layer of the resampler: attention and feed-forward, whose outputs are added to the latents."""
 
     def __init__(self, config: PerceiverConfig) -> None:
         super().__init__()

@@ -116,7 +116,7 @@ class QFormer(QFormerBase):
 
 
 class Projection(nn.Linear):
-    """Linear layer from the bridge's width to the language model's.
+    """Linear layer from the bridge's width to the language model's width.
 
     The output is ``hidden_size`` wide. If the token table is narrower (OPT-350m), transformers fills the Q visual
     tokens from the front of the flattened output. This module does the same for each picture, so that both give the

@@ -106,7 +106,7 @@ class TextSide(NamedTuple):
 
 
 class TextHead(nn.Module):
-    """The modules of the text head that it does not share with the Q-Former."""
+    """The modules of the text head that belong to it alone, and not also to the Q-Former."""
 
     def __init__(self, config: DraftConfig, qformer: QFormerConfig) -> None:
         super().__init__()

@@ -67,7 +67,7 @@ class ImageProcessorClass:
     rescale_first: bool = False
 
     def settings(self) -> dict[str, Any]:
-        """Returns the defaults by transformers' keys."""
+        """Returns the defaults of the class, by the keys of transformers' ``preprocessor_config.json``."""
         return {
             "do_resize": True,
             "size": self.size,

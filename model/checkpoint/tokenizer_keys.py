@@ -55,7 +55,7 @@ def _known_keys(tokenizer: Any) -> set[str]:
 
 
 def _used(tokenizer: Any, key: str, value: Any, known: Collection[str]) -> bool:
-    """Whether a key has an effect: the tokenizer has the key's value, or the key is one of the ``known`` keys."""
+    """Whether a key of the file has an effect: the tokenizer has its value, or the key is in ``known``."""
     compare = _STATES.get(key)
     if compare is not None:
         return compare(tokenizer) == value

@@ -44,7 +44,7 @@ def check_file(path: Path, name: str, *suffixes: str) -> None:
 
 
 def write_output(path: Path, contents: str | bytes, name: str) -> None:
-    """Writes an output file; a text is written as UTF-8.
+    """Writes bytes or a text (as UTF-8) to an output file.
 
     Args:
         path: The file.

@@ -1,4 +1,4 @@
-"""Locks of outputs: one run at a time writes an output, and the next run removes the files of a killed one.
+"""Locks of outputs: one run at a time writes an output, and the next run removes the files of a killed run.
 
 While a run writes ``NAME``, its files are in the directory ``.NAME.part`` beside it:
 

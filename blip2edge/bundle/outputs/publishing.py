@@ -64,7 +64,7 @@ def staged(target: Path, force: bool, marker: str | None = MANIFEST) -> Iterator
 
 
 def check_output(target: Path, force: bool, marker: str | None = MANIFEST) -> Path:
-    """Makes the checks of :func:`staged` that need no lock: a command refuses an output before it loads a model.
+    """Makes the checks of :func:`staged` that need no lock, so that a command fails before it loads a model.
 
     Args:
         target: The directory to publish, as for :func:`staged`.

@@ -53,7 +53,7 @@ def external_locations(path: Path) -> set[str]:
 
 
 def _walk(content: mmap.mmap, start: int, end: int, message: str, found: set[str], depth: int) -> None:
-    """Adds the locations of one message, which is ``content[start:end]``."""
+    """Adds the paths of external data in one message, ``content[start:end]``, to ``found``."""
     if depth > MOST_DEPTH:
         raise ValueError(f"messages are nested more than {MOST_DEPTH} deep")
     if message == ENTRY:

@@ -122,7 +122,7 @@ class CheckedFiles:
             _write_stamps(directory, updated)
 
     def _check_file(self, listing: Listing, name: str, record: FileRecord, known: object) -> Identity:
-        """Checks one file; ``known`` is its stamp."""
+        """Checks one file and returns its identity; ``known`` is the stamp of the last check."""
         path = listing.directory / name
         if not is_file_name(name):
             raise BundleIntegrityError(

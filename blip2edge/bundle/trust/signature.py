@@ -45,7 +45,7 @@ def how_to_sign(bundle: Path) -> str:
 
 @dataclass(frozen=True)
 class Signature:
-    """The files that a signature lists; it was checked with the public key.
+    """The files that a signature lists. The signature was already checked with the public key.
 
     Attributes:
         path: The file of the signature.
