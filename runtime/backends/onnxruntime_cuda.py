@@ -73,8 +73,8 @@ def open_graph_with_tensorrt(
     """Loads a graph with the TensorRT provider; CUDA runs the nodes that TensorRT does not support.
 
     The provider builds an engine for the whole range of shapes in ``spec``, and keeps it in the user's cache directory.
-    Without ``spec``, it builds the engine again whenever a shape leaves the range seen so far. Errors are those of
-    :func:`open_with`.
+    Without ``spec``, the engine is built again at each shape outside the range of all earlier shapes. Errors are those
+    of :func:`open_with`.
     """
     folder = cache_directory() / "ort-tensorrt"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
 """Opens the graphs of a bundle: chooses the file of each graph and the backend that runs it.
 
-``optimized/<backend>/`` in a bundle holds graphs rewritten for one backend (an optimized copy). ``optimized.json``
-there names the bundle that they were made from, by its hash. A copy is not used if it was made from another bundle or
-by another version of the backend, or if a required signature does not list it. The exported graph of the bundle (the
-portable graph) is used instead.
+``optimized/<backend>/`` in a bundle contains graphs that were rewritten for one backend (an optimized copy).
+``optimized.json`` there names the bundle that they were made from, by its hash. A copy is not used if it was made from
+another bundle or by another version of the backend, or if a required signature does not list it. The exported graph of
+the bundle (the portable graph) is used instead.
 """
 
 from __future__ import annotations
@@ -375,8 +375,7 @@ class RowByRow:
     """Wraps a session and runs each row of a batch separately.
 
     Needed for quantised graphs in which the range of an activation is computed at run time, over the whole batch. If
-    rows run
-    separately, a row's result does not depend on the other rows.
+    rows run separately, a row's result does not depend on the other rows.
     """
 
     def __init__(self, session: Session) -> None:

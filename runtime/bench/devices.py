@@ -31,7 +31,7 @@ class Efficiency:
         cache_passes: How often keys and values are read or copied in a step.
         element_s: Seconds that the operators between matrix multiplications take for each number of their outputs.
         call_s: Seconds that each call of an operator takes, for any number of tokens.
-        cached_bytes: As ``bytes``, for floating-point weights that the processor's cache holds; may exceed 1.
+        cached_bytes: As ``bytes``, for floating-point weights that fit the processor's cache; may exceed 1.
         fuses: Whether all operators around a matrix are compiled into :data:`FUSED_OPERATORS`, whatever the graph has.
         source: Where these values come from.
     """

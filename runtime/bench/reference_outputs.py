@@ -2,9 +2,8 @@
 
 `export` and `calibrate` record the reference outputs with the exported graphs on the CPU; `certify` compares the
 outputs of another backend or machine with them. An output is recorded as a count sketch (Charikar, Chen and
-Farach-Colton, 2002): each element is
-added, with a sign, to one of :data:`BINS` sums. The norm of the difference of two sketches estimates the norm of the
-difference of the outputs, whatever their size, within about 10 %.
+Farach-Colton, 2002): each element is added, with a sign, to one of :data:`BINS` sums. The norm of the difference of two
+sketches estimates the norm of the difference of the outputs, whatever their size, within about 10 %.
 """
 
 from __future__ import annotations
@@ -182,9 +181,8 @@ def run_graphs(
 
     Yields:
         The name of a graph, its inputs, and its outputs. The outputs of a decoder are the logits of :func:`decode`;
-        before
-        them, all outputs of one run, if the backend can run the graph with the inputs of the bundle's own graph: keys
-        and values of the layers first.
+        before them, all outputs of one run, if the backend can run the graph with the inputs of the bundle's own graph:
+        keys and values of the layers first.
     """
     report = progress or (lambda stage, done, total: None)
     graphs = bundle.manifest.graphs
@@ -220,7 +218,7 @@ def caption_drawings(captioner: Captioner, prompt: str | None) -> list[CaptionRe
 
 
 def draw_pictures() -> list[NDArray[np.uint8]]:
-    """Draws the pictures ``[96, 128, 3]`` uint8: waves, computed in whole numbers so that all machines get the same."""
+    """Draws the pictures ``[96, 128, 3]`` uint8: waves in whole numbers, which are equal on every machine."""
     row, column, channel = np.indices((*SIZE, 3), dtype=np.int64)
     pictures = []
     for number in range(PICTURES):

@@ -2,8 +2,8 @@
 
 The time of a stage has two lower bounds: its operations divided by the operations per second, and the bytes of its
 weights divided by the bytes per second (Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009). One core is
-measured in CPU time of
-this process, so that the load of other processes does not count; several cores are measured in wall time.
+measured in CPU time of this process, so that the load of other processes does not count; several cores are measured in
+wall time.
 """
 
 from __future__ import annotations

@@ -381,7 +381,7 @@ class Captioner(LoadedBundle):
     def _scheduled(
         self, images: list[ItemSource], texts: list[str | None], options: GenerationOptions, batch_size: int
     ) -> Iterator[CaptionResult | Blip2EdgeError]:
-        """Yields the results in order, while the scheduler computes those of later pictures."""
+        """Yields the results in order, while the scheduler computes the results of later pictures."""
         with self.scheduler(max_batch=batch_size, max_waiting=IN_FLIGHT * batch_size) as scheduler:
             coming: deque[Request] = deque()
             for row, (image, text) in enumerate(zip(images, texts, strict=True)):

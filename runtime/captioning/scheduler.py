@@ -5,8 +5,8 @@
 Both queues are bounded. Requests are served in the order of submission. A step gives each running row one token, so
 that a short caption does not wait for a long one. ``caption_many``, ``watch`` and ``serve`` use it.
 
-The logits of a batch are rounded differently from those of a single row, which may change a random draw. So a request
-that samples with a seed is encoded and decoded in batches of its own; it takes turns with the others, step by step.
+The logits of a batch are rounded differently from the logits of a row, which may change a random draw. So a request
+that samples with a seed is encoded and decoded in batches of its own; its steps alternate with those of other requests.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ class Scheduler:
             deadline: Seconds from now after which the request fails if it is not finished; None for no deadline.
             wait: Whether to wait while the queue is full; if False, a full queue is an error.
             on_piece: See :class:`Request`.
-            row: Number of the picture among those of ``caption_many``, and of its random stream; such pictures share
-                batches. None for a single request, whose text depends on its seed and on no other request.
+            row: Number of the picture in a call of ``caption_many``; selects its random stream. Such pictures share
+                batches. None for a single request: its text does not depend on other requests.
 
         Raises:
             OverloadError: The queue is full, and ``wait`` is False.

@@ -2,7 +2,7 @@
 
 A cubin is a 64-bit ELF file. The section ``.nv.info`` has records of a format, an attribute and a value; the attributes
 used here give a number for each kernel's symbol. ``.nv.shared.NAME`` is as large as a kernel's static shared memory.
-NVIDIA does not document these sections; the numbers are those of EIATTR_REGCOUNT and EIATTR_MIN_STACK_SIZE in
+NVIDIA does not document these sections; the attribute numbers are EIATTR_REGCOUNT and EIATTR_MIN_STACK_SIZE in
 ``cuobjdump -elf``.
 """
 

@@ -60,7 +60,7 @@ class Launch:
     Attributes:
         kernel: The kernel.
         grid: Blocks along x, y and z.
-        arguments: The kernel's structure; addresses in it are those of the GPU.
+        arguments: The kernel's structure; its addresses are GPU addresses.
         parts: Bytes that the kernel needs at ``arguments.parts``; launches of a stream may share them.
         counters: Number of uint32 counters that the kernel needs at ``arguments.arrived``; they are zero before and
             after the launch.

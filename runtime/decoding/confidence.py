@@ -2,7 +2,8 @@
 
 A log-probability says how likely the model finds its own text, not how often such texts are right. So ``calibrate
 --references`` fits a map from one to the other on pictures with known captions, and keeps it in ``bundle.json``. A map
-holds for the bundle, the prompt and the decoding options that it was fitted with; for others there is no confidence.
+is valid for the bundle, the prompt and the decoding options that it was fitted with; for other prompts or options there
+is no confidence.
 """
 
 from __future__ import annotations

@@ -274,7 +274,7 @@ def argmax(logits: NDArray[np.float32]) -> NDArray[np.int64]:
     """Returns the likeliest token of each row of logits ``[B, V]``, int64 ``[B]``; of equal logits, the lowest id.
 
     Raises:
-        BackendError: The logits hold NaN.
+        BackendError: The logits contain NaN.
     """
     tokens: NDArray[np.int64] = logits.argmax(axis=-1)  # NaN counts as the largest
     if np.isnan(logits[np.arange(len(tokens)), tokens]).any():

@@ -148,14 +148,13 @@ class DecoderOnly(LanguageModel):
 
 
 class EncoderDecoder(LanguageModel):
-    """A text encoder and a decoder (T5): the encoder takes the prompt, and the decoder starts a new text.
+    """A text encoder and a decoder (T5): the prompt is the encoder's input, and the decoder starts a new text.
 
     Args:
         decoder: The decoder; it cross-attends to the text encoder's outputs.
         encoder: The loaded ``text_encoder`` graph.
         takes: Names of the encoder's inputs: ``inputs_embeds``, or ``input_ids`` if the graph has its own token
-            embeddings;
-            also ``image_embeds`` if the encoder cross-attends to the picture.
+            embeddings; also ``image_embeds`` if the encoder cross-attends to the picture.
         cross_kv: The loaded ``cross_kv`` graph.
         start_token_id: First id of every text.
     """

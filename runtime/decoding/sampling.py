@@ -178,7 +178,7 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """Computes log-probabilities along the last axis, float32, in a new array of the same shape.
 
     Raises:
-        BackendError: The logits hold NaN.
+        BackendError: The logits contain NaN.
     """
     shifted: NDArray[np.float32] = logits - logits.max(axis=-1, keepdims=True)
     norm = np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)

@@ -3,7 +3,7 @@
 The language model processes its last token and the proposed tokens in one pass, which gives logits after each token.
 Proposed tokens are accepted as long as they equal the tokens that these logits choose. The first one that differs and
 all tokens after it are removed from the KV cache (Leviathan et al., arXiv 2211.17192, with arg-max acceptance). Every
-token is chosen from the language model's own logits, so the text is that of plain decoding.
+token is chosen from the language model's own logits, so the text is the same as in plain decoding.
 
 Each row has its own draft. Several rows at once are decoded without one.
 """

@@ -49,7 +49,7 @@ class GreedyState(Protocol):
     def greedy(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[GreedyStep, None, None]:
         """Appends tokens ``[B]``, then yields the likeliest next tokens ``[B]`` step by step, and appends them.
 
-        When the generator is closed, the state holds all tokens except the last ones that were yielded.
+        When the generator is closed, the state contains all tokens except the last token of each row.
 
         Args:
             token_ids: The last token of each row.
@@ -123,7 +123,7 @@ class SlotState(RowState):
     """A state whose rows all write the next token to the same slot; shorter rows have masked slots on the left.
 
     Attributes:
-        mask: int64 ``[B, T]``, 1 if a slot holds a token.
+        mask: int64 ``[B, T]``, 1 if a slot has a token.
         positions: int64 ``[B]``, the position of each row's last token.
         cross_mask: int64 ``[B, S, E]``, 1 for each cross-attention key that a new token attends to; None if all tokens
             attend to the same keys.

@@ -1,9 +1,8 @@
 """Connections of the server: a protocol for uvicorn with time limits and a limit on the number of connections.
 
 uvicorn's own protocol limits only the idle time between two requests. The protocol here also limits the time of a
-header, closes
-the oldest waiting connection when there are too many, gives a client limited time to take its answer, and closes a
-connection whose body was not read to its end (an answer of 413 or 408).
+header, closes the oldest waiting connection when there are too many, gives a client limited time to take its answer,
+and closes a connection whose body was not read to its end (an answer of 413 or 408).
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class ConnectionTable:
     """Lists all connections of a server; also the connections that wait for a request, longest wait first.
 
     Args:
-        limits: The limits.
+        limits: The limits of connections.
         closed: Called with the reason for each connection that is closed because of a limit.
     """
 

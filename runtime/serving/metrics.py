@@ -68,7 +68,7 @@ class ModelMetrics:
     Args:
         shared: The metrics of the server, which contain the histograms.
         model: Value of the label ``model``; None for a server of one bundle, whose metrics lack that label.
-        load: Returns the requests in each queue.
+        load: Returns the number of requests in each queue.
         restarts: Returns how often the engine was loaded again.
 
     Attributes:

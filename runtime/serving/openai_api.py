@@ -2,8 +2,8 @@
 
 The keys of a request are in ``chat_keys.py``. A user message contains a picture as a ``data:`` URL (or several, if the
 model takes several), and an optional text, which is the prompt. A system message and earlier turns are accepted if the
-bundle's prompt has a place for them (``PromptSpec.turns``), else refused. Pictures given as ``http:`` URLs
-are refused, so that no client can make the server fetch an address (server-side request forgery).
+bundle's prompt has a place for them (``PromptSpec.turns``), else refused. Pictures given as ``http:`` URLs are refused,
+so that no client can make the server fetch an address (server-side request forgery).
 """
 
 from __future__ import annotations

@@ -101,8 +101,7 @@ class NewestFrame:
         """Stops the thread that reads the frames.
 
         If the frames come from a :class:`Source`, the source is closed and the thread stops at once. Otherwise the
-        thread stops
-        when the next frame arrives.
+        thread stops when the next frame arrives.
         """
         with self._changed:
             self._closed = True

@@ -134,7 +134,7 @@ class DecoderSession(TrtSession):
         device: The device that the engine runs on.
         engine: The deserialised engine.
         record: The engine's record in ``engine.json``.
-        engines: Function that opens the other engine that decoding needs, and returns both.
+        engines: Function that opens the engine that chooses tokens, and returns it with the decoder's engine.
     """
 
     def __init__(self, device: Device, engine: object, record: EngineRecord, engines: Callable[[], Engines]) -> None:

@@ -170,8 +170,8 @@ class DeviceState(FixedState):
 
         While the caller uses a token, the next step already runs on the GPU.
 
-        A step is launched before the previous token is read. When the caller stops, the state holds all tokens except
-        the last ones that were yielded, as after :meth:`step`.
+        A step is launched before the previous token is read. When the caller stops, the state contains all tokens
+        except the last token of each row, as after :meth:`step`.
 
         Args:
             token_ids: The last token of each row, ``[B]``.

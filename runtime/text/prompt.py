@@ -155,7 +155,7 @@ class PromptBuilder:
             queries: Number of visual tokens of each image or frame; None for all.
 
         Raises:
-            PromptError: The prompt is longer than the context, or holds a reserved text or an unknown token.
+            PromptError: The prompt is longer than the context, or contains a reserved text or an unknown token.
             UsageError: ``text`` is None and the model needs a prompt, or ``text`` lacks a place for each image.
         """
         if text is None and self.spec.required:
@@ -261,8 +261,8 @@ class InstructionTokenizer:
             positions of an instruction do not depend on the batch.
 
         Raises:
-            PromptError: An instruction is missing, holds a special token of the Q-Former's, or is longer than its
-                position table.
+            PromptError: An instruction is missing, contains a special token of the Q-Former, or is longer than the
+                Q-Former's position table.
         """
         rows = [self._tokens(None if text is None else str(text)) for text in texts]
         ids = np.zeros((len(rows), max(1, *map(len, rows))), np.int64)

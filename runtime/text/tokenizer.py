@@ -69,7 +69,7 @@ def parse_tokenizer(
     """Parses a `tokenizer.json`.
 
     Args:
-        content: The file.
+        content: The file's bytes.
         path: Path of the file, for the error.
         error: Class of the error.
         fix: What the user can do about a broken file.
@@ -270,7 +270,7 @@ class TextStream:
         return self._settle(fresh)
 
     def flush(self) -> str:
-        """Ends the text; returns what was held back (incomplete characters as U+FFFD). Then the stream starts anew."""
+        """Ends the text; returns what was held back (incomplete characters as U+FFFD). Then a new text can begin."""
         rest = self._decode_window()[self._taken :]
         final = self._clean(self._unsettled + rest)
         self._window, self._taken, self._boundary, self._unsettled = [], 0, 0, ""

@@ -2,10 +2,9 @@
 
 All frames of the recording were encoded in full, so the code can compute which captions would have been wrong with each
 pair of thresholds. A *missed change* is a frame that got the caption of an earlier frame although its own caption
-differs.
-The rate is missed changes / reused frames. A pair of thresholds is allowed if an upper confidence bound of its rate is
-at most the stated rate; of the allowed pairs, a pair that saves most time is chosen (Learn then Test, Angelopoulos et
-al., arXiv 2110.01052, with Bonferroni's correction for the number of pairs).
+differs. The rate is missed changes / reused frames. A pair of thresholds is allowed if an upper confidence bound of its
+rate is at most the stated rate; of the allowed pairs, a pair that saves most time is chosen (Learn then Test,
+Angelopoulos et al., arXiv 2110.01052, with Bonferroni's correction for the number of pairs).
 
 The bound is that of Clopper and Pearson (Biometrika 26, 1934). It needs independent frames. But one overlooked change
 makes a run of frames wrong, and a scene whose captions change from frame to frame has many misses. So, as Korn and
@@ -155,7 +154,7 @@ class ReuseFit:
         chosen: The measured values of the chosen pair; None if no pair is allowed.
         curve: The measured values of every pair of thresholds.
         frames: Number of frames of the recording.
-        changes: Number of frames whose caption differs from that of the frame before.
+        changes: Number of frames whose caption differs from the caption of the frame before.
         times: The median times of a frame.
     """
 

@@ -59,9 +59,8 @@ class ReusingEncoder:
     """An encoder that skips a picture which hardly differs from the last encoded one.
 
     Such a picture gets the visual tokens and cross-attention keys of the last encoded picture. If only the instruction
-    or the
-    number of queries differs, the bridge runs again on the last ``image_embeds``. Each call encodes one row. Only one
-    thread may use the object.
+    or the number of queries differs, the bridge runs again on the last ``image_embeds``. Each call encodes one row.
+    Only one thread may use the object.
 
     Args:
         encoder: Encodes the pictures that are not skipped.
@@ -72,7 +71,7 @@ class ReusingEncoder:
             computed with the bridge and reused as well.
 
     Attributes:
-        reused: Whether the last call reused the visual tokens.
+        reused: Whether the last call reused visual tokens of an earlier picture.
         difference: Difference of the last call's picture from the last encoded one; infinite if there was none.
 
     Raises:

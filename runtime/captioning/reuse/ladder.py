@@ -8,9 +8,8 @@
         '----------------------no---> full      the text is generated
 
 The thresholds come from :func:`fit_thresholds`. Until there are enough frames for a fit, each frame is encoded in full
-(``fit``).
-One in :data:`AUDIT_EVERY` frames that could be reused is encoded in full as a check (``audit``). So the rate of missed
-changes is measured during the whole run; if it rises above the stated rate, the thresholds are fitted again.
+(``fit``). One in :data:`AUDIT_EVERY` frames that could be reused is encoded in full as a check (``audit``). So the rate
+of missed changes is measured during the whole run; if it rises above the stated rate, the thresholds are fitted again.
 """
 
 from __future__ import annotations

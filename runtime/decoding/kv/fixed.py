@@ -2,7 +2,7 @@
 
 ``constant_shape.py`` and ``in_place.py`` in ``engine/decoder`` describe the graph's inputs. The next token of all rows
 goes to the same slot; shorter rows have masked slots on their left. A :class:`FixedCache` stores and moves the keys and
-values, so that the same state works with a cache on a GPU and with one of NumPy arrays, which the tests use.
+values, so that the same state works with a cache on a GPU and with a cache of NumPy arrays (in the tests).
 """
 
 from __future__ import annotations

@@ -21,8 +21,7 @@ class AnnotatedVideo(Sink):
     """Writes the captioned pictures with their captions into an MP4 file.
 
     Each picture is shown until the next captioned picture. Each frame is written to the file at once, so that the file
-    can
-    be played after a crash as well. All pictures have the size of the first picture, with even height and width.
+    can be played after a crash as well. All pictures have the size of the first picture, with even height and width.
 
     Args:
         file: The file; it must not exist.

@@ -1,8 +1,7 @@
 """The sources of ``blip2edge watch``: folders, video files, cameras, network streams and GStreamer pipelines.
 
 :data:`KINDS` lists the kinds of sources. Each kind has a function that recognizes the text of its sources, and a
-function that makes their frames. A live source that
-breaks off is opened again by :func:`_reconnecting`, which is the same for all of them.
+function that makes their frames. A live source that breaks off is opened again by :func:`_reconnecting`.
 """
 
 from __future__ import annotations
