@@ -61,7 +61,7 @@ class LoopConfig(RecipeSection):
 
     @property
     def tracker_names(self) -> tuple[str, ...]:
-        """The trackers, each once."""
+        """Returns the names of the trackers, without duplicates."""
         return tuple(dict.fromkeys([*self.trackers, *(["tensorboard"] if self.tensorboard else [])]))
 
 

@@ -78,5 +78,5 @@ class ModelConfig(RecipeSection):
 
     @property
     def is_miniature(self) -> bool:
-        """Whether the run trains the miniature: picture encoder and language model are initialized and pretrained."""
+        """Returns whether the run trains the miniature: the recipe names no checkpoint, vision or language model."""
         return not (self.checkpoint or self.vision_from or self.language_from)

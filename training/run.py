@@ -45,7 +45,7 @@ _AUTOCAST = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def snapshots_of(out_dir: str | Path) -> Snapshots:
-    """The snapshots of the run that writes ``out_dir``; they are in ``OUT.run`` until the run has succeeded."""
+    """Returns the snapshots of the run that writes ``out_dir``; they are in ``OUT.run`` until the run has succeeded."""
     target = Path(out_dir)
     return Snapshots(target.with_name(f"{target.name}{_RUN_SUFFIX}"))
 
@@ -65,7 +65,7 @@ def train(
 
     Phases that the stage needs, and for which the recipe names no checkpoint, run first. The directory appears only
     when the run has succeeded, and is then complete. During the run, log and snapshots are in `OUT.run`. A run that
-    resumes from a snapshot ends with exactly the weights of an uninterrupted one.
+    resumes from a snapshot ends with exactly the weights of a run that was not interrupted.
 
     Args:
         stage: "stage1", "stage2" or "instruct".
@@ -75,8 +75,8 @@ def train(
             the run always resumes.
         force: Whether to replace `out_dir` if it exists, and to ignore snapshots.
         log: Called with status lines.
-        progress: Called with (phase, steps done, steps in all).
-        evaluation_scenes: Number of held-out scenes to score the result on, if it was trained on scenes; 0 for none.
+        progress: Called with (phase, steps done, number of all steps).
+        evaluation_scenes: Number of held-out scenes on which a model trained on scenes is scored; 0: no scoring.
 
     Returns:
         The record, also saved as `training.json`: losses of each phase, scores, hash of the recipe, machine.
@@ -123,7 +123,7 @@ def _train(
     log: Callable[[str], None] | None,
     progress: ProgressCallback | None,
 ) -> dict[str, Any]:
-    """Runs the phases and publishes the checkpoint."""
+    """Runs the phases and publishes the checkpoint; returns the record of the run."""
     first, target, config_path = accelerator.is_main_process, options.target, options.config_path
     check_trackers(config.loop.tracker_names)
     snapshots = snapshots_of(target)
@@ -155,7 +155,7 @@ def _train(
 def _journal(
     config: TrainingConfig, target: Path, snapshots: Snapshots, log: Callable[[str], None], *, resumed: bool
 ) -> Journal:
-    """The log of the first process, with the trackers.
+    """Makes the log of the run with its trackers; called in the first process only.
 
     Raises:
         ConfigError: A tracker cannot be started.
@@ -215,7 +215,7 @@ def _run_phases(run: TrainingRun, snapshot: Snapshot | None) -> None:
 
 
 def _phase_figures(run: TrainingRun, phase: Phase, seconds: float) -> dict[str, Any]:
-    """Figures of a phase for the record; losses are means over the last twentieth of its log."""
+    """Returns losses and seconds of a phase for the record; a loss is the mean over the last twentieth of its log."""
     lines = [line for line in run.journal.lines if line["phase"] == phase.name]
     last = lines[-max(1, len(lines) // 20) :]
     validated = {} if phase.validation is None else {"validation": phase.validation.figures()}
@@ -229,7 +229,7 @@ def _phase_figures(run: TrainingRun, phase: Phase, seconds: float) -> dict[str, 
 
 
 def _accelerator(config: TrainingConfig) -> Accelerator:
-    """Sets up device, arithmetic and processes.
+    """Makes the accelerator, which sets up device, arithmetic and processes.
 
     Raises:
         ConfigError: The recipe's arithmetic is not available on this machine.
@@ -248,10 +248,10 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
 def _snapshot_to_resume(
     snapshots: Snapshots, stage: str, config: TrainingConfig, *, resume: bool, force: bool, first: bool
 ) -> Snapshot | None:
-    """The snapshot to resume from; None to start from the beginning.
+    """Returns the snapshot to resume from; None to start from the beginning.
 
     Raises:
-        ConfigError: The snapshot belongs to another recipe or stage, or `resume` is set and there is none.
+        ConfigError: The snapshot belongs to another recipe or stage, or `resume` is set and there is no snapshot.
     """
     if force and not resume:
         if first:
@@ -281,7 +281,7 @@ def _snapshot_to_resume(
 
 
 def _record(run: TrainingRun, config_path: str | Path, seconds: float, cpu_seconds: float) -> dict[str, Any]:
-    """The content of `training.json` without the scores."""
+    """Returns the content of `training.json`, without the scores."""
     config = run.config
     return {
         "stage": run.stage,
@@ -310,7 +310,7 @@ def _record(run: TrainingRun, config_path: str | Path, seconds: float, cpu_secon
 
 
 def _publish(run: TrainingRun, options: _Options, record: dict[str, Any]) -> None:
-    """Writes the checkpoint beside its place, scores it there, and renames it to the target."""
+    """Writes the checkpoint to a directory beside the target, scores it there, and renames the directory."""
     beside, target, fresh = run.snapshots.directory, options.target, options.part / NEW
     config, parts = run.config, run.parts
     try:

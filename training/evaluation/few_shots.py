@@ -1,4 +1,4 @@
-"""Examples before each question or caption of an evaluation (few-shot), for models that read several pictures."""
+"""Adds examples before each question or caption of an evaluation (few-shot), for models with several input pictures."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _SHOTS = 6  # random stream of examples
 
 @runtime_checkable
 class Prompted(Protocol):
-    """A captioner that shows how it makes its prompts."""
+    """Interface of a captioner that has a prompt builder."""
 
     @property
     def prompts(self) -> PromptBuilder:
-        """The prompt builder of its family."""
+        """Returns the prompt builder of the captioner's family."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """What examples are drawn from.
+    """The data from which few-shot examples are drawn.
 
     Attributes:
         entries: Captions, or questions with answers.
-        count: Number of examples before each request.
+        count: Number of examples before each entry that the captioner gets.
     """
 
     entries: Sequence[Entry]
@@ -46,10 +46,11 @@ class Examples:
 
         Args:
             captioner: The captioner.
-            questions: Whether it is asked questions.
+            questions: True if the captioner answers questions, False if it writes captions.
 
         Raises:
-            UsageError: It reads one picture in a text, or the examples are of the other kind.
+            UsageError: The model takes only one picture per text; or examples are captions for questions, or questions
+                for captions.
             DataError: There are too few pictures.
         """
         _builder(captioner)
@@ -66,13 +67,13 @@ class Examples:
     def ask(
         self, captioner: CaptionModel, asked: Sequence[Entry], images: Sequence[Image.Image], prompts: Prompts
     ) -> list[str]:
-        """Lets a captioner generate a text for each entry, after its examples.
+        """Generates a text for each entry with a captioner; the entry's examples come first in the prompt.
 
         Args:
             captioner: The captioner.
-            asked: The entries; none is shown its own picture as an example.
-            images: The picture of each.
-            prompts: The prompt of each; None for the default.
+            asked: The entries. An entry's own picture is never one of its examples.
+            images: The picture of each entry.
+            prompts: The prompt of each entry; None for the default prompt.
         """
         items: list[Any] = []
         texts: list[str | None] = []
@@ -83,7 +84,10 @@ class Examples:
         return captioner(items, texts)
 
     def _drawn(self, captioner: CaptionModel, entry: Entry, prompt: str | None) -> tuple[list[Shot], list[Image.Image]]:
-        """The examples of an entry with their pictures; its id decides. Broken pictures are no examples."""
+        """Draws the examples of an entry, and their pictures; the draw depends on the entry's id.
+
+        Pictures that cannot be opened are left out.
+        """
         rng = np.random.default_rng([_SHOTS, zlib.crc32(entry.sample_id.encode())])
         shots: list[Shot] = []
         images: list[Image.Image] = []
@@ -115,20 +119,20 @@ def generate_texts(
     prompts: Prompts,
     examples: Examples | None,
 ) -> list[str]:
-    """The texts of a captioner for some entries, after examples if there are any; see :meth:`Examples.ask`."""
+    """Generates a text for each entry with a captioner, with few-shot examples if given; see :meth:`Examples.ask`."""
     return captioner(images, prompts) if examples is None else examples.ask(captioner, asked, images, prompts)
 
 
 def no_examples(what: str) -> UsageError:
-    """The error for an evaluation that shows no examples."""
+    """Returns the error for an evaluation that does not support few-shot examples."""
     return UsageError(f"{option('shots')} does not work with {what}", f"leave {option('shots')} out")
 
 
 def _builder(captioner: CaptionModel) -> PromptBuilder:
-    """The prompt builder of a captioner that reads several pictures.
+    """Returns the prompt builder of a captioner that takes several pictures per text.
 
     Raises:
-        UsageError: It reads one picture in a text.
+        UsageError: The captioner takes only one picture per text.
     """
     if not isinstance(captioner, Prompted) or not is_interleaved(captioner.prompts):
         raise UsageError(
@@ -139,5 +143,5 @@ def _builder(captioner: CaptionModel) -> PromptBuilder:
 
 
 def _answer(entry: Entry) -> str:
-    """The caption, or the answer that most people gave."""
+    """Returns the text of an example: its caption, or the answer that most people gave."""
     return entry.text or Counter(entry.answers).most_common(1)[0][0]

@@ -1,7 +1,7 @@
-"""The interfaces of models under evaluation: a captioner or a matcher.
+"""The interfaces of the models that are evaluated: captioners and matchers.
 
-A bundle runs in the runtime, without torch; a checkpoint runs in torch. Both have the same interface, so that the same
-scores show what an export or a precision costs.
+A bundle runs in the runtime, without torch; a checkpoint runs in torch. Both have the same interface, so the scores
+before and after an export, or at another precision, can be compared.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class CaptionModel(Protocol):
         """
 
     def question(self, text: str) -> str:
-        """Makes the prompt that asks a question.
+        """Returns the prompt for a question.
 
         Raises:
             UsageError: The model does not answer questions.
@@ -46,7 +46,7 @@ class MatchModel(Protocol):
 
     @property
     def has_head(self) -> bool:
-        """Whether the model has a matching head (ITM) in addition to the vectors (ITC)."""
+        """Returns whether the model has a matching head (ITM) in addition to the vectors (ITC)."""
 
     def image_vectors(self, pictures: Sequence[Image.Image]) -> Vectors:
         """Computes unit vectors of pictures: float32 [N, F], or [N, K, F] if a picture has K vectors."""
@@ -59,13 +59,13 @@ class MatchModel(Protocol):
     ) -> list[list[float]]:
         """Computes the match probability of each picture with each of its own texts, by the matching head.
 
-        With `logits`, computes the head's logit of "match" instead, the mean over the queries of the picture.
+        If `logits` is True, returns instead the head's logit of "match": the mean over the queries of the picture.
         """
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How a model is run.
+    """The options with which a model is run.
 
     Attributes:
         backend: Name of a bundle's backend, or "auto"; for a checkpoint "auto", "cpu" or "cuda".
@@ -91,7 +91,7 @@ class EvaluatedModel:
 
 
 def needs_picture(path: Path) -> UsageError:
-    """The error for the language model of ``path``, which cannot be run without a picture."""
+    """Returns the error for the language model of ``path``, which cannot be run without a picture."""
     return UsageError(
         f"the language model of {path} attends to a picture in each layer, and cannot read a caption alone",
         f"give {option('reader')} a language model, or a captioner whose language model takes visual tokens (BLIP-2,"

@@ -44,11 +44,11 @@ class BundleCaptioner:
 
     @property
     def prompts(self) -> PromptBuilder:
-        """The prompt builder of the bundle."""
+        """Returns the prompt builder of the bundle."""
         return self._captioner.prompts
 
     def question(self, text: str) -> str:
-        """Makes the prompt that asks a question."""
+        """Returns the prompt for a question."""
         return self.prompts.question(text)
 
 
@@ -61,7 +61,7 @@ class BundleMatcher:
 
     @property
     def has_head(self) -> bool:
-        """Whether the model has a matching head."""
+        """Returns whether the model has a matching head."""
         return self._matcher.head is not None
 
     def image_vectors(self, pictures: Sequence[Image.Image]) -> Vectors:

@@ -81,7 +81,7 @@ def evaluate(
         reader_prompt: The reader's prompt, with ``{caption}`` and ``{question}``; None for the default.
         shots: Number of examples before each caption or question, for a model that reads several pictures.
         shots_from: Data that the examples are drawn from; None for the other pictures of `data`.
-        predictions: Whether the figures contain ``predictions``, the generated texts in COCO's result format.
+        predictions: Whether the result contains ``predictions``, the generated texts in COCO's result format.
         backend: Name of a bundle's backend, or ``auto``; for a checkpoint, which runs in torch, ``auto``, ``cpu`` or
             ``cuda``.
         threads: CPU threads; None for all cores.
@@ -91,7 +91,7 @@ def evaluate(
         **generation: Fields of ``GenerationOptions``; ``draft`` and ``abstain_below`` need a bundle.
 
     Returns:
-        Figures by name, as ``blip2edge eval --json`` prints them.
+        The scores by name, as ``blip2edge eval --json`` prints them.
 
     Raises:
         UsageError: An option is out of range, or the model or the data do not support it.
@@ -142,10 +142,10 @@ def _check_combinations(data: str, count: int | None, reader: str | Path | None,
 def _examples(
     shots: int, shots_from: str | Path | None, entries: list[Entry] | None, max_broken: int
 ) -> Examples | None:
-    """What examples are drawn from; None for no examples.
+    """Reads the data from which few-shot examples are drawn; returns None if `shots` is 0.
 
     Raises:
-        UsageError: There is a source of examples, and none is wanted.
+        UsageError: `shots_from` is given, but `shots` is 0.
     """
     if not shots:
         if shots_from is not None:
@@ -187,7 +187,10 @@ def _read(
     *,
     alone: bool,
 ) -> tuple[list[Entry], BrokenSamples]:
-    """The samples of the first `count` pictures, and the broken samples; `alone`: pictures may have no texts."""
+    """Reads the samples of the first `count` pictures; returns them and the broken samples.
+
+    If `alone` is True, pictures may have no texts.
+    """
     config, base = detect_data(data, _text(images), _text(annotations), max_broken)
     if alone and config.kind == "folder":
         pictures = read_pictures(Path(data))

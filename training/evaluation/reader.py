@@ -1,7 +1,7 @@
 """A reader: a language model that answers questions from a caption alone, without the picture.
 
-A caption that lets the reader answer contains what the questions are about. The idea is that of QACE (Lee et al., arXiv
-2108.12560), with the questions of a data set in place of generated ones.
+If the reader's answers are right, the caption contains what the questions are about. The idea is that of QACE (Lee et
+al., arXiv 2108.12560), but the questions are those of a data set, not generated questions.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ STOP = "\n"
 
 
 class Reader:
-    """A language model that continues texts, greedily.
+    """Answers questions from captions, with a language model and greedy decoding.
 
     Args:
         generator: Language model and tokenizer.
-        ends: Ids that end a text.
+        ends: Token ids that end a text.
         batch_size: Number of texts in one batch.
         template: The prompt of a question, with the two :data:`FIELDS`.
 
@@ -61,7 +61,7 @@ class Reader:
         self._template = template
 
     def __call__(self, captions: Sequence[str], questions: Sequence[str]) -> list[str]:
-        """Answers one question from each caption.
+        """Answers one question for each caption, from the caption alone; returns the answers.
 
         Raises:
             PromptError: The context of the language model has no room for a prompt and its answer.

@@ -1,4 +1,7 @@
-"""Pictures with known captions or answers, and when a generated text is right: for ``calibrate --references``."""
+"""Reads pictures with known captions or answers, and decides whether a generated text is right.
+
+Used by ``calibrate --references``.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,11 @@ class KnownText:
     """A picture with its right captions, or a question on it with its right answers.
 
     Attributes:
-        name: Name in messages.
+        name: Name of the picture or question in messages.
         picture: The picture.
         texts: The captions or answers.
         question: The question; empty for captions.
-        right_at: Smallest score of a right text, see :func:`read_references`; None for the default rule.
+        right_at: Smallest score at which a text is right, see :func:`read_references`; None for the default rule.
     """
 
     name: str
@@ -39,7 +42,7 @@ class KnownText:
 
     @property
     def identity(self) -> str:
-        """Key of the picture."""
+        """Returns the key of the picture; pictures with equal keys are the same picture."""
         return self.picture.identity
 
     def open(self) -> Image.Image:
@@ -47,7 +50,7 @@ class KnownText:
         return self.picture.open()
 
     def is_right(self, text: str) -> bool:
-        """Whether a generated text is right."""
+        """Returns whether a generated text is right."""
         if self.question:
             return answer_accuracy(text, self.texts) >= (HALF if self.right_at is None else self.right_at)
         said, known = words(text), [words(one) for one in self.texts]
@@ -63,9 +66,9 @@ def read_references(
         data: COCO's JSON of captions or of VQA questions, a folder of pictures with texts, tar shards, or a recipe.
         annotations: File of the answers to VQA's questions; None for the file beside the questions.
         max_broken: Largest number of missing or broken samples.
-        right_at: A caption is right if its ROUGE-L is at least this, an answer if its VQA accuracy is. None: a caption
-            must be equal to a reference, apart from case and punctuation; an answer's accuracy is at least
-            :data:`HALF`.
+        right_at: Smallest score at which a text is right: ROUGE-L of a caption, VQA accuracy of an answer. None: a
+            caption must be equal to a reference, apart from case and punctuation; an answer must have an accuracy of
+            at least :data:`HALF`.
 
     Returns:
         The references, and the rule as a sentence.

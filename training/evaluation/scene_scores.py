@@ -46,7 +46,7 @@ def evaluate_scenes(
     split: Split = "heldout",
     progress: Callable[[int, int], None] | None = None,
 ) -> SceneScores:
-    """Captions generated scenes and compares the result with the correct captions.
+    """Captions generated scenes and compares the captions with the correct captions.
 
     Args:
         caption_many: Function that captions pictures, in order.

@@ -53,10 +53,10 @@ class ScoringOptions:
             for the number in :data:`TOP`.
         ranking: How the matching head ranks candidates: by its ``probability``, or as ``lavis``, by its logit plus the
             cosine.
-        ask: Whether POPE's questions are given to the model; otherwise its captions answer them.
-        clip: Compares pictures and captions for CLIPScore; None for no CLIPScore.
-        reader: Answers questions from captions; None for no such score.
-        examples: Examples before each request to the captioner; None for none.
+        ask: True: the captioner answers POPE's questions. False: the questions are answered from its captions.
+        clip: Model that compares pictures and captions for CLIPScore; None for no CLIPScore.
+        reader: Model that answers questions from captions; None for no such score.
+        examples: Few-shot examples before each text of the captioner; None for no examples.
         progress: Called with (pictures done, all pictures).
     """
 
@@ -74,7 +74,7 @@ class ScoringOptions:
         """Returns the metrics to compute.
 
         Args:
-            possible: Those that model and data support by themselves.
+            possible: Metrics that model and data support without a CLIP or a reader.
             captions: Whether there are captions, which a CLIP can score.
             questions: Whether there are questions, which a reader can answer.
 
@@ -110,7 +110,7 @@ def score_scenes(model: EvaluatedModel, count: int, split: Split, options: Scori
         options: Which metrics are computed, and how.
 
     Returns:
-        Figures by name. For a captioner: exact match with its control (see `evaluate_scenes`), caption scores, CHAIR
+        Scores by name. For a captioner: exact match with its control (see `evaluate_scenes`), caption scores, CHAIR
         and POPE. For a matcher: retrieval, and POPE.
 
     Raises:
@@ -205,7 +205,7 @@ def score_entries(
         options: Which metrics are computed, and how.
 
     Returns:
-        Figures by name: BLEU, ROUGE-L and CIDEr-D for captions, VQA accuracy for questions, recalls for a matcher;
+        Scores by name: BLEU, ROUGE-L and CIDEr-D for captions, VQA accuracy for questions, recalls for a matcher;
         `predictions`, the generated texts in COCO's format; and the broken samples. With a CLIP, `without_captions` is
         the number of pictures without a caption if others have one: then CLIPScore is the only score.
 
@@ -267,7 +267,7 @@ def _captioned(
 def _asked(
     captioner: CaptionModel, entries: Sequence[Entry], broken: BrokenSamples, options: ScoringOptions
 ) -> Figures:
-    """Scores on questions: the captioner's own answers, and those of a reader of its captions."""
+    """Returns the scores on questions: of the captioner's own answers, and of a reader's answers from its captions."""
     metrics = options.chosen(("vqa",), questions=True)
     if "reader" in metrics and options.examples is not None:
         raise no_examples("captions for a reader")
@@ -283,7 +283,7 @@ def _asked(
 def _read(
     captioner: CaptionModel, reader: Reader, entries: Sequence[Entry], broken: BrokenSamples, options: ScoringOptions
 ) -> Figures:
-    """VQA accuracy of a reader that sees the captions alone, and of the same reader without the captions."""
+    """Returns the VQA accuracy of a reader that gets only the captions, and that of the reader without captions."""
     shown = by_picture(entries)
     pictures = [(each.image_id, each.picture) for each in shown]
     texts: list[str] = []
@@ -360,7 +360,7 @@ def _retrieval(
     owners: Sequence[int],
     options: ScoringOptions,
 ) -> Figures:
-    """Recalls. Pictures for the matching head are opened a second time."""
+    """Returns the retrieval recalls. Pictures for the matching head are opened a second time."""
     scores = similarities(gallery.vectors, matcher.text_vectors(texts))
     top = TOP[options.ranking] if options.top is None else options.top
     top = top if matcher.has_head else 0
@@ -380,5 +380,5 @@ def _retrieval(
 
 
 def _as_in_data(name: str, entry: Entry) -> int | str:
-    """An id of the entry as the data has it: a number, or a text such as ``0042``."""
+    """Returns an id of the entry as in the data files: a number, or a text such as ``0042``."""
     return int(name) if entry.numbered and name.isdecimal() else name

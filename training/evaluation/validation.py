@@ -1,4 +1,4 @@
-"""Prepares the scores of a validation: reads the held-out data once, and captions it with the model as it is."""
+"""Prepares the validation during training: reads the held-out data once, and makes the function that scores."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def validation_scores(
     Args:
         config: Section ``[validation]`` of the recipe.
         base: Directory that the recipe's relative paths start from.
-        captioner: The captioner; it is called with the weights of the moment.
+        captioner: The captioner; each validation uses the weights that it has at that time.
 
     Returns:
-        A function that scores the captioner, and the name of the figure that decides.
+        A function that scores the captioner, and the name of the score to maximise.
 
     Raises:
-        ConfigError: The data does not have the wanted metric.
+        ConfigError: The metric of the recipe cannot be computed on the data.
         DataError: The data cannot be read.
     """
     model = EvaluatedModel(captioner=captioner)
@@ -53,7 +53,7 @@ def validation_scores(
 
 
 def _metric(data: str, config: ValidationConfig) -> str:
-    """The figure that decides."""
+    """Returns the name of the score to maximise."""
     possible = METRICS[data]
     if config.metric and config.metric not in possible:
         raise ConfigError(

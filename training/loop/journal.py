@@ -1,4 +1,4 @@
-"""The log of a training run: JSON lines, trackers such as TensorBoard, and a plot of the losses."""
+"""Writes the log of a training run: JSON lines, values for trackers such as TensorBoard, and a plot of the losses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LINES = 200  # approximate number of lines of a phase, unless the recipe sets lo
 
 
 class Journal:
-    """The log of one run: one line for each interval of steps.
+    """Writes the log of one run: one line for each interval of steps.
 
     A line is an object with `phase`, `step` (steps done), `losses` by name, `loss` (the minimised sum) and `grad_norm`
     (means over the interval and over the processes), `rate` (learning rate), `gauges` (values of the phase, such as a
@@ -28,8 +28,8 @@ class Journal:
     began the phase).
 
     Args:
-        directory: Directory of `log.jsonl`; None writes nothing (for all processes except the first).
-        trackers: Get the values of each line too; None for no trackers.
+        directory: Directory of `log.jsonl`; None: nothing is written (in all processes except the first).
+        trackers: Trackers that also get the values of each line; None for no trackers.
     """
 
     def __init__(self, directory: Path | None, trackers: Trackers | None = None) -> None:
@@ -67,12 +67,12 @@ class Journal:
             raise output_error(self._path, error) from error
 
     def begin(self, done: int) -> None:
-        """Begins a phase after `done` steps of earlier phases; starts the clock of `seconds` in its lines."""
+        """Begins a phase after `done` steps of earlier phases; `seconds` in the phase's lines counts from this call."""
         self._started = time.monotonic()
         self._done = done
 
     def state(self) -> dict[str, Any]:
-        """Returns the number of lines, and the sums of the interval that is not yet written."""
+        """Returns the number of written lines, and the sums of the interval whose line is not yet written."""
         return {"sums": dict(self._sums), "count": self._count, "lines": len(self.lines)}
 
     def add(self, values: Mapping[str, float]) -> None:
@@ -141,7 +141,7 @@ def draw_curve(lines: Sequence[Mapping[str, Any]], path: Path) -> bool:
         path: The PNG file to write.
 
     Returns:
-        Whether it was plotted; False if matplotlib is not installed.
+        True if the losses were plotted; False if matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

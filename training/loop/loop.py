@@ -34,25 +34,25 @@ _NAMED = 3  # samples named in a message
 
 
 class PhaseBatch(Protocol):
-    """What the training loop needs from a batch."""
+    """Interface of a batch: the values that the training loop needs."""
 
     @property
     def sample_ids(self) -> Sequence[str]:
-        """Names of the batch's samples on this process."""
+        """Returns the names of the batch's samples on this process."""
 
     @property
     def weight(self) -> int:
-        """Weight of this batch in the mean loss of a step: number of its rows, or of the tokens that give loss."""
+        """Returns the batch's weight in the mean loss of a step: number of rows, or of tokens with a loss."""
 
 
 class Batches(Protocol[Batch_co]):
     """An endless series of batches that can be continued from a saved position."""
 
     def __next__(self) -> Batch_co:
-        """This process' rows of the next batch, on its device."""
+        """Returns this process' rows of the next batch, on the device of the process."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the position of the next batch, as JSON values; the same on every process."""
+        """Returns the position of the next batch, as JSON values that are equal on every process."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues at the position that `state_dict` returned."""
@@ -64,17 +64,17 @@ class Phase:
 
     Attributes:
         name: Name of the phase in log, messages and snapshots.
-        module: Maps a batch to losses by name. The loss "loss" is minimised if there is one, else the sum of all.
-            Parameters with `requires_grad` are trained. Call the module itself, not its parts: with several
-            processes the module is wrapped.
+        module: Maps a batch to losses by name. If there is a loss named "loss", it is minimised, else the sum of all
+            losses. Parameters with `requires_grad` are trained. Call the module itself, not its submodules: with
+            several processes the module is wrapped.
         batches: The training data.
         config: Steps, learning rates and clipping.
         seed: Seed of dropout and of drawn negatives.
-        gauges: Returns values to log in addition to the losses.
+        gauges: Function that returns values to log in addition to the losses.
         validation: Scores the model during the phase; None for no validation.
-        before_step: Called with the number of a step before it is made, on every process.
+        before_step: Called before each step, on every process, with the number of the step.
         frozen: Frozen modules outside of `module` that make the batches; their parameters are sharded too.
-        rate_of: The factor on the learning rate, from the name of a parameter of the module.
+        rate_of: Function from the name of a parameter of the module to the factor on its learning rate.
     """
 
     name: str
@@ -96,10 +96,10 @@ class _PreparedPhase:
     Attributes:
         run: The run of the phase.
         phase: The phase.
-        module: Its module from `accelerator.prepare`.
+        module: The phase's module as returned by `accelerator.prepare`.
         optimizer: The optimizer from `accelerator.prepare`.
         averages: Averages of the trained weights; None without `ema_decay`.
-        sharding: The spread parameters; None without `fsdp`.
+        sharding: The modules with spread parameters; None without `fsdp`.
     """
 
     run: TrainingRun
@@ -110,7 +110,7 @@ class _PreparedPhase:
     sharding: Sharding | None
 
     def averaged(self, where: str) -> bool:
-        """Whether the recipe uses the averaged weights in "validation" or in the "checkpoint"."""
+        """Returns whether the recipe uses the averaged weights in `where`: "validation" or "checkpoint"."""
         return self.averages is not None and self.run.config.loop.ema_weights in ("everywhere", where)
 
 
@@ -195,7 +195,7 @@ def _restore(prepared: _PreparedPhase, snapshot: Snapshot | None) -> int:
 
 
 def _validate(prepared: _PreparedPhase, finished: int) -> dict[str, float]:
-    """Scores the model after a step; empty if it is not due."""
+    """Scores the model after a step; returns the scores by name, or no scores if no validation is due."""
     phase, validation = prepared.phase, prepared.phase.validation
     if validation is None or not validation.due(finished, phase.config.steps):
         return {}
@@ -205,7 +205,7 @@ def _validate(prepared: _PreparedPhase, finished: int) -> dict[str, float]:
 
 
 def _finish(prepared: _PreparedPhase) -> None:
-    """Leaves the weights of the checkpoint in the phase's module, on every process."""
+    """Ends a phase: puts the weights of the checkpoint (averaged, gathered, best) into its module, on all processes."""
     phase, accelerator = prepared.phase, prepared.run.accelerator
     if prepared.averages is not None and prepared.averaged("checkpoint"):
         prepared.averages.exchange()
@@ -218,7 +218,7 @@ def _finish(prepared: _PreparedPhase) -> None:
 
 
 def _step(prepared: _PreparedPhase, step: int) -> dict[str, float]:
-    """Makes one optimiser step. Returns its mean losses and the gradient's norm."""
+    """Makes one optimiser step. Returns the mean losses of the step and the gradient's norm."""
     phase, module, accelerator = prepared.phase, prepared.module, prepared.run.accelerator
     config = phase.config
     batches = [next(phase.batches) for _ in range(config.accumulate)]
@@ -250,7 +250,7 @@ def _step(prepared: _PreparedPhase, step: int) -> dict[str, float]:
 
 
 def _losses(prepared: _PreparedPhase, batch: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """Runs the module on a batch. Returns its losses by name, and the loss to minimise."""
+    """Runs the module on a batch. Returns the batch's losses by name, and the loss to minimise."""
     # accelerate's wrapper of a module begins autocast itself; sharded parameters have no wrapper.
     with nullcontext() if prepared.sharding is None else prepared.run.accelerator.autocast():
         losses: dict[str, Tensor] = dict(prepared.module(batch))
@@ -259,7 +259,7 @@ def _losses(prepared: _PreparedPhase, batch: Any) -> tuple[dict[str, Tensor], Te
 
 
 def _clip(prepared: _PreparedPhase) -> float:
-    """Clips the gradients; returns their norm before."""
+    """Clips the gradients; returns the norm that they had before."""
     largest = prepared.phase.config.clip_norm
     if prepared.sharding is not None:
         prepared.sharding.sync_scalars()
@@ -269,7 +269,7 @@ def _clip(prepared: _PreparedPhase) -> float:
 
 
 def _shares(accelerator: Accelerator, weights: Sequence[int]) -> list[float]:
-    """Weights of the batches of one step in its gradient, averaged over all processes; they sum to 1."""
+    """Returns the weight of each batch in the gradient of a step, equal on all processes; the weights sum to 1."""
     if len(weights) == 1:
         return [1.0]
     counts = torch.tensor(weights, dtype=torch.float64)
@@ -279,7 +279,7 @@ def _shares(accelerator: Accelerator, weights: Sequence[int]) -> list[float]:
 
 
 def _over_processes(accelerator: Accelerator, values: dict[str, float]) -> dict[str, float]:
-    """Means over the processes, so that all processes have the same values and stop together."""
+    """Returns the mean of each value over all processes, so that all processes have equal values and stop together."""
     if accelerator.num_processes == 1:
         return values
     means = accelerator.reduce(torch.tensor(list(values.values()), device=accelerator.device), "mean")
@@ -287,7 +287,7 @@ def _over_processes(accelerator: Accelerator, values: dict[str, float]) -> dict[
 
 
 def _not_finite(run: TrainingRun, phase: Phase, batches: Sequence[PhaseBatch], step: int, what: str) -> DataError:
-    """The error for a step whose losses are not finite."""
+    """Returns the error for a step whose losses are not finite; it names the step and the samples."""
     names = [name for batch in batches for name in batch.sample_ids]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     samples = f" on the samples {', '.join(names[:_NAMED])}{more}" if names else ""
@@ -298,7 +298,7 @@ def _not_finite(run: TrainingRun, phase: Phase, batches: Sequence[PhaseBatch], s
 
 
 def _save(prepared: _PreparedPhase, step: int, done: int) -> None:
-    """Writes a snapshot within a phase. All processes gather the tensors, the first one writes."""
+    """Writes a snapshot within a phase. All processes gather the tensors; the first process writes the snapshot."""
     run, phase = prepared.run, prepared.phase
     tensors = phase_state.capture(run.accelerator, prepared.module, prepared.optimizer)
     facts: dict[str, Any] = {}

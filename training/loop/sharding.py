@@ -1,12 +1,12 @@
 """Spreads a phase's parameters over its processes (FSDP), layer by layer.
 
-Zhao et al., arXiv 2304.11277, by torch's ``fully_shard``: each process holds a part of each parameter, of its gradient
-and of its optimizer state. A layer's parameters are gathered before the layer runs, forward and backward, and released
-after it. So a process holds its share of the model, one whole layer, and what belongs to no layer (token table, head,
-norms). Frozen parameters are spread too.
+The method is that of Zhao et al., arXiv 2304.11277, by torch's ``fully_shard``. Each process holds a part of each
+parameter, with the same part of the gradient and of the optimizer state. The parameters of a layer are gathered before
+the layer's forward or backward pass, and released after it. So a process holds its share of the model, one whole layer,
+and the parameters that belong to no layer (token embedding table, head, norms). Frozen parameters are spread too.
 
-``fully_shard`` acts before and after a module's ``forward``. Layers that are also run by other methods name them
-(:func:`~blip2edge.model.layers.entry_points`), and these are registered here.
+``fully_shard`` adds its work before and after a module's ``forward``. Some layers are also run by other methods. The
+names of these methods come from :func:`~blip2edge.model.layers.entry_points`, and :func:`shard` registers them.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ _SHARDING_LAUNCHES = (
 def check_launcher() -> None:
     """Checks that `accelerate launch` only starts the processes; call it before the ``Accelerator`` is made.
 
-    The loop does not support models that the launcher divides: its first process reads parameters alone, and would
-    wait forever for the others' parts.
+    The training loop does not support models that the launcher divides. The loop reads parameters in the first process
+    only, and that process would wait forever for the shards of the other processes.
 
     Raises:
         ConfigError: The launcher was told to use FSDP, DeepSpeed, Megatron-LM or its parallelism config.
@@ -63,7 +63,7 @@ def check_launcher() -> None:
 
 
 def check_sharding(accelerator: Accelerator) -> None:
-    """Checks that this run can spread its parameters.
+    """Checks that the run has several processes, over which its parameters can be spread.
 
     Raises:
         ConfigError: There is only one process.
@@ -77,14 +77,14 @@ def check_sharding(accelerator: Accelerator) -> None:
 
 @dataclass
 class Sharding:
-    """The modules of a phase whose parameters are spread, and how they were before.
+    """The modules of a phase whose parameters are spread, and the state of these modules before.
 
     Attributes:
         modules: The outermost modules.
-        before: Class and attributes of each module in them, before it was spread. The values are those of the
-            attributes that are restored: hooks and entry points; None for the others.
-        scalars: Parameters without dimensions, which cannot be spread: each process has them all. They are in the order
-            of ``parameters()``, because all processes must average their gradients in the same order.
+        before: (module, class, attributes) for each module and submodule, before its parameters were spread. Values of
+            attributes are kept only for the attributes that :meth:`undo` restores (hooks, entry points), else None.
+        scalars: Parameters without dimensions, which cannot be spread: each process has all of them. They are in the
+            order of ``parameters()``, because all processes must average their gradients in the same order.
     """
 
     modules: tuple[nn.Module, ...]
@@ -99,7 +99,7 @@ class Sharding:
                 parameter.grad /= dist.get_world_size()
 
     def undo(self) -> None:
-        """Gathers all parameters on every process, and makes the modules those that they were before."""
+        """Gathers all parameters on every process, and restores the classes and attributes of the modules."""
         for module in self.modules:
             for each in module.modules():
                 if isinstance(each, FSDPModule):
@@ -142,9 +142,9 @@ def shard(accelerator: Accelerator, modules: Iterable[nn.Module]) -> Sharding:
 
 @contextmanager
 def views_allowed() -> Iterator[None]:
-    """Within this context, sharded layers may return views without a warning of torch.
+    """Suppresses, during a ``with`` block, torch's warning that a sharded layer returns a view.
 
-    torch warns because a view that is changed in place loses its gradient; no layer changes its input in place.
+    torch warns because a view that is changed in place loses its gradient. Here no layer changes its input in place.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
@@ -152,7 +152,7 @@ def views_allowed() -> Iterator[None]:
 
 
 def gather_sharded(module: nn.Module) -> None:
-    """Replaces sharded parameters by whole ones, on every process; a tied parameter stays one."""
+    """Replaces sharded parameters by whole parameters, on every process; tied parameters stay tied."""
     gathered: dict[int, nn.Parameter] = {}
     for owner in list(module.modules()):
         for name, parameter in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
@@ -164,12 +164,12 @@ def gather_sharded(module: nn.Module) -> None:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """Returns the whole of a sharded tensor, on every process; another tensor unchanged."""
+    """Returns the whole tensor for a sharded tensor, on every process; returns any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def clip_gradients(module: nn.Module, largest: float) -> float:
-    """Clips the gradients of spread parameters to a norm; returns their norm, the same on every process.
+    """Clips the gradients of spread parameters to a norm; returns their norm before, equal on every process.
 
     Args:
         module: The module after the backward pass.
@@ -186,7 +186,7 @@ def clip_gradients(module: nn.Module, largest: float) -> float:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module itself, with the values that :meth:`Sharding.undo` restores, else None."""
+    """Returns a module's own attributes by name, with the values that :meth:`Sharding.undo` restores, else None."""
     found: dict[str, Any] = dict.fromkeys(vars(module))
     for name, value in vars(module).items():
         if _is_hooks(name):
@@ -197,5 +197,5 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _is_hooks(name: str) -> bool:
-    """Whether an attribute of a module holds functions that torch calls."""
+    """Returns whether a module's attribute with this name holds hooks: functions that torch calls."""
     return "_hooks" in name

@@ -1,9 +1,9 @@
-"""Trackers of a training run: TensorBoard, Weights & Biases and the other ones that accelerate has.
+"""Sends the values of a training run to trackers: TensorBoard, Weights & Biases and all other trackers of accelerate.
 
-They get the values of every line of the log: losses, learning rate, gauges and scores of validations. A value is named
-``PHASE/NAME``, and its step counts the steps of all phases: each phase begins behind the ``steps`` of the earlier ones.
-Only the last phase has validations and can end early (``patience``), so there is no gap. A run that is resumed goes on
-at the step of its snapshot.
+The trackers get the values of every line of the log: losses, learning rate, gauges and scores of validations. A value
+is named ``PHASE/NAME``. Steps are counted over all phases: a phase begins at the sum of the ``steps`` of the earlier
+phases. Only the last phase has validations and can end early (``patience``), so there is no gap. A resumed run
+continues at the step of its snapshot.
 
 A tracker that fails while the run trains does not end the run: the log in the directory of the run has all values.
 """
@@ -37,13 +37,13 @@ _ID_BYTES = 8
 
 @dataclasses.dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is started with.
+    """The values with which a tracker is started.
 
     Attributes:
         directory: Directory of the run.
         project: Name of the project that the run belongs to.
         name: Name of the run.
-        identity: Id of the run, the same after it is resumed.
+        identity: Id of the run; a resumed run keeps the id.
         first_step: Step of the snapshot that the run resumes from, counted over all phases; 0 in a new run.
     """
 
@@ -72,7 +72,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """Checks that accelerate knows the trackers, and that their packages are installed. Call it on every process.
 
     Raises:
-        ConfigError: It does not, or one is not installed.
+        ConfigError: A tracker is unknown to accelerate, or its package is not installed.
     """
     installed = set(map(str, get_available_trackers()))
     for name in names:
@@ -88,12 +88,12 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """The trackers of one run.
+    """Starts the trackers of one run, sends values to them, and ends them.
 
     Args:
         names: Names of trackers, checked by :func:`check_trackers`.
         run: The run.
-        config: The recipe, by section and key; recorded when the run begins.
+        config: The values of the recipe by ``section.key``; recorded when the run begins.
         log: Receives one line about each tracker that fails after its start.
 
     Raises:
@@ -130,7 +130,7 @@ class Trackers:
                 tracker.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Writes what is left, and ends the trackers, also where one of them fails."""
+        """Ends all trackers, which first write their remaining values. If a tracker fails, the others are ended too."""
         while self._open:
             name, tracker = self._open.popitem()
             with self._guarded(name):
@@ -138,7 +138,7 @@ class Trackers:
 
     @contextlib.contextmanager
     def _guarded(self, name: str) -> Iterator[None]:
-        """Turns the first error of a tracker into a line of the log, and drops the later ones."""
+        """Catches the errors of a tracker in a ``with`` block: logs the first error, and ignores later errors."""
         try:
             yield
         except Exception as error:  # noqa: BLE001 - each package has errors of its own
@@ -151,7 +151,7 @@ class Trackers:
 
 
 def run_identity(directory: Path, *, resumed: bool) -> str:
-    """The id of a run: that of the file :data:`IDENTITY` if the run is resumed, else a new one, which is written there.
+    """Returns the id of a run. A resumed run keeps the id in the file :data:`IDENTITY`; a new run writes a new id.
 
     Raises:
         DataError: The file cannot be read.
@@ -170,7 +170,7 @@ def run_identity(directory: Path, *, resumed: bool) -> str:
 
 
 def recipe_values(config: TrainingConfig) -> dict[str, Any]:
-    """The values of a recipe by ``section.key``; lists become texts, because trackers take numbers and texts."""
+    """Returns a recipe's values by ``section.key``; lists become texts, because trackers need numbers or texts."""
     return _flat(dataclasses.asdict(config), "")
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints under evaluation, run in torch."""
+"""Runs checkpoints in torch, for evaluation."""

@@ -1,8 +1,8 @@
-"""Decoding of checkpoints in torch, in batches and with a KV cache, on the device of the weights.
+"""Decodes texts with checkpoints in torch, in batches and with a KV cache, on the device of the weights.
 
 The rules of decoding (greedy, beams, sampling, limits of length, stop strings) are those of the runtime, in
-:class:`blip2edge.runtime.captioning.pipeline.TextGenerator`. Here is what it needs from a language model: a decoder
-whose state keeps keys and values as tensors, so that a step computes only the new token of each row.
+:class:`blip2edge.runtime.captioning.pipeline.TextGenerator`. This module contains the language model for that class: a
+decoder whose state keeps keys and values as tensors, so that a step computes only the new token of each row.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from blip2edge.runtime.text.prompt import Prompt, cross_attention_mask
 
 @dataclass
 class CrossSource:
-    """What the decoder cross-attends to.
+    """The keys and values to which the decoder's cross-attention attends.
 
     Attributes:
-        key_values: Keys and values ``[B, H, E, d]`` of each layer with cross-attention; empty without.
-        mask: int64 ``[B, E]``, 1 where a state is valid; None if all are, or if each token has its own mask.
+        key_values: Keys and values ``[B, H, E, d]`` of each layer with cross-attention; empty without such layers.
+        mask: int64 ``[B, E]``, 1 for valid states; None if all states are valid, or if each token has its own mask.
     """
 
     key_values: list[KeyValue]
     mask: Tensor | None = None
 
     def select(self, rows: Tensor) -> CrossSource:
-        """The source of these rows, int64 ``[B']``."""
+        """Returns the keys and values of the batch rows with these numbers, int64 ``[B']``."""
         chosen = [(key[rows], value[rows]) for key, value in self.key_values]
         return CrossSource(chosen, None if self.mask is None else self.mask[rows])
 
@@ -58,7 +58,7 @@ class TorchDecoder(Decoder):
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights, where everything is computed."""
+        """Returns the device of the weights, on which all computation runs."""
         return self.language.embed_tokens.weight.device
 
     def embed(self, token_ids: Any) -> Any:
@@ -68,12 +68,13 @@ class TorchDecoder(Decoder):
     def start(
         self, prompts: Sequence[Tensor], source: CrossSource, cross_mask: NDArray[np.int64] | None = None
     ) -> tuple[NDArray[np.float32], TorchState]:
-        """Runs whole prompts, padded on the left, and fills the KV cache.
+        """Runs the decoder on whole prompts, padded on the left, and fills the KV cache.
 
         Args:
             prompts: One embedded prompt ``[S_i, D]`` for each row; lengths may differ.
-            source: What the decoder cross-attends to.
-            cross_mask: int64 ``[B, S, E]``, the states that each token attends to; None if all attend to the same.
+            source: Keys and values for the cross-attention.
+            cross_mask: int64 ``[B, S, E]``, 1 for the states that each token attends to; None if all tokens of a row
+                attend to the same states.
 
         Returns:
             The logits ``[B, V]`` after each prompt, and the decoder's state.
@@ -109,7 +110,7 @@ class TorchState(SlotState):
         self.mask = np.concatenate([self.mask, np.ones((self.batch_size, steps), np.int64)], axis=1)
 
     def select_cache(self, rows: NDArray[np.int64]) -> None:
-        """Makes row i of the cache a copy of old row ``rows[i]``; see :class:`SlotState`."""
+        """Replaces row i of the cache by a copy of the old row ``rows[i]``; see :class:`SlotState`."""
         chosen = torch.as_tensor(rows, device=self.decoder.device)
         self._past = [(key[chosen], value[chosen]) for key, value in self._past or ()]
         origin = self._origin[rows]
@@ -118,7 +119,7 @@ class TorchState(SlotState):
         self._origin = origin
 
     def select(self, rows: NDArray[np.int64]) -> None:
-        """Makes row i a copy of old row ``rows[i]``, and drops slots that no row uses; see :class:`DecodeState`."""
+        """Replaces row i by a copy of the old row ``rows[i]``, and drops unused slots; see :class:`DecodeState`."""
         super().select(rows)
         unused = int(self.mask.any(axis=0).argmax())
         if unused:
@@ -145,12 +146,12 @@ class TorchState(SlotState):
 
 
 class TorchLanguage(LanguageModel):
-    """The language model of a checkpoint: from prompts and pictures to the first logits and a state.
+    """The language model of a checkpoint: computes the first logits and the decoding state of prompts with pictures.
 
     Args:
         language: The language model, in eval mode.
-        config: Its config.
-        start: First token of the decoder of an encoder-decoder model; None for 0.
+        config: Config of the language model.
+        start: Id of the decoder's first token, for an encoder-decoder model; None for 0.
     """
 
     decoder: TorchDecoder
@@ -166,7 +167,7 @@ class TorchLanguage(LanguageModel):
         """Runs the prompts of a batch; see :class:`LanguageModel`.
 
         Args:
-            prompts: One for each row.
+            prompts: One prompt for each row.
             pictures: Tensors by name: ``image_embeds [B, P, Dv]`` and ``visual_tokens [B, Q, D]``.
         """
         if self._encoder_inputs:
@@ -181,7 +182,7 @@ class TorchLanguage(LanguageModel):
         return self.decoder.start(self._embedded(prompts, pictures), source, cross_mask)
 
     def _encode(self, prompts: Sequence[Prompt], pictures: Mapping[str, Any]) -> tuple[NDArray[np.float32], RowState]:
-        """Encodes the prompts, padded on the right, and runs the start token."""
+        """Runs the encoder on the prompts, padded on the right, then the decoder on the start token."""
         reads_ids = "input_ids" in self._encoder_inputs
         rows = [self._ids(prompt.ids) for prompt in prompts] if reads_ids else self._embedded(prompts, pictures)
         padded = pad_sequence(rows, batch_first=True)
@@ -196,7 +197,7 @@ class TorchLanguage(LanguageModel):
         return torch.tensor(ids, dtype=torch.int64, device=self.decoder.device)
 
     def _embedded(self, prompts: Sequence[Prompt], pictures: Mapping[str, Any]) -> list[Tensor]:
-        """For each row ``[S_i, D]``: token embeddings, with the visual tokens in the place of the picture."""
+        """Returns, for each row, its token embeddings with visual tokens at the picture's place, ``[S_i, D]``."""
         rows = []
         for row, prompt in enumerate(prompts):
             parts = [self.decoder.embed(prompt.segments[0])]

@@ -1,4 +1,4 @@
-"""Encoding of pictures and prompts for a checkpoint in torch, with the runtime's own preparation of both."""
+"""Encodes pictures and prompts with a checkpoint in torch; pictures and prompts are prepared by the runtime's code."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from blip2edge.runtime.text.prompt import PromptText
 
 
 class ModuleGraph:
-    """A torch module in place of a loaded graph; see :class:`blip2edge.runtime.backends.base.Session`.
+    """Runs a torch module in place of a loaded graph; see :class:`blip2edge.runtime.backends.base.Session`.
 
-    Floating-point inputs get the dtype of the module's weights, and outputs are tensors on its device.
+    Floating-point inputs are converted to the dtype of the module's weights. Outputs are tensors on its device.
 
     Args:
         module: The module, in eval mode.
-        output: Name of its output.
+        output: Name of the module's output.
     """
 
     input_names: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ class TorchEncoder(Encoder):
     """Encodes pictures and prompts with a model's own modules; the batch holds tensors in place of arrays.
 
     Args:
-        model: The model in eval mode; it may change its weights and its device between two calls.
+        model: The model in eval mode; its weights and its device may change between two calls.
         preprocessing: Preprocessing of the pictures.
         text: Tokenizers and prompt template.
     """

@@ -49,8 +49,9 @@ class CheckpointCaptioner:
         preprocessing: Preprocessing of the pictures.
         instructions: Tokenizer of the Q-Former, if the Q-Former reads the prompt.
         batch_size: Number of pictures in one batch.
-        defaults: The options of the checkpoint's bundle; None for greedy decoding to the family's end of a text.
-        generation: Fields of `GenerationOptions`; they replace the defaults.
+        defaults: Default options, as the checkpoint's bundle would have; None for greedy decoding that ends at the
+            family's end token.
+        generation: Fields of `GenerationOptions`, which replace the defaults.
 
     Attributes:
         prompts: The prompt builder of the model's family.
@@ -116,7 +117,7 @@ class CheckpointCaptioner:
         )
 
     def question(self, text: str) -> str:
-        """Makes the prompt that asks a question."""
+        """Returns the prompt for a question, in the template of the family."""
         return self.prompts.question(text)
 
     def __call__(self, pictures: Sequence[ItemSource], prompts: Prompts | None = None) -> list[str]:
@@ -128,7 +129,7 @@ class CheckpointCaptioner:
         """Generates one text for each picture, in order.
 
         Args:
-            pictures: One item for each text: a picture, or several for a prompt with several (Flamingo, videos).
+            pictures: One item for each text: a picture, or several pictures (Flamingo, videos).
             prompts: One prompt, or None, for each picture; None for no prompts.
 
         Returns:
@@ -147,10 +148,10 @@ class CheckpointCaptioner:
 
 
 def _checked(values: dict[str, Any], config: CaptionerConfig) -> GenerationOptions:
-    """The options of a checkpoint.
+    """Returns the generation options of a checkpoint, after checking their values.
 
     Raises:
-        UsageError: An option is out of range, or is one that needs a bundle.
+        UsageError: An option is out of range, or works only with a bundle.
     """
     options = GenerationOptions(**values)
     if options.abstain_below is not None:
@@ -200,12 +201,12 @@ class CheckpointMatcher:
 
     @property
     def has_head(self) -> bool:
-        """Whether the model has a matching head."""
+        """Returns whether the model has a matching head."""
         return self._model.config.has_match
 
     @property
     def _device(self) -> torch.device:
-        """The device of the weights."""
+        """Returns the device of the weights."""
         return next(self._model.parameters()).device
 
     @torch.inference_mode()
@@ -247,13 +248,16 @@ class CheckpointMatcher:
         return found
 
     def _image_embeds(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Encodes pictures: float32 [B, P, Dv]."""
+        """Runs the picture encoder on pictures; returns float32 [B, P, Dv]."""
         pixels = torch.from_numpy(self._preprocessing.batch(pictures)).to(self._device)
         embeds: Tensor = self._model.vision(pixels)
         return embeds
 
     def _padded(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and mask int64 [B, S], padded on the right. Too long texts are cut, and keep their last token."""
+        """Tokenizes texts; returns ids and mask, int64 [B, S], padded on the right.
+
+        Texts that are too long are cut, but keep their last token.
+        """
         longest = self._model.config.max_positions
         rows = [self._tokenizer.encode(text) for text in texts]
         rows = [row if len(row) <= longest else [*row[: longest - 1], row[-1]] for row in rows]
@@ -284,7 +288,7 @@ def open_checkpoint_model(directory: Path, options: ModelOptions) -> EvaluatedMo
 
 
 def device_for(backend: str) -> str:
-    """The torch device of a checkpoint, by the name of a backend."""
+    """Returns the torch device for a checkpoint, from the name of a backend."""
     if backend not in ("auto", "cpu", "cuda"):
         raise UsageError(
             f"expected {option('backend')} auto, cpu or cuda for a checkpoint, which runs in torch, got {backend}",

@@ -1,4 +1,4 @@
-"""The language model of a checkpoint as a reader, run in torch."""
+"""Loads a checkpoint's language model in torch as a reader: it answers questions from captions alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def checkpoint_generator(directory: Path, options: ModelOptions) -> tuple[TextGe
         options: Backend (auto, cpu or cuda) and threads.
 
     Returns:
-        What generates its texts, and the ids that end a text.
+        The text generator of the language model, and the token ids that end a text.
 
     Raises:
         CheckpointError: The checkpoint cannot be read.
