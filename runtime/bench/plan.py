@@ -218,7 +218,7 @@ def effective(device: Board, kind: str, size: float) -> Roofline:
 
 
 def part_cost(part: ModelPart, weights: HeldWeights, device: Board, tokens: TokenCounts, times: int = 1) -> StageCost:
-    """Counts operations and bytes of a run of a part (such as the bridge); ``times`` is the batch size."""
+    """Counts operations and bytes of a run of a graph (such as the bridge); ``times`` is the batch size."""
     share = device.efficiency
     products = times * sum(matrix.operations(tokens, share.extra_rows, share.overlaps) for matrix in part.matrices)
     scores = times * sum(attention.operations(tokens) for attention in part.attentions)
@@ -229,14 +229,14 @@ def part_cost(part: ModelPart, weights: HeldWeights, device: Board, tokens: Toke
 def part_seconds(
     part: ModelPart, cost: StageCost, weights: HeldWeights, device: Board, tokens: TokenCounts, times: int = 1
 ) -> float:
-    """Predicts a part's seconds: matrix multiplications by the roofline, other operators, calls of operators."""
+    """Predicts the seconds of a run of a graph: multiplications by the roofline, other operators, calls."""
     share = device.efficiency
     between = times * part.elements(tokens) * share.element_s + operators(part, weights, device) * share.call_s
     return cost.seconds(effective(device, weights.kind, cost.bytes), overlaps=share.overlaps) + between
 
 
 def operators(part: ModelPart, weights: HeldWeights, device: Board) -> int:
-    """Returns the number of operators that are called in a run of a part.
+    """Returns the number of operators that are called in a run of a graph, such as the bridge.
 
     In a CPU's optimized copy, the matrix multiplications of a large floating-point decoder are convolutions, each
     between a reshape and a transpose.

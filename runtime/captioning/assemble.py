@@ -96,7 +96,7 @@ class LoadedBundle:
 
 
 def image_parts(bundle: Bundle, open_graph: OpenGraph, limits: Limits = DEFAULT_LIMITS) -> ImageParts:
-    """Loads the parts that encode pictures: preprocessing, vision encoder and (if there is one) bridge."""
+    """Loads the code and graphs that encode pictures: preprocessing, vision encoder, bridge (if there is one)."""
     return ImageParts(
         preprocessing=Preprocessing.from_json(bundle.manifest.preprocessing),
         pixels_dtype=NUMPY_DTYPES[bundle.graph(VISION).spec.inputs[0].dtype],
@@ -127,7 +127,7 @@ def captioning_prompt(bundle: Bundle) -> PromptSpec:
 
 
 def text_parts(bundle: Bundle) -> TextParts:
-    """Loads the parts that encode prompts: the tokenizers and the prompt template.
+    """Loads the tokenizers and the prompt template, which encode prompts.
 
     Raises:
         BundleError: The bundle has no prompts, because its model only matches pictures with texts.

@@ -41,7 +41,7 @@ class EncodedBatch:
     counts: list[int]
 
     def part(self, rows: Sequence[int]) -> EncodedBatch:
-        """Returns a batch of the rows with these indices; padding that none of them needs is removed."""
+        """Returns a batch of the rows with these indices; padding that none of these rows needs is removed."""
         if list(rows) == list(range(len(self.prompts))):
             return self
         counts = [self.counts[row] for row in rows]
@@ -82,7 +82,7 @@ EncodeBatch = Callable[[Sequence[ItemSource], Sequence[PromptText | None], Stage
 
 @dataclass(frozen=True)
 class ImageParts:
-    """The parts that encode images. ``pixels_dtype`` is the dtype of ``vision``'s input; ``bridge`` is optional.
+    """Preprocessing and graphs for images. ``pixels_dtype`` is the dtype of ``vision``'s input; ``bridge`` is optional.
 
     ``limits`` is the largest picture or video that is decoded; ``elastic`` is None unless the bridge is elastic.
     """
@@ -111,7 +111,7 @@ class ImageParts:
 
 @dataclass(frozen=True)
 class TextParts:
-    """The parts that encode prompts. ``instructions`` is None unless the bridge takes an instruction."""
+    """Tokenizers and template for prompts. ``instructions`` is None unless the bridge has an instruction as input."""
 
     tokenizer: Tokenizer
     prompts: PromptBuilder

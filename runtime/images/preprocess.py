@@ -76,7 +76,7 @@ _MODE_BYTES = {"1": 1, "L": 1, "P": 1, "LA": 4, "PA": 4, "I;16": 2, "I;16L": 2, 
 
 
 def load_image(source: ImageSource, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
-    """Decode a picture, turn it upright and convert it to RGB; transparency is dropped, not blended.
+    """Decodes a picture, turns it upright and converts it to RGB; transparency is dropped, not blended.
 
     16-bit greyscale is scaled to 8 bits. transformers clips it at 255 instead, which makes most such pictures white.
 
