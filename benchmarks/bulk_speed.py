@@ -1,4 +1,4 @@
-"""Throughput of `bulk` against a loop over one loaded `Captioner`, on the same pictures, with the same threads.
+"""Compares the throughput of `bulk` with a loop over one loaded `Captioner`: same pictures, same number of threads.
 
     python benchmarks/bulk_speed.py BUNDLE --json benchmarks/results/bulk-speed.json
 

@@ -1,4 +1,4 @@
-"""Memory of a calibration, and speed of its result: ``python benchmarks/calibration.py memory``, and ``race``.
+"""Measures the memory of a calibration (``python benchmarks/calibration.py memory``) and the speed of INT8 (``race``).
 
 ``memory`` calibrates the example checkpoint on 50 and on 500 scenes, each time in its own process, whose anonymous
 memory is sampled. ``race`` compares three graphs of a ViT-B/16 with random weights at 224 pixels: fp32, the INT8 file

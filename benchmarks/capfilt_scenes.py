@@ -1,4 +1,4 @@
-"""CapFilt on scenes with planted wrong captions: scores of a captioner trained without it and with it.
+"""Runs CapFilt on scenes with planted wrong captions, and scores captioners trained without and with CapFilt.
 
     python benchmarks/capfilt_scenes.py --work DIR --write benchmarks/results/capfilt-scenes.json
 

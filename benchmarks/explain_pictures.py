@@ -1,4 +1,4 @@
-"""Makes the pictures and the figures of docs/explain.md with the miniature: exports it, and explains its pictures.
+"""Makes the pictures and the numbers of docs/explain.md: exports the miniature, and explains its captions.
 
     python benchmarks/explain_pictures.py --write | --check
 

@@ -1,4 +1,4 @@
-"""Memory of an export at full size: ``python benchmarks/export_memory.py blip2-opt-2.7b``.
+"""Measures the memory of an export at full size: ``python benchmarks/export_memory.py blip2-opt-2.7b``.
 
 Writes a checkpoint of the named size with random fp16 weights (one shard at a time, in little memory), exports it in
 its own process, and samples RssAnon + RssShmem of that process and its children. ``--depth 0.5`` halves every stack of

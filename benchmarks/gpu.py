@@ -6,7 +6,7 @@
 
 Every step (``gpu_steps.py``) runs in a process of its own with a time limit. The JSON file is written after each step,
 so a step that fails, hangs or is killed loses only its own result. A dry run makes the same JSON with tiny models on
-the CPU and a simulated GPU: it checks the script, and its figures mean nothing.
+the CPU and a simulated GPU. It checks the script; its measured values have no meaning.
 """
 
 from __future__ import annotations

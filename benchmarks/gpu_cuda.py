@@ -93,7 +93,7 @@ def cuda_layer(dry: bool) -> dict[str, Any]:
 
 
 def captured_torch(dry: bool) -> dict[str, Any]:
-    """Captures a matrix product of torch as a CUDA graph on our stream, then replays it on another input."""
+    """Captures a torch matrix multiplication as a CUDA graph on our stream, then replays the graph on another input."""
     if dry:
         return {"ok": True, "note": "needs a GPU"}
     from blip2edge.runtime.tensorrt.cuda import Cuda, load_cuda

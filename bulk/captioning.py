@@ -39,7 +39,7 @@ from blip2edge.runtime.images.preprocess import DeferredImage, load_image
 DECODED_BATCHES = 3  # batches of pictures that are decoded while others are captioned
 
 Find = Callable[[Sequence[int], Embeddings], "list[Original | None]"]
-"""Finds the originals of the pictures of a batch: arguments are their numbers in the source, and their embeddings."""
+"""Finds the originals of a batch's pictures, from the pictures' numbers in the source and their embeddings."""
 
 
 @dataclass(frozen=True)

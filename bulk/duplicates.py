@@ -16,10 +16,10 @@ from blip2edge.bulk.rows import DIGITS, Original
 from blip2edge.bundle.dtypes import Array
 
 WIDTH = 256
-"""Numbers of an embedding."""
+"""Number of values in an embedding."""
 
 BLOCK = 4096
-"""Embeddings that are compared in one product; its shape is constant, so that a resumed run rounds in the same way."""
+"""Embeddings compared in one matrix multiplication; its shape is constant, so that a resumed run rounds equally."""
 
 _SEED = 0
 _SOURCES = ("visual_tokens", "image_embeds")

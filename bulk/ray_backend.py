@@ -28,7 +28,7 @@ from blip2edge.errors import BundleError
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Ray cluster: its address (see :func:`map_on_ray`), and the number of processes that load the bundle."""
+    """A Ray cluster: its address (see :func:`map_on_ray`), and the number of worker processes that load the bundle."""
 
     address: str
     workers: int = 1

@@ -1,8 +1,8 @@
 """CapFilt: generates captions for pictures and filters all captions with a matching head (Li et al., arXiv 2201.12086).
 
-A captioner generates one synthetic caption for each picture. The matching head (ITM) scores it and the captions from
-the web; captions above a threshold are kept (section 3.3 of that paper, whose threshold is 0.5). The result is shards
-to train on, and a report.
+A captioner generates one synthetic caption for each picture. The matching head (ITM) scores the generated
+caption and the captions from the web. Captions that reach a threshold are kept (section 3.3 of that paper,
+with the threshold 0.5). The result is shards to train on, and a report.
 
 `score_batch` scores one batch, and the result depends only on that batch. So the shards that one machine writes and the
 shards that many machines write (`ray_backend`) are equal, byte by byte.

@@ -100,7 +100,7 @@ def needs_picture(path: Path) -> UsageError:
 
 
 def unsigned_checkpoint(path: Path) -> UsageError:
-    """The error for a checkpoint where a signature is required: only bundles are signed."""
+    """Returns the error for a checkpoint if a signature is required: only bundles can be signed."""
     return UsageError(
         f"{option('require_signature')} works with bundles only, but {path} is a checkpoint",
         "export the checkpoint, and sign the bundle",

@@ -93,10 +93,10 @@ class Reader:
 
 
 def check_template(template: str) -> None:
-    """Checks that a prompt has the two :data:`FIELDS`.
+    """Checks that a prompt template contains the two :data:`FIELDS`.
 
     Raises:
-        UsageError: It lacks one.
+        UsageError: The template lacks a field.
     """
     for name in FIELDS:
         if name not in template:
@@ -104,7 +104,7 @@ def check_template(template: str) -> None:
 
 
 def filled(template: str, caption: str, question: str) -> str:
-    """The prompt of a question. Braces within the caption and the question stay as they are."""
+    """Returns the prompt: the template with caption and question filled in. Braces inside these texts are kept."""
     values = dict(zip(FIELDS, (caption, question), strict=True))
     return re.sub("|".join(map(re.escape, FIELDS)), lambda found: values[found[0]], template)
 

@@ -47,7 +47,7 @@ class CaptionBatch(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Number of tokens that the loss is computed on."""
+        """Returns the number of tokens on which the loss is computed."""
         return int((self.labels != IGNORED).sum())
 
 

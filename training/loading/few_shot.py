@@ -40,7 +40,7 @@ def few_shot_prompt(prompts: PromptBuilder, shots: Sequence[Shot], prompt: str |
     """Makes the prompt that has examples before it; each example and the prompt itself have one picture.
 
     Args:
-        prompts: The prompt builder of a model that reads several pictures.
+        prompts: The prompt builder of a model that takes several pictures in one text.
         shots: The examples, in order.
         prompt: The prompt; None for the family's default.
 

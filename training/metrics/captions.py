@@ -1,4 +1,4 @@
-"""BLEU, ROUGE-L and CIDEr-D of captions, with the same values as the COCO caption evaluation.
+"""Computes BLEU, ROUGE-L and CIDEr-D of captions; the values equal those of the COCO caption evaluation.
 
 All three scores compare the words from :func:`blip2edge.training.metrics.tokens.words`. A score is one value for a
 whole set of pictures; the CIDEr-D of one picture depends on the references of the other pictures.

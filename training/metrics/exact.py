@@ -1,4 +1,4 @@
-"""Exact match of captions, with shuffled captions as a control. Needs no torch."""
+"""Computes the exact match of captions, and as a control the match with shuffled captions. Needs no torch."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
 def shuffled_match(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Computes the share of captions that equal the next picture's reference, as a control.
 
-    A captioner that ignores its picture has the same score here as on the right pictures. A captioner that uses its
-    picture scores almost 0, except where neighbours have equal captions.
+    If the captions do not depend on the pictures, this score is about the exact match. If the captions depend on the
+    pictures, this score is almost 0, apart from neighbours with equal captions.
 
     Args:
         predictions: Generated captions.

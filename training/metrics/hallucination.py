@@ -1,8 +1,8 @@
 """Hallucination metrics: objects that a caption names and the picture does not show.
 
-CHAIR (Rohrbach et al., arXiv 1809.02156) counts them in captions. POPE (Li et al., arXiv 2305.10355) asks yes-no
-questions, each about one object that is in the picture or is not. On the scenes an object is a (colour, shape), such as
-("red", "circle"), and all objects of a picture are known.
+CHAIR (Rohrbach et al., arXiv 1809.02156) counts such objects in captions. POPE (Li et al., arXiv 2305.10355) has
+yes-no questions: each question asks whether one object is in the picture. On the scenes an object is a (colour,
+shape), such as ("red", "circle"), and all objects of a picture are known.
 """
 
 from __future__ import annotations

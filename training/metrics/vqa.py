@@ -1,4 +1,4 @@
-"""Accuracy of short answers by the rules of the VQA challenge (Antol et al., arXiv 1505.00468).
+"""Computes the accuracy of short answers by the rules of the VQA challenge (Antol et al., arXiv 1505.00468).
 
 Ten people answered each question. The score of an answer is min(1, n/3), where n of nine people gave the same answer,
 averaged over the ten ways to choose nine. Answers are normalised first: punctuation and articles are removed, number

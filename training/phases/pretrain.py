@@ -1,8 +1,8 @@
 """Two short pretraining phases of the miniature, the small BLIP-2 that a run trains if the recipe names no checkpoint.
 
 They replace the training of EVA-CLIP and OPT, which a real BLIP-2 takes from checkpoints. The picture encoder learns
-which object covers a patch and where its centre is (dense labels). The language model learns to write a caption after
-vectors that stand in the place of the visual tokens. Both phases use the training scenes only.
+which object covers a patch and where the object's centre is (dense labels). The language model learns to write a
+caption after vectors that take the place of the visual tokens. Both phases use the training scenes only.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class DenseBatch(NamedTuple):
 
     @property
     def weight(self) -> int:
-        """Number of scenes in the batch."""
+        """Returns the number of scenes in the batch."""
         return len(self.sample_ids)
 
 

@@ -1,7 +1,7 @@
 """Stage 1 of BLIP-2: representation learning (Li et al., arXiv 2301.12597, section 3.1).
 
-The queries of the Q-Former learn to extract what a text says about a picture. The picture encoder is frozen. Three
-losses of a picture and its text are added with equal weights:
+The queries of the Q-Former are trained to extract the content of a picture that its text describes. The picture encoder
+is frozen. Three losses of a picture and its text are added with equal weights:
 
     itc   contrastive: a picture and its own text are nearest to each other (mask: unimodal)
     itm   matching: classifies pairs and pairs with a drawn hard negative (mask: bidirectional)

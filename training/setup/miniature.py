@@ -58,8 +58,8 @@ def _language(sizes: ModelConfig, tokenizer: Tokenizer) -> OPTConfig:
 def initialise(model: nn.Module, seed: int) -> None:
     """Initialises all weights of a miniature, of its stage-1 model, or of a new bridge.
 
-    Matrices get N(0, 1/fan_in), tables and single tokens N(0, 0.02²), biases and gates 0, norms 1. Position embeddings
-    of the picture and queries start larger, see `POSITION_STD`.
+    Matrices are drawn from N(0, 1/fan_in), embedding tables and single tokens from N(0, 0.02²); biases and gates are 0,
+    norms 1. Position embeddings of the picture, and queries, are drawn with a larger deviation, see `POSITION_STD`.
 
     Args:
         model: The model; changed in place.

@@ -47,7 +47,7 @@ class CheckpointCaptioner:
         model: The model in eval mode; its weights may change between two calls.
         tokenizer: Tokenizer of the language model.
         preprocessing: Preprocessing of the pictures.
-        instructions: Tokenizer of the Q-Former, if the Q-Former reads the prompt.
+        instructions: Tokenizer of the Q-Former, if the prompt is also an input of the Q-Former (InstructBLIP).
         batch_size: Number of pictures in one batch.
         defaults: Default options, as the checkpoint's bundle would have; None for greedy decoding that ends at the
             family's end token.
