@@ -1,12 +1,13 @@
-"""Predicts the memory of a training step (stage 2) for published models, and measures it at a tenth of their size.
+"""Predicts the peak memory of a training step (stage 2) for published models; models of a tenth of the size check it.
 
     python benchmarks/training_memory.py --json benchmarks/results/training-memory.json
 
-The choices are added one after the other: float32; frozen modules in bfloat16; activation checkpointing; LoRA on the
-attentions; parameters sharded over two processes. For each choice, `training/setup/memory.py` predicts the peak of a
-step for a published model, and for a smaller model of the same family with random weights. The smaller model makes
-three steps in separate processes. The largest resident memory of the second and third step is read from /proc (Linux),
-minus the memory before the model was built. The weights, the batch and the seed are equal for all choices, so that the
+The first measurement is in float32. The next ones add options that save memory, one by one: frozen modules in bfloat16;
+activation checkpointing; LoRA on the attentions; parameters sharded over two processes. For each combination,
+`training/setup/memory.py` predicts the peak of a step for a published model, and for a smaller model of the same family
+with random weights. The smaller model then makes three steps, in a new process for each combination. The largest
+resident memory of the second and third step is read from /proc (Linux), minus the memory before the model was built.
+The weights, the batch and the seed are equal for all combinations, so that the
 losses can be compared. Environment variables make malloc return freed memory.
 
 The file is written after each measurement. If a run was interrupted, the same command continues it; remove the file to

@@ -332,7 +332,7 @@ def disagreements(
 
 
 def _elastic(query_ids: TensorSpec | None, elastic: ElasticSpec | None) -> Iterator[str]:
-    """Yields a sentence if the manifest's range of query numbers is not that of the bridge's input."""
+    """Yields a sentence if manifest and bridge graph differ in the least or the largest number of queries."""
     if query_ids is None and elastic is None:
         return
     axis = query_ids.dims[-1] if query_ids is not None and query_ids.dims else None

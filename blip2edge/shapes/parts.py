@@ -151,9 +151,9 @@ def vit(values: Any, defaults: Mapping[str, int], *, clip: bool = False, post_no
 
 
 def qformer(values: Any, encoder: int, queries: int, output: int, *, instructed: bool = False) -> ModelPart:
-    """Returns the shape of a Q-Former and its projection to ``output`` channels.
+    """Returns the matrices of a Q-Former, and of the linear projection after it to ``output`` channels.
 
-    ``encoder``: width of a picture's embeddings.
+    ``encoder``: number of channels of the picture encoder's embeddings.
     """
     f = Sizes("qformer_config", values, QFORMER)
     width, inner, layers = f["hidden_size"], f["intermediate_size"], f["num_hidden_layers"]

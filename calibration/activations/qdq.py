@@ -179,7 +179,7 @@ def _initializer(
 
 
 def _insert(graph: ir.Graph, activation: QuantizedActivation, data: TensorStore) -> None:
-    """Inserts the nodes of one activation; all its matrix multiplications read the same dequantized value."""
+    """Inserts QuantizeLinear and DequantizeLinear for an activation; all MatMul nodes that read it share the result."""
     users = {product.node for product in activation.products}
     readers = [node for node in graph if node.name in users]
     value = readers[0].inputs[0]

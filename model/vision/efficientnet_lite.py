@@ -67,7 +67,7 @@ class EfficientNetLiteConfig(Section):
         return scaled_channels(plain, self.width_coefficient)
 
     def blocks(self) -> list[BlockShape]:
-        """Returns the shape of each block."""
+        """Returns the settings of each block: kernel, stride, channels, expansion, sides of its feature maps."""
         return block_shapes(self.image_size, self.width_coefficient, self.depth_coefficient)
 
 

@@ -209,10 +209,11 @@ def closed_graph() -> BackendError:
 
 @dataclass(frozen=True)
 class OptimizedFile:
-    """How a backend loads a graph file that ``blip2edge optimize`` wrote.
+    """The settings with which a backend loads a graph file that ``blip2edge optimize`` wrote.
 
     Attributes:
-        weights: Directory of the graph's external weights; the file names them by paths relative to this directory.
+        weights: Directory of the graph's external weights. Their paths in the graph file are relative to this
+            directory.
         layout: Whether ONNX Runtime changes the weight layout for this processor when it loads the file (prepacking).
             The file already contains all other optimizations; the weight layout depends on the processor and is not
             stored.

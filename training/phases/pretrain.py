@@ -130,7 +130,7 @@ class VisionPretraining(nn.Module):
 
     Args:
         vision: The picture encoder, trained in place.
-        phase: Section [vision] of the recipe, with the weight of the shape's loss.
+        phase: Section [vision] of the recipe, with the factor of the loss for the shape of the object in a patch.
     """
 
     def __init__(self, vision: VisionTransformer, phase: VisionPhase) -> None:

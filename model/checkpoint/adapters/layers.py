@@ -44,7 +44,7 @@ INITS: Mapping[str, Callable[[Any], None]] = {
 
 
 def cannot_merge(path: Path, reason: str) -> CheckpointError:
-    """Makes the error for an adapter that cannot be merged here; the advice is to merge it where it was trained."""
+    """Makes the error for an adapter that export cannot merge; the advice is to merge it with the trainer's library."""
     return CheckpointError(
         f"the adapter of {path} cannot be merged: {reason}",
         "merge it where it was trained: merge_and_unload() of the PEFT model, then save_pretrained",

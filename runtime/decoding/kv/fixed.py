@@ -174,7 +174,7 @@ class FixedDecoder(Decoder):
         return state.run(embeds, positions, 1)[:, 0], state
 
     def check(self, rows: int, slots: int) -> None:
-        """Raises BackendError if the graph was built for fewer than this number of rows or slots."""
+        """Raises BackendError if the graph was built for fewer than ``rows`` rows or ``slots`` slots."""
         if rows > self.max_rows:
             raise BackendError(
                 f"{rows} rows (pictures times beams) are more than the {self.max_rows} rows that the engine was "
