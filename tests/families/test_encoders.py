@@ -148,7 +148,7 @@ def test_both_stages_and_explain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (config.family, config.bridge.kind, config.vision.num_embeds) == ("blip2edge", "qformer", 1 + 4 + 16)
     bundle = export_checkpoint(tmp_path / "trained", tmp_path / "bundle").bundle
     document = explain([PICTURE], bundle, tmp_path / "out", threads=1).document
-    assert document["grid"] == {"rows": 4, "columns": 4, "before": 5}
+    assert document["grid"] == {"rows": 4, "columns": 4, "before": 5, "stride": [8, 8]}
 
 
 @pytest.mark.parametrize("kind", ["siglip", "dinov2", "dinov3"])
