@@ -68,7 +68,10 @@ def test_a_decoder_that_cannot_update_its_cache_in_place_gets_the_other_form() -
     [
         ("blip2-opt", "fp32", 86, 1, "raise workspace above 1"),
         ("blip2-opt", "fp32", 75, None, "export the checkpoint with precision fp16"),
-        ("blip2-t5", "fp32", 75, None, "a model with a T5 keeps parts in FP32 at every precision"),
+        pytest.param(
+            *("blip2-t5", "fp32", 75, None, "a model with a T5 keeps parts in FP32 at every precision"),
+            marks=pytest.mark.slow,
+        ),
         ("blip2-t5", "fp16", 75, None, "no precision changes this"),
     ],
 )

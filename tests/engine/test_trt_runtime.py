@@ -135,7 +135,7 @@ def test_an_engine_that_does_not_update_its_cache_in_place_is_refused(
 
 
 @pytest.mark.parametrize("form", [CONSTANT, "auto"])
-@pytest.mark.parametrize("name", ["blip2-t5", "llava", "blip", "idefics"])
+@pytest.mark.parametrize("name", ["blip2-t5", "llava", pytest.param("blip", marks=pytest.mark.slow), "idefics"])
 def test_other_families(name: str, form: str, gpu: tuple[FakeCuda, Any], bundle_of: BundleOf, tmp_path: Path) -> None:
     """An encoder, a window, keys of the picture, pictures between texts."""
     path = copied(bundle_of(name), tmp_path / "bundle")

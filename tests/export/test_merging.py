@@ -217,6 +217,7 @@ def test_every_graph_follows_the_number_that_is_left(family: str, tmp_path: Path
     assert 0.2 < record.cosine < 1 + 1e-6  # a class token behind a single layer sees no merge
 
 
+@pytest.mark.slow
 def test_a_decoder_that_looks_at_merged_patches(tmp_path: Path) -> None:
     from blip2edge.export.pipeline import export_checkpoint
 

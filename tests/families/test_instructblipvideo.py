@@ -39,7 +39,14 @@ class Exported(NamedTuple):
     encoder_decoder: bool
 
 
-@pytest.fixture(scope="module", params=["t5", "llama", pytest.param("llama-every-layer", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "llama",
+        pytest.param("t5", marks=pytest.mark.slow),
+        pytest.param("llama-every-layer", marks=pytest.mark.slow),
+    ],
+)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     seed, kind, qformer = CASES[request.param]
     directory = tmp_path_factory.mktemp(kind)

@@ -230,6 +230,7 @@ def test_a_copy_does_not_hang_on_the_version(bundle_of: BundleOf, tmp_path: Path
     assert Captioner.load(tmp_path / "bundle", backend="cuda", threads=1).graphs.copied
 
 
+@pytest.mark.slow
 def test_merged_patches_of_fp32_are_left(tiny_checkpoint: Any, tmp_path: Path) -> None:
     bundle = export_checkpoint(tiny_checkpoint.directory, tmp_path / "merged", merge_tokens=2).bundle
     (tmp_path / "copy").mkdir()

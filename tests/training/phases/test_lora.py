@@ -95,6 +95,7 @@ def test_a_run_with_lora_over_half_precision(tmp_path: Path) -> None:
     assert all("self_attn" in name and name.endswith("weight") for name in changed)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_lora_ends_with_the_same_weights(tmp_path: Path) -> None:
     path = recipes.write(tmp_path / "recipe.toml", TOP, loop="snapshot_every = 2", stage2="lora_rank = 4")
 

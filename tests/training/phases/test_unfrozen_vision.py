@@ -110,6 +110,12 @@ def test_the_checkpoint_has_the_trained_encoder(tmp_path: Path) -> None:
     vision = {name for name in plain if name.startswith("vision_model.")}
     assert vision <= changed(plain, trained)
     assert not any(name.startswith("language_model.") for name in changed(plain, trained))
+
+
+@pytest.mark.slow
+def test_layers_far_from_the_output_move_less(tmp_path: Path) -> None:
+    plain = run(tmp_path, "plain")
+    vision = {name for name in plain if name.startswith("vision_model.")}
     slow = run(tmp_path, "slow", stage2=f"{UNFREEZE}\nlayer_decay = 1e-12")
     # The lower layers stand still; the norm after the layers has the full rate.
     assert changed(plain, slow) & vision == {f"vision_model.post_layernorm.{part}" for part in ("weight", "bias")}
