@@ -137,7 +137,10 @@ def __getattr__(name: str) -> Any:
 
 
 def _placeholder(name: str, package: str, extra: str) -> Callable[..., Any]:
-    """Replaces a name whose module cannot be imported: calling it raises MissingPackageError."""
+    """Returns a function to use in place of a name whose module cannot be imported.
+
+    A call of the returned function raises MissingPackageError.
+    """
     problem = f"blip2edge.{name} needs the package {package!r}, which is not installed"
     fix = install_command(extra)
 

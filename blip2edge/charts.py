@@ -275,6 +275,8 @@ def histogram(counts: Sequence[int], end: float, threshold: float | None, width:
 def spread(values: Sequence[float], limit: float, spare: float, width: int = 640, height: int = 90) -> str:
     """Draws the number of tensors by headroom: one bar for each half power of ten.
 
+    The headroom of a tensor is the largest number of the dtype, divided by the tensor's largest value.
+
     Args:
         values: Headroom of each tensor.
         limit: Headroom below which a value overflows.

@@ -38,7 +38,7 @@ RANKINGS: tuple[Ranking, ...] = get_args(Ranking)
 
 Split = Literal["heldout", "train"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-"""Splits of the generated scenes: pairs of objects that no training shows, and the others."""
+"""Splits of the generated scenes. ``heldout``: pairs of objects that training never uses; ``train``: all others."""
 
 WEB, SYNTHETIC = "web", "synthetic"
 KEEP = {"both": (WEB, SYNTHETIC), WEB: (WEB,), SYNTHETIC: (SYNTHETIC,)}

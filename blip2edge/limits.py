@@ -60,10 +60,10 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 PICTURE_LIMITS = ("side", "pixels", "decoded_bytes")
-"""The limits on pictures that hold for files as well."""
+"""Fields of :class:`Limits` that also limit picture files on the disk, not only pictures in HTTP requests."""
 
 FILE_LIMITS = (*PICTURE_LIMITS, "frames")
-"""The limits on pictures and videos that hold for files as well."""
+"""Fields of :class:`Limits` that also limit picture and video files on the disk, not only HTTP requests."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class ConnectionLimits:
         body_s: Seconds for a whole body.
         body_rate: Bytes per second that a body needs on average, after :data:`BODY_GRACE_S`.
         write_s: Seconds in which a client must read data that was sent to it; then its connection is closed.
-        memory_bytes: Bytes of bodies in memory, over all requests that are not answered.
+        memory_bytes: Total size in bytes of the bodies in memory, over all requests that are not answered yet.
     """
 
     connections: int = limit(1000, "--max-connections", "N", "largest number of open connections")
@@ -94,7 +94,7 @@ class ConnectionLimits:
 
 
 BODY_GRACE_S = 5.0
-"""Seconds before :attr:`ConnectionLimits.body_rate` holds."""
+"""Seconds from the start of a body, after which its rate must be at least :attr:`ConnectionLimits.body_rate`."""
 
 
 def limit_table() -> str:

@@ -39,19 +39,23 @@ EXTRAS = {
     "tensorrt_rtx": "rtx",
     **dict.fromkeys(("prometheus_client", "python_multipart", "starlette", "uvicorn"), "serve"),
 }
-"""The extra by the name that a package is imported under."""
+"""The extra of blip2edge that installs an optional package, by the name in the import statement."""
 
 
 CLONE: Path | None = Path(__file__).resolve().parents[1]
-"""The clone that this package is in, if it holds ``hatch_build.py``; else a directory of installed packages."""
+"""The directory that contains the package blip2edge.
+
+It is a clone of the repository if it contains ``hatch_build.py``, else a directory of installed packages.
+"""
 
 
 def pip_command(extra: str = "", upgrade: bool = False) -> str:
     """Returns the command that installs blip2edge from where it was installed, with an extra such as ``serve``.
 
-    From a clone it is ``pip install -e 'CLONE[serve]'``, from git ``pip install 'blip2edge[serve] @ git+URL'``, else
-    ``pip install 'blip2edge[serve]'``, also if the file that it was installed from was removed. If the shell's ``pip``
-    belongs to another environment than this Python, the command names this Python.
+    If blip2edge runs from a clone, the command is ``pip install -e 'CLONE[serve]'``. If it was installed from git, the
+    command is ``pip install 'blip2edge[serve] @ git+URL'``. Otherwise, also if it was installed from a wheel file that
+    was removed since, it is ``pip install 'blip2edge[serve]'``. If the shell's ``pip`` belongs to another environment
+    than this Python, the command begins with the path of this Python.
 
     Args:
         extra: One extra, several joined by commas, or none.
@@ -113,9 +117,10 @@ def _pip() -> str:
 
 
 TELEMETRY = {"openvino": "openvino_telemetry"}
-"""Packages that send events to their maker while they are imported, and the package that does so for each.
+"""Packages that send usage data to their maker while they are imported, each with the package that sends the data.
 
-Without it they work in the same way. ``blip2edge/__init__`` switches off the telemetry of ONNX Runtime.
+If the sending package cannot be imported, the other works in the same way and sends nothing.
+``blip2edge/__init__`` switches off the telemetry of ONNX Runtime.
 """
 
 

@@ -54,12 +54,16 @@ def is_address(path: str) -> bool:
 
 
 def version_mark(described: Mapping[str, Any]) -> str:
-    """Returns the version or the time of a file in an object store, from its description; empty without both."""
+    """Returns a text that changes when a file in an object store changes: its version, or its time of modification.
+
+    Args:
+        described: What the object store says about the file. The result is empty if it names neither of the two.
+    """
     return next((str(described[key]) for key in _VERSION_KEYS if described.get(key)), "")
 
 
 def is_file(path: Path) -> bool:
-    """Whether a path is that of a file; False if the system does not allow the name, for example if it is too long."""
+    """Returns whether a path is a file; False if the system does not allow the name, for example a too long name."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -67,7 +71,7 @@ def is_file(path: Path) -> bool:
 
 
 def is_file_or_broken_link(path: str | Path) -> bool:
-    """Whether a path is that of a regular file, or of a link to a file that does not exist.
+    """Returns whether a path is a regular file, or a link to a file that does not exist.
 
     A listing keeps such a link: when the file is read, an error names it. Otherwise it would be skipped silently.
     """
@@ -75,7 +79,7 @@ def is_file_or_broken_link(path: str | Path) -> bool:
 
 
 def is_broken_link(path: str | Path) -> bool:
-    """Whether a path is that of a symbolic link to a file that does not exist."""
+    """Returns whether a path is a symbolic link to a file that does not exist."""
     return os.path.islink(path) and not os.path.exists(path)
 
 
@@ -148,7 +152,10 @@ class BrokenShardError(DataError):
 
 
 class _Member(tarfile.TarInfo):
-    """A header of a tar file; sizes that tarfile does not check are limited."""
+    """The header of one file in a tar file.
+
+    A negative size, or a too large size of a long name, raises tarfile.ReadError; tarfile itself does not check this.
+    """
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         long = self.type in _LONG_HEADERS and self.size > MAX_LONG_HEADER
@@ -202,11 +209,16 @@ def _files(path: Path, archive: tarfile.TarFile, file: BinaryIO) -> Iterator[tup
 
 
 def _next(archive: tarfile.TarFile, file: BinaryIO, last: int) -> tarfile.TarInfo | None:
-    """Returns the header of the next file; None at the end. ``last`` is the position of the last file's header.
+    """Returns the header of the next file in a shard; None at the end.
+
+    Args:
+        archive: The opened shard.
+        file: The file that ``archive`` reads.
+        last: Position in bytes of the previous header; the next header must come after it.
 
     Raises:
-        tarfile.ReadError: A header is damaged (tarfile itself then ends without an error), or points to an earlier
-        header.
+        tarfile.ReadError: The header is damaged (tarfile itself would end without an error), its size is negative, or
+            it is not after ``last``.
     """
     member = archive.next()
     archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header, and its types hide the list

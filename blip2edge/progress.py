@@ -123,7 +123,7 @@ class Progress:
             self._stage, self._shown = None, None
 
     def _due(self, now: float) -> bool:
-        """Whether the last drawing is old enough for the next one."""
+        """Whether enough time has passed since the last drawing to draw again."""
         return now - self._drawn >= (REDRAW_SECONDS if self._terminal else LINE_SECONDS)
 
     def _tick(self) -> None:

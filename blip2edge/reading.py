@@ -20,10 +20,10 @@ from blip2edge.errors import Blip2EdgeError, one_line
 from blip2edge.special_files import open_file
 
 MANIFEST_BYTES = 64 << 20
-"""Largest JSON file that describes something: a manifest, a config. The index of a model of 10^6 tensors has 100 MB."""
+"""Largest size in bytes of a manifest, a config or another JSON file that describes something (64 MiB)."""
 
 DATA_BYTES = 4 << 30
-"""Largest JSON file of a data set; the annotations of VQA have 0.4 GB."""
+"""Largest size in bytes of a JSON file of a data set (4 GiB); the annotations of VQA have 0.4 GB."""
 
 CHUNK = 16 << 20  # bytes read at a time
 
@@ -96,8 +96,8 @@ def checking(
     All other exceptions pass unchanged.
 
     Args:
-        path: As for :func:`reading`; the other arguments as well.
-        form: What the file should be.
+        path: The file, or another name of the source, for the error.
+        form: What the file should be, such as ``JSON``.
         error: Class of the error.
         fix: What the user can do.
         explain: Function that makes a better error, or returns None.
@@ -155,9 +155,9 @@ def parse_json(content: bytes | str, *, strict: bool = False) -> Any:
     """Parses JSON; call it inside :func:`reading`.
 
     Args:
-        content: UTF-8, a byte order mark allowed; or a text.
-        strict: Whether to refuse NaN, Infinity and an object with a repeated key, as for this project's files. Other
-            programs write them.
+        content: Bytes in UTF-8, with or without a byte order mark; or a text.
+        strict: Whether NaN, Infinity and a repeated key in an object are errors. Use True for files of this project,
+            and False for files of other programs, which may contain them.
 
     Raises:
         ValueError: The text is not JSON, is not UTF-8, has more than :data:`MAX_DEPTH` levels, or a text in it has half

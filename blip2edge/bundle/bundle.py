@@ -22,7 +22,7 @@ from blip2edge.reading import reading
 
 RECORDS = (MANIFEST, *DERIVED.values())
 MOST_REPLACED = 8
-"""Attempts to load a bundle that other runs replace meanwhile."""
+"""Number of attempts to load a bundle; an attempt fails if another run replaces the bundle during the attempt."""
 
 Loaded = TypeVar("Loaded")
 
@@ -70,9 +70,10 @@ class Bundle:
         Args:
             path: The directory of the bundle; or ``hub:ORG/NAME[@REVISION]``, a bundle on the Hugging Face hub, to
                 download it into the hub's cache.
-            require_signature: A public key in PEM format. The bundle must have a signature of its private key; files
-                that the signature does not list are not used. None: no signature is required.
-            signature: The signature; None for ``model.sig`` in the bundle, or else ``BUNDLE.sig`` beside it.
+            require_signature: A public key in PEM format. The bundle must have a signature that was made with the
+                private key of the same pair; files that the signature does not list are not used. None: no signature
+                is required.
+            signature: The signature file; None for ``model.sig`` in the bundle, or else ``BUNDLE.sig`` beside it.
 
         Raises:
             BundleError: The directory is not a bundle, its manifest cannot be read, or it cannot be downloaded.
@@ -106,7 +107,9 @@ class Bundle:
         return {name: record.sha256 for name, record in self.manifest.files.items()}
 
     def admits(self, directory: Path, record: str) -> bool:
-        """Whether the files of a derived directory may be used: True unless a signature is required and lacks them.
+        """Returns whether the files of a derived directory may be used.
+
+        They may be used if no signature is required, or if the required signature lists ``record`` with its hash.
 
         Args:
             directory: Directory of an optimized copy or of engines.
@@ -172,7 +175,7 @@ class Bundle:
     def file(self, name: str) -> Path:
         """Returns the path of a file of the bundle.
 
-        A bundle that contains engines only lists all its files but the engines, so the rule holds there too.
+        The file must be listed in ``bundle.json``. Engines are never listed there; all other files are.
 
         Raises:
             BundleError: ``bundle.json`` does not list the file, so its hash was not checked.
@@ -266,11 +269,11 @@ def load_whole(
     require_signature: str | Path | None = None,
     signature: str | Path | None = None,
 ) -> Loaded:
-    """Opens a bundle and loads from it. If a run replaces the bundle meanwhile, everything is loaded again.
+    """Opens a bundle and calls ``load`` with it. If a run replaces the bundle meanwhile, both steps are repeated.
 
     Args:
         path: The directory of the bundle, or its name on the hub, as for :meth:`Bundle.open`.
-        load: Function that loads something from the opened bundle. It is called again if the bundle was replaced.
+        load: Function that loads something, such as a captioner, from the opened bundle.
         require_signature: As for :meth:`Bundle.open`.
         signature: As for :meth:`Bundle.open`.
 
@@ -316,12 +319,15 @@ def _check_path(path: object) -> None:
 
 
 def _whole_status(directory: Path) -> list[tuple[int, ...]]:
-    """Returns numbers that change if ``bundle.json`` or the record of engines or of an optimized copy is replaced."""
+    """Returns numbers that change if ``bundle.json``, or an ``engine.json`` or ``optimized.json``, is replaced."""
     return [_status(path) for path in (directory, *sorted(directory.glob("*/[!.]*")))]
 
 
 def _status(directory: Path) -> tuple[int, ...]:
-    """Returns numbers that change if a directory's record (such as ``bundle.json``) is replaced; empty without one."""
+    """Returns numbers that change if the record in a directory, such as ``bundle.json``, is replaced.
+
+    The tuple is empty if the directory has no record.
+    """
     try:
         record = next(path for path in (directory / name for name in RECORDS) if path.is_file())
         status = record.stat()

@@ -18,4 +18,7 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "int8": np.dtype(np.int8),
     "bool": np.dtype(np.bool_),
 }
-"""dtype of the arrays that a session takes and returns. NumPy has no bfloat16, and every bfloat16 is a float32."""
+"""NumPy dtype of the arrays that a session takes and returns, by the schema's name of the dtype.
+
+NumPy has no bfloat16. Its values are passed as float32, which represents each of them exactly.
+"""

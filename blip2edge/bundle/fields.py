@@ -1,8 +1,8 @@
 """Checks the values of a parsed JSON file against a description of its fields.
 
-A description is made of the functions below, as data: ``record({"size": whole(0, 10)})``. Each returns a check, which
-raises ``ValueError`` with the key, the value and what was expected. Keys that a description does not name are allowed,
-so that an older version reads the files of a newer one.
+A description is built with the functions below, such as ``record({"size": whole(0, 10)})``. Each function returns a
+check: a function that raises ``ValueError`` with the key, the value and what was expected. Keys that a description does
+not name are allowed by default, so that an older version of blip2edge reads the files of a newer version.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Check = Callable[[Any, str], None]
-"""Checks a value; the second argument is where it is, such as ``prompt.frames``. Raises ValueError."""
+"""Checks a value; the second argument is the place of the value in the file, such as ``prompt.frames``.
+
+Raises ValueError if the value is not valid.
+"""
 
 MAX_BYTES = 1 << 50  # of a file
 MAX_NAME = 255  # bytes of a file's name on Linux
@@ -24,7 +27,10 @@ _NOTHING: Mapping[str, Check] = {}
 
 
 def check_that(holds: Callable[[Any], bool], expected: str) -> Check:
-    """Makes a check from the function ``holds``, which returns whether a value is valid; ``expected`` is for errors."""
+    """Makes a check from the function ``holds``, which returns whether a value is valid.
+
+    The error text says that ``expected`` was expected.
+    """
 
     def check(value: Any, where: str) -> None:
         if not holds(value):
@@ -165,7 +171,7 @@ def record(
 
 
 def either(key: str, with_key: Check, without: Check) -> Check:
-    """Returns a check for an object: ``with_key`` checks an object that has the key ``key``, else ``without`` does."""
+    """Returns a check that calls ``with_key`` for an object with the key ``key``, else ``without``."""
     return lambda value, where: (with_key if isinstance(value, Mapping) and key in value else without)(value, where)
 
 

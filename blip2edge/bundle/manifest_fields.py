@@ -47,7 +47,7 @@ from blip2edge.bundle.schema import (
 from blip2edge.limits import MAX_SIDE
 
 CAPTION, ASK = "caption", "ask"
-"""Tasks that a confidence is fitted for (docs/confidence.md): captions, and answers to questions."""
+"""Tasks for which ``calibrate --references`` fits a confidence (docs/confidence.md): captions, answers to questions."""
 
 MAX_LENGTH = 1 << 31  # of an axis: ONNX Runtime and TensorRT count with 32 bits in places
 MAX_TOKENS = 1 << 24  # of a vocabulary or a context; the largest vocabularies have 2^18, the longest contexts 2^23
@@ -144,7 +144,7 @@ GENERATION = record(
 _COSINES = mapped(text, mapped(text, record({"mean": finite_number()})))
 _AGREEMENT = record({"same": finite_number(0, 1), "pictures": _TOKEN})
 CALIBRATION = record({"method": text, "pictures": _TOKEN, "cosine": _COSINES}, {"captions": nullable(_AGREEMENT)})
-"""What `inspect` shows of a calibration."""
+"""The field ``calibration`` of ``bundle.json``: the values in it that the command `inspect` shows."""
 
 _SHARE = finite_number(0, 1)
 _MAP = record(
@@ -167,7 +167,10 @@ _MAP = record(
         check_that(lambda value: all(list(side) == sorted(side) for side in value["knots"]), "ascending knots"),
     ),
 )
-"""A map of `calibrate --references`; the figures of its fit are not checked."""
+"""A map from log-probabilities to confidence, which `calibrate --references` writes into ``bundle.json``.
+
+The measured values of the fit, such as its calibration error, are not checked.
+"""
 
 MANIFEST_FIELDS = record(
     {

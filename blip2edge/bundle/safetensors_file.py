@@ -39,7 +39,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "I8": np.dtype(np.int8),
     "U8": np.dtype(np.uint8),
 }
-"""By the format's names; bfloat16 as its 16-bit patterns, which NumPy has no type for."""
+"""NumPy dtype of each dtype name of the format. NumPy has no bfloat16, so BF16 is read as 16-bit integers."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class SafetensorsFile:
 
     Args:
         path: The file.
-        error: Class of the error.
+        error: Class of the error that is raised for a broken file.
         fix: What the user can do about a broken file.
 
     Attributes:
@@ -140,7 +140,7 @@ def _check_layout(tensors: Mapping[str, StoredTensor], size: int) -> None:
 
 
 def _stored(name: str, entry: Mapping[str, Any], first: int) -> StoredTensor:
-    """Reads the entry of a tensor in the header; raises ValueError if its length does not agree with its shape."""
+    """Reads the entry of a tensor in the header; raises ValueError if its length in bytes does not fit its shape."""
     if "data_offsets" not in entry:
         raise ValueError(f"the tensor {name!r:.60} has no data_offsets")
     start, end = entry["data_offsets"]

@@ -27,7 +27,7 @@ INSTRUCTION = ("instruction_ids", "instruction_mask")
 """Inputs of a bridge that reads an instruction: int64 ``[B, T]``, padded on the right."""
 
 QUERY_IDS = "query_ids"
-"""Input of an elastic bridge: the numbers of the queries that enter it, int64 ``[B, Q]``, 0 to Q - 1 in each row."""
+"""Input of an elastic bridge: the indices of the query tokens to use, int64 ``[B, Q]``, 0 to Q - 1 in each row."""
 
 EMBEDDINGS_FILE = "embed_tokens.safetensors"
 EMBEDDINGS_TENSOR = "embed_tokens"
@@ -36,7 +36,10 @@ QFORMER_TOKENIZER_FILE = "qformer_tokenizer.json"
 DRAFT_TOKENIZER_FILE = "draft_tokenizer.json"
 
 DERIVED: Mapping[str, str] = {"optimized": "optimized.json", "engines": "engine.json"}
-"""Directories of a bundle with files that are made from it, and the record in each of their folders."""
+"""Directories of a bundle for files that are made from it, each with the name of its record.
+
+Each folder in such a directory (a backend's copy, or the engines of one GPU) has this record, which lists its files.
+"""
 
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "bool")
 
@@ -48,7 +51,7 @@ SCORES = ("logits", "match_logits", "probability")
 CROSS_MASK = "cross_attention_mask"
 CROSS_MASKS = ("none", "keys", "steps")
 """Mask of a decoder's cross-attention: ``none``, all keys are valid; ``keys``, which keys are valid, int64 ``[B, E]``;
-``steps``, which keys each token attends to, int64 ``[B, S, E]`` (a token without any gets zeros)."""
+``steps``, which keys each token attends to, int64 ``[B, S, E]`` (for a token with no keys, the output is zeros)."""
 
 
 DraftName = Literal["auto", "none", "lookup", "itg"]
@@ -58,7 +61,8 @@ far); ``itg``, the text head of the Q-Former. ``auto`` is ``itg`` if the bundle 
 ``none``."""
 
 BackendName = Literal["auto", "cpu", "openvino", "cuda", "tensorrt", "rtx", "ort-tensorrt"]
-"""Names of the backends; ``auto`` is that of engines that fit this GPU, else ``cuda`` if it works, else ``cpu``."""
+"""Names of the backends. ``auto`` is TensorRT or RTX if the bundle has engines for this GPU, otherwise ``cuda`` if it
+works on this machine, otherwise ``cpu``."""
 
 
 @dataclass(frozen=True)
@@ -278,13 +282,21 @@ MARKERS = ("{image}", "<image>")
 VIDEO_MARKER = "<video>"  # of a video's place
 
 SEGMENTS, PLACEHOLDER, INTERLEAVED = PROMPT_KINDS = ("segments", "placeholder", "interleaved")
-"""How a prompt is tokenized: the texts around a picture one by one; as a whole, with a placeholder token in each
-picture's place; as a whole, with markers for pictures that take no slots because the decoder cross-attends to them."""
+"""How a prompt is tokenized.
+
+``segments``: the texts before and after a picture are tokenized one by one. ``placeholder``: the whole text is
+tokenized, with placeholder tokens at the place of each picture. ``interleaved``: the whole text is tokenized, with a
+marker token for each picture; the decoder attends to pictures by cross-attention, so they take no positions of the
+prompt.
+"""
 
 
 TURNS = ("head", "system", "picture", "user", "assistant", "start")
-"""Messages of a conversation: ``head`` stands in place of a system message where none is given, ``picture`` is a user's
-message with a picture, ``user`` one without, and ``start`` begins the answer. ``system`` may be missing."""
+"""Kinds of messages in a conversation, and two texts around them.
+
+``head`` begins a conversation without a system message. ``picture`` is a user's message with a picture, ``user`` a
+message without a picture. ``start`` begins the answer. A bundle may have no template for ``system``.
+"""
 
 
 @dataclass(frozen=True)
@@ -342,11 +354,17 @@ class PromptSpec:
             raise ValueError(f"prompt kind {self.kind} is not one of {', '.join(PROMPT_KINDS)}")
         for kind, token in ((PLACEHOLDER, self.image_token), (INTERLEAVED, self.picture_token)):
             if bool(token) != (self.kind == kind):
-                raise ValueError(f"a prompt of kind {self.kind} {'has no' if token else 'needs a'} token of {kind}")
+                raise ValueError(
+                    f"a prompt of kind {self.kind} {'must not have' if token else 'needs'} the token for a picture of "
+                    f"kind {kind}"
+                )
 
     @property
     def gives_ids(self) -> bool:
-        """Whether transformers generates from token ids; otherwise from embeddings, such as visual tokens."""
+        """Whether transformers' ``generate`` gets the token ids of this prompt; False if it gets embeddings only.
+
+        With embeddings only, the options that penalise tokens of the prompt have no effect.
+        """
         return self.kind != SEGMENTS or MARKERS[0] not in self.template
 
     def to_json(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from blip2edge.cli.parser import Parser
 
 CONFIDENT = (*DECODING[2], "repetition_penalty")
-"""Generation flags of the captions that a confidence is fitted on."""
+"""Generation flags that ``--references`` accepts: a confidence is fitted on captions that are generated with them."""
 
 HEADER = (
     "graph",
@@ -105,8 +105,9 @@ def _add_formats(parser: Parser) -> None:
         action="append",
         default=[],
         help="number format of a graph, or of its matrices whose names match PATTERN (such as "
-        "'decoder:*.layers.0.*=int8'): float (as in BUNDLE), fp16 (stored only), w8a8, int8 or int4, the last two with "
-        "the largest block, such as int4/32; comes before the other flags; repeat the flag for several graphs",
+        "'decoder:*.layers.0.*=int8'): float (as in BUNDLE), fp16 (weights are stored in FP16, and computed as in "
+        "BUNDLE), w8a8 (INT8 weights and activations), int8 or int4 (weights only; int4/32: blocks of at most 32); "
+        "overrides --weights and --int8-activations; repeat the flag for several graphs",
     )
     parser.add_argument(
         "--drop-limit",
@@ -127,7 +128,7 @@ def _add_formats(parser: Parser) -> None:
 
 
 def _add_references(parser: Parser) -> None:
-    """Adds the flags of the confidence (``--references`` and those that belong to it)."""
+    """Adds the flag ``--references`` and the flags that belong to it, which fit a confidence."""
     group = parser.add_argument_group(
         "confidence", "a confidence holds for the bundle, the prompt and the generation flags that it is fitted with"
     )
@@ -180,8 +181,8 @@ def _add_search(parser: Parser) -> None:
     group.add_argument(
         "--search",
         action="store_true",
-        help="find the formats with the least loss of captions, time and bytes, and publish the fastest combination at "
-        "which at most 1 percent of the captions change; a killed search goes on when the command is run again",
+        help="measure combinations of number formats: changed captions, time and size; publish the fastest combination "
+        "at which at most 1 percent of the captions change; a killed search goes on when the command is run again",
     )
     loss = "largest loss of captions in percentage points: captions that change, or CIDEr if pictures have .txt files"
     add_number(group, "--max-drop", loss, kind=non_negative_number, metavar="X")
@@ -245,7 +246,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_search(options: argparse.Namespace) -> None:
-    """Raises UsageError for a flag that needs ``--search`` without it, or a flag that the search itself chooses."""
+    """Raises UsageError for a flag that needs ``--search``, or that contradicts ``--search``.
+
+    The flags of number formats contradict it, because the search chooses the formats.
+    """
     only = {name: getattr(options, name) for name in ("max_drop", "max_ms", "max_mb", "device")}
     others = {name: getattr(options, name) for name in ("weights", "format", "drop_limit", "int8_activations")}
     given = [name for name, value in (others if options.search else only).items() if value not in (None, [])]

@@ -62,7 +62,7 @@ class Item:
 
     @property
     def source(self) -> ItemSource:
-        """The pictures in the form of an argument of ``Captioner.caption``."""
+        """The first argument of ``Captioner.caption`` for this item: one picture, or a list of several."""
         sources = [picture.source for picture in self.pictures]
         return sources if len(sources) > 1 else sources[0]
 
@@ -110,7 +110,7 @@ def print_captions(
     """Prints the caption of each item, and flushes the output, so that the next program in a pipe gets it at once.
 
     Returns:
-        The exit status: 1 if a picture could not be read, or one of several prompts does not fit.
+        The exit status: 1 if a picture could not be read, or if one of several prompts does not fit the model.
     """
     flags = given_generation(options)
     labelled = len(items) > 1 or any(picture.found for picture in items[0].pictures)
@@ -199,7 +199,8 @@ def check(options: argparse.Namespace) -> None:
     """Checks that the given flags can be combined, before the bundle is loaded.
 
     Raises:
-        UsageError: Beam search or a confidence with streaming, or a smallest length above the largest.
+        UsageError: ``--stream`` is given with beam search or ``--abstain-below``, or ``--min-new-tokens`` is larger
+            than ``--max-new-tokens``.
     """
     from blip2edge.runtime.decoding.options import check_stream
 

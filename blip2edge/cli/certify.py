@@ -43,7 +43,10 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run a bundle's graphs and captions here, and compare them with its references; 1 if something does not hold."""
+    """Run a bundle's graphs and captions here, and compare them with its references.
+
+    Returns the exit status: 1 if an output exceeds its tolerance, or if too few tokens are equal.
+    """
     if options.output is not None:
         check_file(options.output, "output")
     from blip2edge.runtime.bench.certify import certify
@@ -66,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def certificate_text(found: Certificate) -> str:
-    """Formats the certificate: a table of the graphs, then tokens, times and faults."""
+    """Formats the certificate: a table of the graphs, then lines with tokens, times, and the failed checks."""
     rows = [
         [
             one.graph,

@@ -192,5 +192,8 @@ def fish_script(arguments: dict[str, list[Argument]], commands: dict[str, str]) 
 
 
 def _quoted(text: str) -> str:
-    """Puts a text in single quotes and removes single quotes inside, so that each shell reads it in the same way."""
+    """Puts a text in single quotes, so that each shell reads it in the same way.
+
+    A single quote inside becomes ``’``, and backslashes are removed.
+    """
     return "'" + text.replace("'", "’").replace("\\", "") + "'"

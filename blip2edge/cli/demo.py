@@ -135,7 +135,7 @@ def _calibrate(parent: Path, progress: Progress) -> CalibrationReport:
 
 
 def _int8(report: CalibrationReport, same: int, pictures: int) -> str:
-    """Says how large the INT8 bundle is, and how many pictures get the same caption from it."""
+    """Returns a line with the size of the INT8 bundle, and the number of pictures whose captions did not change."""
     from blip2edge.bundle.bundle import Bundle
 
     count = size(bundle_bytes(Bundle.open(report.bundle).manifest))
@@ -166,7 +166,7 @@ def _closing(report: ExportReport) -> list[str]:
 
 
 def _tensorrt() -> str:
-    """Says why no TensorRT engine ran: what `doctor` finds missing, or that the demo runs on the CPU only."""
+    """Returns the reason why no TensorRT engine ran: a part is missing (`doctor`), or the demo needs only the CPU."""
     from blip2edge.runtime.bench.doctor import diagnose
 
     found = [check for check in diagnose() if check.name in ("NVIDIA driver", "TensorRT")]

@@ -99,7 +99,10 @@ def _write(output: Path, kind: str, names: Sequence[str], vectors: Iterable[Any]
 
 @contextmanager
 def _nothing_written(output: Path) -> Iterator[None]:
-    """Adds to the error of a picture that no file is written, because each row of the array needs its picture."""
+    """Adds a sentence to an ImageError in the block: the output file was not written.
+
+    Each row of its array belongs to one picture, so a file without the broken picture would have wrong rows.
+    """
     try:
         yield
     except ImageError as error:

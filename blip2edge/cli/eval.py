@@ -51,7 +51,7 @@ def add_arguments(parser: Parser) -> None:
         choices=SPLITS,
         default="heldout",
         help="with --data scenes: heldout: pictures with pairs of objects that no training picture has; train: "
-        "pictures with the other pairs (default: heldout)",
+        "pictures with the other pairs",
     )
     add_number(parser, "--count", "largest number of pictures (default: 1000 scenes, or all pictures of a data set)")
     parser.add_argument(
@@ -118,7 +118,8 @@ def _add_judges(parser: Parser) -> None:
         "--reader",
         metavar="MODEL",
         type=Path,
-        help="on questions: let the language model of this bundle or checkpoint answer them from the captions alone",
+        help="for a data set with questions: let the language model of this bundle or checkpoint answer them from the "
+        "captions alone",
     )
     parser.add_argument(
         "--reader-prompt",
@@ -143,7 +144,7 @@ def _add_retrieval_flags(parser: Parser) -> None:
         choices=RANKINGS,
         default="probability",
         help="retrieval: how the matching head ranks candidates: probability, or lavis: its logit plus the cosine, as "
-        "in BLIP-2's published figures (default: probability)",
+        "in BLIP-2's published figures",
     )
 
 

@@ -113,7 +113,7 @@ def report_table(report: ExportReport) -> str:
 
 
 def merging_line(merging: MergingRecord) -> str:
-    """Says how many patches were merged, and how similar the output is to that of the model without merging."""
+    """Returns a line with the number of merged patches, and the cosine between the outputs with and without merging."""
     counts = f"{merging.merge_tokens} a layer, {merging.embeds_before} embeddings become {merging.embeds}"
     if merging.cosine is None or merging.lowest is None:
         return f"merged patches: {counts}; not compared with the model that merges none (--verify full does)"

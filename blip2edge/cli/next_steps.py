@@ -30,7 +30,8 @@ def try_command(path: Path, manifest: Manifest, backend: str = "") -> str:
     Args:
         path: The bundle's directory.
         manifest: Manifest of the bundle.
-        backend: Value of ``--backend``; empty for the default, or the first that can run the bundle's precision.
+        backend: Value of ``--backend`` in the command. Empty: the default backend if it can run the bundle's
+            precision, else the first backend that can.
     """
     from blip2edge.runtime.backends.base import BACKENDS
 

@@ -126,7 +126,10 @@ def _gives(word: str, flags: Sequence[str]) -> bool:
 
 
 def _pattern_hint(words: Sequence[str]) -> str:
-    """Returns the advice for a pattern that the shell replaced by file names; empty if a word is not a file."""
+    """Returns advice for the case that the shell replaced a glob pattern by file names.
+
+    The advice is empty if one of the words is not an existing file: then the shell did not insert the words.
+    """
     if not all(map(os.path.exists, words)):
         return ""
     return "; if the shell replaced a pattern by these names, give the folder, or the pattern in quotes"

@@ -59,8 +59,8 @@ def run(options: argparse.Namespace) -> int:
     """Print whether a model fits the devices, its predicted times, and the recommended bridge.
 
     Raises:
-        UsageError: A value of a flag is wrong, or a required fit names no device.
-        CheckpointError: A flag requires that the model fits, and it does not fit a device.
+        UsageError: A value of a flag is wrong, or ``--require-fit`` is given without ``--device``.
+        CheckpointError: ``--require-fit`` is given, and the model does not fit a device.
     """
     from blip2edge.cli import plan_text
     from blip2edge.errors import UsageError
@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
 def _status(
     options: argparse.Namespace, model: str, shape: ModelShape, plans: list[DevicePlan], request: PlanOptions
 ) -> int:
-    """Returns the exit status 0; raises an error if a fit is required and the model does not fit a device."""
+    """Returns the exit status 0; raises CheckpointError if ``--require-fit`` is given and a device does not fit."""
     from blip2edge.cli.plan_text import fits, what_fits
     from blip2edge.errors import CheckpointError
 

@@ -158,7 +158,7 @@ def _fits_at(shape: ModelShape, device: Board, request: PlanOptions, frames: int
 def _most(limit: int, able: Callable[[int], bool]) -> int:
     """Returns the largest number up to ``limit`` for which ``able`` is true; 0 if there is none.
 
-    It searches by halving: if a number of frames fits, every smaller number fits too.
+    The search is a binary search: if ``able`` is true for a number, it must be true for every smaller number.
     """
     low, high = 0, limit
     while low < high:

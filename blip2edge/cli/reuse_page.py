@@ -54,7 +54,10 @@ def reuse_page(document: Mapping[str, Any], source: str) -> str:
 
 
 def _front(points: Sequence[Point], key: str) -> list[Point]:
-    """Returns the threshold pairs for which no other pair has both more ``saved`` and less ``key``; by ``saved``."""
+    """Returns the threshold pairs that no other pair beats in both values: larger ``saved`` and smaller ``key``.
+
+    The pairs are sorted by ``saved``, the smallest value first.
+    """
     found: list[Point] = []
     for point in sorted(points, key=lambda one: (-one["saved"], one[key])):
         if not found or point[key] < found[-1][key]:
@@ -76,7 +79,10 @@ def _cells(point: Point) -> tuple[str, ...]:
 
 
 def _chart(points: Sequence[Point], chosen: Point | None, rate: float) -> str:
-    """Draws the rate of missed changes over the saved work; the vertical axis ends at four times the stated rate."""
+    """Draws the rate of missed changes over the saved work.
+
+    ``rate``, the largest allowed rate (``--miss-rate``), is a horizontal line; the vertical axis ends at four times it.
+    """
     most = 4 * rate
 
     def place(point: Point, key: str) -> tuple[float, float]:

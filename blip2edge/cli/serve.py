@@ -40,8 +40,11 @@ API_KEY = "BLIP2EDGE_API_KEY"
 """Environment variable with the API key."""
 
 SWITCH_S = 0.0005
-"""Longest time for which one Python thread keeps another waiting. The loop of connections waits for the threads of the
-scheduler after each call of the system, which with Python's 5 ms would keep it from refusing requests at overload."""
+"""Python's switch interval while the server runs, in seconds: the longest time for which a thread blocks another one.
+
+The thread of the event loop may wait this long after each system call, because the scheduler's threads run meanwhile.
+With Python's default of 5 ms, it would be too slow to refuse requests at overload.
+"""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -86,8 +89,8 @@ def add_arguments(parser: Parser) -> None:
         metavar="NAME",
         action="append",
         default=[],
-        help="host name that requests may use for the server; may be repeated (default: on a loopback address its own "
-        "names, else any name)",
+        help="host name that requests may use for the server; may be repeated (default: if --host is a loopback "
+        "address, the names of this address; otherwise any name)",
     )
     access.add_argument("--tls-cert", metavar="FILE", type=Path, help="certificate chain in PEM format, to serve https")
     access.add_argument("--tls-key", metavar="FILE", type=Path, help="private key of the certificate in PEM format")
@@ -213,7 +216,7 @@ def _source(name: str, path: Path, options: argparse.Namespace, limits: Limits) 
 
 
 def _serve(server: Server, listening: socket.socket, tls: tuple[Path, Path] | None) -> None:
-    """Runs uvicorn on the listening socket until a signal comes or the engine cannot be loaded again."""
+    """Runs uvicorn on the listening socket until a signal ends it, or a failed engine cannot be loaded again."""
     import asyncio
 
     import uvicorn

@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _how_to_go_on(options: argparse.Namespace, output: Path) -> str:
-    """Says from which step the training resumes, and by which command."""
+    """Returns a sentence that says from which step the training can be resumed, and with which command."""
     from blip2edge.training.run import snapshots_of
 
     snapshots = snapshots_of(output)

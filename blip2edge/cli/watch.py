@@ -143,7 +143,7 @@ def _report_of(fit: Path) -> Path:
     """Returns the file of the HTML report, beside the JSON file with the fitted thresholds.
 
     Raises:
-        UsageError: Both would be the same file, or the path of the JSON file has no file name.
+        UsageError: The report and the JSON file would be the same file, or the path of the JSON file has no file name.
     """
     page = fit.with_name(f"{fit.stem}.html") if fit.name else fit
     if page.name.lower() == fit.name.lower() or page.resolve() == fit.resolve():
@@ -234,7 +234,7 @@ def _event(source: str, caption: WatchResult, values: dict[str, Any]) -> Caption
 
 
 def _open_sinks(options: argparse.Namespace, opened: ExitStack) -> list[Sink]:
-    """Opens the receivers of captions that the flags name; they are closed with the stack ``opened``."""
+    """Opens the receivers of captions that the flags name; the exit stack ``opened`` closes them."""
     if options.post_header and not options.post:
         raise UsageError(f"{option('post_header')} needs {option('post')}", field="post_header")
     given = [(flag, filled_address(value)) for flag in RECEIVERS for value in getattr(options, flag)]

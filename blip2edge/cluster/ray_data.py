@@ -1,4 +1,4 @@
-"""Runs the same object on many machines with Ray Data (the extra `ray`), and gives back the results in order.
+"""Maps rows with the same worker class on many machines, with Ray Data (the extra `ray`); keeps the order of the rows.
 
 All machines must see models and files under the same paths, as on a shared disk.
 """
@@ -13,7 +13,7 @@ from blip2edge.errors import Blip2EdgeError, UsageError, option
 from blip2edge.packages import require
 
 LOCAL = "local"
-"""The address of a Ray that runs on this machine alone."""
+"""Value of ``address`` that starts Ray on this machine alone."""
 
 MOST_BLOCKS = 10_000  # a block is the unit of work: what is lost with a machine, and what is given back at once
 
@@ -81,7 +81,7 @@ def map_on_ray(
 
 
 def _own_error(error: BaseException | None) -> Blip2EdgeError | None:
-    """Returns the error of this project that a worker raised, without Ray's wrapper; None if it is another error."""
+    """Returns the Blip2EdgeError that a worker raised, without Ray's wrapper; None for any other kind of error."""
     while error is not None:
         if isinstance(error, Blip2EdgeError):
             return error

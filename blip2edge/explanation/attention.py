@@ -15,7 +15,10 @@ from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import BundleError
 
 KEY = re.compile(r"^(?P<path>.*)\.key\.(weight|bias)\b")
-"""Initializers of an attention's keys: ``bridge.qformer.layers.0.cross_attention.key.weight.T``, in every precision."""
+"""Names of the initializers that compute the keys of an attention; the same in graphs of every precision.
+
+An example: ``bridge.qformer.layers.0.cross_attention.key.weight.T``.
+"""
 
 PLACES = (
     re.compile(r"\.qformer\.layers\.(?P<layer>\d+)\.cross_attention$"),  # Q-Former, in a bridge or a matcher
@@ -73,8 +76,8 @@ class LayerWeights:
 def attention_layers(graph: ir.Model) -> list[AttentionLayer]:
     """Finds the layers of a bridge's graph in which queries attend to the picture, in the order of the layers.
 
-    A layer is recognized by the name of the weights that its keys are computed with. These names are those of the
-    checkpoint's modules, and stay in fp16, INT8 and INT4 graphs.
+    A layer is recognized by the name of the weights that compute its keys. The exporter takes these names from the
+    modules of the model, and they are the same in fp16, INT8 and INT4 graphs.
     """
     found: list[AttentionLayer] = []
     for node in graph.graph:
@@ -138,7 +141,7 @@ def _key_module(softmax: ir.Node) -> str | None:
 
 
 def _layer_of(path: str | None) -> int | None:
-    """Returns the number of the layer with this path; None if the path is not of an attention to the picture."""
+    """Returns the number of the layer in a module's path; None if this module's attention is not to the picture."""
     for place in PLACES:
         match = place.search(path or "")
         if match is not None:

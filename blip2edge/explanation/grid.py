@@ -14,7 +14,7 @@ from blip2edge.errors import BundleError
 from blip2edge.runtime.images.preprocess import Preprocessing
 
 PASSED = ("Cast", "QuantizeLinear", "DequantizeLinear", "Mul", "Add", "Div", "Sub")
-"""Nodes between the pixel values and the patch embedding that keep each pixel in its place."""
+"""Operators that may come between the pixel values and the patch embedding, because they do not move any pixel."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class View:
     grid: PatchGrid
 
     def patch_of(self, points: NDArray[np.float64], axis: int) -> NDArray[np.int64]:
-        """Returns the numbers of the patches at points of the picture along one axis.
+        """Returns the column (or the row) of the patch that contains each point of the picture.
 
         Args:
             points: Coordinates of the points in pixels of the picture, ``[N]``.
-            axis: 0: across, 1: down.
+            axis: 0 for horizontal coordinates and columns, 1 for vertical coordinates and rows.
 
         Returns:
-            int64 ``[N]``: numbers from 0; -1 for a point that is in no patch.
+            int64 ``[N]``: columns or rows, counted from 0; -1 for a point that is in no patch.
         """
         count = (self.grid.columns, self.grid.rows)[axis]
         places = (points / self.scale[axis] - self.corner[axis]) / self.grid.stride[1 - axis]

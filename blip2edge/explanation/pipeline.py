@@ -32,7 +32,7 @@ from blip2edge.runtime.images.preprocess import DeferredImage, ImageSource, load
 DOCUMENT, PAGE, MATRIX = "explain.json", "explain.html", "similarity.png"
 SCHEMA = 1
 SHOWN = 8
-"""Default of ``--maps``: pictures that heat maps are drawn of."""
+"""Default of ``--maps``: the number of pictures for which heat maps are drawn."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,16 @@ def explain(
             similarity of the queries.
         force: Whether an existing directory with an ``explain.json`` is replaced.
         threads: CPU threads; None for all cores.
-        require_signature: A public key that the bundle must be signed for; see :meth:`Bundle.open`.
+        require_signature: A public key; the bundle must have a signature that was made with its private key. None: no
+            signature is required.
         limits: The largest picture that is decoded.
         progress: Called with a stage's name, steps done and steps in all.
 
     Raises:
         BundleError: The bundle has no queries that attend to patches, has engines only, is in bf16, or merges patches.
         ImageError: No picture can be read.
-        PromptError: The prompt does not fit.
-        UsageError: The bundle does not take a prompt or a number of queries, or there are no pictures.
+        PromptError: The prompt does not fit the model.
+        UsageError: ``prompt`` or ``queries`` is given, but the bundle takes none; or there are no pictures.
         OutputError: The directory exists already, or cannot be written.
     """
     require("onnxruntime", "explain", BackendError)

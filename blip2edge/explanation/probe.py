@@ -21,7 +21,10 @@ from blip2edge.runtime.captioning.encoder import checked_queries
 from blip2edge.runtime.images.preprocess import Preprocessing
 
 QUERY_GRAPHS = {BRIDGE: "visual_tokens", IMAGE_FEATURES: "image_features"}
-"""Graphs that can have queries, and the output with one vector a query. A bundle has at most one of them."""
+"""Graphs that can have queries, each with the name of the output that has one vector for each query.
+
+A bundle has at most one of these graphs.
+"""
 
 
 class Probe:
@@ -89,8 +92,8 @@ def open_bridge(
 
     Raises:
         BundleError: No queries attend to patches, or the patches are merged.
-        PromptError: The prompt does not fit.
-        UsageError: The bundle does not take a prompt or a number of queries.
+        PromptError: The prompt does not fit the model.
+        UsageError: ``prompt`` or ``queries`` is given, but the bundle takes none.
     """
     manifest = bundle.manifest
     graph = next((name for name in QUERY_GRAPHS if name in manifest.graphs), None)
@@ -116,7 +119,7 @@ def open_bridge(
 
 
 def _way_of_patches(bundle: Bundle) -> str:
-    """Says how the model of a bundle without queries uses the patches, for an error."""
+    """Returns a clause for an error: how the model of a bundle without queries uses the patches."""
     if DECODER not in bundle.manifest.graphs:
         return "it compares the class token with the text"
     if BRIDGE in bundle.manifest.graphs:

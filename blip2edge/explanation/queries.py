@@ -13,7 +13,7 @@ from blip2edge.bundle.dtypes import Array
 
 @dataclass(frozen=True)
 class Similarity:
-    """Measures how similar the visual tokens of the queries are.
+    """The similarity of the visual tokens of the queries.
 
     Attributes:
         pictures: Number of pictures, N.

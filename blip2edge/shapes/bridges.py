@@ -1,4 +1,4 @@
-"""Makes the shape of a model with each of four kinds of bridge; vision encoder and language model stay the same."""
+"""Computes the sizes of a model with each of four kinds of bridge; vision encoder and language model stay the same."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRADE_OFFS: Mapping[str, str] = {
 
 
 def with_bridges(shape: ModelShape) -> dict[str, ModelShape]:
-    """Returns the shape of the model with each kind of bridge, by kind.
+    """Returns the sizes of the model with each kind of bridge, by the name of the kind.
 
     The model's own bridge stays as it is; the other bridges have the sizes of the published models. The result is empty
     if the decoder cross-attends to the picture, because then the bridge cannot be replaced alone.

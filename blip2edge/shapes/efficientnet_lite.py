@@ -13,7 +13,15 @@ DIVISOR = 8  # numbers of channels are multiples of it
 
 
 class Stage(NamedTuple):
-    """The blocks of one resolution: their number, kernel, stride of the first block, expansion, and output channels."""
+    """The blocks of one resolution.
+
+    Attributes:
+        repeats: Number of blocks.
+        kernel: Side of the depthwise kernel.
+        stride: Stride of the first block; the other blocks have stride 1.
+        expansion: Channels inside a block, divided by its input channels.
+        channels: Output channels.
+    """
 
     repeats: int
     kernel: int
@@ -35,7 +43,17 @@ STAGES = (
 
 
 class BlockShape(NamedTuple):
-    """Shape of a block: channels in, inside and out, kernel, stride, side of its input, whether the input is added."""
+    """The sizes of one block.
+
+    Attributes:
+        inputs: Input channels.
+        inner: Channels of the depthwise convolution.
+        outputs: Output channels.
+        kernel: Side of the depthwise kernel.
+        stride: Stride of the depthwise convolution.
+        side: Height and width of the block's input.
+        residual: Whether the block's input is added to its output.
+    """
 
     inputs: int
     inner: int
@@ -47,7 +65,7 @@ class BlockShape(NamedTuple):
 
 
 def feature_side(image_size: int) -> int:
-    """Returns the side of the last feature map in cells, for a picture of ``image_size`` pixels."""
+    """Returns height and width of the last feature map in cells, for a square picture of ``image_size`` pixels."""
     side = math.ceil(image_size / 2)  # after the stem
     for stage in STAGES:
         side = math.ceil(side / stage.stride)
@@ -55,14 +73,17 @@ def feature_side(image_size: int) -> int:
 
 
 def scaled_channels(plain: int, factor: float) -> int:
-    """Scales a number of channels; the result is a multiple of 8, and not more than 10 % below the exact one."""
+    """Multiplies a number of channels by ``factor``, and rounds the product to a multiple of 8.
+
+    The result is at most 10 % smaller than the exact product.
+    """
     exact = plain * factor
     rounded = max(DIVISOR, int(exact + DIVISOR / 2) // DIVISOR * DIVISOR)
     return rounded + DIVISOR if rounded < 0.9 * exact else rounded
 
 
 def block_shapes(image_size: int, width_coefficient: float, depth_coefficient: float) -> list[BlockShape]:
-    """Returns the shape of each block.
+    """Returns the sizes of each block, in the order of the network.
 
     Args:
         image_size: Side of the picture in pixels.

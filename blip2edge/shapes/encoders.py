@@ -1,4 +1,4 @@
-"""Shapes of the vision encoders by their ``model_type``; defaults as in transformers."""
+"""Computes the sizes of vision encoders from their config, by ``model_type``; defaults as in transformers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DINOV3 = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12
 
 @dataclass(frozen=True)
 class EncoderShape:
-    """The shape of a vision encoder.
+    """The sizes of a vision encoder.
 
     Attributes:
         part: The encoder's matrices and attentions.
@@ -43,11 +43,11 @@ class EncoderShape:
 
 
 def encoder_shape(values: Mapping[str, Any], kinds: Collection[str] | None = None) -> EncoderShape:
-    """Reads the shape of the encoder in a ``vision_config``; without a ``model_type``, it is BLIP-2's encoder.
+    """Reads the sizes of the encoder from a ``vision_config``; without a ``model_type``, it is BLIP-2's encoder.
 
     Args:
-        values: Content of the section.
-        kinds: The ``model_type`` of encoders that the model can have; None for all of :data:`READERS`.
+        values: Content of the section ``vision_config``.
+        kinds: The allowed values of ``model_type``; None for all keys of :data:`READERS`.
 
     Raises:
         UnsupportedModelError: The encoder is of another type.
@@ -62,7 +62,10 @@ def encoder_shape(values: Mapping[str, Any], kinds: Collection[str] | None = Non
 
 
 def _depth(f: Sizes) -> tuple[int, bool]:
-    """Reads ``vision_feature_layer``; returns the number of blocks that run, and whether the final norm follows."""
+    """Reads ``vision_feature_layer``, the layer whose output is used.
+
+    Returns the number of layers up to it, and whether the final norm follows (only if the key is missing).
+    """
     depth, layer = f["num_hidden_layers"], f.values.get("vision_feature_layer")
     if layer is None:
         return depth, True
@@ -88,7 +91,10 @@ def _encoder(f: Sizes, matrices: tuple[WeightMatrix, ...], layers: int, prefix: 
 
 
 def siglip(values: Mapping[str, Any]) -> EncoderShape:
-    """Returns the shape of SigLIP's encoder without its pooling head: no class token, a position for each patch."""
+    """Returns the sizes of SigLIP's encoder without its pooling head.
+
+    It has no class token, and a position embedding for each patch.
+    """
     f = Sizes("vision_config", values, SIGLIP)
     (layers, norm), width = _depth(f), f["hidden_size"]
     matrices = (
@@ -101,9 +107,9 @@ def siglip(values: Mapping[str, Any]) -> EncoderShape:
 
 
 def dinov2(values: Mapping[str, Any], defaults: Mapping[str, int] = DINOV2) -> EncoderShape:
-    """Returns the shape of a DINOv2: class token, positions, two vectors of scales in each layer.
+    """Returns the sizes of a DINOv2 encoder: class token, position embeddings, two vectors of scales in each layer.
 
-    It has registers if ``defaults`` has the key of their number, ``num_register_tokens``.
+    The encoder has registers if ``defaults`` has the key ``num_register_tokens``, their default number.
     """
     f = Sizes("vision_config", values, defaults)
     (layers, norm), width = _depth(f), f["hidden_size"]
@@ -120,7 +126,7 @@ def dinov2(values: Mapping[str, Any], defaults: Mapping[str, int] = DINOV2) -> E
 
 
 def dinov3(values: Mapping[str, Any]) -> EncoderShape:
-    """Returns the shape of DINOv3's ViT: as DINOv2, but with rotary positions, which are no parameters."""
+    """Returns the sizes of DINOv3's ViT: like DINOv2, but with rotary positions, which have no parameters."""
     f = Sizes("vision_config", values, DINOV3)
     (layers, norm), width = _depth(f), f["hidden_size"]
     registers = f["num_register_tokens"] if values.get("num_register_tokens") else 0
@@ -136,19 +142,19 @@ def dinov3(values: Mapping[str, Any]) -> EncoderShape:
 
 
 def blip2(values: Mapping[str, Any]) -> EncoderShape:
-    """Returns the shape of BLIP-2's ViT: a class token, and a norm after the layers."""
+    """Returns the sizes of BLIP-2's ViT: a class token, and a norm after the layers."""
     f = Sizes("vision_config", values, EVA)
     return EncoderShape(vit(values, EVA), f["image_size"], f["patch_size"], f["hidden_size"], 1, True)
 
 
 def clip(values: Mapping[str, Any]) -> EncoderShape:
-    """Returns the shape of CLIP's ViT with all its layers, without the norm after the layers."""
+    """Returns the sizes of CLIP's ViT with all its layers, without the norm after the layers."""
     f, part = Sizes("vision_config", values, CLIP_VISION), vit(values, CLIP_VISION, clip=True, post_norm=False)
     return EncoderShape(part, f["image_size"], f["patch_size"], f["hidden_size"], 1, True)
 
 
 def efficientnet_lite(values: Mapping[str, Any]) -> EncoderShape:
-    """Returns the shape of an EfficientNet-Lite: an embedding for each cell of its last feature map."""
+    """Returns the sizes of an EfficientNet-Lite, which has an embedding for each cell of its last feature map."""
     f = Sizes("vision_config", values, EFFICIENTNET_LITE)
     width, depth = (values.get(f"{name}_coefficient", 1.0) for name in ("width", "depth"))
     if not all(type(each) in (int, float) and 0 < each <= 10 for each in (width, depth)):
@@ -174,4 +180,7 @@ READERS: Mapping[str, Callable[[Mapping[str, Any]], EncoderShape]] = {
     "dinov2_with_registers": lambda values: dinov2(values, DINOV2_WITH_REGISTERS),
     "dinov3_vit": dinov3,
 }
-"""Readers by the ``model_type`` of a ``vision_config``: the same types as in ``model/vision/registry.py``."""
+"""Function that reads the sizes from a ``vision_config``, by its ``model_type``.
+
+The types are the same as in ``model/vision/registry.py``.
+"""

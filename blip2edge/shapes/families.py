@@ -1,4 +1,4 @@
-"""Reads the shape of a model from its ``config.json``, or from the name of a published model; without torch."""
+"""Computes the sizes of a model from its ``config.json`` or from the name of a published model, without torch."""
 
 from __future__ import annotations
 
@@ -212,13 +212,13 @@ READERS: Mapping[str, Callable[[Sizes, str], ModelShape]] = {
     "idefics": _idefics,
     "blip2edge": _native,
 }
-"""Readers by family."""
+"""Function that reads the sizes of a model from its ``config.json``, by family."""
 
 MATCHING = ("BlipForImageTextRetrieval", "Blip2ForImageTextRetrieval", "CLIPModel")
 
 
 def shape_of(config: Any) -> ModelShape:
-    """Reads the shape of a captioning model from its ``config.json``.
+    """Computes the sizes of a captioning model from the content of its ``config.json``.
 
     Raises:
         UnsupportedModelError: The model is of another type, or a matching model.

@@ -1,4 +1,4 @@
-"""Shapes of the language models, from their ``text_config``; sizes and their defaults as in transformers."""
+"""Computes the sizes of language models from their ``text_config``; keys and defaults as in transformers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ T5_CONTEXT = 2048  # tokens; T5 itself has no limit
 
 @dataclass(frozen=True)
 class LanguageShape:
-    """The shape of a language model. Its attributes are those of the same name in :class:`ModelShape`."""
+    """The sizes of a language model; :class:`ModelShape` describes the attributes of the same names."""
 
     parts: tuple[ModelPart, ...]
     cache: CacheShape
@@ -42,7 +42,7 @@ class LanguageShape:
 
 
 def opt(values: Any, _: bool | None = None) -> LanguageShape:
-    """Returns the shape of an OPT; OPT-350m has a narrower token table and norms after the blocks."""
+    """Returns the sizes of an OPT; OPT-350m has a narrower token table and norms after the blocks."""
     f = Sizes("text_config", values, OPT)
     width, layers, heads = f["hidden_size"], f["num_hidden_layers"], f["num_attention_heads"]
     narrow, positions, vocabulary = f.get("word_embed_proj_dim", width), f["max_position_embeddings"], f["vocab_size"]
@@ -68,7 +68,7 @@ def opt(values: Any, _: bool | None = None) -> LanguageShape:
 
 
 def llama(values: Any, tied: bool | None = None, kind: str = "llama") -> LanguageShape:
-    """Returns the shape of a Llama, Mistral, Qwen2 or Qwen3.
+    """Returns the sizes of a Llama, Mistral, Qwen2 or Qwen3.
 
     ``tied``: whether the head is the token table; None to read this from the config.
     """
@@ -96,7 +96,7 @@ def llama(values: Any, tied: bool | None = None, kind: str = "llama") -> Languag
 
 
 def t5(values: Any, _: bool | None = None) -> LanguageShape:
-    """Returns the shape of a T5 or Flan-T5: text encoder, keys and values of the cross-attention, decoder.
+    """Returns the sizes of a T5 or Flan-T5: text encoder, keys and values of the cross-attention, decoder.
 
     T5's attention has a relative bias, so the optimized copy fuses neither the attention nor the norms and gates.
     """
@@ -158,7 +158,7 @@ def bert_layers(
 
 
 def bert(values: Any, picture: int, *, reads_question: bool = False) -> LanguageShape:
-    """Returns the shape of BLIP's text decoder, for VQA with the encoder of questions.
+    """Returns the sizes of BLIP's text decoder; for VQA, also those of its question encoder.
 
     ``picture``: width of the picture's embeddings.
     """
@@ -187,7 +187,7 @@ def bert(values: Any, picture: int, *, reads_question: bool = False) -> Language
 
 
 def flamingo(values: Any, source: int) -> LanguageShape:
-    """Returns the shape of a Llama with gated cross-attention layers (Idefics).
+    """Returns the sizes of a Llama with gated cross-attention layers (Idefics).
 
     ``source``: width of the states that the gated layers attend to.
     """
@@ -218,11 +218,13 @@ LANGUAGES: Mapping[str, Callable[..., LanguageShape]] = {
     "t5": t5,
     **{kind: lambda values, tied=None, kind=kind: llama(values, tied, kind) for kind in LLAMAS},
 }
-"""Readers of ``text_config`` by its ``model_type``."""
+"""Function that reads the sizes of a language model from its ``text_config``, by ``model_type``."""
 
 
 def bridged_shape(values: Any, default: str, tied: bool | None = None) -> LanguageShape:
-    """Reads the shape of the language model in a ``text_config``; ``default`` is used if it has no ``model_type``.
+    """Reads the sizes of the language model from a ``text_config``.
+
+    ``default`` is used if ``text_config`` has no ``model_type``.
 
     Raises:
         UnsupportedModelError: The ``model_type`` is not supported.

@@ -1,4 +1,4 @@
-"""The shape of a model as data: its weight matrices, and the tokens that each matrix is multiplied with.
+"""The sizes of a model as data: its weight matrices, and the tokens that each matrix is multiplied with.
 
 Parameters, bytes and operations of a model follow from these matrices. Only the standard library is imported, so that
 a board without torch can compute them from a ``config.json`` (:mod:`.families`).
@@ -23,7 +23,7 @@ TokenCounts = Mapping[str, int]
 - ``steps``, ``context``: new tokens of a run of the decoder, and keys that they attend to;
 - ``asked``: tokens that logits are computed for.
 
-A name with ``+`` is the sum of two counts. A name of digits is that number, as of the cells of a feature map.
+A matrix may also use a sum of two names, such as ``queries+instruction``, or a number in digits.
 """
 
 WEIGHT_BYTES: Mapping[str, float] = {
@@ -33,8 +33,10 @@ WEIGHT_BYTES: Mapping[str, float] = {
     "int8-weights": 1.0 + 4 / 64,
     "int4": 0.5 + 4 / 128,
 }
-"""Bytes of a weight by its format. ``int8``: 8-bit weights and activations, one scale for a column, which is left out.
-``int8-weights`` and ``int4``: blocks of 64 and 128 weights that share a float32 scale (calibration/weights/blocks.py).
+"""Bytes of a weight by its format.
+
+``int8``: 8-bit weights and activations, one scale for each column; the scales are not counted. ``int8-weights`` and
+``int4``: blocks of 64 and 128 weights that share a float32 scale (calibration/weights/blocks.py).
 """
 
 FORMATS: Mapping[str, Mapping[str, str]] = {
@@ -43,7 +45,10 @@ FORMATS: Mapping[str, Mapping[str, str]] = {
     "int8": {VISION: "int8", BRIDGE: "int8", "language": "int8-weights", "table": "int8-weights"},
     "int4": {VISION: "int8", BRIDGE: "int8", "language": "int4", "table": "int8-weights"},
 }
-"""Formats of the weights of each part by precision: what ``export`` and ``calibrate --weights`` write."""
+"""Weight format of vision encoder, bridge, language model and token table, by the bundle's precision.
+
+These are the formats that ``export`` and ``calibrate --weights`` write.
+"""
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,11 @@ class HeldWeights:
 
 
 FUSED_OPERATORS = 3
-"""Operators of an optimized graph for each product with weights, the product included: 2.7 to 3.2 in vision encoders,
-Q-Formers and OPT's decoder. A decoder that cross-attends has 5 to 9, because its attention is not one operator. Counted
-in the graphs of ``benchmarks/plan_check.py``."""
+"""Number of operators in an optimized graph for each matrix multiplication with weights, this one included.
+
+It is 2.7 to 3.2 in vision encoders, Q-Formers and OPT's decoder. A decoder with cross-attention has 5 to 9, because its
+attention is not fused to one operator. Counted in the graphs of ``benchmarks/plan_check.py``.
+"""
 
 
 @dataclass(frozen=True)
@@ -104,9 +111,10 @@ class WeightMatrix:
 
         Args:
             tokens: Numbers of tokens.
-            extra_rows: Number of tokens to add if there are several, for processors that are slower at few tokens.
-            one_row: Whether the first token counts. It does not if the time to read the weights includes its
-                multiplication.
+            extra_rows: Number of tokens to add if there is more than one, for processors that are less efficient with
+                few tokens.
+            one_row: Whether the first token counts. Use False if the time to read the weights already includes the
+                multiplication of one token.
         """
         rows = tokens_of(self.rows, tokens)
         return 2.0 * self.weights * (rows - (not one_row) + (extra_rows if rows > 1 else 0))
@@ -144,7 +152,7 @@ class AttentionProducts:
 
 @dataclass(frozen=True)
 class ModelPart:
-    """The shape of one graph of a bundle, such as the vision encoder.
+    """The sizes of one graph of a bundle, such as the vision encoder.
 
     Attributes:
         name: Name of the graph.
@@ -187,15 +195,18 @@ class ModelPart:
         return sum(matrix.count for matrix in self.matrices)
 
     def elements(self, tokens: TokenCounts) -> float:
-        """Number of values that the operators between the matrices compute: outputs, and three per attention score."""
+        """Number of values that the operators between the matrix multiplications compute.
+
+        They are the outputs of all matrices, and three values for each attention score.
+        """
         outputs = sum(one.count * one.outputs * tokens_of(one.rows, tokens) for one in self.matrices)
         return float(outputs + 3 * sum(one.count * one.scores(tokens) for one in self.attentions))
 
     def activation_bytes(self, tokens: TokenCounts, element: float) -> float:
-        """Bytes of the largest activations that are alive at once, ``element`` bytes each.
+        """Largest total size in bytes of the activations that are in memory at the same time.
 
-        These are the input, the output and the residual of the widest matrix; or queries, keys, values and the scores
-        before and after softmax of one layer.
+        These are the input, the output and the residual of the widest matrix; or the queries, keys and values of one
+        layer, and its scores before and after softmax. A value has ``element`` bytes.
         """
         widest = max((matrix.inputs + 2 * matrix.outputs) * tokens_of(matrix.rows, tokens) for matrix in self.matrices)
         scores = [
@@ -246,11 +257,11 @@ class ModelShape:
         parts: The graphs: vision encoder, bridge, text encoder, keys and values of the cross-attention, decoder.
         bridge: Kind of the bridge: ``qformer``, ``instructed-qformer``, ``mlp``, ``perceiver``, ``pool`` or ``none``.
         image_size, patch_size: Sides of picture and patch in pixels; a ``patch_size`` of 0 is not known.
-        keep_class: Whether the bridge gets the class token and all other tokens before the patches. If not, a LLaVA
-            always drops the first embedding. For a SigLIP, which has no class token, this is the first patch.
+        keep_class: Whether the bridge gets the class token and all other tokens before the patches. If False, a LLaVA
+            drops the first embedding; with a SigLIP, which has no class token, that is the first patch.
         queries: Number of query tokens of the bridge; 0 for a bridge without query tokens.
-        least_queries: Smallest number of query tokens that the bridge works with. ``queries`` for a bundle that is not
-            elastic; 1 if the model can still be trained with fewer.
+        least_queries: Smallest number of query tokens that the bridge works with: ``queries`` for a bundle that is not
+            elastic; 1 for a checkpoint, which can still be trained with fewer query tokens.
         slots: Number of text positions for a picture's visual tokens; 0 if the decoder cross-attends to the picture.
         frames: Pictures of an item.
         max_positions: Longest context in tokens.
@@ -288,12 +299,12 @@ class ModelShape:
     cells: int = 0
 
     def part(self, name: str) -> ModelPart | None:
-        """Returns the shape of the graph ``name``; None if the model has no such graph."""
+        """Returns the sizes of the graph ``name``; None if the model has no such graph."""
         return next((part for part in self.parts if part.name == name), None)
 
     @property
     def decoder(self) -> ModelPart:
-        """The shape of the decoder, which every captioning model has."""
+        """The sizes of the decoder, which every captioning model has."""
         return next(part for part in self.parts if part.name == DECODER)
 
     @property
@@ -313,7 +324,7 @@ class ModelShape:
 
     @property
     def table_parameters(self) -> int:
-        """Number of parameters of the token embedding table; 0 if it is tied to the head, which counts them."""
+        """Number of parameters of the token embedding table; 0 if the head has the same (tied) parameters."""
         return 0 if self.tied else self.table[0] * self.table[1]
 
     def parameters(self) -> dict[str, int]:
@@ -337,7 +348,8 @@ class ModelShape:
     def tokens(self, frames: int, text: int) -> dict[str, int]:
         """Returns the numbers of tokens of a request, by the names in :data:`TokenCounts`.
 
-        The request has ``frames`` pictures and ``text`` prompt tokens; ``steps`` and ``context`` are for the prefill.
+        The request has ``frames`` pictures and ``text`` prompt tokens. The counts ``steps`` and ``context`` are those
+        of the prefill.
         """
         prompt = self.slots * frames + text
         counts = {
@@ -354,11 +366,11 @@ class ModelShape:
         return {**counts, "source": source, "steps": steps, "context": steps}
 
     def with_bridge(self, kind: str, bridge: ModelPart, queries: int) -> ModelShape:
-        """Returns the shape of the same model with another bridge, whose visual tokens are slots of the text.
+        """Returns the sizes of the same model with another bridge, whose visual tokens take positions of the text.
 
         Args:
             kind: Kind of the bridge.
-            bridge: Shape of the bridge's graph.
+            bridge: Sizes of the bridge's graph.
             queries: Number of the bridge's query tokens; 0 for one visual token for each embedding.
         """
         parts = tuple(bridge if part.name == BRIDGE else part for part in self.parts)
@@ -367,10 +379,11 @@ class ModelShape:
         )
 
     def with_queries(self, queries: int) -> ModelShape:
-        """Returns the shape of the same model with only the first ``queries`` query tokens of its bridge.
+        """Returns the sizes of the same model with only the first ``queries`` query tokens of its bridge.
 
         Raises:
-            UsageError: The bridge has fewer query tokens, or none, or the bundle does not work with so few.
+            UsageError: The bridge has no query tokens, or fewer than ``queries``; or the bundle needs more than
+                ``queries``.
         """
         if not self.queries:
             raise UsageError(

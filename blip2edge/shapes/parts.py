@@ -1,7 +1,7 @@
-"""Shapes of vision encoders and bridges, from their sections of a ``config.json``; defaults as in transformers.
+"""Computes the sizes of vision encoders and bridges from sections of a ``config.json``; defaults as in transformers.
 
-A test compares every shape with the parameters of this project's modules and of transformers' classes. So a config
-gives the same sizes here and in ``model/families``, which builds modules.
+A test compares the sizes with the parameters of this project's modules and of transformers' classes. So a config gives
+the same sizes here and in ``model/families``, which builds the modules.
 """
 
 from __future__ import annotations
@@ -119,9 +119,10 @@ def feed_forward(
 
 
 def vit(values: Any, defaults: Mapping[str, int], *, clip: bool = False, post_norm: bool = True) -> ModelPart:
-    """Returns the shape of a vision encoder.
+    """Returns the sizes of a vision encoder's graph.
 
-    With ``clip``, it is built as CLIP's: the patches have no bias, and a norm comes before the layers.
+    If ``clip`` is true, the encoder is built like CLIP's: the patch embedding has no bias, and a norm comes before the
+    layers.
 
     Raises:
         UnsupportedModelError: The encoder is no ViT.
@@ -191,15 +192,15 @@ def text_side(values: Any) -> int:
 
 
 def mlp(encoder: int, output: int, *, bias: bool = True) -> ModelPart:
-    """Returns the shape of LLaVA's bridge: two linear layers, applied to every embedding."""
+    """Returns the sizes of LLaVA's bridge: two linear layers, applied to every embedding."""
     sizes = ((encoder, output), (output, output))
     return ModelPart(BRIDGE, tuple(WeightMatrix("layer", one, other, "embeds", 1, bias) for one, other in sizes))
 
 
 def perceiver(values: Any, width: int, output: int = 0) -> ModelPart:
-    """Returns the shape of a perceiver resampler for embeddings of this width.
+    """Returns the sizes of a perceiver resampler for embeddings of this width.
 
-    ``output``: channels of its projection; 0 for no projection.
+    ``output``: output channels of the projection after the resampler; 0 for no projection.
     """
     f = Sizes("perceiver_config", values, PERCEIVER)
     latents, layers, heads, head = (f[key] for key in PERCEIVER)
@@ -220,7 +221,7 @@ def perceiver(values: Any, width: int, output: int = 0) -> ModelPart:
 
 
 def pool(values: Any, encoder: int, output: int) -> ModelPart:
-    """Returns the shape of an attention pool: one attention of learned queries to the embeddings, and a projection."""
+    """Returns the sizes of an attention pool: one attention of learned queries to the embeddings, and a projection."""
     f = Sizes("bridge_config", values, POOL)
     width = f["hidden_size"]
     return ModelPart(

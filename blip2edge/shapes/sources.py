@@ -1,4 +1,7 @@
-"""Finds the shape of a model: in a bundle, a checkpoint directory, a ``config.json``, a published name, or the hub."""
+"""Reads the sizes of a model.
+
+The model is a bundle, a checkpoint directory, a ``config.json``, a published model, or a model on the hub.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +34,14 @@ LATENT_SHARE = 0.12
 
 
 def find_shape(model: str) -> tuple[ModelShape, str]:
-    """Reads the shape of a model.
+    """Reads the sizes of a model.
 
     Args:
         model: A bundle, also by its name on the hub (only its ``bundle.json`` is downloaded), a checkpoint directory, a
             ``config.json``, or the name of a checkpoint on the hub.
 
     Returns:
-        The shape, and a text that says where it comes from.
+        The sizes, and a text that says where they come from.
 
     Raises:
         CheckpointError: There is no such model, its config cannot be read, or the model is not supported.
@@ -82,14 +85,15 @@ def hub_config(name: str) -> Any:
 
 
 def bundle_shape(manifest: Manifest, path: Path) -> ModelShape:
-    """Estimates a model's shape from a bundle, which records the sizes of its tensors and files but not its config.
+    """Estimates a model's sizes from a bundle, which records the sizes of its tensors and files but not its config.
 
-    The KV cache, tokens and vocabulary are exact. Parameters are the bytes of the weights divided by those of one
-    weight; the layers of the vision encoder are assumed to be four times as wide inside as outside. The patches follow
-    from the number of embeddings where it is that of a square grid (:func:`_positions`).
+    The sizes of the KV cache, the numbers of tokens and the vocabulary are exact. The number of parameters is the size
+    of the weight files divided by the size of one weight. The feed-forward of the vision encoder is assumed to be four
+    times as wide as its layers. The patches follow from the number of embeddings if this is the number of cells in a
+    square grid, plus a few other embeddings (:func:`_positions`).
 
     Raises:
-        BundleError: The bundle's model writes no captions, or it holds engines only.
+        BundleError: The bundle's model writes no captions, or the bundle holds engines only.
     """
     cache, prompt = manifest.cache, manifest.prompt
     if cache is None or prompt is None or manifest.engines_of:
@@ -145,13 +149,16 @@ def bundle_shape(manifest: Manifest, path: Path) -> ModelShape:
 
 
 def _positions(manifest: Manifest, image: int, count: int) -> dict[str, Any]:
-    """Guesses the positions in the vision encoder from the number of embeddings; returns fields of :class:`ModelShape`.
+    """Guesses the grid of patches of the vision encoder from the number of embeddings.
 
-    - A square and a small rest: the patches, a class token and registers.
-    - A square: LLaVA's CLIP, whose class token is dropped; in a native model an encoder without class token. A LLaVA
-      with all patches of a SigLIP looks like the first, so it has one position too many.
-    - A square less one, in a LLaVA: a SigLIP, which has no class token and whose first patch is dropped.
+    - The number is a square plus a small rest: the square is the patches, the rest is a class token and registers.
+    - The number is a square: in a LLaVA, the encoder is a CLIP whose class token is dropped; in another model, an
+      encoder without class token. For a LLaVA with all patches of a SigLIP, the result has one position too many.
+    - The number is a square minus one, in a LLaVA: the encoder is a SigLIP, which has no class token, and the first
+      patch is dropped.
     - Any other number: the grid is not known, and every embedding counts as one position.
+
+    Returns values for fields of :class:`ModelShape`, by name.
 
     Args:
         manifest: The bundle's manifest.
@@ -184,7 +191,7 @@ def _fixed(size: Any) -> int:
 
 
 def _stack(weights: int, width: int, rows: str) -> tuple[WeightMatrix, ...]:
-    """Returns one matrix with this number of weights, which stands for all layers together."""
+    """Returns one matrix with this number of weights, in place of the matrices of all layers."""
     return (WeightMatrix("layers", width, max(1, round(weights / width)), rows),)
 
 

@@ -96,11 +96,11 @@ RANGES: dict[str, tuple[Change, str]] = {
     "a filter": (lambda v: v["preprocessing"].update(resample=6), "preprocessing.resample: expected a whole number"),
     "a token of placeholders": (
         lambda v: v["prompt"].update(kind="segments", image_token="<image>"),
-        "a prompt of kind segments has no token of placeholder",
+        "a prompt of kind segments must not have the token for a picture of kind placeholder",
     ),
     "no token of placeholders": (
         lambda v: v["prompt"].update(kind="placeholder"),
-        "a prompt of kind placeholder needs a token of placeholder",
+        "a prompt of kind placeholder needs the token for a picture of kind placeholder",
     ),
     "a huge picture": (
         lambda v: v["preprocessing"].update(size={"height": 10**6, "width": 1}),

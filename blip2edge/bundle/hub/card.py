@@ -30,7 +30,7 @@ def model_card(manifest: Manifest, repository: str, revision: str = MAIN, licens
     Args:
         manifest: The bundle's manifest.
         repository: ``ORG/NAME`` of the bundle on the hub.
-        revision: The branch that it is pushed to.
+        revision: The branch that the bundle is pushed to.
         license_id: The hub's identifier of the license, such as ``bsd-3-clause``; empty if it is not known.
     """
     name = HubName(repository, revision)
@@ -53,19 +53,25 @@ def model_card(manifest: Manifest, repository: str, revision: str = MAIN, licens
 
 
 def is_edited(card: str) -> bool:
-    """Whether a model card has another text than :func:`model_card` wrote, by the hash in its first comment."""
+    """Returns whether a model card was changed after :func:`model_card` wrote it.
+
+    The card's first comment holds the hash of the original text.
+    """
     found = _MARK.search(card)
     return found is None or found[1] != _sha256(card.replace(found[1], _UNKNOWN))
 
 
 def _sha256(card: str) -> str:
-    """Returns the SHA-256 of a card, in which ``_UNKNOWN`` stands for the hash; kinds of line ends do not matter."""
+    """Returns the SHA-256 of a card that has ``_UNKNOWN`` in place of its own hash.
+
+    Cards that differ only in line ends, or in spaces at the end of lines, have the same hash.
+    """
     lines = [line.rstrip() for line in card.strip().splitlines()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def base_model(manifest: Manifest) -> str:
-    """Returns the hub name of the checkpoint that a bundle was exported from; empty if that was a directory."""
+    """Returns the hub name of the checkpoint that a bundle was exported from; empty for a checkpoint in a directory."""
     return repository_of(Path(manifest.source.get("checkpoint", "")))
 
 

@@ -127,7 +127,10 @@ class _Download:
         self.directory = bundle_directory(self._storage, self.snapshot.name, name)
 
     def files(self, *, engines: bool) -> None:
-        """Downloads the files that the manifest lists; refuses a bundle of engines only unless ``engines`` is true."""
+        """Downloads the files that the manifest lists.
+
+        Raises BundleError if the bundle contains only engines and ``engines`` is false.
+        """
         manifest = read_manifest(self.snapshot)
         if manifest.engines_of and not engines:
             raise BundleError(

@@ -49,7 +49,7 @@ def is_repository(name: str) -> bool:
 
 
 def is_hub_name(name: str | Path) -> bool:
-    """Whether the name of a bundle is that of a repository on the hub; False for a directory."""
+    """Returns whether the name of a bundle is the name of a repository on the hub; False for a directory."""
     return os.fspath(name).startswith(PREFIX)
 
 

@@ -32,8 +32,8 @@ class PushReport:
         name: The bundle's name on the hub.
         url: The address of the commit.
         files: Size in bytes of each file of the bundle, by its path in the repository.
-        removed: Files of the bundle that was there before, which were removed.
-        card_kept: Whether the repository has a model card that was edited, which is kept.
+        removed: Files that were removed from the repository, because they belonged to its previous bundle.
+        card_kept: Whether the repository keeps its old model card, because somebody edited this card.
     """
 
     name: HubName
@@ -56,7 +56,7 @@ def push_bundle(
 ) -> PushReport:
     """Uploads the files of a bundle and a model card in one commit; the repository is made if it does not exist.
 
-    Files that have not changed are not uploaded again. Files of the bundle that was there before are removed.
+    Files that have not changed are not uploaded again. Files of the repository's previous bundle are removed.
 
     Args:
         bundle: The directory of the bundle.
@@ -65,7 +65,8 @@ def push_bundle(
         revision: A branch, which is made if it does not exist; None for ``main``.
         message: The commit's message; None for a message that names the bundle.
         derived: Whether optimized copies and engines in the bundle are uploaded as well.
-        license_id: The hub's identifier of the license; None for the license of the checkpoint, if the hub has it.
+        license_id: The hub's identifier of the license; None for the license that the hub shows for the checkpoint,
+            if the checkpoint is on the hub.
         progress: Called with a file's name, the number of files hashed and the number of all files.
 
     Raises:

@@ -32,7 +32,7 @@ def output_error(path: Path, error: BaseException, fix: str = "check the path an
     Args:
         path: The output.
         error: The reason.
-        fix: What the user can do, unless the reason itself says more.
+        fix: What the user can do; for a full disk and other well-known reasons, a more exact text replaces it.
     """
     number = error_number(error)
     if number in _PROBLEMS:

@@ -14,16 +14,17 @@ from blip2edge.errors import OutputError, UsageError, option
 def check_file(path: Path, name: str, *suffixes: str) -> None:
     """Checks that an output file can be written, before the work whose result it will contain.
 
-    Pipes and devices are written as they are, whatever their name. Nothing is left behind.
+    A pipe or a device is not checked further, and may have any name. The check leaves no file behind.
 
     Args:
         path: The file.
         name: The option that names the file, such as ``output``.
-        *suffixes: Allowed ends of its name, such as ``.npy``; none for any name.
+        *suffixes: Allowed suffixes of the file, such as ``.npy``; none for any suffix.
 
     Raises:
-        OutputError: Its folder does not exist or cannot be written, it is a folder, or another run writes it.
-        UsageError: It has another suffix.
+        OutputError: The folder of the file does not exist or cannot be written, the path is a folder, or another run
+            writes the file.
+        UsageError: The file has another suffix.
     """
     check_name(path)
     real = Path(os.path.realpath(path))
@@ -49,10 +50,10 @@ def write_output(path: Path, contents: str | bytes, name: str) -> None:
     Args:
         path: The file.
         contents: Its whole content.
-        name: The option that names it, such as ``output``.
+        name: The option that names the file, such as ``output``.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: The file cannot be written.
     """
     check_name(path)
     try:
@@ -63,7 +64,10 @@ def write_output(path: Path, contents: str | bytes, name: str) -> None:
 
 
 def _check_place(path: Path) -> None:
-    """Raises OSError if the folder of a file does not exist, if a folder has its name, or if it may not be replaced."""
+    """Raises OSError if a file cannot be written at a path.
+
+    The errors: the folder around it does not exist, the path is a folder, or an existing file may not be changed.
+    """
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
     if path.is_dir():

@@ -5,7 +5,7 @@ While a run writes ``NAME``, its files are in the directory ``.NAME.part`` besid
     .NAME.part/owner   the lock: a file that the run holds with ``flock``, with its process and start time as JSON
     .NAME.part/new     the output, until it is complete and renamed to NAME
     .NAME.part/old     what NAME was before, between two renames (only where names cannot be exchanged in one step)
-    .NAME.part/keep    marks that `old` or `new` is another program's or the only copy, and is not removed
+    .NAME.part/keep    an empty file: `old` or `new` must not be removed (another program's files, or the only copy)
     .NAME.part/...     scratch files
 
 The system releases the lock when the process ends, also after a kill or a power cut. So a directory whose lock is free
@@ -97,7 +97,10 @@ def locked(target: Path) -> Iterator[Path]:
 
 
 def check_name(target: Path) -> None:
-    """Raises OutputError if no file can have this name, part of its path is a file, or it names a bundle on the hub."""
+    """Raises OutputError if no file can have this path.
+
+    The path contains a NUL, it names a bundle on the hub, or a folder in it exists as a file.
+    """
     if "\0" in str(target):
         raise OutputError(f"{str(target)!r} is not a usable file name: it contains a NUL", "give another name")
     if is_hub_name(target):
@@ -111,10 +114,11 @@ def check_name(target: Path) -> None:
 
 
 def recover(target: Path) -> None:
-    """Restores the name of an output that a killed run had renamed; does nothing if the name exists.
+    """Gives the old output its name back if a run was killed while it replaced this output.
 
-    The run was killed between the two renames of a replacement. If a run that still goes on is between them, this
-    function waits.
+    A replacement has two renames: the old output is renamed to ``.NAME.part/old``, then the new output gets the name.
+    A run that is killed between the two leaves no file of this name. If the run between the two renames is still
+    alive, this function waits. If a file of this name exists, it does nothing.
     """
     part = part_of(target)
     end = time.monotonic() + WAIT_S
@@ -140,7 +144,10 @@ def recover(target: Path) -> None:
 
 
 def tidy(target: Path) -> None:
-    """Removes the files of a killed run that had already written ``target``, which no later run writes again."""
+    """Removes the files of a killed run from the directory ``.NAME.part`` of ``target``.
+
+    A run that writes ``target`` removes such files itself; this function is for an output that no later run writes.
+    """
     if part_of(target).is_dir():
         with contextlib.suppress(OutputError), locked(target):
             pass
@@ -152,7 +159,7 @@ def target_of(part: Path) -> Path:
 
 
 def recover_in(directory: Path) -> None:
-    """Calls :func:`recover` for every output in a directory that a killed run has renamed."""
+    """Calls :func:`recover` for each output in ``directory`` whose old content lies in ``.NAME.part/old``."""
     if directory.is_dir():
         for old in directory.glob(f".*{SUFFIX}/{OLD}"):
             recover(target_of(old.parent))
@@ -193,7 +200,8 @@ def write_file(path: Path, content: bytes | memoryview, mode: int | None = None)
     Args:
         path: The file.
         content: New content of the file.
-        mode: Permissions of the file, also while it is written; None for those of the old file, or the default.
+        mode: Permissions of the file, also while it is written; None for the permissions of the old file, or the
+            system's default for a new file.
 
     Raises:
         BusyError: Another run writes the file.
@@ -240,7 +248,10 @@ def _write_into(path: Path, content: bytes | memoryview) -> None:
 
 
 def _acquire(target: Path) -> tuple[Path, int | None]:
-    """Makes and locks the directory of a run; returns it and the lock's descriptor (None if locks are missing)."""
+    """Makes and locks the directory ``.NAME.part`` of a run.
+
+    Returns the directory, and the file descriptor of the lock (None if the file system has no locks).
+    """
     check_name(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(target)

@@ -1,4 +1,4 @@
-"""Names the process and the machine that write an output, and file systems that machines share."""
+"""Names the process and the machine that write an output, and tells whether machines share a file system."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def command() -> str:
 
 
 def machine() -> str:
-    """Returns a name of this machine that changes when it is started again; its containers get the same name."""
+    """Returns a name of this machine. The name changes when the machine starts again; its containers return it too."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

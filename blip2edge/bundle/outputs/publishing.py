@@ -120,14 +120,14 @@ def check_target(target: Path, force: bool, marker: str | None) -> None:
 def publish(fresh: Path, target: Path, *, replace: bool, marker: str | None = None) -> None:
     """Renames a finished directory to its final name.
 
-    A directory that appeared under the name meanwhile is replaced only if ``replace`` is True and it holds ``marker``.
-    The rename fails if the name exists (``renameat2`` of Linux). After an exchange, the old directory is checked; if it
-    must not be replaced, it gets its name back.
+    Another program may make a directory of this name at any moment. It is replaced only if ``replace`` is True and it
+    holds ``marker``: a rename to a free name fails if the name exists (``renameat2`` of Linux), and after an exchange
+    the old directory is checked, and gets its name back if it must not be replaced.
 
-    An old directory of that name is exchanged for the new one in a single step, so that at any moment one of the two
-    is there, complete. Where the system or the file system cannot exchange names, the old directory is renamed to
-    ``.NAME.part/old`` first. After a kill between the two renames, the next run and ``Bundle.open`` give it its name
-    back.
+    An old directory of this name is exchanged for the new one in a single step, so that at any moment one of the two
+    has the name and is complete. Where the system or the file system cannot exchange names, the old directory is
+    renamed to ``.NAME.part/old`` first. If the run is killed between the two renames, the next run or ``Bundle.open``
+    gives the old directory its name back.
 
     Args:
         fresh: The finished directory, in the directory that :func:`locked` made for ``target``.
@@ -191,9 +191,10 @@ def _check_around(target: Path) -> None:
 
 
 def _replaceable(directory: Path, marker: str | None) -> bool:
-    """Whether ``--force`` may replace ``directory``.
+    """Returns whether ``--force`` may replace ``directory``.
 
-    It may if nothing has this name, or if it is a link, an empty directory, or a directory with the file ``marker``.
+    True if the path does not exist, or is a link, an empty directory, or a directory with the file ``marker``. If
+    ``marker`` is None, any directory may be replaced.
     """
     if directory.is_symlink() or not directory.exists():
         return True
@@ -326,9 +327,9 @@ def _give_back(replaced: Path, target: Path, fresh: Path) -> None:
 
 
 def _keep(directory: Path, target: Path) -> Path:
-    """Renames a directory that lost its name to ``NAME.replaced``; returns its new name.
+    """Gives the name ``NAME.replaced`` to a directory that cannot get its old name back; returns its path.
 
-    If the name is taken or the rename fails, the directory stays where it is, and no run removes it.
+    If ``NAME.replaced`` exists or the rename fails, the directory stays where it is, and no run removes it.
     """
     mark, kept = directory.with_name(KEEP), target.with_name(f"{target.name}.replaced")
     mark.touch()

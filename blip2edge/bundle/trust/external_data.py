@@ -26,7 +26,7 @@ MESSAGES: Mapping[str, Mapping[int, str]] = {
     "sparse": {1: TENSOR, 2: TENSOR},
     TENSOR: {13: ENTRY},
 }
-"""The fields of each message that can contain a tensor, and the message of each."""
+"""For each protobuf message that can contain a tensor: the numbers of its fields to follow, and their messages."""
 
 
 def external_locations(path: Path) -> set[str]:
@@ -76,7 +76,10 @@ def _location(content: mmap.mmap, start: int, end: int) -> Iterator[str]:
 
 
 def _fields(content: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yields number, begin and end of each field with bytes in a message; raises ValueError for a broken message."""
+    """Yields the number, begin and end of each length-delimited field (bytes, text or message) in ``[start, end)``.
+
+    Raises ValueError for a broken message.
+    """
     at, groups = start, 0
     while at < end:
         tag, at = _varint(content, at, end)

@@ -70,7 +70,7 @@ class Listing:
         files: The expected size and hash of each file, by file name.
         manifest: Name of the manifest, for errors.
         fix: What the user can do about a wrong file, for errors.
-        weights: Paths that the graphs may name as their external data: those of listed files. None: ``files``.
+        weights: Paths of the files that the graphs may name as external data; None for the names in ``files``.
     """
 
     directory: Path
@@ -85,8 +85,8 @@ class CheckedFiles:
     """Checks files, and records the state (size, times, inode) of each checked file.
 
     Attributes:
-        strict: Whether to hash every file although a stamp says that it was checked, to write no stamps, and to accept
-            no symbolic links and no change of a file or of its directory until all files are opened.
+        strict: If True, every file is hashed and stamps are neither used nor written. A symbolic link is an error, and
+            so is any change of a file or of its directory before :meth:`check_unchanged`.
     """
 
     strict: bool = False
@@ -170,7 +170,7 @@ class CheckedFiles:
     def check_unchanged(self) -> None:
         """Checks that no file was changed or replaced since its check; call it when all files are opened.
 
-        A file with another identity is hashed again; if :attr:`strict`, it is refused.
+        A file whose size, times, device or inode changed is hashed again; if :attr:`strict` is True, it is an error.
 
         Raises:
             BundleIntegrityError: A file is not the file that was checked.

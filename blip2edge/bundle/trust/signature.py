@@ -110,7 +110,7 @@ def find_signature(bundle: Path) -> Path:
     """Returns the signature of a bundle: ``model.sig`` in it, or else the file ``BUNDLE.sig`` beside it.
 
     Raises:
-        BundleSignatureError: There is neither.
+        BundleSignatureError: Neither of the two files exists.
     """
     places = (bundle / SIGNATURE, Path(f"{os.path.abspath(bundle)}.sig"))
     for place in places:
@@ -132,7 +132,7 @@ def read_signature(path: Path, public_key: Path) -> Signature:
     Raises:
         BundleSignatureError: The signature is of another key, or is damaged.
         MissingPackageError: The package ``model-signing`` is not installed.
-        UsageError: ``public_key`` is neither.
+        UsageError: ``public_key`` is neither a public key nor a certificate.
     """
     package = model_signing()
     _check_form(path)
@@ -173,7 +173,7 @@ def _damaged(path: Path, how: str) -> BundleSignatureError:
 
 
 def _reason(error: Exception) -> str:
-    """Returns the message of an exception, without Python's names and numbers of objects."""
+    """Returns the reason for an exception in one line, in words rather than Python's terms."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, AttributeError) and error.name == "curve":

@@ -20,7 +20,7 @@ from blip2edge.progress import ProgressCallback
 from blip2edge.reading import read_json, reading
 
 ENCRYPTED = b"ENCRYPTED"
-"""In the first or second line of a private key that is protected by a password."""
+"""Text in the first or second line of a private key that is protected by a password."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class _CheckedHashing:
 
 
 def _listed_hashes(record: Path) -> dict[str, str]:
-    """Returns the SHA-256 of each file that a record lists; empty if the record cannot be read (and is not used)."""
+    """Returns the SHA-256 of each file that a record lists; empty if the record cannot be read."""
     try:
         values = read_json(record, BundleError)
         with reading(record, "a record", BundleError):
