@@ -20,7 +20,7 @@ from blip2edge.runtime.bench.reference_outputs import default_prompt
 from blip2edge.runtime.captioning.captioner import Captioner
 
 RUNS = 32
-"""Number of recorded inputs whose outputs are compared, and of pictures whose captions are."""
+"""Number of recorded inputs whose outputs are compared, and number of pictures whose captions are compared."""
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ class SubstituteSession:
         return self._compute(inputs)
 
     def close(self) -> None:
-        """Does nothing; see :class:`blip2edge.runtime.backends.base.Session`."""
+        """Does nothing: this session holds no memory to release."""
 
 
 def collect(

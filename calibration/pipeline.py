@@ -70,7 +70,7 @@ from blip2edge.runtime.bench.memory import Notify, calibration_need, check_memor
 from blip2edge.runtime.bench.meters import MemoryMeter
 
 GraphMaker = Callable[[CalibrationContext, GraphRecord, GraphFormat], StagedGraph]
-"""Puts a graph into the staging directory, in a format."""
+"""Function that writes a graph, in a given format, to the staging directory."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class PreparedSteps:
     Attributes:
         captions: The parent's captions of the first pictures.
         feeds: The recorded inputs.
-        graph: Puts a graph into the staging directory, in a format.
+        graph: Function that writes a graph, in a given format, to the staging directory.
         search: The object ``search`` of ``report.json``.
     """
 
@@ -255,7 +255,7 @@ def _agreement(
     captions: Sequence[GreedyCaption],
     graphs: Mapping[str, StagedGraph],
 ) -> CaptionAgreement:
-    """Seals the bundle in the staging directory, captions pictures with it, and compares with the parent's captions."""
+    """Writes the manifest of the staged bundle, captions pictures with it, and compares with the parent's captions."""
     seal(context, graphs).write(context.staging)
     ours = _captions(context, context.staging, pictures, "caption with the new")
     return compare_captions(captions, ours or ())

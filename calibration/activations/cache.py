@@ -1,4 +1,6 @@
-"""Stores observations on disk, so that the next calibration of a graph on the same pictures can load them.
+"""Stores the observed activations of a graph (histograms, samples) on disk.
+
+So the next calibration of this graph on the same pictures can load them.
 
 The file's name contains a hash of the graph, its weights, the pictures and the parent bundle. A file ends with the hash
 of its content, so that a damaged file is detected.

@@ -32,16 +32,16 @@ SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.15)
 """Thresholds that are tried, as shares of the largest value."""
 
 COLUMNS = 384
-"""Columns of a layer's weights on which the candidates are compared."""
+"""Number of columns of a layer's weights on which the candidates are compared."""
 
 LIMIT = 0.01
 """Largest accepted error of a layer's output, as a share of its power (10 % in amplitude)."""
 
 NODE_ABOVE = 1e-3
-"""Error without division above which a division that needs its own node is tried."""
+"""Divisions that need a node of their own are tried only if the error without a division is larger than this."""
 
 NODE_GAIN = 0.5
-"""Share of that error that must remain at most, for the division with its own node to be used."""
+"""A division with a node of its own is used only if its error is less than this share of the error without it."""
 
 ALWAYS_ZERO = "its input is always zero"
 
@@ -117,7 +117,8 @@ def choose_ranges(
 def choose_range(observation: Observation, weights: Sequence[Array], folds: bool, shared: bool = False) -> RangeChoice:
     """Chooses the range of one activation: the candidate with the least error.
 
-    A division of the channels is taken only if it reduces the error (with its own node: by half, :data:`NODE_GAIN`).
+    A division of the channels is used only if it reduces the error. If the division needs a node of its own, it must
+    reduce the error to less than the share :data:`NODE_GAIN`.
 
     Args:
         observation: The observation of the activation.
@@ -192,7 +193,11 @@ class _Division:
             self._parts.append((divided, exact, np.maximum(power, max(power.mean() * 0.1, 1e-30))))
 
     def output_error(self, threshold: float) -> float:
-        """Computes the error of the output with a threshold; see ``output_error`` of :class:`RangeChoice`."""
+        """Computes the relative error of the layer's output if values beyond ``threshold`` saturate.
+
+        It is the power of the rounding error divided by the power of the output: the mean over the drawn tokens or over
+        the tokens with the largest values, whichever is larger.
+        """
         step = threshold / LEVELS
         errors = []
         for rows, exact, power in self._parts:

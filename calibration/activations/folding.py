@@ -119,7 +119,16 @@ def _through(value: ir.Value, kinds: tuple[str, ...]) -> ir.Node | None:
 
 
 def _split_part(split: ir.Node, head: ir.Value, width: int) -> slice:
-    """Returns the columns of a fused layer that become the Split output from which ``head`` comes; all if unknown."""
+    """Returns the columns of a fused query, key and value projection that belong to ``head``.
+
+    Args:
+        split: The Split node after the projection.
+        head: A value that is computed from one output of ``split``.
+        width: The expected width of each output of ``split``.
+
+    Returns:
+        The columns; all columns if ``head`` does not come from ``split``, or an output has another width.
+    """
     value: ir.Value | None = head
     while value is not None and value.producer() is not split:
         producer = value.producer()

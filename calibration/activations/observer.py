@@ -12,11 +12,12 @@ from blip2edge.bundle.dtypes import Array
 from blip2edge.calibration.activations.histogram import Histogram
 
 SAMPLED_TOKENS = 128
-"""Tokens drawn at random, with a fixed seed, over all pictures."""
+"""Number of tokens that are drawn at random over all pictures, with a fixed seed."""
 
 LARGEST_TOKENS = 16
-"""Tokens with the largest values, which are kept in addition. A few tokens of a ViT have values a hundred times larger
-than the others (Sun et al., arXiv 2402.17762; Darcet et al., arXiv 2309.16588), and a random sample misses them."""
+"""Number of tokens with the largest values, which are stored in addition. A few tokens of a ViT have values a hundred
+times larger than the others (Sun et al., arXiv 2402.17762; Darcet et al., arXiv 2309.16588), and a random sample misses
+them."""
 
 
 @dataclass

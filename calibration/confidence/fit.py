@@ -123,7 +123,7 @@ def logistic(columns: tuple[int, ...]) -> Fit:
 
 
 def thinned(blocks: Sequence[list[float]]) -> list[list[float]]:
-    """Returns at most :data:`MOST_KNOTS` of the blocks, evenly spaced, always with the first and the last block."""
+    """Returns at most :data:`MOST_KNOTS` blocks of an isotonic fit, evenly spaced, with the first and the last one."""
     places = np.linspace(0, len(blocks) - 1, min(len(blocks), MOST_KNOTS)).round().astype(int)
     return [blocks[at] for at in places.tolist()]
 

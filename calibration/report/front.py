@@ -1,4 +1,4 @@
-"""Renders the section of ``report.html`` about a search: drawings of the front, a table of combinations of formats."""
+"""Renders the section of ``report.html`` about a search: charts of the Pareto front, a table of format combinations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from blip2edge.charts import Mark, html_table, scatter
 
 MOST_ROWS = 60
-"""Points in the table: all measured ones, and the predicted ones with the least loss."""
+"""Largest number of rows: all measured combinations, then the predicted combinations with the least loss."""
 
 HEADER = ("", "loss", "nats a token", "ms", "MB", "loss is", "vision", "bridge", "language", "flags of calibrate")
 

@@ -30,7 +30,7 @@ FITS_CACHE = 32 << 20
 """Bytes per token below which the memory bandwidth may not limit decoding, because a CPU cache can hold them."""
 
 WEIGHT = re.compile(r"^(?P<path>.*?\.)(?P<layer>\d+)\.(?P<kind>.*?)(\.weight)?(\.T)?$")
-"""An initializer of a layer: path, number of the layer, and kind of matrix."""
+"""Splits the name of a layer's initializer into path, number of the layer, and kind of matrix."""
 
 Graphs = Mapping[str, Mapping[str, Any]]
 

@@ -18,11 +18,11 @@ from blip2edge.choices import WEIGHT_BITS
 
 LANGUAGE = "language"
 PART_STAGES = {VISION: ("vision",), BRIDGE: ("bridge",), LANGUAGE: ("prefill", "decode")}
-"""The stages of a caption that the graphs of each part run in."""
+"""The stages of a caption in which the graphs of each part run: their times are the time of the part."""
 
 
 LEAST_BLOCK = 32
-"""The smallest block that is tried: smaller ones have as many bytes of scales as 4-bit integers."""
+"""The smallest block that is tried, in rows. In smaller blocks, scales need as many bytes as the 4-bit integers."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,14 @@ def plain_choices(
 
 
 def presets(parts: Iterable[str]) -> dict[str, dict[str, PartChoice]]:
-    """Returns the combinations that ``calibrate`` makes without a search, by their flags: the choice of each part."""
+    """Returns the combinations of formats that ``calibrate`` makes without a search, and the parent's formats.
+
+    Args:
+        parts: Names of the model's parts (vision encoder, bridge, language model).
+
+    Returns:
+        The format of each part, by the flags of ``calibrate`` that make the combination.
+    """
     names = list(parts)
     found: dict[str, dict[str, PartChoice]] = {}
     for flags, language in (

@@ -45,7 +45,7 @@ from blip2edge.errors import UsageError, option
 from blip2edge.graph_files import load_graph
 
 CaptionScore = Callable[[Sequence[str], Sequence[Sequence[str]]], float]
-"""Scores captions against each picture's references; CIDEr, where 1 is 100 points."""
+"""Function that computes CIDEr from captions and the reference captions of each picture; 1 is 100 points."""
 
 
 @dataclass(frozen=True)

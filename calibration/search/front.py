@@ -211,7 +211,7 @@ def choose_point(points: Sequence[FormatPoint], limits: PointLimits) -> ChosenPo
     raise BundleError(
         f"no combination of formats is within {given.words()}{'' if beyond else ' and proven faster'}; "
         f"the nearest is {nearest.text()}{why}",
-        "give other limits: the search is kept, and only chooses again",
+        "give other limits: the measurements are stored, so the search only chooses again",
     )
 
 

@@ -35,7 +35,7 @@ ROUNDS = 3
 """Rounds in which every bundle is loaded and timed in turn (A B C A B C ...)."""
 
 RUNS = 4
-"""Captions that are timed in each round, after one that warms up; the least time of each stage counts."""
+"""Number of captions that are timed in each round, after a first caption that warms up; the least time counts."""
 
 FASTER = 0.97
 """A format is proven faster if it takes less than this share of the parent's time."""

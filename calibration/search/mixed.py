@@ -1,4 +1,4 @@
-"""Makes choices with two formats in one graph: most layers in INT4, the most sensitive in INT8 or floating point."""
+"""Mixes two formats in the decoder's graph: most layers in INT4, the most sensitive ones in INT8 or floating point."""
 
 from __future__ import annotations
 

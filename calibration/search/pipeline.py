@@ -6,8 +6,7 @@
    bytes, and the change of the next token.
 3. Combine: times and bytes of the parts are added, and the change of the next token is predicted as the sum.
 4. Compare captions: for the combinations on the predicted front, and for those that ``calibrate`` makes without a
-search
-   (``front``).
+   search (``front``).
 5. Publish: the chosen combination is published as ``calibrate`` with its flags would do it.
 
 The result of each finished step is stored (``journal``), so that a killed search can be resumed.
@@ -63,7 +62,10 @@ from blip2edge.runtime.bench.memory import Notify
 from blip2edge.version import __version__
 
 PUBLISHED = "published"
-"""Entry of the state, written just before the bundle is published: hash of the references, and of the old output."""
+"""Name of a stored result of the search, written just before the bundle is published.
+
+It holds the hash of the references, and the hash of the old bundle's manifest at the output.
+"""
 
 
 def search(
@@ -110,7 +112,8 @@ def search(
 
     Raises:
         UsageError: The model generates no captions, or an option is outside its range.
-        BundleError: No combination is within the limits: nothing is published. Or see ``calibrate``.
+        BundleError: No combination is within the limits, so nothing is published; or the parent is not a bundle, is in
+            bf16, or was calibrated before.
         OutputError: The output exists, or the state belongs to a search with another plan.
     """
     target, run, options = Path(output), run_directory(Path(output)), options or SearchOptions()

@@ -40,15 +40,18 @@ from blip2edge.progress import counted
 from blip2edge.runtime.bench.devices import Board
 
 SCORED = 32
-"""Pictures whose captions are compared."""
+"""Number of pictures whose captions are compared."""
 
 MEASURED = 12
-"""Combinations of the predicted front whose captions are compared, without those of the plain flags."""
+"""Number of combinations on the predicted front whose captions are compared.
+
+The combinations that ``calibrate`` makes without a search are compared in addition.
+"""
 
 MIXED = "mixed"
 
 MORE = 4
-"""Further combinations whose captions are compared while none is within the limits."""
+"""Largest number of further combinations whose captions are compared, as long as none is within the limits."""
 
 
 @dataclass(frozen=True)

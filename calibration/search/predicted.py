@@ -16,7 +16,10 @@ from blip2edge.shapes.model_shape import HeldWeights, ModelPart, ModelShape
 from blip2edge.shapes.sources import bundle_shape
 
 KINDS = {"int8": "int8-weights", "int4": "int4", W8A8: "int8"}
-"""Formats of a board's rates (``FORMATS``) by the kind of a number format; the other kinds have the parent's."""
+"""Weight format of ``shapes/model_shape.py`` by the kind of a number format.
+
+For kinds that are not listed (``float``, ``fp16``), the board computes in the parent's format.
+"""
 
 
 class BoardTimer:

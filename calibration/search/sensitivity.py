@@ -37,7 +37,7 @@ PICTURES = 8
 """Number of pictures on which each layer is measured."""
 
 LAYER = re.compile(r"^(.*?\.\d+)\.")
-"""The path of the layer to which a weight belongs."""
+"""Finds, in a weight's name, the path of the layer to which the weight belongs."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,10 @@ GRAPH_JSON = "graph.json"
 COPY = f"{KIND}/cpu"
 
 Optimizer = Callable[[Path, Sequence[str]], Any]
-"""Makes the optimized copy of some graphs of a bundle, for the CPU: the bundle's directory, and the graphs' names."""
+"""Function that makes the optimized copy of some graphs of a bundle, for the CPU.
+
+Its arguments are the bundle's directory and the names of the graphs.
+"""
 
 
 def staged_to_json(graph: StagedGraph) -> dict[str, Any]:
@@ -253,7 +256,10 @@ class Variants:
 
 
 def file_name(text: str) -> str:
-    """Returns a text with other characters replaced, as a file name; adds a hash if the name may be ambiguous."""
+    """Makes a file name from a text: characters except letters, digits, ``-``, ``+`` and ``.`` become ``_``.
+
+    If two texts could get the same name, or the name is too long, the name ends with a hash of the text.
+    """
     plain = "".join(letter if letter.isalnum() or letter in "-+." else "_" for letter in text)
     if len(plain) <= 60 and plain == text.replace("/", "_"):
         return plain

@@ -28,13 +28,13 @@ DAMPING = 0.01
 """Share of the mean diagonal that is added to H (arXiv 2210.17323, section 3.3)."""
 
 LAZY = 128
-"""Inputs whose corrections are collected before the rest of the matrix is updated."""
+"""Number of inputs whose corrections are collected before the rest of the matrix is updated."""
 
 LEAF = 256
 """Largest triangular matrix that is inverted directly, in rows."""
 
 VALUES = 1 << 22
-"""Weights that are rounded at a time (16 MiB); the columns of a matrix are independent."""
+"""Largest number of weights that are rounded together (16 MiB); the columns of a matrix are independent."""
 
 
 Scales = Callable[[Floats, BlockFormat], Floats]

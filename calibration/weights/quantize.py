@@ -38,7 +38,7 @@ PRECISIONS = {4: "int4", 8: "int8-weights"}
 """Precision of a graph in the manifest, by the fewest bits of its matrices."""
 
 RUNS = 128
-"""Recorded inputs with which weights are rounded: GPTQ also takes 128 samples (arXiv 2210.17323, section 4)."""
+"""Largest number of runs whose recorded inputs are used for rounding: 128, as in GPTQ (arXiv 2210.17323, section 4)."""
 
 
 def quantize_weights(context: CalibrationContext, record: GraphRecord, form: GraphFormat) -> StagedGraph:
@@ -157,8 +157,8 @@ def _write_table(
     """Writes the token embedding table as integers, unless the decoder's head has the same values and eight bits.
 
     Returns:
-        The function that writes such a head to the table's file, by the name of the head's initializer; otherwise
-        empty.
+        If the head has the same values and eight bits: the function that writes it to the table's file, by the name of
+        the head's initializer. Otherwise an empty dict.
     """
     spec = context.parent.graph(DECODER).spec
     table = TokenTable(context.parent.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, spec.inputs[0].dtype)
