@@ -3,8 +3,7 @@
 The copy is in FP16, with the fused operators that have a CUDA kernel. It is checked on the CPU in two steps:
 
 1. The outputs of the fused graph in FP32 are compared with those of the exported (not optimized) graph in FP32: only
-the
-   order of the sums differs.
+   the order of the sums differs.
 2. The outputs of the fused graph in FP16 are compared with those of the exported graph, within the tolerance of an FP16
    export.
 
@@ -32,7 +31,7 @@ from blip2edge.runtime.backends.open_graph import OptimizedGraph
 from blip2edge.runtime.bench.graph_inputs import Arrays
 
 FP16_TOLERANCE = 1e-1
-"""Largest difference of a graph in FP16, as a share of the output's largest value: that of an FP16 export."""
+"""Largest allowed difference of a graph in FP16, as a share of the output's largest value; as for an FP16 export."""
 
 RULED_PRECISIONS = ("fp32", "fp16", "int8", "int4", "int8-weights")
 

@@ -27,14 +27,15 @@ from blip2edge.runtime.bench.graph_inputs import Arrays, decode, draw_cross_inpu
 from blip2edge.runtime.decoding.language_model import decoder_of
 
 TOLERANCE = 1e-4
-"""Largest difference from the portable graph in fp32, as a share of the output's largest value."""
+"""Largest allowed difference from the exported graph in fp32, as a share of the output's largest value."""
 
 LEAST_COSINE = 0.995
-"""Smallest cosine to the portable graph if weights or activations are integers: each form rounds differently."""
+"""Smallest allowed cosine between the outputs of a copy and of the exported graph, if weights or activations are
+integers: each version of the graph rounds differently."""
 
 
 PROBED_GRAPHS = (VISION, BRIDGE, DECODER, MATCH, "text_encoder", "cross_kv", "image_features", "text_embeds")
-"""Graphs whose inputs can be drawn here."""
+"""Graphs for which this module can make random inputs, to compare and time their versions."""
 
 
 @dataclass

@@ -11,7 +11,7 @@ from pathlib import Path
 from blip2edge.runtime.backends.openvino import OpenVinoSession
 
 ROUNDS = 3
-"""How often each form is opened to be timed, in turn; the least time counts."""
+"""Number of times that the graph and the compiled model are opened in turn; the least time of each counts."""
 
 
 def compile_to(graph: Path, blob: Path) -> tuple[float, float]:

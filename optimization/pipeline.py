@@ -4,8 +4,7 @@
 2. Check: the rewritten graph must give the outputs of the exported (not optimized) graph. The inputs are images and
    outputs of earlier graphs of the bundle.
 3. Choose: the versions of the graph are timed in turn (``race.py``); a version that is slower than the exported graph
-is
-   never kept.
+   is never kept.
 4. Publish: ``optimized.json`` lists the files with their hashes and names the bundle.
 
 For OpenVINO, the copy of a graph is the compiled model, which runs as fast as the exported graph and opens sooner. For
@@ -41,7 +40,7 @@ from blip2edge.runtime.bench.graph_inputs import Arrays
 from blip2edge.version import __version__
 
 SOONER = 0.95
-"""A compiled graph is kept if it opens in less than this share of the portable graph's time."""
+"""A compiled graph is kept if it opens in less than this share of the time that the exported graph needs to open."""
 
 LARGE = 1 << 30
 """For a graph of at least this many bytes, only the first recipe is tried that shares the bundle's weights, because
@@ -49,7 +48,7 @@ each try reads and writes the weights several times.
 """
 
 PRECISIONS = ("fp32", "int8", "int4", "int8-weights")
-"""Precisions with CPU kernels in ONNX Runtime; it computes fp16 in fp32 between casts."""
+"""Precisions with CPU kernels in ONNX Runtime. It has none for fp16: it casts to fp32 and computes in fp32."""
 
 
 @dataclass(frozen=True)
@@ -263,7 +262,7 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Maker:
-    """Says for one backend which graphs get an optimized copy, and which function makes it.
+    """The rule of one backend: which graphs get an optimized copy, and which function makes the copy.
 
     Attributes:
         precisions: Precisions of the graphs that are optimized.
@@ -279,4 +278,4 @@ BACKENDS: Mapping[str, Maker] = {
     "openvino": Maker((*PRECISIONS, "fp16"), _compiled),
     "cuda": Maker(RULED_PRECISIONS, ruled),
 }
-"""Backends that copies are made for."""
+"""Backends for which optimized copies are made, each with its rule."""

@@ -11,16 +11,23 @@ from dataclasses import dataclass
 from blip2edge.optimization.checks import CopyTask, Form, timed_run
 
 FEWEST, MOST, ENOUGH_SECONDS = 5, 15, 1.5
-"""Smallest and largest number of rounds of a race. Between the two, it ends after this many seconds of CPU time."""
+"""Smallest and largest number of rounds of a race, and its CPU time in seconds.
+
+A race ends when this CPU time is used and the smallest number of rounds is done, or after the largest number of rounds.
+"""
 
 FEWEST_LONG, LONG_SECONDS = 3, 10.0
-"""A race that takes longer than this many seconds of wall time ends after three rounds if their ratios differ by less
-than :data:`CLEARLY_SLOWER`. If they differ more, it has as many rounds as a short race.
+"""Number of rounds, and seconds of wall time, of a long race.
+
+A race that has taken this time ends after this number of rounds, if the ratios of its rounds differ by less than
+:data:`CLEARLY_SLOWER`. If they differ more, the race has at least :data:`FEWEST` rounds.
 """
 
 CLEARLY_SLOWER = 1.05
-"""A form is replaced by a later one if it takes more than this multiple of its time. So small differences, which change
-from measurement to measurement, do not decide."""
+"""A version of a graph is replaced by a later version only if it takes more than this multiple of the later one's time.
+
+So small differences, which change from measurement to measurement, do not decide.
+"""
 
 
 @dataclass(frozen=True)

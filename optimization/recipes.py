@@ -64,7 +64,7 @@ PASSES: dict[str, Pass] = {
     "residuals in FP32": lambda model, context: context.encoder_decoder and keep_residuals(model),
     HALF: lambda model, _: halve(model),
 }
-"""By name. A pass returns a false value if it changes nothing."""
+"""The passes, by the names that recipes use. A pass returns a false value if it changes nothing in the graph."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,11 @@ FLOAT = (
     Recipe(_WHOLE),
     Recipe(("block kernels", "fused activations")),
 )
-"""Norms stay as they are: fused with the residual they are slower on long sequences (0.8 ms for ``[197, 768]`` where
-an addition and a LayerNormalization take 0.3, ONNX Runtime 1.31), and faster for a single token."""
+"""Recipes for graphs in floating point, except decoders.
+
+They do not fuse a norm with the residual before it. The fused node is faster for a single token, but slower on long
+sequences: 0.8 ms for ``[197, 768]``, where an addition and a LayerNormalization take 0.3 ms (ONNX Runtime 1.31).
+"""
 
 INTEGER = (
     Recipe(("dynamic ranges", "block kernels", "fused attention", "fused activations"), ("dynamic ranges",)),
@@ -118,7 +121,11 @@ INTEGER_DECODERS = (
     Recipe(("recorded ranges", "block kernels", *_SHARED), ("shared cache",)),
     Recipe(("block kernels for columns", "fused activations")),
 )
-"""A decoder's ranges are recorded, or one for each row: a caption must not depend on the other rows of its batch."""
+"""Recipes for decoders with INT8 activations.
+
+The range of an activation is the recorded range, or is computed for each row. It is never computed over all rows,
+because a caption must not depend on the other rows of its batch.
+"""
 
 
 _PREPARED = ("computed in FP32", "block kernels for CUDA", NOT_INT8)
@@ -128,8 +135,11 @@ _FUSED = (
 )
 CUDA = (Recipe((*_PREPARED, *_FUSED)),)
 CUDA_DECODERS = (Recipe((*_PREPARED, "shared cache", *_FUSED), ("shared cache",)), *CUDA)
-"""Rules for the CUDA provider: the first recipe that applies is used. The copy is made without a GPU. FP16 is the
-last pass of each. The provider has no fused kernel for INT8 activations: such graphs get FP16 weights."""
+"""Recipes for decoders with the CUDA provider; the first recipe that applies is used, because nothing is measured.
+
+The graph is changed to FP16 afterwards. The provider has no fused kernel for INT8 activations, so graphs with INT8
+activations get FP16 weights.
+"""
 
 
 def recipes_for(graph: str, model: ir.Model) -> Sequence[Recipe]:

@@ -15,7 +15,7 @@ from blip2edge.shapes.cost import StageCost
 
 PRODUCTS = ("MatMul", "Gemm")
 STORED = ("DequantizeLinear", "Cast")
-"""Nodes between a weight and its product."""
+"""Operators that may come between a weight and its matrix multiplication."""
 
 
 def graph_cost(path: Path, spec: GraphSpec, sizes: Mapping[str, int], asked: int = 1) -> StageCost:

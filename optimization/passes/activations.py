@@ -19,7 +19,7 @@ from blip2edge.optimization.graph import (
 )
 
 TIE_MARGIN = 5e-4
-"""Relative difference of two constants that are equal; FP16 graphs hold them with 11 bits of mantissa."""
+"""Relative difference up to which two constants count as equal; FP16 graphs store them with 11 bits of mantissa."""
 
 
 def fuse_activations(model: ir.Model) -> int:

@@ -35,7 +35,7 @@ class Core:
         query: Queries ``[B, H, S, d]``.
         key: Keys ``[B, H, T, d]``.
         value: Values ``[B, H, T, d]``.
-        bias: Value that is added to the scores; None for none.
+        bias: Value that is added to the scores; None if nothing is added.
         scale: Factor on the scores.
         last: The node that merges the heads into ``[B, S, H d]``.
     """

@@ -178,7 +178,10 @@ def _replace(graph: ir.Graph, group: Sequence[_Found], accuracy: int) -> None:
 
 
 def _packed(integers: Array, bits: int, block: int) -> Array:
-    """Packs int8 ``[K, N]`` for the kernel: uint8 ``[N, K / block, block * bits / 8]``, with 0 in the middle."""
+    """Packs int8 ``[K, N]`` for the kernel into uint8 ``[N, K / block, block * bits / 8]``.
+
+    The packed values are unsigned: 0 is stored as 128 with 8 bits, and as 8 with 4 bits.
+    """
     shifted = (integers.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8).T
     blocks = np.ascontiguousarray(shifted).reshape(shifted.shape[0], -1, block)
     if bits == 8:

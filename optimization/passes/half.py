@@ -24,17 +24,26 @@ WIDENED = "widened"
 
 NORM = "SimplifiedLayerNormalization"
 FRAGILE = ("Softmax", "ReduceMean", "ReduceSum", "ReduceL2", "Sqrt", "Reciprocal")
-"""Sums of squares overflow beyond 65504, and sums of exponentials lose small weights in 11 bits of mantissa."""
+"""Operators that stay in FP32.
+
+In FP16, sums of squares overflow beyond 65504, and softmax sums lose small terms, because the mantissa has 11 bits.
+"""
 
 SQUARES = ("Pow", "Mul")
 ANGLES = ("Cos", "Sin")
-"""An angle of 2000 has no digits after the decimal point in FP16: all nodes that compute it stay in FP32."""
+"""Operators whose input is an angle; they and all nodes that compute the angle stay in FP32.
+
+In FP16, an angle of 2000 has no digits after the decimal point.
+"""
 
 RESIDUAL = ("Add", "GatherElements")
-"""Operators on the residual stream: the sums, and the choice of the positions that get logits."""
+"""Operators on the residual stream: its sums, and the selection of the positions whose logits are computed."""
 
 STAYS = ("present.", "cross.")
-"""Beginnings of the names of outputs that another run reads on the GPU; all other outputs keep their type."""
+"""Beginnings of the names of outputs that become FP16, because a later run reads them on the GPU.
+
+All other outputs are cast back to their type.
+"""
 
 
 def widen(model: ir.Model) -> int:

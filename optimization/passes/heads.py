@@ -95,7 +95,10 @@ class _Fuser:
 
 
 def _keys(core: Core) -> tuple[ir.Value, ir.Value]:
-    """Returns keys and values ``[B, T, H d]`` if nodes of this graph split both into heads; otherwise with heads."""
+    """Returns the keys and values of an attention: ``[B, T, H d]`` if nodes of this graph split both into heads.
+
+    Otherwise, for example if they come from a KV cache, their shape is ``[B, H, T, d]``.
+    """
     key, value = flat(core.key), flat(core.value)
     return (core.key, core.value) if key is None or value is None else (key, value)
 

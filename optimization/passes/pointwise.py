@@ -28,7 +28,7 @@ from blip2edge.optimization.graph import (
 )
 
 CHANNELS = 16
-"""Channels of the largest block; both sizes of a weight must be a multiple."""
+"""Channels of the largest block; a weight ``[K, N]`` is rewritten only if K and N are multiples of this number."""
 
 TO_CHANNELS, TO_ROWS = (0, 3, 1, 2), (0, 2, 3, 1)
 

@@ -41,11 +41,11 @@ MASKED = -1.0e4
 """A key with a lower score in the bias is masked."""
 
 PROBED = 3
-"""New tokens in the run that examines the mask."""
+"""Number of new tokens in the run with which the mask is examined."""
 
 
 ROTARY_WIDTH = 16
-"""The kernel rotates heads whose width is a multiple of it (rotary positions)."""
+"""The kernel applies rotary positions only if the width of a head is a multiple of this number."""
 
 
 @dataclass(frozen=True)
