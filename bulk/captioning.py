@@ -50,7 +50,7 @@ class DecodedPicture:
         number: Number of the picture in the source.
         item: The picture.
         pixels: Preprocessed pixels, float32 ``[3, H, W]``; None if the picture is broken.
-        content: Bytes of the picture file, if the output has them.
+        content: Bytes of the picture file if the output contains the pictures, else empty.
         error: Why the picture is broken; empty if the picture is usable.
     """
 
@@ -63,13 +63,13 @@ class DecodedPicture:
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """The captions of one part of the output, and what the duplicate search found in the part.
+    """The captions of one part of the output, and the duplicates in this part.
 
     Attributes:
         rows: One row for each picture. The row of a duplicate has no captions yet.
         originals: The original of each duplicate, by the duplicate's number in the source.
-        pictures: Suffix and bytes of each picture, if the output has them.
-        numbers: Numbers of the pictures that are no duplicates, if duplicates are searched.
+        pictures: File suffix and bytes of each picture if the output contains the pictures, else empty.
+        numbers: Numbers of the pictures that are no duplicates; empty if duplicates are not searched.
         embeddings: Embeddings of the pictures in ``numbers``, float16 ``[len(numbers), 256]``.
     """
 
@@ -88,11 +88,11 @@ class ChunkCaptioner:
         pictures: Whether the results have the bytes of the pictures.
 
     Attributes:
-        generation: The resolved options of the generation.
+        generation: The options of the generation; each missing field has the bundle's default.
 
     Raises:
-        BackendError, BundleError, PromptError, UsageError: As ``Captioner.load`` and ``Captioner.caption``; or the
-            model takes videos.
+        BackendError, BundleError, PromptError: For the same reasons as in ``Captioner.load`` and ``Captioner.caption``.
+        UsageError: An option is wrong, or the model captions videos.
     """
 
     def __init__(self, options: BulkOptions, pictures: bool) -> None:
@@ -127,7 +127,10 @@ class ChunkCaptioner:
         return generation
 
     def loaded(self) -> dict[str, Any]:
-        """Returns what this machine loaded, by the keys of the plan: bundle hash, backend, optimized graphs' names."""
+        """Returns what this machine loaded: hash of the bundle, backend, names of the graphs with optimized copies.
+
+        The keys are those of :class:`Plan`: ``bundle``, ``backend``, ``optimized``.
+        """
         graphs = self.captioner.graphs
         return {
             "bundle": self.captioner.bundle.sha256,
@@ -260,6 +263,6 @@ class ChunkCaptioner:
 
 
 def _stream(image: str, text: int) -> int:
-    """Returns the number of a caption's random stream: 63 bits of a hash of picture name and caption number."""
+    """Returns the seed of the random numbers for one caption: 63 bits of a hash of picture name and caption number."""
     digest = hashlib.sha256(f"{text}\0{image}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -19,7 +19,7 @@ WIDTH = 256
 """Number of values in an embedding."""
 
 BLOCK = 4096
-"""Embeddings compared in one matrix multiplication; its shape is constant, so that a resumed run rounds equally."""
+"""Number of embeddings in one matrix multiplication. It is constant, so that a resumed run has the same rounding."""
 
 _SEED = 0
 _SOURCES = ("visual_tokens", "image_embeds")
@@ -34,7 +34,11 @@ class Embedder:
         self._matrix: NDArray[np.float32] | None = None
 
     def __call__(self, pictures: Mapping[str, Array]) -> Embeddings:
-        """Returns unit-length embeddings, float16 ``[B, 256]``, of B pictures, given the graph outputs by name."""
+        """Returns the embeddings of B pictures, float16 ``[B, 256]``, each of length 1.
+
+        Args:
+            pictures: Outputs of the graphs by name: ``visual_tokens`` or ``image_embeds``, first axis B.
+        """
         tokens = np.asarray(next(pictures[name] for name in _SOURCES if name in pictures), np.float32)
         means = tokens.reshape(len(tokens), -1, tokens.shape[-1]).mean(axis=1)
         if self._matrix is None:
@@ -95,7 +99,12 @@ class DuplicateIndex:
         return originals
 
     def restore(self, numbers: Sequence[int], embeddings: Embeddings) -> None:
-        """Adds the pictures without an original from a part of the output that an earlier run finished."""
+        """Adds pictures of a part of the output that an earlier run finished.
+
+        Args:
+            numbers: Numbers of the part's pictures that are no duplicates.
+            embeddings: Embeddings of these pictures, float16 ``[len(numbers), 256]``.
+        """
         for number, vector in zip(numbers, _normalized(embeddings), strict=True):
             self._add(number, vector)
 

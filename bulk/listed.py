@@ -23,7 +23,7 @@ from blip2edge.reading import parse_json, reading
 from blip2edge.runtime.images.download import download
 
 FILE, WEB, MEMBER, CELL, BROKEN = "file", "web", "member", "cell", "broken"
-"""Kinds of items: a file of a store, a web address, a file in a tar shard, a cell of a table, one without a picture."""
+"""Kinds of items: file of a store, web address, file in a tar shard, cell of a table, item without a picture."""
 
 GROUPS = 2  # row groups of tables that are kept in memory
 _MAGIC = (
@@ -73,7 +73,7 @@ class ListedPicture:
         """Reads the bytes of the picture file.
 
         Raises:
-            ImageError: There is no such picture; its file is cut off, too large or damaged; or a web server refuses.
+            ImageError: The picture file is missing, cut off, too large or damaged, or a web server refuses to send it.
             StorageError: The disk or the object store fails.
         """
         return with_attempts(lambda: _READERS[self.kind](*self.place))
@@ -115,7 +115,7 @@ def _refuse(reason: str) -> bytes:
 
 
 class RowGroups:
-    """Reads cells of Parquet files. Keeps the last row groups: neighbouring pictures are in the same row group."""
+    """Reads cells of Parquet files, and keeps the last :data:`GROUPS` row groups in memory for the next pictures."""
 
     def __init__(self) -> None:
         self._groups: OrderedDict[tuple[str, int, str], Any] = OrderedDict()

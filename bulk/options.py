@@ -23,7 +23,8 @@ class BulkOptions:
     Attributes:
         bundle: The bundle's directory.
         prompt: The prompt of every picture; None for the bundle's default.
-        captions: Number of captions of each picture. Beam search gives the best captions; sampling draws each caption.
+        captions: Number of captions of each picture: with beam search the captions with the highest scores, with
+            sampling captions that are drawn at random.
         generation: Fields of :class:`GenerationOptions`; missing fields get the bundle's defaults.
         duplicates: Smallest cosine similarity of a duplicate and its original; None: duplicates are not searched.
         chunk_size: Number of pictures in one part of the output.
@@ -82,7 +83,11 @@ class BulkOptions:
         return cls(**{**values, "bundle": Path(values["bundle"]), "limits": Limits(**values["limits"])})
 
     def plan(self, generation: GenerationOptions) -> dict[str, Any]:
-        """Returns the options that change the output, with the resolved ``generation``; for example not ``workers``."""
+        """Returns the options that change the output; ``workers``, for example, is left out.
+
+        Args:
+            generation: The options of the generation, with the bundle's defaults.
+        """
         names = ("prompt", "captions", "duplicates", "chunk_size", "batch_size", "threads")
         limits = {name: getattr(self.limits, name) for name in PICTURE_LIMITS}
         return {**{name: getattr(self, name) for name in names}, "generation": asdict(generation), "limits": limits}

@@ -36,7 +36,7 @@ from blip2edge.progress import ProgressCallback
 from blip2edge.reading import parse_json, read_json, reading
 
 REPORT_FILE = "_bulk.json"
-"""In a directory of parts: the plan and the counts. Readers of Parquet skip names that begin with ``_``."""
+"""File with the plan and the counts, in an output that is a directory. Readers of Parquet skip names with ``_``."""
 
 VERSIONED = ("numpy", "pillow", "onnxruntime", "openvino", "pyarrow")
 """Packages whose version is in the plan. Another version may give other bytes."""
@@ -47,7 +47,7 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path has one slash of :
 _SUFFIXES = {".parquet": "parquet", ".tar": "webdataset"}
 _OTHER_FILES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".gz", ".tgz", ".zip", ".zst", ".arrow",
                 ".feather", ".html", ".xlsx", ".db", ".sqlite", ".npz", ".jpg", ".jpeg", ".png")  # fmt: skip
-"""Suffixes of file types that are not written: a directory of such a name would look like a file of that type."""
+"""Suffixes that an output must not have: it would be a directory whose name looks like the name of a file."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ def run_bulk(
 ) -> dict[str, Any]:
     """Captions all pictures of a source and writes the output.
 
-    The output appears when it is complete. Until then, the finished parts are in ``OUT.run``, and the same call
-    continues after them. If the output is complete already, nothing is computed.
+    The output appears when it is complete. Until then, the finished parts are in ``OUT.run``. If a run was killed, the
+    same call computes only the missing parts. If the output is complete already, nothing is computed.
 
     Args:
         source: The pictures.
@@ -127,7 +127,8 @@ def run_bulk(
             an object store fails.
         OutputError: The output exists, another run writes the same output, the killed run had another plan, or the disk
             is full.
-        BundleError, BackendError, PromptError, UsageError: As ``Captioner.load`` and ``Captioner.caption``.
+        BundleError, BackendError, PromptError, UsageError: For the same reasons as in ``Captioner.load`` and
+            ``Captioner.caption``.
         MissingPackageError: A package for this source or output is not installed.
     """
     if cluster is not None:
@@ -154,10 +155,10 @@ def run_bulk(
 
 
 def _check_exists(output: Output, sink: RowFormat) -> None:
-    """Checks, before the bundle is loaded, that nothing exists at the output's path, or an output of ``bulk``.
+    """Checks, before the bundle is loaded, that the output's path is free or has an earlier output of ``bulk``.
 
     Raises:
-        OutputError: Something exists there that ``bulk`` did not make.
+        OutputError: A file or directory exists there that ``bulk`` did not make.
     """
     target = output.target
     if not os.path.lexists(target) or _record_of(output, sink) is not None:
@@ -184,7 +185,7 @@ def _record_of(output: Output, sink: RowFormat) -> dict[str, Any] | None:
 
 
 class _OutputWriter:
-    """Computes the parts of an output, writes each part to a file, and makes the output of the parts.
+    """Computes the parts of an output, writes each part to a file, and makes the output from these files.
 
     Attributes:
         files: The directory of the run, with the finished parts.
@@ -254,7 +255,10 @@ class _OutputWriter:
         return done - before
 
     def _finder(self, finished: int) -> Find | None:
-        """Returns the function that finds duplicates, also of pictures in finished parts; None without a search."""
+        """Returns the function that finds duplicates; None if the options ask for no duplicate search.
+
+        The function also compares with the pictures of the first ``finished`` parts, which an earlier run wrote.
+        """
         if self._options.duplicates is None:
             return None
         index = DuplicateIndex(self._options.duplicates)

@@ -1,4 +1,4 @@
-"""Captions the parts of the output on many machines with Ray Data, by the same function as on one machine.
+"""Captions the parts of the output on many machines with Ray Data; each machine runs the code of a run without Ray.
 
 Parts are computed in any order and on any machine. This process writes the parts, in their order. Whether a picture is
 a duplicate depends on all earlier pictures. So if duplicates are searched, there are two passes. In the first pass, the
@@ -40,7 +40,7 @@ class _Worker:
     Args:
         options: The options as JSON, with the backend that the plan of the run names.
         pictures: Whether the results have the bytes of the pictures.
-        loaded: JSON of what the machine that started the run loaded, see :meth:`ChunkCaptioner.loaded`.
+        loaded: JSON with bundle hash, backend and optimized graphs of the machine that started the run.
 
     Raises:
         BundleError: This machine loads another bundle, backend or set of optimized graphs, which may change captions.
@@ -66,7 +66,8 @@ class CaptionWorker(_Worker):
         """Captions one part of the output.
 
         Args:
-            row: The part, and ``originals``: null, or the number and similarity of the original of each duplicate.
+            row: The part, and ``originals`` as JSON: for each duplicate, number and similarity of its original; null
+                if duplicates are not searched.
 
         Returns:
             The rows of the output as JSON, and the suffix and bytes of each picture.
@@ -110,7 +111,7 @@ def captions_on_ray(
         chunks: The parts of the output.
         options: How to caption.
         pictures: Whether the results have the bytes of the pictures.
-        loaded: What this machine loaded (:meth:`ChunkCaptioner.loaded`); each worker must load the same files.
+        loaded: Bundle hash, backend and optimized graphs of this machine; those of each worker must be equal.
         find: Finds duplicates; None: duplicates are not searched.
         cluster: The Ray cluster that computes.
 

@@ -1,8 +1,9 @@
-"""Decides what an error of reading means: a broken picture, or a storage that fails.
+"""Decides, when a picture cannot be read, whether the picture is broken or its storage fails.
 
-A broken picture is a row with its reason. If a storage fails (a broken disk, too many open files, expired credentials),
-every picture would be such a row. So the storage is tried again, and then the run ends and can be resumed. A web server
-that fails does not end the run, as a list may name thousands of servers: after the last attempt its picture is broken.
+For a broken picture, the output has a row with the reason. If a storage fails (a broken disk, too many open files,
+expired credentials), no picture can be read. Then the read is tried again, and after the last attempt the run ends; the
+run can be resumed. A web server that fails does not end the run, because a list may name thousands of servers. After
+the last attempt, a picture of such a server counts as broken.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from blip2edge.errors import DataError, ImageError, one_line
 from blip2edge.reading import reading
 
 ATTEMPTS = 3
-"""Attempts to read a picture from a storage or a web server that fails."""
+"""Number of attempts to read a picture from a storage or a web server that fails."""
 
 PAUSE_S = 1.0  # before the second attempt, twice as long before the third
 _OF_THE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
@@ -37,9 +38,9 @@ def reading_picture(path: str, form: str = "a picture", faults: tuple[type[Excep
     """Turns every error in the ``with`` block into an ImageError or a StorageError.
 
     Args:
-        path: The file, for the error.
-        form: What the file should be, such as "a Parquet file", for the error.
-        faults: Exceptions of a parser that mean a damaged file, besides ValueError and an OSError without a number.
+        path: The file, for the error message.
+        form: What the file should be, such as "a Parquet file", for the error message.
+        faults: Exceptions of a parser that mean a damaged file, besides ValueError and an OSError without ``errno``.
 
     Raises:
         ImageError: There is no such file, or the file is cut off, too large or damaged.

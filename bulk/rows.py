@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 DIGITS = 6
-"""Decimals of log-probabilities and similarities."""
+"""Number of decimals to which log-probabilities and similarities are rounded."""
 
 LISTS = ("captions", "logprobs", "confidences")
-"""Fields with a value for each caption."""
+"""Fields of a row that are lists, with one value for each caption."""
 
 
 @dataclass(frozen=True)

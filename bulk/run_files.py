@@ -177,7 +177,11 @@ class RunDirectory:
         return number
 
     def chunks(self, size: int, first: int) -> Iterator[Chunk]:
-        """Yields the pictures of each part, from part ``first`` on, ``size`` pictures a part; DataError if damaged."""
+        """Yields the parts of the output from number ``first`` on, with ``size`` pictures each.
+
+        Raises:
+            DataError: The file with the list of pictures is damaged.
+        """
         path = self.path / PICTURES
         with reading(path, "the list of pictures", DataError, self._remove), open(path, encoding="utf-8") as file:
             lines = islice(file, first * size, None)

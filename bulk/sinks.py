@@ -21,11 +21,11 @@ from blip2edge.picture_files import add_member, open_shard
 from blip2edge.reading import parse_json, reading
 
 RECORD_KEY = "blip2edge.bulk"
-"""Key of the record of the run in the metadata of a file."""
+"""Key in a file's metadata for the record of the run, which holds the plan and the counts."""
 
 
 class RowFormat(Protocol):
-    """Interface of a format: reads and writes the files of the output.
+    """Interface to one format: reads and writes files of the output in this format.
 
     Attributes:
         suffix: Suffix of the format's files.
@@ -147,7 +147,10 @@ _SINKS: dict[str, type[ParquetSink | WebDatasetSink]] = {"parquet": ParquetSink,
 
 
 def sink_of(form: str) -> RowFormat:
-    """Returns the object that reads and writes a format, given its name, one of ``BULK_FORMATS``.
+    """Returns the object that reads and writes files of a format.
+
+    Args:
+        form: Name of the format, one of ``BULK_FORMATS``.
 
     Raises:
         MissingPackageError: pyarrow is not installed, and the format is Parquet.
@@ -156,7 +159,7 @@ def sink_of(form: str) -> RowFormat:
 
 
 def copy_part(part: Path, path: Path) -> None:
-    """Makes a hard link ``path`` to the file of a part; copies the file if the file system has no links."""
+    """Makes ``path`` a hard link to the file ``part``; copies the file if the file system has no hard links."""
     try:
         path.hardlink_to(part)
     except OSError:

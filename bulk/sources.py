@@ -1,9 +1,9 @@
-"""Lists the pictures of a source, in one order: a folder, WebDataset shards, Parquet tables, or tables as text.
+"""Lists the pictures of a source (folder, tar shards, Parquet or CSV tables), always in the same order.
 
-    folder        every picture in it and in its subfolders, sorted by name
+    folder        every picture in the folder and in its subfolders, sorted by name
     shards        a tar file, a folder of tar files, or a range such as part-{000..127}.tar
-    parquet       a file or a folder of files; a column of bytes, of paths or of addresses
-    csv           a .csv or .tsv file; a column of paths or of addresses
+    parquet       a Parquet file or a folder of such files; one column has bytes, paths or addresses of the pictures
+    csv           a .csv or .tsv file; one column has paths or addresses of the pictures
 
 Each source may be on the local disk or in an object store. A table may name pictures in other places.
 """
@@ -30,13 +30,13 @@ from blip2edge.picture_files import PICTURE_SUFFIXES, BrokenShardError, is_addre
 from blip2edge.reading import reading
 
 COLUMNS = ("image", "image_path", "img", "path", "file_path", "file", "filename", "file_name", "url", "image_url")
-"""Names of the column of pictures, in the order in which they are tried."""
+"""Names that the column with the pictures may have, in the order in which they are tried."""
 
 _FOLDER, _SHARDS, _PARQUET, _CSV = BULK_SOURCES
 _SUFFIXES = {".tar": _SHARDS, ".parquet": _PARQUET, ".csv": _CSV, ".tsv": _CSV}
 _TEXTS = ("string", "large_string", "string_view")
 _BYTES = ("binary", "large_binary", "binary_view", "fixed_size_binary", "struct")
-"""Types of pyarrow that a column of paths, and one of bytes, may have; Hugging Face's datasets have structs."""
+"""Types of pyarrow for a column of paths (``_TEXTS``) and of bytes; Hugging Face's datasets store bytes in structs."""
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -47,7 +47,8 @@ class PictureSource:
 
     Attributes:
         path: A path or an address.
-        kind: One of ``BULK_SOURCES``; ``auto`` to choose the kind by the name and by the files of a folder.
+        kind: Kind of the source, one of ``BULK_SOURCES``; ``auto`` chooses by the suffix of a file and by the files
+            in a folder.
         column: Column of a table with the pictures; None for the first of :data:`COLUMNS` that the table has.
         leave_out: Path of the output. Its files are not listed, even if the output is inside the source's folder.
     """
@@ -109,7 +110,7 @@ class PictureSource:
         return [file for _, file in found if file is not None]
 
     def _files_of(self, store: Store) -> Iterator[StoredFile]:
-        """Yields the files of the source's folder, without the output."""
+        """Yields the files of the source's folder, except the output of this run."""
         return (one for one in store.files(self.path, deep=False) if Path(one.path) != self.leave_out)
 
     def _kind(self) -> str:

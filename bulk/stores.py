@@ -58,7 +58,9 @@ class Store(Protocol):
         """Opens a file for reading at any position; call it in a ``with reading(...)`` block."""
 
     def read(self, path: str, start: int = 0, size: int | None = None) -> bytes:
-        """Returns the bytes of a file, or ``size`` bytes from position ``start``; call it in :func:`reading_picture`.
+        """Returns the bytes of a file, or ``size`` bytes from position ``start``.
+
+        Call it in a ``with reading_picture(...)`` block, which converts the errors.
 
         Raises:
             OSError: The file cannot be read; an object store raises errors of its own.
