@@ -1,1 +1,1 @@
-"""Builds TensorRT engines of a bundle's graphs: profiles, the builder, fingerprints; imports no torch."""
+"""Builds TensorRT engines from the ONNX graphs of a bundle; imports no torch."""

@@ -1,8 +1,8 @@
 """Replaces operators that some versions of TensorRT do not support by equivalent operators.
 
 ``Clip`` and ``CumSum`` are documented for floating point only (onnx-tensorrt, docs/operators.md, 10.1 to 10.15), but
-T5's graph computes key positions with both, in int64. ``Clip`` of integers becomes a maximum and a minimum. ``CumSum``
-is computed in FP32, which is exact for a mask of up to 2^24 slots.
+T5's graph computes key positions with both operators, in int64. ``Clip`` of integers is replaced by ``Max`` and
+``Min``. ``CumSum`` of integers is computed in FP32, which is exact for a mask of up to 2^24 slots.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ INTEGERS = frozenset({"INT32", "INT64"})
 
 
 def adapt(model: ir.Model) -> int:
-    """Replaces the nodes of a graph that some TensorRT versions do not support; the graph itself is changed.
+    """Replaces ``Clip`` and ``CumSum`` of integers, which some TensorRT versions do not support; changes ``model``.
 
     Returns:
         The number of replaced nodes.

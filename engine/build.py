@@ -1,4 +1,4 @@
-"""Implements ``blip2edge build``: builds a TensorRT engine for each graph, in a process of its own, into one folder."""
+"""Implements ``blip2edge build``: builds a TensorRT engine for each graph of a bundle, each in a new process."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ Notify = Callable[[str], None]
 
 
 LEAST_TEXT = 4
-"""Text tokens that the smallest capacity has room for, prompt and answer together."""
+"""Text tokens (prompt and answer) that must fit into the KV cache in addition to the visual tokens."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,13 @@ class BuildReport:
 
     Attributes:
         directory: The folder with the engines.
-        fingerprint: The machine and versions that the engines are for.
+        fingerprint: The GPU, the TensorRT version and so on for which the engines were built.
         engines: The built engines, by graph name.
-        memory_mib: The largest estimate of one engine's build memory, in MiB.
-        bundle: The bundle that holds only engines, if ``output`` was given.
+        memory_mib: Estimated memory for building the engine that needs most, in MiB.
+        bundle: The new bundle that holds only engines; None without the argument ``output``.
         cache: Kind of the decoder's KV cache, one of ``DECODER_CACHES`` except ``auto``; empty without a decoder.
-        cache_reason: The reason why ``auto`` did not choose the KV cache that is updated in place; empty otherwise.
+        cache_reason: Why ``--decoder auto`` did not choose the KV cache that is updated in place; empty if it did, or
+            if another kind was given.
     """
 
     directory: Path
@@ -103,11 +104,11 @@ def build_bundle(
         bundle: Directory of the bundle. Engines go into its ``engines`` folder, or into the user's cache if the bundle
             is read-only.
         target: ``tensorrt`` or ``rtx``.
-        sm: Compute capabilities of the GPUs to build for, 86 for 8.6; only for ``rtx``.
+        sm: Compute capabilities of the GPUs to build for, without the point: 86 for 8.6; only for ``rtx``.
         output: Directory of a new bundle that holds only engines, no ONNX files; None for no such bundle.
         force: Whether ``output`` is replaced if it exists.
-        anyway: Whether to go on if this machine has too little memory.
-        progress: Called with a graph's name, engines done and engines in all.
+        anyway: Whether to build even if this machine probably has too little memory.
+        progress: Called with a text that names the graph, the number of finished engines, and the number of all.
         notify: Called before the build with sentences about the memory that the build needs, and about the KV cache.
         **options: Further fields of :class:`BuildOptions`.
 
@@ -182,7 +183,11 @@ def _check_memory(task: _BuildTask, anyway: bool, notify: Notify | None) -> int:
 
 
 def _build_into(task: _BuildTask, root: Path, progress: ProgressCallback | None) -> Path:
-    """Builds every engine into a new folder, which gets its final name when all engines are built."""
+    """Builds every engine into a temporary folder in ``root``, and renames it when all engines are built.
+
+    Returns:
+        The folder; its name is the name of the fingerprint.
+    """
     if task.options.target == "tensorrt" and task.options.timing_cache is None:
         task.options = replace(task.options, timing_cache=task.bundle.derive(KIND) / TIMING_CACHE)
     directory = root / task.fingerprint.name
@@ -214,7 +219,11 @@ def _in_process(task: _BuildTask, plan: EnginePlan, staging: Path) -> BuiltEngin
 
 
 def _end_with_parent(parent: int) -> None:
-    """Makes the system end this process when its parent is killed (Linux), to free its memory and the GPU."""
+    """Asks Linux to kill this process when its parent process is killed, so that memory and GPU become free.
+
+    Args:
+        parent: Process number of the parent.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it was killed before
@@ -228,8 +237,8 @@ def _build_one(
 
     Args:
         options: The options of the build.
-        plan: The graph, with its inputs and outputs.
-        version: Version of the installed TensorRT, major and minor number.
+        plan: The graph to build, with its inputs and outputs.
+        version: Version of the installed TensorRT: major and minor number.
         output: The engine file.
         inspect_layers: Whether to count the engine's layers by precision, which needs a GPU.
     """

@@ -1,4 +1,4 @@
-"""Makes the error of a failed build, with advice that depends on the reason that TensorRT gives."""
+"""Makes the error message of a failed build, with advice that depends on TensorRT's message."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LESS_MEMORY = (
 
 
 def build_error(plan: EnginePlan, target: str, workspace: int | None, messages: Sequence[str]) -> EngineError:
-    """Returns the error for a build that gave no engine.
+    """Returns the error for a build in which TensorRT returned no engine.
 
     Args:
         plan: The engine that was to be built.

@@ -1,8 +1,8 @@
 """Builds an engine with TensorRT 10.3 to 11.x or TensorRT for RTX, as a strongly typed network.
 
-The graph fixes every precision (by casts and Q/DQ nodes), so the builder chooses none. Some versions of the Python
-binding lack some names; such a name is checked before it is used. ``tests/engine/test_api_names.py`` checks all names
-against the lists of each version.
+Casts and Q/DQ nodes in the graph fix the precision of every operator, so the builder chooses no precision. Some
+versions of TensorRT's Python package lack names that other versions have; the code checks that such a name exists
+before using it. ``tests/engine/test_api_names.py`` compares all used names with the names of each version.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class BuildOptions:
         target: ``tensorrt``, which builds on the board itself, or ``rtx``, which builds anywhere.
         sm: Compute capabilities of the GPUs to build for, 86 for 8.6; ``rtx`` only.
         workspace: Limit of the builder's scratch memory, in MiB; None for the builder's default.
-        capacity: Slots of the decoder's KV cache; None for 256 more than the prompt usually takes.
+        capacity: Slots of the decoder's KV cache; None for the usual length of the prompt plus 256.
         max_batch: Largest number of rows (pictures times beams) of the decoder; None for the value of the export.
         decoder: Kind of the decoder's KV cache, one of ``DECODER_CACHES``. ``concatenated`` is the growing cache of the
             exported graph; the TensorRT runtime does not run it.
-        timing_cache: File that keeps the timings of kernels from build to build; None for a file in the directory of
-            the engines. ``tensorrt`` only.
+        timing_cache: File with the measured times of kernels, which makes later builds faster; None for a file in the
+            directory of the engines. ``tensorrt`` only.
         version_compatible: Whether the engines also run on newer TensorRT versions with the same major number; such
             engines are larger. ``tensorrt`` only.
         hardware_compatible: Whether the engines also run on other GPUs from Ampere on; such engines may be slower.
@@ -122,8 +122,8 @@ class BuiltEngine:
         seconds: Time to parse the graph and build the engine.
         profiles: Names of the optimization profiles, in the order of their numbers in TensorRT.
         warnings: Warnings of the TensorRT builder.
-        asked: Number of matrix multiplications and convolutions in the graph, by precision.
-        landed: Number of layers by the precision that TensorRT chose; None without a GPU to inspect the engine.
+        asked: Number of matrix multiplications and convolutions in the ONNX graph, by precision.
+        landed: Number of layers in the engine, by precision; None if there was no GPU to inspect the engine.
     """
 
     file: Path
@@ -186,7 +186,7 @@ def build_engine(
 
 
 def layers_of(trt: Any, path: Path) -> dict[str, int]:
-    """Counts the layers of an engine by precision; needs the GPU that the engine is for.
+    """Counts the layers of an engine by precision; needs the GPU for which the engine was built.
 
     Raises:
         EngineError: This machine cannot open the engine.
@@ -208,7 +208,10 @@ def layers_of(trt: Any, path: Path) -> dict[str, int]:
 
 
 def _network_flags(trt: Any) -> int:
-    """Returns the flags that make the network strongly typed: one up to TensorRT 10.x, none from 11 (the default)."""
+    """Returns the flags for a strongly typed network: ``STRONGLY_TYPED`` up to TensorRT 10.x, 0 from 11 on.
+
+    From TensorRT 11 on, every network is strongly typed.
+    """
     if version_of(trt)[0] >= 11:
         return 0
     return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -254,10 +257,10 @@ def _name_gpus(trt: Any, config: Any, compute_capabilities: Sequence[int]) -> No
 
 
 def _read_timings(config: Any, path: Path | None) -> Any:
-    """Loads the timings of earlier builds into a config; if the file does not exist, the timings are empty.
+    """Loads the kernel times of earlier builds from the file ``path`` into ``config``.
 
     Returns:
-        The timing cache; None if ``path`` is None.
+        The timing cache, which is empty if the file does not exist; None if ``path`` is None.
     """
     if path is None:
         return None

@@ -1,8 +1,8 @@
 """Counts the layers of an engine by precision, to show whether INT8 was used.
 
 The engine inspector returns a JSON list of layers, each with the formats of the layer's tensors ("Row major linear FP16
-format", "Int8 NC/32HW32"); see "Engine Inspector" in NVIDIA's TensorRT documentation. A layer's precision is that of
-its first input.
+format", "Int8 NC/32HW32"); see "Engine Inspector" in NVIDIA's TensorRT documentation. The first tensor with a known
+format (inputs first, then outputs) gives the layer's precision.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ versions between. The documents of 10.3, 10.13, 10.16 and 11.4 were not availabl
 of the nearest earlier release is used, with the changes of the changelog; so operators of later releases are not
 listed.
 
-Operators that exported graphs use, or could use, are listed; all others count as not supported.
+The tables list only operators that exported graphs use or could use; all others count as not supported.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ COMMON: Types = {
     **_each("QuantizeLinear", FLOATS),
     **_each("DequantizeLinear", QUANTISED),
 }
-"""Operators of every version from 10.3, and the types of their first input."""
+"""Operators that every version from 10.3 on supports, with the types that their first input may have."""
 
 CONSTANT_INPUTS: Mapping[str, tuple[int, ...]] = {
     "CumSum": (1,),
@@ -64,10 +64,10 @@ CONSTANT_INPUTS: Mapping[str, tuple[int, ...]] = {
     "Squeeze": (1,),
     "Unsqueeze": (1,),
 }
-"""Inputs that must be constants; from 10.7 on, those of Squeeze and Unsqueeze need not be."""
+"""Indices of inputs that must be constant, by operator; from 10.7 on, Squeeze and Unsqueeze have no such input."""
 
 SINGLE_OUTPUT = frozenset({"LayerNormalization"})
-"""Operators of which only the first output is supported."""
+"""Operators for which TensorRT supports only the first output."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,12 @@ class ParserVersion:
     Attributes:
         name: Product and version, for messages.
         opset: The newest ONNX opset that the version's documentation names.
-        quantised_opset: The newest opset for graphs with QuantizeLinear or DequantizeLinear; blocks need opset 21.
-        added: Operators in addition to :data:`COMMON`, with their types.
-        changed: Operators of :data:`COMMON` that this version supports with other types.
-        block_types: Types that DequantizeLinear supports with a scale for each block.
-        loose_axes: Operators whose inputs need not be constants, unlike :data:`CONSTANT_INPUTS`.
+        quantised_opset: The newest opset for graphs with QuantizeLinear or DequantizeLinear. Scales for blocks of
+            weights need opset 21.
+        added: Operators in addition to :data:`COMMON`, with the types of their first input.
+        changed: Operators of :data:`COMMON` whose first input may have other types in this version.
+        block_types: Types of weights that DequantizeLinear supports with one scale for each block.
+        loose_axes: Operators of :data:`CONSTANT_INPUTS` whose inputs need not be constant in this version.
     """
 
     name: str
@@ -120,4 +121,4 @@ VERSIONS: Mapping[str, ParserVersion] = {
         loose_axes=_ANY_AXES,
     ),
 }
-"""The tables, by version; a version between two of them is checked against the older one."""
+"""The tables, by TensorRT version; for a version between two tables, the older table is used."""

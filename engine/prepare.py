@@ -28,7 +28,7 @@ from blip2edge.graph_files import load_graph
 from blip2edge.runtime.backends.engine_files import CONSTANT, IN_PLACE, STEP
 
 DEFAULT_CAPACITY = 256
-"""Slots of the KV cache in addition to the prompt's, as far as the model's context allows."""
+"""Slots of the KV cache in addition to those of the prompt; fewer if the model's longest context is shorter."""
 
 PROMPT_TEXT = 16  # text tokens around the picture in a usual prompt
 PRODUCTS = ("MatMul", "Gemm", "Conv")
@@ -37,15 +37,15 @@ NAMES = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "INT8": "int8",
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """Describes a graph that becomes an engine; the plan is small, and can be sent to another process.
+    """Describes one engine to build and the graph for it, without weights, so that another process can build it.
 
     Attributes:
         name: Name of the graph, and of the engine's file.
-        path: The ``.onnx`` file; for the step graph, a path in the folder of its weights.
+        path: The ``.onnx`` file. The step graph has no file; its path only names the folder of its weights.
         spec: The engine's inputs and outputs.
         cache: The KV cache of a decoder; None for other graphs.
         form: Kind of that cache, one of ``DECODER_CACHES`` except ``auto``; empty for other graphs.
-        reason: Why the cache is not updated in place although ``--decoder`` is ``auto``; empty otherwise.
+        reason: Why ``--decoder auto`` did not choose the cache that is updated in place; empty in all other cases.
         prompt: Usual number of tokens in a prefill.
         step: Token embedding table and tensors of the step graph; None for other graphs.
         precision: Precision of the bundle.
@@ -128,7 +128,7 @@ def plans_of(
         decoder: Kind of the decoder's KV cache, one of ``DECODER_CACHES``.
 
     Raises:
-        EngineError: ``decoder`` is the update in place, but this version or graph does not allow it.
+        EngineError: ``decoder`` is ``in-place``, but this TensorRT version or this graph does not allow it.
     """
     manifest = bundle.manifest
     plans: list[EnginePlan] = []
@@ -152,7 +152,8 @@ def plans_of(
 def asked_precisions(model: ir.Model) -> dict[str, int]:
     """Counts the matrix multiplications and convolutions of a graph by precision, the most frequent first.
 
-    In ``int8`` both factors are quantised; in ``int8 weights`` and ``int4 weights`` only the second factor.
+    ``int8`` and ``int4`` mean that both inputs are quantised; ``int8 weights`` and ``int4 weights`` mean that only the
+    weights are.
     """
     found: Counter[str] = Counter()
     for node in model.graph:
@@ -170,7 +171,7 @@ def asked_precisions(model: ir.Model) -> dict[str, int]:
 
 
 def _stored(value: ir.Value | None) -> str:
-    """Returns the type in which a factor is stored before its DequantizeLinear; empty without a DequantizeLinear."""
+    """Returns the type of a matrix before its DequantizeLinear node, such as ``int8``; empty without such a node."""
     while value is not None and value.producer() is not None:
         node = value.producer()
         if node is None:
@@ -188,7 +189,7 @@ def _stored(value: ir.Value | None) -> str:
 
 
 def weight_bytes(plan: EnginePlan, files: Mapping[str, int]) -> int:
-    """Returns the size of the weights of an engine in bytes.
+    """Returns the size in bytes of the weights for one engine.
 
     Args:
         plan: The engine's plan.

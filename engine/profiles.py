@@ -1,4 +1,4 @@
-"""Makes optimization profiles: the ranges of shapes that an engine is built for, from the axes of its graph."""
+"""Makes TensorRT's optimization profiles: for which shapes of its inputs an engine is built."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from blip2edge.bundle.schema import DECODER, Axis, GraphSpec, TensorSpec
 
 Range = tuple[int, int, int]
-"""Smallest, best and largest length."""
+"""Smallest length of an axis, the length that TensorRT optimizes for, and the largest length."""
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-"""Smallest, best and largest shape."""
+"""Smallest shape of an input, the shape that TensorRT optimizes for, and the largest shape."""
 
 LONGEST_DRAFT = 16  # tokens that one verification checks
 
@@ -22,7 +22,8 @@ class Profile:
 
     Attributes:
         name: The profile's purpose: ``prefill``, ``decode``, ``verify`` or ``default``.
-        ranges: Smallest, best and largest length of each elementary axis, by its name.
+        ranges: Smallest, best and largest length of each axis, by the axis's name. Axes such as ``past + steps`` are
+            computed from these.
     """
 
     name: str
@@ -47,7 +48,11 @@ DECODER_PROFILES: dict[str, dict[str, Range]] = {
     "decode": {"past": (1, 64, 1 << 30), "steps": (1, 1, 1), "asked": (1, 1, 1)},
     "verify": {"past": (1, 64, 1 << 30), "steps": (2, 4, LONGEST_DRAFT), "asked": (2, 4, LONGEST_DRAFT)},
 }
-"""The decoder's engine has three profiles; each range is clipped to that of the graph's axis."""
+"""Profiles of a decoder's engine: for each profile the (smallest, best, largest) length of its axes.
+
+``past``: filled slots of the KV cache; ``steps``: new tokens; ``asked``: new tokens whose logits are computed. Each
+range is clipped to the range of the graph's axis.
+"""
 
 
 def profiles_of(spec: GraphSpec, prompt: int = PROMPT) -> list[Profile]:
@@ -70,7 +75,7 @@ def profiles_of(spec: GraphSpec, prompt: int = PROMPT) -> list[Profile]:
 
 
 def with_rows(spec: GraphSpec, most_rows: int | None) -> GraphSpec:
-    """Returns ``spec`` with ``most_rows`` as the largest number of rows; unchanged if ``most_rows`` is None."""
+    """Returns ``spec`` with the largest length of the axis ``batch`` set to ``most_rows``; None changes nothing."""
     if most_rows is None:
         return spec
 

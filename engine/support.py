@@ -18,11 +18,12 @@ INPUT_TYPES = frozenset({"FLOAT", "FLOAT16", "BFLOAT16", "INT32", "INT64", "BOOL
 
 @dataclass(frozen=True)
 class Finding:
-    """A node that a TensorRT version does not support.
+    """Something in a graph that a TensorRT version does not support: a node, an input, or the opset.
 
     Attributes:
-        node: Name of the node, or of its first output if the node has no name.
-        operator: The node's operator.
+        node: Name of the node, of its first output if the node has no name, or of the graph's input; ``graph`` for the
+            opset.
+        operator: The node's operator, ``input`` or ``opset``.
         problem: What is not supported.
         fix: How to export a graph without this problem.
     """
@@ -55,7 +56,7 @@ def check_graph(model: ir.Model, version: ParserVersion) -> list[Finding]:
         version: The TensorRT version that will parse the graph.
 
     Returns:
-        The nodes and inputs that are not supported; an opset that is too new is listed as well.
+        One finding for each node and input that is not supported, and one if the opset is too new.
     """
     types = dtypes_of(model)
     findings = [*_inputs(model.graph.inputs), *_opset(model, version)]
@@ -67,7 +68,13 @@ def check_graph(model: ir.Model, version: ParserVersion) -> list[Finding]:
 
 
 def refuse(file: str, findings: list[Finding], version: ParserVersion) -> None:
-    """Raises EngineError for the first finding, with the number of the others; does nothing without findings."""
+    """Raises EngineError if there are findings; the message describes the first, and counts the others.
+
+    Args:
+        file: Name of the graph's file.
+        findings: What :func:`check_graph` found.
+        version: The TensorRT version.
+    """
     if not findings:
         return
     first, rest = findings[0], len(findings) - 1
@@ -79,9 +86,9 @@ def refuse(file: str, findings: list[Finding], version: ParserVersion) -> None:
 
 
 def dtypes_of(model: ir.Model) -> dict[ir.Value, str]:
-    """Returns the dtype of every value of a graph: the stored dtype, or the dtype by the rule of the node's operator.
+    """Returns the dtype of every value of a graph, such as ``FLOAT16``; omits values whose dtype is unknown.
 
-    Values with an unknown dtype are omitted.
+    If the graph does not store the dtype of a value, the dtype follows from the operator that computes the value.
     """
     types: dict[ir.Value, str] = {}
     for value in [*model.graph.inputs, *model.graph.initializers.values()]:
@@ -97,7 +104,13 @@ def dtypes_of(model: ir.Model) -> dict[ir.Value, str]:
 
 
 def _computed(node: ir.Node, index: int, types: dict[ir.Value, str]) -> str | None:
-    """Returns the type of a node's output by the rule of the operator; None if it is unknown."""
+    """Derives the dtype of a node's output from the operator and the dtypes of the inputs; None if unknown.
+
+    Args:
+        node: The node.
+        index: Index of the output.
+        types: Dtypes of the values that earlier nodes compute.
+    """
     if node.op_type in BOOLEAN:
         return "BOOL"
     if node.op_type in INDICES or (node.op_type == "TopK" and index == 1):
@@ -128,7 +141,7 @@ def _inputs(values: Iterable[ir.Value]) -> list[Finding]:
 
 
 def _opset(model: ir.Model, version: ParserVersion) -> list[Finding]:
-    """Checks the opset of a graph; a newer opset may be allowed for graphs with Q/DQ nodes."""
+    """Returns a finding if the graph's opset is too new; graphs with Q/DQ nodes may have a newer opset than others."""
     opset = model.opset_imports.get("", 0)
     kinds = {node.op_type for node in model.graph}
     newest = version.quantised_opset if kinds & QUANTISED_OPSET_OPERATORS else version.opset

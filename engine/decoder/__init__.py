@@ -1,1 +1,1 @@
-"""Rewrites the decoder for TensorRT's kinds of KV cache, and makes the graph between two decode steps."""
+"""Rewrites the exported decoder for KV caches of constant capacity, and makes the graph that runs between two steps."""

@@ -1,4 +1,7 @@
-"""Chooses the kind of KV cache of a decoder's engine (constant shape, or updated in place), for a TensorRT version."""
+"""Chooses the kind of KV cache for a decoder's engine: ``in-place`` if the TensorRT version allows it, or ``constant``.
+
+``constant``: each step copies the cache, whose shape never changes. ``in-place``: each step only writes the new tokens.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,13 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class CacheForm:
-    """The functions that build a decoder for one kind of KV cache; the shapes of the cache never change.
+    """The two functions that convert an exported decoder to one kind of KV cache of constant capacity.
 
     Attributes:
-        describe: Returns the decoder's inputs and outputs. Arguments: the inputs and outputs of the exported decoder,
-            the KV cache, and the capacity in slots.
-        rewrite: Rewrites the exported graph. Arguments: the graph, the KV cache, the capacity and the file's name.
+        describe: Returns inputs and outputs of the converted decoder. Arguments: inputs and outputs of the exported
+            decoder, the KV cache, and the capacity in slots.
+        rewrite: Converts the exported graph itself. Arguments: the graph, the KV cache, the capacity in slots, and the
+            name of the graph's file for errors.
     """
 
     describe: Callable[[GraphSpec, CacheSpec, int], GraphSpec]
@@ -45,17 +49,17 @@ def choose_form(wanted: str, path: Path, cache: CacheSpec, version: ParserVersio
     """Chooses the kind of KV cache for the engine of a decoder.
 
     Args:
-        wanted: The value of ``--decoder``. ``auto`` chooses the cache that is updated in place if this is possible,
-            else ``constant``.
+        wanted: The value of ``--decoder``. ``auto`` means ``in-place`` if TensorRT and the graph allow this, else
+            ``constant``.
         path: The file of the exported decoder.
         cache: KV cache of the decoder.
         version: The TensorRT version that will parse the graph.
 
     Returns:
-        The kind of KV cache, and the reason why ``auto`` did not choose the update in place (empty otherwise).
+        The kind of KV cache, and why ``auto`` did not choose ``in-place`` (empty in all other cases).
 
     Raises:
-        EngineError: ``wanted`` is the update in place, but this version or graph does not allow it.
+        EngineError: ``wanted`` is ``in-place``, but this TensorRT version or this graph does not allow it.
     """
     if wanted not in (AUTO, IN_PLACE):
         return wanted, ""

@@ -11,10 +11,10 @@ and ``present`` both have C slots. The shapes of a step never change, so that a 
     past_key_values.{i}.{key,value}  [B, H, C, d]     unwritten slots must hold finite values
     -> logits [B, K, V], present.{i}.{key,value} [B, H, C, d]
 
-The ONNX graph is rewritten, not traced again: weights, casts, Q/DQ nodes and block scales stay as they were verified,
-in every precision, and the new graph uses the same data file. ``slots - cache_position`` is the index of the new token
-that belongs into each slot; ``Where(0 <= index < S, Gather(new, index), past)`` writes it. Every TensorRT from 10.3
-supports these operators.
+The ONNX graph is rewritten, not traced again. So weights, casts, Q/DQ nodes and block scales are those that the export
+verified, and the new graph uses the same data file. For each slot, ``index = slot - cache_position`` is the number of
+the new token that belongs into the slot; ``Where(0 <= index < S, Gather(new, index), past)`` writes this token. Every
+TensorRT from 10.3 supports these operators.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def constant_shape_spec(spec: GraphSpec, cache: CacheSpec, capacity: int) -> Gra
 
 
 def to_constant_shape(model: ir.Model, cache: CacheSpec, name: str) -> None:
-    """Rewrites an exported decoder to constant shapes; the model itself is changed.
+    """Rewrites an exported decoder to constant shapes; changes ``model`` itself.
 
     Args:
         model: The exported graph, in any precision.
@@ -76,7 +76,7 @@ def to_constant_shape(model: ir.Model, cache: CacheSpec, name: str) -> None:
         name: Name of the graph's file, for errors.
 
     Raises:
-        EngineError: The graph does not append to its KV cache in the way of exported graphs.
+        EngineError: The graph appends to its KV cache with other nodes than the graphs of ``blip2edge export``.
     """
     graph = model.graph
     inputs = {str(value.name): value for value in graph.inputs}
@@ -103,8 +103,8 @@ class _Writer:
 
     Args:
         graph: The decoder.
-        past: A past input of the cache; the inserted nodes compute the capacity from its shape.
-        position: ``cache_position``.
+        past: One of the graph's cache inputs; the inserted nodes compute the capacity from the shape of this input.
+        position: The graph's input ``cache_position``.
     """
 
     def __init__(self, graph: ir.Graph, past: ir.Value, position: ir.Value) -> None:
@@ -115,7 +115,13 @@ class _Writer:
         self.position: ir.Value = self._add("Squeeze", [position], "cache_position_scalar")
 
     def write(self, concat: ir.Node, past: ir.Value, present: str) -> None:
-        """Replaces ``Concat(past, new)`` by nodes that write the new tokens into their slots."""
+        """Replaces ``Concat(past, new)`` by nodes that write the new keys or values into their slots.
+
+        Args:
+            concat: The node to replace.
+            past: The cache input.
+            present: Name of the cache output.
+        """
         new = concat.inputs[1]
         if new is None:
             raise ValueError(f"the Concat of {present} has no second input")
@@ -131,7 +137,11 @@ class _Writer:
         old.name, written.name = None, present
 
     def _token_of_slot(self, new: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Computes for each slot the index of its new token ``[C]``, and whether it gets a new token ``[C, 1]``."""
+        """Adds nodes that compute, for each slot, which new token belongs into the slot, and if there is one.
+
+        Returns:
+            The index of the new token, int64 ``[C]``, and whether a new token belongs into the slot, bool ``[C, 1]``.
+        """
         zero, one = self._constant("cache_zero", 0), self._constant("cache_one", 1)
         scalar = {"start": SLOTS_AXIS, "end": SLOTS_AXIS + 1}
         capacity = self._squeezed(self._add("Shape", [self._past], "cache_capacity", scalar))
@@ -170,10 +180,10 @@ class _Writer:
 
 
 def _replace_past_length(graph: ir.Graph, past: ir.Value, position: ir.Value, name: str) -> None:
-    """Replaces the length of the past by ``cache_position`` everywhere.
+    """Replaces the number of filled slots by ``cache_position`` everywhere in the graph.
 
-    An exported graph computes that length once, as ``Squeeze(Shape(past)[2:3])``. Only the new nodes still use the
-    shape of the past: they compute the capacity.
+    An exported graph computes this number once, as ``Squeeze(Shape(past)[2:3])``. In the rewritten graph, the shape of
+    ``past`` gives the capacity.
     """
     lengths = [node for node, _ in past.uses() if node.op_type == "Shape"]
     old = [node for node in lengths if not str(node.outputs[0].name).startswith("cache_")]
@@ -187,11 +197,11 @@ def _replace_past_length(graph: ir.Graph, past: ir.Value, position: ir.Value, na
 
 
 def rename_slots(graph: ir.Graph, capacity: int | str = CAPACITY) -> None:
-    """Replaces the axes ``past`` and ``past + steps`` in all shapes of a graph by the capacity.
+    """Replaces the axes ``past`` and ``past + steps`` by the capacity in the shapes of all values of a graph.
 
     Args:
         graph: The decoder; changed in place.
-        capacity: Number of slots, or the name of an axis.
+        capacity: Number of slots, or the name of the axis that stands for this number.
     """
     for value in [*graph.inputs, *graph.outputs, *(output for node in graph for output in node.outputs)]:
         if value.shape is not None and any(_is_past(dim) for dim in value.shape):

@@ -20,7 +20,8 @@ The rest of the graph stays as it was exported: weights, casts, Q/DQ nodes and b
   the weights of masked slots are 0. A bias that also holds relative positions (T5) stays as it is.
 - Softmax: in fp16 graphs, casts make the softmax FP32. TensorRT's parser refuses ``softmax_precision``, so TensorRT's
   kernel decides the precision of the softmax.
-- Grouped heads: ``Attention`` supports fewer key and value heads than query heads, so keys and values are not repeated.
+- Grouped-query attention: ``Attention`` supports fewer key and value heads than query heads, so keys and values need
+  not be repeated.
 
 Two inputs of ``Attention`` that look suitable are not used: TensorRT's parser ignores ``nonpad_kv_seqlen`` without a
 message, and treats ``is_causal`` as aligned to the upper left corner, which is wrong for a cache. The mask is therefore
@@ -46,7 +47,7 @@ SLOTS_AXIS = -2  # TensorRT updates a cache along this axis only
 HIDING = -1e4  # a bias below it hides a slot: its weight is 0 in fp32 and fp16
 BOOL, INT64 = ir.TensorType(ir.DataType.BOOL), ir.TensorType(ir.DataType.INT64)
 COMPARISONS = frozenset({"Greater", "Equal", "LessOrEqual", "Not", "Or", "Sub"})
-"""Operators that the export computes from the new tokens' slots, before it adds the axis of the rows."""
+"""Operators between the slot numbers of the new tokens and the ``Unsqueeze`` that adds the axis of the rows."""
 
 
 def in_place_spec(spec: GraphSpec, cache: CacheSpec, capacity: int) -> GraphSpec:
@@ -71,13 +72,14 @@ def to_in_place(model: ir.Model, cache: CacheSpec, capacity: int, name: str) -> 
     """Rewrites an exported decoder so that it updates its KV cache in place.
 
     Args:
-        model: The exported graph, in any precision; changed itself.
+        model: The exported graph, in any precision; changed in place.
         cache: The decoder's KV cache.
         capacity: C, number of slots of each row; TensorRT needs a constant.
         name: Name of the graph's file, for errors.
 
     Raises:
-        EngineError: The graph does not compute attention over its KV cache in the way of exported graphs.
+        EngineError: The graph computes attention over its KV cache with other nodes than the graphs of
+            ``blip2edge export``.
     """
     graph = model.graph
     inputs = {str(value.name): value for value in graph.inputs}
@@ -101,10 +103,10 @@ def to_in_place(model: ir.Model, cache: CacheSpec, capacity: int, name: str) -> 
 
 
 def allow_decomposition(model: ir.Model) -> None:
-    """Lets TensorRT compute ``Attention`` with other operators if it has no fused kernel, for example in FP32.
+    """Allows TensorRT to compute ``Attention`` with several operators where TensorRT has no fused kernel.
 
-    The function sets an attribute that only TensorRT supports; ONNX Runtime refuses a graph with it. Without the
-    attribute, such a build fails.
+    TensorRT has no fused kernel for FP32, for example; without this permission, such a build fails. The function sets
+    an attribute that only TensorRT supports; ONNX Runtime refuses a graph with this attribute.
     """
     for node in model.graph:
         if node.op_type == "Attention":
@@ -113,12 +115,13 @@ def allow_decomposition(model: ir.Model) -> None:
 
 @dataclass(frozen=True)
 class _Product:
-    """The values at the start and the end of one attention: from the scaled queries to the weighted values.
+    """The inputs and the output of the attention in one layer, which one ``Attention`` node replaces.
 
     Attributes:
-        query: Scaled queries ``[B, H, S, d]``, before a reshape to groups.
-        mask: bool ``[B, 1, S, C]``, true where a query attends to a slot; or a bias ``[B, H, S, C]`` of the scores.
-        output: The weighted values ``[B, H, S, d]``, after a reshape from groups.
+        query: Scaled queries ``[B, H, S, d]``. For grouped heads, the exported graph reshapes them later.
+        mask: bool ``[B, 1, S, C]``, true where a query attends to a slot; or a bias ``[B, H, S, C]`` that is added to
+            the scores.
+        output: Sums of the values, weighted by the softmax, ``[B, H, S, d]``.
     """
 
     query: ir.Value
@@ -127,12 +130,12 @@ class _Product:
 
 
 class _Rewriter:
-    """Replaces the nodes that append to the cache, and the nodes of the attention over the cache.
+    """Replaces the nodes that append to the cache by ``TensorScatter``, and those of attention by ``Attention``.
 
     Args:
         graph: The decoder.
         name: Name of the graph's file, for errors.
-        past: The cache's first input.
+        past: The first cache input of the graph.
     """
 
     def __init__(self, graph: ir.Graph, name: str, past: ir.Value) -> None:
@@ -145,11 +148,12 @@ class _Rewriter:
         self._masks: dict[ir.Value, ir.Value] = {}
 
     def count_per_row(self) -> None:
-        """Gives the new tokens' slots an axis of rows: ``cache_position[b] + s`` in place of ``length of past + s``.
+        """Computes the slot numbers of the new tokens for each row of the batch: token s of row b has its own number.
 
-        An exported graph computes ``Unsqueeze(Range(S) + Squeeze(Shape(past)[2:3]), 1)``, ``[S, 1]``, compares this
-        column with the slots ``[1, C]``, and adds an axis for the rows later. After the change, the comparisons give
-        ``[B, S, C]`` at once.
+        An exported graph computes the numbers as ``Unsqueeze(Range(S) + Squeeze(Shape(past)[2:3]), 1)``, shape
+        ``[S, 1]``, equal for all rows. It compares them with the slots ``[1, C]``, and adds the axis of the rows to the
+        results. The rewritten graph computes ``cache_position[b] + s``, shape ``[B, S, 1]``, so the results of the
+        comparisons have shape ``[B, S, C]``.
         """
         length = self._only(self._only(self._past, "Shape").outputs[0], "Squeeze").outputs[0]
         added = self._only(length, "Add")
@@ -164,7 +168,11 @@ class _Rewriter:
         self._drop_row_axes(queries)
 
     def _drop_row_axes(self, queries: ir.Value) -> None:
-        """Removes the nodes that add an axis of rows to values that are computed from the new tokens' slots."""
+        """Removes the ``Unsqueeze`` nodes that add the axis of the rows: after the rewrite the values already have it.
+
+        Args:
+            queries: Slot numbers of the new tokens, int64 ``[B, S, 1]``.
+        """
         waiting, known = [queries], {queries}
         while waiting:
             for node, _ in list(waiting.pop().uses()):
@@ -192,7 +200,9 @@ class _Rewriter:
         old.name, updated.name = None, present
 
     def attend(self, key: str, value: str) -> None:
-        """Replaces the matrix multiplications and the softmax over a layer's keys and values by ``Attention``.
+        """Replaces the nodes that compute the attention of one layer by one ``Attention`` node.
+
+        ``key`` and ``value`` are the names of the layer's cache outputs.
 
         The ``scale`` of the new node is 1, because the exported graph scales the queries.
         """
@@ -204,7 +214,7 @@ class _Rewriter:
         ir.convenience.replace_all_uses_with(product.output, found)
 
     def _match(self, key: ir.Value, value: ir.Value) -> _Product:
-        """Finds the nodes of a layer's attention, from the keys to the weighted values."""
+        """Finds the nodes that compute the attention of one layer, given the layer's keys and values."""
         grouped = any(node.op_type == "Unsqueeze" for node, _ in key.uses())
         if grouped:
             key, value = (self._only(part, "Unsqueeze").outputs[0] for part in (key, value))
@@ -220,7 +230,7 @@ class _Rewriter:
         return _Product(self._query(scores.inputs[0], grouped), mask, last.outputs[0])
 
     def _query(self, query: ir.Value | None, grouped: bool) -> ir.Value:
-        """Returns the scaled queries ``[B, H, S, d]``, without a reshape to groups."""
+        """Returns the scaled queries ``[B, H, S, d]``; if they were reshaped to groups of heads, undoes the reshape."""
         node = None if query is None else query.producer()
         if query is None or not grouped:
             return self._present(query)
@@ -234,10 +244,10 @@ class _Rewriter:
         return scaled
 
     def _mask(self, bias: ir.Value, grouped: bool) -> ir.Value:
-        """Returns the mask input of ``Attention`` for a bias of the scores; layers with the same bias share one mask.
+        """Returns the mask input of ``Attention``, given the bias that the exported graph adds to the scores.
 
-        The mask is bool ``[B, 1, S, C]`` if the bias only hides slots. Otherwise the bias itself is returned (T5's
-        relative positions).
+        If the bias only hides slots, the mask is bool ``[B, 1, S, C]``; layers with the same bias share the mask. Any
+        other bias is returned unchanged, for example T5's relative positions.
         """
         if grouped:
             bias = self._present(self._producer(bias, "Unsqueeze").inputs[0])
@@ -252,7 +262,7 @@ class _Rewriter:
         return self._masks[hidden]
 
     def _through_cast(self, value: ir.Value, operator: str) -> ir.Node:
-        """Returns the only node with this operator that has as an input a value, or the value after a Cast."""
+        """Returns the only node with this operator that has as an input ``value``, or the result of a Cast of it."""
         casts = [node.outputs[0] for node, _ in value.uses() if node.op_type == "Cast"]
         return self._only(casts[0] if len(casts) == 1 else value, operator)
 
@@ -305,7 +315,7 @@ class _Rewriter:
 
 
 def _hidden_by(bias: ir.Value) -> ir.Value | None:
-    """Returns the bool ``[B, S, C]`` of a bias ``Unsqueeze(Cast(hidden) * -30000)``; None for any other bias."""
+    """Returns ``hidden``, bool ``[B, S, C]``, if the bias is ``Unsqueeze(Cast(hidden) * -30000)``, else None."""
     value: ir.Value | None = bias
     for operator in ("Unsqueeze", "Mul", "Cast"):
         node = None if value is None else value.producer()

@@ -5,9 +5,10 @@
     -> token_ids int64 [B, 1], inputs_embeds [B, 1, D], the next position_ids, cache_position, seen, held_steps,
        and token_logprobs float32 [B, 1]
 
-Tokens that are marked in ``seen`` are penalised as by ``penalize_repetition``. Tokens that are marked in ``held`` (end
-tokens) are not chosen while ``held_steps`` is above 0. ``token_logprobs`` are the log-softmax of the unchanged logits
-at the chosen tokens. A row whose logits contain NaN gets the token −1, which the host reports as an error.
+For tokens that are marked in ``seen``, positive logits are divided by ``penalty`` and negative ones multiplied (the
+repetition penalty). Tokens that are marked in ``held`` (end tokens) are not chosen while ``held_steps`` is above 0.
+``token_logprobs`` are the log-softmax of the unchanged logits at the chosen tokens. A row whose logits contain NaN gets
+the token −1, which the host reports as an error.
 
 The outputs are inputs of the next step, so the host can launch step after step on a GPU and read the tokens later. The
 token embedding table is external data of the graph, at its offset in ``embed_tokens.safetensors``. A quantised table is
@@ -49,7 +50,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class StepSource:
-    """The token embedding table and the tensors from which the step graph is made.
+    """What is needed to make the step graph: the token embedding table, and the names, dtypes and shapes of tensors.
 
     Attributes:
         table: The file of the token embedding table (safetensors).
@@ -61,7 +62,7 @@ class StepSource:
 
     @classmethod
     def of(cls, bundle: Bundle, most_rows: int | None, per_row: bool = False) -> StepSource:
-        """Returns the source of a bundle's step graph.
+        """Returns the token embedding table of a bundle, and the inputs and outputs of the bundle's step graph.
 
         Args:
             bundle: An opened bundle.
