@@ -1,1 +1,1 @@
-"""The backends, which load and run graphs; and code that detects this machine's processor, GPUs and providers."""
+"""Backends, which load and run graphs; also detects processor, GPUs and ONNX Runtime's execution providers."""

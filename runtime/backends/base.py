@@ -1,7 +1,7 @@
-"""The interface of every backend (the ``Session`` protocol), and the table of backends.
+"""The ``Session`` protocol, which the loaded graphs of every backend implement, and the table of backends.
 
-A backend is a module with ``open_graph(path, threads, optimized)``. The module is imported only when the backend is
-chosen, so that the packages of the other backends need not be installed.
+A backend is a module with the function ``open_graph(path, threads, optimized)``, which returns a ``Session``. The
+module is imported only when the backend is chosen, so that the packages of the other backends need not be installed.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from blip2edge.runtime.backends.probe import gather_model, slice_model
 class Session(Protocol):
     """A graph that a backend has loaded and can run.
 
-    Thread contract, the same on every backend: several threads may call :meth:`run` at once, and each call returns the
-    results of its own inputs. A backend that keeps buffers from call to call uses separate buffers for each call, or a
-    lock.
-    The results belong to the caller: a later call does not change them. :meth:`close` is called once, when no
-    :meth:`run` is in progress.
+    Several threads may call :meth:`run` at once; this holds for every backend. Each call returns the results of its
+    own inputs, and a later call does not change arrays that were returned earlier. So a backend that reuses buffers
+    has separate buffers for each running call, or a lock. :meth:`close` is called once, when no :meth:`run` is in
+    progress.
     """
 
     @property
@@ -58,12 +57,13 @@ class Session(Protocol):
 
 
 class CacheBuffers(Protocol):
-    """Buffers of a decoder's keys and values ``[B, H, C, d]``, and runs of the decoder that write them in place.
+    """The KV cache ``[B, H, C, d]`` of one decoder state; :meth:`run` runs the decoder and writes new keys and values.
 
-    One thread at a time may use the buffers; every decoder state has its own buffers.
+    One thread at a time may use the buffers.
 
     Attributes:
-        captures: Whether runs may be captured as CUDA graphs. A CUDA graph keeps the scalar inputs of its first run.
+        captures: Whether runs may be captured as CUDA graphs. When a CUDA graph is replayed, the scalar inputs have
+            the values of the first run.
     """
 
     captures: bool
@@ -76,24 +76,32 @@ class CacheBuffers(Protocol):
         """Replaces the buffers by larger ones.
 
         Args:
-            shape: ``(B, H, C, d)``, with no fewer rows and slots than now.
-            used: Number of first slots whose content is kept.
+            shape: ``(B, H, C, d)`` of the new buffers; B and C must not be smaller than now.
+            used: The content of slots 0 to ``used - 1`` is copied.
         """
 
     def select(self, rows: NDArray[np.int64], used: int) -> None:
-        """Makes row i a copy of old row ``rows[i]``, for at most B rows and at least the first ``used`` slots."""
+        """Reorders the rows: afterwards row i has the content that row ``rows[i]`` had before.
+
+        Args:
+            rows: Old row numbers, at most B.
+            used: Number of filled slots; the content of other slots may be lost.
+        """
 
     def append(self, other: Any, first: int, count: int, used: int) -> None:
-        """Copies the first ``count`` rows of another state's buffers to the rows from ``first`` on."""
+        """Copies rows 0 to ``count - 1`` of ``other``, the buffers of another decoder state, to row ``first`` and on.
+
+        ``used``: number of slots to copy.
+        """
 
     def run(self, inputs: Mapping[str, Array], first: int, output: str, shape: Sequence[int]) -> Array:
         """Runs the decoder once on some rows of the buffers.
 
         Args:
-            inputs: The inputs that are not in the buffers, by name.
-            first: Index of the first of these rows.
+            inputs: All inputs except the KV cache, by name.
+            first: Index of the first row to use.
             output: Name of the output to return.
-            shape: Shape of ``output``; its first length is the number of rows.
+            shape: Shape of ``output``; the length of its first axis is the number of rows to use.
 
         Returns:
             The values of ``output``, a new array.
@@ -107,7 +115,11 @@ class InPlaceSession(Protocol):
     input_names: tuple[str, ...]
 
     def in_place(self, pairs: Mapping[str, str]) -> CacheBuffers:
-        """Makes empty buffers; ``pairs`` maps each output's name to the input whose buffer it is written to."""
+        """Makes empty buffers for a KV cache.
+
+        Args:
+            pairs: For each ``present`` output, the name of the ``past`` input whose buffer the output is written to.
+        """
 
 
 NO_GRAPH = -1
@@ -137,7 +149,8 @@ class BindingSession(Protocol):
         Args:
             binding: A binding of :meth:`new_binding`.
             model: The small model; None for the graph.
-            graph: Number of the CUDA graph to capture or replay; the bound addresses must be those of its first run.
+            graph: Number of the CUDA graph. The first run with a number captures the graph, later runs replay it; they
+                need a binding with the same addresses.
         """
 
     def release_graph(self, graph: int) -> None:
@@ -151,10 +164,10 @@ class BindingSession(Protocol):
 
 
 POSITION_AXIS = 2
-"""The axis of ``[B, H, P, d]`` that is sliced: the positions P."""
+"""Index of the axis P (positions) in ``[B, H, P, d]``."""
 
 RunModel = Callable[[bytes, Mapping[str, Any]], Any]
-"""Runs a model of :mod:`blip2edge.runtime.backends.probe` on the device; returns ``y`` as an ``OrtValue``."""
+"""Type of a function that runs a small ONNX model on the device, and returns its output ``y`` as an ``OrtValue``."""
 
 
 class DeviceArray:
@@ -234,11 +247,12 @@ class Backend:
     Attributes:
         module: Module with ``open_graph(path, threads, optimized)``.
         function: Name of the function that opens graphs; not ``open_graph`` if the module serves several backends.
-        copy: Name of the optimized copy that the backend runs if the bundle has one; empty for none.
-        engines: Target of the engines that the backend runs instead of graphs, ``tensorrt`` or ``rtx``; empty for none.
-            The module then also has an ``EngineOpener(bundle, target)``.
+        copy: Name of the optimized copy that the backend can run, a folder in ``optimized/``; empty if it runs none.
+        engines: ``tensorrt`` or ``rtx`` if the backend runs engines of this target instead of graphs; else empty. The
+            module of such a backend also has a class ``EngineOpener(bundle, target)``.
         host: Whether the backend computes on the CPU.
-        profiled: Whether the function also takes ``spec`` and ``precisions``, for the shapes and kernels of an engine.
+        profiled: Whether ``function`` also has the parameters ``spec`` and ``precisions``, because the backend builds
+            an engine for a range of shapes.
         refuses: Bundle precisions that the backend cannot run, each with the reason.
     """
 
@@ -263,14 +277,14 @@ BACKENDS = {
         "blip2edge.runtime.backends.onnxruntime_cuda", function="open_graph_with_tensorrt", profiled=True
     ),
 }
-"""The backends by name; ``auto`` means the first backend."""
+"""The backends, by their names in ``--backend``."""
 
 MOST_THREADS = 1024
 
 RUN_FIX = (
     f"if memory ran out, lower {option('batch_size')} or {option('num_beams')}; else use another {option('backend')}"
 )
-"""Text of an error: what the user can do when a loaded graph fails to run."""
+"""Advice in the error message if a loaded graph fails to run."""
 
 
 def check_threads(threads: object) -> None:
@@ -280,7 +294,7 @@ def check_threads(threads: object) -> None:
 
 
 def check_precision(backend: str, precision: str, *, engines_only: bool = False) -> None:
-    """Checks that a backend can run a bundle of this precision.
+    """Checks that a backend can run bundles of a precision.
 
     Args:
         backend: Name of a backend, or ``auto``.

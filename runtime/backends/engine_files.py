@@ -1,6 +1,7 @@
 """Reads and writes ``engine.json``, which describes a folder of engines; finds the folder that fits this machine.
 
-An engine is valid for one GPU, TensorRT version and bundle only; the folder's :class:`Fingerprint` names them.
+An engine is valid only for one GPU, one TensorRT version and one bundle. ``engine.json`` names these three in a
+:class:`Fingerprint`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ TOKEN_LOGPROBS = "token_logprobs"
 """Name of the ``step`` engine's output with the tokens' log-probabilities; engines of version 0.1 do not have it."""
 
 CONSTANT, IN_PLACE = "constant", "in-place"
-"""Kinds of KV cache in engines: ``present`` and ``past`` are two tensors (constant), or the same tensor (in-place)."""
+"""Kinds of KV cache in engines. ``constant``: ``past`` and ``present`` are two tensors. ``in-place``: one tensor."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,11 @@ class EngineSet:
         return self.engines[name]
 
     def verify(self) -> None:
-        """Hashes every engine; raises BundleIntegrityError if an engine is missing, was changed or is not listed."""
+        """Computes the hash of every engine file, and compares it with ``engine.json``.
+
+        Raises:
+            BundleIntegrityError: An engine file is missing, was changed, or is not listed.
+        """
         listing = self._listing(*self.engines)
         CheckedFiles().check(listing, use_stamps=False)
         check_unlisted(listing)
@@ -296,7 +301,13 @@ def check_fingerprint(found: dict[str, Any], here: Fingerprint, engines: Path, r
 
 
 def _fits(key: str, found: dict[str, Any], here: Fingerprint) -> bool:
-    """Returns whether the engines run here although the fingerprints differ in this key."""
+    """Returns whether engines run on this machine although one value of the fingerprints differs.
+
+    Args:
+        key: The key whose values differ.
+        found: Fingerprint of the engines.
+        here: Fingerprint of this machine.
+    """
     gpus, rtx = set(found.get("gpus", ())), found.get("target") == "rtx"
     if key == "tensorrt" and found.get("version_compatible"):
         made, now = (_numbers(text) for text in (str(found.get(key)), here.tensorrt))
@@ -317,7 +328,7 @@ def _plain(value: Any) -> str:
 
 
 def engine_folders(bundle: Bundle) -> list[Path]:
-    """Returns the folders of engines of a bundle; :meth:`EngineSet.read` reads one."""
+    """Returns the folders with engines of a bundle, in the bundle and in the user's cache."""
     return [path.parent for place in bundle.derived(KIND) for path in sorted(place.glob(f"*/{RECORD}"))]
 
 
@@ -353,12 +364,12 @@ def find_engines(bundle: Bundle, here: Fingerprint) -> EngineSet:
 
 
 def unsigned_engines(bundle: Bundle, folder: Path) -> EngineError:
-    """Returns the error for engines that a required signature does not list."""
+    """Returns the error for engines that are not signed although the user requires a signature."""
     return EngineError(f"the engines in {folder} are not signed", how_to_sign(bundle.path))
 
 
 def no_engines(bundle: Bundle, target: str) -> EngineError:
-    """Returns the error for a bundle without engines for a target."""
+    """Returns the error for a bundle that has no engines for ``target``, which is ``tensorrt`` or ``rtx``."""
     build = f"blip2edge build {bundle.path} --target {target}"
     return EngineError(f"{bundle.path} has no engines for {target}", f"build the engines: {build}")
 

@@ -26,12 +26,11 @@ PRESENT = np.uint64(63)  # bit of an entry; linux: Documentation/admin-guide/mm/
 ENTRY = 8  # bytes a page
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # linux: include/uapi/asm-generic/mman-common.h
 LEAST_FILLED = 0.75
-"""A region becomes a huge page if at least this share of its small pages is in use: a huge page needs memory for all.
-"""
+"""Memory is moved into a huge page only if at least this share of the huge page is in use; the rest is wasted."""
 
 
 def huge_page_bytes() -> int:
-    """Returns the size of the kernel's huge pages in bytes; 0 if a process cannot request huge pages."""
+    """Returns the size of Linux's huge pages in bytes; 0 if a process cannot request huge pages."""
     if sys.platform != "linux":
         return 0
     try:
@@ -43,7 +42,7 @@ def huge_page_bytes() -> int:
 
 @dataclass
 class HugePages:
-    """The choice whether a block's new memory is moved into huge pages; the block may set ``wanted`` to False."""
+    """The result of :func:`on_huge_pages`: the ``with`` block sets ``wanted`` to False if it needs no huge pages."""
 
     wanted: bool = True
 
@@ -71,9 +70,10 @@ def on_huge_pages() -> Iterator[HugePages]:
 
 
 def filled_pages(size: int) -> set[int]:
-    """Finds aligned regions of ``size`` bytes in this process's anonymous memory that are mostly in use.
+    """Returns the addresses of aligned regions in this process's anonymous memory that are mostly in use.
 
-    Returns the addresses of these regions.
+    Args:
+        size: Size of a region in bytes: that of a huge page.
     """
     found: set[int] = set()
     pages = size // mmap.PAGESIZE
@@ -94,7 +94,7 @@ def filled_pages(size: int) -> set[int]:
 
 
 def anonymous_regions() -> list[tuple[int, int]]:
-    """Lists this process's private writable memory regions without a file: first address, and end (exclusive)."""
+    """Lists this process's anonymous memory (private, writable, of no file): (first address, end) of each region."""
     regions = []
     for line in MAPS.read_text(encoding="utf-8", errors="replace").splitlines():
         span, rights, _, _, inode, *name = line.split(maxsplit=5)
@@ -105,11 +105,11 @@ def anonymous_regions() -> list[tuple[int, int]]:
 
 
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-"""ONNX Runtime's option for a graph that is given as bytes: the directory of its external weights."""
+"""ONNX Runtime's option with the directory of the external weights, for a graph that is loaded from bytes."""
 
 PROVIDERS = ["CPUExecutionProvider"]
 SLOW_FUSIONS = ["SkipLayerNormFusion", "BiasSkipLayerNormFusion"]
-"""ONNX Runtime's fusions that are off for an optimized file: ``optimize`` applied these fusions if they are faster."""
+"""Fusions that ONNX Runtime must not apply to an optimized file: ``optimize`` applied them where they are faster."""
 
 
 @contextmanager
@@ -203,14 +203,18 @@ class OnnxRuntimeSession:
         self._session = None
 
     def in_place(self, pairs: Mapping[str, str]) -> HostBuffers:
-        """Makes buffers that runs read and write in place, for one decoder state; see ``base.py``."""
+        """Makes the KV cache for one decoder state; runs of the graph read and write it in place.
+
+        Args:
+            pairs: For each ``present`` output, the name of the ``past`` input whose buffer the output is written to.
+        """
         if self._session is None:
             raise closed_graph()
         return HostBuffers(self._session, pairs, self._value)
 
 
 FLOATS: Mapping[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
-"""NumPy's dtypes by ONNX Runtime's names."""
+"""NumPy's dtype for each floating-point type, by ONNX Runtime's name of the type."""
 
 
 class HostBuffers:
@@ -218,8 +222,8 @@ class HostBuffers:
 
     Args:
         session: An ``onnxruntime.InferenceSession``.
-        pairs: Maps the name of an output to the name of an input. The output is written to the buffer of that input.
-        value_of: Wraps an array, without a copy, as ONNX Runtime's ``OrtValue``.
+        pairs: For each ``present`` output, the name of the ``past`` input whose buffer the output is written to.
+        value_of: Makes ONNX Runtime's ``OrtValue`` of an array, without copying the array.
     """
 
     captures = False
@@ -236,7 +240,7 @@ class HostBuffers:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Returns the numbers of rows and slots; see :class:`CacheBuffers`."""
+        """Returns the number of rows and the number of slots; see :class:`CacheBuffers`."""
         return self._size
 
     def resize(self, shape: Sequence[int], used: int) -> None:
@@ -251,7 +255,7 @@ class HostBuffers:
         self._bound_rows = None
 
     def select(self, rows: NDArray[np.int64], used: int) -> None:
-        """Copies rows to their new places; see :class:`CacheBuffers`."""
+        """Reorders the rows: row i gets the content of old row ``rows[i]``; see :class:`CacheBuffers`."""
         moved = np.flatnonzero(rows != np.arange(len(rows)))
         for buffer in self._buffers.values() if len(moved) else ():
             buffer[moved, :, :used] = buffer[rows[moved], :, :used]

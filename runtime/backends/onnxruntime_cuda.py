@@ -1,8 +1,8 @@
 """The backends ``cuda`` and ``ort-tensorrt``: ONNX Runtime's GPU providers. Not run on a GPU yet.
 
-Keys and values stay on the GPU from step to step. ONNX Runtime may list a provider that does not work, so before a
-graph is loaded, two matrices are multiplied on the provider, without the fallback to the CPU. A session that does
-not use the provider is refused.
+Keys and values stay on the GPU from step to step. ONNX Runtime may list an execution provider that does not work. So
+before a graph is loaded, two matrices are multiplied on the provider, with the fallback to the CPU switched off. If
+ONNX Runtime loads the graph on another provider, an error is raised.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from blip2edge.runtime.backends.probe import (
 
 CUDA, TENSORRT, FALLBACK = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
 CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "do_copy_in_default_stream": "1", "use_tf32": "0"}
-"""TF32 is off: with its 10 bits of mantissa, token ids could differ from those of FP32."""
+"""Options of the CUDA provider. TF32 is off: its mantissa has 10 bits, so token ids could differ from those of FP32."""
 
 CAPTURE = "enable_cuda_graph"
 GRAPHS_VARIABLE = "BLIP2EDGE_CUDA_GRAPHS"
@@ -39,11 +39,11 @@ GRAPH_ID = "gpu_graph_id"
 """Run option: the number of the CUDA graph to capture or replay; :data:`NO_GRAPH` for a run without CUDA graph."""
 
 PRECISION_FLAGS = {"fp16": "trt_fp16_enable", "int8": "trt_int8_enable"}
-"""Options of the TensorRT provider that allow kernels of a precision. TF32 has no option; it is always on."""
+"""Options of the TensorRT provider that allow FP16 and INT8 kernels. TF32 kernels are always allowed."""
 
 JETSON = "; on a Jetson, see docs/jetson.md"
 GPU, HOST = ("cuda", 0), ("cpu", 0)
-"""ONNX Runtime's name of a device, and the number of the device."""
+"""Devices: ONNX Runtime's name and the number of the device."""
 
 ON_DEVICE = ("present.", "cross.")
 """Prefixes of the names of outputs that stay on the device: keys and values."""
@@ -56,7 +56,8 @@ def open_graph(
 ) -> DeviceSession:
     """Loads a graph with the CUDA provider; raises the errors of :func:`open_with`.
 
-    If the environment variable :data:`GRAPHS_VARIABLE` is 1, the steps of a decoder's copy are captured as CUDA graphs.
+    If the environment variable :data:`GRAPHS_VARIABLE` is 1, decode steps are captured as CUDA graphs. This works only
+    with the decoder of an optimized copy.
     """
     captures = optimized is not None and path.stem == DECODER and os.environ.get(GRAPHS_VARIABLE) == "1"
     options = {**CUDA_OPTIONS, CAPTURE: "1"} if captures else CUDA_OPTIONS
@@ -90,7 +91,7 @@ def open_graph_with_tensorrt(
 
 
 def profile_options(spec: GraphSpec) -> dict[str, str]:
-    """Makes the TensorRT provider's options for the smallest, usual and largest shape of every input that varies."""
+    """Makes the TensorRT provider's options with the smallest, usual and largest shape of each input that can vary."""
     varying = [tensor for tensor in spec.inputs if any(isinstance(dim, Axis) for dim in tensor.dims)]
     found = {}
     for end in ("min", "opt", "max") if varying else ():
@@ -140,7 +141,7 @@ def open_with(
 
 
 def open_on_host(path: Path, optimized: OptimizedFile | None = None) -> DeviceSession:
-    """Loads a graph with the CPU in place of the GPU, to check an optimized copy on a machine without a GPU."""
+    """Loads a graph of the optimized copy for CUDA on the CPU, to check the copy on a machine without a GPU."""
     onnxruntime = require("onnxruntime", "the check of a copy for CUDA", BackendError)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -239,7 +240,13 @@ class DeviceSession:
     def _run_with_binding(
         self, model: bytes | None, inputs: Mapping[str, Any], outputs: Iterable[tuple[str, tuple[str, int]]]
     ) -> list[Any]:
-        """Runs the graph or a small model; returns an ``OrtValue`` for each output, on its given device."""
+        """Runs the graph, or the small model ``model``; returns an ``OrtValue`` for each output.
+
+        Args:
+            model: A serialised small model; None for the graph.
+            inputs: Arrays by input name.
+            outputs: (name, device) of each output to compute.
+        """
         binding = self.new_binding(model)
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, self.value_of(value, None if model else self.dtypes.get(name)))
@@ -282,10 +289,12 @@ class DeviceSession:
         return self.onnxruntime.OrtValue.ortvalue_from_numpy(np.array(array), *device)
 
     def value_of(self, array: Any, dtype: np.dtype[Any] | None = None) -> Any:
-        """Returns ONNX Runtime's ``OrtValue`` of an array (host or device), converted to ``dtype`` if given.
+        """Returns ONNX Runtime's ``OrtValue`` for an array in host or device memory.
 
-        An optimized graph may have FP16 inputs that are FP32 in the bundle's own graph. Only arrays for a graph without
-        an optimized copy are converted here.
+        Args:
+            array: The array.
+            dtype: Converts the array to this dtype; None keeps its dtype. Needed because the graphs of an optimized
+                copy may have FP16 inputs where the bundle's own graphs have FP32 inputs.
         """
         if isinstance(array, DeviceArray) and dtype in (None, array.dtype):
             return array.value

@@ -1,9 +1,9 @@
 """Opens the graphs of a bundle: chooses the file of each graph and the backend that runs it.
 
-``optimized/<backend>/`` in a bundle contains graphs that were rewritten for one backend (an optimized copy).
-``optimized.json`` there names the bundle that they were made from, by its hash. A copy is not used if it was made from
-another bundle or by another version of the backend, or if a required signature does not list it. The exported graph of
-the bundle (the portable graph) is used instead.
+The folder ``optimized/<backend>/`` of a bundle contains graphs that were rewritten for one backend: an optimized copy.
+Its ``optimized.json`` has the hash of the bundle from which the copy was made. A copy is ignored if it was made from
+another bundle or by another version of the backend, or if the user requires a signature and the signature does not list
+the copy. Then the exported graphs of the bundle (the portable graphs) are used.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ KIND = "optimized"
 RECORD = DERIVED[KIND]
 SCHEMA_VERSION = 2
 PACKAGES = {"cpu": "onnxruntime", "openvino": "openvino", "cuda": ""}
-"""The package whose version a copy is made for, by backend; empty if the copy is valid for every version: ONNX Runtime
-optimizes a copy for CUDA when it loads it."""
+"""For each backend, the package whose version must be the one that made the copy; empty if every version can load it,
+because ONNX Runtime still optimizes a copy for CUDA when it is loaded."""
 
 OF_ONE_MACHINE = ("openvino",)
 """Backends whose optimized copies are compiled for one processor, and are not used on other processors."""
@@ -56,7 +56,7 @@ class OptimizedGraph:
     Attributes:
         file: Name of the graph's file in the copy's directory.
         passes: Names of the optimization passes that rewrote the graph.
-        one_by_one: Whether to run the rows of a batch separately; see :class:`open_graph.RowByRow`.
+        one_by_one: Whether to run the rows of a batch separately, because rows in one batch would change each other.
         layout: Whether ONNX Runtime prepacks the weights for the processor when it loads the file.
         parity: Difference between the outputs of this graph and those of the portable graph; empty if they are compared
             by cosine only, as those of quantized graphs are.
@@ -164,7 +164,7 @@ def read_copy(bundle: Bundle, backend: str, *, use_stamps: bool = True) -> tuple
 
 
 def _usable_record(bundle: Bundle, directory: Path, backend: str) -> OptimizedRecord | None:
-    """Reads the record of a copy; None if the copy cannot be used, see :func:`read_copy`."""
+    """Reads the ``optimized.json`` of a copy; None if the file is damaged or the copy must be ignored."""
     path = directory / RECORD
     if not path.is_file() or not bundle.admits(directory, RECORD):
         return None
@@ -187,7 +187,7 @@ def _usable_record(bundle: Bundle, directory: Path, backend: str) -> OptimizedRe
 
 
 def _check_copy(bundle: Bundle, directory: Path, record: OptimizedRecord, use_stamps: bool) -> None:
-    """Checks the files of a copy."""
+    """Checks the hashes of a copy's files, and that no graph is missing in the list of files."""
     fix = f"make the copy again: blip2edge optimize {bundle.path} --backend {record.backend}"
     for graph in record.graphs.values():
         if graph.file not in record.files:
@@ -199,7 +199,7 @@ def _check_copy(bundle: Bundle, directory: Path, record: OptimizedRecord, use_st
 
 
 def _weights(bundle: Bundle, directory: Path, record: OptimizedRecord) -> set[str]:
-    """Returns the paths of external data that a copy's graphs may use, relative to :func:`weights_of`."""
+    """Returns the files that a copy's graphs may use as external weights; paths are relative to :func:`weights_of`."""
     if weights_of(bundle, directory) == directory:
         return set(record.files)
     folder = directory.relative_to(bundle.path).as_posix()
@@ -207,23 +207,23 @@ def _weights(bundle: Bundle, directory: Path, record: OptimizedRecord) -> set[st
 
 
 def weights_of(bundle: Bundle, directory: Path) -> Path:
-    """Returns the directory of a copy's external weights: the bundle's if the copy is inside the bundle."""
+    """Returns the directory of a copy's external weights: the bundle if it contains the copy, else the copy itself."""
     return bundle.path if directory.is_relative_to(bundle.path) else directory
 
 
 def choose_backend(bundle: Bundle, backend: str) -> tuple[str, Any]:
     """Chooses the backend of a bundle, and opens its engines if the backend runs engines.
 
-    ``auto`` is the backend of engines that fit this GPU, else ``cuda`` if ONNX Runtime computes on this GPU, else
-    ``cpu``. ONNX Runtime has no fused kernels for INT8 activations on a GPU, so a bundle with such activations needs
-    engines, or the copy that ``optimize --backend cuda`` makes.
+    ``auto`` chooses the backend of the engines if the bundle has engines for this GPU; else ``cuda`` if ONNX Runtime
+    can compute on this GPU; else ``cpu``. ONNX Runtime has no fused kernels for INT8 activations on a GPU. So for a
+    bundle with such activations, ``auto`` chooses ``cuda`` only if the bundle has an optimized copy for CUDA.
 
     Returns:
-        The name of the backend, and its ``EngineOpener``; None for a backend that runs graphs.
+        The name of the backend, and its ``EngineOpener`` (None if the backend runs graphs).
 
     Raises:
         BackendError: There is no backend of that name, or it cannot run the bundle.
-        EngineError: The bundle contains engines only, or the backend runs engines, and no engine fits this machine.
+        EngineError: The bundle or the backend needs engines, and no engine fits this machine.
     """
     manifest = bundle.manifest
     if manifest.engines_of:
@@ -256,7 +256,7 @@ def _engines_that_fit(bundle: Bundle) -> tuple[str, Any] | None:
 
 
 def _cuda_works(precision: str) -> bool:
-    """Returns whether ONNX Runtime can run on a GPU of this machine."""
+    """Returns whether ONNX Runtime can run a bundle of this precision on a GPU of this machine."""
     if precision in BACKENDS["cuda"].refuses or missing(("onnxruntime",)):
         return False
     import onnxruntime
@@ -265,7 +265,7 @@ def _cuda_works(precision: str) -> bool:
 
 
 class GraphOpener:
-    """Loads the graphs of a bundle, from the backend's optimized copy if it has the graph, else from the bundle.
+    """Loads the graphs of a bundle: engines, graphs of the backend's optimized copy, or the bundle's own graphs.
 
     Args:
         bundle: An opened bundle.
@@ -302,7 +302,7 @@ class GraphOpener:
 
     @property
     def host_threads(self) -> int:
-        """Returns the number of CPU threads that a running graph uses; 0 for a backend of another device."""
+        """Returns the number of CPU threads that a running graph uses; 0 if the backend computes on a GPU."""
         return (self.threads or cores()) if self._host else 0
 
     def __call__(self, graph: str) -> Session:
@@ -372,10 +372,10 @@ def _check_names(session: Session, spec: GraphSpec, path: Path) -> None:
 
 
 class RowByRow:
-    """Wraps a session and runs each row of a batch separately.
+    """Wraps a session, and runs each row of a batch separately.
 
-    Needed for quantised graphs in which the range of an activation is computed at run time, over the whole batch. If
-    rows run separately, a row's result does not depend on the other rows.
+    Some quantised graphs compute the range of an activation at run time, from the whole batch. In such a graph, the
+    result of a row would depend on the other rows.
     """
 
     def __init__(self, session: Session) -> None:

@@ -18,8 +18,8 @@ from blip2edge.runtime.backends.base import RUN_FIX, OptimizedFile, closed_graph
 class OpenVinoSession:
     """A graph in OpenVINO on the CPU; implements :class:`blip2edge.runtime.backends.base.Session`.
 
-    An infer request owns the buffers of one run, so every call uses its own request: an idle request, or a new request
-    if all requests are running.
+    OpenVINO's infer request contains the buffers of one run. So each running call has its own request: an idle request
+    is used again, and if all requests are running, a new request is made.
 
     Args:
         path: The ``.onnx`` file, whose weights may be in a data file; or a file with the bytes of :meth:`export`.
@@ -56,7 +56,7 @@ class OpenVinoSession:
         self.output_names = tuple(_name(port) for port in self._model.outputs)
 
     def export(self) -> bytes:
-        """Returns the compiled graph with its weights as bytes, for the same OpenVINO version on the same processor."""
+        """Returns the compiled graph with its weights as bytes, for this OpenVINO version and this processor only."""
         found: bytes = self._model.export_model().getvalue()
         return found
 
@@ -101,7 +101,7 @@ def _with_float32_ports(openvino: Any, model: Any) -> Any:
 
 
 def _name(port: Any) -> str:
-    """Returns the name of a port in the ONNX graph; the port may also have other names."""
+    """Returns the ONNX name of an input or output ("port"), to which OpenVINO may give several names."""
     return str(port.get_any_name())
 
 

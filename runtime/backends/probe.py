@@ -30,12 +30,12 @@ ELEMENT_TYPES: Mapping[str, int] = {
     "int64": 7,
     "float16": 10,
 }
-"""``TensorProto.DataType`` by NumPy's names."""
+"""Numbers of the element types in ONNX (``TensorProto.DataType``), by NumPy's names."""
 
 IR_VERSION, OPSET = 8, 17
 
 TensorType = tuple[str, Sequence[int | str]]
-"""dtype and shape; a dimension that is a name may have any length."""
+"""dtype and shape of a tensor. A dimension is a number, or a name if its length can vary."""
 
 Node = tuple[str, Sequence[str], str]
 """Operator, names of its inputs, name of its output. All attributes have their defaults."""
@@ -102,14 +102,14 @@ def _text(field: int, content: str) -> bytes:
 
 @cache
 def gather_model(dtype: str) -> bytes:
-    """Makes an ONNX model that selects rows on the device: ``y = x[rows]`` for ``x [b, h, s, d]`` of this dtype."""
+    """Makes an ONNX model that selects rows: ``y = x[rows]``, with ``x [b, h, s, d]`` of dtype ``dtype``."""
     x, y = (dtype, ("b", "h", "s", "d")), (dtype, ("n", "h", "s", "d"))
     return onnx_model([("Gather", ("x", "rows"), "y")], {"x": x, "rows": ("int64", ("n",))}, ("y", y))
 
 
 @cache
 def slice_model(dtype: str) -> bytes:
-    """Makes an ONNX model that cuts a slice on the device, for ``x [b, h, s, d]`` of this dtype.
+    """Makes an ONNX model that cuts a slice out of ``x [b, h, s, d]``, which has dtype ``dtype``.
 
     The slice goes from ``first`` to ``end`` (exclusive) along ``axis``; these three inputs are int64 ``[1]``.
     """
@@ -131,13 +131,13 @@ if TYPE_CHECKING:
 CPUINFO = Path("/proc/cpuinfo")
 
 NAMES = ("model name", "Model")
-"""Keys of ``/proc/cpuinfo`` for the name of the processor (on Arm: of the board)."""
+"""Keys of ``/proc/cpuinfo`` with the name of the processor, or, on Arm, of the board."""
 
 NUMBERS = (
     *("cpu family", "model", "stepping"),
     *("CPU implementer", "CPU variant", "CPU part", "CPU revision"),
 )
-"""Keys that distinguish processor generations of the same name: first x86, then Arm."""
+"""Keys of ``/proc/cpuinfo`` in which processors of the same name can differ: those of x86, then those of Arm."""
 
 
 def cores() -> int:
@@ -154,7 +154,7 @@ def processor() -> str:
 
 
 def exact_processor() -> str:
-    """Returns the processor's name with family, model and stepping; a name such as ``AMD EPYC`` is not unique."""
+    """Returns the processor's name with family, model and stepping, because several processors have the same name."""
     found = cpu_facts()
     numbers = ", ".join(
         f"{key.removeprefix('cpu ').removeprefix('CPU ')} {found[key]}" for key in NUMBERS if key in found
@@ -163,7 +163,7 @@ def exact_processor() -> str:
 
 
 def cpu_facts() -> dict[str, str]:
-    """Reads the fields of ``/proc/cpuinfo``, each with its first value; empty if there is no such file."""
+    """Returns the keys of ``/proc/cpuinfo``, each with the value for the first core; empty without such a file."""
     try:
         lines = CPUINFO.read_text(errors="replace").splitlines()
     except OSError:
@@ -203,8 +203,8 @@ class Driver:
 
     Attributes:
         version: The newest CUDA version that the driver supports, for example ``12.6``; empty without a working driver.
-        gpus: The GPUs that answer.
-        problem: Why there is no driver or no GPU, or which GPU does not answer; empty if everything works.
+        gpus: The GPUs whose properties the driver could read.
+        problem: Why there is no driver or no GPU, or why a GPU could not be read; empty if everything works.
     """
 
     version: str = ""
@@ -240,7 +240,7 @@ def nvidia_driver() -> Driver:
 
 
 def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu | str:
-    """Returns the GPU of this number, or a text with the error if the driver cannot query the GPU."""
+    """Returns the properties of GPU number ``index``, or an error text if the driver cannot read them."""
     handle, major, minor, count = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0)
     memory = ctypes.c_size_t(0)
     name = ctypes.create_string_buffer(128)
@@ -298,7 +298,7 @@ def check_matmul(
         name: Name of the check.
         multiply: Runs :data:`MATMUL` on the inputs ``a`` and ``b``. If it raises an exception, the check fails.
         fix: What the user can do if the check fails.
-        required: As in :class:`Check`.
+        required: Whether captioning is impossible if the check fails.
     """
     generator = np.random.default_rng(0)
     left = generator.standard_normal((MATMUL_WIDTH, MATMUL_WIDTH), dtype=np.float32)
@@ -317,10 +317,10 @@ def check_matmul(
 
 
 def load_cuda_libraries(ort: ModuleType) -> None:
-    """Loads CUDA and cuDNN from packages of pip if the system's search path does not find them.
+    """Loads CUDA and cuDNN from installed pip packages if they are not in the system's search path.
 
-    ONNX Runtime before 1.21 has no function for this; then nothing is loaded. Messages of ONNX Runtime go to standard
-    error.
+    ONNX Runtime has a function for this from 1.21 on; with earlier versions nothing is loaded. Messages of ONNX Runtime
+    go to standard error.
     """
     if hasattr(ort, "preload_dlls"):
         with redirect_stdout(sys.stderr):
@@ -368,11 +368,11 @@ COMPUTE = (
 """Operators that must run on the GPU. ONNX Runtime puts nodes that compute shapes on the CPU, which is faster."""
 
 RECORD_NODES = "session.record_ep_graph_assignment_info"
-"""Session option: ONNX Runtime records the provider of each node."""
+"""Session option with which ONNX Runtime records which execution provider runs each node."""
 
 
 def count_nodes(session: Any) -> dict[str, dict[str, int]]:
-    """Counts a session's nodes by provider and operator; empty if this version of ONNX Runtime does not report them."""
+    """Counts a session's nodes by provider and operator; empty if this ONNX Runtime does not report providers."""
     if not hasattr(session, "get_provider_graph_assignment_info"):
         return {}
     found: dict[str, dict[str, int]] = {}

@@ -1,1 +1,1 @@
-"""Measures a bundle on this machine (``bench``), and checks what the machine can run (``doctor``)."""
+"""The code of ``bench``, ``certify``, ``doctor`` and ``plan``: measures, compares, checks and predicts."""

@@ -1,6 +1,7 @@
 """Checks of ``blip2edge doctor`` that matter most on a board: power mode, clocks, swap, disk.
 
-Everything is read from files of the system and from ``nvpmodel``. A check is left out if the system lacks its file.
+The values come from files of the system and from the command ``nvpmodel``. A check is left out if the file that it
+needs is missing.
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ RUNNERS = {
     "openvino": "openvino",
     "CPUExecutionProvider": "cpu",
 }
-"""The backend of each check that multiplies matrices, by the check's name; the fastest first."""
+"""Checks of :func:`diagnose` that multiply matrices, each with the backend that it tests; the fastest first."""
 
 UNTRIED = {"TensorRT": "tensorrt", "TensorRT-RTX": "rtx"}
-"""The backend of each check that only finds the package and a driver, by the check's name."""
+"""Checks that only find a package and a driver, each with the backend; these checks do not run the backend."""
 
 
 def conclusion(checks: Sequence[Check]) -> str:
-    """Returns a sentence: backends that ran here, backends that were not tried, available memory, what to correct.
+    """Returns a sentence: which backends ran here, which were not tried, the free memory, and what to correct.
 
     Args:
         checks: All checks of the doctor.
@@ -76,7 +77,7 @@ def board_checks(root: Path = Path("/"), query: Query = query_nvpmodel) -> list[
     """Checks the power mode, the clocks, the swap space and the disk.
 
     Args:
-        root: Where the system's files are.
+        root: Directory that contains ``proc``, ``sys`` and ``etc``.
         query: Returns the output of ``nvpmodel -q``.
     """
     is_jetson = (root / "etc/nv_tegra_release").exists() or "Jetson" in read_file(root / "proc/device-tree/model")
@@ -85,7 +86,7 @@ def board_checks(root: Path = Path("/"), query: Query = query_nvpmodel) -> list[
 
 
 def _power_mode(root: Path, query: Query) -> Check | None:
-    """Checks the mode of ``nvpmodel``; names the mode without a power limit."""
+    """Checks whether the board runs in its power mode without a limit; if not, the advice is to choose that mode."""
     modes = dict(re.findall(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>", read_file(root / "etc/nvpmodel.conf")))
     current = re.search(r"NV Power Mode:\s*(\S+)\s+(\d+)", query())
     number = current[2] if current else read_file(root / "var/lib/nvpmodel/status").partition(":")[2].lstrip("0") or "0"
@@ -100,7 +101,7 @@ def _power_mode(root: Path, query: Query) -> Check | None:
 
 
 def _clocks(root: Path, is_jetson: bool) -> Check | None:
-    """Checks the present and the largest clocks of CPU and GPU, and the CPU's governor."""
+    """Reports present and largest clock of CPU and GPU; fails on a Jetson whose GPU clock is not fixed."""
     policies = sorted((root / "sys/devices/system/cpu/cpufreq").glob("policy*"))
     parts = []
     for policy in policies[:1]:
@@ -123,7 +124,7 @@ def _megahertz(text: str, unit: float) -> str:
 
 
 def _swap(root: Path, is_jetson: bool) -> Check | None:
-    """Checks the swap space in files, partitions and compressed memory."""
+    """Reports the swap space on disk and in compressed memory; fails on a Jetson without swap space on disk."""
     table = read_file(root / "proc/swaps")
     if not table:
         return None
@@ -139,7 +140,7 @@ def _swap(root: Path, is_jetson: bool) -> Check | None:
 
 
 def _disk() -> Check:
-    """Checks the free disk space in the folder of engines and optimized copies."""
+    """Checks the free disk space in the user's cache, which may hold engines and optimized copies."""
     try:
         cache = cache_directory()
     except NoHomeError:

@@ -1,8 +1,8 @@
 """Compares a bundle's outputs on this machine and backend with the reference outputs in the bundle (`certify`).
 
-Each graph gets the same seeded inputs, independent of the other graphs. So a deviation shows which graph is wrong, and
-which output of the graph is wrong first. The captions of drawn pictures show how the deviations change texts, and how
-fast each stage is.
+Each graph gets its own seeded inputs, not the outputs of other graphs. So a deviation shows which graph is wrong, and
+which of its outputs is the first wrong one. Then drawn pictures are captioned: this shows whether the deviations change
+texts, and how fast each stage is.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ TOLERANCES = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-1}
 """Largest deviation ``|a - b| / |b|`` of an output that passes, by the precision of the graph."""
 
 INTEGER_TOLERANCE = 0.15
-"""Largest deviation for graphs with integer weights or activations, because kernels round differently: cosine 0.99."""
+"""Largest deviation for graphs with integer weights or activations: kernels round differently. It is a cosine of 0.99.
+"""
 
 EXACT, OTHERS = 1.0, 0.9
-"""Smallest share of equal tokens by default: for a bundle in fp32, and for any other bundle."""
+"""Defaults of the smallest share of equal tokens that passes: for a bundle in fp32, and for any other bundle."""
 
 PACKAGES = ("numpy", "onnxruntime", "openvino", "tensorrt")
 
@@ -43,7 +44,7 @@ class OutputCheck:
     """The deviation of one output of a graph from its reference.
 
     Attributes:
-        output: Name of the output; ``logits of ...`` for the decoder's steps as generation runs them.
+        output: Name of the output; ``logits of ...`` for the logits of a decoder in one kind of step of a generation.
         deviation: Estimate of ``|a - b| / |b|``; infinite if a value is not finite.
         tolerance: Largest deviation that passes.
     """
@@ -152,7 +153,7 @@ def certify(
         threads: CPU threads of an operator; None for all cores.
         min_equal: Smallest share of equal tokens, 0 to 1; None for 1 in fp32 and 0.9 otherwise.
         tolerance: Largest deviation of every output; None for :data:`TOLERANCES` by precision.
-        require_signature: A public key that the bundle must be signed for.
+        require_signature: A public key; the bundle must have a signature that fits this key. None: no signature needed.
         progress: Called with a stage's name, steps done and steps in all.
 
     Raises:

@@ -1,8 +1,8 @@
-"""The boards of ``plan``: memory, bandwidth and rates from the makers' data sheets, and the assumed efficiency.
+"""The devices that ``plan`` knows: memory, bandwidth, operations per second, and the share of these that is reached.
 
-Rates are peak rates of dense matrix multiplications (if a data sheet gives a rate for sparse matrices, half of it).
-None of these boards was measured for this project; the plan says so. ``this`` is the machine that runs the command;
-:mod:`.roofline` measures it.
+Memory, bandwidth and operations per second are from the makers' data sheets, for dense matrix multiplications. If a
+data sheet only has the number for sparse matrices, half of it is used. None of these devices was measured for this
+project; the plan says so. The device ``this`` is the machine that runs the command; :mod:`.roofline` measures it.
 """
 
 from __future__ import annotations
@@ -19,20 +19,23 @@ THIS = "this"
 
 @dataclass(frozen=True)
 class Efficiency:
-    """The shares of the peak rates that graphs are assumed to reach, by the format of the weights (``WEIGHT_BYTES``).
+    """Assumptions for predicting times: which share of its peak rates a device reaches, and what an operator costs.
 
     Attributes:
-        products: Share of the peak rate :meth:`Board.rate` that matrix multiplications reach, by the format.
-        bytes: Share of the memory bandwidth while weights are read.
-        overlaps: Whether reading weights overlaps with computing: the longer time counts. If not, the sum of both times
-            counts, and ``bytes`` is measured with multiplications of one row, whose operations are part of the reading.
-        extra_rows: Number of rows that is added to the cost of a matrix multiplication of several rows, because small
+        products: Share of the peak operations per second that matrix multiplications reach, by format of the weights
+            (``fp32``, ``int4``, ...).
+        bytes: Share of the memory bandwidth that is reached while weights are read, by format of the weights.
+        overlaps: Whether weights are read while the device computes. If true, the longer of both times counts. If
+            false, their sum counts; then a multiplication of one row costs no time besides that for the weights.
+        extra_rows: Number of rows that is added to every matrix multiplication of several rows, because small
             multiplications are slower.
-        cache_passes: How often keys and values are read or copied in a step.
-        element_s: Seconds that the operators between matrix multiplications take for each number of their outputs.
-        call_s: Seconds that each call of an operator takes, for any number of tokens.
-        cached_bytes: As ``bytes``, for floating-point weights that fit the processor's cache; may exceed 1.
-        fuses: Whether all operators around a matrix are compiled into :data:`FUSED_OPERATORS`, whatever the graph has.
+        cache_passes: Number of times that a decode step reads or copies all keys and values.
+        element_s: Seconds for each number in the outputs of the operators between matrix multiplications.
+        call_s: Seconds for each call of an operator, independent of the number of tokens.
+        cached_bytes: Share of the memory bandwidth for floating-point weights that fit the processor's cache; may
+            exceed 1.
+        fuses: Whether the device's compiler fuses the operators around each matrix multiplication, so that only
+            :data:`FUSED_OPERATORS` calls remain.
         source: Where these values come from.
     """
 
@@ -86,11 +89,11 @@ class Board:
         memory: Bytes of memory that graphs can use: of the board if CPU and GPU share it, else of the GPU.
         reserved: Bytes that the system and other programs use.
         base: Bytes that a process of the runtime needs without any model: interpreter, libraries, driver context.
-        bytes_per_s: Memory bandwidth.
-        rates: Additions and multiplications per second by ``fp32``, ``fp16``, ``int8``; a CPU has no ``fp16``.
-        host: Time of Python code and preprocessing, divided by the time on the CPU for which ``plan.HOST_S`` was
-            chosen.
-        efficiency: The shares of the peak rates that graphs are assumed to reach.
+        bytes_per_s: Memory bandwidth in bytes per second.
+        rates: Peak additions and multiplications per second, by ``fp32``, ``fp16``, ``int8``; a CPU has no ``fp16``.
+        host: Factor for the time of Python code and preprocessing: 1 on the reference CPU (an AMD EPYC), 2 on a CPU
+            that needs twice the time.
+        efficiency: Assumptions about the share of the peak rates that is reached.
         source: Where the values come from.
         refuses: Precisions that do not run on the board, each with the reason.
         measured: Whether bandwidth and rates were measured on this machine.
@@ -120,14 +123,17 @@ class Board:
         return "fp16" not in self.rates
 
     def rate(self, kind: str) -> float:
-        """Returns the peak operations per second for a weight format (GPU: of fp16 if only weights are quantized)."""
+        """Returns the peak operations per second for a format of the weights.
+
+        If a format quantizes only the weights, a GPU computes in fp16.
+        """
         if self.is_cpu:
             return self.rates["fp32" if kind in ("fp32", "fp16") else "int8"]
         return self.rates[kind if kind in self.rates else "fp16"]
 
 
 NO_BLOCKS = {"int8": "TensorRT takes no 8-bit weights in blocks: use int4, or calibrate with --weights none"}
-"""A Jetson has TensorRT, not TensorRT for RTX."""
+"""Precisions that a Jetson does not run, with the reason; it has TensorRT, not TensorRT for RTX."""
 
 
 def _jetson(name: str, title: str, gib: int, gigabytes: float, fp32: float, int8: float, source: str, *,

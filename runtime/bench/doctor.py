@@ -147,7 +147,7 @@ def _onnxruntime() -> list[Check]:
 
 
 def _installed(module: str, packages: tuple[str, ...], fix: str) -> Check:
-    """Checks presence and version of a package without importing it."""
+    """Checks whether a package is installed and which version, without importing it."""
     if _spec(module) is None:
         return Check(module, False, "not installed", fix)
     versions = [version for package in packages if (version := installed(package))]

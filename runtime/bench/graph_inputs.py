@@ -1,4 +1,4 @@
-"""Makes seeded inputs for any graph of a bundle, and runs the same decode steps on every version of a decoder.
+"""Makes seeded random inputs for any graph of a bundle, and runs a fixed sequence of decode steps on any decoder.
 
 With these inputs, `optimize` compares an optimized graph with the exported graph, and `certify` compares a backend's
 outputs with the recorded outputs.
@@ -17,13 +17,14 @@ from blip2edge.runtime.decoding.state import Decoder
 SEED = 6
 ROWS = 2
 LENGTHS = {"source": 9, "instruction": 6, "text": 7, "past": 4, "steps": 3, "asked": 2}
-"""Length of an axis by its name, within its range; other axes have the length ``opt``."""
+"""Lengths of axes by name, clipped to the range of the graph's axis; other axes get the usual length ``opt``."""
 
 VOCABULARY = 16
-"""Token ids below this number are in every vocabulary."""
+"""Random token ids are below this number, so that every vocabulary contains them."""
 
 DRAWN = 17
-"""Number of token ids that :func:`decode` draws for a row: it uses ten, but a change would change recorded outputs."""
+"""Number of token ids that :func:`decode` draws for a row. It uses ten, but another number would give other ids, which
+would not fit the outputs that older bundles have recorded."""
 
 Arrays = dict[str, Array]
 
@@ -72,7 +73,7 @@ def draw_cross_inputs(spec: GraphSpec, upstream: Mapping[str, Array]) -> Arrays:
 
     Args:
         spec: The decoder's inputs and outputs.
-        upstream: As for :func:`draw_inputs`.
+        upstream: Outputs of the graphs that run before the decoder, by name; used where an input has the same name.
     """
     drawn = draw_inputs(spec, upstream)
     inputs = {name: array for name, array in drawn.items() if name.startswith("cross.")}
@@ -86,14 +87,17 @@ def draw_cross_inputs(spec: GraphSpec, upstream: Mapping[str, Array]) -> Arrays:
 
 
 def decode(decoder: Decoder, context: Mapping[str, Array]) -> Arrays:
-    """Runs a decoder as generation does: prompts of different lengths, steps, several tokens, truncation, new order.
+    """Runs a decoder once with every kind of step that generation needs.
+
+    The steps are: prefill of two prompts of different lengths, a step with one token, a step with three tokens,
+    truncation of the KV cache, exchange of the two rows, and a step with one token.
 
     Args:
         decoder: The decoder.
         context: Keys, values and mask from :func:`draw_cross_inputs`.
 
     Returns:
-        Logits of each kind of step by name.
+        Logits by the name of the step: ``prefill``, ``step``, ``extend`` (three tokens), ``after``.
     """
     rng = np.random.default_rng(SEED)
     table = decoder.table
@@ -110,7 +114,10 @@ def decode(decoder: Decoder, context: Mapping[str, Array]) -> Arrays:
 
 
 def for_steps(context: Mapping[str, Array], steps: int) -> Arrays:
-    """Returns the context for ``steps`` new tokens: a mask with one row for each new token gets ``steps`` rows."""
+    """Returns the inputs of cross-attention for a step with ``steps`` new tokens.
+
+    If the mask has an axis for the new tokens, its last row is repeated ``steps`` times.
+    """
     made = dict(context)
     mask = made.get(CROSS_MASK)
     if mask is not None and mask.ndim == 3:
@@ -119,7 +126,7 @@ def for_steps(context: Mapping[str, Array], steps: int) -> Arrays:
 
 
 def _lengths(spec: GraphSpec) -> dict[str, int]:
-    """Chooses a length for each elementary axis of a graph's inputs."""
+    """Chooses a length for each axis of a graph's inputs, except sums such as ``past + steps``."""
     axes = [dim for tensor in spec.inputs for dim in tensor.dims if not isinstance(dim, int)]
     return {axis.name: _length(axis) for axis in axes if " + " not in axis.name}
 

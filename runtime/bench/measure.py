@@ -37,15 +37,15 @@ GROWTH_RUNS = 3
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """The options of ``blip2edge bench``: numbers of captions, their lengths, and the sweeps.
+    """The options of ``blip2edge bench``. A sweep measures times for several values of one quantity.
 
     Attributes:
         runs: Number of captions that are timed.
         warmup: Number of captions that are generated first and not timed.
         tokens: Length of every caption in tokens.
-        batches: Batch sizes of the batch sweep, in pictures.
-        prompts: Prompt lengths of the prompt sweep, in words.
-        lengths: Caption lengths of the caption sweep, in tokens.
+        batches: Batch sizes (in pictures) that the batch sweep measures.
+        prompts: Lengths of the prompt (in words) that the prompt sweep measures.
+        lengths: Lengths of the caption (in tokens) that the caption sweep measures.
     """
 
     runs: int = 10
@@ -69,10 +69,10 @@ class StageTimes:
         ms: Percentiles of the wall time in milliseconds: ``p50``, ``p90``, ``p99``.
         cpu_ms: Median CPU time in milliseconds.
         least_cpu_ms: Least CPU time in milliseconds; ``share`` is computed from it.
-        share: The shortest time that the roofline allows, divided by ``least_cpu_ms``; None if the stage's operations
-            are not known.
-        bound: What limits the stage by the roofline: ``products`` (computing) or ``bytes`` (reading memory); empty if
-            not known.
+        share: The shortest time that this machine could need by the roofline model, divided by ``least_cpu_ms``; None
+            if the number of operations is not known.
+        bound: What limits the shortest time: ``products`` (matrix multiplications) or ``bytes`` (reading weights);
+            empty if not known.
     """
 
     ms: Mapping[str, float]
@@ -90,7 +90,7 @@ class BenchReport:
         machine: Processor, cores, system, backend and threads.
         versions: Versions of the packages.
         bundle: Family, precisions and hash of the bundle.
-        options: What was measured.
+        options: The options of the measurement.
         stages: Times by stage name; ``total`` is the sum of all stages.
         tokens_per_s: Tokens a second while decoding, at the median.
         start_s: Seconds to load the bundle.
@@ -99,8 +99,8 @@ class BenchReport:
         sweeps: Tables by name: ``batch``, ``prompt``, ``caption``; each a list of rows.
         left_out: What was not measured, with the reason.
         energy: Joules per caption, and the meter; None if the machine has no meter.
-        draft: The draft model (``itg`` or ``lookup``), and the tokens per pass of the target model over whole
-            captions; None without speculative decoding. ``stages`` are always measured with plain decoding.
+        draft: The draft model (``itg`` or ``lookup``), and the mean number of tokens per pass of the language model;
+            None without speculative decoding. ``stages`` are always measured with plain decoding.
         roofline: The limits of one core of this machine, and the ``backend`` that they were measured with; empty if
             they were not measured.
     """
@@ -163,14 +163,15 @@ class Bench:
         return clock
 
     def drafted(self, tokens: int, runs: int) -> dict[str, Any] | None:
-        """Measures speculative decoding: ``kind`` of the draft model and median ``tokens_per_pass``.
+        """Captions with speculative decoding, and counts the tokens of each pass of the language model.
 
         Args:
             tokens: Length of every caption in tokens.
             runs: Number of captions.
 
         Returns:
-            The two values by name; None if the bundle has no draft model.
+            ``kind`` (name of the draft model) and ``tokens_per_pass`` (median over the captions); None if the bundle
+            has no draft model.
         """
         forced: CaptionOptions = {"max_new_tokens": tokens, "min_new_tokens": tokens}
         kind = self.captioner.generator.drafts.kind(self.captioner.options(**forced))
@@ -181,19 +182,25 @@ class Bench:
         return {"kind": kind, "tokens_per_pass": float(np.median([one.tokens_per_pass for one in found]))}
 
     def prompt_length(self, prompt: str | None = None, *, decoder: bool = True) -> int:
-        """Counts the prompt's tokens, visual tokens included; ``decoder``: only tokens that the decoder processes."""
+        """Returns the number of tokens of the prompt, visual tokens included.
+
+        Args:
+            prompt: The prompt; None for the default.
+            decoder: Whether to count what the decoder processes. In an encoder-decoder model, that is the start token
+                only, because the text encoder processes the prompt.
+        """
         text = self.captioner.prompts.with_default(self.prompt if prompt is None else prompt)
         initial = self.captioner.generator.language.initial if decoder else []
         return len(initial) or self.captioner.prompts(text, self.frames).length
 
     def room(self) -> int:
-        """Returns the length of the longest caption in tokens; its last token needs no slot of the context."""
+        """Returns the number of tokens of the longest possible caption; the last token needs no slot in the cache."""
         return self.captioner.generator.max_positions - self.prompt_length() + 1
 
     def sweep_batches(self, batches: Sequence[int], tokens: int) -> list[dict[str, float]]:
-        """Measures pictures per second (CPU and wall time) for each batch size; captions have ``tokens`` tokens.
+        """Measures pictures per second of CPU time and of wall time, for each batch size in ``batches``.
 
-        Sizes that the decoder's engine does not support are left out.
+        Every caption has ``tokens`` tokens. Sizes that the decoder's engine does not support are left out.
         """
         rows, most = [], self.captioner.generator.language.decoder.max_rows
         for size in batches:
@@ -207,7 +214,7 @@ class Bench:
         return rows
 
     def sweep_prompts(self, words: Sequence[int]) -> list[dict[str, float]]:
-        """Measures the CPU milliseconds of the prefill for prompts of each of these numbers of words."""
+        """Measures the CPU time of the prefill in milliseconds, for each length of the prompt in ``words``."""
         rows = []
         for count in words:
             text = "a " * count
@@ -221,7 +228,7 @@ class Bench:
         return rows
 
     def sweep_lengths(self, lengths: Sequence[int]) -> list[dict[str, float]]:
-        """Measures the CPU milliseconds per token for captions of each of these lengths in tokens."""
+        """Measures the CPU time per token in milliseconds, for each length of the caption in ``lengths`` (tokens)."""
         rows = []
         for tokens in lengths:
             if tokens < 2:
@@ -236,7 +243,7 @@ class Bench:
 
 
 CostOf = Callable[[int, int], Mapping[str, StageCost]]
-"""Computes the cost of each stage from the length of the prompt and the number of tokens of the caption."""
+"""Type of a function that returns operations and bytes of each stage, given the tokens of prompt and of caption."""
 
 
 def bench(
@@ -254,12 +261,12 @@ def bench(
         captioner: A loaded bundle.
         options: What to measure.
         start_s: Seconds that loading the bundle took.
-        start_bytes: Peak memory while the bundle was loaded; 0 if it was not measured.
-        cost_of: Counts the operations and bytes of the stages; None if the graphs cannot be read.
+        start_bytes: Peak memory in bytes while the bundle was loaded; 0 if it was not measured.
+        cost_of: Counts the operations and bytes of each stage; None if they are not known.
         progress: Called with the name of the current measurement, steps done and steps in all.
 
     Raises:
-        UsageError: The context has no room for the caption's tokens.
+        UsageError: Prompt and caption together are longer than the model's context.
     """
     report = progress or (lambda stage, done, total: None)
     run, tokens = Bench(captioner), options.tokens

@@ -1,4 +1,4 @@
-"""Estimates the memory of captioning and of long commands, reads the machine's memory, and compares the two.
+"""Estimates the memory that captioning and long commands need, and compares it with the memory of the machine.
 
 All estimates of memory are here. ``plan`` shows them; ``export``, ``calibrate`` and ``build`` compare them with this
 machine by :func:`check_memory`.
@@ -36,7 +36,7 @@ class MachineMemory:
     Attributes:
         available: Memory that no program uses, without swap.
         ram: All memory, without swap.
-        swap_free, swap: Swap that no program uses, and all swap.
+        swap_free, swap: Swap space that no program uses, and all swap space.
         limit: Largest memory that the container may use; None without a limit.
     """
 
@@ -81,14 +81,14 @@ def machine_memory(meminfo: Path = MEMINFO, limit: Path = CGROUP_LIMIT) -> Machi
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """The memory of a command in bytes.
+    """The memory that a command needs, in bytes.
 
     Attributes:
-        what: The command, for the message: ``the export``.
+        what: The command, for the message, such as ``the export``.
         least: With less memory, the command certainly fails.
         likely: Estimated peak.
         mend: What the user can do so that the command needs less memory.
-        ignorable: Whether the command has the option ``anyway``.
+        ignorable: Whether the command has the option ``--anyway``, which continues with too little memory.
     """
 
     what: str
@@ -104,7 +104,7 @@ def export_need(largest: int, total: int, *, full: bool) -> MemoryNeed:
     Args:
         largest: Elements of the largest tensor.
         total: Elements of all tensors.
-        full: Whether the whole model is compared with torch, or a sample of its layers.
+        full: True if the whole model is compared with torch, False if only a sample of its layers is.
     """
     one, whole = 4 * largest, 4 * total
     if full:
@@ -116,8 +116,8 @@ def export_need(largest: int, total: int, *, full: bool) -> MemoryNeed:
 def calibration_need(largest: int) -> MemoryNeed:
     """Estimates the memory of a calibration; ``largest``: bytes of the largest graph's weights.
 
-    An assumption, not a measurement: ONNX Runtime keeps the graph of the parent bundle in memory, and at the same time
-    its weights are read and rounded.
+    This is assumed, not measured: ONNX Runtime holds the weights of the largest graph in memory, while a second copy
+    is read and rounded.
     """
     mend = "calibrate on a machine with more memory, or export in fp16 first"
     return MemoryNeed("the calibration", largest, CALIBRATION_BASE + 2 * largest, mend)
@@ -126,8 +126,8 @@ def calibration_need(largest: int) -> MemoryNeed:
 def build_need(weights: int, workspace_mib: int | None, graph: str) -> MemoryNeed:
     """Estimates the memory that building one engine needs.
 
-    In memory are the graph's weights twice (parsed, and in the engine), TensorRT's libraries and kernels, and scratch
-    memory for the kernels that the builder times.
+    The estimate is the sum of the graph's weights twice (in the parsed network and in the engine), TensorRT's libraries
+    and kernels, and scratch memory for the kernels whose time the builder measures.
 
     Args:
         weights: Size of the graph's weights in bytes.
@@ -152,7 +152,7 @@ def check_memory(
     Args:
         need: What the command needs.
         error: Class of the error.
-        anyway: Whether to continue whatever the estimate is.
+        anyway: True to raise no error, even if the memory is certainly too small.
         notify: Called with the warning.
         memory: The machine's memory; None to read it.
 
@@ -180,10 +180,10 @@ class RunMemory:
     """Bytes of memory while pictures are captioned one by one.
 
     Attributes:
-        weights: All graphs and the token embedding table.
-        cache: Keys and values of the whole context, cross-attention included.
-        activations: The largest intermediate results of any stage.
-        workspace: Process, libraries and driver context without a model.
+        weights: Weights of all graphs, and the token embedding table.
+        cache: KV cache for prompt and caption, cross-attention included.
+        activations: Intermediate results of the stage that has most of them.
+        workspace: The process, its libraries and the driver context, without a model.
     """
 
     weights: int
@@ -202,22 +202,22 @@ class RunMemory:
 
 
 def held_precision(precision: str, device: Board) -> str:
-    """Returns the precision of the weights in memory: on a CPU, fp16 weights are kept in fp32."""
+    """Returns the precision that the weights have in memory: a CPU holds fp16 weights as fp32."""
     return "fp32" if device.is_cpu and precision == "fp16" else precision
 
 
 def element_bytes(precision: str, device: Board) -> float:
-    """Returns the bytes of one activation value, and the bytes of one value of the KV cache."""
+    """Returns the size in bytes of one number in the activations and in the KV cache, which have the same dtype."""
     return WEIGHT_BYTES["fp32" if device.is_cpu or precision == "fp32" else "fp16"]
 
 
 def run_memory(shape: ModelShape, precision: str, device: Board, frames: int, text: int, new: int) -> RunMemory:
-    """Estimates the memory of a runtime that captions one item.
+    """Estimates the memory of a process that captions one item (a picture, or a video of several frames).
 
     Args:
-        shape: The model.
+        shape: Sizes of the model's layers.
         precision: A key of ``shapes.model_shape.FORMATS``.
-        device: The device that runs it.
+        device: The device that runs the model.
         frames: Pictures of the item; all of them pass the vision encoder and the bridge as one batch.
         text: Tokens of the prompt, without visual tokens.
         new: Tokens of the caption.
@@ -236,7 +236,7 @@ def run_memory(shape: ModelShape, precision: str, device: Board, frames: int, te
 
 
 def build_memory(shape: ModelShape, precision: str, device: Board) -> int:
-    """Estimates the peak while the files for a device are made on it: TensorRT engines, or a CPU's optimized copy."""
+    """Estimates the peak memory, in bytes, of building TensorRT engines or a CPU's optimized copy on the device."""
     largest = max(part.bytes(precision) for part in shape.parts)
     if device.is_cpu:
         return int(device.base + 2 * largest)

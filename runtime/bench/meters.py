@@ -1,4 +1,4 @@
-"""Meters of ``bench``: times, memory, energy (NVML on an NVIDIA card, the power rails of a Jetson, RAPL on a PC)."""
+"""Measures time, memory and energy for ``bench``; energy by NVML (NVIDIA card), power rails (Jetson) or RAPL (PC)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from blip2edge.runtime.captioning.request import STAGES, StageClock
 HWMON = Path("/sys/class/hwmon")
 RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 TOTAL_RAILS = ("VDD_IN", "VIN_SYS_5V0", "POM_5V_IN")
-"""Names of the power rail that supplies the whole board; the name depends on the kind of Jetson."""
+"""Names that the power rail of the whole board has on the different kinds of Jetson."""
 
 SAMPLE = 0.05  # seconds between two samples of a rail
 
@@ -47,7 +47,7 @@ class EnergyMeter:
 
 
 Counter = Callable[[], float]
-"""Returns the joules since some fixed time."""
+"""Type of a function that returns the joules used since a fixed time."""
 
 
 def _nvml() -> Counter | None:
@@ -89,12 +89,12 @@ def _rapl() -> Counter | None:
 
 
 class RailCounter:
-    """Sums up the energy of a power rail, sampled in a thread, from the files that ``tegrastats`` also reads.
+    """Computes the energy that a power rail of a Jetson supplied: a thread reads the power again and again.
 
     Args:
         volts: File with the rail's voltage in millivolts.
         amperes: File with the rail's current in milliamperes.
-        clock: Returns seconds.
+        clock: Returns the time in seconds.
     """
 
     def __init__(self, volts: Path, amperes: Path, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -104,7 +104,7 @@ class RailCounter:
         threading.Thread(target=self._watch, name="blip2edge-rail", daemon=True).start()
 
     def __call__(self) -> float:
-        """Returns the joules up to now."""
+        """Returns the joules used since the counter was made."""
         with self._sampling:
             now = self._clock()
             self._joules += self.watts() * (now - self._last)
@@ -189,7 +189,7 @@ class CpuClock(StageClock):
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Adds the time of the block to a stage."""
+        """Adds the time of the ``with`` block to the times of a stage."""
         start = time.process_time()
         with super().__call__(stage):
             yield

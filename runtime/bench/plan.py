@@ -1,7 +1,7 @@
 """``blip2edge plan``: predicts whether a model fits a device, how fast a caption is, and which bridge is best.
 
-Everything is computed from the sizes of the model (:mod:`blip2edge.shapes`), by the roofline with the efficiency in
-:mod:`.devices`. No model is loaded.
+The predictions are computed from the sizes of the model's layers (:mod:`blip2edge.shapes`) and from the device's
+memory, bandwidth and operations per second (:mod:`.devices`). No model is loaded.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from blip2edge.shapes.cost import Roofline, StageCost
 from blip2edge.shapes.model_shape import FORMATS, FUSED_OPERATORS, HeldWeights, ModelPart, ModelShape, TokenCounts
 
 HOST_S = {"preprocess": 2e-4, "vision": 5e-5, "bridge": 2e-4, "prefill": 5e-4, "decode": 3e-5}
-"""Seconds of Python code by stage (``decode``: a step), on one core of an AMD EPYC; not measured: chosen so that the
-predictions come near ``benchmarks/results/plan.json``."""
+"""Assumed seconds of Python code in each stage (``decode``: in one step), on one core of an AMD EPYC: chosen so that
+predicted times come near the measured times in ``benchmarks/results/plan.json``."""
 
 STAGE_OF = {VISION: "vision", BRIDGE: "bridge"}
-"""Stage of each graph; all graphs that are not listed run in the prefill."""
+"""Stage to which the time of a graph is added; the time of all other graphs is added to the prefill."""
 
 CONVOLUTION_OPERATORS, CONVOLVED_BYTES = 3, 32 << 20
-"""Number of operators around a convolution that replaces a matrix multiplication; and the size of a decoder's weights,
-in bytes, above which optimized copies have such convolutions."""
+"""An optimized copy computes matrix multiplications as convolutions if a decoder's weights have more bytes than the
+second number; the first number is the number of additional operators for each convolution."""
 
 CACHED_BYTES = 8 << 20
-"""Bytes of weights that stay in a CPU's last cache between two runs of a graph, while other programs run too."""
+"""Bytes of weights that stay in a CPU's largest cache between two runs of a graph."""
 
 CHEAP_SHARE = 0.25
-"""An MLP is recommended if its tokens cost at most this share of a caption with a Q-Former."""
+"""An MLP is recommended if it adds at most this share to the time of a caption with a Q-Former."""
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """The request whose time and memory are predicted.
+    """The request whose time and memory are predicted: one caption of one item (a picture or a video).
 
     Attributes:
-        frames: Pictures of an item; None for the model's own number (1, or the frames of a video model).
+        frames: Pictures of the item; None for the model's own number (1, or the frames of a video model).
         prompt_tokens: Tokens of the prompt, without visual tokens.
         new_tokens: Tokens of the caption.
-        threads: CPU threads of ``this``; None for all cores.
+        threads: CPU threads of the device ``this`` (this machine); None for all cores.
     """
 
     frames: int | None = None
@@ -71,8 +71,8 @@ class PrecisionPlan:
     """The predictions for a model in one precision on one device.
 
     Attributes:
-        memory: Bytes of memory that captioning needs.
-        build: Bytes at the peak of building the engines, or a CPU's optimized copy, on the device.
+        memory: Memory that captioning needs.
+        build: Peak memory, in bytes, of building the engines (on a CPU: the optimized copy) on the device.
         fits_run, fits_build: Whether ``memory`` and ``build`` fit the device's memory; false for a refused precision.
         refused: Why the device does not run this precision; empty if it does.
         ms: Predicted milliseconds: ``preprocess``, ``vision``, ``bridge``, ``prefill``, ``decode_per_token``,
@@ -142,10 +142,10 @@ class DevicePlan:
     """The predictions for a model on one device: all precisions, the bridges, and the recommended bridge.
 
     Attributes:
-        precisions: In the order of ``FORMATS``.
+        precisions: The predictions for each precision, in the order of ``FORMATS``.
         chosen: The highest precision that fits; ``int4`` if no precision fits. Never fp32 on a GPU, because fp16 is
             faster with the same captions; never fp16 on a CPU, because a CPU computes fp16 in fp32.
-        bridges: Empty for a decoder that cross-attends to the picture without slots.
+        bridges: The predictions for each bridge; empty if the decoder reads the picture by cross-attention.
         bridge: Kind of the recommended bridge; ``none`` if no bridge is recommended.
         reason: Why this bridge is recommended.
     """
@@ -158,7 +158,7 @@ class DevicePlan:
     reason: str
 
     def of(self, precision: str) -> PrecisionPlan:
-        """Returns the plan of one precision."""
+        """Returns the predictions for one precision."""
         return next(one for one in self.precisions if one.precision == precision)
 
     def to_json(self) -> dict[str, Any]:
@@ -181,7 +181,7 @@ class DevicePlan:
 
 
 def token_budget(shape: ModelShape, options: PlanOptions) -> dict[str, Any]:
-    """Counts the visual tokens of a picture and of the item, and the context slots that the request needs."""
+    """Counts the visual tokens of a picture and of the item, and the slots of the KV cache that the request needs."""
     frames = options.frames or shape.frames
     slots = shape.slots * frames + options.prompt_tokens + options.new_tokens
     return {
@@ -199,12 +199,12 @@ def token_budget(shape: ModelShape, options: PlanOptions) -> dict[str, Any]:
 
 
 def effective(device: Board, kind: str, size: float) -> Roofline:
-    """Returns the roofline that graphs reach on a board with the assumed efficiency, for weights of one format.
+    """Returns the bytes and operations per second that graphs are assumed to reach on a device.
 
     Args:
-        device: The board.
+        device: The device.
         kind: The format of the weights.
-        size: Bytes that a run reads.
+        size: Bytes of weights that one run of the graph reads; few bytes stay in the cache of a CPU.
     """
     share = device.efficiency
     floating = kind in ("fp32", "fp16")
@@ -218,7 +218,7 @@ def effective(device: Board, kind: str, size: float) -> Roofline:
 
 
 def part_cost(part: ModelPart, weights: HeldWeights, device: Board, tokens: TokenCounts, times: int = 1) -> StageCost:
-    """Counts operations and bytes of a run of a graph (such as the bridge); ``times`` is the batch size."""
+    """Counts operations and bytes of one run of a graph such as the bridge (``part``); ``times`` is the batch size."""
     share = device.efficiency
     products = times * sum(matrix.operations(tokens, share.extra_rows, share.overlaps) for matrix in part.matrices)
     scores = times * sum(attention.operations(tokens) for attention in part.attentions)
@@ -229,17 +229,17 @@ def part_cost(part: ModelPart, weights: HeldWeights, device: Board, tokens: Toke
 def part_seconds(
     part: ModelPart, cost: StageCost, weights: HeldWeights, device: Board, tokens: TokenCounts, times: int = 1
 ) -> float:
-    """Predicts the seconds of a run of a graph: multiplications by the roofline, other operators, calls."""
+    """Predicts the seconds of one run of a graph (``part``): matrix multiplications, other operators, and calls."""
     share = device.efficiency
     between = times * part.elements(tokens) * share.element_s + operators(part, weights, device) * share.call_s
     return cost.seconds(effective(device, weights.kind, cost.bytes), overlaps=share.overlaps) + between
 
 
 def operators(part: ModelPart, weights: HeldWeights, device: Board) -> int:
-    """Returns the number of operators that are called in a run of a graph, such as the bridge.
+    """Returns the number of operators that one run of a graph (``part``) calls.
 
-    In a CPU's optimized copy, the matrix multiplications of a large floating-point decoder are convolutions, each
-    between a reshape and a transpose.
+    In a CPU's optimized copy, a large floating-point decoder has a convolution with a reshape and a transpose in place
+    of each matrix multiplication.
     """
     if device.efficiency.fuses:
         return part.calls * FUSED_OPERATORS
@@ -248,14 +248,14 @@ def operators(part: ModelPart, weights: HeldWeights, device: Board) -> int:
 
 
 def step_cost(shape: ModelShape, weights: HeldWeights, element: float, device: Board, tokens: TokenCounts) -> StageCost:
-    """Counts operations and bytes of a decode step: the decoder's weights, keys and values of the context.
+    """Counts operations and bytes of one decode step; the bytes are those of the decoder's weights and the KV cache.
 
     Args:
-        shape: The model.
-        weights: The decoder's weights.
-        element: Bytes of a value of the KV cache.
-        device: The board.
-        tokens: Numbers of tokens, with the context of the step.
+        shape: Sizes of the model's layers.
+        weights: Format and bytes of the decoder's weights.
+        element: Bytes of one number in the KV cache.
+        device: The device.
+        tokens: Numbers of tokens; ``context`` is the number of tokens in the KV cache.
     """
     cache = shape.cache.bytes(tokens["context"], tokens["source"], element)
     cost = part_cost(shape.decoder, weights, device, tokens)
@@ -287,7 +287,7 @@ def stage_ms(shape: ModelShape, precision: str, device: Board, options: PlanOpti
 
 
 def precision_plan(shape: ModelShape, precision: str, device: Board, options: PlanOptions) -> PrecisionPlan:
-    """Plans one precision on one device."""
+    """Predicts memory and times of a model in one precision on one device."""
     frames = options.frames or shape.frames
     memory = run_memory(shape, precision, device, frames, options.prompt_tokens, options.new_tokens)
     build = build_memory(shape, precision, device)
@@ -298,7 +298,7 @@ def precision_plan(shape: ModelShape, precision: str, device: Board, options: Pl
 
 
 def device_plan(shape: ModelShape, device: Board, options: PlanOptions) -> DevicePlan:
-    """Plans a model on one device, in every precision, and recommends a bridge."""
+    """Predicts memory and times of a model on one device, in every precision, and recommends a bridge."""
     rows = tuple(precision_plan(shape, precision, device, options) for precision in FORMATS)
     order = [row for row in rows if row.precision != ("fp16" if device.is_cpu else "fp32")]
     chosen = next((row.precision for row in order if row.fits), order[-1].precision)
@@ -308,7 +308,7 @@ def device_plan(shape: ModelShape, device: Board, options: PlanOptions) -> Devic
 
 
 def bridge_rows(shape: ModelShape, precision: str, device: Board, options: PlanOptions) -> list[BridgeRow]:
-    """Compares the bridges on a device in one precision."""
+    """Predicts memory and times of the model with each kind of bridge, on one device in one precision."""
     rows = []
     for kind, other in with_bridges(shape).items():
         plan, budget = precision_plan(other, precision, device, options), token_budget(other, options)
@@ -330,15 +330,15 @@ def bridge_rows(shape: ModelShape, precision: str, device: Board, options: PlanO
 
 
 def recommended(shape: ModelShape, rows: Sequence[BridgeRow], options: PlanOptions) -> tuple[str, str]:
-    """Chooses a bridge by the token budget against the quality for each token; returns its kind and the reason.
+    """Recommends a bridge; returns its kind and the reason. The first rule whose condition holds decides.
 
-    1. A decoder that cross-attends to the picture keeps its bridge.
-    2. ``none``, if prompt and caption alone fill the context, or the model fits the device with no bridge.
-    3. The MLP, if its tokens fit the context and cost little time: it loses nothing of the picture.
-    4. A Q-Former with fewer queries, if not even 32 tokens a picture fit the context.
-    5. If the model with a Q-Former does not fit the device: the bridge with the fewest tokens that fits, which is
-       the attention pool if it fits.
-    6. The Q-Former.
+    1. If the decoder reads the picture by cross-attention: the model's own bridge.
+    2. If prompt and caption fill the context, or the model is too large for the device with every bridge: ``none``.
+    3. If the tokens of an MLP fit the context and cost little time: the MLP, which keeps all patches.
+    4. If the tokens of a Q-Former do not fit the context: a Q-Former with fewer queries.
+    5. If the model with a Q-Former does not fit the device: of the bridges with which it fits, the one with the fewest
+       tokens.
+    6. In all other cases: the Q-Former.
     """
     if not rows:
         if shape.bridge == "none":
@@ -386,7 +386,7 @@ def recommended(shape: ModelShape, rows: Sequence[BridgeRow], options: PlanOptio
 
 
 def _fewer_tokens(room: int, queries: int, frames: int) -> str:
-    """Says how the tokens of a Q-Former fit ``room`` free slots: fewer pictures, fewer queries, or both."""
+    """Returns advice how a Q-Former's tokens would fit ``room`` free slots: fewer frames, fewer queries, or both."""
     ways = []
     if room >= queries:
         ways.append(f"take at most {_counted(room // queries, 'frame', 'frames')}")

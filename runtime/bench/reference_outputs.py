@@ -1,9 +1,9 @@
-"""The reference outputs of a bundle: its graphs on seeded inputs, and its captions of drawn pictures.
+"""Records the reference outputs of a bundle: outputs of its graphs for seeded inputs, and captions of drawn pictures.
 
-`export` and `calibrate` record the reference outputs with the exported graphs on the CPU; `certify` compares the
-outputs of another backend or machine with them. An output is recorded as a count sketch (Charikar, Chen and
-Farach-Colton, 2002): each element is added, with a sign, to one of :data:`BINS` sums. The norm of the difference of two
-sketches estimates the norm of the difference of the outputs, whatever their size, within about 10 %.
+`export` and `calibrate` record them with the exported graphs on the CPU; `certify` compares them with the outputs of
+another backend or machine. An output is recorded as a count sketch (Charikar, Chen and Farach-Colton, 2002): each
+element is added, with a positive or negative sign, to one of :data:`BINS` sums. The norm of the difference between two
+sketches is the norm of the difference between the two outputs, to within about 10 %, for outputs of any size.
 """
 
 from __future__ import annotations
@@ -64,15 +64,16 @@ _LAYER = re.compile(r"\.\d+\.")  # in the name of an output of one layer: presen
 
 @dataclass(frozen=True)
 class ReferenceOutputs:
-    """The recorded outputs of a bundle.
+    """The recorded outputs of a bundle, as sketches of 64 numbers.
 
     Attributes:
-        inputs: Sketches of the graphs' inputs, by ``graph/input``: seeded numbers, which depend on NumPy alone.
+        inputs: Sketches of the graphs' inputs, by ``graph/input``. They show whether NumPy still makes the same random
+            numbers.
         outputs: Sketches of the graphs' outputs, by ``graph/output``, in the order in which the graphs compute them.
             The sketches of the decoder's keys and values show which layers differ.
         prompt: The prompt of every picture; None for the bundle's default.
         tokens: The caption of each drawn picture as token ids; empty for a model that compares pictures with texts.
-        made_with: Versions and processor.
+        made_with: Versions of the packages and the processor with which the outputs were recorded.
     """
 
     inputs: Mapping[str, Sketch]
@@ -180,9 +181,9 @@ def run_graphs(
         progress: Called with a stage's name, steps done and steps in all.
 
     Yields:
-        The name of a graph, its inputs, and its outputs. The outputs of a decoder are the logits of :func:`decode`;
-        before them, all outputs of one run, if the backend can run the graph with the inputs of the bundle's own graph:
-        keys and values of the layers first.
+        The name of a graph, its inputs by name, and its outputs by name, those of single layers first. For a decoder,
+        the logits of :func:`decode` follow. If the backend's decoder has other inputs than the exported one, there are
+        only these logits.
     """
     report = progress or (lambda stage, done, total: None)
     graphs = bundle.manifest.graphs
@@ -206,7 +207,7 @@ def run_graphs(
 
 
 def caption_drawings(captioner: Captioner, prompt: str | None) -> list[CaptionResult]:
-    """Captions the drawn pictures, one at a time."""
+    """Captions the pictures of :func:`draw_pictures`, one at a time, with greedy decoding."""
     spec = captioner.bundle.manifest.prompt
     frames = 1 if spec is None else spec.frames
     room = captioner.bundle.manifest.max_positions
@@ -218,7 +219,7 @@ def caption_drawings(captioner: Captioner, prompt: str | None) -> list[CaptionRe
 
 
 def draw_pictures() -> list[NDArray[np.uint8]]:
-    """Draws the pictures ``[96, 128, 3]`` uint8: waves in whole numbers, which are equal on every machine."""
+    """Makes test pictures ``[96, 128, 3]`` uint8 by integer arithmetic, so that they are equal on every machine."""
     row, column, channel = np.indices((*SIZE, 3), dtype=np.int64)
     pictures = []
     for number in range(PICTURES):
@@ -255,7 +256,10 @@ def deviation(got: Sketch, wanted: Sketch) -> float:
 
 @lru_cache(maxsize=64)
 def _places(size: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Computes bin and sign of each element from its index by SplitMix64 (Steele, Lea and Flood, 2014)."""
+    """Returns, for each element of an array of ``size`` elements, the number of its sum (bin) and its sign, 1 or -1.
+
+    Both are computed from the element's index by SplitMix64 (Steele, Lea and Flood, 2014).
+    """
     mixed = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)

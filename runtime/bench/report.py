@@ -14,7 +14,7 @@ UNITS = {
     "prompt": ("tokens of the prompt", "CPU ms of the prefill", "slots", "prefill_cpu_ms"),
     "caption": ("tokens of the caption", "CPU ms per token", "tokens", "decode_cpu_ms_per_token"),
 }
-"""For each sweep: labels of the x and y axes, and the keys of its rows for x and y."""
+"""For each sweep: label of the x axis, label of the y axis, and the keys of x and y in the sweep's rows."""
 
 
 def markdown(report: BenchReport) -> str:
@@ -32,7 +32,7 @@ def markdown(report: BenchReport) -> str:
 
 
 def facts(report: BenchReport) -> list[str]:
-    """Formats the report's single measured values as sentences, one sentence for each value."""
+    """Returns the measured values that are in no table (such as memory and energy) as sentences."""
     memory = {name: f"{count / 1e6:.0f} MB" for name, count in report.memory.items()}
     found = [
         f"{report.tokens_per_s:.1f} tokens/s while decoding, {report.options.tokens} tokens per caption",
@@ -67,7 +67,7 @@ def _table(name: str, rows: Sequence[Mapping[str, float]]) -> list[str]:
 
 
 def bench_page(report: BenchReport) -> str:
-    """Formats the report as an HTML page with bars and curves."""
+    """Formats the report as an HTML page, with bars for the stages and a curve for each sweep."""
     table = html_table(STAGE_COLUMNS, "lrrrrr", _stage_rows(report))
     parts = [
         f"<header><h1>{escape(str(report.bundle['family']))}</h1></header>",
@@ -95,7 +95,7 @@ def _stage_rows(report: BenchReport) -> list[tuple[str, ...]]:
 
 
 def _stage_bars(report: BenchReport) -> list[Bar]:
-    """Makes two bars for each stage: wall time, and CPU time with its lower bound."""
+    """Makes two bars for each stage: wall time, and CPU time with a mark at the shortest time by the roofline."""
     found = []
     for name, stage in report.stages.items():
         if name != "total":

@@ -1,9 +1,9 @@
 """Measures the roofline of this machine's cores: bytes read from memory per second, and operations per second.
 
-The time of a stage has two lower bounds: its operations divided by the operations per second, and the bytes of its
+A stage cannot be faster than its number of operations divided by the operations per second, nor than the bytes of its
 weights divided by the bytes per second (Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009). One core is
-measured in CPU time of this process, so that the load of other processes does not count; several cores are measured in
-wall time.
+measured in CPU time of this process, which hardly depends on the load of other processes; several cores are measured
+in wall time.
 """
 
 from __future__ import annotations
@@ -34,19 +34,20 @@ REPEATS = 7
 PICTURE = (480, 640)  # rows and columns of the picture that preprocessing is timed for, as in `bench`
 CPU_BASE = int(0.15 * GB)  # interpreter, NumPy, tokenizers, ONNX Runtime
 INPUT_PIXEL_S, OUTPUT_PIXEL_S = 6.2e-9, 25e-9
-"""Seconds of preprocessing for each pixel of the picture, and of the vision encoder's input, on the same core: a
-picture of 480 x 640 to 224 pixels in 3.1 ms, to 384 in 4.6 to 7.0 ms."""
+"""Seconds of preprocessing for each pixel of the picture, and for each pixel of the vision encoder's input, on one core
+of the reference processor. Measured: 3.1 ms from 480 x 640 to 224 x 224 pixels, 4.6 to 7.0 ms to 384 x 384."""
 
 ELEMENTS = 1 << 16
 OPERATORS = 1.5
-"""Time of the operators after a matrix multiplication, divided by the time of a tanh on its outputs; chosen so that
-the predictions come near ``benchmarks/results/plan.json``."""
+"""Assumed time of the operators after a matrix multiplication, in multiples of the time of a tanh on the same numbers.
+The value was chosen so that predicted times come near the measured times in ``benchmarks/results/plan.json``."""
 
 SMALL: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Mul", ("{0}", "{0}")), ("ReduceMean", ("{1}",)), ("Sqrt", ("{2}",)), ("Reciprocal", ("{3}",)),
     ("Mul", ("{0}", "{4}")), ("Reshape", ("{5}", "heads")), ("Transpose", ("{6}",)), ("Reshape", ("{7}", "flat")),
 )  # fmt: skip
-"""Typical operators between matrix multiplications. Inputs are numbers of earlier outputs; 0 is the model's input."""
+"""Typical operators between matrix multiplications, each with its inputs: ``{0}`` is the input of the first operator,
+``{n}`` the output of operator n."""
 
 BLOCKS, WIDTH = 32, 256
 READ = (24, 1024)  # matrices and their sides, more than any cache holds: what a decode step reads
@@ -54,7 +55,7 @@ CACHED_READ = (6, 512)  # as READ, for a model that the last cache holds
 
 
 def measure(backend: str, threads: int = 1) -> Roofline:
-    """Measures the limits of some cores of this machine; takes about a second.
+    """Measures bytes and operations per second of ``threads`` cores of this machine; takes about a second.
 
     Args:
         backend: The backend that runs the matrix multiplications, ``cpu`` or ``openvino``.
@@ -125,9 +126,9 @@ def reference_seconds(size: int) -> float:
 
 
 def call_seconds(backend: str) -> float:
-    """Measures the mean seconds of calling a small operator after other data has filled the processor's caches.
+    """Measures the mean seconds of a call of a small operator whose data is no longer in the processor's caches.
 
-    In a decode step the weights of all layers are read between two calls of the same operator.
+    This is the case in a decode step: the weights of all layers are read between two calls of the same operator.
 
     Raises:
         BackendError: The backend's package is not installed.
@@ -148,7 +149,9 @@ def call_seconds(backend: str) -> float:
 
 
 def read_bytes_per_s(backend: str, threads: int = 1, matrices: tuple[int, int] = READ) -> float:
-    """Measures how many bytes of float32 weights one-row matrix multiplications read per second (as in decoding).
+    """Measures the bytes of float32 weights that are read per second while one row is multiplied by matrices.
+
+    A decode step of one picture consists of such multiplications.
 
     Args:
         backend: The backend that runs the multiplications.
@@ -166,7 +169,10 @@ def read_bytes_per_s(backend: str, threads: int = 1, matrices: tuple[int, int] =
 
 
 def _read_seconds(backend: str, threads: int, weights: dict[str, Array], convolutions: bool) -> float:
-    """Measures the least seconds of one-row multiplications: MatMul nodes or convolutions (copies have both)."""
+    """Measures the least seconds of multiplying one row by each matrix of ``weights``.
+
+    ``convolutions``: whether the model has Conv nodes in place of MatMul nodes; optimized copies have both kinds.
+    """
     side = len(next(iter(weights.values())))
     shape = (1, side, 1, 1) if convolutions else (1, side)
     held = {name: one.reshape(side, side, 1, 1) if convolutions else one for name, one in weights.items()}
@@ -178,7 +184,9 @@ def _read_seconds(backend: str, threads: int, weights: dict[str, Array], convolu
 
 
 def element_seconds(backend: str) -> float:
-    """Measures the seconds per number of the operators between multiplications: :data:`OPERATORS` times a tanh.
+    """Measures the seconds that the operators between matrix multiplications need for each number.
+
+    A tanh is measured, and its time multiplied by :data:`OPERATORS`.
 
     Raises:
         BackendError: The backend's package is not installed.
@@ -187,7 +195,7 @@ def element_seconds(backend: str) -> float:
 
 
 def _operator_seconds(backend: str, nodes: int, elements: int) -> float:
-    """Measures the least CPU time of a chain of ``nodes`` tanh operators on ``elements`` numbers."""
+    """Measures the least CPU seconds of one tanh on ``elements`` numbers, in a chain of ``nodes`` such operators."""
     chain: list[Node] = [("Tanh", (f"v{number}",), f"v{number + 1}") for number in range(nodes)]
     kind = ("float32", (1, elements))
     model = onnx_model(chain, {"v0": kind}, (f"v{nodes}", kind))
@@ -202,7 +210,7 @@ def preprocess_seconds(picture: tuple[int, int], size: int) -> float:
 
 
 def _bandwidth(threads: int = 1) -> float:
-    """Measures the bytes per second that are read from memory, with a sum of squares in each thread."""
+    """Measures the bytes per second that ``threads`` threads read from memory; each computes a sum of squares."""
     streams = [np.ones(STREAMED // 4 // threads, np.float32) for _ in range(threads)]
     if threads == 1:
         return streams[0].nbytes / _least(lambda: np.dot(streams[0], streams[0]))
@@ -212,7 +220,10 @@ def _bandwidth(threads: int = 1) -> float:
 
 
 def _rate(backend: str, threads: int = 1, *, integer: bool) -> float:
-    """Measures operations per second of matrix multiplication by a constant weight; the best of several sizes."""
+    """Measures the operations per second of matrix multiplications; returns the best of several sizes.
+
+    ``integer``: whether both matrices are 8-bit integers.
+    """
     return max(
         2.0 * rows * inner * columns / product_seconds(backend, rows, inner, columns, threads, integer=integer)
         for rows, inner, columns in SIZES
@@ -237,7 +248,10 @@ def _run_seconds(
     threads: int,
     before: Callable[[], object] = lambda: None,
 ) -> float:
-    """Measures a model's least run time: CPU time with one thread, else wall time; ``before`` is not timed."""
+    """Runs a model several times; returns the least time in seconds (CPU time with one thread, else wall time).
+
+    ``before`` is called before each run, and its time does not count.
+    """
     with TemporaryDirectory(prefix="blip2edge-roofline-") as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(model)
@@ -253,7 +267,10 @@ def _least(
     clock: Callable[[], float] | None = None,
     before: Callable[[], object] = lambda: None,
 ) -> float:
-    """Measures the least time of :data:`REPEATS` runs after a warm-up run; CPU time if no ``clock`` is given."""
+    """Calls ``compute`` once as warm-up and :data:`REPEATS` times more; returns the least time in seconds.
+
+    The time is CPU time if no ``clock`` is given. The time of ``before``, called before each run, does not count.
+    """
     clock = clock or time.process_time
     compute()
     times = []
@@ -288,10 +305,10 @@ def product_graph(rows: int, second: Array) -> bytes:
 
 
 def measure_available(own: str) -> tuple[Roofline | None, str]:
-    """Measures the roofline with the backend ``own`` or another CPU backend; returns roofline and backend name.
+    """Measures the roofline of one core with the backend ``own``, or else with another CPU backend.
 
     Returns:
-        None and an empty name if no such backend is installed.
+        The roofline and the name of the backend; None and an empty name if no CPU backend is installed.
     """
     hosts = [name for name, row in BACKENDS.items() if row.host]
     for backend in sorted(hosts, key=lambda name: name != own):
