@@ -1,1 +1,1 @@
-"""Captioning: the pipeline from pictures to captions, the scheduler, and matching of pictures with texts."""
+"""Captions pictures (one by one, in batches, or as requests arrive), and compares pictures with texts."""

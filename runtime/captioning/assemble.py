@@ -1,4 +1,4 @@
-"""Loads the graphs and tokenizers of a bundle; also has the base class of ``Captioner`` and ``Matcher``."""
+"""Loads the graphs and tokenizers of a bundle; contains the base class of ``Captioner`` and ``Matcher``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 OpenGraph = Callable[[str], Session]
-"""Loads a graph of a bundle by its name."""
+"""Type of a function that loads a graph of a bundle, given the graph's name."""
 
 
 class LoadedBundle:
@@ -63,7 +63,7 @@ class LoadedBundle:
 
     @contextmanager
     def _loading(self) -> Iterator[None]:
-        """Closes the graphs if the block fails; otherwise checks that no file changed while it was loaded."""
+        """Closes the graphs if the block raises an error; else checks that no file changed during the block."""
         with self.graphs.closed_on_error():
             yield
             self.bundle.checked.check_unchanged()
@@ -80,7 +80,7 @@ class LoadedBundle:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Closes it."""
+        """Calls :meth:`close`."""
         self.close()
 
     def __repr__(self) -> str:

@@ -136,8 +136,8 @@ class Captioner(LoadedBundle):
             **options: As for :meth:`load`.
 
         Raises:
-            BundleError: The repository cannot be downloaded, or is not a bundle; and as :meth:`load`.
-            BackendError, UsageError: As :meth:`load`.
+            BundleError: The repository cannot be downloaded, or is not a bundle; or for the reasons in :meth:`load`.
+            BackendError, UsageError: For the reasons in :meth:`load`.
         """
         return cls.load(str(HubName(repository, revision or MAIN)), **options)
 
@@ -225,7 +225,7 @@ class Captioner(LoadedBundle):
 
         Args:
             images: As in :meth:`caption`.
-            prompts: One for each picture; None for the bundle's default prompt for all.
+            prompts: A list with the prompt of each picture; None for the bundle's default prompt for all pictures.
             batch_size: Number of pictures that are decoded together; results do not depend on it.
             channels: As in :meth:`caption`.
             return_exceptions: Whether to yield an error in place of the result of its picture, and to continue with
@@ -267,8 +267,8 @@ class Captioner(LoadedBundle):
     ) -> Iterator[TextPiece]:
         """Yields the caption of one picture piece by piece, as it is generated.
 
-        All pieces together are the text that :meth:`caption` returns; each has its ``tokens``. Arguments and
-        errors are those of :meth:`caption`. Beam search and ``abstain_below`` cannot be streamed (UsageError).
+        The pieces joined are the text that :meth:`caption` returns; ``tokens`` of a piece are its tokens. Arguments
+        and errors are those of :meth:`caption`. Beam search and ``abstain_below`` cannot be streamed (UsageError).
         """
         self._check_open()
         if prompt is not None:
@@ -298,12 +298,12 @@ class Captioner(LoadedBundle):
         Args:
             max_batch: Largest number of rows that are decoded together; reduced to what the decoder's engine supports.
             max_waiting: Largest number of requests that wait to be encoded.
-            trace: Called with every span of the trace; the function must return quickly.
+            trace: Called with start and end of each stage (:class:`Span`); the function must return quickly.
             encoder: Used in place of the captioner's own encoder, for example one of :meth:`reusing`.
-            graph_lock: A lock that several schedulers share, so that their graphs run one at a time. None: a lock of
-                its own if two graphs at once would use more threads than there are cores, else no lock.
-            known_good: See :class:`Scheduler`.
-            on_failure: See :class:`Scheduler`.
+            graph_lock: A lock that several schedulers share, so that their graphs run one at a time. None: the
+                scheduler makes a lock if two graphs at once would use more threads than there are cores.
+            known_good: A test request after an unexpected exception; see :class:`Scheduler`.
+            on_failure: Called with the error when the scheduler has closed itself.
         """
         self._check_open()
         most = self.generator.language.decoder.max_rows
@@ -319,7 +319,10 @@ class Captioner(LoadedBundle):
         )
 
     def reusing(self, below: float) -> ReusingEncoder:
-        """Makes a :class:`ReusingEncoder`: pictures that differ by less than ``below`` share their visual tokens."""
+        """Makes an encoder that reuses the visual tokens of the last picture if the difference is less than ``below``.
+
+        See :class:`ReusingEncoder` for the measure of the difference.
+        """
         return ReusingEncoder(self.encoder, below, self.generator.language.context)
 
     def options(self, **options: Unpack[CaptionOptions]) -> GenerationOptions:
@@ -344,7 +347,7 @@ class Captioner(LoadedBundle):
         return replace(chosen, queries=checked_queries(self.bundle, chosen.queries))
 
     def _while_open(self, items: Iterator[Item]) -> Generator[Item, None, None]:
-        """Yields the items; raises UsageError if the captioner is closed before the next one."""
+        """Yields the items; raises UsageError if the captioner was closed before the next item is asked for."""
         self._check_open()
         for item in items:
             yield item
@@ -360,7 +363,7 @@ class Captioner(LoadedBundle):
     def _batch(
         self, rows: range, images: list[ItemSource], texts: list[str | None], options: GenerationOptions
     ) -> Iterator[CaptionResult | Blip2EdgeError]:
-        """Yields the results of a batch; if the batch fails, runs each picture alone and yields its result or error."""
+        """Yields the results of a batch; if the batch fails, runs each picture alone and yields result or error."""
         clock = StageClock()
         try:
             span = slice(rows.start, rows.stop)

@@ -54,14 +54,14 @@ class EncodedBatch:
 
 @dataclass(frozen=True)
 class PreparedBatch:
-    """A batch after preprocessing, before any graph is run.
+    """A batch after preprocessing: the inputs of vision encoder, bridge and language model.
 
     Attributes:
         prompts: The prompt of each row.
         counts: Number of pictures of each row.
         pixels: ``pixel_values [N, 3, H, W]`` of all pictures, row by row.
-        bridge_inputs: The bridge's inputs besides ``image_embeds``, by name: the instruction, and the numbers of the
-            queries; empty if the bridge has neither input.
+        bridge_inputs: The bridge's inputs besides ``image_embeds``, by name: token ids of the instruction, and the
+            indices of the queries to compute; empty if the bridge has neither input.
     """
 
     prompts: list[Prompt]
@@ -70,21 +70,31 @@ class PreparedBatch:
     bridge_inputs: dict[str, Array]
 
     def encoded(self, outputs: Mapping[str, Array]) -> EncodedBatch:
-        """Makes the encoded batch from ``outputs`` of vision encoder and bridge for the N pictures, by name."""
+        """Returns the encoded batch, given the outputs of vision encoder and bridge for the N pictures by name."""
         if max(self.counts) > 1:
             outputs = {name: pack_images(array, self.counts) for name, array in outputs.items()}
         return EncodedBatch(self.prompts, dict(outputs), self.counts)
 
 
 EncodeBatch = Callable[[Sequence[ItemSource], Sequence[PromptText | None], StageClock, int | None], EncodedBatch]
-"""Function that encodes the images and prompts of some rows as one batch; the last argument is ``queries``."""
+"""Type of a function that encodes the images and prompts of some rows as one batch.
+
+Arguments: images, prompts, clock, and the number of visual tokens of each picture (None for all).
+"""
 
 
 @dataclass(frozen=True)
 class ImageParts:
-    """Preprocessing and graphs for images. ``pixels_dtype`` is the dtype of ``vision``'s input; ``bridge`` is optional.
+    """Preprocessing and graphs for images.
 
-    ``limits`` is the largest picture or video that is decoded; ``elastic`` is None unless the bridge is elastic.
+    Attributes:
+        preprocessing: Computes pixel values from pictures.
+        pixels_dtype: dtype of the vision encoder's input.
+        vision: The vision encoder.
+        bridge: The bridge; None if the model has none.
+        limits: The largest picture or video that is decoded.
+        elastic: Range of the number of queries of an elastic bridge, which can compute fewer visual tokens; None for
+            any other bridge.
     """
 
     preprocessing: Preprocessing
@@ -102,7 +112,7 @@ class ImageParts:
             queries: Q, the number of queries; None for all.
 
         Returns:
-            int64 ``[B, Q]`` by name.
+            Name and value of the input, int64 ``[B, Q]``.
         """
         if self.elastic is None:
             return {}
@@ -111,7 +121,10 @@ class ImageParts:
 
 @dataclass(frozen=True)
 class TextParts:
-    """Tokenizers and template for prompts. ``instructions`` is None unless the bridge has an instruction as input."""
+    """Tokenizers and template for prompts.
+
+    ``instructions`` tokenizes the prompt for the bridge; None if the bridge has no such input.
+    """
 
     tokenizer: Tokenizer
     prompts: PromptBuilder
@@ -144,11 +157,11 @@ class Encoder:
             images: One item for each row; as in ``Captioner.caption``.
             texts: The prompt of each row; None for the bundle's default.
             clock: Measures the stages.
-            queries: Number of visual tokens of each picture, of an elastic bundle; None for all.
+            queries: Number of visual tokens of each picture, for a bundle with an elastic bridge; None for all.
 
         Raises:
             ImageError: A picture cannot be read.
-            PromptError: A prompt does not fit.
+            PromptError: A prompt is too long, or does not fit the model.
             UsageError: A row has several pictures, and the model takes one.
         """
         batch = self.prepare(images, texts, clock, queries)
@@ -179,7 +192,14 @@ class Encoder:
     def prepared(
         self, texts: Sequence[PromptText | None], counts: list[int], pixels: Array, queries: int | None = None
     ) -> PreparedBatch:
-        """Makes a batch from preprocessed pictures: ``counts`` has the number of each row, ``pixels`` all pictures."""
+        """Makes a batch from preprocessed pictures.
+
+        Args:
+            texts: The prompt of each row; None for the bundle's default.
+            counts: Number of pictures of each row.
+            pixels: Pixel values of all pictures, row by row, ``[N, 3, H, W]``.
+            queries: Number of visual tokens of each picture; None for all.
+        """
         filled = [self.text.prompts.with_default(text) for text in texts]
         inputs = self.text.instructions(filled) if self.text.instructions is not None else {}
         inputs |= self.images.query_ids(len(pixels), queries)
@@ -210,7 +230,7 @@ def checked_queries(bundle: Bundle, queries: int | None) -> int | None:
     """Checks that a bundle can be run with this number of queries (visual tokens of a picture).
 
     Returns:
-        The number; None for all queries, also if ``queries`` is the number of all queries: the two are the same option.
+        ``queries``; None if ``queries`` is None or the number of all queries, which have the same meaning.
 
     Raises:
         UsageError: The bundle is not elastic, or was not trained with this number.

@@ -1,7 +1,7 @@
-"""Decides whether an exception was caused by one request or by the engine.
+"""Finds out whether an exception was caused by one request or by a broken engine.
 
-After an exception of an unexpected kind, a small picture that is known to be good is captioned in a batch of its own.
-If this test request works, only the requests of the failed batch fail. If it fails too, the engine is broken.
+After an unexpected exception, a small grey picture is captioned alone; this is the test request. If the test request
+works, only the requests of the failed batch fail. If the test request fails too, the engine is broken.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class KnownGoodRequest:
     """A small test request, which works on every engine that is not broken.
 
     Attributes:
-        options: How to generate: two tokens are enough to run every graph.
+        options: How to generate; two tokens are enough, because they run every graph.
         prompt: A prompt that the model accepts.
         image: A grey picture.
     """
@@ -34,12 +34,12 @@ class KnownGoodRequest:
     image: Image.Image = field(default_factory=lambda: Image.new("RGB", (32, 32), (128, 128, 128)))
 
     def request(self, number: int) -> Request:
-        """Makes the request."""
+        """Makes the request for the scheduler, with the number ``number``."""
         return Request(self.image, self.prompt, self.options, number, separate=True)
 
 
 def may_be_engine_fault(error: BaseException) -> bool:
-    """Returns whether an exception may come from the engine: true except for errors that the request causes."""
+    """Returns whether a broken engine may have caused an exception; false for errors that only a request causes."""
     return isinstance(error, (BackendError, EngineError)) or not isinstance(error, Blip2EdgeError)
 
 
@@ -47,7 +47,7 @@ class EngineCheck:
     """Keeps failed requests open until a test request has shown whether the engine works.
 
     Args:
-        known_good: The test request; None: exceptions fail their requests at once.
+        known_good: The test request; None: requests fail at once, without a test.
         push_front: Puts the test request at the front of the queue.
         broken: Called if the test request fails, with an EngineFaultError whose cause is the test request's error.
     """
@@ -64,7 +64,7 @@ class EngineCheck:
         self._test: Request | None = None
 
     def fail(self, requests: list[Request], error: BaseException) -> None:
-        """Fails requests: at once or, if ``error`` may come from the engine, after the engine is checked."""
+        """Ends requests with ``error``: at once, or, if the engine may be broken, after the test request has ended."""
         if self._known_good is None or self._test in requests or not may_be_engine_fault(error):
             for request in requests:
                 request.fail(error)
@@ -77,7 +77,10 @@ class EngineCheck:
             self._test.future.add_done_callback(self._judge)
 
     def _judge(self, done: Future[CaptionResult]) -> None:
-        """Fails the kept requests with their own errors if the test request worked; else reports a broken engine."""
+        """Ends the requests that wait for the test request; it has ended, and ``done`` has its result.
+
+        If the test request worked, each request fails with its own error; else all fail because the engine is broken.
+        """
         with self._lock:
             held, self._held, self._test = self._held, [], None
         problem = None if done.cancelled() else done.exception()

@@ -20,7 +20,7 @@ class FairLock:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Holds the lock during the block."""
+        """Acquires the lock, and releases it at the end of the ``with`` block."""
         mark = object()
         with self._changed:
             self._line.append(mark)

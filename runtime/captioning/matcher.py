@@ -91,7 +91,7 @@ class Matcher(LoadedBundle):
             limits: The largest picture that is decoded; of its fields, ``PICTURE_LIMITS`` are used.
 
         Raises:
-            BundleError: As :meth:`Bundle.open`; or the bundle's model generates texts and does not compare them.
+            BundleError: As in :meth:`Bundle.open`; or the bundle's model generates texts and does not compare them.
             BackendError: The backend is not installed, or does not run here.
             UsageError: ``bundle`` is not a path, or ``threads`` is below 1.
         """
@@ -176,10 +176,10 @@ class Matcher(LoadedBundle):
     def match_in_steps(
         self, images: Sequence[ImageSource], texts: Sequence[str], step: int
     ) -> Iterator[list[MatchResult]]:
-        """Compares as :meth:`match_many` in short steps, so that other threads can run graphs in between.
+        """Does the work of :meth:`match_many` in short steps, so that other threads can run graphs between two steps.
 
         Yields:
-            The results of a picture with up to ``step`` texts; an empty list after a step that only embeds.
+            The results of one picture with up to ``step`` texts; an empty list after a step that computed vectors.
         """
         self._check_open()
         ids = [self.token_ids(text) for text in texts]
@@ -203,14 +203,14 @@ class Matcher(LoadedBundle):
         channels: Channels = "rgb",
         logits: bool = False,
     ) -> list[list[float]]:
-        """Computes the probability that a picture and a text match, for each picture with its own texts.
+        """Computes the probability that a picture and a text match; each picture is compared with a list of its own.
 
         Args:
             images: N pictures; the vision encoder runs on all of them at once.
             texts: A list of texts for each picture, of any length.
             batch_size: Number of pairs in one batch of the matching head.
             channels: As in :meth:`match`.
-            logits: Whether to return the head's mean logit of "match" over a picture's queries in place of it.
+            logits: True to return the logit of "match" (mean over the queries) in place of the probability.
 
         Returns:
             For each picture, the probabilities (or logits) of its texts.
@@ -241,10 +241,10 @@ class Matcher(LoadedBundle):
         return found
 
     def embed_image(self, image: ImageSource, *, channels: Channels = "rgb") -> Vectors:
-        """Computes a picture's vector, float32 ``[F]`` of length 1, to compare with :meth:`embed_text` by the cosine.
+        """Computes a picture's vector, float32 ``[F]`` of length 1, to compare with a text's vector by the cosine.
 
-        A BLIP-2 model returns one vector for each of its K query tokens, ``[K, F]``; the picture's cosine is the
-        largest cosine of these K vectors. Arguments and errors are those of :meth:`match`.
+        A BLIP-2 model returns one vector for each of its K query tokens, ``[K, F]``; the largest of the K cosines
+        counts. Arguments and errors are those of :meth:`match`.
         """
         vectors: Vectors = self.embed_images([image], channels=channels)[0]
         return vectors
@@ -252,7 +252,7 @@ class Matcher(LoadedBundle):
     def embed_images(
         self, images: Iterable[ImageSource], *, batch_size: int = 1, channels: Channels = "rgb"
     ) -> Vectors:
-        """Computes the vectors of N pictures, ``[N, F]`` or ``[N, K, F]``; see :meth:`embed_image`."""
+        """Computes the vectors of N pictures, float32 ``[N, F]`` or ``[N, K, F]``; see :meth:`embed_image`."""
         vectors = list(self.embed_images_iter(images, batch_size=batch_size, channels=channels))
         if not vectors:
             raise UsageError("expected at least one picture, got none")
@@ -286,19 +286,19 @@ class Matcher(LoadedBundle):
         channels: Channels = "rgb",
         return_exceptions: bool = False,
     ) -> Iterator[Vectors | Blip2EdgeError]:
-        """Yields the vector of each picture; arguments as in :meth:`match_many`, see :meth:`embed_image`."""
+        """Yields the vector of each picture (as from :meth:`embed_image`); arguments as in :meth:`match_many`."""
         self._check_open()
         check_integer("batch_size", batch_size, 1)
         results = in_batches(self._embed_pictures, _pictures(images, channels), batch_size)
         return results if return_exceptions else raising(results)
 
     def embed_text(self, text: str) -> Vectors:
-        """Computes a text's vector, float32 ``[F]`` of length 1; see :meth:`embed_image`."""
+        """Computes a text's vector, float32 ``[F]`` of length 1, to compare with the vectors of pictures."""
         vectors: Vectors = self.embed_texts([text])[0]
         return vectors
 
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 1, cut: bool = False) -> Vectors:
-        """Computes the vectors of N texts, ``[N, F]``; ``cut`` shortens too long texts before their last token."""
+        """Computes the vectors of N texts, ``[N, F]``; ``cut``: whether to shorten texts that are too long."""
         self._check_open()
         ids = [self.token_ids(text, cut=cut) for text in listed("texts", texts)]
         parts = [self._embed(ids[at : at + batch_size]) for at in starts(len(ids), batch_size)]
@@ -357,7 +357,7 @@ class Matcher(LoadedBundle):
         return self.head.run({"image_embeds": image_embeds, **text}, ["probability"])["probability"]
 
     def token_ids(self, text: str, *, cut: bool = False) -> list[int]:
-        """Returns a text's token ids, with the tokenizer's special tokens; ``cut`` as in :meth:`embed_texts`.
+        """Returns a text's token ids, with special tokens; ``cut``: whether to shorten a text that is too long.
 
         Raises:
             PromptError: The text is empty, too long, contains a special token, or has a token that the model lacks.

@@ -1,4 +1,4 @@
-"""Generates the texts of encoded pictures. :class:`Captioner` and :class:`Scheduler` use it, after ``encoder.py``.
+"""Generates texts from encoded pictures and prompts, which ``encoder.py`` makes.
 
     EncodedBatch --prefill--> logits, KV cache --decode--> token ids
 
@@ -63,7 +63,10 @@ class TextGenerator:
             return self.language.prefill(batch.prompts, batch.pictures)
 
     def limited(self, prompt: Prompt, options: GenerationOptions) -> GenerationOptions:
-        """Returns options with length limits that fit the context after the prompt; the last token needs no slot."""
+        """Returns the options with ``max_new_tokens`` lowered so that prompt and text fit the model's context.
+
+        The last token of a text needs no slot of the KV cache, so one more token fits.
+        """
         room = self.max_positions - (len(self.language.initial) or prompt.length) + 1
         if options.max_new_tokens <= room:
             return options
@@ -78,14 +81,14 @@ class TextGenerator:
         vocabulary: int,
         number: int,
     ) -> Generation:
-        """Makes the row of a ``GenerationBatch`` for one text.
+        """Makes the object that holds one text while it is generated: a row of a ``GenerationBatch``.
 
         Args:
             batch: An encoded batch.
             row: The text's row in the batch.
             options: The text's options; ``num_beams`` is 1.
             vocabulary: V, the number of logits.
-            number: Number that selects the text's random stream.
+            number: Number of the text's random stream: the same seed and number give the same random numbers.
         """
         prompt = batch.prompts[row]
         return Generation(
@@ -112,10 +115,9 @@ class TextGenerator:
         Args:
             batch: B rows.
             options: How to generate, the same for all rows.
-            numbers: For each text, the number that selects its random stream.
+            numbers: For each text, the number of its random stream; see :meth:`begin`.
             clock: Measures prefill and decode.
-            texts: N, the number of texts of each row. A beam search returns the N best texts; otherwise N texts are
-                drawn one by one.
+            texts: N, the number of texts of each row: with beam search the N best texts, with sampling N drawn texts.
 
         Returns:
             ``B * N`` texts, row by row.
@@ -132,7 +134,7 @@ class TextGenerator:
             return generate(logits[places], state, rows)
 
     def _search(self, batch: EncodedBatch, options: GenerationOptions, clock: StageClock, best: int) -> list[Generated]:
-        """Runs beam search; rows whose texts reach the end of the context at different lengths run separately."""
+        """Runs beam search on all rows together, or on each row alone if their limits of length differ."""
         limited = [self.limited(prompt, options) for prompt in batch.prompts]
         rows = range(len(batch.prompts))
         groups = [list(rows)] if len(set(limited)) == 1 else [[row] for row in rows]

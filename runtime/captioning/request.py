@@ -1,4 +1,4 @@
-"""Requests (with cancellation and deadline), their results, clocks and traces of the stages, checks of arguments."""
+"""Requests that can be cancelled and have a deadline, their results, and the clock that measures their stages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STAGES = ("preprocess", "vision", "bridge", "prefill", "decode")
 
 
 NOT_IN_JSON = ("tokens_per_pass", "prompt_tokens", "new_tokens", "token_logprobs", "likeliest")
-"""Attributes of a result that ``to_json`` does not copy. At its end, ``to_json`` adds ``token_logprobs``, rounded."""
+"""Attributes of a result that are left out of its JSON, or that are written in another way (``token_logprobs``)."""
 
 DIGITS = 6
 """Number of decimals of log-probabilities in JSON."""
@@ -43,22 +43,22 @@ class CaptionResult:
     """The caption of a picture (or of several pictures in one prompt), with tokens and times.
 
     Attributes:
-        image: The picture's path; None if it was given as an object. For several pictures, a list of these.
-        prompt: The prompt as given; None if none was given.
+        image: The picture's path; None if the picture was given as an object. For several pictures, a list.
+        prompt: The prompt as the user gave it; None if there was none.
         text: The caption, without special tokens and surrounding spaces.
         tokens: Generated token ids, the end token included.
         finish_reason: Why generation ended: ``eos`` (end token), ``length`` (limit) or ``stop`` (stop string); or
             ``abstained``: the confidence is below ``abstain_below``, and ``text`` is empty.
-        timings_ms: Milliseconds of each of :data:`STAGES` and ``total``, their sum. The time of a batch is divided
-            equally among its pictures. Encoding overlaps with decoding, so that many pictures take less wall time than
-            the sum of their totals.
-        tokens_per_s: Generated tokens per second of prefill and decode.
+        timings_ms: Milliseconds of each stage in :data:`STAGES`, and their sum ``total``. The time of a batch is
+            divided equally among its pictures. Encoding overlaps with decoding, so that many pictures take less wall
+            time than the sum of their totals.
+        tokens_per_s: Generated tokens, divided by the seconds of prefill and decode.
         tokens_per_pass: Generated tokens per pass of the language model; 1 without a draft model.
         prompt_tokens: Length of the prompt in tokens, visual tokens included.
         new_tokens: Number of generated tokens: ``tokens`` without the decoder's start token.
         token_logprobs: The log-probability of each generated token; see :class:`Generated`.
-        confidence: Estimated probability that the text is right, by the map that ``calibrate --references`` fitted;
-            None if the bundle has no map for these options and this prompt (docs/confidence.md).
+        confidence: Estimated probability that the text is right. ``calibrate --references`` fits the function that
+            computes it; None if the bundle has no such function for these options and this prompt.
         likeliest: For each generated token, the likeliest tokens at its position; empty without ``top_logprobs``.
         queries: Number of visual tokens that the bridge made from each picture, or from each frame of a video; None for
             a model without a bridge.
@@ -93,7 +93,7 @@ class CaptionResult:
 
 
 class TextAnswer(NamedTuple):
-    """A text, its finish reason and its confidence; see :class:`CaptionResult`."""
+    """A generated text, why it ended, and its confidence; the fields mean the same as in :class:`CaptionResult`."""
 
     text: str
     finish_reason: str
@@ -105,10 +105,9 @@ class MatchResult:
     """How well a picture and a text match.
 
     Attributes:
-        image: The picture's path; None if it was given as an object.
-        text: The text as given.
-        probability: Probability that the text describes the picture, by the matching head; None for a model without
-            one (CLIP).
+        image: The picture's path; None if the picture was given as an object.
+        text: The text as the user gave it.
+        probability: Probability that the text describes the picture; None for a model without a matching head (CLIP).
         cosine: Cosine similarity of the picture's and the text's vectors, −1 to 1.
     """
 
@@ -124,7 +123,7 @@ class MatchResult:
 
 @dataclass(frozen=True)
 class Span:
-    """One stage of a trace: start and end (``time.perf_counter`` seconds), and the numbers of its requests."""
+    """One run of a stage: its start and end in ``time.perf_counter`` seconds, and the numbers of the requests in it."""
 
     stage: str
     start: float
@@ -136,8 +135,8 @@ class StageClock:
     """Measures the wall time of each stage.
 
     Args:
-        lock: Held while a stage runs a graph, on backends that run one graph at a time; the time to acquire the lock
-            is not counted.
+        lock: Acquired while a stage runs a graph, if graphs must run one at a time; waiting for the lock does not
+            count.
 
     Attributes:
         ms: Milliseconds by stage.
@@ -187,12 +186,12 @@ Outcome = TypeVar("Outcome")
 
 @dataclass(eq=False, kw_only=True)
 class Pending(Generic[Outcome]):
-    """Submitted work that can be canceled, and that fails when its deadline passes.
+    """Work that a user submitted. It can be cancelled, and it fails if it is not finished at its deadline.
 
     Attributes:
         expires: The deadline (``time.monotonic`` seconds); None for no deadline.
         future: Holds the result or the error.
-        submitted: When it was submitted (``time.perf_counter`` seconds).
+        submitted: Time of the submission (``time.perf_counter`` seconds).
         queue_s: Seconds between the submission and the start of the work; None before the start.
     """
 
@@ -223,13 +222,13 @@ class Pending(Generic[Outcome]):
 
     @property
     def over(self) -> bool:
-        """Returns whether the work is finished, failed or cancelled. If its deadline has passed, makes it fail."""
+        """Returns whether the work is finished, failed or cancelled; it fails here if its deadline has passed."""
         if not self.future.done() and self.expires is not None and time.monotonic() > self.expires:
             self.fail(DeadlineError("the request was not finished before its deadline", "set a longer deadline"))
         return self.future.done()
 
     def push(self, piece: str | None) -> None:
-        """Publishes a piece of the result, or None for its end."""
+        """Passes a piece of the result to the reader; None means the end. This class has no reader."""
 
     def finish(self, result: Outcome) -> None:
         """Sets the result, unless the work is finished or cancelled already."""
@@ -252,13 +251,13 @@ class Request(Pending[CaptionResult]):
 
     Attributes:
         image, prompt, options: The arguments of ``submit``.
-        number: Position of the request in the order of submission.
-        row: Number of the request's random stream.
+        number: Number of the request, counted in the order of submission.
+        row: Number of the request's random stream: the same seed and number give the same random numbers.
         separate: Whether the request is encoded and decoded without other requests in its batch.
         prompt_tokens: Length of the prompt in tokens; 0 until the request is encoded.
         stage_ms: Milliseconds by stage so far.
         first_token_s: Seconds from submission to the first token (of a beam search: to the text); None before that.
-        generation: The request's row of the batch, once it is decoded; None for a beam search.
+        generation: The text while it is generated, a row of the batch; None before that, and for a beam search.
         on_piece: Called by the decoder's thread with each piece of the text, and with None at the end. If it is set,
             :meth:`pieces` yields nothing.
     """
@@ -278,13 +277,13 @@ class Request(Pending[CaptionResult]):
     _text: TextPieces | None = None
 
     def begin(self, tokenizer: Tokenizer, row: Generation) -> None:
-        """Sets the request's row of the batch, and prepares the conversion of its tokens to text."""
+        """Prepares the request for decoding: ``row`` is its row of the batch, ``tokenizer`` converts its tokens."""
         self.generation = row
         if self.options.abstain_below is None:  # else the text is published at the end, if at all
             self._text = TextPieces(tokenizer, self.options.stop)
 
     def take(self, row: Generation) -> None:
-        """Publishes the text of the last token that was generated for ``row``, the request's row of the batch."""
+        """Passes on the text of the newest token in ``row``, the request's row of the batch."""
         if self.first_token_s is None:
             self.first_token_s = time.perf_counter() - self.submitted
         if self._text is None:
@@ -310,7 +309,7 @@ class Request(Pending[CaptionResult]):
         self.future.result()
 
     def push(self, piece: str | None) -> None:
-        """Publishes a piece of the text, or None for the end, to :meth:`pieces` or ``on_piece``."""
+        """Passes a piece of the text to ``on_piece``, or else to :meth:`pieces`; None means the end of the text."""
         if piece != "":
             (self.on_piece or self._pieces.put)(piece)
 
@@ -366,7 +365,13 @@ def raising(results: Generator[Item | Blip2EdgeError, None, None]) -> Iterator[I
 def in_batches(
     compute: Callable[[list[Source]], list[Item]], pictures: list[Source], batch_size: int
 ) -> Generator[Item | Blip2EdgeError, None, None]:
-    """Yields the results of all pictures. If a picture of a batch is broken, runs each picture of the batch alone."""
+    """Yields the results of all pictures; if a batch fails, runs each of its pictures alone and yields result or error.
+
+    Args:
+        compute: Computes the results of one batch of pictures.
+        pictures: The pictures.
+        batch_size: Number of pictures in a batch.
+    """
     for at in starts(len(pictures), batch_size):
         batch = pictures[at : at + batch_size]
         try:

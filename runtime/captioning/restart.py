@@ -1,4 +1,4 @@
-"""Loads a bundle again when its engine is broken; includes a captioner with scheduler that restarts in this way."""
+"""Loads a bundle again when its engine is broken, for a server that runs for a long time."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from blip2edge.runtime.decoding.options import GenerationOptions
 log = logging.getLogger(__name__)
 
 CHECK_S = 120.0
-"""Time limit in seconds for the test request of a loaded engine, and for the end of a broken engine's threads."""
+"""Seconds to wait for the answer to a test request, and for a broken engine's threads to end."""
 
 Loaded = TypeVar("Loaded", bound=LoadedBundle)
 
 
 class HangError(Exception):
-    """Raised if the engine neither answers nor fails; its threads cannot be ended."""
+    """Raised if the engine hangs: it neither answers nor fails, and Python cannot end its threads."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Backoff:
     Attributes:
         first_s: Seconds before the first attempt; the wait doubles with each further attempt.
         most_s: Longest wait in seconds.
-        attempts: Attempts in a row without a result in between, after which the bundle is not loaded again.
+        attempts: Number of attempts to load the bundle. The count begins again when the engine has made a result.
     """
 
     first_s: float = 1.0
@@ -56,10 +56,10 @@ class Restarting(Generic[Loaded]):
         backoff: The waiting times between attempts.
 
     Attributes:
-        state: ``ok``, ``restarting``, or ``failed`` after the last attempt.
-        restarts: How often the engine was loaded again.
+        state: ``ok``; ``restarting`` while the bundle is loaded again; ``failed`` if it is not loaded again.
+        restarts: Number of times that the bundle was loaded again.
         problem: The last error of the engine in one line; empty if there was none.
-        gave_up: Called once if the state becomes ``failed`` after attempts to load the engine.
+        gave_up: Called once when no further attempt is made, because all attempts failed or the engine hangs.
     """
 
     def __init__(self, load: Callable[[], Loaded] | None, backoff: Backoff) -> None:
@@ -70,7 +70,7 @@ class Restarting(Generic[Loaded]):
         self.gave_up: Callable[[], None] = lambda: None
 
     def succeeded(self) -> None:
-        """Resets the count of faults in a row; called when the engine has made a result."""
+        """Sets the number of attempts to 0; call it when the engine has made a result."""
         self._faults = 0
 
     def _check_state(self) -> None:
@@ -164,7 +164,7 @@ class RestartingCaptioner(Restarting[Captioner]):
         return self.scheduler
 
     def close(self) -> None:
-        """Cancels open requests and ends a restart."""
+        """Cancels open requests, and stops an attempt to load the bundle again."""
         self._closed.set()
         if self._thread is not None:
             self._thread.join()  # it may be putting another scheduler in place
@@ -172,7 +172,7 @@ class RestartingCaptioner(Restarting[Captioner]):
             self.scheduler.close()
 
     def _failed(self, error: BaseException) -> None:
-        """Begins a restart; a thread of the scheduler calls it after the scheduler has closed itself."""
+        """Begins to load the bundle again; called by a thread of the scheduler that has closed itself."""
         cause = error.__cause__ if isinstance(error, EngineFaultError) and error.__cause__ is not None else error
         self._broken(cause)
         if self._load is not None:
@@ -205,7 +205,7 @@ class RestartingCaptioner(Restarting[Captioner]):
 
 
 def answers(compute: Callable[[], object]) -> None:
-    """Calls ``compute`` in a thread, and raises its error.
+    """Calls ``compute`` in a thread, waits for its end, and raises its error if there is one.
 
     Raises:
         HangError: ``compute`` does not end within :data:`CHECK_S` seconds.
@@ -232,7 +232,7 @@ def _problem(error: BaseException) -> str:
 
 
 def _closed(scheduler: Scheduler, seconds: float) -> bool:
-    """Closes a scheduler; returns False if its threads do not end in time, because the engine hangs."""
+    """Closes a scheduler; returns whether its threads ended within ``seconds``. If not, the engine hangs."""
     thread = threading.Thread(target=scheduler.close, name="blip2edge-close", daemon=True)
     thread.start()
     thread.join(seconds)

@@ -1,12 +1,12 @@
-"""Continuous batching: encodes the next pictures while earlier pictures are decoded; fills a free row at once.
+"""Continuous batching: encodes the next pictures while earlier ones are decoded; a free row is used again at once.
 
     submit --> waiting --(encoder's thread)--> ready --(decoder's thread: prefill)--> a running row --> result
 
-Both queues are bounded. Requests are served in the order of submission. A step gives each running row one token, so
-that a short caption does not wait for a long one. ``caption_many``, ``watch`` and ``serve`` use it.
+Both queues have a largest length. Requests are served in the order of submission. A step gives each running row one
+token, so that a short caption does not wait for a long one. ``caption_many``, ``watch`` and ``serve`` use this module.
 
-The logits of a batch are rounded differently from the logits of a row, which may change a random draw. So a request
-that samples with a seed is encoded and decoded in batches of its own; its steps alternate with those of other requests.
+The logits of a row alone and in a batch differ by rounding, which may change a random draw. So a request that samples
+with a seed is encoded and decoded alone; its steps alternate with the steps of the other requests.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from blip2edge.runtime.text.prompt import PromptText
 
 
 class Scheduler:
-    """Encodes, decodes and delivers requests in two threads of its own.
+    """Captions submitted pictures: one thread encodes them, another thread decodes them.
 
     Args:
         encoder: Encodes batches.
         generator: Generates the texts of encoded batches.
         max_batch: Largest number of rows that are decoded together.
         max_waiting: Largest number of requests that wait to be encoded; see :meth:`submit`.
-        graph_lock: Held while a graph runs, so that one graph runs at a time, encoding and decoding alternately. For
-            backends whose graphs use all cores: two at once would cause thread oversubscription. None: no lock.
-        trace: Called by both threads with every span; the function must return quickly.
-        known_good: Tried after an unexpected exception; if it fails too, the scheduler closes itself. None: no check.
+        graph_lock: Acquired while a graph runs, so that only one graph runs at a time. For backends whose graphs use
+            all cores: two graphs at once would use more threads than there are cores. None: no lock.
+        trace: Called by both threads with start and end of each stage; the function must return quickly.
+        known_good: Test request after an unexpected error; if it fails, the scheduler closes itself. None: no test.
         on_failure: Called with the error when the scheduler has closed itself.
 
     Raises:
@@ -118,7 +118,7 @@ class Scheduler:
             deadline: Seconds from now after which the request fails if it is not finished; None for no deadline.
             wait: Whether to wait while the queue is full; if False, a full queue is an error.
             on_piece: See :class:`Request`.
-            row: Number of the picture in a call of ``caption_many``; selects its random stream. Such pictures share
+            row: Number of the picture in a call of ``caption_many``, for its random numbers; such pictures share
                 batches. None for a single request: its text does not depend on other requests.
 
         Raises:
@@ -197,14 +197,14 @@ class Scheduler:
             thread.join()
 
     def _guarded(self, work: Callable[[], None]) -> None:
-        """Runs a thread's loop; an unexpected error fails every request, so that no caller waits for ever."""
+        """Runs ``work``, the loop of a thread; after an unexpected error all requests fail, so that no caller hangs."""
         try:
             work()
         except BaseException as error:  # noqa: BLE001 - given to every request and to the next submit()
             self._end(error)
 
     def _end(self, error: BaseException) -> None:
-        """Closes the scheduler; every open request fails with the error. A second error changes nothing."""
+        """Closes the scheduler after an error, with which every open request fails. A second error changes nothing."""
         with self._changed:
             if self._failure is not None:
                 return
@@ -214,7 +214,7 @@ class Scheduler:
         self._on_failure(error)
 
     def _drop(self, finish: Callable[[Request], None]) -> None:
-        """Calls ``finish`` with every unfinished request, and empties the queues."""
+        """Calls ``finish`` with each unfinished request, and empties the queues."""
         for request in list(self._open.values()):
             finish(request)
         self._waiting.clear()
@@ -232,7 +232,7 @@ class Scheduler:
                 self._encoding = 0
 
     def _next_to_encode(self) -> list[Request] | None:
-        """Waits for requests and for room in the decoder; returns the next requests to encode, or None at the end."""
+        """Waits for requests and free rows; returns the requests to encode next, or None if the scheduler closes."""
         with self._changed:
             while not self._closing:
                 room = self._room()
@@ -256,7 +256,7 @@ class Scheduler:
         return min(free, 1) if self._running else free
 
     def _encoded(self, requests: list[Request]) -> Iterator[tuple[list[Request], EncodedBatch]]:
-        """Encodes requests with equally many visual tokens as one batch. If a picture is broken, encodes each alone."""
+        """Encodes requests with the same number of visual tokens as a batch; if this fails, encodes each one alone."""
         alive = [request for request in requests if not request.over]
         shared = [request for request in alive if not request.separate]
         counts = dict.fromkeys(request.options.queries for request in shared)
@@ -289,7 +289,7 @@ class Scheduler:
                 self._advance(admitted)
 
     def _advance(self, admitted: list[tuple[list[Request], EncodedBatch]]) -> None:
-        """Prefills the new requests and gives each running row one token."""
+        """Runs the prefill of the new requests, then generates one token for each running row."""
         for group, encoded in admitted:
             try:
                 self._admit(group, encoded)
@@ -305,7 +305,7 @@ class Scheduler:
         self._batches = [self._batches[0], *(batch for batch in self._batches[1:] if batch.rows)]
 
     def _next_to_decode(self) -> list[tuple[list[Request], EncodedBatch]] | None:
-        """Waits for requests to decode; returns the requests for the free rows, or None at the end."""
+        """Waits for requests to decode; returns the requests for the free rows, or None if the scheduler closes."""
         with self._changed:
             self._changed.notify_all()  # a free row lets the encoder take a picture
             while not (self._closing or self._ready or self._running):
@@ -326,7 +326,7 @@ class Scheduler:
             return admitted
 
     def _admit(self, group: list[Request], encoded: EncodedBatch) -> None:
-        """Prefills a batch and adds its rows to the running rows. Beam searches run to their end here."""
+        """Runs the prefill of a batch, and adds its rows to the running rows; runs beam searches to their end."""
         alive = [at for at, request in enumerate(group) if not request.over]
         for search in (False, True):
             chosen = [at for at in alive if (group[at].options.num_beams > 1) is search]
@@ -390,7 +390,7 @@ class Scheduler:
 
 
 def _charge(requests: Sequence[Request], clock: StageClock) -> None:
-    """Adds to each request its share of the batch's time."""
+    """Adds the time of a batch to its requests, an equal share to each."""
     for stage, ms in clock.share(len(requests)).items():
         for request in requests:
             request.stage_ms[stage] += ms

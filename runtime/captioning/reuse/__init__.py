@@ -1,1 +1,1 @@
-"""Reuses results of earlier frames of a live source if a frame hardly differs from them."""
+"""Captions live sources such as a camera; reuses the results of an earlier frame if a new frame hardly differs."""

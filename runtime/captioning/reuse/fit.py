@@ -1,16 +1,17 @@
-"""Fits the thresholds of :class:`ReuseLadder` on recorded frames, with an upper bound of the rate of missed changes.
+"""Chooses the thresholds below which a frame reuses an earlier caption, from a recording of frames.
 
-All frames of the recording were encoded in full, so the code can compute which captions would have been wrong with each
-pair of thresholds. A *missed change* is a frame that got the caption of an earlier frame although its own caption
-differs. The rate is missed changes / reused frames. A pair of thresholds is allowed if an upper confidence bound of its
-rate is at most the stated rate; of the allowed pairs, a pair that saves most time is chosen (Learn then Test,
-Angelopoulos et al., arXiv 2110.01052, with Bonferroni's correction for the number of pairs).
+Every frame of the recording was captioned in full. So the code can compute, for each pair of thresholds, which reused
+captions would have been wrong. A *missed change* is a frame that reuses an earlier caption although its own caption
+differs. The rate is missed changes / reused frames. The user gives the largest rate (``--miss-rate``). A pair of
+thresholds is allowed if the upper confidence bound of its rate is at most this value; of the allowed pairs, one that
+saves most time is chosen (Learn then Test, Angelopoulos et al., arXiv 2110.01052, with Bonferroni's correction for the
+number of pairs).
 
-The bound is that of Clopper and Pearson (Biometrika 26, 1934). It needs independent frames. But one overlooked change
-makes a run of frames wrong, and a scene whose captions change from frame to frame has many misses. So, as Korn and
-Graubard do for clustered samples (Survey Methodology 24, 1998), both counts are divided by the design effect: here
-sum(m²) / sum(m) over the numbers m of missed changes in blocks of :data:`BLOCK` frames, the variance of such a sum
-relative to independent misses, and at least :data:`LEAST_EFFECT`.
+The bound is that of Clopper and Pearson (Biometrika 26, 1934), which needs independent frames. Frames are not
+independent: after one overlooked change, many frames in a row are wrong. So both counts are divided by the design
+effect, as Korn and Graubard do for clustered samples (Survey Methodology 24, 1998). The design effect is
+sum(m²) / sum(m) over the numbers m of missed changes in blocks of :data:`BLOCK` frames, but at least
+:data:`LEAST_EFFECT`.
 """
 
 from __future__ import annotations
@@ -25,40 +26,42 @@ import numpy as np
 from blip2edge.runtime.captioning.reuse.frames import Floats, feature_distance, picture_distance
 
 CONFIDENCE = 0.95
-"""Probability that all confidence bounds of a run are right."""
+"""Probability that all confidence bounds that one run computes are right."""
 
 AUDIT_EVERY = 50
-"""One of this many reused frames is encoded in full (audited), to check the reused caption."""
+"""Of this many frames that could be reused, one is captioned in full to check the reused caption (an audit)."""
 
 ALARM = 100.0
-"""Likelihood ratio of the audits above which the thresholds are fitted again: at most one false alarm in 100 audits."""
+"""If the likelihood ratio of the audits reaches this value, the thresholds are fitted again; on average, a false alarm
+occurs at most once in 100 audits."""
 
 SKIP_STEPS, CAPTION_STEPS = 4, 6
-"""Number of quantiles of the distances that are tried as thresholds, for each of the two comparisons."""
+"""Number of quantiles that are tried as thresholds: of the distances of pictures, and of the distances of features."""
 
 BLOCK = 200
-"""Number of frames in a block. Missed changes of one block count as dependent: in some scenes captions change often."""
+"""Number of frames in a block, for the design effect. Missed changes of one block count as dependent."""
 
 LEAST_EFFECT = AUDIT_EVERY / 2
-"""Smallest design effect: an overlooked change lasts until the next audit, on average half of the frames between two.
+"""Smallest design effect: the average number of frames from an overlooked change to the next audit.
 
-Few scenes give too low an estimate, because most misses come from few of them: on six films of 2,000 frames it was 3 to
-34 (``docs/reuse.md``).
+A smallest value is needed because a recording of few scenes gives too low an estimate: on six films of 2,000 frames the
+estimates were 3 to 34 (``docs/reuse.md``).
 """
 
 EQUAL = 0.02
-"""Pairs whose shares of saved time differ by at most this count as equal; the pair with the lowest bound is chosen."""
+"""If the shares of saved time differ by at most this value, the pair with the lower bound of the rate is chosen."""
 
 LARGEST_SHARE = 0.75
-"""Thresholds are quantiles of the distances in the recording; this is the largest quantile."""
+"""The largest quantile of the distances in the recording that is tried as a threshold."""
 
 
 class Thresholds(NamedTuple):
-    """The thresholds of the ladder. A frame is reused if its distance is below a threshold; zero reuses nothing.
+    """The distances below which a frame reuses the last caption; with zero, no frame does.
 
     Attributes:
-        skip: Threshold of :func:`picture_distance`. A frame below it is not encoded.
-        caption: Threshold of :func:`feature_distance`. A frame below it is encoded, but no text is generated.
+        skip: Threshold for :func:`picture_distance`. A frame with a smaller distance is not even encoded.
+        caption: Threshold for :func:`feature_distance`. A frame with a smaller distance is encoded, but no text is
+            generated for it.
     """
 
     skip: float = 0.0
@@ -75,11 +78,11 @@ class FrameTimes:
 
 @dataclass
 class Recording:
-    """Frames that were encoded in full.
+    """Recorded frames, each captioned in full, on which thresholds are fitted.
 
     Attributes:
-        cells: The cells of each frame, :func:`cells_of`, in one row.
-        features: The features of each frame, :func:`features_of`.
+        cells: Mean pixel values of each frame (from :func:`cells_of`), flattened.
+        features: Compressed visual tokens of each frame (from :func:`features_of`).
         texts: The caption of each frame.
         times: The time of each frame.
     """
@@ -125,11 +128,11 @@ class CurvePoint:
     Attributes:
         thresholds: The thresholds.
         skipped: Share of the frames that are not encoded.
-        captions: Share of the frames that are encoded and not decoded.
-        reused: Number of reused frames, without the audited frames.
+        captions: Share of the frames that are encoded, but for which no text is generated.
+        reused: Number of frames that reuse a caption, without the audited frames.
         missed: Number of missed changes.
         rate: ``missed / reused``.
-        design_effect: Number of reused frames that count as one in the bound.
+        design_effect: The number by which both counts are divided before the bound is computed.
         upper: Upper confidence bound of the rate.
         saved: Share of the time of vision encoder, bridge and language model that is saved.
     """
@@ -167,10 +170,10 @@ class ReuseFit:
 
 
 def upper_bound(missed: float, frames: float, level: float) -> float:
-    """Computes Clopper and Pearson's upper bound of a rate.
+    """Computes Clopper and Pearson's upper confidence bound of the rate of missed changes.
 
-    With this rate, the probability of at most ``missed`` missed changes in ``frames`` frames is ``level``. The counts
-    need not be whole numbers.
+    If the rate were equal to the bound, at most ``missed`` missed changes in ``frames`` frames would have the
+    probability ``level``. The counts need not be whole numbers.
     """
     if missed >= frames:
         return 1.0
@@ -185,13 +188,18 @@ def upper_bound(missed: float, frames: float, level: float) -> float:
 
 
 def frames_needed(rate: float) -> int:
-    """Returns how many reused frames, all correct, the first fit needs at least to state this rate."""
+    """Returns the least number of reused frames, all with the right caption, that the first fit needs for a rate."""
     points = 4 * SKIP_STEPS * CAPTION_STEPS - 1  # zero, the quantiles and the means between them
     return math.ceil(LEAST_EFFECT * math.log(_level(1, points)) / math.log1p(-rate))
 
 
 def _level(attempt: int, points: int) -> float:
-    """Returns the error probability of one bound. All bounds of all attempts together have ``1 - CONFIDENCE``."""
+    """Returns the probability with which one bound may be wrong; the sum over all bounds is ``1 - CONFIDENCE``.
+
+    Args:
+        attempt: Number of the fit in a run, from 1.
+        points: Number of bounds in the fit.
+    """
     return (1 - CONFIDENCE) / (attempt * (attempt + 1)) / points
 
 
@@ -221,14 +229,14 @@ def incomplete_beta(a: float, b: float, x: float) -> float:
 
 
 class AuditClock:
-    """Chooses the reused frames that are audited: a random frame of each group of :data:`AUDIT_EVERY` reused frames."""
+    """Chooses the reused frames that are audited: one random frame of every :data:`AUDIT_EVERY`."""
 
     def __init__(self, seed: int = 0) -> None:
         self._random = np.random.default_rng(seed)
         self._at = self._place = 0
 
     def is_due(self) -> bool:
-        """Returns whether this reused frame is audited; call it once for each reused frame."""
+        """Returns whether to audit the present frame; call it once for each frame that could be reused."""
         if self._at == 0:
             self._place = int(self._random.integers(AUDIT_EVERY))
         due = self._at == self._place
@@ -237,10 +245,10 @@ class AuditClock:
 
 
 class AuditMonitor:
-    """Counts missed changes among audited frames, and detects when their rate has risen.
+    """Counts missed changes among audited frames, and detects when their rate is above the allowed rate.
 
-    The test is Page's cumulative sum (Biometrika 41, 1954) of the log likelihood ratio of five times the stated rate
-    against the stated rate.
+    The test is Page's cumulative sum (Biometrika 41, 1954) of the log likelihood ratio; it compares five times the
+    allowed rate with the allowed rate.
 
     Attributes:
         frames: Number of audited frames.
@@ -261,11 +269,11 @@ class AuditMonitor:
 
     @property
     def is_raised(self) -> bool:
-        """Returns whether the rate of missed changes has risen above the stated rate."""
+        """Returns whether the audits show that the rate of missed changes is above the allowed rate."""
         return self._sum >= math.log(ALARM)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns a JSON object: numbers of audited frames and missed changes, the rate, its upper confidence bound."""
+        """Returns a JSON object: numbers of audited frames and of missed changes, the rate, and its upper bound."""
         upper = upper_bound(self.missed, self.frames, 1 - CONFIDENCE)
         rate = self.missed / self.frames if self.frames else None
         return {"frames": self.frames, "missed": self.missed, "rate": rate, "upper": round(upper, 4)}
@@ -276,7 +284,7 @@ def fit_thresholds(recording: Recording, rate: float, attempt: int = 1) -> Reuse
 
     Args:
         recording: The recorded frames.
-        rate: The stated rate.
+        rate: Largest allowed rate of missed changes.
         attempt: Number of this fit in a run, from 1; later fits need more frames for the same rate.
     """
     pictures = _band(recording.cells, picture_distance)
@@ -301,7 +309,7 @@ def fit_thresholds(recording: Recording, rate: float, attempt: int = 1) -> Reuse
 
 
 def _band(values: Sequence[Floats], distance: Callable[[Floats, Floats], Floats]) -> Floats:
-    """Computes each frame's distances to the frames after it, ``[N, 2 * AUDIT_EVERY]``; infinite beyond the end.
+    """Computes each frame's distances to the ``2 * AUDIT_EVERY`` frames after it; infinite beyond the last frame.
 
     A caption is reused for fewer than ``2 * AUDIT_EVERY`` frames, because audits come in between.
     """
@@ -314,10 +322,10 @@ def _band(values: Sequence[Floats], distance: Callable[[Floats, Floats], Floats]
 
 
 def _grid(band: Floats, steps: int) -> list[float]:
-    """Returns the thresholds to try: zero, numbers just above quantiles of the distances, and means between them.
+    """Returns the thresholds to try: zero, quantiles of the distances, and the geometric means between neighbours.
 
-    "Just above": a frame at the distance of a quantile is then reused. The (geometric) means give thresholds in the gap
-    between the small distances of noise and the large distances of changes.
+    Each quantile is increased by the smallest possible amount, so that a frame with exactly this distance is reused.
+    The means lie between the small distances of noise and the large distances of changes.
     """
     known = band[np.isfinite(band)]
     if not known.size:
@@ -329,7 +337,7 @@ def _grid(band: Floats, steps: int) -> list[float]:
 
 
 class _Replay:
-    """Counts the frames that :class:`ReuseLadder` would skip, reuse and miss on a recording."""
+    """Counts, for one pair of thresholds, which frames of a recording would be reused and which changes be missed."""
 
     def __init__(self, thresholds: Thresholds) -> None:
         self.thresholds = thresholds
@@ -337,7 +345,12 @@ class _Replay:
         self.missed: list[int] = []  # of each block of frames
 
     def run(self, near: tuple[list[list[float]], list[list[float]]], texts: Sequence[int]) -> _Replay:
-        """Replays the frames; ``near`` has both results of :func:`_band`, ``texts`` a number for each caption."""
+        """Goes through the recorded frames, and counts.
+
+        Args:
+            near: The distances between frames, from :func:`_band`: of pictures, and of features.
+            texts: A number for the caption of each frame; equal captions have equal numbers.
+        """
         skip, caption = self.thresholds
         pictures, features = near
         audit, shown, seen = AuditClock(), 0, 0
@@ -358,13 +371,16 @@ class _Replay:
 
     @property
     def design_effect(self) -> float:
-        """Computes sum(m²) / sum(m) over the numbers m of missed changes in each block; 0 if nothing was missed."""
+        """Returns sum(m²) / sum(m) over the numbers m of missed changes in each block; 0 if no change was missed."""
         total = sum(self.missed)
         return sum(one * one for one in self.missed) / total if total else 0.0
 
 
 def _point(one: _Replay, level: float, times: FrameTimes, frames: int) -> CurvePoint:
-    """Returns the measured values of a replay."""
+    """Computes the measured values of one pair of thresholds from its counts (``one``).
+
+    ``level``: probability with which the bound may be wrong. ``times``: median times of a frame.
+    """
     effect = max(one.design_effect, LEAST_EFFECT)
     reused, missed = one.skipped + one.captions, sum(one.missed)
     skipped, captions = one.skipped / frames, one.captions / frames

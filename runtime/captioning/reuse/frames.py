@@ -1,7 +1,7 @@
 """Reuses the visual tokens of the last encoded frame if a live picture hardly changed; only the text is generated.
 
-A frame is compared with the last encoded one, not with the last frame: slow changes add up until a frame is encoded
-again.
+A frame is compared with the last frame that was encoded, not with the frame before it. So slow changes add up until a
+frame is encoded again.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from blip2edge.runtime.images.video import ItemSource
 from blip2edge.runtime.text.prompt import PromptText
 
 CELLS = 16
-"""Cells per side. Pictures are compared by the mean of each cell, in which noise averages out and movement does not."""
+"""Cells in a row and in a column of the grid. Pictures are compared by the means of the cells, which contain hardly any
+noise, but show movement."""
 
 
 ROWS, WIDTH = 32, 64
-"""Largest number of rows of a frame's features, and of values in a row."""
+"""Largest size of a frame's features (compressed visual tokens): number of rows, and of values in a row."""
 
 Floats = NDArray[np.float32]
 Context = Callable[[Mapping[str, Array]], dict[str, Array]]
@@ -34,11 +35,11 @@ Context = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 @dataclass(frozen=True)
 class EncodedFrame:
-    """A row with the outputs of its graphs, which a later frame can reuse.
+    """The graph outputs for one frame, which a later frame can reuse.
 
     Attributes:
         cells: The mean pixel values from :func:`cells_of`.
-        counts: Number of pictures of the row, in a list.
+        counts: A list with one number: how many pictures the frame has.
         vision: The vision encoder's outputs.
         bridge_inputs: The bridge's inputs besides ``image_embeds``.
         pictures: The language model's inputs.
@@ -51,28 +52,29 @@ class EncodedFrame:
     pictures: dict[str, Array]
 
     def is_like(self, prepared: PreparedBatch, cells: Floats) -> bool:
-        """Returns whether a row has the same number and size of pictures, so that they can be compared."""
+        """Returns whether another frame has as many pictures of the same size, so that both can be compared."""
         return self.counts == prepared.counts and self.cells.shape == cells.shape
 
 
 class ReusingEncoder:
-    """An encoder that skips a picture which hardly differs from the last encoded one.
+    """An encoder that does not encode a picture again if it hardly differs from the last encoded picture.
 
-    Such a picture gets the visual tokens and cross-attention keys of the last encoded picture. If only the instruction
-    or the number of queries differs, the bridge runs again on the last ``image_embeds``. Each call encodes one row.
-    Only one thread may use the object.
+    Such a picture gets the visual tokens and cross-attention keys of the last encoded picture. If the instruction or
+    the number of queries differs, only the bridge runs again. Each call encodes one row of a batch. Only one thread may
+    use the object.
 
     Args:
         encoder: Encodes the pictures that are not skipped.
-        below: The mean absolute difference below which a picture is not encoded, as a share of the range of pixel
-            values: 0 encodes every picture, 1 only the first. For several pictures of a row, the largest difference
-            counts.
-        context: The language model's prompt-independent tensors of the pictures (cross-attention keys), by name;
-            computed with the bridge and reused as well.
+        below: A picture is encoded only if its mean absolute difference is at least this share of the range of pixel
+            values: with 0 every picture is encoded, with 1 only the first. If a row has several pictures, the largest
+            difference counts.
+        context: Computes the language model's tensors that depend on the pictures only (cross-attention keys), by name.
+            They are reused as well.
 
     Attributes:
         reused: Whether the last call reused visual tokens of an earlier picture.
-        difference: Difference of the last call's picture from the last encoded one; infinite if there was none.
+        difference: Difference between the picture of the last call and the picture that was encoded before; infinite if
+            there was none.
 
     Raises:
         UsageError: ``below`` is not a number from 0 to 1.
@@ -131,13 +133,13 @@ def encode_frame(
     clock: StageClock,
     vision: dict[str, Array] | None = None,
 ) -> EncodedFrame:
-    """Runs the vision encoder, the bridge, and the prompt-independent part of the language model on a row.
+    """Computes everything for a frame that later frames can reuse: runs vision encoder, bridge and ``context``.
 
     Args:
         encoder: Encodes the pictures.
-        context: As the argument of :class:`ReusingEncoder`.
-        prepared: The preprocessed row.
-        cells: The row's cells, from :func:`cells_of`.
+        context: Computes the language model's tensors that depend on the pictures only, by name.
+        prepared: The preprocessed frame, a batch of one row.
+        cells: The frame's cells, from :func:`cells_of`.
         clock: Measures the stages.
         vision: The vision encoder's outputs, if they are already computed; None to compute them.
     """
@@ -151,21 +153,21 @@ def encode_frame(
 def encode_again(
     encoder: Encoder, context: Context, prepared: PreparedBatch, last: EncodedFrame, clock: StageClock
 ) -> EncodedFrame:
-    """Returns the row with the visual tokens of ``last``; the bridge runs again if its other inputs differ."""
+    """Returns ``last``; if the bridge's instruction or queries differ from those of ``last``, runs the bridge again."""
     if _same(prepared.bridge_inputs, last.bridge_inputs):
         return last
     return encode_frame(encoder, context, prepared, last.cells, clock, last.vision)
 
 
 def cells_of(pixels: Array, spans: Floats) -> Floats:
-    """Divides pictures into a coarse grid; returns the mean pixel value of each cell as a share of the value range.
+    """Divides pictures into a coarse grid; returns the mean of each cell, in units in which white minus black is 1.
 
     Args:
         pixels: ``pixel_values [N, 3, H, W]``.
         spans: Value of white minus value of black in ``pixels``, for each channel, ``[3]``.
 
     Returns:
-        float32 ``[N, 3, h, w]``, h and w at most :data:`CELLS`; white and black are 1 apart.
+        float32 ``[N, 3, h, w]``; h and w are at most :data:`CELLS`.
     """
     sums = pixels
     area = np.ones((1, 1), np.float32)
@@ -180,33 +182,43 @@ def cells_of(pixels: Array, spans: Floats) -> Floats:
 
 
 def picture_distance(one: Floats, other: Floats) -> Floats:
-    """Returns the largest difference ``[...]`` of two pictures' cells ``[..., C]``; black to white is 1.
+    """Returns the largest absolute difference between the cells of two pictures; from black to white it is 1.
 
-    The mean over the cells, which ``--reuse-below X`` uses, hides the movement of a small object.
+    ``--reuse-below X`` compares by the mean over the cells; the movement of a small object hardly changes this mean.
+
+    Args:
+        one: Cells of one picture, float32 ``[..., C]``.
+        other: Cells of the other picture, float32 ``[..., C]``.
+
+    Returns:
+        float32 ``[...]``.
     """
     found: Floats = np.abs(one - other).max(-1)
     return found
 
 
 def feature_distance(one: Floats, other: Floats) -> Floats:
-    """Returns the largest ``|a - b| / |a|`` over the rows a of ``one`` (the encoded frame) and b of ``other``."""
+    """Returns the distance of two frames by their features: the largest ``|a - b| / |a|`` over their rows.
+
+    a is a row of ``one``, the frame whose caption may be reused, and b the same row of ``other``.
+    """
     norms = np.maximum(np.sqrt(np.square(one).sum(-1)), np.finfo(np.float32).tiny)
     found: Floats = (np.sqrt(np.square(one - other).sum(-1)) / norms).max(-1)
     return found
 
 
 def features_of(tokens: Array) -> Floats:
-    """Compresses visual tokens to small features, so that thousands of frames can be kept in memory.
+    """Compresses visual tokens to small features, so that thousands of frames fit in memory.
 
-    Neighbouring tokens are averaged to at most :data:`ROWS` rows. Each row is folded to :data:`WIDTH` numbers: number i
-    is added to place i modulo the width, with a fixed sign (the count sketch of Charikar et al., ICALP 2002, whose
-    distances are right on average).
+    Means of neighbouring tokens give at most :data:`ROWS` rows. Each row is compressed to :data:`WIDTH` numbers: value
+    i is added to number i modulo WIDTH, with a fixed sign (the count sketch of Charikar et al., ICALP 2002; it keeps
+    squared distances on average).
 
     Args:
-        tokens: ``[N, T, D]``.
+        tokens: Visual tokens ``[N, T, D]``.
 
     Returns:
-        float32 ``[N * rows, width]``.
+        float32 ``[N * min(T, ROWS), WIDTH]``.
     """
     count, length, width = tokens.shape
     rows = min(ROWS, length)

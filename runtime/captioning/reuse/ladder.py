@@ -1,15 +1,17 @@
 """Captions live frames and reuses results of earlier frames where possible: ``watch --reuse-below auto``.
 
-    picture near the last one? --yes--> prompt the same? --yes--> skip      its caption again; nothing is computed
-        |                                   '-------------no---> features  its visual tokens; the text is generated
+    picture near the last one? --yes--> same prompt? --yes--> skip      the last caption again; nothing is computed
+        |                                   '---------no---> features  the last visual tokens; a text is generated
         no: vision encoder, bridge
         |
-    features near? ------------yes--> caption   the caption of the encoded frame again; nothing is decoded
-        '----------------------no---> full      the text is generated
+    features near? ------------yes--> caption   the last caption again; no text is generated
+        '----------------------no---> full      a text is generated
 
-The thresholds come from :func:`fit_thresholds`. Until there are enough frames for a fit, each frame is encoded in full
-(``fit``). One in :data:`AUDIT_EVERY` frames that could be reused is encoded in full as a check (``audit``). So the rate
-of missed changes is measured during the whole run; if it rises above the stated rate, the thresholds are fitted again.
+"Near" means that the distance is below a threshold; :func:`fit_thresholds` chooses the thresholds. Until there are
+enough frames for this, each frame is captioned in full and recorded (``fit``). Of :data:`AUDIT_EVERY` frames that could
+be reused, one is captioned in full as a check (``audit``). So the rate of missed changes (reused captions that differ
+from the frame's own caption) is measured during the whole run. If it is above the allowed rate, the thresholds are
+fitted again.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ from blip2edge.runtime.decoding.options import GenerationOptions, check_integer,
 from blip2edge.runtime.images.video import ItemSource
 
 Step = Literal["full", "fit", "skip", "features", "caption", "audit"]
-"""Name of the work that was done for a frame; see the diagram above."""
+"""How a frame was captioned: one of the words in the diagram at the top of this file, ``fit``, or ``audit``."""
 
 REUSED: frozenset[Step] = frozenset(("skip", "features", "caption"))
 """Steps that reuse the caption or the visual tokens of an earlier frame."""
@@ -70,10 +72,10 @@ class ReusePlan:
     """How to fit the thresholds.
 
     Attributes:
-        rate: The stated rate: missed changes / reused frames.
-        frames: Number of frames of a fit.
-        path: JSON file that keeps the fit; None to fit at every start.
-        on_fit: Called with the JSON object of each fit, :func:`fit_document`.
+        rate: Largest allowed rate of missed changes: missed changes / reused frames.
+        frames: Number of frames that are recorded for a fit.
+        path: JSON file in which the fit is stored for the next start; None to fit at every start.
+        on_fit: Called with each fit as a JSON object (from :func:`fit_document`).
         report: Called with a sentence for the user.
 
     Raises:
@@ -97,15 +99,16 @@ class ReusePlan:
 
 @dataclass(frozen=True)
 class _Shown:
-    """The last generated caption.
+    """The last generated caption, and the frame for which it was generated.
 
     Attributes:
-        frame: The frame that the caption was generated from.
-        features: The features of that frame.
-        seen: Cells of the last frame whose picture was encoded; frames with its caption or its features keep them.
-        prompt: The prompt as given.
+        frame: The frame for which the caption was generated.
+        features: The features of ``frame``.
+        seen: Cells with which the next picture is compared: those of the last picture that passed the vision encoder.
+            This picture may be newer than ``frame``, if its caption was reused.
+        prompt: The prompt as the user gave it.
         prompt_tokens: Length of the prompt in tokens.
-        generated: The tokens.
+        generated: The tokens of the caption.
         text: The caption.
     """
 
@@ -126,17 +129,17 @@ class ReuseLadder:
         generator: Generates the texts.
         options: How to generate.
         plan: How to fit the thresholds.
-        key: Bundle, prompt, options and rate that a kept fit must have been made for (:func:`fit_key`).
+        key: Bundle, prompt, options and rate (from :func:`fit_key`); a stored fit is used only if its key is equal.
 
     Attributes:
         audits: The audited frames since the last fit.
-        fit: The last fit; None before the first one.
-        recording: The frames of the next fit.
+        fit: The last fit; None before the first fit, and when a new fit is needed.
+        recording: The frames that are recorded for the next fit.
 
     Raises:
-        DataError: The kept file cannot be read.
-        UsageError: The options draw random texts, which differ without a change of the picture; or the kept fit is for
-            another bundle, prompt, option or rate.
+        DataError: The file with the stored fit cannot be read.
+        UsageError: The options draw random texts, which differ without a change of the picture; or the stored fit is
+            for another bundle, prompt, option or rate.
     """
 
     def __init__(
@@ -202,7 +205,7 @@ class ReuseLadder:
     def _choose(
         self, prepared: PreparedBatch, cells: Floats, prompt: str | None, clock: StageClock
     ) -> tuple[Step, EncodedFrame | None]:
-        """Chooses the step of a frame. Also returns the encoded frame, if the choice required encoding; else None."""
+        """Decides how to caption a frame; returns the step, and the encoded frame if it had to be encoded to decide."""
         last, thresholds = self._last, self.fit.thresholds if self.fit else Thresholds()
         if self.is_fitting:
             return "fit", None
@@ -244,7 +247,7 @@ class ReuseLadder:
             self._fit()
 
     def finish(self) -> None:
-        """Fits the thresholds on the frames so far, if they were not fitted yet; call it at the end of a source."""
+        """Fits the thresholds on the frames recorded so far if there is no fit yet; call it at the end of a source."""
         if self.is_fitting and self._since and len(self.recording) > 1:
             self._fit()
 
@@ -277,7 +280,10 @@ def _features(frame: EncodedFrame) -> Floats:
 
 
 def fit_key(bundle: Bundle, prompt: str | None, options: GenerationOptions, plan: ReusePlan) -> dict[str, Any]:
-    """Returns what a kept fit depends on; not the draft model, because captions do not depend on it."""
+    """Returns the values for which a fit is valid: bundle, prompt, options and rate.
+
+    The draft model is left out, because captions do not depend on it.
+    """
     values = {key: value for key, value in asdict(options).items() if key != "draft"}
     return {
         "bundle": bundle.sha256,
@@ -288,7 +294,7 @@ def fit_key(bundle: Bundle, prompt: str | None, options: GenerationOptions, plan
 
 
 def fit_document(fit: ReuseFit, key: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a fit as a JSON object; ``key`` says for which bundle, prompt, options and rate the fit is valid."""
+    """Returns a fit as a JSON object, together with the bundle, prompt, options and rate (``key``) of the fit."""
     values = asdict(fit)
     for point in (values, *values["curve"], *filter(None, [values["chosen"]])):
         point["thresholds"] = dict(zip(Thresholds._fields, point["thresholds"], strict=True))
@@ -296,7 +302,7 @@ def fit_document(fit: ReuseFit, key: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_fit(path: Path, key: Mapping[str, Any]) -> ReuseFit | None:
-    """Reads a kept fit; returns None if the file does not exist.
+    """Reads a stored fit; returns None if the file does not exist.
 
     Raises:
         DataError: The file cannot be read as a fit.
