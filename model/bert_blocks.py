@@ -1,6 +1,6 @@
-"""BERT's attention and feed-forward blocks (arXiv 1810.04805), with the norm after the residual.
+"""BERT's attention and feed-forward blocks (arXiv 1810.04805): the norm follows the residual addition (post-norm).
 
-The Q-Former, its text head and BLIP's text models use them.
+The Q-Former, its text head and BLIP's text models use these blocks.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from blip2edge.model.layers import ACTIVATIONS, KeyValue, attend, merge_heads, s
 
 
 class BertAttention(nn.Module):
-    """Attention, then the residual and the norm.
+    """BERT's attention block: multi-head attention, then the residual addition and the norm.
 
-    Keys and values are computed separately (:meth:`key_value`), so that they can be cached.
+    Keys and values are computed by a separate method (:meth:`key_value`), so that they can be cached.
     """
 
     def __init__(self, config: BertSizes, context_width: int) -> None:
@@ -34,18 +34,24 @@ class BertAttention(nn.Module):
         return split_heads(self.key(context), self.heads), split_heads(self.value(context), self.heads)
 
     def attend_to(self, x: Tensor, key_value: KeyValue, bias: Tensor | None = None) -> Tensor:
-        """Lets ``x [B, S, D]`` attend to keys and values; ``bias`` is added to the scores ``[B, H, S, T]``."""
+        """Lets ``x [B, S, D]`` attend to keys and values; returns ``[B, S, D]``.
+
+        ``bias`` is added to the scores ``[B, H, S, T]``.
+        """
         query = split_heads(self.query(x), self.heads)
         out = self.dense(merge_heads(attend(query, *key_value, bias, self.scale)))
         return self.norm(self.dropout(out) + x)
 
     def forward(self, x: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Lets ``x [B, S, D]`` attend to ``context [B, T, C]``; if the batch of ``x`` is 1, all rows share it."""
+        """Lets ``x [B, S, D]`` attend to ``context [B, T, C]``; returns ``[B, S, D]``.
+
+        ``x`` may also be ``[1, S, D]``; then this one row is used with every row of ``context``.
+        """
         return self.attend_to(x, self.key_value(context), bias)
 
 
 class BertFeedForward(nn.Module):
-    """Two linear layers with an activation between them, then the residual and the norm."""
+    """BERT's feed-forward block: two linear layers with an activation between them, then residual addition and norm."""
 
     def __init__(self, config: BertSizes) -> None:
         super().__init__()

@@ -2,8 +2,8 @@
 
 The values are checked when a config is created.
 
-A config holds only what the modules need. ``from_hf`` reads the section of transformers' ``config.json``, with
-transformers' defaults; ``to_hf`` writes it.
+A config holds only the values that the modules need. ``from_hf`` reads these values from a section of transformers'
+``config.json``, with transformers' defaults; ``to_hf`` returns such a section.
 """
 
 from __future__ import annotations
@@ -251,13 +251,13 @@ class LanguageConfig(Section):
 
     @property
     def cross(self) -> CrossSpec | None:
-        """Keys and values of the decoder's cross-attention; None without cross-attention."""
+        """Sizes, mask and source of the decoder's cross-attention; None for a decoder without cross-attention."""
         return None
 
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """Config of the text head, the content of ``draft.json``. All sizes that are not here are those of the Q-Former.
+    """Config of the Q-Former's text head, as in ``draft.json``. All sizes that it lacks are those of the Q-Former.
 
     Attributes:
         vocab_size: Rows of the token embedding table, [DEC] included; the tokenizer is ``draft_tokenizer.json``.
@@ -303,7 +303,7 @@ class DraftConfig:
 
 
 LEARNED_QUERIES = ("qformer", "instructed-qformer", "perceiver", "pool")
-"""Bridges whose visual tokens come from learned queries; they can be trained to work with the first m of them."""
+"""Kinds of bridges with learned queries. Such a bridge can be trained so that its first m queries are enough."""
 
 
 @dataclass(frozen=True)
@@ -364,7 +364,7 @@ class CaptionerConfig:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """Tokens that end a generated text. The first one is the last label of a training text."""
+        """Tokens that end a generated text. In training, the first of these tokens is put at the end of each text."""
         if not self.end_token_ids:
             return self.eos_token_ids
         return tuple(sorted(self.end_token_ids, key=lambda token: token not in self.eos_token_ids))

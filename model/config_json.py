@@ -1,7 +1,7 @@
 """Reads and writes the sections of a ``config.json``.
 
-A config class is a :class:`Section`: its fields made by :func:`key` are the keys of a section. :class:`Fields` checks
-the values.
+A config class is a subclass of :class:`Section`. Each field that is declared with :func:`key` is one key of the
+section. :class:`Fields` reads and checks the values.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ MAX_NUMBER = 1e300  # NaN, and integers that are no float, are above it
 def layered(*layers: Mapping[str, Any]) -> Mapping[str, Any]:
     """Combines several JSON objects into one: a key has the value of the first object that has the key.
 
-    Nothing is copied, so an object that records which of its keys are read still works
+    The objects are not copied. So an object that records the reading of its keys still records it
     (``checkpoint/config_keys.py``).
     """
     return ChainMap(*layers)  # type: ignore[arg-type]  # only read
 
 
 def _place(section: str) -> str:
-    """Returns the place of a section for errors, such as ``config.json: text_config``.
+    """Returns the name of a section for errors, such as ``config.json: text_config``.
 
-    If the section is a whole file, its name is the file's name.
+    If ``section`` is the name of a file (the section is the whole file), it is returned as it is.
     """
     return section if section.endswith(".json") else f"config.json: {section}"
 
@@ -127,7 +127,7 @@ _READERS: dict[type, Callable[[Fields, str, Any], Any]] = {
     bool: Fields.flag,
     str: Fields.activation,
 }
-"""Method that checks a value, by the type of the key's default."""
+"""The method that reads and checks a value, by the type of the key's default."""
 
 
 def key(name: str, default: Any) -> Any:
@@ -173,7 +173,7 @@ class Section:
 
     @classmethod
     def from_hf(cls, values: Any, **given: Any) -> Self:
-        """Makes the config from a section of ``config.json``; ``given`` has the fields that are not in the section.
+        """Makes the config from a section of ``config.json``; ``given`` are fields that are not in the section.
 
         Raises:
             CheckpointError: A value has a wrong type, or the values do not fit together.

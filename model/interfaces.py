@@ -11,7 +11,11 @@ from blip2edge.model.config import VisionEncoderConfig
 from blip2edge.model.layers import KeyValue, gather_positions
 
 LayerStep = Callable[[int, Tensor, KeyValue | None], tuple[Tensor, KeyValue]]
-"""Runs one layer: its index, ``x [B, S, D]`` and its cache, to ``[B, S, D]`` and the extended cache."""
+"""A function that runs one layer.
+
+Its arguments are the layer's index, the layer's input ``[B, S, D]``, and the layer's cached keys and values. It returns
+the layer's output ``[B, S, D]``, and the cached keys and values followed by those of the S new slots.
+"""
 
 
 class VisionModule(nn.Module):
@@ -27,8 +31,8 @@ class VisionModule(nn.Module):
 class DecoderModule(nn.Module):
     """A language model: maps embeddings and the KV cache to logits and the extended cache.
 
-    A model implements :meth:`start` and :meth:`logits`. The same :meth:`forward` runs prefill, decoding and
-    verification: the cache is an argument, not a state.
+    A subclass implements :meth:`start` and :meth:`logits`. The same :meth:`forward` runs prefill, decode steps and the
+    verification of draft tokens: the cache is an argument, and no state is stored in the module.
     """
 
     embed_tokens: nn.Embedding
@@ -39,9 +43,10 @@ class DecoderModule(nn.Module):
         return self.embed_tokens(token_ids)
 
     def encode(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Runs the encoder on its inputs (see ``Language.encoder_inputs``); returns states ``[B, E, D]``.
+        """Runs the encoder of an encoder-decoder model; returns its states ``[B, E, D]``.
 
-        Only encoder-decoder models implement this method.
+        The arguments are the tensors that ``Language.encoder_inputs`` names for this model. Other models do not
+        implement this method.
         """
         raise NotImplementedError
 
@@ -55,7 +60,11 @@ class DecoderModule(nn.Module):
     def start(
         self, x: Tensor, mask: Tensor, positions: Tensor, cross: Sequence[KeyValue], cross_mask: Tensor | None, /
     ) -> tuple[Tensor, LayerStep]:
-        """Returns the input of the first layer, and a function that runs a layer; arguments as in :meth:`forward`."""
+        """Returns the input of the first layer, and a function that runs one layer.
+
+        The arguments have the shapes of those of :meth:`forward`: ``inputs_embeds``, ``attention_mask``,
+        ``position_ids``, ``cross`` and ``cross_attention_mask``.
+        """
         raise NotImplementedError
 
     def logits(self, x: Tensor) -> Tensor:

@@ -46,17 +46,17 @@ def stack(layers: Iterable[Module]) -> Sequence[Module]:
 
 
 def entry_points(layer: nn.Module) -> tuple[str, ...]:
-    """Returns the names of the methods by which others run a layer: ``forward``, or the class' ``entry_points``.
+    """Returns the names of the methods that run a layer: the class attribute ``entry_points``, else ``forward``.
 
-    Nothing else calls a layer's inner modules. So training can act before and after each use of a layer's weights: it
-    gathers them from all processes (FSDP), or runs the layer again in the backward pass (activation checkpointing).
+    The modules inside a layer run only within these methods. So training can wrap the methods, to gather the layer's
+    weights from all processes (FSDP) or to run the layer again in the backward pass (activation checkpointing).
     """
     names: tuple[str, ...] = getattr(layer, "entry_points", ("forward",))
     return names
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Returns name and shape of every parameter of a module; also works on the meta device."""
+    """Returns the shape of every parameter and buffer of a module, by name; also works on the meta device."""
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
@@ -117,7 +117,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
 
 
 class Attention(nn.Module):
-    """Multi-head attention. Keys and values are computed separately (:meth:`key_value`), so that they can be cached.
+    """Multi-head attention. A separate method (:meth:`key_value`) computes keys and values, so that they can be cached.
 
     Args:
         width: Width of the states that attend, and of the output.
@@ -157,7 +157,10 @@ class Attention(nn.Module):
         return key, split_heads(self.value(context), self.heads)
 
     def forward(self, x: Tensor, key_value: KeyValue, bias: Tensor | None = None) -> Tensor:
-        """Lets ``x [B, S, D]`` attend to keys and values; ``bias`` is added to the scores ``[B, H, S, T]``."""
+        """Lets ``x [B, S, D]`` attend to keys and values; ``bias`` is added to the scores ``[B, H, S, T]``.
+
+        Returns ``[B, S, width]``.
+        """
         query = self.query_norm(split_heads(self.query(x), self.heads))
         return self.out(merge_heads(attend(query, *key_value, bias, self.scale)))
 
@@ -248,13 +251,16 @@ def chosen_queries(queries: Tensor, query_ids: Tensor | None) -> Tensor:
             2405.19315).
 
     Returns:
-        ``[B, Q, D]`` or ``[1, Q, D]``; for None, ``queries``.
+        The selected queries, ``[B, Q, D]`` or ``[1, Q, D]``; ``queries`` itself if ``query_ids`` is None.
     """
     return queries if query_ids is None else F.embedding(query_ids, queries.reshape(-1, queries.shape[-1]))
 
 
 def gather_positions(x: Tensor, indices: Tensor | None) -> Tensor:
-    """Selects slots of ``x [B, S, D]`` by ``indices``, int64 ``[B, K]``; returns ``[B, K, D]``. None: all slots."""
+    """Selects slots of ``x [B, S, D]`` by ``indices``, int64 ``[B, K]``; returns ``[B, K, D]``.
+
+    If ``indices`` is None, all slots are returned.
+    """
     if indices is None:
         return x
     return torch.gather(x, 1, indices[:, :, None].expand(-1, -1, x.shape[-1]))

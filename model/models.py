@@ -14,7 +14,10 @@ Config = CaptionerConfig | RetrievalConfig
 Model = CaptionerModel | RetrievalModel
 
 ORDERED_BRIDGES = ("mlp",)
-"""Bridges that keep the order of the patches in the text. All others read the patches as a set."""
+"""Kinds of bridges that make one visual token of each patch, in the order of the patches.
+
+For bridges of all other kinds, the order of the patches has no effect.
+"""
 
 
 def build_model(config: Config) -> Model:

@@ -68,7 +68,11 @@ class RetrievalConfig:
 
 
 class BlipMatcher(MatcherModule):
-    """BLIP's matcher: the class token, and a BERT that reads the text with or without attention to the patches."""
+    """BLIP's matcher: a BERT encodes the text, and its first state represents the text.
+
+    For ITC, BERT does not attend to the picture, and the picture is represented by its class token. For ITM, BERT
+    attends to the patches.
+    """
 
     def __init__(self, config: RetrievalConfig) -> None:
         super().__init__()
@@ -93,7 +97,7 @@ class BlipMatcher(MatcherModule):
 
 
 class RetrievalQFormer(InstructedQFormer):
-    """The Q-Former of BLIP-2's first stage: it reads a picture, a text, or both together."""
+    """The Q-Former of BLIP-2's first stage; its input is a picture, a text, or both together."""
 
     def read_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Encodes a text alone; ids and mask are int64 ``[B, S]``, padded on the right. Returns ``[B, S, D]``."""
@@ -107,7 +111,7 @@ class RetrievalQFormer(InstructedQFormer):
 
 
 class Blip2Matcher(MatcherModule):
-    """BLIP-2's matcher: one vector per query; the vector nearest to the text counts for the similarity.
+    """BLIP-2's matcher: a picture has one vector per query; the vector nearest to the text gives the similarity.
 
     The ITM logits are the mean over the queries.
     """

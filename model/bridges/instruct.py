@@ -48,10 +48,10 @@ class InstructedLayer(QFormerLayer):
     def forward(
         self, queries: Tensor, text: Tensor, bias: Tensor, image_embeds: Tensor, *, last: bool
     ) -> tuple[Tensor, Tensor]:
-        """Updates queries ``[B, Q, D]`` and text ``[B, T, D]``, same shapes; ``bias [B, 1, 1, Q + T]`` hides padding.
+        """Runs the layer on queries ``[B, Q, D]`` and text states ``[B, T, D]``; returns both in the same shapes.
 
-        If ``last`` is true, the feed-forward of the text is left out, because the text states after the last layer are
-        not used.
+        ``bias [B, 1, 1, Q + T]`` hides the padding of the text. If ``last`` is true (last layer), the feed-forward of
+        the text is left out, because the text states after the last layer are not used.
         """
         count = queries.shape[1]
         both = torch.cat([queries, text], dim=1)  # [B, Q + T, D]
@@ -62,7 +62,7 @@ class InstructedLayer(QFormerLayer):
         return self.feed_forward(queries), text if last else self.text_feed_forward(text)
 
     def read_text(self, text: Tensor, bias: Tensor) -> Tensor:
-        """Updates a text alone, ``[B, T, D]``; ``bias [B, 1, 1, T]`` hides padding."""
+        """Runs the layer on text states ``[B, T, D]`` without queries; ``bias [B, 1, 1, T]`` hides padding."""
         return self.text_feed_forward(self.self_attention(text, text, bias))
 
 
@@ -92,9 +92,11 @@ class InstructedQFormer(QFormerBase):
 
         Args:
             image_embeds: The picture's embeddings, ``[B, P, Dv]``.
-            instruction_ids: Token ids int64 ``[B, T]``, padded on the right, because a token's slot is its position.
+            instruction_ids: Token ids int64 ``[B, T]``, padded on the right: the index of a token in its row is its
+                position.
             instruction_mask: int64 ``[B, T]``, 1 where a token is valid.
-            query_ids: See :func:`chosen_queries`.
+            query_ids: Numbers of the learned queries to use, int64 ``[B, Q]`` or ``[1, Q]``; None for all
+                (:func:`chosen_queries`).
         """
         slots = torch.arange(instruction_ids.shape[1], device=instruction_ids.device)
         words = self.word_embeddings(instruction_ids) + self.position_embeddings(slots)  # [B, T, D]

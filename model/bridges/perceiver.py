@@ -1,7 +1,8 @@
-"""The perceiver resampler: learned latents that read a picture of any length (Alayrac et al., arXiv 2204.14198, 3.1).
+"""The perceiver resampler: learned latents that attend to any number of picture embeddings.
 
-This is Flamingo's variant of the Perceiver (arXiv 2103.03206): in every layer the latents attend to the picture and to
-each other, then pass a feed-forward. The output has the width of the picture's embeddings.
+Alayrac et al., arXiv 2204.14198, section 3.1. This is Flamingo's variant of the Perceiver (arXiv 2103.03206): in every
+layer the latents attend to the picture and to each other, then pass through a feed-forward. The output has the width of
+the picture's embeddings.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class PerceiverConfig(Section):
 
 
 class PerceiverAttention(Attention):
-    """Attention of the latents to the picture and to the latents; the matrices have no bias."""
+    """Attention of the latents to the picture's embeddings and to all latents; the matrices have no bias."""
 
     def __init__(self, config: PerceiverConfig) -> None:
         norm = partial(nn.LayerNorm, config.head_dim) if config.qk_norms else None
@@ -67,7 +68,7 @@ class PerceiverAttention(Attention):
 
 
 class PerceiverFeedForward(FeedForward):
-    """A norm, and two matrices without bias around a ReLU (Flamingo's paper squares it, Idefics does not)."""
+    """A norm, and two matrices without bias around a ReLU, as in Idefics; Flamingo's paper has a squared ReLU."""
 
     def __init__(self, config: PerceiverConfig) -> None:
         super().__init__(config.width, 4 * config.width, "relu", gated=False)
@@ -107,7 +108,10 @@ class PerceiverResampler(nn.Module):
         self.projection = nn.Linear(config.width, config.output_size) if config.output_size else None
 
     def forward(self, image_embeds: Tensor, query_ids: Tensor | None = None) -> Tensor:
-        """Maps ``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``; see :func:`chosen_queries`."""
+        """Maps ``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``.
+
+        ``query_ids`` are the numbers of the latents to use; None for all (:func:`chosen_queries`).
+        """
         latents = chosen_queries(self.latents, query_ids).expand(image_embeds.shape[0], -1, -1)
         for layer in self.layers:
             latents = layer(image_embeds, latents)

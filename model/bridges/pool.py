@@ -64,7 +64,10 @@ class AttentionPoolBridge(nn.Module):
         self.projection = nn.Linear(config.hidden_size, embed_dim)
 
     def forward(self, image_embeds: Tensor, query_ids: Tensor | None = None) -> Tensor:
-        """Maps ``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``; see :func:`chosen_queries`."""
+        """Maps ``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``.
+
+        ``query_ids`` are the numbers of the learned queries to use; None for all (:func:`chosen_queries`).
+        """
         queries = self.query_norm(chosen_queries(self.query_tokens, query_ids))  # [1, Q, D]: the same for every picture
         patches = self.attention.key_value(self.patch_norm(image_embeds))
         return self.projection(self.attention(queries, patches))

@@ -35,7 +35,7 @@ class QFormerLayer(nn.Module):
         """Updates the queries, which attend to each other and to the picture.
 
         Args:
-            queries: ``[B, Q, D]``, or ``[1, Q, D]`` while they are the same for every row.
+            queries: ``[B, Q, D]``, or ``[1, Q, D]`` while the queries are the same for every row of the batch.
             image_embeds: The picture's embeddings, ``[B, P, Dv]``.
 
         Returns:
@@ -81,11 +81,12 @@ class QFormerBase(nn.Module):
 
         Args:
             image_embeds: The picture's embeddings, ``[B, P, Dv]``.
-            query_ids: See :func:`chosen_queries`.
+            query_ids: Numbers of the learned queries to use, int64 ``[B, Q]`` or ``[1, Q]``; None for all
+                (:func:`chosen_queries`).
 
         Returns:
-            The queries ``[B, Q, D]``, and keys and values ``[B, H, Q, d]`` of each layer's self-attention; a text
-            after the queries attends to these.
+            The queries ``[B, Q, D]``, and keys and values ``[B, H, Q, d]`` of each layer's self-attention, to which a
+            text after the queries attends.
         """
         rows = image_embeds.shape[0]
         queries = chosen_queries(self.query_tokens, query_ids)
@@ -111,17 +112,21 @@ class QFormer(QFormerBase):
         self.layers = stack(QFormerLayer(config, index) for index in range(config.num_layers))
 
     def forward(self, image_embeds: Tensor, query_ids: Tensor | None = None) -> Tensor:
-        """Maps ``image_embeds [B, P, Dv]`` to queries ``[B, Q, D]``; see :func:`chosen_queries`."""
+        """Maps ``image_embeds [B, P, Dv]`` to queries ``[B, Q, D]``.
+
+        ``query_ids`` are the numbers of the learned queries to use; None for all (:func:`chosen_queries`).
+        """
         return self.read(image_embeds, query_ids)[0]
 
 
 class Projection(nn.Linear):
     """Linear layer from the bridge's width to the language model's width.
 
-    The output is ``hidden_size`` wide. If the token table is narrower (OPT-350m), transformers fills the Q visual
-    tokens from the front of the flattened output. This module does the same for each picture, so that both give the
-    same captions. (transformers fills a whole batch at once, so that every picture but the first gets shifted
-    values.)
+    The linear layer has ``hidden_size`` outputs. In OPT-350m, the token table is narrower: ``embed_dim`` is smaller
+    than ``hidden_size``. For this case, transformers flattens the outputs of all Q queries and uses the first
+    ``Q * embed_dim`` values as the visual tokens. This module does the same for each picture, so that a single picture
+    gets the same caption as in transformers. (transformers flattens the whole batch, so that there the second and later
+    pictures of a batch get values that belong to earlier pictures.)
     """
 
     def __init__(self, width: int, hidden_size: int, embed_dim: int) -> None:
@@ -153,6 +158,6 @@ class QFormerBridge(nn.Module):
         """Maps ``image_embeds [B, P, Dv]`` to ``visual_tokens [B, Q, D]``.
 
         For a Q-Former that reads an instruction, ``instruction`` is token ids and mask, int64 ``[B, T]`` each.
-        ``query_ids``: see :func:`chosen_queries`.
+        ``query_ids`` are the numbers of the learned queries to use; None for all (:func:`chosen_queries`).
         """
         return self.projection(self.qformer(image_embeds, *instruction, query_ids=query_ids))

@@ -28,13 +28,16 @@ from blip2edge.model.weights.rules import Rule
 DRAFT_FILE = "draft.safetensors"
 DRAFT_CONFIG = "draft.json"
 DRAFT_PREFIX = "draft."
-"""Prefix of our parameters, and of the names of the file's tensors in a checkpoint."""
+"""Prefix of the text head's parameter names in the model.
+
+The tensors of ``draft.safetensors`` have no prefix; they get this one when they are read.
+"""
 
 
 class WordHead(nn.Module):
     """Maps states to logits: a linear layer, an activation and a norm, then the token embedding table as output matrix.
 
-    It is BERT's output layer (arXiv 1810.04805), and LAVIS' ``cls``.
+    This is BERT's output layer (arXiv 1810.04805); LAVIS calls it ``cls``.
     """
 
     def __init__(self, config: QFormerConfig, vocab_size: int) -> None:
@@ -83,7 +86,7 @@ class TextSide(NamedTuple):
             input_ids: Token ids, int64 ``[B, S]``; the first token of a text is [DEC].
             positions: Positions of the tokens, int64 ``[B, S]`` or ``[S]``, 0 for [DEC].
             bias: Added to the scores, broadcastable to ``[B, H, S, P + S]``.
-            past: Keys and values ``[B, H, P, d]`` of each layer, of the queries and the earlier tokens.
+            past: For each layer, keys and values ``[B, H, P, d]`` of the queries and the earlier tokens.
             logits_indices: int64 ``[B, K]``, indices of the tokens to compute logits for; None for all S.
 
         Returns:
@@ -106,7 +109,7 @@ class TextSide(NamedTuple):
 
 
 class TextHead(nn.Module):
-    """The modules of the text head that belong to it alone, and not also to the Q-Former."""
+    """The text head's own modules, without the modules that it shares with the Q-Former."""
 
     def __init__(self, config: DraftConfig, qformer: QFormerConfig) -> None:
         super().__init__()
@@ -117,7 +120,7 @@ class TextHead(nn.Module):
         self.head = WordHead(qformer, config.vocab_size)
 
     def text_side(self, qformer: Any) -> TextSide:
-        """Joins the text head with the shared modules of ``qformer`` (``model.bridge.qformer``)."""
+        """Combines the text head's own modules with the shared modules of ``qformer`` (``model.bridge.qformer``)."""
         layers = list(zip(qformer.layers, self.feed_forwards, strict=True))
         return TextSide(self.words, self.positions, qformer.norm, qformer.dropout, layers, self.head)
 
@@ -132,7 +135,10 @@ TEXT_HEAD_RULES = (
     Rule("head.norm", "cls.predictions.transform.LayerNorm"),
     Rule("head.bias", "cls.predictions.bias"),
 )
-"""Our names and those in ``draft.safetensors``: transformers' ``Blip2ForImageTextRetrieval``, LAVIS' for the head."""
+"""Maps parameter names of :class:`TextHead` to tensor names in ``draft.safetensors``.
+
+The file uses the names of transformers' ``Blip2ForImageTextRetrieval``, and LAVIS' names for the word head.
+"""
 
 
 def write_draft(directory: Path, tensors: Mapping[str, Tensor], config: DraftConfig) -> None:

@@ -1,8 +1,8 @@
 """Finds the keys of a ``config.json`` that would change the captions and that this project does not read.
 
-:class:`RecordedObject` records the keys that the reader of a family asks for. All others are compared with the
-transformers' config object without them. A key that does not change this object has no effect. A key that transformers
-does not read either is named in a warning. Any other key is refused.
+:class:`RecordedObject` records the keys that this project reads. Then transformers makes two config objects: one from
+all keys, and one from only the recorded keys. A key that makes no difference between the two objects has no effect. A
+key that transformers does not read either is named in a warning. Any other key is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from blip2edge.model.checkpoint.stored.files import read_checkpoint_json
 from blip2edge.model.families.registry import read_config
 
 TRANSFORMERS_TYPES = {"minigpt4": "blip-2"}
-"""``model_type`` of transformers' class for a format that transformers does not know but that has the same keys."""
+"""For a ``model_type`` that transformers does not support: a supported ``model_type`` with the same config keys."""
 
 
 class RecordedObject(Mapping[str, Any]):
@@ -45,7 +45,7 @@ class RecordedObject(Mapping[str, Any]):
         return value
 
     def read_part(self) -> dict[str, Any]:
-        """Returns only the keys that were read, and ``model_type`` (it selects transformers' class)."""
+        """Returns only the keys that were read, and ``model_type``, because it selects transformers' config class."""
         kept = {key: value for key, value in self.content.items() if key in self.keys_read or key == "model_type"}
         return kept | {name: section.read_part() for name, section in self.sections.items()}
 

@@ -58,9 +58,9 @@ class Checkpoint:
 
     Attributes:
         directory: The directory with config and weights: ``given``, or the base of the adapter in ``given``.
-        laid_over: The file with trained tensors that replace the directory's.
-        config: Config of the model. Its head is tied if the tensors of head and token table are equal.
-        ties: Pairs of tensors that the config ties.
+        laid_over: The file with trained tensors that replace tensors of the directory; None if there is none.
+        config: Config of the model. Its head counts as tied only if the tensors of head and token table are equal.
+        ties: Pairs of names of tensors that are tied according to ``config.json``.
         map: Maps the parameters of this project's model to the checkpoint's tensors.
         shapes: Shapes of the parameters of this project's model.
 
@@ -96,7 +96,9 @@ class Checkpoint:
         self._fit()
 
     def _fit(self) -> None:
-        """Decides whether the head is tied to the token table, and checks names and shapes of all tensors.
+        """Sets ``config``, ``map`` and ``shapes``, and checks names and shapes of all tensors.
+
+        The head is tied to the token table only if the tensors of both are equal.
 
         Raises:
             CheckpointError: Config and tensors do not fit together.
@@ -116,7 +118,7 @@ class Checkpoint:
         self.map.check(self.shapes, found)
 
     def _used(self, config: Config) -> set[str]:
-        """Names of the tensors that are weights of a model with this config."""
+        """Returns the names of the checkpoint's tensors that are weights of a model with this config."""
         names = weight_map(config)
         with torch.device("meta"):
             return {source for ours in shapes_of(build_model(config)) for source in names.sources(ours)}
@@ -134,7 +136,7 @@ class Checkpoint:
         """Replaces tensors of the directory by trained tensors from another file.
 
         Args:
-            tensors: New tensors, by the directory's names.
+            tensors: New tensors, by the names of the directory's tensors that they replace.
             path: The file of the new tensors.
 
         Raises:
@@ -171,7 +173,7 @@ class Checkpoint:
 
 
 def ties_head(config: Config) -> TypeGuard[CaptionerConfig]:
-    """Whether the model is a captioner whose head shares the weight of the token table."""
+    """Returns whether the model is a captioner whose head is tied: it uses the weight of the token table."""
     return isinstance(config, CaptionerConfig) and config.language.tie_embeddings
 
 
@@ -179,7 +181,7 @@ def load_model(source: str | Path | Checkpoint, dtype: torch.dtype = torch.float
     """Reads a directory (or hub name) into a model in eval mode.
 
     Args:
-        source: A checkpoint of any family; a :class:`Checkpoint` stays open.
+        source: Directory or hub name of a checkpoint of any family, or an open :class:`Checkpoint`, which stays open.
         dtype: dtype of all weights.
 
     Raises:
@@ -198,21 +200,25 @@ def load_model(source: str | Path | Checkpoint, dtype: torch.dtype = torch.float
 
 
 def load_checkpoint(directory: str | Path, dtype: torch.dtype = torch.float32) -> CaptionerModel:
-    """Reads a captioner; the arguments are those of :func:`load_model`.
+    """Reads a captioner into a model in eval mode.
+
+    Args:
+        directory: Directory or hub name of the checkpoint.
+        dtype: dtype of all weights.
 
     Raises:
-        CheckpointError: The checkpoint is a retrieval model, which generates no text; or see :func:`load_model`.
+        CheckpointError: The checkpoint cannot be read, or it is a retrieval model, which generates no text.
     """
     model = load_model(directory, dtype)
     if not isinstance(model, CaptionerModel):
         raise CheckpointError(
-            f"{directory} compares pictures with texts and generates none", "give a captioner's checkpoint"
+            f"{directory} compares pictures with texts and generates no text", "give a captioner's checkpoint"
         )
     return model
 
 
 def to_hf_tensors(model: Model) -> dict[str, Tensor]:
-    """Returns the tensors of a model by transformers' names, without a tied head."""
+    """Returns the tensors of a model by transformers' names; the head is left out if it is tied."""
     names = weight_map(model.config)
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
@@ -235,8 +241,8 @@ def save_checkpoint(
     Args:
         model: The model to save.
         directory: Where to write; created if missing.
-        like: A checkpoint whose tokenizer and processor files are copied, also the tokenizer of the text head.
-        dtype: dtype of the saved weights; None keeps the model's.
+        like: A checkpoint whose tokenizer and processor files are copied, and the text head's tokenizer if it has one.
+        dtype: dtype of the saved weights; None for the dtype of the model.
     """
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)

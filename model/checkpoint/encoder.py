@@ -19,9 +19,10 @@ from blip2edge.model.weights.rules import WeightMap, under
 
 
 def is_encoder(directory: Path) -> bool:
-    """Whether a checkpoint must be opened with :func:`load_encoder`, and not as a captioner or retrieval model.
+    """Returns whether only the vision encoder of a checkpoint can be used (:func:`load_encoder`).
 
-    Such a checkpoint holds only a vision encoder, or it holds a whole model that no family reads, such as SigLIP.
+    This is so if the checkpoint holds only a vision encoder, or a model such as SigLIP, which is neither a captioner
+    nor a retrieval model that this project supports.
     """
     path = directory / "config.json"
     known = VISION_ENCODERS.keys() | WHOLE_MODELS.keys() | REFUSED.keys()
@@ -63,7 +64,11 @@ def load_encoder(directory: Path, size: tuple[int, int] | None = None) -> Vision
 
 
 def _for_size(module: VisionModule, size: tuple[int, int] | None, directory: Path) -> VisionModule:
-    """Returns the encoder, or a resized copy of it for pictures of another size; see :func:`load_encoder`."""
+    """Returns the encoder, or a copy of it for pictures of another ``size`` (height and width in pixels).
+
+    Raises:
+        CheckpointError: The encoder cannot be resized, or the size is not square.
+    """
     side = module.config.image_size
     if size is None or size == (side, side):
         return module

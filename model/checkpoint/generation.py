@@ -1,4 +1,7 @@
-"""Reads the generation defaults of a bundle, from ``generation_config.json`` if the family follows this file."""
+"""Reads the generation defaults of a bundle.
+
+They are from ``generation_config.json`` for the families that use this file in transformers.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from blip2edge.model.families.registry import FAMILIES
 from blip2edge.runtime.decoding.options import GenerationOptions
 
 MAX_NEW_TOKENS = 30
-"""Default length of a caption: the limit in BLIP-2's evaluation on COCO."""
+"""Default of the largest number of new tokens: the limit in BLIP-2's evaluation on COCO."""
 
 FILE = "generation_config.json"
 
@@ -28,7 +31,7 @@ SAMPLING: Mapping[str, Any] = {
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
 }
-"""Keys that have an effect only with ``do_sample``, and transformers' defaults of them."""
+"""Keys that have an effect only if ``do_sample`` is true, and their defaults in transformers."""
 
 NO_EFFECT: Mapping[str, Any] = {
     "min_new_tokens": 0,
@@ -47,14 +50,14 @@ NO_EFFECT: Mapping[str, Any] = {
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
 }
-"""Values that change nothing; they are not written."""
+"""For some keys, the value that has no effect. A key with this value is not written to the manifest."""
 
 TRANSFORMERS_LENGTH = 20
 """transformers' default of ``max_length``."""
 
 
 def end_tokens(directory: Path, config: CaptionerConfig) -> tuple[int, ...]:
-    """Returns the end tokens in ``generation_config.json``; empty if the family does not follow this file."""
+    """Returns the end tokens in ``generation_config.json``; empty if the family does not use this file."""
     path = directory / FILE
     if not FAMILIES[config.family].generation or not path.is_file():
         return ()
@@ -64,9 +67,8 @@ def end_tokens(directory: Path, config: CaptionerConfig) -> tuple[int, ...]:
 def read_generation(directory: Path, config: CaptionerConfig) -> tuple[dict[str, Any], list[str]]:
     """Returns the value of ``generation`` for the manifest, and warnings.
 
-    Only the families that transformers generates with their own ``generation_config.json`` follow it (LLaVA,
-    Idefics). The language model inside the other families takes its end tokens from ``config.json`` and no other
-    key, in transformers as here.
+    As in transformers, only LLaVA and Idefics use ``generation_config.json``. For all other families, the end tokens
+    are from ``config.json``, and the other defaults do not depend on the checkpoint.
 
     Raises:
         CheckpointError: A key has a value that is not supported.
@@ -106,7 +108,12 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _options(values: Mapping[str, Any], eos: list[Any], path: Path) -> dict[str, Any]:
-    """Returns the keys of a generation config that are options of the runtime, without those that have no effect.
+    """Returns the generation options for the manifest, without options whose value has no effect.
+
+    Args:
+        values: Content of ``generation_config.json``.
+        eos: End tokens, only for the check of the values.
+        path: The file, for errors.
 
     Raises:
         CheckpointError: A value is outside its range.

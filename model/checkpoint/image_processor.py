@@ -22,15 +22,17 @@ from blip2edge.runtime.images.preprocess import (
 )
 
 SOURCES = (("processor_config.json", "image_processor"), ("preprocessor_config.json", ""))
-"""Where the settings are: a file and a key in it (empty: the whole file); the first that exists is used, as in
-transformers."""
+"""Where the preprocessing settings of a picture model can be: a file, and a key in it (empty for the whole file).
+
+The first entry that exists is used, as in transformers.
+"""
 
 VIDEO_SOURCES = (
     ("processor_config.json", "video_processor"),
     ("video_preprocessor_config.json", ""),
     ("preprocessor_config.json", ""),
 )
-"""The same for a model of videos."""
+"""Where the preprocessing settings of a video model can be, as in :data:`SOURCES`."""
 
 SAVE_PROCESSOR = "save the processor too: AutoProcessor.from_pretrained(NAME).save_pretrained(DIRECTORY)"
 
@@ -53,8 +55,9 @@ class ImageProcessorClass:
         do_crop: Whether the class crops by default.
         resample: Pillow's code of the filter.
         mean, std: One value for each channel, R, G, B.
-        square: Whether a single number as ``size`` means both edges; else it means the shortest edge.
-        rescale_first: Whether the class rescales before it resizes, as an exception.
+        square: Whether a single number as ``size`` is the length of both edges; if not, it is that of the shortest
+            edge.
+        rescale_first: Whether the class rescales before it resizes, unlike the other classes.
     """
 
     size: Mapping[str, int] = field(default_factory=lambda: SHORT_224)
@@ -107,21 +110,27 @@ CLASSES: dict[str, ImageProcessorClass] = {
     ),
     "DeiT": ImageProcessorClass({"height": 256, "width": 256}, mean=HALF, std=HALF, square=True),
 }
-"""By the name without its ending (``ImageProcessor``, ``ImageProcessorFast``, ``FeatureExtractor`` …)."""
+"""The supported image processor classes.
+
+The key is the class name without its ending (``ImageProcessor``, ``ImageProcessorFast``, ``FeatureExtractor`` …).
+"""
 
 NAMES = ("image_processor_type", "feature_extractor_type")
-"""Keys that name the class; the first that has a value is used."""
+"""Keys of a preprocessing file that name the image processor class; the first key that has a value is used."""
 
 VIDEO_NAMES = ("video_processor_type", "image_processor_type")
-"""The same for a model of videos."""
+"""Keys that name the class for a video model; the first key that has a value is used."""
 
 _ENDINGS = ("ImageProcessorFast", "ImageProcessorPil", "ImageProcessor", "FeatureExtractor", "VideoProcessor")
 
 VIDEO = "InstructBlipVideo"
-"""Key of the class of videos in :data:`CLASSES`."""
+"""The key in :data:`CLASSES` of the image processor class for videos."""
 
 FAMILY_CLASSES = {"clip": "CLIP", "llava": "Llava", "idefics": "Idefics", "instructblipvideo": VIDEO}
-"""Class of a file that names none, by the ``model_type`` of ``config.json``; for all others it is ``Blip``."""
+"""The image processor class if the preprocessing file names none, by the ``model_type`` of ``config.json``.
+
+For a ``model_type`` that is not listed, the class is ``Blip``.
+"""
 
 
 @dataclass(frozen=True)
@@ -164,7 +173,14 @@ def load_preprocessing(directory: Path) -> LoadedPreprocessing:
 
 
 def _sources(directory: Path, places: Sequence[tuple[str, str]]) -> dict[str, Mapping[str, Any]]:
-    """Finds all preprocessing settings of a checkpoint, by file (and key in it); the first settings are used.
+    """Finds all preprocessing settings of a checkpoint; the caller uses the first.
+
+    Args:
+        directory: The checkpoint.
+        places: Where settings can be: :data:`SOURCES` or :data:`VIDEO_SOURCES`.
+
+    Returns:
+        The settings, by the path of the file (with the key in it).
 
     Raises:
         CheckpointError: The first settings are not a JSON object.
@@ -184,7 +200,7 @@ def _sources(directory: Path, places: Sequence[tuple[str, str]]) -> dict[str, Ma
 
 
 def _same_steps(used: Preprocessing, values: Mapping[str, Any], where: str, otherwise: str) -> bool:
-    """Whether other settings give the same preprocessing as the settings that are used."""
+    """Returns whether the settings ``values`` give the preprocessing ``used``."""
     try:
         return read_image_processor(values, where, otherwise).preprocessing == used
     except CheckpointError:
@@ -199,8 +215,8 @@ def read_image_processor(
     Args:
         values: The parsed JSON. A missing key has the default of the named class.
         where: Name of the file, for errors.
-        otherwise: Key of :data:`CLASSES` that is used if the file names no class. For :data:`VIDEO`, it is also used if
-            the file names a class for pictures.
+        otherwise: Key in :data:`CLASSES` of the class to use if the file names no class. If it is :data:`VIDEO`, this
+            class is also used if the file names only a class for pictures.
 
     Raises:
         CheckpointError: The class is not supported, a value is outside its range, or a key selects a step that is
@@ -249,12 +265,12 @@ def read_image_processor(
 
 
 def _class_of(values: Mapping[str, Any], otherwise: str) -> tuple[str, str]:
-    """Returns the class that a file names (empty for none), and the key of the class to use in :data:`CLASSES`."""
+    """Returns the class name in a file (empty for none), and the key in :data:`CLASSES` of the class to use."""
     names = VIDEO_NAMES if otherwise == VIDEO else NAMES
     named = next((str(values[key]) for key in names if values.get(key)), "")
     kind = next((named.removesuffix(ending) for ending in _ENDINGS if named.endswith(ending)), named) or otherwise
     if otherwise == VIDEO and kind in CLASSES and not values.get(VIDEO_NAMES[0]):
-        kind = VIDEO  # transformers has no form for videos of the classes here, and takes the model's own
+        kind = VIDEO  # these classes have no variant for videos in transformers, which uses the model's class instead
     return named, kind
 
 

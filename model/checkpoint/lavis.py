@@ -2,8 +2,8 @@
 
 A ``.pth`` of salesforce/LAVIS (and of MiniGPT-4, which is built on it) is ``{"model": state_dict}`` with the
 parameters that were trained: the Q-Former and ``ln_vision`` after stage 1; these and the projection after stage 2;
-also the vision encoder if it was fine-tuned; only the projection for MiniGPT-4. The rest comes from a checkpoint
-directory of the same shape.
+also the vision encoder if it was fine-tuned; only the projection for MiniGPT-4. All other weights come from a
+checkpoint directory of a model with the same sizes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ RENAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(vision|text)_proj\.(.+)", (r"\1_projection.\2",)),
     (r"(itm_head\..+)", (r"\1",)),
 )
-"""LAVIS' names and transformers'; of several, the first that the directory has is used."""
+"""Maps LAVIS' tensor names (regular expressions) to transformers' names.
+
+If there are several names, the first that the directory's checkpoint has is used.
+"""
 
 UNUSED = (
     r"temp",
@@ -58,7 +61,10 @@ UNUSED = (
     r"Qformer\.bert\.embeddings\..+",
     _LAYER + r"(intermediate|output)\..+",
 )
-"""Tensors of stage 1 or of the Q-Former's text layers; ignored if the directory's model does not have them."""
+"""Tensors of stage 1 or of the Q-Former's text layers (regular expressions).
+
+They are ignored if the directory's model does not have them.
+"""
 
 PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("qformer.", ("qformer.", "query_tokens")),
@@ -67,7 +73,11 @@ PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("vision_model.encoder.", ("vision_model.encoder.", "vision_model.embeddings.")),
     ("language_model.", ("language_model.",)),
 )
-"""Parts of the model: a file with one tensor of a part must have all tensors of the part."""
+"""Parts of the model of which a ``.pth`` has all tensors or none.
+
+If a tensor's name starts with the first entry of a row, the file must have every tensor whose name starts with a prefix
+in the second entry.
+"""
 
 
 def open_checkpoint(checkpoint: str | Path, base: str | Path | None = None) -> Checkpoint:
@@ -184,14 +194,17 @@ def _candidates(name: str) -> list[str]:
 
 
 def _touched(found: Mapping[str, Tensor]) -> set[str]:
-    """Returns the name prefixes of the model parts (see :data:`PARTS`) that have a tensor in ``found``."""
+    """Returns the name prefixes of the tensors that a file must have, because it has a tensor of the same part.
+
+    The parts are those of :data:`PARTS`; ``found`` are the tensors in the file.
+    """
     return {prefix for part, prefixes in PARTS if any(name.startswith(part) for name in found) for prefix in prefixes}
 
 
 def _with_whole_biases(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Joins each ``q_bias`` and ``v_bias`` to one ``qkv_bias``: (q, 0, v).
+    """Concatenates each ``q_bias`` and ``v_bias`` to one ``qkv_bias``: (q, 0, v).
 
-    The middle is 0, because keys have no bias (BEiT, arXiv 2106.08254).
+    The bias of the keys is 0, because keys have no bias (BEiT, arXiv 2106.08254).
     """
     whole = {name: tensor for name, tensor in state.items() if not name.endswith(("attn.q_bias", "attn.v_bias"))}
     stems = sorted({name[: -len("q_bias")] for name in state.keys() - whole.keys()})

@@ -97,7 +97,7 @@ PROCESSOR = KeyTable(
     ),
     checked={"add_end_of_utterance_token": (False,), "vision_feature_select_strategy": ("default", "full")},
 )
-"""The export adds checked keys of which ``config.json`` gives the accepted value; see :data:`FROM_CONFIG`."""
+"""Keys of ``processor_config.json``. Export also checks the keys in :data:`FROM_CONFIG` against ``config.json``."""
 
 FROM_CONFIG = ("num_query_tokens", "patch_size", "num_additional_image_tokens", "image_token", "processor_class")
 """Keys of ``processor_config.json`` that must agree with ``config.json``."""
@@ -249,7 +249,10 @@ TOKENIZER = KeyTable(
         "use_default_system_prompt",
     ),
 )
-"""For keys that are neither an argument of the tokenizer's class nor a token; see ``tokenizer_keys.py``."""
+"""Keys of ``tokenizer_config.json`` that are neither an argument of the tokenizer's class nor a token.
+
+All other keys are checked by ``tokenizer_keys.py``.
+"""
 
 CONFIG = KeyTable(
     "config.json, and its sections",
@@ -311,7 +314,10 @@ CONFIG = KeyTable(
         "use_resampler",  # in perceiver_config; the one at the top level is read
     ),
 )
-"""For keys that no reader asks for. All others must not change transformers' config object; see ``config_keys.py``."""
+"""Keys of ``config.json`` that this project does not read and that change no caption.
+
+Any other key that this project does not read must not change transformers' config object (``config_keys.py``).
+"""
 
 
 def check_keys(table: KeyTable, values: Mapping[str, Any], where: str) -> list[str]:

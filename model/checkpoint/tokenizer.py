@@ -14,10 +14,10 @@ from blip2edge.reading import read_bytes, reading
 from blip2edge.runtime.text.tokenizer import TOKENIZER_BYTES, Tokenizer, parse_tokenizer
 
 VOCABULARIES = (TOKENIZER_FILE, "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-"""Files of which a tokenizer has at least one."""
+"""Vocabulary files; the directory of a tokenizer has at least one of these."""
 
 FLAGS = ("clean_up_tokenization_spaces", "split_special_tokens")
-"""Settings of ``tokenizer_config.json`` that a ``tokenizer.json`` cannot hold: the manifest has them."""
+"""Settings of ``tokenizer_config.json`` that cannot be stored in a ``tokenizer.json``; the manifest stores them."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ class SerializedTokenizer:
     Attributes:
         where: File that the tokenizer was read from, for errors.
         content: Content of a ``tokenizer.json``.
-        flags: Those of :data:`FLAGS` that are on: arguments of :class:`~blip2edge.runtime.text.tokenizer.Tokenizer`.
-        bos_token_id: Id of the token that ``tokenizer_config.json`` names as BOS; None if it names none.
+        flags: The settings in :data:`FLAGS` that are true, as keyword arguments of
+            :class:`~blip2edge.runtime.text.tokenizer.Tokenizer`.
+        bos_token_id: Id of the tokenizer's BOS token; None if the tokenizer has none.
         warnings: Keys of the tokenizer's files that are not used.
     """
 
@@ -74,8 +75,8 @@ def read_tokenizer(directory: Path) -> SerializedTokenizer:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise CheckpointError(
-            f"the tokenizer of {directory}, a {type(tokenizer).__name__}, has no form as {TOKENIZER_FILE}",
-            "save it with a class that has one",
+            f"the tokenizer of {directory}, a {type(tokenizer).__name__}, cannot be stored as {TOKENIZER_FILE}",
+            "save it with a tokenizer class of transformers that writes this file",
         )
     unread = check_tokenizer_keys(directory, tokenizer)
     backend.no_truncation()

@@ -1,11 +1,13 @@
-"""Names the keys of a tokenizer's files that have no effect: those that transformers does not read either.
+"""Finds the keys of a tokenizer's files that have no effect, also not in transformers, and names them in warnings.
 
-A tokenizer of transformers stores every key of its ``tokenizer_config.json``, also an unknown one. A key counts as read
-if it is in :data:`~blip2edge.model.checkpoint.side_keys.TOKENIZER`, an argument of the tokenizer's class, or an
-attribute that the class sets. Keys that say what a tokenizer does (its tokens and their ids, ``add_bos_token``,
-``do_lower_case``) are compared with the loaded tokenizer instead. The reason is that transformers skips
-``special_tokens_map.json`` and ``added_tokens.json`` where ``tokenizer_config.json`` has ``added_tokens_decoder``, and
-``add_bos_token`` next to a ``tokenizer.json``.
+A tokenizer of transformers stores every key of its ``tokenizer_config.json``, also an unknown key. Here a key has an
+effect if it is in :data:`~blip2edge.model.checkpoint.side_keys.TOKENIZER`, an argument of the tokenizer's class, or an
+attribute that the class sets.
+
+The keys for tokens and their ids, ``add_bos_token``, ``add_eos_token`` and ``do_lower_case`` have an effect if the
+loaded tokenizer has their value. This comparison is needed because transformers ignores some of these keys: it ignores
+``special_tokens_map.json`` and ``added_tokens.json`` if ``tokenizer_config.json`` has ``added_tokens_decoder``, and it
+ignores ``add_bos_token`` if there is a ``tokenizer.json``.
 """
 
 from __future__ import annotations
@@ -55,7 +57,11 @@ def _known_keys(tokenizer: Any) -> set[str]:
 
 
 def _used(tokenizer: Any, key: str, value: Any, known: Collection[str]) -> bool:
-    """Whether a key of the file has an effect: the tokenizer has its value, or the key is in ``known``."""
+    """Returns whether a key of a file has an effect.
+
+    A key for a token or for a behaviour of the tokenizer has an effect if the tokenizer has its value. Any other key
+    has an effect if it is in ``known``.
+    """
     compare = _STATES.get(key)
     if compare is not None:
         return compare(tokenizer) == value
@@ -69,7 +75,7 @@ def _used(tokenizer: Any, key: str, value: Any, known: Collection[str]) -> bool:
 
 
 def _text(token: Any) -> str | None:
-    """Returns the text of a token, which is stored as a text or as an object; None for any other value."""
+    """Returns the text of a token, which a file stores as a string or as an object; None for any other value."""
     if isinstance(token, Mapping):
         token = token.get("content")
     return str(token) if isinstance(token, str) or hasattr(token, "content") else None
@@ -95,4 +101,4 @@ _STATES: Mapping[str, Callable[[Any], bool]] = {
     "add_eos_token": _adds_eos,
     "do_lower_case": _lowers,
 }
-"""Keys that are compared with what the loaded tokenizer does."""
+"""Keys that are compared with the loaded tokenizer: a function that returns the tokenizer's value of the key."""

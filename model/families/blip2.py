@@ -10,7 +10,7 @@ from blip2edge.model.families.tokens import read_tokens, write_tokens
 from blip2edge.model.language.registry import bridged_language
 
 VIDEO_FRAMES = 4
-"""Frames of a video: transformers' InstructBlipVideoProcessor always writes visual tokens for four."""
+"""Number of frames of a video; transformers' InstructBlipVideoProcessor always makes visual tokens for four frames."""
 
 
 def read_blip2(
@@ -26,9 +26,10 @@ def read_blip2(
         f: Values of the checkpoint's ``config.json``.
         family: Name of the family, a key in ``families/registry.py``.
         bridge_config: Class that reads ``qformer_config``.
-        slot: Prefix of the key of a visual token's id: ``image_token`` for ``image_token_id``, or ``video_token``.
-        frames: Number of frames in one video, unless ``num_frames`` of a video model gives another; 1 for a model of
-            single pictures.
+        slot: First part of the key with the id of a visual token: ``image_token`` for ``image_token_id``, or
+            ``video_token`` for ``video_token_id``.
+        frames: Number of frames in one video if ``config.json`` has no ``num_frames``; 1 for a model of single
+            pictures.
     """
     vision = VisionConfig.from_hf(f.values.get("vision_config", {}))
     bridge = bridge_config.from_hf(
@@ -53,8 +54,8 @@ def write_blip2(
 ) -> dict[str, Any]:
     """Makes the ``config.json`` that :func:`read_blip2` and transformers read.
 
-    ``architecture`` is the prefix of transformers' class name, and ``part`` is the prefix of the ``model_type`` in the
-    sections for vision encoder and Q-Former.
+    ``architecture`` is the first part of transformers' class name. ``slot`` is the first part of the key with the id of
+    a visual token. ``part`` is the first part of the ``model_type`` in the sections for vision encoder and Q-Former.
     """
     return {
         "model_type": config.family,

@@ -32,7 +32,7 @@ IDEFICS_RULES = (
 )
 
 IDEFICS_LEFT_OUT = (r"model\.vision_model\.post_layernorm\.(weight|bias)",)
-"""The norm after the pooled class token."""
+"""Tensors of a checkpoint that are not used (regular expressions): the norm after the pooled class token."""
 
 
 def read_idefics(f: Fields) -> CaptionerConfig:

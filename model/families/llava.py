@@ -24,7 +24,7 @@ LLAVA_VISION_DEFAULTS: dict[str, Any] = {
     "image_size": 336,
     "patch_size": 14,
 }
-"""CLIP ViT-L/14 at 336, for configs without a vision tower."""
+"""The ``vision_config`` of CLIP ViT-L/14 for pictures of 336 pixels; used if a config has no ``vision_config``."""
 
 LLAVA_RENAMED = (
     (r"model\.(vision_tower|multi_modal_projector)\.", r"\1."),
@@ -32,14 +32,17 @@ LLAVA_RENAMED = (
     (r"lm_head\.", "language_model.lm_head."),
     (r"vision_tower\.vision_model\.", "vision_tower."),
 )
-"""Names that other versions of transformers write, and their replacements."""
+"""Tensor names that other versions of transformers write (regular expressions), and their replacements."""
 
 LLAVA_LEFT_OUT = (
     r"vision_tower\.post_layernorm\..*",
     r"vision_tower\.encoder\.layers\.\d+\..*",
     r"vision_tower\.head\..*",
 )
-"""Parts of the tower after the layer whose output is used; SigLIP's attention pooling head."""
+"""Tensors of a checkpoint that are not used (regular expressions).
+
+They belong to the layers of the vision tower after the layer whose output is used, and to SigLIP's pooling head.
+"""
 
 
 def read_llava(f: Fields) -> CaptionerConfig:
@@ -89,7 +92,7 @@ def _clip_tower(values: Any, layer: Any, *, full: bool) -> VisionEncoderConfig:
 def _siglip_tower(values: Any, layer: Any, *, full: bool) -> VisionEncoderConfig:
     """Makes the config of a SigLIP encoder in a LLaVA.
 
-    SigLIP has no class token, so without `full`, transformers drops the first patch instead.
+    If ``full`` is false, transformers drops the first embedding. In SigLIP, this is a patch, not a class token.
     """
     tower = SiglipConfig.from_hf(values)
     return replace(tower, num_layers=feature_blocks(layer, tower.num_layers), post_norm=False, keep_first=full)
@@ -99,7 +102,7 @@ TOWERS: dict[str, Callable[..., VisionEncoderConfig]] = {
     CLIP_VISION: _clip_tower,
     SiglipConfig.model_type: _siglip_tower,
 }
-"""Readers of the vision tower, by its ``model_type``."""
+"""Functions that read the ``vision_config`` of a vision tower, by the tower's ``model_type``."""
 
 
 def write_llava(config: CaptionerConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ A directory with ``model.safetensors``, the processor's files and this ``config.
     {
       "model_type": "blip2edge",
       "image_token_index": 50265,
-      "vision_config": {…},     of any encoder in vision/registry.py, with its model_type; without one, as in BLIP-2
+      "vision_config": {…},     of any encoder in vision/registry.py; if it has no model_type, it is read as BLIP-2's
       "bridge_config": {
         "kind": "pool",         a key of BRIDGE_CONFIGS; it decides the other keys
         "num_query_tokens": 32, "hidden_size": 768, "num_attention_heads": 12, "layer_norm_eps": 1e-6
@@ -13,8 +13,8 @@ A directory with ``model.safetensors``, the processor's files and this ``config.
       "text_config": {…}        the config of any language model, with its model_type
     }
 
-Tensors: ``vision_model.…`` as the encoder's row names them, ``bridge.…`` as our modules name them,
-``language_model.…`` as transformers does.
+Names of the tensors: ``vision_model.`` and the names in the encoder's weight table, ``bridge.`` and the parameter names
+of this project's bridge, ``language_model.`` and the names in transformers.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ BRIDGE_CONFIGS: dict[str, Callable[[Fields, VisionEncoderConfig, LanguageConfig]
     "perceiver": _perceiver,
     "qformer": _qformer,
 }
-"""Readers of ``bridge_config``."""
+"""Functions that read ``bridge_config``, by the kind of the bridge."""
 
 NATIVE_RULES = (Rule("bridge", "bridge"),)
 
 
 def read_any_vision(f: Fields) -> VisionEncoderConfig:
-    """Reads a ``vision_config`` of any vision encoder; without a ``model_type``, as BLIP-2's.
+    """Reads the ``vision_config`` of any vision encoder; if it has no ``model_type``, it is read as BLIP-2's.
 
     Raises:
         UnsupportedModelError: The vision encoder is not supported.
@@ -91,7 +91,7 @@ def read_any_vision(f: Fields) -> VisionEncoderConfig:
 
 
 def read_native(f: Fields) -> CaptionerConfig:
-    """Reads this project's own ``config.json``, whose keys the module describes.
+    """Reads this project's own ``config.json``; the docstring of this module describes its keys.
 
     Raises:
         UnsupportedModelError: The vision encoder, the bridge or the language model is not supported.

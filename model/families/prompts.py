@@ -1,4 +1,4 @@
-"""The prompt format of a family: training uses it, and export writes it into the bundle's manifest."""
+"""Makes the prompt format of a family. Training uses this format, and export writes it into the bundle's manifest."""
 
 from __future__ import annotations
 

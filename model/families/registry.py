@@ -39,7 +39,7 @@ VQA_QUESTION = "Question: {question} Short answer:"
 """BLIP-2's prompt for visual questions (LAVIS, configuration of its VQA task)."""
 
 ELASTIC = "elastic_queries"
-"""Key of ``config.json``: ``CaptionerConfig.elastic``. transformers ignores it, and uses all queries."""
+"""Key of ``config.json`` for ``CaptionerConfig.elastic``. transformers ignores this key and uses all queries."""
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def write_config(config: Config) -> dict[str, Any]:
 
 
 def weight_map(config: Config) -> WeightMap:
-    """Makes the map from the parameters of this project's model to the tensors of a checkpoint."""
+    """Makes the map that gives, for each parameter of this project's model, its tensors in a checkpoint."""
     family = FAMILIES[config.family]
     vision: tuple[Rule, ...] = ()
     if family.vision_prefix:
@@ -303,7 +303,10 @@ def ties_of(config: Config) -> tuple[Tie, ...]:
 
 
 def head_and_table(config: CaptionerConfig) -> list[tuple[str, str]]:
-    """Returns pairs of tensor names in a checkpoint with an untied head: the head's weight and the token table."""
+    """Returns the names of the head's weight and of the token table in a checkpoint whose head is not tied.
+
+    There are several pairs (head, table) if the checkpoint stores both in several tensors.
+    """
     untied = WeightMap(_language_rules(config))
     return list(
         zip(untied.sources("language.head.weight"), untied.sources("language.embed_tokens.weight"), strict=True)

@@ -13,7 +13,7 @@ LANGUAGE_DEFAULTS: dict[str, dict[str, int]] = {
     "mistral": {"bos": 1, "eos": 2},
     "t5": {"eos": 1, "pad": 0, "decoder_start": 0},
 }
-"""Default special ids of transformers' configs."""
+"""Default special token ids of transformers' configs, by ``model_type``."""
 
 
 def read_tokens(text: Fields) -> dict[str, Any]:

@@ -36,7 +36,8 @@ class BertConfig(BertSizes, LanguageConfig):
 
     Attributes:
         encoder_hidden_size: Width of the patches or states that the layers attend to.
-        reads_question: Whether an encoder reads a question first, and the decoder attends to its states (VQA).
+        reads_question: Whether an encoder reads a question first (VQA); then the decoder attends to the encoder's
+            states.
     """
 
     vocab_size: int = key("vocab_size", 30524)
@@ -65,7 +66,7 @@ class BertConfig(BertSizes, LanguageConfig):
 
     @property
     def cross(self) -> CrossSpec:
-        """The cross-attention: every layer attends to the patches, or to the encoder's states of the question."""
+        """Describes the cross-attention: every layer attends to the patches, or to the encoder's states (VQA)."""
         return CrossSpec(
             self.num_layers,
             self.num_heads,
@@ -81,7 +82,7 @@ class BertConfig(BertSizes, LanguageConfig):
 
 
 class BertLayer(nn.Module):
-    """Self-attention, cross-attention, feed-forward."""
+    """A layer of BLIP's text models: self-attention, cross-attention, feed-forward."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -97,7 +98,11 @@ class BertLayer(nn.Module):
         cross: KeyValue | None = None,
         cross_bias: Tensor | None = None,
     ) -> tuple[Tensor, KeyValue]:
-        """Maps ``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values; cross-attends only with ``cross``."""
+        """Runs the layer on ``x [B, S, D]``; returns ``[B, S, D]``, and keys and values ``[B, H, P + S, d]``.
+
+        ``past`` are cached keys and values ``[B, H, P, d]``. ``cross`` are the keys and values of the cross-attention;
+        if it is None, the cross-attention is skipped.
+        """
         present = append_to_cache(past, self.self_attention.key_value(x))
         x = self.self_attention.attend_to(x, present, bias)
         if cross is not None:
@@ -133,7 +138,7 @@ class BertEncoder(nn.Module):
         """Encodes a text.
 
         Args:
-            input_ids: Token ids int64 ``[B, S]``, padded on the right, because a token's slot is its position.
+            input_ids: Token ids int64 ``[B, S]``, padded on the right: the index of a token in its row is its position.
             attention_mask: int64 ``[B, S]``, 1 where a token is valid.
             image_embeds: Patches ``[B, P, Dv]`` to attend to; None to read the text alone.
 

@@ -14,7 +14,7 @@ from blip2edge.model.layers import causal_bias, stack
 from blip2edge.model.vision.vit import Block
 
 LEGACY_EOS = 2
-"""Wrong ``eos_token_id`` of older configs. With it, the largest id of a text marks its end."""
+"""Wrong ``eos_token_id`` in older configs. For such a config, the token with the largest id counts as the end token."""
 
 CLIP_EOS = 49407
 
@@ -70,9 +70,9 @@ class ClipText(nn.Module):
         return (x * self.end(input_ids).to(x.dtype)[:, :, None]).sum(dim=1)
 
     def end(self, input_ids: Tensor) -> Tensor:
-        """Marks the first end token of each row with 1, other slots with 0: ``[B, S]``.
+        """Returns a mask, bool ``[B, S]``, that is true at the first end token of each row.
 
-        In a row without an end token, the first slot is marked.
+        In a row without an end token, it is true at the first slot.
         """
         if self.eos_token_id == LEGACY_EOS:
             ends = input_ids == input_ids.amax(dim=1, keepdim=True)

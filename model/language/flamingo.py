@@ -30,7 +30,7 @@ from blip2edge.model.layers import (
 )
 
 GATES = ("float", "vector")
-"""``alpha_type``: one gate per layer, or one per channel."""
+"""Values of the key ``alpha_type``: ``float`` for one gate per layer, ``vector`` for one gate per channel."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,16 @@ class FlamingoConfig(LlamaConfig):
 
     @property
     def cross(self) -> CrossSpec:
-        """The cross-attention: in every gated layer, each token attends to its own picture."""
+        """Describes the cross-attention: in every gated layer, a token attends to the last picture before it."""
         layers = self.num_layers // self.cross_interval
         return CrossSpec(layers, self.num_heads, self.head_dim, self.source_dim, "steps", self.source)
 
     @classmethod
     def from_hf(cls, values: Any, **given: Any) -> FlamingoConfig:
-        """Reads an Idefics ``config.json``, whose text part is at the top level; ``given`` has the other fields."""
+        """Reads the language model's keys, at the top level of an Idefics ``config.json``.
+
+        ``given`` are the fields that are not in the file.
+        """
         f = Fields(cls.section, values)
         own = Fields("vision_config", f.values.get("vision_config") or {})
         resampled = f.flag("use_resampler", False)

@@ -1,8 +1,8 @@
 """Llama, and the similar models Vicuna, Mistral, Qwen2, Qwen3 and SmolLM; flags of the config select the differences.
 
 Touvron et al., arXiv 2302.13971; rotary positions: Su et al., arXiv 2104.09864; grouped heads: Ainslie et al.,
-arXiv 2305.13245; sliding window: Jiang et al., arXiv 2310.06825. One forward serves prefill, decoding and
-verification: the cache is an argument, not a state.
+arXiv 2305.13245; sliding window: Jiang et al., arXiv 2310.06825. The same forward runs prefill, decode steps and the
+verification of draft tokens: the cache is an argument, and no state is stored in the module.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from blip2edge.model.layers import (
 
 
 class Rotary(nn.Module):
-    """Computes rotary positions as cosines and sines.
+    """Computes rotary positions as cosines and sines, always in FP32.
 
-    Always in FP32. The exporter finds this module by its name in the model, ``rotary``.
+    Export keeps this module in FP32; it finds the module by its name in the model, ``rotary``.
     """
 
     def __init__(self, head_dim: int, rope: RopeConfig) -> None:
@@ -125,7 +125,8 @@ class LlamaLayer(nn.Module):
 
     Args:
         config: Sizes of the model.
-        window: Window of the ``bias`` that the caller passes; the layer itself does not use it.
+        window: Sliding window in tokens; None for no window. It is only stored: :class:`LlamaDecoder` makes the layer's
+            ``bias`` with it.
     """
 
     def __init__(self, config: LlamaConfig, window: int | None = None) -> None:
@@ -139,7 +140,10 @@ class LlamaLayer(nn.Module):
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor, past: KeyValue | None
     ) -> tuple[Tensor, KeyValue]:
-        """Maps ``x [B, S, D]`` to ``[B, S, D]`` and this layer's keys and values; see :class:`LlamaAttention`."""
+        """Maps ``x [B, S, D]`` to ``[B, S, D]``, and to this layer's keys and values ``[B, Hkv, P + S, d]``.
+
+        The arguments are those of :meth:`LlamaAttention.forward`.
+        """
         out, present = self.attention(self.attention_norm(x), rotation, bias, past)
         x = x + out
         return x + self.feed_forward(self.feed_forward_norm(x)), present

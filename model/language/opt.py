@@ -1,6 +1,7 @@
 """OPT with explicit keys and values (Zhang et al., arXiv 2205.01068).
 
-One forward serves prefill, decoding and verification: the cache is an argument, not a state.
+The same forward runs prefill, decode steps and the verification of draft tokens: the cache is an argument, and no state
+is stored in the module.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""T5 and Flan-T5: an encoder over the prompt, a decoder that attends to it (Raffel et al., arXiv 1910.10683).
+"""T5 and Flan-T5: an encoder of the prompt, and a decoder that attends to its states (Raffel et al., arXiv 1910.10683).
 
-The decoder follows the same contract as the other language models; its keys and values of the encoder's states are
-computed once per request and passed in.
+The decoder has the same inputs and outputs as the other language models. The keys and values of the encoder's states
+are computed once per request and passed to the decoder.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from blip2edge.model.layers import (
 )
 
 T5_MAX_POSITIONS = 2048
-"""Longest context of engines and checks. The relative positions themselves have no limit."""
+"""Longest context in tokens of TensorRT engines and checks. The relative positions themselves have no limit."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class T5Config(LanguageConfig):
 
     @property
     def cross(self) -> CrossSpec:
-        """The cross-attention: every decoder layer attends to the encoder's states."""
+        """Describes the cross-attention: every decoder layer attends to the encoder's states."""
         return CrossSpec(self.num_layers, self.num_heads, self.head_dim, self.hidden_size, mask="keys")
 
     @classmethod
@@ -196,7 +196,8 @@ class T5Encoder(nn.Module):
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
         """Maps ``inputs_embeds [B, E, D]`` to states of the same shape.
 
-        ``attention_mask`` is int64 ``[B, E]``; padding must follow the text, so that slots are positions.
+        ``attention_mask`` is int64 ``[B, E]``. Padding must be on the right, because the index of a token in its row is
+        its position.
         """
         slots = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         bias = self.relative(slots, slots) + key_mask_bias(attention_mask, inputs_embeds.dtype)

@@ -30,9 +30,10 @@ class Dinov2Config(PatchEncoderConfig):
     """Config of DINOv2, with the defaults of transformers' Dinov2Config.
 
     Attributes:
-        mlp_ratio: Width inside the feed-forward over ``hidden_size``.
+        mlp_ratio: Width inside the feed-forward divided by ``hidden_size``.
         qkv_bias: Whether queries, keys and values have biases.
-        gated: Whether the feed-forward is gated; its width inside is then two thirds, a multiple of 8.
+        gated: Whether the feed-forward is gated. The width inside a gated feed-forward is two thirds of the width
+            above, rounded up to a multiple of 8.
         registers: Number of registers.
     """
 
@@ -76,7 +77,7 @@ class Dinov2Config(PatchEncoderConfig):
         return cls.from_hf(layered(values, REGISTER_DEFAULTS), registers=registers)
 
     def to_hf(self) -> dict[str, Any]:
-        """Returns the section of ``config.json`` that the readers read."""
+        """Returns the ``vision_config`` that :meth:`from_hf` or :meth:`with_registers` reads."""
         registers = {"num_register_tokens": self.registers} if self.registers else {}
         return {"model_type": self.kind} | super().to_hf() | registers
 

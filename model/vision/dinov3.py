@@ -1,8 +1,8 @@
 """DINOv3's ViT (Siméoni et al., arXiv 2508.10104): DINOv2's blocks with rotary positions of the patches.
 
 The angles come from the coordinates of a patch's centre, from -1 to 1 along each side of the picture, so that the
-weights do not depend on the picture's size. Class token and registers are not rotated. Heo et al., arXiv 2403.13298,
-have rotary positions in two dimensions.
+weights do not depend on the picture's size. Class token and registers are not rotated. Rotary positions in two
+dimensions are from Heo et al., arXiv 2403.13298.
 """
 
 from __future__ import annotations
@@ -87,7 +87,10 @@ REGISTERS = "num_register_tokens"
 
 
 class PatchRotary(nn.Module):
-    """Computes the rotary positions of class token, registers and patches. Always in FP32; see ``llama.Rotary``."""
+    """Computes the rotary positions of class token, registers and patches, always in FP32.
+
+    Export keeps this module in FP32; it finds the module by its name in the model, ``rotary``.
+    """
 
     def __init__(self, config: Dinov3Config) -> None:
         super().__init__()

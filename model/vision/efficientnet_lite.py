@@ -63,7 +63,10 @@ class EfficientNetLiteConfig(Section):
         return feature_side(self.image_size) ** 2
 
     def channels(self, plain: int) -> int:
-        """Scales a number of channels; the result is a multiple of 8, and not more than 10 % below the exact one."""
+        """Multiplies a number of channels by ``width_coefficient``.
+
+        The result is rounded to a multiple of 8, which is at most 10 % below the exact product.
+        """
         return scaled_channels(plain, self.width_coefficient)
 
     def blocks(self) -> list[BlockShape]:
@@ -123,7 +126,10 @@ class EfficientNetLite(VisionModule):
         self.head = nn.Conv2d(shapes[-1].outputs, config.hidden_size, 1)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Maps ``pixel_values [B, 3, H, W]`` to ``image_embeds [B, P, D]``: 49 of 1280 for Lite0, row by row."""
+        """Maps ``pixel_values [B, 3, H, W]`` to ``image_embeds [B, P, D]``, cell by cell in row order.
+
+        For Lite0, P is 49 and D is 1280.
+        """
         x = F.relu6(self.stem(pixel_values))
         for block in self.blocks:
             x = block(x)
@@ -138,7 +144,7 @@ _PACKAGE_NAMES = {
     "depthwise.conv": ("_depthwise_conv", "_bn1"),
     "project": ("_project_conv", "_bn2"),
 }
-"""Our convolution, and the package's with the batch norm after it."""
+"""By the name of a convolution here: the package's names of the same convolution and of the batch norm after it."""
 
 
 def fold_batch_norms(state: Mapping[str, Tensor], config: EfficientNetLiteConfig) -> dict[str, Tensor]:

@@ -25,13 +25,14 @@ FULL, PATCHES = STRATEGIES = ("full", "default")
 
 @dataclass(frozen=True)
 class PatchEncoderConfig(TransformerConfig):
-    """Config of a ViT that returns one embedding for each patch, after its class token and registers if it has some.
+    """Config of a ViT that returns its class token and registers (if it has these), then one embedding for each patch.
 
     Attributes:
         image_size: Side of the picture in pixels.
         patch_size: Side of a patch in pixels.
-        post_norm: Whether the output passes the final norm; ``num_layers`` counts the blocks that run.
-        keep_prefix: Whether the embeddings before the patches stay in the output.
+        post_norm: Whether the final norm is applied to the output. It is left out if ``vision_feature_layer`` is set;
+            ``num_layers`` is then the number of blocks up to that layer.
+        keep_prefix: Whether the embeddings before the patches (class token, registers) stay in the output.
     """
 
     image_size: int = key("image_size", 224)
@@ -76,7 +77,7 @@ class PatchEncoderConfig(TransformerConfig):
 
     @classmethod
     def read_features(cls, values: Any, depth: int) -> dict[str, Any]:
-        """Reads the two keys of a ``vision_config``; returns the fields that they set.
+        """Reads ``vision_feature_layer`` and ``vision_feature_select_strategy``; returns the config's fields they set.
 
         Args:
             values: Content of the section.

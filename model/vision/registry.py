@@ -35,7 +35,8 @@ class VisionEncoder:
         left_out: Tensors of such a checkpoint that are not used (regular expressions).
         cut: Tensors that are not used if the features are those of an earlier block (regular expressions).
         within: The ``model_type`` of whole models that have this encoder, in the section ``vision_config``.
-        resized: Function that makes an encoder for pictures of another size in pixels; None if there is none.
+        resized: Function that makes an encoder for pictures of another size in pixels; None if this encoder cannot be
+            resized.
         image_processor: Class of the preprocessing if its file names no class, a key of ``CLASSES`` in
             ``checkpoint/image_processor.py``.
     """
@@ -133,10 +134,13 @@ NAFLEX = (
     "use a SigLIP 2 of a fixed resolution, such as google/siglip2-base-patch16-256",
 )
 REFUSED = {"siglip2_vision_model": NAFLEX, "siglip2": NAFLEX}
-"""Encoders that are refused by name, by their ``model_type`` or that of whole models: the problem and what to do."""
+"""The error (problem and correction) for encoders that are not supported.
+
+The key is the ``model_type`` of the encoder, or of a whole model with this encoder.
+"""
 
 WHOLE_MODELS = {model: name for name, row in VISION_ENCODERS.items() for model in row.within}
-"""The encoder of a whole model, by the ``model_type`` of both."""
+"""For the ``model_type`` of a whole model: the ``model_type`` of its vision encoder."""
 
 
 def vision_encoder(model_type: Any) -> VisionEncoder:

@@ -1,7 +1,7 @@
 """SigLIP's vision encoder, which SigLIP 2 of a fixed resolution shares (Zhai et al., arXiv 2303.15343; 2502.14786).
 
 A ViT with pre-norm blocks, biases everywhere and no class token. The attention pooling head of the published
-checkpoints is not used: a bridge reads the patches.
+checkpoints is not used, because a bridge attends to the patches.
 """
 
 from __future__ import annotations

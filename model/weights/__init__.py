@@ -1,1 +1,1 @@
-"""Weight tables: they map the names of our parameters to the names of a checkpoint's tensors."""
+"""Weight tables: they map parameter names of this project's models to the names of a checkpoint's tensors."""

@@ -19,7 +19,7 @@ BERT = (
     Rule("layers.*.feed_forward.down", "encoder.layer.*.output.dense"),
     Rule("layers.*.feed_forward.norm", "encoder.layer.*.output.LayerNorm"),
 )
-"""A text model of BLIP."""
+"""Names of the tensors of one BERT: BLIP's text encoder or text decoder."""
 
 BLIP_DECODER = (
     *under("", "text_decoder.bert.", BERT),
@@ -29,13 +29,13 @@ BLIP_DECODER = (
     Rule("head.dense", "text_decoder.cls.predictions.transform.dense"),
     Rule("head.norm", "text_decoder.cls.predictions.transform.LayerNorm"),
 )
-"""The decoder of captions, or the encoder of questions and the decoder of answers."""
+"""Names of the tensors of BLIP's language model: the decoder, and for VQA also the encoder of questions."""
 
 BLIP_TIES = (
     ("text_decoder.cls.predictions.decoder.bias", "text_decoder.cls.predictions.bias"),
     ("text_decoder.cls.predictions.decoder.weight", "text_decoder.bert.embeddings.word_embeddings.weight"),
 )
-"""Of the two biases transformers uses the first."""
+"""Tied tensors of a BLIP checkpoint. The head's bias may be stored under both names; transformers uses the first."""
 
 BLIP_VISION = under("vision.", "vision_model.", BLIP2_VISION)
 

@@ -9,7 +9,7 @@ ADDITIONAL = (
     Rule("embed_tokens", ("model.embed_tokens", "model.embed_tokens.additional_embedding")),
     Rule("head", ("lm_head", "lm_head.additional_fc")),
 )
-"""The token table and the head, with additional rows after those of the Llama."""
+"""Names of token table and head, each followed by a tensor with the additional rows."""
 
 IDEFICS_TIES = (
     *LLAMA_TIES,

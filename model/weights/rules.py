@@ -1,4 +1,4 @@
-"""Maps the names of our parameters to a checkpoint's tensors, by tables of rules.
+"""Maps parameter names of this project's models to a checkpoint's tensors, by tables of rules.
 
 A :class:`Rule` renames a module path. ``*`` matches one path component (a layer's number). Of the rules that
 match, the longest is used; the rest of the name is kept. A rule may name several tensors of the checkpoint, if they are
@@ -25,7 +25,7 @@ BUFFERS = (
     r"(.*\.)?causal_mask",
     r"(.*\.)?num_batches_tracked",
 )
-"""Buffers that some versions of transformers and LAVIS store, and that are computed here (regular expressions)."""
+"""Buffers that some versions of transformers and LAVIS store (regular expressions); this project computes them."""
 
 
 @dataclass(frozen=True)

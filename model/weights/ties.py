@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 
 Tie = tuple[str, str]
-"""A name and the name of the parameter that it is tied to, as in transformers' ``_tied_weights_keys``."""
+"""The names of two tied parameters, as in transformers' ``_tied_weights_keys``: the first is tied to the second."""
 
 
 def stored_names(ties: Sequence[Tie], stored: Container[str]) -> dict[str, str]:

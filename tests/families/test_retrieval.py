@@ -245,7 +245,7 @@ def test_a_checkpoint_is_written_as_it_was_read(kind: str, tmp_path: Path) -> No
     assert copy.config == model.config
     theirs, ours = model.state_dict(), copy.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    with pytest.raises(CheckpointError, match="generates none"):
+    with pytest.raises(CheckpointError, match="generates no text"):
         load_checkpoint(tmp_path / "copy")
 
 

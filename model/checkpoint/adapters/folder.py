@@ -2,8 +2,8 @@
 
 ``adapter_config.json`` beside the weights, or in a folder of its own, describes an adapter: LoRA or a similar method.
 transformers' ``from_pretrained`` applies it. Here the library peft builds the same layers on a model without weights
-(every parameter is one zero, expanded). A layer gets its weights when one of its tensors is read, peft merges them, and
-the layer is emptied again.
+(every parameter is one zero, expanded). When a tensor of a layer is read, the layer gets its weights, peft merges the
+adapter into them, and the weights are removed again.
 """
 
 from __future__ import annotations
@@ -53,8 +53,10 @@ MERGED_TYPES = (
 """The values of ``peft_type`` that are merged. Each is compared with peft in the tests."""
 
 REFUSED_INITS = ("pissa_", "corda", "loftq", "lora_ga")
-"""Values (or beginnings of values) whose change of the weights cannot be repeated: it is random, or needs training
-data.
+"""Values of ``init_lora_weights`` (or the beginnings of values) that are refused.
+
+With these values, peft changed the base's weights before the training. The change cannot be repeated, because it is
+random or needs training data.
 """
 
 REFUSED_KEYS = {
@@ -62,11 +64,11 @@ REFUSED_KEYS = {
     "layer_replication": "repeats layers of the model",
     "arrow_config": "chooses among several adapters for each token",
 }
-"""Keys of ``adapter_config.json`` that must be empty, and what they do."""
+"""Keys of ``adapter_config.json`` that are refused if they have a value, and what each key does."""
 
 
 def has_adapter(directory: Path) -> bool:
-    """Whether a directory holds an adapter, alone or beside weights."""
+    """Returns whether a directory holds an adapter, alone or together with weights."""
     return (directory / ADAPTER_CONFIG).is_file()
 
 
@@ -121,7 +123,7 @@ def merged_tensors(directory: Path, base: Path, architecture: str, files: Tensor
         base: The directory with the model's ``config.json``.
         architecture: Name of the model's class in transformers.
         files: The base's tensors.
-        rename: Maps the name of transformers' parameter to its name in ``files``.
+        rename: Function that converts the name of a parameter in transformers to the name of its tensor in ``files``.
 
     Raises:
         MissingPackageError: peft is not installed.
@@ -145,7 +147,7 @@ def merged_tensors(directory: Path, base: Path, architecture: str, files: Tensor
 
 
 def _check_file(directory: Path) -> None:
-    """Checks that the file with an adapter's weights can be read; peft would search the hub for a missing file.
+    """Checks that the file with an adapter's weights exists and can be read; peft searches the hub for a missing file.
 
     Raises:
         CheckpointError: The file is missing or broken.

@@ -1,4 +1,4 @@
-"""The layers of a PEFT adapter: reads their weights, merges the adapter, and compares outputs."""
+"""Merges a PEFT adapter into the layers of a model, one layer at a time, and checks the outputs of merged layers."""
 
 from __future__ import annotations
 
@@ -22,25 +22,28 @@ _INPUTS: Mapping[type[nn.Module], Callable[[Any], Tensor]] = {
     nn.Embedding: lambda base: torch.arange(min(8, base.num_embeddings)),
     nn.Conv2d: lambda base: torch.linspace(-1, 1, base.weight[0].numel()).view(1, -1, *base.kernel_size).sin(),
 }
-"""An input of each kind of layer that can be merged; a subclass may compute something else with its weight."""
+"""By the class of a layer that can be merged: a function that makes an input to test the merged layer.
+
+Subclasses of these classes are refused, because they may use their weight in another way.
+"""
 
 CLOSE = 1e-3  # relative: a merged layer's output and the adapter's; float32 gives 1e-6
 
 _WRAPPERS = ("base_layer", "original_module", "token_adapter", "modules_to_save", ADAPTER_NAME)
-"""Components that peft inserts into the names of parameters; the last is the name of the adapter."""
+"""Parts that peft inserts into parameter names (between dots); the last is the name of the adapter."""
 
 _ADAPTED = frozenset(("base_layer", "original_module", ADAPTER_NAME))
-"""Components in the name of a parameter that belongs to an adapter's layer."""
+"""A parameter whose name has one of these parts (between dots) belongs to a layer with an adapter."""
 
 
 Merged = dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]]
-"""Shape and reader of each tensor that an adapter changes, by its name in the checkpoint."""
+"""For each tensor that an adapter changes, by its name in the checkpoint: its shape and a function that returns it."""
 
 INITS: Mapping[str, Callable[[Any], None]] = {
     "pissa": lambda layer: layer.pissa_init(ADAPTER_NAME, "pissa"),
     "olora": lambda layer: layer.olora_init(ADAPTER_NAME),
 }
-"""Values of ``init_lora_weights`` with which peft also changes the base's weights when it loads an adapter."""
+"""Values of ``init_lora_weights`` with which peft also changes the base's weights, and a function for each change."""
 
 
 def cannot_merge(path: Path, reason: str) -> CheckpointError:
@@ -57,9 +60,9 @@ class AdaptedLayer:
 
     Attributes:
         path: Path of the layer in transformers' model.
-        layer: peft's layer. Its weights are empty, except while it is merged.
-        readers: Function that reads each weight of the layer, by the name of the parameter.
-        names: The names of these parameters in the checkpoint.
+        layer: peft's layer. It has no weights, except while the adapter is merged.
+        readers: By the name of a parameter of the layer: the function that reads the parameter.
+        names: By the name of a parameter of the layer: the name of its tensor in the checkpoint.
         init: Function that changes the weights as peft did at the start of the training; None for no change.
     """
 
@@ -70,7 +73,10 @@ class AdaptedLayer:
     init: Callable[[Any], None] | None
 
     def tensors(self) -> Merged:
-        """Returns shape and reader of each merged tensor of the layer, by its name in the checkpoint."""
+        """Returns, for each merged tensor of the layer, its shape and a function that computes it.
+
+        The keys are the names of the tensors in the checkpoint.
+        """
         base = self.layer.get_base_layer()
         shapes = {name: tuple(base.get_parameter(name).shape) for name in self.readers}
         return {self.names[name]: (shape, partial(self.merged, name)) for name, shape in shapes.items()}
@@ -93,9 +99,9 @@ class AdaptedLayer:
             return tensor
 
     def difference(self) -> float:
-        """Returns the largest change of the layer's output by merging, divided by the largest output value.
+        """Merges the adapter and returns the largest change of the layer's output, divided by the largest output.
 
-        Without an error of the merge, it is near 0: a merged layer computes the same as layer and adapter.
+        If peft merges correctly, the result is near 0: the merged layer gives the same output as layer plus adapter.
         """
         with self._filled() as base:
             x = _INPUTS[type(base)](base)
@@ -106,7 +112,7 @@ class AdaptedLayer:
 
     @contextmanager
     def _filled(self) -> Iterator[nn.Module]:
-        """Yields the layer under the adapter with its weights loaded; afterwards the layer has no weights again."""
+        """Yields the layer below the adapter, with its weights loaded; removes the weights afterwards."""
         base: nn.Module = self.layer.get_base_layer()
         before = {name: base._parameters[name] for name in self.readers}
         try:
@@ -152,9 +158,12 @@ def adapted_layers(
 
 
 def replaced_tensors(model: nn.Module, rename: Callable[[str], str]) -> Merged:
-    """Returns the tensors that the adapter's file holds as a whole, with shape and reader of each by name.
+    """Returns the tensors that the adapter's file holds completely, so that nothing must be merged.
 
-    They are the modules in ``modules_to_save``, and the biases of layers without an adapter.
+    They are the tensors of the modules in ``modules_to_save``, and weights and biases of layers without an adapter.
+
+    Returns:
+        By the tensor's name in the checkpoint: its shape and a function that returns it.
     """
     found: Merged = {}
     for full, parameter in model.named_parameters(remove_duplicate=False):
@@ -174,12 +183,12 @@ def _float(tensor: Tensor) -> Tensor:
 
 
 def _plain(full: str, rename: Callable[[str], str]) -> str:
-    """Returns the checkpoint's name of a parameter of peft's model: without the path components that peft adds."""
+    """Converts the name of a parameter in peft's model to its name in the checkpoint; removes the parts peft added."""
     return rename(".".join(part for part in full.split(".") if part not in _WRAPPERS))
 
 
 def check_each_kind(layers: Sequence[AdaptedLayer], path: Path) -> None:
-    """Merges one layer of each kind and compares the outputs, so that a failure comes before anything is written.
+    """Merges one layer of each kind and compares its outputs before and after, so that errors come before any output.
 
     Raises:
         CheckpointError: A layer cannot be merged.

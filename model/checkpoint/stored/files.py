@@ -32,11 +32,17 @@ SIDE_GROUPS = (
     ("qformer_tokenizer/*",),
     (DRAFT_TOKENIZER_FILE,),
 )
-"""Glob patterns of the files besides config and weights that affect the captions, in groups that belong together: the
-tokenizer, the processor, defaults of generation, chat templates, the tokenizers of the Q-Former and of the draft."""
+"""Glob patterns of the files besides config and weights that affect the captions.
+
+The files of one group belong together: the tokenizer, the processor, generation defaults, chat templates, the
+Q-Former's tokenizer, the draft model's tokenizer.
+"""
 
 SIDE_FILES = tuple(pattern for group in SIDE_GROUPS for pattern in group)
-"""What export reads, `save_checkpoint` copies, and the hash of a bundle's source covers."""
+"""Glob patterns of the side files, without groups.
+
+Export reads these files, ``save_checkpoint`` copies them, and the hash of a bundle's source includes them.
+"""
 
 CHECKPOINT_FILES = (
     "config.json",
@@ -73,9 +79,9 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 
 def joined_side_files(first: Path, other: Path) -> dict[str, Path]:
-    """Returns the side files of two checkpoints, by name.
+    """Returns the side files of two checkpoints, by path relative to their directory.
 
-    Each group of files is from ``first`` if ``first`` has files of this group, else from ``other``.
+    If ``first`` has files of a group (:data:`SIDE_GROUPS`), the group is from ``first``, else from ``other``.
     """
     found: dict[str, Path] = {}
     for group in SIDE_GROUPS:

@@ -64,7 +64,7 @@ def read_pickled(path: Path) -> dict[str, Any]:
 
 
 class _BoundedReader(io.BufferedReader):
-    """A file reader that never reserves more memory than the file's size, even if the file declares a longer text."""
+    """A file reader that reserves no more memory than the file's size, even if the file declares a longer string."""
 
     def __init__(self, path: Path) -> None:
         self._size = path.stat().st_size

@@ -34,7 +34,10 @@ MARKS = (
     ),
     (r"(lora_\w+(\..+)?|base_layer\..+|modules_to_save\..+)", "a PEFT adapter that is not merged", MERGE),
 )
-"""Last components of a tensor's name (a regular expression), what they belong to, and how to correct it."""
+"""Endings of tensor names (regular expressions) that show quantised weights or an adapter.
+
+Each row also has the method that writes such tensors, and the advice to the user.
+"""
 
 
 def refuse_quantized(values: Mapping[str, Any], files: TensorFiles, used: Collection[str]) -> None:
@@ -43,7 +46,7 @@ def refuse_quantized(values: Mapping[str, Any], files: TensorFiles, used: Collec
     Args:
         values: Content of ``config.json``.
         files: The checkpoint's tensors.
-        used: Names of the tensors that are weights.
+        used: Names of the tensors that the model's parameters are read from.
 
     Raises:
         CheckpointError: Weights are quantised, or an adapter is not merged.
@@ -74,7 +77,7 @@ def refuse_quantized(values: Mapping[str, Any], files: TensorFiles, used: Collec
 
 
 def _quantized_sections(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields each key of a config that says how the weights are quantised, with the name of the method."""
+    """Yields each key of a config that describes a quantisation, with the name of the quantisation method."""
     sections = {"": values} | {f"{name}.": part for name, part in values.items() if isinstance(part, Mapping)}
     for section, part in sections.items():
         for key in CONFIG_KEYS:
@@ -84,7 +87,7 @@ def _quantized_sections(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _method(content: Mapping[str, Any]) -> str:
-    """Returns the name of the method in a ``quantization_config``, with its bits if they are given."""
+    """Returns the quantisation method in a ``quantization_config``, with the number of bits if it is set."""
     bits = content.get("bits") or content.get("nbits")
     loads = [bits for bits in (4, 8) if content.get(f"load_in_{bits}bit") or content.get(f"_load_in_{bits}bit")]
     method = (

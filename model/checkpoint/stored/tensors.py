@@ -24,7 +24,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-"""The dtypes of a parameter, as safetensors names them. All others are quantised weights, or no weights."""
+"""The dtypes that a weight can have, by safetensors' names. Tensors of other dtypes are quantised, or no weights."""
 
 DTYPE_NAMES = {"I8": "int8", "U8": "uint8", "I16": "int16", "I32": "int32", "I64": "int64", "BOOL": "bool"}
 
@@ -43,7 +43,7 @@ OTHER_LAYOUTS = (
     ("global_step*", "DeepSpeed's shards", "run its zero_to_fp32.py there with --safe_serialization"),
     ("pytorch_model_fsdp_*", "FSDP's shards", "run: accelerate merge-weights FOLDER DIRECTORY"),
 )
-"""Weights in a form that is not read: a glob pattern, what it is, and how to correct it."""
+"""Files with weights that are not supported: a glob pattern, what the files are, and the advice to the user."""
 
 
 class TensorFiles:
@@ -51,7 +51,7 @@ class TensorFiles:
 
     Args:
         directory: The directory of the files.
-        rename: Maps a tensor's name to its name in the weight tables.
+        rename: Function that converts a tensor's name in the files to the name in the weight tables.
 
     Attributes:
         shapes: Shapes by name.
@@ -107,13 +107,16 @@ class TensorFiles:
         self.put(name, self.shapes[other], self._readers[other])
 
     def reader(self, name: str) -> Callable[[], Tensor]:
-        """Returns the function that reads the tensor ``name``. Later changes of the name do not affect it."""
+        """Returns the function that reads the tensor ``name``.
+
+        The function returns the same tensor even if :meth:`put` replaces the tensor of this name later.
+        """
         return self._readers[name]
 
     def read(self, names: Iterable[str]) -> Tensor:
-        """Reads the tensor ``names[0]``, or several tensors concatenated along dimension 0.
+        """Reads the tensors ``names`` and concatenates them along dimension 0.
 
-        A single tensor is a view of the mapped file if possible.
+        If there is only one name, the result is a view of the mapped file if possible.
 
         Raises:
             CheckpointError: A tensor has a dtype that no parameter can have.
@@ -122,7 +125,7 @@ class TensorFiles:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def same(self, one: str, other: str) -> bool:
-        """Whether both names stand for the same stored tensor. No weight is read."""
+        """Returns whether ``one`` and ``other`` are names of the same stored tensor. No weight is read."""
         return self._readers[one] is self._readers[other]
 
     def equal(self, one: str, other: str) -> bool:
@@ -138,7 +141,7 @@ class TensorFiles:
         return all(torch.equal(a.float(), b.float()) for a, b in rows)
 
     def lay_over(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replaces tensors of the files by those in ``tensors``, by name."""
+        """Replaces each tensor of the files whose name is in ``tensors`` by the tensor in ``tensors``."""
         for name, tensor in tensors.items():
             self.put(name, tuple(tensor.shape), partial(_itself, tensor))
 
@@ -183,7 +186,7 @@ def dtype_name(dtype: str) -> str:
 
 
 def has_weights(directory: Path) -> bool:
-    """Whether a directory has safetensors files of a whole model."""
+    """Returns whether a directory has the safetensors file of a model, or the index of its shards."""
     return (directory / WEIGHTS).is_file() or (directory / INDEX).is_file()
 
 
@@ -215,7 +218,10 @@ def shards(directory: Path) -> list[Path]:
 
 
 def no_weights(directory: Path) -> CheckpointError:
-    """Makes the error for a directory without weights; it names folders with weights, or files in another format."""
+    """Makes the error for a directory without weights.
+
+    The message names subfolders that have weights, or files with weights in another format.
+    """
     problem = f"{directory} has no {WEIGHTS} and no {INDEX}"
     folders = _folders_with_weights(directory)
     if folders:
@@ -231,7 +237,7 @@ def no_weights(directory: Path) -> CheckpointError:
 
 
 def _folders_with_weights(directory: Path) -> list[Path]:
-    """Returns the subfolders with weights or an adapter, such as ``checkpoint-500`` of a Trainer, by step number."""
+    """Returns the subfolders with weights or an adapter, sorted by step number (``checkpoint-500`` of a Trainer)."""
     marks = (WEIGHTS, INDEX, "adapter_config.json")
     found = [path for path in directory.glob("*/") if any((path / mark).is_file() for mark in marks)]
     return sorted(found, key=lambda path: (_step(path), path.name))

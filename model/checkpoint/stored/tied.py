@@ -11,27 +11,27 @@ from blip2edge.model.weights.ties import Tie, stored_names
 
 
 def add_tied_names(files: TensorFiles, ties: Sequence[Tie]) -> None:
-    """Adds each tied name that the files lack, as another name of the stored tensor that it is tied to."""
+    """Adds each tied name that the files lack: it becomes another name of the stored tensor that it is tied to."""
     for name, stored in stored_names(ties, files.shapes).items():
         files.alias(name, stored)
 
 
 def all_equal(files: TensorFiles, pairs: Iterable[Tie]) -> bool:
-    """Whether the two tensors of each pair have the same values; a pair with a missing tensor is skipped."""
+    """Returns whether the two tensors of each pair have the same values; a pair with a missing tensor is skipped."""
     return all(files.equal(*pair) for pair in pairs if files.shapes.keys() >= set(pair))
 
 
 def repeated_names(files: TensorFiles, ties: Sequence[Tie], used: Collection[str], names: WeightMap) -> set[str]:
-    """Returns the stored tied tensors that the model does not use, because they repeat a tensor that it uses.
+    """Returns the names of stored tensors that are not used, because they repeat a tensor that they are tied to.
 
     Args:
         files: The checkpoint's tensors.
         ties: Pairs of tied names.
         used: Names of the tensors that the model's parameters are read from.
-        names: The weight map, which says which tensors may be left out.
+        names: The weight map, with the names of tensors that are left out anyway.
 
     Raises:
-        CheckpointError: Such a tensor has other values than the tensor that it should repeat.
+        CheckpointError: Such a tensor has other values than the tensor that it is tied to.
     """
     found = set()
     for target, source in ties:
