@@ -20,13 +20,16 @@ Turn = tuple[str, str]
 """A message: its kind, one of ``system``, ``picture``, ``user`` and ``assistant``, and its text."""
 
 Render = Callable[[Sequence[Turn], bool], str]
-"""Renders messages; the second argument is whether an answer is begun after them."""
+"""A function that renders messages with the chat template.
+
+The second argument is transformers' ``add_generation_prompt``: whether the beginning of an answer follows the messages.
+"""
 
 TRIALS: tuple[tuple[Turn, ...], ...] = (
     (("user", "b"), ("assistant", "c"), ("picture", "d")),
     (("picture", "b"), ("assistant", "c"), ("user", "d"), ("assistant", "e"), ("user", "f")),
 )
-"""Conversations with which the texts of messages are checked, with and without a system message."""
+"""Test conversations: the texts found for each kind of message must reproduce the rendering of these conversations."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ def chat_format(directory: Path, image_token: str, otherwise: str) -> ChatFormat
     Args:
         directory: The checkpoint.
         image_token: The placeholder of a picture in the chat template.
-        otherwise: The family's template. It is used for a checkpoint without a chat template, or with one that has no
-            place for a picture or that transformers' processor does not read.
+        otherwise: The family's prompt template. It is used if the checkpoint has no chat template, or if its chat
+            template has no place for a picture or is not loaded by transformers' processor.
 
     Raises:
         CheckpointError: The chat template cannot be rendered, or changes the text of a message.
@@ -165,7 +168,7 @@ def conversation_texts(render: Render) -> dict[str, str]:
 
 
 def _attempt(make: Callable[[], dict[str, str]]) -> dict[str, str]:
-    """Calls a function; returns an empty result if the chat template refuses a message (with one of many errors)."""
+    """Calls ``make``; returns an empty dict if it raises an error, because the chat template refuses a message."""
     try:
         return make()
     except Exception:  # noqa: BLE001 - see above
@@ -173,7 +176,10 @@ def _attempt(make: Callable[[], dict[str, str]]) -> dict[str, str]:
 
 
 def _exchanges(render: Render) -> dict[str, str]:
-    """Returns the text of each kind of message except ``system``; empty if these texts do not pass :func:`_fits`."""
+    """Returns the text of each kind of message except ``system``.
+
+    The result is empty if joining these texts does not reproduce the test conversations (:data:`TRIALS`).
+    """
     picture, user, assistant = (("picture", "{prompt}"), ("user", "{prompt}"), ("assistant", "{prompt}"))
 
     def added(before: list[Turn], message: Turn) -> str:
@@ -191,14 +197,17 @@ def _exchanges(render: Render) -> dict[str, str]:
 
 
 def _with_system(render: Render, turns: dict[str, str]) -> dict[str, str]:
-    """Returns ``turns`` with the text of a system message; empty if these texts do not pass :func:`_fits`."""
+    """Returns ``turns`` with the text of a system message added.
+
+    The result is empty if joining these texts does not reproduce the test conversations with a system message.
+    """
     whole = render([("system", "{prompt}"), ("picture", "{prompt}")], False)
     more = turns | {"system": whole.removesuffix(turns["picture"])}
     return more if _fits(more, render, [(("system", "a"), *trial) for trial in TRIALS]) else {}
 
 
 def _fits(turns: dict[str, str], render: Render, trials: Sequence[tuple[Turn, ...]]) -> bool:
-    """Whether the joined texts of the messages equal the rendered conversation, for each of the ``trials``."""
+    """Returns whether joining the texts ``turns`` gives the same text as ``render``, for each conversation."""
     whole = all(
         _holds(text, image=int(kind == "picture"), prompt=int(kind not in ("head", "start")))
         for kind, text in turns.items()

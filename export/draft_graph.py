@@ -40,7 +40,7 @@ class DraftGraph(nn.Module):
         logits_indices: Tensor,
         *past: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Runs the text head; the docstring of this file lists the inputs and outputs.
+        """Runs the text head; the docstring of this module lists the inputs and outputs.
 
         The cache is a flat list: for each layer the key, then the value.
         """
@@ -78,7 +78,10 @@ def query_outputs(config: CaptionerConfig) -> list[TensorSpec]:
 
 
 def draft_spec(config: CaptionerConfig) -> GraphSpec:
-    """Describes the inputs and outputs of the draft model's graph: names, dtypes and axes, as listed above."""
+    """Describes the inputs and outputs of the draft model's graph: names, dtypes and axes.
+
+    The docstring of this module lists them.
+    """
     draft, qformer = _parts(config)
     cache, queries, longest = draft_cache(config), qformer.num_query_tokens, draft.max_positions
     batch, asked = Axis("batch", 1, 1, MAX_BATCH), Axis("asked", 1, 1, longest)

@@ -30,14 +30,15 @@ from blip2edge.model.vision.token_merging import Pairs, TokenMatching
 from blip2edge.model.vision.vit import VisionTransformer
 
 PAIRS = "merged_pairs"
-"""Name of the choices in the parity results."""
+"""Name of the parity result that compares which pairs of patches the graph and torch merge."""
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 2e-2}
-"""How much more similar than a chosen pair another pair may be, as a difference of cosines, by the graph's precision.
+"""Tolerance of the merged pairs, by the graph's precision: a difference of cosines.
 
-Cosines are computed in FP32 in every precision: only the keys differ, by the rounding of the layers before. The tests'
-models choose the same pairs in every precision. In a random ViT of 12 layers, 192 channels and 196 patches the
-difference was 0 in fp16 and 0.002 with bf16 weights. The tolerances leave deeper models five to ten times as much.
+In torch, no pair may be more similar than a pair that the graph merged by more than this difference. The cosines are
+computed in FP32 in every precision; only the keys differ, by the rounding in earlier layers. The tests' models merge
+the same pairs in every precision. In a random ViT of 12 layers, 192 channels and 196 patches the difference was 0 in
+fp16 and 0.002 with bf16 weights. The tolerances of fp16 and bf16 are 5 and 10 times 0.002, to allow for deeper models.
 """
 
 FIX = "nothing was written; report it with the checkpoint's config.json"
@@ -82,7 +83,7 @@ def with_choices(graph: Path, spec: GraphSpec) -> Iterator[tuple[Path, tuple[str
 
 
 def _ranks_scores(node: ir.Node) -> bool:
-    """Whether a TopK node sorts patches by their cosine; other TopK nodes sort positions."""
+    """Returns whether a TopK node sorts patches by their cosine; other TopK nodes sort positions."""
     source = node.inputs[0]
     producer = source.producer() if source is not None else None
     return producer is not None and producer.op_type == "ReduceMax"
@@ -90,6 +91,10 @@ def _ranks_scores(node: ir.Node) -> bool:
 
 class GuidedMatching(TokenMatching):
     """Merges the same pairs of patches as a graph, instead of the pairs with the largest cosines in torch.
+
+    Args:
+        choices: The graph's outputs that :func:`with_choices` added: for each layer the sorted patches of set A, and
+            the partner of each patch. ``model/vision/token_merging.py`` explains the sets.
 
     Attributes:
         shortfall: Largest amount by which the cosine of a pair that was not merged exceeds the cosine of a merged pair;
@@ -103,12 +108,18 @@ class GuidedMatching(TokenMatching):
         self.shortfall = 0.0
 
     def forward(self, keys: Tensor, sizes: Tensor, count: int) -> Pairs:
-        """Returns the pairs to merge; see :meth:`TokenMatching.forward`."""
+        """Returns the pairs to merge; the arguments are those of :meth:`TokenMatching.forward`."""
         self._count = count
         return super().forward(keys, sizes, count)
 
     def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the pairs that the graph merged in the next layer, as :meth:`TokenMatching.choose` does.
+        """Returns the order and the partners of the patches from the graph, for the next layer.
+
+        Args:
+            scores: torch's cosines of each patch of set A with each patch of set C, ``[B, A, C]``.
+
+        Returns:
+            Indices of set A, sorted, and the partner's index for each patch of set A; int64 ``[B, A]`` each.
 
         Raises:
             ParityError: The graph's pairs are wrong: a patch is listed twice or not at all, or a partner is missing.
@@ -117,7 +128,7 @@ class GuidedMatching(TokenMatching):
         rows, first, second = scores.shape
         every = torch.arange(first).expand(rows, first)
         if not torch.equal(order.sort(dim=1).values, every):
-            raise ParityError(f"{PAIRS}: the graph's order of {first} patches does not name each of them once", FIX)
+            raise ParityError(f"{PAIRS}: the graph's order of {first} patches does not list every patch once", FIX)
         if partner.shape != order.shape or bool(((partner < 0) | (partner >= second)).any()):
             taken_by = f"{int(partner.min())} to {int(partner.max())}"
             raise ParityError(
@@ -153,7 +164,7 @@ def guided(module: nn.Module, choices: Sequence[NDArray[Any]]) -> Iterator[Guide
 
 @torch.no_grad()
 def merging_of(config: Config, model: Model | None) -> MergingRecord | None:
-    """Measures the effect of merging on a model.
+    """Measures how much merging changes a model's output: cosines of the outputs with and without merging.
 
     Args:
         config: The model's config.
@@ -194,7 +205,7 @@ def smooth_pictures(size: int) -> Tensor:
 
 
 def _comparable(model: Model, image_embeds: Tensor) -> tuple[str, Tensor]:
-    """Returns the name and the tensor of an output whose shape is the same with and without merging."""
+    """Computes an output whose shape is the same with and without merging; returns its name and the tensor."""
     if isinstance(model, RetrievalModel):
         return "image_features", model.matcher.image_features(image_embeds)
     if model.config.bridge.kind == "none":

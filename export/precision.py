@@ -44,7 +44,7 @@ class Fp32Exception:
     reason: str
 
     def fits(self, node: ir.Node) -> bool:
-        """Whether the rule matches a node."""
+        """Returns whether the rule matches a node."""
         return bool(re.fullmatch(self.op_type, node.op_type) and re.search(self.path, module_path(node)))
 
 
@@ -60,7 +60,7 @@ EXCEPTIONS: tuple[Fp32Exception, ...] = (
     ),
     Fp32Exception("rotary positions", r"rotary$", ".*", "an angle of 2000 has no digits after the decimal point"),
 )
-"""Rules for every model."""
+"""Rules for nodes that stay in FP32 in every model."""
 
 BY_LANGUAGE: dict[str, tuple[Fp32Exception, ...]] = {
     "t5": (
@@ -84,7 +84,7 @@ BY_LANGUAGE: dict[str, tuple[Fp32Exception, ...]] = {
         ),
     ),
 }
-"""Rules for one language model, by its ``model_type``."""
+"""Additional rules for nodes that stay in FP32, by the ``model_type`` of the language model."""
 
 
 def module_path(node: ir.Node) -> str:
@@ -148,7 +148,7 @@ def _is_constant(value: ir.Value) -> bool:
 
 
 def _only_for(value: ir.Value, nodes: Container[ir.Node]) -> bool:
-    """Whether only ``nodes`` have this value as input, and the value is no output of the graph."""
+    """Returns whether a value is an input only of ``nodes``, and not an output of the graph."""
     return all(user in nodes for user, _ in value.uses()) and not value.is_graph_output()
 
 

@@ -18,7 +18,7 @@ from blip2edge.export.axes import batch_axis, image_embeds
 from blip2edge.model.retrieval import RetrievalConfig, RetrievalModel
 
 TEXT_STACKS = ("matcher.encoder.layers", "matcher.qformer.layers", "matcher.text.layers")
-"""Possible paths of the layers that read a text."""
+"""Possible module paths of the text encoder's list of layers; a model has one of these."""
 
 
 class ImageFeaturesGraph(nn.Module):

@@ -184,8 +184,13 @@ def _check_tokenizer(
 ) -> None:
     """Raises CheckpointError if the tokenizer gives an id that is not below ``vocab_size``.
 
-    With ``whole``, all tokens are checked; else all tokens but the added tokens, and the ids of a sample text.
-    ``image_token``: the token for a picture and the id that ``config.json`` gives it, which must agree.
+    Args:
+        serialized: The tokenizer.
+        vocab_size: Number of rows of the token table that the ids are used with.
+        reader: Name of the model with this table, for errors.
+        image_token: The token for a picture, and its id in ``config.json``; the tokenizer must have the same id.
+        whole: Whether all tokens are checked. If not, the added tokens are left out, and the ids of a sample text are
+            checked as well.
     """
     tokenizer = serialized.open()
     if image_token is not None and tokenizer.token_to_id(image_token[0]) != image_token[1]:

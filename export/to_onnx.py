@@ -25,7 +25,11 @@ OPSET = 18
 """The newest opset that TensorRT 10.3 (JetPack 6.2) supports completely; it has LayerNormalization."""
 
 TRACE_SIZES = {"batch": 2, "past": 5, "steps": 3, "asked": 2, "source": 7, "instruction": 11, "text": 13, "queries": 4}
-"""Lengths while tracing: none is 0 or 1, which torch.export would treat as constants, and all sums differ."""
+"""Length of each axis during tracing.
+
+No length is 0 or 1, because torch.export would treat these as constants. Sums of different lengths are different, so
+that torch.export does not take one axis for another.
+"""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Traced:
     Attributes:
         model: The graph.
         spec: Inputs and outputs of the graph.
-        slots: The parameter with the values of each initializer, by the initializer's name.
+        slots: For each initializer, by name: the parameter that its values come from.
     """
 
     model: ir.Model

@@ -31,7 +31,7 @@ from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 Array = NDArray[Any]
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 1e-1, "bf16": 3e-1}
-"""Largest allowed difference, as a share of the output's largest absolute value, by precision."""
+"""Largest allowed difference by precision: absolute difference divided by the output's largest absolute value."""
 
 CASES: tuple[dict[str, int], ...] = (
     {"batch": 1, "past": 0, "steps": 7, "asked": 1, "source": 9, "instruction": 6, "text": 7, "queries": 64},
@@ -39,7 +39,7 @@ CASES: tuple[dict[str, int], ...] = (
     {"batch": 3, "past": 0, "steps": 5, "asked": 2, "source": 8, "instruction": 9, "text": 5, "queries": 3},
     {"batch": 2, "past": 4, "steps": 3, "asked": 3, "source": 6, "instruction": 4, "text": 9, "queries": 5},
 )
-"""Prefill, a decode step, a ragged batch, and the verification of drafted tokens."""
+"""Axis lengths of the test cases: prefill, a decode step, a ragged batch, and the verification of draft tokens."""
 
 SEED = 20230130  # the day BLIP-2 appeared on arXiv
 
@@ -59,7 +59,7 @@ def _positions(_: np.random.Generator, shape: Sequence[int], drawn: Mapping[str,
 
 
 def _counted(_: np.random.Generator, shape: Sequence[int], __: Mapping[str, Array]) -> Array:
-    """Makes the numbers 0, 1, 2, … in every row."""
+    """Makes an input whose rows count from 0: 0, 1, 2 and so on."""
     return np.broadcast_to(np.arange(shape[1]), shape).copy()
 
 
@@ -72,7 +72,7 @@ def _asked(_: np.random.Generator, shape: Sequence[int], drawn: Mapping[str, Arr
 def _cross_mask(rng: np.random.Generator, shape: Sequence[int], drawn: Mapping[str, Array]) -> Array:
     """Makes ``cross_attention_mask``: ``[B, E]`` with padding, or a random ``[B, S, E]``.
 
-    In the second kind, the first token attends to no key if there are several tokens.
+    If there are several tokens in a mask ``[B, S, E]``, the first token attends to no key.
     """
     if len(shape) == 2:
         return _ragged_mask(rng, shape, drawn)
@@ -98,7 +98,7 @@ DRAW: dict[str, Callable[[np.random.Generator, Sequence[int], Mapping[str, Array
     "instruction_mask": _ragged_mask,
     QUERY_IDS: _counted,
 }
-"""How inputs are drawn, by name; all others are standard normal."""
+"""Functions that make a graph's inputs, by the input's name. All other inputs are drawn from a standard normal."""
 
 
 def random_inputs(spec: GraphSpec, sizes: Mapping[str, int], rng: np.random.Generator) -> dict[str, Array]:
@@ -127,22 +127,22 @@ def compare(
 ) -> list[Parity]:
     """Runs a graph and its torch module on the same inputs, and compares the outputs.
 
-    They run one after the other, so that memory holds only one of them. If patches are merged, the last digit may
-    decide which pair is the most similar. So torch merges the same pairs as the graph, and each of these pairs must be
-    as similar as torch's best pair, within a separate tolerance.
+    The graph runs first, then the module, so that only one of the two is in memory. If patches are merged, the last
+    digit of a cosine may decide which pairs are merged. So torch merges the same pairs as the graph, and each of these
+    pairs must be as similar as torch's best pair, within a separate tolerance.
 
     Args:
-        make_module: Makes the module in float32, with the checkpoint's weights.
+        make_module: Function that makes the module in float32, with the checkpoint's weights.
         graph: The ``.onnx`` file.
         spec: Inputs and outputs of the graph, in its precision.
-        precision: Chooses the tolerance.
+        precision: Precision of the graph, which decides the tolerance.
         sample: The part of the model that is compared; empty for the whole model.
 
     Returns:
         A result for each output; the keys of all layers count as one output, and so do the values.
 
     Raises:
-        ParityError: An output is further from torch than its tolerance, or not finite.
+        ParityError: The difference of an output from torch's exceeds the tolerance, or an output is not finite.
     """
     cases = list(cases_of(spec))
     drawn = [random_inputs(spec, sizes, np.random.default_rng([SEED, index])) for index, sizes in enumerate(cases)]
@@ -168,7 +168,7 @@ def compare(
         if not result.relative <= result.tolerance:
             raise ParityError(
                 f"{spec.name}: {result.output} is off by {result.relative:.1e} {_unit(result.output)}, more than the "
-                f"{result.tolerance:.0e} that {precision} may be",
+                f"{result.tolerance:.0e} allowed in {precision}",
                 f"nothing was written; export with {option('precision')} fp32, "
                 "or report it with the checkpoint's config.json",
             )
@@ -176,7 +176,7 @@ def compare(
 
 
 def tolerance_of(output: str, precision: str) -> float:
-    """Returns the largest allowed difference of an output; the choice of merged pairs has a separate tolerance."""
+    """Returns the largest allowed difference of an output; the merged pairs have a separate tolerance."""
     return (merging.TOLERANCES if output == merging.PAIRS else TOLERANCES)[precision]
 
 
@@ -227,14 +227,14 @@ def compare_whole(name: str, model: Model, directory: Path, traced: Traced, prec
     """Compares a whole graph with torch.
 
     Args:
-        name: The graph.
-        model: The checkpoint in float32.
+        name: Name of the graph.
+        model: The checkpoint's model in float32.
         directory: The directory that the graph was written to.
         traced: The traced graph, whose spec names the file.
         precision: Precision of the graph.
 
     Raises:
-        ParityError: See :func:`compare`.
+        ParityError: The difference of an output from torch's exceeds the tolerance, or an output is not finite.
     """
     module = GRAPHS[name].wrap(model)
     if precision != "bf16":
@@ -270,18 +270,18 @@ def compare_sample(
     """Compares a graph with the torch model one layer at a time, if the whole graph needs too much memory.
 
     For each sampled layer, the module is traced again with only this layer in its list of layers; the modules before
-    and after the list stay. The weights of this small graph are those in the data file of the exported graph, so the
+    and after the list stay. This small graph reads its weights from the data file of the exported graph, so the
     exported weights are checked. Only one layer is in memory at a time.
 
     Args:
         name: Name of the graph.
         config: Config of the model.
-        read: Returns a parameter of the checkpoint by blip2edge's name.
+        read: Function that returns a parameter of the checkpoint, by its name in this project's model.
         weights: Path of the graph's data file, with offset and length of each tensor in it.
         precision: The graph's precision.
 
     Raises:
-        ParityError: See :func:`compare`.
+        ParityError: The difference of an output from torch's exceeds the tolerance, or an output is not finite.
     """
     results: list[Parity] = []
     path, stack = _stack(name, _meta_model(config))
@@ -333,9 +333,10 @@ def _stack(name: str, model: Model) -> tuple[str, nn.ModuleList]:
 
 
 def _cut(name: str, model: Model, layer: int) -> nn.Module:
-    """Returns the graph's module with only one of its layers; ``model`` is changed.
+    """Removes all layers but one from ``model``, and returns the module that is traced for the graph.
 
-    If the layers merge patches for the next layer, the module has two copies of this layer.
+    If the vision encoder merges patches, the module has two copies of the layer, because the merging in a layer affects
+    the next layer.
     """
     _, stack = _stack(name, model)
     if len(stack):
@@ -351,7 +352,10 @@ def _copies(name: str, config: Config) -> int:
 
 
 def _one_layer_spec(name: str, config: Config) -> GraphSpec:
-    """Returns the spec of a graph with one layer: only one layer's keys and values. Without layers, the whole spec."""
+    """Returns the spec of a graph with only one layer: it has only this layer's keys and values.
+
+    If the graph has no list of layers, its whole spec is returned.
+    """
     if name == VISION and isinstance(config.vision, VisionConfig):
         config = replace(config, vision=replace(config.vision, num_layers=_copies(name, config)))
     whole = GRAPHS[name].spec(config)
@@ -361,7 +365,7 @@ def _one_layer_spec(name: str, config: Config) -> GraphSpec:
 
 
 def _first_layer(tensors: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-    """Returns the tensors without the keys and values of all layers but the first."""
+    """Returns the tensors without the keys and values of the second and later layers."""
     return tuple(tensor for tensor in tensors if not LATER_LAYER.match(tensor.name))
 
 

@@ -56,7 +56,7 @@ def write_weights(
 
     Args:
         traced: A graph without weights.
-        read: Returns a parameter of the checkpoint by blip2edge's name.
+        read: Function that returns a parameter of the checkpoint, by its name in this project's model.
         file: The graph's data file.
         dtype: dtype of the floating weights.
         progress: Called with tensors done and tensors in all.
@@ -89,7 +89,8 @@ def write_weights(
 def to_bytes(tensor: Tensor, slot: WeightSlot, dtype: torch.dtype) -> memoryview:
     """Returns the bytes of a weight as the graph's data file stores them.
 
-    The weight is transposed if the slot says so, cast, and made contiguous; bf16 values are 16-bit patterns.
+    The weight is transposed if ``slot.transposed`` is true, cast, and made contiguous. A bf16 value is stored as its 16
+    bits.
 
     Raises:
         ExportError: The weight has values that are not finite, or that are too large for the dtype.
@@ -101,9 +102,9 @@ def to_bytes(tensor: Tensor, slot: WeightSlot, dtype: torch.dtype) -> memoryview
 
 
 def _explain_not_finite(tensor: Tensor, slot: WeightSlot, dtype: torch.dtype) -> None:
-    """Raises ExportError if a value is not finite, or is too large for the dtype; else does nothing.
+    """Raises ExportError if a value is not finite or too large for the dtype; does nothing if all values are correct.
 
-    The caller tests the sum of all values, which may overflow although no single value is wrong.
+    The caller tests only the sum of all values. The sum may overflow although every value is correct.
     """
     if not bool(torch.isfinite(tensor).all()):
         raise ExportError(

@@ -177,8 +177,8 @@ def test_a_gap_that_is_no_number_is_infinite(value: float) -> None:
 @pytest.mark.parametrize(
     ("order", "partner", "told"),
     [
-        ([[0, 0]], [[0, 0]], "order of 2 patches does not name each"),
-        ([[1, 2]], [[0, 0]], "order of 2 patches does not name each"),
+        ([[0, 0]], [[0, 0]], "order of 2 patches does not list every"),
+        ([[1, 2]], [[0, 0]], "order of 2 patches does not list every"),
         ([[0, 1]], [[0, 2]], "into the patches 0 to 1, got 0 to 2"),
     ],
 )
