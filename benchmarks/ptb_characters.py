@@ -75,9 +75,21 @@ def main() -> None:
             signs.append(one)
     content = "\n".join(
         (
-            table("DELETED", "Deleted; the text around the character is separate. So are all above U+FFFF.", deleted),
-            table("LETTERS", "Letters of a word that no pattern of letters matches: mostly combining marks.", letters),
-            table("SIGNS", "Tokens of their own that a pattern of letters matches: superscripts, fractions.", signs),
+            table(
+                "DELETED",
+                "Characters that are deleted, like all above U+FFFF; the words around them become separate tokens.",
+                deleted,
+            ),
+            table(
+                "LETTERS",
+                "Characters that are letters here, but not in Python's patterns: mostly combining marks.",
+                letters,
+            ),
+            table(
+                "SIGNS",
+                "Characters that are letters in Python's patterns, but separate tokens here: superscripts, fractions.",
+                signs,
+            ),
         )
     )
     TARGET.write_text(HEAD + content, encoding="utf-8")

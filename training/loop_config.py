@@ -33,8 +33,8 @@ class LoopConfig(RecipeSection):
     """Decay of an exponential moving average of the trained weights (EMA), such as 0.999; 0: no average. It needs
     4 more bytes for each trained weight."""
     ema_weights: Annotated[str, one_of("everywhere", "checkpoint", "validation")] = "everywhere"
-    """Where the averaged weights are used: validation scores them and the phase ends with them ("everywhere"), or only
-    one of both. "checkpoint" and "validation" need keep_best = false if the run is validated."""
+    """Use of the averaged weights: "validation" (validation scores them), "checkpoint" (the phase ends with them), or
+    "everywhere" (both). "checkpoint" and "validation" need keep_best = false if the run is validated."""
     snapshot_every: Annotated[int, POSITIVE] = 500
     """Steps between two snapshots. An interrupted run resumes from the newest."""
     log_every: Annotated[int, NOT_NEGATIVE] = 0
@@ -49,8 +49,8 @@ class LoopConfig(RecipeSection):
     workers: Annotated[int, NOT_NEGATIVE] = 0
     """Threads that open the pictures of the next batch during the current step; 0: none."""
     data_streams: Annotated[int, POSITIVE] = 1
-    """Parts that the data is split into, each for an equal share of a batch's rows. A process reads only the parts of
-    its own rows: set it to the number of processes, or a multiple of it. 1: every process reads all texts."""
+    """Number of parts that the data is split into; each gives an equal share of a batch's rows. 1: every process reads
+    all texts. A multiple of the number of processes: a process reads only the parts of its own rows."""
     trackers: tuple[str, ...] = ()
     """Programs that show the run, by accelerate's names, such as "tensorboard" or "wandb". Each needs its package. They
     get losses, learning rate, gauges and scores of validations."""

@@ -44,8 +44,9 @@ class CapFiltOptions:
         keep: Which captions may be kept: "web" (captions of the input), "synthetic" (generated captions), or "both".
         prompt: Prompt of the generated captions; None for the captioner's default.
         samples_per_shard: Number of pictures in one output shard.
-        captioning: How the captioner is run; the whole pipeline uses its batch size.
-        matching: How the matcher is run.
+        captioning: Options with which the captioner is run. Its batch size is also the number of pictures that are
+            scored together.
+        matching: Options with which the matcher is run.
     """
 
     captioner: Path

@@ -59,7 +59,8 @@ class MatchModel(Protocol):
     ) -> list[list[float]]:
         """Computes the match probability of each picture with each of its own texts, by the matching head.
 
-        If `logits` is True, returns instead the head's logit of "match": the mean over the queries of the picture.
+        If `logits` is True, the head's logits of "match" are returned instead. A logit is the mean over the queries of
+        the picture.
         """
 
 
@@ -72,7 +73,8 @@ class ModelOptions:
         threads: CPU threads; None for all cores.
         batch_size: Number of pictures, or of pairs of a picture and a text, in one batch.
         generation: Fields of `GenerationOptions`; `draft` and `abstain_below` need a bundle.
-        require_signature: A public key that a bundle must be signed for; None: no signature is required.
+        require_signature: Public key; a bundle must have a signature that this key verifies. None: no signature is
+            required.
     """
 
     backend: BackendName = "auto"

@@ -65,17 +65,20 @@ class BundleMatcher:
         return self._matcher.head is not None
 
     def image_vectors(self, pictures: Sequence[Image.Image]) -> Vectors:
-        """Computes the vectors of pictures; see :class:`MatchModel`."""
+        """Computes unit vectors of pictures: float32 [N, F], or [N, K, F] if a picture has K vectors."""
         return self._matcher.embed_images(list(pictures), batch_size=self._batch_size)
 
     def text_vectors(self, texts: Sequence[str]) -> Vectors:
-        """Computes the vectors of texts; see :class:`MatchModel`."""
+        """Computes unit vectors of texts: float32 [M, F]."""
         return self._matcher.embed_texts(texts, batch_size=self._batch_size, cut=True)
 
     def probabilities(
         self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]], *, logits: bool = False
     ) -> list[list[float]]:
-        """Computes the probabilities or logits of the matching head; see :class:`MatchModel`."""
+        """Computes the match probability of each picture with each of its own texts, by the matching head.
+
+        If `logits` is True, the head's logits of "match" are returned instead.
+        """
         return self._matcher.probabilities(list(pictures), texts, batch_size=self._batch_size, logits=logits)
 
 
@@ -115,7 +118,7 @@ def open_model(model: Path, options: ModelOptions) -> EvaluatedModel:
 
 
 def open_captioner(model: Path, options: ModelOptions) -> CaptionModel:
-    """Opens a captioner; arguments and errors are those of `open_model`.
+    """Opens a bundle or a checkpoint that must be a captioner; arguments and other errors are those of `open_model`.
 
     Raises:
         UsageError: The model is not a captioner.
@@ -127,7 +130,9 @@ def open_captioner(model: Path, options: ModelOptions) -> CaptionModel:
 
 
 def open_matcher(model: Path, options: ModelOptions) -> MatchModel:
-    """Opens a matcher with a matching head; arguments and errors are those of `open_model`.
+    """Opens a bundle or a checkpoint that must have a matching head.
+
+    Arguments and other errors are those of `open_model`.
 
     Raises:
         UsageError: The model has no matching head.

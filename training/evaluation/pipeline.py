@@ -71,8 +71,8 @@ def evaluate(
         count: Number of pictures; None for 1000 scenes, or for all pictures of a file.
         metrics: Names of metrics; empty for all that the model and the data support.
         prompt: Prompt of the captions; None for the model's default prompt.
-        top: Number of nearest texts and pictures that the matching head ranks again in retrieval; 0: none; None: 16,
-            or 128 with the ranking ``lavis``.
+        top: In retrieval, the number of nearest texts (and pictures) that the matching head ranks again. 0: none. None:
+            16, or 128 with the ranking ``lavis``.
         ranking: How the matching head ranks: ``probability``, or ``lavis``, its logit plus the cosine.
         ask: Whether POPE's questions are given to the model; otherwise its captions answer them.
         clip: A bundle or checkpoint that compares pictures with texts (CLIP), for CLIPScore of the captions. With it, a
@@ -86,7 +86,8 @@ def evaluate(
             ``cuda``.
         threads: CPU threads; None for all cores.
         batch_size: Number of pictures in one batch.
-        require_signature: A public key that the bundles of `model`, `clip` and `reader` must be signed for.
+        require_signature: Public key; the bundles of `model`, `clip` and `reader` must have a signature that this key
+            verifies.
         progress: Called with ("scoring", pictures done, all pictures).
         **generation: Fields of ``GenerationOptions``; ``draft`` and ``abstain_below`` need a bundle.
 
@@ -126,7 +127,7 @@ def _check_combinations(data: str, count: int | None, reader: str | Path | None,
     """Refuses options that do not fit together, before a model is loaded.
 
     Raises:
-        UsageError: There are too few scenes, or the prompt has no reader.
+        UsageError: ``count`` is below 2 for scenes, or ``reader_prompt`` is given without ``reader``.
     """
     if data == SCENES and count is not None and count < 2:
         raise UsageError(f"expected {option('count')} to be at least 2 pictures, got {count}")
@@ -161,7 +162,7 @@ def _examples(
 def _judges(
     clip: str | Path | None, reader: str | Path | None, reader_prompt: str | None, options: ModelOptions
 ) -> tuple[MatchModel | None, Reader | None]:
-    """Opens the models that judge captions.
+    """Opens the models that score captions: the model for CLIPScore, and the reader. Each may be None.
 
     Raises:
         UsageError: A model is of the wrong kind, or a signature is required and a model is a checkpoint.

@@ -25,7 +25,7 @@ from blip2edge.runtime.text.prompt import Prompt
 from blip2edge.training.evaluation.models import ModelOptions, needs_picture, unsigned_checkpoint
 
 TEMPLATE = "Picture: {caption}\nQuestion: {question}\nShort answer:"
-"""The reader's prompt; ``{caption}`` is empty when it answers without the caption."""
+"""The reader's prompt. ``{caption}`` is replaced by nothing if the reader answers without a caption."""
 
 FIELDS = ("{caption}", "{question}")
 
@@ -33,7 +33,7 @@ MAX_ANSWER_TOKENS = 10
 """Longest answer; the limit of LAVIS in VQA."""
 
 STOP = "\n"
-"""Ends an answer."""
+"""The text that ends an answer."""
 
 
 class Reader:

@@ -283,7 +283,7 @@ def _asked(
 def _read(
     captioner: CaptionModel, reader: Reader, entries: Sequence[Entry], broken: BrokenSamples, options: ScoringOptions
 ) -> Figures:
-    """Returns the VQA accuracy of a reader that gets only the captions, and that of the reader without captions."""
+    """Returns the VQA accuracy of a reader that gets only the captions, and its accuracy without captions."""
     shown = by_picture(entries)
     pictures = [(each.image_id, each.picture) for each in shown]
     texts: list[str] = []
@@ -345,7 +345,7 @@ class _Gallery(NamedTuple):
     """The pictures of a retrieval.
 
     Attributes:
-        vectors: float32 [N, F] or [N, K, F].
+        vectors: Unit vectors of the pictures, float32 [N, F], or [N, K, F] if a picture has K vectors.
         open: Opens a picture by its number, for the matching head.
     """
 

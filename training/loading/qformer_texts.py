@@ -22,9 +22,9 @@ MAX_LENGTH = 32
 class QFormerTexts:
     """Makes batches of texts for the Q-Former.
 
-    The text side needs four special tokens. The ones that the tokenizer lacks are added at the end of its vocabulary:
-    for BERT's tokenizer only [DEC]. If the tokenizer is that of the language model, drafted token ids can be used
-    without a translation.
+    The text side needs four special tokens. Those that the tokenizer lacks are added at the end of its vocabulary: to
+    BERT's tokenizer, only [DEC] is added. If the tokenizer is that of the language model, the token ids of the draft
+    model are those of the language model, and need no conversion.
 
     Args:
         tokenizer: Any tokenizer; it is copied, not changed.

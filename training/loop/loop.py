@@ -91,7 +91,7 @@ class Phase:
 
 @dataclass
 class _PreparedPhase:
-    """A phase, and its module and optimizer as they are prepared for this run's device and processes.
+    """A phase, with its module and optimizer prepared for this run's device and processes.
 
     Attributes:
         run: The run of the phase.
@@ -99,7 +99,7 @@ class _PreparedPhase:
         module: The phase's module as returned by `accelerator.prepare`.
         optimizer: The optimizer from `accelerator.prepare`.
         averages: Averages of the trained weights; None without `ema_decay`.
-        sharding: The modules with spread parameters; None without `fsdp`.
+        sharding: The modules whose parameters are spread over the processes; None without `fsdp`.
     """
 
     run: TrainingRun

@@ -41,7 +41,10 @@ _SHARDING_LAUNCHES = (
     ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM", "use_megatron_lm"),
     ("accelerate's parallelism config", "ACCELERATE_USE_PARALLELISM_CONFIG", "use_parallelism_config"),
 )
-"""What `accelerate launch` can divide a model with: name, the environment variable that it sets, and its option."""
+"""Methods by which `accelerate launch` can divide a model.
+
+Each row has the method's name, the environment variable that the launcher sets, and the launcher's option.
+"""
 
 
 def check_launcher() -> None:
@@ -186,7 +189,10 @@ def clip_gradients(module: nn.Module, largest: float) -> float:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Returns a module's own attributes by name, with the values that :meth:`Sharding.undo` restores, else None."""
+    """Returns a module's own attributes by name.
+
+    The value is None for attributes that :meth:`Sharding.undo` does not restore.
+    """
     found: dict[str, Any] = dict.fromkeys(vars(module))
     for name, value in vars(module).items():
         if _is_hooks(name):

@@ -27,7 +27,7 @@ from blip2edge.reading import read_text
 from blip2edge.training.config import TrainingConfig
 
 BOARD = "tensorboard"
-"""Directory of TensorBoard's event files, in that of the run."""
+"""Name of the directory for TensorBoard's event files, inside the directory of the run."""
 
 IDENTITY = "tracked-run"
 """File with the run's id in the directory of the run, so that a resumed run continues the tracker's run."""
@@ -65,7 +65,7 @@ def _wandb(run: TrackedRun) -> dict[str, Any]:
 
 
 STARTS: Mapping[str, Callable[[TrackedRun], dict[str, Any]]] = {"tensorboard": _tensorboard, "wandb": _wandb}
-"""Arguments of accelerate's class besides the project's name, for the trackers that continue a run."""
+"""For each tracker that can continue an interrupted run: a function that returns arguments of accelerate's class."""
 
 
 def check_trackers(names: Sequence[str]) -> None:

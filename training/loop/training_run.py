@@ -18,7 +18,7 @@ from blip2edge.training.phases.stage1 import Stage1Model
 from blip2edge.training.setup.model_parts import ModelParts
 
 MODEL_PREFIX = "workshop."
-"""Begins the names of the model's tensors in a snapshot. Older snapshots have it too: do not change it."""
+"""Prefix of the names of the model's tensors in a snapshot. It must not change, because older snapshots have it."""
 
 
 @dataclass

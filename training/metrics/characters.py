@@ -35,7 +35,7 @@ DELETED = (
     "FB37 FB3D FB3F FB42 FB45 FBB2-FBD2 FD3E-FD4F FD90-FD91 FDC8-FDEF FDFC-FE6F FE75 FEFD-FF00 FFBF-FFC1 FFC8-FFC9 "
     "FFD0-FFD1 FFD8-FFD9 FFDD-FFDF FFE2-FFE4 FFE7-FFFF"
 )
-"""Deleted; the text around the character is separate. So are all above U+FFFF."""
+"""Characters that are deleted, like all above U+FFFF; the words around them become separate tokens."""
 
 LETTERS = (
     "2C2-2C5 2D2-2DF 2E5-2EB 2ED 2EF-36F 375 378-379 384-385 3F6 483-487 55A-55F 58A 591-5BD 5BF 5C1-5C2 5C4-5C5 "
@@ -43,7 +43,7 @@ LETTERS = (
     "962-963 981-983 9BC 9BE-9C4 9C7-9C8 9CB-9CD 9D7 9E2-9E3 A01-A03 A3C A3E-A4F A81-A83 ABC ABE-ACF B82 BBE-BC2 "
     "BC6-BC8 BCA-BCD C01-C03 C3E-C56 D3E-D44 D46-D48 E31 E34-E3A E47-E4E EB1 EB4-EBC EC8-ECD 1885-1886 2010-2011"
 )
-"""Letters of a word that no pattern of letters matches: mostly combining marks."""
+"""Characters that are letters here, but not in Python's patterns: mostly combining marks."""
 
 SIGNS = "B2-B3 B9 BC-BE 2070 2074-2079 2080-2089 2153-215E 2460-249B 24EA-24FF 2776-2793"
-"""Tokens of their own that a pattern of letters matches: superscripts, fractions."""
+"""Characters that are letters in Python's patterns, but separate tokens here: superscripts, fractions."""

@@ -47,7 +47,7 @@ class CrossSource:
 
 
 class TorchDecoder(Decoder):
-    """A language model in torch; see :class:`blip2edge.runtime.decoding.state.Decoder`.
+    """Runs a language model in torch, with the interface of :class:`blip2edge.runtime.decoding.state.Decoder`.
 
     Args:
         language: The language model, in eval mode.
@@ -106,11 +106,11 @@ class TorchState(SlotState):
         self._origin = np.arange(len(positions))  # the row of the first batch that each row's source belongs to
 
     def make_room(self, steps: int) -> None:
-        """Extends the mask by ``steps`` new slots; see :class:`SlotState`."""
+        """Extends the attention mask by ``steps`` valid slots in each row, for new tokens."""
         self.mask = np.concatenate([self.mask, np.ones((self.batch_size, steps), np.int64)], axis=1)
 
     def select_cache(self, rows: NDArray[np.int64]) -> None:
-        """Replaces row i of the cache by a copy of the old row ``rows[i]``; see :class:`SlotState`."""
+        """Replaces row i of the KV cache by a copy of the old row ``rows[i]``, for every i."""
         chosen = torch.as_tensor(rows, device=self.decoder.device)
         self._past = [(key[chosen], value[chosen]) for key, value in self._past or ()]
         origin = self._origin[rows]
@@ -119,7 +119,7 @@ class TorchState(SlotState):
         self._origin = origin
 
     def select(self, rows: NDArray[np.int64]) -> None:
-        """Replaces row i by a copy of the old row ``rows[i]``, and drops unused slots; see :class:`DecodeState`."""
+        """Replaces row i of the state by a copy of the old row ``rows[i]``, and removes slots that no row uses."""
         super().select(rows)
         unused = int(self.mask.any(axis=0).argmax())
         if unused:
@@ -164,11 +164,14 @@ class TorchLanguage(LanguageModel):
         self._encoder_inputs = language_of(config.kind).encoder_inputs if encodes else ()
 
     def prefill(self, prompts: Sequence[Prompt], pictures: Mapping[str, Any]) -> tuple[NDArray[np.float32], RowState]:
-        """Runs the prompts of a batch; see :class:`LanguageModel`.
+        """Runs the prompts of a batch, with their pictures.
 
         Args:
             prompts: One prompt for each row.
             pictures: Tensors by name: ``image_embeds [B, P, Dv]`` and ``visual_tokens [B, Q, D]``.
+
+        Returns:
+            The logits ``[B, V]`` after each prompt, and the decoding state.
         """
         if self._encoder_inputs:
             return self._encode(prompts, pictures)
@@ -197,7 +200,7 @@ class TorchLanguage(LanguageModel):
         return torch.tensor(ids, dtype=torch.int64, device=self.decoder.device)
 
     def _embedded(self, prompts: Sequence[Prompt], pictures: Mapping[str, Any]) -> list[Tensor]:
-        """Returns, for each row, its token embeddings with visual tokens at the picture's place, ``[S_i, D]``."""
+        """Returns the embedded prompt of each row, ``[S_i, D]``: token embeddings, and visual tokens for a picture."""
         rows = []
         for row, prompt in enumerate(prompts):
             parts = [self.decoder.embed(prompt.segments[0])]

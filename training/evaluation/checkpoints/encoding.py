@@ -20,9 +20,9 @@ from blip2edge.runtime.text.prompt import PromptText
 
 
 class ModuleGraph:
-    """Runs a torch module in place of a loaded graph; see :class:`blip2edge.runtime.backends.base.Session`.
+    """Runs a torch module in place of a loaded graph (:class:`blip2edge.runtime.backends.base.Session`).
 
-    Floating-point inputs are converted to the dtype of the module's weights. Outputs are tensors on its device.
+    Floating-point inputs are converted to the dtype of the module's weights. Outputs are on the device of the module.
 
     Args:
         module: The module, in eval mode.
@@ -73,7 +73,11 @@ class TorchEncoder(Encoder):
         clock: StageClock,
         queries: int | None = None,
     ) -> EncodedBatch:
-        """Encodes a batch; see :class:`Encoder`."""
+        """Encodes a batch; the arguments are those of :meth:`Encoder.__call__`.
+
+        Returns:
+            The prompts, the outputs of picture encoder and bridge as tensors, and the number of pictures in each row.
+        """
         batch = self.prepare(images, texts, clock, queries)
         found: Mapping[str, Any] = self.run_bridge(self.run_vision(batch.pixels, clock), batch.bridge_inputs, clock)
         if max(batch.counts) > 1:

@@ -211,7 +211,7 @@ class CheckpointMatcher:
 
     @torch.inference_mode()
     def image_vectors(self, pictures: Sequence[Image.Image]) -> Vectors:
-        """Computes the vectors of pictures; see :class:`MatchModel`."""
+        """Computes unit vectors of pictures: float32 [N, F], or [N, K, F] if a picture has K vectors."""
         parts = [
             self._matcher.image_features(self._image_embeds(pictures[at : at + self._batch_size]))
             for at in range(0, len(pictures), self._batch_size)
@@ -221,7 +221,7 @@ class CheckpointMatcher:
 
     @torch.inference_mode()
     def text_vectors(self, texts: Sequence[str]) -> Vectors:
-        """Computes the vectors of texts; see :class:`MatchModel`."""
+        """Computes unit vectors of texts: float32 [M, F]."""
         parts = [
             self._matcher.text_embeds(*self._padded(texts[at : at + self._batch_size]))
             for at in range(0, len(texts), self._batch_size)
@@ -233,7 +233,10 @@ class CheckpointMatcher:
     def probabilities(
         self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[str]], *, logits: bool = False
     ) -> list[list[float]]:
-        """Computes the probabilities or logits of the matching head; see :class:`MatchModel`."""
+        """Computes the match probability of each picture with each of its own texts, by the matching head.
+
+        If `logits` is True, the head's logits of "match" are returned instead.
+        """
         found: list[list[float]] = [[] for _ in pictures]
         pairs = [(row, text) for row, own in enumerate(texts) for text in own]
         embeds = self._image_embeds(pictures)
