@@ -105,7 +105,10 @@ def train(
 
 @dataclass(frozen=True)
 class _Options:
-    """Arguments of :func:`train`, and the directory ``part`` for the files that are renamed to ``target``."""
+    """The arguments of :func:`train`, and the directories of the checkpoint.
+
+    The checkpoint is written into ``part``, a temporary directory. When it is complete, it is moved to ``target``.
+    """
 
     config_path: str | Path
     target: Path

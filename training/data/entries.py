@@ -136,7 +136,7 @@ class UniqueIds:
         self._counts: dict[str, int] = {}
 
     def __call__(self, sample_id: str) -> str:
-        """Returns `sample_id`, or `sample_id` with a number (``7#2``) if it was given before."""
+        """Returns `sample_id`, or `sample_id` with a number (``7#2``) if an earlier sample has this id."""
         count = self._counts[sample_id] = self._counts.get(sample_id, 0) + 1
         return sample_id if count == 1 else f"{sample_id}#{count}"
 

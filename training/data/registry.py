@@ -27,7 +27,7 @@ from blip2edge.training.data.streams.mixture import MixtureSource, set_probabili
 _GIB = 1 << 30
 
 Part = tuple[int, int]
-"""Number of a stream of the data, and of all streams."""
+"""(Number of a stream from 0, number of all streams) if the data is split into several streams."""
 WHOLE: Part = (0, 1)
 
 
@@ -73,7 +73,10 @@ LIST_READERS: dict[str, Callable[[DataConfig, Path], tuple[list[Entry], BrokenSa
     "table": _table,
     "folder": _folder,
 }
-"""Reads all entries of a kind; paths are relative to the given directory."""
+"""By the kind of data: the function that reads all entries into memory.
+
+Its arguments are the section `[data]`, and the directory that relative paths start from.
+"""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ SHARD_FORMATS = {
     "shards": ShardFormat(SHARD_SUFFIXES, lambda config, base: read_shard),
     "parquet": ShardFormat((".parquet",), _parquet_reader, parquet_rows),
 }
-"""Formats of which only a block of samples is in memory."""
+"""Formats by the kind of data. Such data is read in blocks, so that only one block of samples is in memory."""
 
 
 def _files(config: DataConfig, base: Path) -> list[Path | str]:
@@ -157,9 +160,10 @@ SOURCE_MAKERS: dict[str, Callable[[DataConfig, int, Path, Part], tuple[SampleSou
     **dict.fromkeys(SHARD_FORMATS, _sharded),
     **dict.fromkeys(LIST_READERS, _listed),
 }
-"""Makes a source from its configuration, the seed of its order, the directory that paths are relative to, and the part.
+"""By the kind of data: the function that makes a source of samples.
 
-The number of samples of a pass is returned too, or None if it is not known.
+Its arguments are the section `[data]`, the seed of the order, the directory that relative paths start from, and the
+stream (:data:`Part`). It returns the source, and the number of samples in one pass (None if not known).
 """
 
 

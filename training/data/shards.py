@@ -32,10 +32,10 @@ SampleFiles = dict[str, tuple[ShardFile, Callable[[], bytes]]]
 """The files of one sample by suffix, each with the function that reads it."""
 
 MAX_TEXT_BYTES = 16 << 20
-"""Largest text or JSON of one sample."""
+"""Largest size in bytes of a text or JSON file of one sample."""
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-"""Endings of shards."""
+"""Endings of the file names of shards."""
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -97,7 +97,11 @@ def shard_paths(pattern: str | Path, suffixes: tuple[str, ...] = SHARD_SUFFIXES)
 
 
 def shard_names(paths: Sequence[Path | str]) -> list[str]:
-    """Returns the names of shards, given as paths or addresses: file names, or relative paths if two are equal."""
+    """Returns a unique name for each shard: its file name, or its relative path if two file names are equal.
+
+    Args:
+        paths: Paths or addresses of the shards.
+    """
     names = [str(path).rpartition("/")[2] for path in paths]
     if len(set(names)) == len(names):
         return names

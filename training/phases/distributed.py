@@ -20,7 +20,7 @@ _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Makes the functions here act, during a ``with`` block, as if this process were the only process."""
+    """During a ``with`` block, makes the functions of this module act as if this process were the only process."""
     token = _ALONE.set(True)
     try:
         yield

@@ -45,7 +45,7 @@ from blip2edge.training.setup.lora import add_lora, merge_lora
 from blip2edge.training.setup.model_parts import DTYPES, ModelParts
 
 MakeSceneBatch = Callable[[list[Scene], list[str]], Any]
-"""Makes a batch of scenes and their names."""
+"""A function that makes a batch from scenes and their names."""
 
 
 def _seed(run: TrainingRun, phase: str) -> int:
@@ -106,10 +106,10 @@ def _rates(run: TrainingRun, phase: BridgePhase) -> Callable[[str], float]:
 
 
 def _frozen(run: TrainingRun, phase: BridgePhase) -> Sequence[nn.Module]:
-    """Returns the frozen modules to shard with the phase: the picture encoder, or none.
+    """Returns the frozen modules to shard with the phase: the picture encoder, or no module.
 
-    None if the phase trains the encoder. Also none with a cache of features: then processes run the encoder at
-    different times, but a sharded module must run in all processes at once.
+    There is no such module if the phase trains the encoder, or if its output is cached. With a cache, the processes run
+    the encoder at different times, but a sharded module must run in all processes at once.
     """
     return () if phase.unfreeze_vision or run.config.loop.cache_features else (run.parts.model.vision,)
 

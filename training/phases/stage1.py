@@ -35,7 +35,7 @@ LABEL_SMOOTHING = 0.1
 TEMPERATURE = 0.07  # initial value; the parameter is the temperature itself, without exp or clamp
 
 Draw = Callable[[Tensor], Tensor]
-"""Draws one column for each row: maps weights ``[B, N]``, whose rows sum to 1, to int64 ``[B]``."""
+"""A function that draws one column for each row of weights ``[B, N]`` (rows sum to 1); returns int64 ``[B]``."""
 
 
 def draw_negative(weights: Tensor) -> Tensor:

@@ -57,7 +57,11 @@ BERT_RULES = (
     *under(f"{_QFORMER}layers.*.feed_forward.", "encoder.layer.*.", _FEED_FORWARD),
     *(rule for rule in TEXT_HEAD_RULES if rule.ours.startswith("head")),
 )
-"""Our names and BERT's. The queries' feed-forward is a copy of the text's. Tensors without a rule are drawn."""
+"""Maps parameter names of :class:`Stage1Model` to tensor names of BERT.
+
+BERT's feed-forward is copied to the text's feed-forward and to the queries'. Parameters without a rule are drawn at
+random.
+"""
 
 _DRAWN = ("query_tokens", "cross_attention", "projection", "match_head", "temperature", "vision.")
 

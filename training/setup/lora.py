@@ -20,7 +20,7 @@ ATTENTION = ("query", "key", "value", "out", "dense")
 """Names of the linear layers of an attention; ``dense`` is BERT's output."""
 
 MARK = ".lora_"
-"""Is in the name of each parameter that LoRA adds."""
+"""Text that the name of each parameter of LoRA contains."""
 
 
 _BASE = ".base_layer"  # peft's name of the layer inside one with LoRA

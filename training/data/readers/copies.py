@@ -31,7 +31,10 @@ from blip2edge.training.data.shards import range_of
 PACKED = (".gz", ".tgz")
 
 ReadFile = Callable[[Path, BrokenSamples, str], Iterator[Entry]]
-"""Reads the entries of one file: its path, the broken samples, and its name in sample ids."""
+"""A function that reads the entries of one file.
+
+Its arguments are the file's path, the collection of broken samples, and the file's name in sample ids.
+"""
 
 
 def remote_system(address: str) -> tuple[Any, str]:

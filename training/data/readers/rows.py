@@ -279,4 +279,7 @@ def _turn(turn: Any) -> tuple[str, str]:
 
 
 Rows = Callable[[Path], Iterator[tuple[int, Row | Blip2EdgeError]]]
-"""Reads the rows of a file with their numbers; a row that cannot be read is given as its error."""
+"""A function that yields (number, row) for each row of a file.
+
+If a row cannot be read, the error is yielded in place of the row.
+"""

@@ -189,7 +189,7 @@ ROWS_BY_SUFFIX: dict[str, Rows] = {
     ".tsv": delimited,
     ".parquet": parquet,
 }
-"""The reader of a table by the suffix of its name."""
+"""The function that reads the rows of a table, by the suffix of the file name."""
 
 
 def table_file(path: Path) -> Path:

@@ -83,5 +83,5 @@ def draw_change(config: DataConfig, texts: Iterable[str], rng: np.random.Generat
 
 
 def changed(open_picture: Callable[[], Image.Image], change: Change | None) -> Callable[[], Image.Image]:
-    """Returns a function that opens the picture and applies the change; for None, returns `open_picture` itself."""
+    """Returns a function that opens the picture and applies the change; if `change` is None, `open_picture` itself."""
     return open_picture if change is None else lambda: change(open_picture())

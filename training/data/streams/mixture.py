@@ -53,7 +53,7 @@ class MixtureSource:
     Args:
         sources: The sources.
         probabilities: Probability that a sample is drawn from each source.
-        seed: Seed of the draws of the source.
+        seed: Seed for drawing the source of each sample.
     """
 
     def __init__(self, sources: Sequence[SampleSource], probabilities: Sequence[float], seed: int) -> None:
