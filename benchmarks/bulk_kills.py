@@ -2,12 +2,12 @@
 
     python benchmarks/bulk_kills.py BUNDLE --json benchmarks/results/bulk-kills.json
 
-5,000 generated pictures (1 % broken, 2 % copies of others) are captioned to one Parquet file, with search for
-duplicates to a directory of WebDataset shards, and with `--force` to a file that replaces another one. For each way of
+5,000 generated pictures (1 % broken, 2 % copies of others) are captioned to three outputs: a Parquet file; a directory
+of WebDataset shards, with a search for duplicates; and a file that replaces another one (`--force`). For each way of
 killing, each output is made twice: once without a kill, and once by a run that is killed (SIGKILL) every few seconds
 and started again by the same call until the output is complete. The ways of killing (`tests/faults.py`): at a random
 moment, just before a file is changed, and just after a file was changed. Expected: the bytes are equal, no picture is
-missing or there twice, and nothing is left beside the output.
+missing, no picture is there twice, and no other file is left beside the output.
 
 Exit status 1 if one of the expectations is not met.
 """
@@ -101,7 +101,7 @@ def rows_of(path: Path) -> list[Any]:
 
 
 def killed_runs(root: Path, case: Case, arguments: Any, killer: Killer, ways: list[str]) -> dict[str, Any]:
-    """Makes one output without kills and, in each way, with kills; returns the comparison of the outputs."""
+    """Makes an output without kills, then with kills, once for each of ``ways``; returns how the outputs compare."""
     out = root / "out" / case.name
 
     def make() -> None:
@@ -165,8 +165,8 @@ def main() -> int:
     parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--pictures", type=int, default=5000)
-    parser.add_argument("--share", type=float, default=0.12, help="of the length of a run, within which it is killed")
-    parser.add_argument("--least", type=int, default=20, help="kills in all")
+    parser.add_argument("--share", type=float, default=0.12, help="a run is killed within this share of its length")
+    parser.add_argument("--least", type=int, default=20, help="smallest number of kills in all that passes")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -1,10 +1,10 @@
-"""Runs `bulk --ray` on a cluster of two nodes, kills one of them on the way, and compares the output byte by byte.
+"""Runs `bulk --ray` on a cluster of two nodes, kills a node during the run, and compares the output byte by byte.
 
     python benchmarks/bulk_ray.py BUNDLE --json benchmarks/results/bulk-ray.json
 
 The nodes are processes on this machine (`ray.cluster_utils.Cluster`), each with two CPUs, beside a head without CPUs.
-Two workers are spread over them. When a quarter of the parts is written, the node of one worker is killed; the worker
-starts again on the other node. Expected: the output has the bytes of a run without Ray. Needs the extra `ray`.
+Each of the two nodes runs one worker. When a quarter of the parts is written, the node of one worker is killed; the
+worker starts again on the other node. Expected: the output has the bytes of a run without Ray. Needs the extra `ray`.
 
 Exit status 1 if one of the expectations is not met.
 """

@@ -3,10 +3,11 @@
     python benchmarks/bulk_speed.py BUNDLE --json benchmarks/results/bulk-speed.json
 
 The pictures are generated JPEGs of the size of photos (640 x 480, noise of a camera), so that reading and decoding them
-takes as long as for photos. The loop calls `Captioner.caption` picture by picture. Both are measured in turn in one
-process (A B A B), by wall time; the load of the machine is in the result. The bundle is loaded before the clock starts
-for the loop, and within the time of `bulk`, which also lists the pictures and writes the output. Other rows: `bulk`
-with one thread for the pictures, with batches of one picture, and decoding alone by threads and by processes.
+takes as long as for photos. The loop calls `Captioner.caption` picture by picture. `bulk` and the loop are measured in
+turn in one process (A B A B), by wall time; the load of the machine is in the result. The time of `bulk` includes
+loading the bundle, listing the pictures and writing the output. The loop's bundle is loaded before its time begins.
+Other rows: `bulk` with one thread for the pictures, `bulk` with batches of one picture, and only decoding the pictures,
+by threads and by processes.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--size", type=int, nargs=2, default=(640, 480))
-    parser.add_argument("--least", type=float, default=1.3, help="smallest ratio that passes")
+    parser.add_argument(
+        "--least", type=float, default=1.3, help="smallest speed of bulk, relative to the loop, that passes"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     preprocessing = Preprocessing.from_json(Bundle.open(arguments.bundle).manifest.preprocessing)

@@ -42,7 +42,7 @@ SMALL_REST: dict[str, Any] = {
         "num_attention_heads": 4,
     },
 }
-"""The other parts of the captioner are small, because only the vision encoder is measured."""
+"""Configuration of the bridge and the language model; both are small, because only the vision encoder is measured."""
 
 PICTURE_SIZE = 256  # pixels: side of the picture files
 RACE_SIZE = 224  # pixels: side of the encoder's input
@@ -61,7 +61,7 @@ def draw(folder: Path, count: int) -> None:
 
 
 def calibrate(parent: Path, target: Path, images: Path, count: int) -> dict[str, Any]:
-    """Calibrates in a process of its own. Returns its seconds, peak memory in bytes and one of its progress lines."""
+    """Calibrates in a process of its own; returns the process's seconds, peak memory in bytes and a progress line."""
     command = [
         sys.executable, "-m", "blip2edge", "calibrate", str(parent), "-o", str(target), "--images", str(images),
         "--count", str(count), "--weights", "none", "--threads", "1", "--no-optimize",
@@ -103,7 +103,10 @@ def contestants(parent: Path, bundle: Path, folder: Path) -> dict[str, Path]:
 
 
 def race(graphs: dict[str, Path], pixels: np.ndarray[Any, Any], rounds: int) -> dict[str, dict[str, float]]:
-    """Runs the graphs in turn. Returns CPU milliseconds, speed relative to fp32 (by round), cosine to fp32's output."""
+    """Runs the graphs in turn; returns CPU milliseconds, speed and cosine of each graph, by its name.
+
+    The speed is relative to the fp32 graph, and the cosine compares the outputs with those of the fp32 graph.
+    """
     sessions = {name: OnnxRuntimeSession(path, 1) for name, path in graphs.items()}
     calls = {name: partial(session.run, {"pixel_values": pixels}) for name, session in sessions.items()}
     spent, outputs = in_turn(calls, rounds)
@@ -146,11 +149,11 @@ def main() -> None:
     """Runs the measurement of the command line, prints the result and writes it as JSON."""
     parser = parser_of(__doc__)
     parser.add_argument("part", choices=("memory", "race"))
-    parser.add_argument("--counts", type=int, nargs="+", default=[50, 500], help="pictures (50 500)")
-    parser.add_argument("--rounds", type=int, default=15, help="of the race (15)")
-    parser.add_argument("--parent", type=Path, help="an fp32 bundle, in place of one that is exported")
-    parser.add_argument("--bundle", type=Path, help="race: the INT8 bundle that `blip2edge calibrate` wrote from it")
-    parser.add_argument("--work", type=Path, help="where checkpoint and bundles are written, about 2 GB")
+    parser.add_argument("--counts", type=int, nargs="+", default=[50, 500], help="memory: numbers of pictures (50 500)")
+    parser.add_argument("--rounds", type=int, default=15, help="race: number of rounds (15)")
+    parser.add_argument("--parent", type=Path, help="fp32 bundle to measure (default: export one)")
+    parser.add_argument("--bundle", type=Path, help="race: the INT8 bundle that was calibrated from --parent")
+    parser.add_argument("--work", type=Path, help="directory for checkpoint and bundles, about 2 GB")
     options = parser.parse_args()
     given = (options.parent, options.bundle) if options.parent and options.bundle else None
     with tempfile.TemporaryDirectory(dir=options.work) as folder:

@@ -2,11 +2,12 @@
 
     python benchmarks/capfilt_scenes.py --work DIR --write benchmarks/results/capfilt-scenes.json
 
-The web pictures are scenes, a share of which have a wrong caption: half of these are another scene's caption, half the
-right one with one object changed. A captioner trained on a small clean set (stage 2; COCO in BLIP) writes the synthetic
-captions. The matching head that filters is trained on right captions of other scenes (stage 1). Then one captioner is
-trained on the web captions and one on CapFilt's output, with the same frozen parts, recipe and number of steps. The
-scores are those of `eval` on held-out scenes. Every step uses the public commands.
+The "web pictures" are scenes, and a share of them has a wrong caption. Half of the wrong captions belong to another
+scene; in the other half, one object of the right caption is changed. A captioner that was trained on a small clean set
+(stage 2; BLIP used COCO) writes the synthetic captions. The matching head, which filters the captions, is trained on
+right captions of other scenes (stage 1). Then one captioner is trained on the web captions and one on CapFilt's output,
+with the same frozen parts, recipe and number of steps. `eval` scores both on held-out scenes. Every step uses the
+public commands.
 """
 
 from __future__ import annotations
@@ -167,7 +168,13 @@ def score(model: Path, name: str, options: argparse.Namespace) -> dict[str, Any]
 
 
 def filtering(kept: Path, web: list[str], right: list[str]) -> dict[str, Any]:
-    """Returns how well the filter separates right and wrong web captions, and how many kept captions are right."""
+    """Returns how well the filter separates right from wrong web captions, and how many of the kept captions are right.
+
+    Args:
+        kept: Directory with CapFilt's output.
+        web: The captions of the web pictures, some of them wrong.
+        right: The right captions of the same pictures.
+    """
     captions: dict[int, list[tuple[str, str]]] = {}
     for path in shard_paths(kept):
         for entry in read_shards([path], BrokenSamples("kept", 0)):
@@ -191,17 +198,19 @@ def parsed() -> argparse.Namespace:
     """Parses the command line."""
     parser = parser_of(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="directory for data and checkpoints")
-    parser.add_argument("--write", type=Path, help="write the figures as JSON")
-    parser.add_argument("--web", type=int, default=1000, help="web pictures (1000)")
-    parser.add_argument("--clean", type=int, default=600, help="clean pictures (600)")
-    parser.add_argument("--share", type=float, default=0.6, help="share of wrong captions (0.6)")
-    parser.add_argument("--steps", type=int, default=250, help="of stage 2, before and after (250)")
-    parser.add_argument("--captioner-steps", type=int, default=500, help="of the one that writes (500)")
-    parser.add_argument("--threshold", type=float, default=0.5, help="of the filter (0.5)")
-    parser.add_argument("--scenes", type=int, default=200, help="held-out scenes that are scored (200)")
+    parser.add_argument("--write", type=Path, help="write the results to this JSON file")
+    parser.add_argument("--web", type=int, default=1000, help="number of web pictures (1000)")
+    parser.add_argument("--clean", type=int, default=600, help="number of pictures in the clean set (600)")
+    parser.add_argument("--share", type=float, default=0.6, help="share of web captions that are wrong (0.6)")
+    parser.add_argument("--steps", type=int, default=250, help="training steps of each scored captioner (250)")
+    parser.add_argument(
+        "--captioner-steps", type=int, default=500, help="training steps of the captioner that writes captions (500)"
+    )
+    parser.add_argument("--threshold", type=float, default=0.5, help="smallest score of a caption that is kept (0.5)")
+    parser.add_argument("--scenes", type=int, default=200, help="number of held-out scenes that are scored (200)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--matcher", type=Path, help="a matching head that was trained as this script does it")
-    parser.add_argument("--reuse", action="store_true", help="take what --work holds already")
+    parser.add_argument("--matcher", type=Path, help="use this matching head, from an earlier run of this script")
+    parser.add_argument("--reuse", action="store_true", help="use checkpoints and data that are in --work already")
     return parser.parse_args()
 
 

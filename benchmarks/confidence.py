@@ -1,20 +1,21 @@
 """Checks fitted confidences: calibration error, coverage and rejection on the miniature, in fp32 and INT8.
 
     python benchmarks/confidence.py --work DIR --write benchmarks/results/confidence.json
-    python benchmarks/confidence.py --page docs/confidence.md          # the tables, from the written figures
+    python benchmarks/confidence.py --page docs/confidence.md          # the tables, from the written results
 
-Scenes of held-out pairs of objects are disturbed as by a camera: no change, noise, blur, occlusion or JPEG, each with a
-drawn strength. Three maps are fitted by ``calibrate --references`` for each bundle, on pictures that no test has:
+Scenes with held-out pairs of objects are disturbed as a camera does: no change, noise, blur, occlusion or JPEG, each
+with a random strength. For each bundle, ``calibrate --references`` fits three maps from the features of a caption to
+its confidence, on pictures that no test uses:
 
 - ``clean``: on undisturbed scenes, nearly all of which the miniature captions correctly. All other pictures differ from
-  these.
-- ``noise``: on noisy scenes alone. Blur, occlusion and JPEG are then kinds that the fit did not have.
+  these scenes.
+- ``noise``: on noisy scenes alone. Blur, occlusion and JPEG are then kinds of disturbance that the fit did not have.
 - ``mixed``: on all five kinds in equal parts.
 
-Each map is tested on further scenes: the calibration error on its own distribution, on each kind, and at other
-strengths of noise than those of the fit (``strong noise``); the share of right captions in the more confident half; and
-pictures without content (grey, noise, gradients), which have no right caption. The rule of a right caption is equality
-with the scene's only caption.
+Each map is tested on further scenes. Measured are the calibration error on the kinds of the fit, on each kind alone,
+and with stronger noise than in the fit (``strong noise``); the share of right captions in the half with the higher
+confidence; and the confidence for pictures without content (grey, noise, gradients), which have no right caption. A
+caption is right if it equals the scene's only caption.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ Change = Callable[[Picture, np.random.Generator], Picture]
 
 
 def noise(low: float, high: float) -> Change:
-    """Adds Gaussian noise of a drawn standard deviation (of 255)."""
+    """Adds Gaussian noise with a random standard deviation, for pixel values from 0 to 255."""
 
     def change(picture: Picture, rng: np.random.Generator) -> Picture:
         pixels = np.asarray(picture, np.float64)
@@ -56,12 +57,12 @@ def noise(low: float, high: float) -> Change:
 
 
 def blur(picture: Picture, rng: np.random.Generator) -> Picture:
-    """Blurs with a drawn radius up to 4 pixels of 64."""
+    """Blurs a picture of 64 x 64 pixels with a random radius of at most 4 pixels."""
     return picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 4)))
 
 
 def occlusion(picture: Picture, rng: np.random.Generator) -> Picture:
-    """Covers a square of up to 39 pixels with grey."""
+    """Covers a square, whose side is at most 39 pixels, with grey."""
     side = int(rng.integers(0, 40))
     left, upper = (int(value) for value in rng.integers(0, PICTURE_SIZE - side + 1, 2))
     covered = picture.copy()
@@ -70,7 +71,7 @@ def occlusion(picture: Picture, rng: np.random.Generator) -> Picture:
 
 
 def jpeg(picture: Picture, rng: np.random.Generator) -> Picture:
-    """Compresses with a drawn quality from 1 to 19 of 95."""
+    """Compresses a picture as JPEG with a random quality from 1 to 19 (Pillow's scale, whose best quality is 95)."""
     file = BytesIO()
     picture.save(file, "JPEG", quality=int(rng.integers(1, 20)))
     return Image.open(file).convert("RGB")
@@ -119,7 +120,7 @@ def blip2edge(*arguments: str) -> None:
 
 
 def make_bundles(work: Path) -> dict[str, Path]:
-    """Exports the miniature, and calibrates it to INT8. Returns the two bundles by precision."""
+    """Exports the miniature and calibrates it to INT8; returns the directories of both bundles, by precision."""
     bundles = {"fp32": work / "fp32", "int8": work / "int8"}
     if not bundles["int8"].is_dir():
         ranges = work / "ranges"
@@ -159,7 +160,7 @@ def captioned(captioner: Captioner, pairs: list[tuple[Picture, str]]) -> tuple[A
 def error_if_true(confidences: Any, draws: int = 200) -> float:
     """Returns the mean calibration error that would be measured if the confidences were exactly right.
 
-    The error is then not 0, because the number of captions is limited.
+    This error is not 0, because the number of captions is limited.
     """
     rng = np.random.default_rng(0)
     found = [calibration_error(confidences, rng.random(len(confidences)) < confidences) for _ in range(draws)]
@@ -277,10 +278,10 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--work", metavar="DIR", type=Path, help="directory for bundles and pictures")
     parser.add_argument("--page", metavar="FILE", type=Path, help="write the tables of the results into FILE, and stop")
-    parser.add_argument("--write", metavar="FILE", type=Path, help="write the figures to FILE")
-    parser.add_argument("--fit", type=int, default=2000, help="pictures that a map is fitted on (2000)")
-    parser.add_argument("--scenes", type=int, default=2000, help="pictures of each test (2000)")
-    parser.add_argument("--empty", type=int, default=300, help="pictures without content (300)")
+    parser.add_argument("--write", metavar="FILE", type=Path, help="write the results to FILE")
+    parser.add_argument("--fit", type=int, default=2000, help="number of pictures on which a map is fitted (2000)")
+    parser.add_argument("--scenes", type=int, default=2000, help="number of pictures of each test (2000)")
+    parser.add_argument("--empty", type=int, default=300, help="number of pictures without content (300)")
     options = parser.parse_args()
     if options.page is not None:
         known = json.loads((RESULTS / "confidence.json").read_text(encoding="utf-8"))

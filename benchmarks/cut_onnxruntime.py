@@ -1,14 +1,14 @@
-"""Cuts the wheel of onnxruntime-gpu to one GPU, in pieces that a small transfer takes, and joins them again.
+"""Cuts the wheel of onnxruntime-gpu to the code for one GPU, splits it into small pieces to copy, and joins the pieces.
 
     pip download onnxruntime-gpu==1.31.1 --no-deps --python-version 3.12 --only-binary=:all: \
         --platform manylinux_2_28_x86_64 -d wheels
     python benchmarks/cut_onnxruntime.py cut wheels/onnxruntime_gpu-*.whl --sm 90 -o pieces
     python benchmarks/cut_onnxruntime.py join pieces -o packages        # on the other machine: PYTHONPATH=packages
 
-Nearly all of the wheel is machine code of the CUDA provider for seven kinds of GPU. `cut` fills the code for the others
-with zeros: every offset in the library stays as it is, and zeros compress to nothing. The code lies in the section
-``.nv_fatbin`` of the library, as a list of fat binaries; the layout is that of the header ``fatbinary_section.h`` of
-CUDA and of the entries that ``cuobjdump --list-elf`` shows.
+Nearly all of the wheel is machine code of the CUDA provider for seven kinds of GPU. `cut` replaces the code for the
+other kinds by zeros: every offset in the library stays as it is, and zeros compress to nothing. The code is in the
+section ``.nv_fatbin`` of the library, as a list of fat binaries; the layout is that of CUDA's header
+``fatbinary_section.h`` and of the entries that ``cuobjdump --list-elf`` shows.
 """
 
 from __future__ import annotations
@@ -158,9 +158,11 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("cut", help="cut a wheel to one GPU, and write pieces")
     one.add_argument("wheel", type=Path)
-    one.add_argument("--sm", type=int, action="append", required=True, help="compute capability, 90 for 9.0")
+    one.add_argument(
+        "--sm", type=int, action="append", required=True, help="compute capability of the GPU to keep, 90 for 9.0"
+    )
     one.add_argument("-o", "--output", type=Path, required=True)
-    one.add_argument("--piece-mib", type=float, default=55, help="largest size of a piece")
+    one.add_argument("--piece-mib", type=float, default=55, help="largest size of a piece in MiB")
     other = commands.add_parser("join", help="write the files of the pieces to a directory")
     other.add_argument("pieces", type=Path)
     other.add_argument("-o", "--output", type=Path, required=True)

@@ -1,4 +1,4 @@
-"""Measures the CPU time of reading training data: formats, and how much of it a process reads with several streams.
+"""Measures the CPU time of reading training data in each format, and how much a process reads with several streams.
 
 python benchmarks/data_reading.py --json benchmarks/results/data-reading.json
 """
@@ -67,7 +67,7 @@ def seconds(folder: Path, kind: str, path: str, count: int, part: tuple[int, int
 def main() -> None:
     """Measures all formats, prints the times, and writes them to a file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write them there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the times to FILE")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         os.environ["XDG_CACHE_HOME"] = place

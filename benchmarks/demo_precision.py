@@ -57,8 +57,8 @@ def measure(folder: Path, pictures: int, count: int) -> dict[str, dict[str, Any]
 def main() -> None:
     """Prints one line for each precision and writes the JSON."""
     parser = parser_of(__doc__)
-    parser.add_argument("--pictures", type=int, default=200, help="to calibrate on (200)")
-    parser.add_argument("--count", type=int, default=1000, help="held-out scenes (1000)")
+    parser.add_argument("--pictures", type=int, default=200, help="number of calibration pictures (200)")
+    parser.add_argument("--count", type=int, default=1000, help="number of held-out scenes (1000)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder

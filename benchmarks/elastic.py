@@ -1,4 +1,4 @@
-"""Elastic queries: captions with the first m of M visual tokens, and what that saves for a video of 60 frames.
+"""Measures elastic queries: captions with the first m of M visual tokens, and the savings for a video of 60 frames.
 
     python benchmarks/elastic.py --json benchmarks/results/elastic.json
 
@@ -7,7 +7,7 @@
    queries make the plain bundle. Its token ids are compared with the token ids of the elastic bundle at m = M.
 2. ``video``: 60 frames in one prompt, at the sizes of the miniature and at those of BLIP-2 (ViT-B/16, 32 queries, the
    language model of OPT-125m), with random weights: tokens of the context, bytes of the KV cache, and CPU time of
-   bridge, prefill and whole caption. The numbers m take turns on one thread, round by round; ratios are within a round.
+   bridge, prefill and whole caption. All numbers m are measured in turn on one thread; ratios are taken within a round.
 
 ``--keep DIR`` keeps checkpoints and bundles in DIR, and uses existing ones. ``--skip-scenes`` and ``--skip-video``
 leave out a measurement; its values in the JSON file are kept.
@@ -69,14 +69,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "text_config": {"model_type": "opt"},
     },
 }
-"""The miniature with a context of 1,024 tokens, and BLIP-2 with ViT-B/16 and OPT-125m; both take videos."""
+"""Configurations of two video models: the miniature with a context of 1,024 tokens, BLIP-2 with ViT-B/16 and OPT-125m.
+"""
 
 NUMBERS = {"miniature": (8, 4), "blip-2": (32, 16, 8)}
 ROUNDS = {"miniature": 20, "blip-2": 2}
 
 
 def elastic_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Returns the checkpoint trained with elastic queries, and its training record; trains it if it does not exist."""
+    """Returns the checkpoint trained with elastic queries, and its training record; trains a missing checkpoint."""
     path = folder / "elastic"
     if not path.exists():
         train("stage2", RECIPE, path, log=lambda line: print(line, file=sys.stderr), evaluation_scenes=0)
@@ -160,7 +161,7 @@ class CpuClock(StageClock):
 
 
 class Video:
-    """Captions one video of :data:`FRAMES` frames of noise, with TOKENS tokens."""
+    """Captions one video of :data:`FRAMES` frames of noise; each caption has ``TOKENS`` tokens."""
 
     def __init__(self, bundle: Path) -> None:
         self.captioner = Captioner.load(bundle, backend="cpu", threads=1)
@@ -248,7 +249,7 @@ def _row(
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--count", type=int, default=1000, help="held-out scenes (1000)")
+    parser.add_argument("--count", type=int, default=1000, help="number of held-out scenes (1000)")
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--skip-scenes", action="store_true")
     parser.add_argument("--skip-video", action="store_true")

@@ -55,8 +55,8 @@ def main() -> None:
     """Writes the pictures and the page, or compares them with the existing files."""
     parser = parser_of(__doc__)
     how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--write", action="store_true", help="write the pictures and the figures")
-    how.add_argument("--check", action="store_true", help="exit 1 unless they are up to date")
+    how.add_argument("--write", action="store_true", help="write the pictures and the numbers of the page")
+    how.add_argument("--check", action="store_true", help="exit 1 unless pictures and numbers are up to date")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         pictures, page = made(Path(directory))

@@ -19,7 +19,10 @@ from random_checkpoint import CONFIGS, published, scaled, write_checkpoint
 from reporting import command, parser_of, python, write_json
 
 SIZES = ("blip2-opt-2.7b", "blip2-flan-t5-xl", "instructblip-vicuna-7b")
-"""Configurations of ``blip2edge/shapes/published`` that the bound is stated for; any other there can be named too."""
+"""Configurations of ``blip2edge/shapes/published`` for which the documentation states the memory of an export.
+
+The other configurations of this folder can be measured too.
+"""
 
 INTERVAL = 0.02  # seconds between two samples
 
@@ -52,7 +55,7 @@ def own_bytes(pid: int) -> int:
 
 
 def measure(checkpoint: Path, bundle: Path, precision: str) -> dict[str, float]:
-    """Exports in a process of its own. Returns its seconds and its peak memory in bytes."""
+    """Exports a checkpoint in a process of its own; returns the process's seconds and peak memory in bytes."""
     command = [sys.executable, "-m", "blip2edge", "export", str(checkpoint), "-o", str(bundle)]
     start, peak = time.perf_counter(), 0
     process = subprocess.Popen([*command, "--precision", precision, "--verify", "sample"])
@@ -72,11 +75,13 @@ def main() -> None:
         "size", choices=known, metavar="SIZE", help=f"{', '.join(SIZES)}, or any of blip2edge/shapes/published"
     )
     parser.add_argument(
-        "--depth", type=float, action="append", help="share of the layers; may be repeated (1.0 and 0.5)"
+        "--depth", type=float, action="append", help="share of the model's layers; may be repeated (1.0 and 0.5)"
     )
     parser.add_argument("--precision", default="fp16")
-    parser.add_argument("--work", type=Path, help="where checkpoint and bundle are written, about 4 times the weights")
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    parser.add_argument(
+        "--work", type=Path, help="directory for checkpoint and bundle, about 4 times the size of the weights"
+    )
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args()
     results = []
     for depth in options.depth or [1.0, 0.5]:

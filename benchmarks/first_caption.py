@@ -71,8 +71,10 @@ def main() -> None:
     """Writes the random checkpoint and the pictures, runs the commands, and writes the measured values."""
     parser = parser_of(__doc__)
     parser.add_argument("--pictures", type=int, default=64, help="number of pictures to calibrate on")
-    parser.add_argument("--work", type=Path, help="where 4 GB are written (default: the system's temporary directory)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument(
+        "--work", type=Path, help="directory for 4 GB of files (default: the system's temporary directory)"
+    )
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         base = Path(folder)

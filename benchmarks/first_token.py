@@ -3,7 +3,8 @@
     python benchmarks/first_token.py ours BUNDLE
     python benchmarks/first_token.py llama FILE.gguf
 
-``benchmarks/startup.py`` starts both in turn. The process imports only the packages of its contestant.
+The contestants are blip2edge (``ours``) and llama.cpp (``llama``). ``benchmarks/startup.py`` starts them in turn. The
+process imports only the packages of its contestant.
 """
 
 from __future__ import annotations

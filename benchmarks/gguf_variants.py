@@ -4,8 +4,7 @@
 
 Writes ``Q8_0.gguf`` (every matrix in Q8_0) and ``Q4_0.gguf`` (every matrix in Q4_0, except the token embedding table,
 which is also the head). The table stays in Q8_0, as in llama.cpp's own quantizer if the row size is not a multiple of
-256. Needs
-``pip install gguf``.
+256. Needs ``pip install gguf``.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ FORMATS = {
     "Q8_0": (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
     "Q4_0": (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q4_0),
 }
-"""Type of the matrices, type of the token table, and file type."""
+"""Type of the matrices, type of the token embedding table, and file type, by the name of the variant."""
 
 OWN = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture", "general.file_type")
-"""Fields that the writer makes itself."""
+"""Fields of the source file that are not copied, because GGUFWriter writes them itself."""
 
 
 def write(source: GGUFReader, out: Path, name: str) -> None:

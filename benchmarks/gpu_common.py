@@ -1,4 +1,4 @@
-"""Functions that several steps of ``gpu.py`` use: the picture, the model in a published shape, and the clock."""
+"""Functions that several steps of ``gpu.py`` use: the picture, a model of published size, and the clock."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def synchronize(dry: bool) -> None:
 
 
 def seconds_of(call: Callable[[], object], dry: bool, rounds: int = ROUNDS) -> list[float]:
-    """Measures the wall seconds of each of several calls, after a warm-up; waits for the GPU around each call."""
+    """Calls a function several times after a warm-up call; returns the wall seconds of each call.
+
+    Before and after each call, it waits until the GPU is idle.
+    """
     call()
     found = []
     for _ in range(rounds):
@@ -47,7 +50,7 @@ def seconds_of(call: Callable[[], object], dry: bool, rounds: int = ROUNDS) -> l
 
 
 def peer_model(dry: bool) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Makes transformers' model in the published model's shape, with random weights on the device, and its inputs."""
+    """Makes transformers' model of the published size, with random weights on the device, and the model's inputs."""
     from transformers import Blip2Config, Blip2ForConditionalGeneration
 
     values = shrunk(published(MODEL)) if dry else published(MODEL)

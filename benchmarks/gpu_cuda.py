@@ -32,7 +32,10 @@ def machine(dry: bool) -> dict[str, Any]:
 
 
 def bandwidth(dry: bool) -> dict[str, Any]:
-    """Measures a copy on the GPU in bytes a second; a byte counts twice, because it is read and written."""
+    """Measures the memory bandwidth of the GPU by a copy, in bytes per second.
+
+    Each copied byte counts twice, because it is read and written.
+    """
     size = 16 * MIB if dry else 2048 * MIB
     source = torch.ones(size, dtype=torch.uint8, device=DEVICES[dry])
     target = torch.empty_like(source)
@@ -41,7 +44,10 @@ def bandwidth(dry: bool) -> dict[str, Any]:
 
 
 def cuda_layer(dry: bool) -> dict[str, Any]:
-    """Checks our layer over cuda-bindings: copies in both directions, events, a captured graph, a failing capture."""
+    """Checks ``runtime/cuda``, the code over cuda-bindings: copies in both directions, events, and graph capture.
+
+    A capture that fails is checked as well.
+    """
     from blip2edge.runtime.tensorrt.cuda import Cuda, DeviceBuffer, Mirror, load_cuda
 
     if dry:
@@ -93,7 +99,10 @@ def cuda_layer(dry: bool) -> dict[str, Any]:
 
 
 def captured_torch(dry: bool) -> dict[str, Any]:
-    """Captures a torch matrix multiplication as a CUDA graph on our stream, then replays the graph on another input."""
+    """Captures a torch matrix multiplication as a CUDA graph on a stream of ``runtime/cuda``, and replays the graph.
+
+    The replay reads another input.
+    """
     if dry:
         return {"ok": True, "note": "needs a GPU"}
     from blip2edge.runtime.tensorrt.cuda import Cuda, load_cuda
@@ -121,9 +130,9 @@ def captured_torch(dry: bool) -> dict[str, Any]:
 
 
 def runtime(dry: bool) -> dict[str, Any]:
-    """Runs our TensorRT runtime on the real CUDA, with ONNX Runtime on the CPU in place of the engines.
+    """Runs this project's TensorRT runtime on real CUDA, with ONNX Runtime on the CPU in place of the engines.
 
-    Memory, copies, streams, events and the order of calls are those of a GPU; the tokens must equal the CPU backend's.
+    So memory, copies, streams and events are tested on the GPU. The tokens must equal those of the CPU backend.
     """
     from blip2edge.export.pipeline import export_checkpoint
     from blip2edge.runtime.backends.engine_files import KIND

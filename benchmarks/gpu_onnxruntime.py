@@ -20,7 +20,7 @@ from reporting import ROOT
 
 
 def bundles(folder: Path, precisions: tuple[str, ...]) -> dict[str, Path]:
-    """Exports the miniature model in these precisions; ``int4`` is calibrated from ``fp16``. Returns the bundles."""
+    """Returns bundles of the miniature model in the given precisions: exports them, and calibrates ``int4``."""
     from blip2edge.calibration.pipeline import calibrate
     from blip2edge.export.pipeline import export_checkpoint
 
@@ -37,7 +37,7 @@ def bundles(folder: Path, precisions: tuple[str, ...]) -> dict[str, Path]:
 
 
 def provider(dry: bool) -> dict[str, Any]:
-    """Compares ONNX Runtime on CUDA with the CPU: the token ids, and the provider of every node."""
+    """Compares the token ids of ONNX Runtime on CUDA and on the CPU, and lists the provider that runs each node."""
     from blip2edge.optimization.pipeline import optimize
     from blip2edge.runtime.captioning.captioner import Captioner
 
@@ -62,7 +62,7 @@ def provider(dry: bool) -> dict[str, Any]:
 
 
 def cuda_graphs(dry: bool) -> dict[str, Any]:
-    """Times the decoder's copy with its steps captured as CUDA graphs and without, alternately; compares the tokens."""
+    """Times the optimized decoder with and without CUDA graphs of its steps, in turn; compares the tokens of both."""
     from blip2edge.optimization.pipeline import optimize
     from blip2edge.runtime.backends.onnxruntime_cuda import GRAPHS_VARIABLE
     from blip2edge.runtime.captioning.captioner import Captioner
@@ -90,7 +90,7 @@ def cuda_graphs(dry: bool) -> dict[str, Any]:
 
 
 def true_size(dry: bool) -> dict[str, Any]:
-    """Times our captioner and eager transformers alternately (A B A B), both in the published model's shape."""
+    """Times blip2edge and eager transformers in turn (A B A B), with a model of the published size."""
     from blip2edge.bundle.bundle import Bundle
     from blip2edge.bundle.schema import DECODER
     from blip2edge.export.pipeline import export_checkpoint
@@ -143,7 +143,7 @@ def true_size(dry: bool) -> dict[str, Any]:
 
 
 def overlap(dry: bool) -> dict[str, Any]:
-    """Measures pictures a second: with vision during decoding (the scheduler), and one picture after the other."""
+    """Measures pictures per second without and with the scheduler, which encodes pictures while others are decoded."""
     from blip2edge.runtime.captioning.captioner import Captioner
 
     with tempfile.TemporaryDirectory() as folder:

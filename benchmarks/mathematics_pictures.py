@@ -194,7 +194,7 @@ CACHES: Mapping[str, tuple[int, int, int]] = {
     "OPT-6.7b, Vicuna-7b": (32, 32, 128),
     "SmolLM2-135M (3 key heads)": (30, 3, 64),
 }
-"""Layers, key heads and width of a head."""
+"""Number of layers, number of key heads, and width of a head, by the language model's name in the picture."""
 
 
 def cache() -> str:

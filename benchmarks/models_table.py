@@ -213,7 +213,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--write", type=Path, metavar="FILE", help="write the page to FILE")
-    how.add_argument("--check", type=Path, metavar="FILE", help="exit 1 unless that is the page")
+    how.add_argument("--check", type=Path, metavar="FILE", help="exit 1 unless FILE is up to date")
     options = parser.parse_args()
     page = document()
     if options.write is not None:

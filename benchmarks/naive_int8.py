@@ -1,9 +1,9 @@
-"""INT8 by ONNX Runtime's tool compared with each method of ``calibrate``: ``python benchmarks/naive_int8.py``.
+"""Compares INT8 by ONNX Runtime's tool with each method of ``calibrate``: ``python benchmarks/naive_int8.py``.
 
-Outlier channels and massive-activation tokens are planted into the example checkpoint (``planted.py``). It is exported,
-and its vision encoder is quantized by ONNX Runtime's ``quantize_static`` with MinMax per tensor, and by each method of
-``calibrate``. The table shows the cosine of the encoder's output to fp32, and the captions of scenes that were not used
-for calibration.
+Outlier channels and massive-activation tokens are added to the example checkpoint (``planted.py``), and the checkpoint
+is exported. Its vision encoder is quantized by ONNX Runtime's ``quantize_static`` with MinMax per tensor, and by each
+method of ``calibrate``. The table shows the cosine of the encoder's output to fp32, and the captions of scenes that
+were not used for calibration.
 """
 
 from __future__ import annotations
@@ -77,7 +77,11 @@ def naive_bundle(parent: Path, target: Path, pictures: Sequence[Scene]) -> None:
 
 
 def figures(parent: Path, bundle: Path, wanted: Sequence[str], heldout: Sequence[Scene]) -> dict[str, Any]:
-    """Returns the cosine of the vision encoder's outputs to fp32, and the shares of equal and of right captions."""
+    """Compares a bundle with the fp32 bundle.
+
+    Returns the cosine of the vision encoder's outputs, the share of captions that are equal, and the share of captions
+    that are right.
+    """
     prepare = Preprocessing.from_json(Bundle.open(parent).manifest.preprocessing)
     sessions = [OnnxRuntimeSession(root / f"{VISION}.onnx", 1) for root in (parent, bundle)]
     cosines = []
@@ -131,8 +135,8 @@ def measure(folder: Path, pictures: int, heldout: int) -> dict[str, dict[str, An
 def main() -> None:
     """Prints the table and writes it as JSON."""
     parser = parser_of(__doc__)
-    parser.add_argument("--pictures", type=int, default=200, help="to calibrate on (200)")
-    parser.add_argument("--heldout", type=int, default=500, help="to caption (500)")
+    parser.add_argument("--pictures", type=int, default=200, help="number of calibration pictures (200)")
+    parser.add_argument("--heldout", type=int, default=500, help="number of other pictures to caption (500)")
     options = parser.parse_args()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

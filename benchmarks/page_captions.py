@@ -3,7 +3,7 @@
     python benchmarks/page_captions.py BUNDLE --json benchmarks/results/page-captions.json
 
 The files are generated scenes in several sizes and formats (JPEG, turned JPEG, PNG with a palette, GIF, WebP). For
-comparison, the same pictures are also sent as a page does that draws them on a canvas: as JPEG of at most 640 pixels.
+comparison, the same pictures are also sent as JPEG of at most 640 pixels, like a page that draws them on a canvas.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ GAIN = 2.0
 
 
 def measure(name: str, precision: str, folder: Path) -> dict[str, Any]:
-    """Exports one checkpoint. Returns the largest relative difference of each graph, or why the export failed."""
+    """Exports one checkpoint; returns the largest relative difference of each graph, or the reason for a failure."""
     checkpoint = folder / "checkpoint"
     if not checkpoint.exists():
         write_checkpoint(checkpoint, shrunk(published(name)), torch.float32, GAIN)
@@ -51,9 +51,9 @@ def write(path: Path, results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Measures and writes after every export, so that a broken run is not lost."""
+    """Exports all configurations; writes the results after every export, so that a run that breaks loses none."""
     parser = parser_of(__doc__)
-    parser.add_argument("--only", action="append", help="a configuration by name; may be repeated (all)")
+    parser.add_argument("--only", action="append", help="name of a configuration; may be repeated (all)")
     parser.add_argument("--json", type=Path, default=RESULTS / "parity.json")
     options = parser.parse_args()
     torch.set_num_threads(1)

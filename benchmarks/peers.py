@@ -41,7 +41,7 @@ class Contestant:
 
 
 def transformers_contestants(checkpoint: Path, pixels: np.ndarray, tokens: int, compiled: bool) -> list[Contestant]:
-    """Returns the contestants of transformers: eager; if `compiled`, also with the modules compiled by torch."""
+    """Returns the contestants of transformers: eager; and if `compiled` is true, also one with torch.compile."""
     from transformers import Blip2ForConditionalGeneration
 
     model = Blip2ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
@@ -147,10 +147,12 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="torch.compile as a further contestant (minutes)")
-    parser.add_argument("--keep", type=Path, required=True, help="checkpoint and bundle, made where absent (3 GB)")
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile (takes minutes)")
+    parser.add_argument(
+        "--keep", type=Path, required=True, help="directory of checkpoint and bundle, which are made if missing (3 GB)"
+    )
     parser.add_argument("--bundle", type=named_path, action="append", default=[], metavar="NAME=DIR")
-    parser.add_argument("--batch", type=int, default=1, help="pictures at once (1)")
+    parser.add_argument("--batch", type=int, default=1, help="number of pictures in a batch (1)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)

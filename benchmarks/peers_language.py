@@ -20,11 +20,13 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--bundle", type=named_path, action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--gguf", type=named_path, action="append", default=[], metavar="NAME=FILE")
-    parser.add_argument("--eager", metavar="DIR", help="a language model's directory, for transformers")
-    parser.add_argument("--llama-python", help="an interpreter whose environment has xllamacpp")
-    parser.add_argument("--optimum", metavar="DIR", help="the same model exported by optimum-onnx")
-    parser.add_argument("--optimum-python", help="an interpreter whose environment has optimum-onnx")
-    parser.add_argument("--base", help="whose time the ratios are to; the first GGUF file or else the first row")
+    parser.add_argument("--eager", metavar="DIR", help="directory of the language model, to measure transformers")
+    parser.add_argument("--llama-python", help="Python interpreter whose environment has xllamacpp")
+    parser.add_argument("--optimum", metavar="DIR", help="the same model, exported by optimum-onnx")
+    parser.add_argument("--optimum-python", help="Python interpreter whose environment has optimum-onnx")
+    parser.add_argument(
+        "--base", help="name of the row to which times are compared (default: the first GGUF file, else the first row)"
+    )
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)

@@ -18,7 +18,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("fp32", type=Path)
     parser.add_argument("int8", type=Path)
-    parser.add_argument("--openvino-python", help="an interpreter whose environment has openvino")
+    parser.add_argument("--openvino-python", help="Python interpreter whose environment has openvino")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -1,4 +1,6 @@
-"""Measures the perplexity of a real language model: fp32, calibrated INT8 and INT4 weights, and plainly rounded ones.
+"""Measures the perplexity of a real language model, in fp32 and with INT8 and INT4 weights.
+
+The integer weights are calibrated, or plainly rounded for comparison.
 
     python benchmarks/smollm2.py --out SMOLLM2
     python benchmarks/smollm2_captioner.py SMOLLM2 --out CHECKPOINT
@@ -9,8 +11,8 @@
 A bundle's decoder and token embedding table are quantized by the code of `blip2edge calibrate --weights`, with windows
 of ``calibration.txt`` instead of captions. Perplexity is measured on windows of ``evaluation.txt``, which has other
 documents; the first token of a window is not scored. ONNX Runtime fuses the blocks into MatMulNBits, which also rounds
-activations to eight bits per block. "plain" rounds every matrix to nearest, with scales that map the largest value to
-the largest integer, in the same blocks and the same file size.
+activations to eight bits per block. The variants named "plain" round every matrix to nearest, with scales that map the
+largest value to the largest integer; blocks and file size are the same.
 """
 
 from __future__ import annotations
@@ -88,7 +90,7 @@ def perplexity(bundle: Bundle, folder: Path, rows: Array) -> tuple[float, int]:
 
 
 def calibrated(bundle: Bundle, bits: int, rows: Array, folder: Path) -> dict[str, Any]:
-    """Writes the decoder as `calibrate --weights` does. Returns the errors of its matrices."""
+    """Writes the decoder with integer weights, like `calibrate --weights`; returns the errors of its matrices."""
     feeds = Feeds(folder / "feeds")
     table = TokenTable(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, "float32")
     for given in inputs(bundle, table, rows):
@@ -150,12 +152,12 @@ def summary(results: dict[str, Any]) -> dict[str, float]:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("bundle", type=Path, help="in fp32")
+    parser.add_argument("bundle", type=Path, help="a bundle in fp32")
     parser.add_argument("--texts", type=Path, required=True, help="directory that benchmarks/texts.py wrote")
-    parser.add_argument("--tokens", type=int, default=20480, help="of the evaluation, at least")
+    parser.add_argument("--tokens", type=int, default=20480, help="smallest number of tokens of the evaluation")
     parser.add_argument("--calibration-tokens", type=int, default=16384)
-    parser.add_argument("--only", action="append", choices=VARIANTS, help="a variant; may be repeated (all)")
-    parser.add_argument("--json", type=Path, help="written after each variant; keeps results of other variants")
+    parser.add_argument("--only", action="append", choices=VARIANTS, help="variant to measure; may be repeated (all)")
+    parser.add_argument("--json", type=Path, help="file of the results, written after each variant; keeps old results")
     options = parser.parse_args()
     bundle = Bundle.open(options.bundle)
     texts = {part: options.texts / f"{part}.txt" for part in ("calibration", "evaluation")}

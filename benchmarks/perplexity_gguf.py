@@ -3,8 +3,8 @@
     python benchmarks/gguf_variants.py SOURCE.gguf --out GGUF
     python benchmarks/perplexity_gguf.py BUNDLE --texts TEXTS --gguf Q8_0=GGUF/Q8_0.gguf --gguf Q4_0=GGUF/Q4_0.gguf
 
-transformers reads each file (``pip install gguf``) and computes in float32 with the rounded weights. This is the best
-result of a format, because llama.cpp also rounds activations. The tokenizer is the bundle's.
+transformers reads each file (``pip install gguf``) and computes in float32 with the rounded weights. llama.cpp also
+rounds activations, so its own result is not better than this one. The tokenizer is the bundle's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--gguf", type=named_path, action="append", required=True, metavar="NAME=FILE")
-    parser.add_argument("--tokens", type=int, default=20480, help="at least")
+    parser.add_argument("--tokens", type=int, default=20480, help="smallest number of tokens of the evaluation")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)

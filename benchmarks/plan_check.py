@@ -1,12 +1,14 @@
-"""Compares the times that ``plan`` predicts for this machine with the times that ``bench`` measures. It fits nothing.
+"""Compares the times that ``plan`` predicts for this machine with the times that ``bench`` measures.
+
+The script changes no constant of ``plan``.
 
     python benchmarks/plan_check.py --work DIR [--json benchmarks/results/plan.json]
     python benchmarks/plan_check.py --work DIR --independent [--json benchmarks/results/plan-independent.json]
 
 The models run on one thread. The constants of ``plan`` were chosen on three models in fp32: the miniature of
-``examples/checkpoint`` (BLIP-2), the shape of ``Salesforce/blip-image-captioning-base``, and a small LLaVA, so this
-comparison is a fit. ``--independent`` takes three models of ``plan_shapes.py`` on which no constant was chosen, in
-fp32, INT8 and INT4.
+``examples/checkpoint`` (BLIP-2), a model of the size of ``Salesforce/blip-image-captioning-base``, and a small LLaVA.
+For these models, the comparison only shows how good the fit is. ``--independent`` measures three models of
+``plan_shapes.py`` on which no constant was chosen, in fp32, INT8 and INT4.
 
 All weights are random, except the miniature's. Each model is drawn, exported, calibrated where it is not fp32, and
 optimized, and captions a picture of 480 x 640. The bundles stay in ``--work`` and are used again. The least CPU time of
@@ -103,8 +105,8 @@ def bundle_of(name: str, precision: str, checkpoint: Path, work: Path) -> Path:
 def least_steps_ms(run: Bench, runs: int) -> float:
     """Returns the CPU milliseconds of decoding: the least time of one step in several captions, times the steps.
 
-    A step takes about as long as one measurement of the machine's rates. So for both, some runs fall into moments in
-    which other programs do not use the memory. A whole caption is too long for such a moment.
+    A step takes about as long as one measurement of the machine's rates. So among several steps, and among several
+    measurements, some run while no other program uses the memory. A whole caption takes too long for that.
     """
     least = math.inf
     for _ in range(runs):
@@ -205,14 +207,21 @@ def show(result: Mapping[str, Any]) -> None:
 def main() -> None:
     """Compares the models, prints a line for each stage, and writes the JSON file."""
     parser = parser_of(__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="where checkpoints and bundles are kept (8 GB)")
-    parser.add_argument("--independent", action="store_true", help="the models that no constant was chosen on")
-    parser.add_argument("--only", nargs="+", metavar="MODEL", help="only these models")
-    parser.add_argument("--precisions", nargs="+", choices=("fp32", "int8", "int4"), help="(default: as above)")
+    parser.add_argument("--work", type=Path, required=True, help="directory for checkpoints and bundles (8 GB)")
+    parser.add_argument(
+        "--independent", action="store_true", help="measure the models on which no constant of plan was chosen"
+    )
+    parser.add_argument("--only", nargs="+", metavar="MODEL", help="measure only these models")
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=("fp32", "int8", "int4"),
+        help="precisions to measure (default: fp32; with --independent all)",
+    )
     parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--rounds", type=int, default=3, help="how often all models are measured")
-    parser.add_argument("--fresh", action="store_true", help="draw and export everything again")
-    parser.add_argument("--json", type=Path, help=f"write the figures to this file ({RESULTS / 'plan.json'})")
+    parser.add_argument("--rounds", type=int, default=3, help="number of times that all models are measured")
+    parser.add_argument("--fresh", action="store_true", help="make all checkpoints and bundles again")
+    parser.add_argument("--json", type=Path, help=f"write the results to this file, such as {RESULTS / 'plan.json'}")
     options = parser.parse_args()
     if options.fresh:
         shutil.rmtree(options.work, ignore_errors=True)

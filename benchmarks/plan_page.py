@@ -20,7 +20,7 @@ MODEL = "Salesforce/blip2-opt-2.7b"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns a Markdown table; all columns except the first and the source are aligned to the right."""
+    """Returns a Markdown table; all columns except the first and the column "source" are aligned to the right."""
     rule = ["---" if name in ("", head[0], "source") else "---:" for name in head]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)) + "\n"
 

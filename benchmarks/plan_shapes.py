@@ -34,7 +34,7 @@ SMALL_LLAVA: dict[str, Any] = {
         "eos_token_id": 2,
     },
 }
-"""ViT-B/16 and twelve Llama layers 1024 wide."""
+"""A small LLaVA: ViT-B/16, and a Llama of twelve layers with width 1024."""
 
 T5: dict[str, Any] = {
     "model_type": "blip-2",
@@ -142,7 +142,7 @@ LLAVA: dict[str, Any] = {
         "eos_token_id": 2,
     },
 }
-"""LLaVA with 256 visual tokens and a Llama whose heads share two keys."""
+"""LLaVA with 256 visual tokens, and a Llama with two key heads that all query heads share."""
 
 SHAPES = {"small-llava": SMALL_LLAVA, "check-t5": T5, "check-idefics": IDEFICS, "check-llava": LLAVA}
 FITTED = ("miniature", "blip-image-captioning-base", "small-llava")

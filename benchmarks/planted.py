@@ -1,8 +1,8 @@
-"""Plants outlier channels and massive-activation tokens, as EVA and CLIP have them, into a checkpoint's vision encoder.
+"""Adds outlier channels and massive-activation tokens, as EVA and CLIP have them, to a checkpoint's vision encoder.
 
-The example checkpoint is small and has no outliers. This module adds them such that its captions do not change:
+The example checkpoint is small and has no outliers. This module adds outliers so that the captions do not change:
 
-- Some channels after each norm become 20 to 80 times larger, and the following weights for these channels smaller by
+- Some channels after each norm become 20 to 80 times larger. The following weights for these channels become smaller by
   the same factor, so that the encoder computes the same function.
 - Two hidden units of the first MLP are active on one token each: the class token, and the first patch. Their values are
   hundreds of times larger than those of other units. The two units change one channel of that token's residual stream,
@@ -86,7 +86,7 @@ def _massive_tokens(tensors: dict[str, Tensor], states: Tensor) -> None:
 
 
 def _outlier_channels(tensors: dict[str, Tensor], random: np.random.Generator) -> None:
-    """Multiplies some gains of a norm by a factor, and divides the columns of the following weights by it."""
+    """Multiplies some gains of a norm by a factor, and divides the columns of the following weights by this factor."""
     layer = 0
     while LAYER.format(layer) + "layer_norm1.weight" in tensors:
         prefix = LAYER.format(layer)

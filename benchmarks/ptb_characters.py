@@ -3,8 +3,8 @@
     pip download --no-deps pycocoevalcap && unzip pycocoevalcap-*.whl
     python benchmarks/ptb_characters.py pycocoevalcap/tokenizer/stanford-corenlp-3.4.1.jar
 
-Every character of the Basic Multilingual Plane is put alone between two words, and inside a word. A character that
-is deleted, or that Python's ``\\w`` classifies differently, goes into one of the three tables.
+The tokenizer gets every character of the Basic Multilingual Plane alone between two words, and inside a word. If it
+deletes a character, or classifies it differently from Python's ``\\w``, the character goes into one of three tables.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class Running:
             raise SystemExit(f"{self.name} did not start")
 
     def ask(self, task: list[Any]) -> float:
-        """Runs one task in the process. Returns the task's CPU seconds."""
+        """Runs one task in the process; returns the task's CPU seconds."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(task) + "\n")
         self.process.stdin.flush()
@@ -73,9 +73,9 @@ class Running:
 
 
 def race(contestants: list[Contestant], tasks: dict[str, list[Any]], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Runs all tasks of all contestants in turn, after a warm-up round. Returns the CPU seconds.
+    """Runs all tasks of all contestants in turn, after a warm-up round.
 
-    The result has, for each task and contestant, the seconds of each round.
+    Returns the CPU seconds of each round, by task and by contestant.
     """
     running = [Running(contestant) for contestant in contestants]
     seconds: dict[str, dict[str, list[float]]] = {task: {one.name: [] for one in running} for task in tasks}

@@ -35,7 +35,7 @@ SHAPE: dict[str, Any] = {
     "qformer_config": {},
     "text_config": {"model_type": "opt"},
 }
-"""ViT-B/16, the Q-Former of BLIP-2 and OPT-125m (transformers' defaults)."""
+"""Configuration of a captioner with ViT-B/16, the Q-Former of BLIP-2 and OPT-125m (transformers' defaults)."""
 
 SHARD = 1 << 30  # bytes
 NOISE = (1 << 20) + 7  # length of the block of random numbers; each tensor reads it from another offset
@@ -79,7 +79,7 @@ def published(name: str) -> dict[str, Any]:
 
 
 def shrunk(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the configuration with the sizes of :data:`TINY`; kinds and flags are unchanged."""
+    """Returns a configuration with the sizes of :data:`TINY`; types of modules and flags are unchanged."""
     small: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict):
@@ -105,7 +105,7 @@ def scaled(config: dict[str, Any], depth: float) -> dict[str, Any]:
 
 
 def opened(values: dict[str, Any]) -> Config:
-    """Parses a configuration as for a checkpoint; with a separate head if the published weights have one."""
+    """Parses a configuration like that of a checkpoint; adds a separate head if the published weights have one."""
     config: Any = read_config(values)
     if values.get("text_config", {}).get("tie_word_embeddings") is False and config.language.tie_embeddings:
         config = replace(config, language=replace(config.language, tie_embeddings=False))

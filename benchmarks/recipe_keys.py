@@ -50,7 +50,10 @@ def written(value: Any) -> str:
 
 
 def table(kind: type, without: type | None = None) -> str:
-    """Returns a table with one row for each key of a section; omits keys that `without` has with the same default."""
+    """Returns a table with one row for each key of a section.
+
+    Keys that the section ``without`` also has, with the same default, are left out.
+    """
     default, plain = kind(), None if without is None else without()
     texts = meanings(kind)
     rows = ["| key | default | meaning |", "|---|---|---|"]
@@ -108,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--write", type=Path, metavar="FILE", help="write the tables into the page FILE")
-    how.add_argument("--check", type=Path, metavar="FILE", help="exit 1 unless they are those of that page")
+    how.add_argument("--check", type=Path, metavar="FILE", help="exit 1 unless the tables in FILE are up to date")
     options = parser.parse_args()
     path: Path = options.write or options.check
     page = path.read_text(encoding="utf-8")

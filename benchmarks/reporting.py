@@ -55,7 +55,10 @@ def in_turn(
 
 
 def median_ratio(above: Iterable[float], below: Iterable[float]) -> float:
-    """Returns the median of the ratios within each round; the machine's load changes it less than ratios of medians."""
+    """Returns the median of the ratios within each round.
+
+    The load of the machine changes this median less than the ratio of two medians.
+    """
     return statistics.median(one / other for one, other in zip(above, below, strict=True))
 
 

@@ -1,8 +1,8 @@
 """Measures the time saved and captions changed by ``watch --reuse-below``: ``python benchmarks/reuse.py --json FILE``.
 
 The video is made of generated scenes with camera noise: each scene stands still, then one of its objects changes its
-colour, then the picture fades into the next scene. The example checkpoint captions every frame with each limit. The
-captions are compared with those of a run that encodes every frame.
+colour, then the picture fades into the next scene. The example checkpoint captions the video once for each value of
+``--reuse-below``. The captions are compared with those of a run that encodes every frame.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def film(count: int) -> list[NDArray[np.uint8]]:
 
 
 def watched(captioner: Captioner, frames: list[NDArray[np.uint8]], below: float) -> list[WatchResult]:
-    """Captions the video once with one limit; returns the results of all frames."""
+    """Captions the video once with one value of ``--reuse-below``; returns the results of all frames."""
 
     def source() -> Iterator[Frame]:
         for index, frame in enumerate(frames):
@@ -55,7 +55,7 @@ def watched(captioner: Captioner, frames: list[NDArray[np.uint8]], below: float)
 
 
 def measure(captioner: Captioner, frames: list[NDArray[np.uint8]], rounds: int) -> list[dict[str, Any]]:
-    """Measures all limits in turn; returns one row for each limit, with the time of its fastest round."""
+    """Measures all values of ``--reuse-below`` in turn; returns a row for each, with the time of its fastest round."""
     seconds, found = in_turn({below: partial(watched, captioner, frames, below) for below in LIMITS}, rounds)
     texts = {below: [one.result.text for one in seen if one.result] for below, seen in found.items()}
     return [

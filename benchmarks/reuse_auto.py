@@ -4,7 +4,6 @@ Thresholds are fitted on one film of each kind of ``reuse_films.py``, and used o
 film is also captioned with every frame encoded; where the captions differ, a change was missed. Fits:
 
     same kind    on the film of the same kind, as for a camera that stays where it is
-
     all kinds    on the films of all three kinds
     other kinds  on the films of the two kinds that the tested film is not of
 """
@@ -44,7 +43,7 @@ def frames_of(pictures: Film) -> Iterator[Frame]:
 
 
 def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Reads a JSON object from a file; if there is no file, calls ``make`` and writes the file first."""
+    """Returns the JSON object in a file; if there is no file, calls ``make`` and writes its result to the file."""
     if not path.exists():
         write_json(path, make())
     found: dict[str, Any] = json.loads(path.read_text())
@@ -52,7 +51,10 @@ def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def recorded(captioner: Captioner, kind: str, frames: int, folder: Path) -> Recording:
-    """Returns the recording of films of one kind with every frame encoded; keeps its files in the folder."""
+    """Returns the recording of films of one kind, in which every frame is encoded.
+
+    The recording is stored in files in ``folder``, and read from them in a later run.
+    """
     parts = []
     for seed, start in product(FIT_SEEDS, range(0, frames, PART)):
         path = folder / f"recording-{kind}-{seed}-{start}.npz"
@@ -80,7 +82,11 @@ def joined(recordings: Sequence[Recording]) -> Recording:
 
 
 def timed(captioner: Captioner, pictures: Film, **options: Any) -> dict[str, Any]:
-    """Captions a film; returns its captions and steps, the last audit, and the CPU milliseconds per frame."""
+    """Captions a film frame by frame.
+
+    Returns the captions, the step of each frame (what was reused), the last audit of the thresholds, and the CPU
+    milliseconds per frame.
+    """
     start = time.process_time()
     results = list(watch(captioner, frames_of(pictures), every=True, **options))
     cpu_ms = (time.process_time() - start) / len(pictures) * 1e3
@@ -89,9 +95,9 @@ def timed(captioner: Captioner, pictures: Film, **options: Any) -> dict[str, Any
 
 
 def overlooked(given: Sequence[str], wanted: Sequence[str]) -> tuple[int, int]:
-    """Returns the number of changes of the right caption, and how many changes were never shown.
+    """Returns how often the right caption changes, and how many of these changes were never shown.
 
-    A change was never shown if none of the frames until the next change got its caption.
+    A change was never shown if no frame until the next change got the new caption.
     """
     starts = [at for at in range(1, len(wanted)) if wanted[at] != wanted[at - 1]]
     ends = [*starts[1:], len(wanted)]
@@ -100,7 +106,10 @@ def overlooked(given: Sequence[str], wanted: Sequence[str]) -> tuple[int, int]:
 
 
 def tested(captioner: Captioner, pictures: Film, full: dict[str, Any], plan: ReusePlan) -> dict[str, Any]:
-    """Captions a film with fitted thresholds, and compares it with every frame encoded; returns the measured values."""
+    """Captions a film with fitted thresholds, and compares time and captions with a run that encodes every frame.
+
+    Returns the measured values. ``full`` is the result of that run.
+    """
     sentences: list[str] = []
     plan = replace(plan, report=sentences.append)
     found = timed(captioner, pictures, reuse_below="auto", reuse=plan)
@@ -134,9 +143,9 @@ def fitted(recording: Recording, captioner: Captioner, plan: ReusePlan) -> dict[
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--fit-frames", type=int, default=2000, metavar="N", help="of each of the two films of a kind")
-    parser.add_argument("--frames", type=int, default=1200, metavar="N", help="of each tested film")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for intermediate results; a later run uses them")
+    parser.add_argument("--fit-frames", type=int, default=2000, metavar="N", help="frames of each film for the fit")
+    parser.add_argument("--frames", type=int, default=1200, metavar="N", help="frames of each tested film")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="folder of results that a later run uses again")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     folder = options.keep or Path(tempfile.mkdtemp())

@@ -1,4 +1,4 @@
-"""Generated films for the benchmarks of ``watch --reuse-below``, of the scenes that the miniature was trained on.
+"""Generates films for the benchmarks of ``watch --reuse-below``, with scenes like the miniature's training scenes.
 
 The kinds differ in what moves. All have camera noise.
 
@@ -24,7 +24,7 @@ Film = list[NDArray[np.uint8]]
 Random = np.random.Generator
 
 NOISE = {"cuts": 3.0, "movement": 3.0, "lighting": 4.0}
-"""Standard deviation of each film's camera noise, in 255ths."""
+"""Standard deviation of the camera noise by the kind of film, for pixel values from 0 to 255."""
 
 
 def recoloured(scene: Scene) -> Picture:

@@ -2,8 +2,8 @@
 
     python benchmarks/rounded.py BUNDLE --out BUNDLE4 --weights int4
 
-Size and kernels are those of ``blip2edge calibrate --weights``. The quality is not, which does not matter for random
-weights. The other graphs are copied.
+Size and kernels are the same as after ``blip2edge calibrate --weights``. The quality is lower, which does not matter
+for random weights. The other graphs are copied.
 """
 
 from __future__ import annotations

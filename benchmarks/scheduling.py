@@ -142,7 +142,10 @@ def arrivals(captioner: Captioner, picture: np.ndarray, rate: float, count: int,
 
 
 def sustained(captioner: Captioner, picture: np.ndarray, count: int, batch: int, solo_s: float) -> dict[str, Any]:
-    """Returns the highest of `RATES` that keeps the time limit, and the measurements of all rates up to that rate."""
+    """Returns the highest rate of arrivals in `RATES` that keeps the time limit, and the measurements of the rates.
+
+    Rates are measured from the lowest on, up to the first rate that does not keep the limit.
+    """
     seen = []
     for relative in RATES:
         seen.append({"of_one_by_one": relative, **arrivals(captioner, picture, relative / solo_s, count, batch)})
@@ -184,7 +187,9 @@ def drawing(spans: list[Span], pictures: int = 6) -> str:
 def main() -> None:
     """Measures overlap and arrivals, and writes the results."""
     parser = parser_of(__doc__)
-    parser.add_argument("bundle", nargs="?", type=Path, help="a bundle; by default random weights are exported")
+    parser.add_argument(
+        "bundle", nargs="?", type=Path, help="bundle to measure (default: export a model with random weights)"
+    )
     parser.add_argument("--pictures", type=int, default=8)
     parser.add_argument("--arrivals", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)

@@ -5,8 +5,8 @@
 
 The miniature is the example checkpoint, on scenes of the training split. The SmolLM2 captioner has a random vision
 encoder, so its captions have no meaning, but the language model is real. A killed run goes on when it is started again.
-The result has the front (combinations of formats that no other combination beats), the combinations of the plain flags
-(measured in the same run), and the CPU minutes on one thread.
+The result has the Pareto front (combinations of formats that no other combination beats), the combinations that
+``calibrate`` makes without a search (measured in the same run), and the CPU minutes on one thread.
 """
 
 from __future__ import annotations
@@ -46,13 +46,16 @@ def optimize_graphs(bundle: Path, graphs: Sequence[str]) -> None:
 
 
 def row(point: FormatPoint, front: Sequence[FormatPoint]) -> dict[str, Any]:
-    """Returns the row of one measured combination of formats, with the combinations of the front that beat it."""
+    """Returns the row of one measured combination, with the flags of all combinations on the front that beat it."""
     beaten = [other.flags for other in front if other.beats(point)]
     return {**point.to_json(), "on_the_front": point in front, "beaten_by": beaten}
 
 
 def rows(found: FoundPoints) -> dict[str, Any]:
-    """Returns rows for the front and for the plain flags, and how often a plain flag beats one of the front."""
+    """Returns the results of a search: the combinations on the front, and those that need no search (presets).
+
+    Also returns how often a preset beats a combination on the front.
+    """
     measured = [point for point in found.points if point.drop is not None]
     presets = [point for point in measured if point.preset]
     return {
@@ -73,10 +76,12 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("model", choices=("miniature", "smollm2"))
     parser.add_argument("--bundle", type=Path, help="an exported bundle in fp32 (default: the miniature is exported)")
-    parser.add_argument("--pictures", type=int, default=128, help="to calibrate on (128)")
-    parser.add_argument("--formats", nargs="+", default=[], help="to try (all); `mixed` for two in one graph")
+    parser.add_argument("--pictures", type=int, default=128, help="number of calibration pictures (128)")
+    parser.add_argument("--formats", nargs="+", default=[], help="formats to try (all); mixed: two in one graph")
     parser.add_argument("--measured", type=int, default=MEASURED, help=f"combinations to measure ({MEASURED})")
-    parser.add_argument("--folder", type=Path, help="keeps pictures, state and result, so that a killed run goes on")
+    parser.add_argument(
+        "--folder", type=Path, help="folder of pictures, state and result, so that a killed run goes on"
+    )
     options = parser.parse_args()
     if options.model == "smollm2" and options.bundle is None:
         parser.error("give the exported captioner with --bundle")

@@ -69,7 +69,9 @@ def say(out: Path, prompt: str, tokens: int = 24) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, required=True, help="the directory to write; must not exist")
-    parser.add_argument("--prompt", default="What is the capital of France?", help="asked at the end, as a check")
+    parser.add_argument(
+        "--prompt", default="What is the capital of France?", help="question to the new model at the end, as a check"
+    )
     options = parser.parse_args()
     if options.out.exists():
         parser.error(f"{options.out} exists: remove it, or name another directory")

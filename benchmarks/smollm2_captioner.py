@@ -1,4 +1,4 @@
-"""Writes a checkpoint in BLIP-2's shape around a real language model: SmolLM2-135M, a small random ViT and Q-Former.
+"""Writes a BLIP-2 checkpoint with a real language model, SmolLM2-135M, and a small random ViT and Q-Former.
 
     python benchmarks/smollm2.py --out SMOLLM2
     python benchmarks/smollm2_captioner.py SMOLLM2 --out CHECKPOINT

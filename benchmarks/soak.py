@@ -5,8 +5,9 @@
 
 *overload* starts `blip2edge serve`, measures how many captions per second it gives to 16 clients that wait for their
 answers, and then sends requests at twice that rate, whether answers come or not. Each request has its own connection.
-Expected: every request is sent; only the statuses 200, 429 and 503; the 99th percentile of the time of a caption is
-bounded by the lengths of queue and batch; flat resident memory, and no more open files of the server at the end.
+Expected: every request is sent; only the statuses 200, 429 and 503; the 99th percentile of a caption's time is at most
+the bound that follows from the lengths of queue and batch; the server's resident memory is flat, and it has no more
+open files at the end than at the beginning.
 
 *endurance* captions pictures with one `Captioner` and one scheduler in this process. Expected: flat memory and files.
 
@@ -171,7 +172,7 @@ async def overload(
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
-    """Returns the median, the 99th percentile and the largest of times given in seconds, in milliseconds."""
+    """Returns median, 99th percentile and largest value of some times in seconds; the results are in milliseconds."""
     return {
         "count": len(values),
         "p50_ms": round(float(np.quantile(values, 0.5)) * 1e3, 1),
@@ -295,8 +296,8 @@ def main() -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--captions", type=int, default=100_000)
-    parser.add_argument("--measured-s", type=float, default=20.0, help="time in which the capacity is measured")
-    parser.add_argument("--serve", nargs="...", default=[], help="further flags of `blip2edge serve`")
+    parser.add_argument("--measured-s", type=float, default=20.0, help="seconds for which the capacity is measured")
+    parser.add_argument("--serve", nargs="...", default=[], help="further flags for `blip2edge serve`")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.kind == "overload":

@@ -4,7 +4,8 @@
 
 The contestants caption the same picture one after the other, in rotating order, on one thread. Seconds are process CPU
 time of the whole caption, from the picture to its text, including the draft model. If the texts are not equal token for
-token, nothing is written. "always" uses the bridge's text head at every step, whether it saves time or not.
+token, nothing is written. The contestant "always" uses the draft model (the bridge's text head) at every step, also
+where it saves no time.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SERIES = 900  # series of the held-out scenes, which no training uses
 
 
 class Always(SpeculationCost):
-    """A cost estimate with which the draft model runs at every step."""
+    """Replaces the estimate of the draft model's gain: the draft model then runs at every step."""
 
     @property
     def pays(self) -> bool:

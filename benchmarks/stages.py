@@ -5,7 +5,8 @@
 Both runs begin with a new Q-Former between the vision encoder and the language model of `--start`. The first run uses a
 third of its steps for stage 1, the second run all steps for stage 2. The score is the share of held-out scenes whose
 caption is exactly right.
-Writes benchmarks/results/stages.json, keeping results of other lengths and seeds, and the curve next to
+
+Writes benchmarks/results/stages.json, in which results of other lengths and seeds are kept, and the curve next to
 docs/training.md.
 """
 
@@ -46,7 +47,7 @@ def recipe(start: Path, seed: int, stage1: int, stage2: int, itg: float) -> str:
 
 
 def run(work: Path, name: str, text: str, scenes: int) -> dict[str, Any]:
-    """Trains once. Returns the scores, and the loss of stage 2 over the steps of the whole run."""
+    """Trains once; returns the scores, and the loss of stage 2 by the step of the whole run."""
     path, out = work / f"{name}.toml", work / name
     path.write_text(text)
     clock = time.process_time()
@@ -89,9 +90,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--work", type=Path, required=True, help="directory for the runs")
     parser.add_argument("--start", type=Path, default=CHECKPOINT)
-    parser.add_argument("--steps", type=int, nargs="+", default=[150, 300, 900], help="numbers of steps")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[150, 300, 900], help="numbers of training steps to compare"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--scenes", type=int, default=1000, help="held-out scenes that are scored")
+    parser.add_argument("--scenes", type=int, default=1000, help="number of held-out scenes that are scored")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     runs = json.loads(RESULT.read_text())["runs"] if RESULT.is_file() else []

@@ -69,7 +69,7 @@ def first_token(kind: str, path: str, python: str) -> tuple[float, float, str]:
 
 
 def text_starts(language: str, gguf: str, llama_python: str, starts: int) -> dict[str, Any]:
-    """Starts blip2edge and llama.cpp in turn. Returns their seconds, and the median of the ratios within each round."""
+    """Starts blip2edge and llama.cpp in turn; returns the seconds of both, and the median of the ratios by round."""
     rounds = [
         (first_token("ours", language, sys.executable), first_token("llama", gguf, llama_python))
         for _ in range(starts + 1)
@@ -89,9 +89,9 @@ def main() -> None:
     parser.add_argument("picture", type=Path)
     parser.add_argument("--captions", type=int, default=10000)
     parser.add_argument("--starts", type=int, default=5)
-    parser.add_argument("--language", help="a bundle of a language model with 8-bit weights")
-    parser.add_argument("--gguf", help="the same weights for llama.cpp")
-    parser.add_argument("--llama-python", help="an interpreter whose environment has xllamacpp")
+    parser.add_argument("--language", help="bundle whose language model has 8-bit weights")
+    parser.add_argument("--gguf", help="the same weights as a GGUF file, for llama.cpp")
+    parser.add_argument("--llama-python", help="Python interpreter whose environment has xllamacpp")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     text: dict[str, Any] = {}

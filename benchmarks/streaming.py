@@ -4,8 +4,9 @@ Compares MatMul nodes with equivalent convolutions (Conv nodes), and small with 
 
     python benchmarks/streaming.py --json benchmarks/results/streaming.json
 
-A graph multiplies the same rows by 30 matrices, 283 MB in all, one after the other, as a decoder does. All combinations
-are loaded and run in turn, in every round. The result is the least process CPU time of its runs, median over rounds.
+A graph multiplies the same rows by 30 matrices, 283 MB in all, one after the other, like a decoder. In every round,
+each combination is loaded and run several times. The result is the least process CPU time of a round's runs; the table
+has the median over the rounds.
 """
 
 from __future__ import annotations

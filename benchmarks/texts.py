@@ -54,8 +54,8 @@ def split(source: Iterator[tuple[str, str]], characters: int) -> dict[str, list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--out", type=Path, required=True, help="the directory to write into")
-    parser.add_argument("--characters", type=int, default=400_000, help="length of each part, at least")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the two text files")
+    parser.add_argument("--characters", type=int, default=400_000, help="smallest length of each text file")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

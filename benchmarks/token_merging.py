@@ -98,7 +98,7 @@ def timed(model: str, folder: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--count", type=int, default=1000, help="held-out scenes (1000)")
+    parser.add_argument("--count", type=int, default=1000, help="number of held-out scenes (1000)")
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--prepare", action="store_true")
     parser.add_argument("--json", type=Path)

@@ -1,4 +1,4 @@
-"""Predicts the peak memory of a training step (stage 2) for published models; models of a tenth of the size check it.
+"""Predicts the peak memory of a training step (stage 2) for published models, and checks it on models a tenth as large.
 
     python benchmarks/training_memory.py --json benchmarks/results/training-memory.json
 
@@ -7,8 +7,8 @@ activation checkpointing; LoRA on the attentions; parameters sharded over two pr
 `training/setup/memory.py` predicts the peak of a step for a published model, and for a smaller model of the same family
 with random weights. The smaller model then makes three steps, in a new process for each combination. The largest
 resident memory of the second and third step is read from /proc (Linux), minus the memory before the model was built.
-The weights, the batch and the seed are equal for all combinations, so that the
-losses can be compared. Environment variables make malloc return freed memory.
+The weights, the batch and the seed are equal for all combinations, so that the losses can be compared. Environment
+variables make malloc return freed memory.
 
 The file is written after each measurement. If a run was interrupted, the same command continues it; remove the file to
 measure again.
@@ -45,7 +45,7 @@ TENTHS: dict[str, dict[str, int]] = {
     "instructblip-vicuna-7b": {"hidden_size": 1280, "intermediate_size": 3456, "num_hidden_layers": 26,
                                "num_attention_heads": 10, "num_key_value_heads": 10},
 }  # fmt: skip
-"""Sizes of the smaller language models; vision encoder and Q-Former are in `VISION` and `QFORMER`."""
+"""Sizes of the smaller language models; `VISION` and `QFORMER` have the sizes of their vision encoder and Q-Former."""
 ROWS, SMALL_ROWS, TOKENS, STEPS = 16, 4, 32, 3
 
 
@@ -61,7 +61,7 @@ def values_of(name: str, *, small: bool) -> dict[str, Any]:
 
 
 def recipe_of(choice: str, rows: int) -> Any:
-    """Returns the recipe of a choice."""
+    """Returns the training recipe with the options that ``choice`` names, a key of ``CHOICES``."""
     from blip2edge.training.config import parse_config
 
     loop, stage2 = CHOICES[choice]
@@ -71,7 +71,7 @@ def recipe_of(choice: str, rows: int) -> Any:
 
 
 def predicted(name: str, choice: str, *, small: bool) -> dict[str, int]:
-    """Returns the predicted memory of one process, in bytes by name."""
+    """Returns the predicted memory of one process in bytes, by the kind of use (weights, gradients, and so on)."""
     from blip2edge.model.families.registry import read_config
     from blip2edge.training.setup.memory import predict
 
@@ -95,7 +95,10 @@ def settle() -> int:
 
 
 def measure(name: str, choice: str) -> dict[str, Any] | None:
-    """Makes the steps of a choice in this process. Returns losses and peak; None in all processes but the first."""
+    """Makes the training steps with one combination of options, in this process.
+
+    Returns the losses and the peak memory; in a run with several processes, only in the first process, else None.
+    """
     import peft
     import torch
     import torch._dynamo
@@ -168,7 +171,10 @@ def measured(name: str, choice: str) -> dict[str, Any]:
 
 
 def row_of(name: str, choice: str, known: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
-    """Returns the row of a choice: predictions, and the measurement of an earlier call with the same small model."""
+    """Returns the table row of one combination of options: both predictions, and the measurement of the small model.
+
+    The measurement of an earlier call is used again if the prediction for the small model is still the same.
+    """
     small = predicted(name, choice, small=True)
     row = {"choice": choice, "predicted": predicted(name, choice, small=False), "small": small}
     earlier = known.get((name, choice), {})
@@ -181,7 +187,7 @@ def row_of(name: str, choice: str, known: dict[tuple[str, str], dict[str, Any]])
 
 
 def kept_rows(path: Path | None) -> dict[tuple[str, str], dict[str, Any]]:
-    """Returns the rows that an earlier call wrote, by model and choice."""
+    """Returns the rows that an earlier call wrote, by model and by the name of the combination of options."""
     if path is None or not path.exists():
         return {}
     models = json.loads(path.read_text(encoding="utf-8"))["models"]
@@ -189,10 +195,10 @@ def kept_rows(path: Path | None) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def main() -> None:
-    """Predicts and measures all choices for both models."""
+    """Predicts and measures all combinations of options for both models."""
     parser = parser_of(__doc__)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to it")
-    parser.add_argument("--one", nargs=2, metavar=("MODEL", "CHOICE"), help="measure one choice in this process")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
+    parser.add_argument("--one", nargs=2, metavar=("MODEL", "CHOICE"), help="measure one combination in this process")
     options = parser.parse_args()
     if options.one:
         found = measure(*options.one)

@@ -5,8 +5,8 @@
 All contestants run in one process on one thread, in turn (A B C A B C …), by process CPU time. Results are medians, and
 ratios within each round. Weights are random, without dropout; transformers' step uses torch's AdamW with its defaults.
 transformers' pictures are loaded and preprocessed beforehand; this project's loop loads, preprocesses and logs as in
-training. The last contestant has the features of all pictures in the disk cache. There are two shapes: the miniature's,
-and ViT-B/16 at 224 pixels with the 12-layer Q-Former of 32 queries and OPT-125m.
+training. The last contestant has the features of all pictures in the disk cache. Two models are measured: one of the
+miniature's size, and ViT-B/16 at 224 pixels with a 12-layer Q-Former of 32 queries and OPT-125m.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ BOS = 2
 
 @dataclass(frozen=True)
 class Shape:
-    """The config of a trained model, and the number of pictures per step."""
+    """A measured model: its config, and the number of pictures per training step."""
 
     config: dict[str, Any]
     rows: int
@@ -77,7 +77,7 @@ class Shape:
 
 
 def shapes() -> dict[str, Shape]:
-    """Returns the measured shapes. The miniature's sizes are read from its checkpoint."""
+    """Returns the measured models; the sizes of the miniature are read from its checkpoint."""
     miniature = json.loads((CHECKPOINT / "config.json").read_text())
     return {"miniature": Shape(miniature, 16), "ViT-B/16, OPT-125m": Shape(SHAPE, 4)}
 
@@ -195,7 +195,7 @@ def race(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[f
 
 
 def measure(shape: Shape, rounds: int) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
-    """Measures one shape. Returns the CPU seconds of all rounds, and the rows of the table."""
+    """Measures one model; returns the CPU seconds of all rounds, and the rows of the table."""
     source = Pictures(shape)
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
@@ -219,7 +219,9 @@ def measure(shape: Shape, rounds: int) -> tuple[dict[str, list[float]], list[dic
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="of the large shape; the small one has ten times as many")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="rounds of the large model; the small one has ten times as many"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,7 +1,8 @@
 """Captions pictures through a real Triton Inference Server, and compares the answers with the bundle's own.
 
-The server is the one in the package nvidia-pytriton. Install it with --no-deps in a virtual environment of its own,
-with numpy below 2 (its stub for Python requires that), onnxruntime, pillow and tokenizers; run this with its Python.
+The server comes from the package nvidia-pytriton. Install this package with --no-deps in a virtual environment of its
+own, with onnxruntime, pillow, tokenizers, and numpy below 2 (Triton's stub for Python requires it). Run this script
+with the Python of that environment.
 
     python benchmarks/triton_server.py BUNDLE --pytriton VENV/lib/python3.11/site-packages/pytriton --write FILE
 """
@@ -41,7 +42,7 @@ def backends(pytriton: Path, folder: Path) -> Path:
 
 
 def add_path(model: Path) -> None:
-    """Adds this Python's packages to a model's path: the interpreter of Triton's stub does not read PYTHONPATH."""
+    """Adds the packages of this Python to a model's ``sys.path``; Triton's stub does not read PYTHONPATH."""
     file = model / "1" / "model.py"
     paths = [path for path in sys.path if path]
     file.write_text(f"import sys\n\nsys.path[:0] = {paths}\n{file.read_text(encoding='utf-8')}", encoding="utf-8")

@@ -93,7 +93,7 @@ class Watch:
 
 
 def cut(watch: Watch, server: subprocess.Popen[bytes], port: int, kind: str, seconds: float) -> tuple[Any, Any]:
-    """Cuts the stream for some seconds. Returns the server that runs afterwards, and the measured values."""
+    """Cuts the stream for some seconds; returns the server that runs afterwards, and the measured values."""
     before = len(watch.messages)
     watch.drain()
     if kind == "killed":
@@ -124,8 +124,12 @@ def main() -> None:
     """Makes all cuts of the stream, and writes the measured values."""
     parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--seconds", type=float, nargs="+", default=[2.0, 8.0], help="lengths of the cuts")
-    parser.add_argument("--stall", type=float, default=14.0, help="length of the stall; above the two timeouts of 5 s")
+    parser.add_argument(
+        "--seconds", type=float, nargs="+", default=[2.0, 8.0], help="seconds for which the server is killed"
+    )
+    parser.add_argument(
+        "--stall", type=float, default=14.0, help="seconds for which the server is stopped; above two timeouts of 5 s"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with socket.create_server(("127.0.0.1", 0)) as free:
