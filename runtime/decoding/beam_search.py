@@ -1,9 +1,9 @@
 """Beam search as in `GenerationMixin._beam_search` of transformers 5.23, picture by picture.
 
-Each step considers the best max(2, 1 + number of end tokens) × num_beams continuations of a picture, so that
-num_beams unfinished ones are always among them. A finished text may enter the result only if it is among the first
-num_beams. transformers runs a batch until its last picture is finished; here pictures leave the batch when they
-are finished, as their results do not change afterwards. The KV cache is reordered by the state's `select`.
+Each step considers the best max(2, 1 + number of end tokens) × num_beams continuations of the beams of a picture, so
+that at least num_beams of the continuations are unfinished. A finished text may enter the result only if it is among
+the first num_beams continuations. transformers runs a batch until all pictures are finished; here a picture leaves the
+batch when it is finished, because its result does not change afterwards.
 """
 
 from __future__ import annotations
@@ -37,16 +37,14 @@ def beam_search(
 ) -> list[Generated]:
     """Finds the best texts of every picture with `options.num_beams` beams.
 
-    Before the first step, `select` repeats each row of the state num_beams times.
-
     Args:
         first_logits: `[B, V]`, the logits after each prompt.
         state: The decoder's state after the prompts, B rows; the caller must not use it afterwards.
-        prompt_ids: The prompt's ids of each row; see `Generation`.
+        prompt_ids: For each row, the token ids of its prompt.
         options: How to generate, the same for all rows.
-        stopped: Returns whether generated ids finish a text (stop strings); end tokens always finish a text.
+        stopped: Returns whether a text with these generated ids contains a stop string; end tokens also end a text.
         initial: Ids that the decoder was started with (encoder-decoder models).
-        best: Number of texts of each picture, at most `options.num_beams`.
+        best: Number of texts to return for each picture, at most `options.num_beams`.
 
     Returns:
         The `best` texts of the first picture, best first; then those of the second picture.
@@ -79,8 +77,8 @@ class _BeamGroup:
     """The running and the finished beams of one picture.
 
     Attributes:
-        sources: int64 [num_beams], the beam that each running beam continues.
-        done: Whether the result is final.
+        sources: int64 [num_beams], for each running beam the number of the beam that it continues.
+        done: Whether the search has ended for this picture.
     """
 
     def __init__(
@@ -113,10 +111,10 @@ class _BeamGroup:
         return self._running[:, self._length - 1]
 
     def advance(self, log_probs: NDArray[np.float32]) -> None:
-        """Extends all beams by one token.
+        """Extends all running beams by one token.
 
         Args:
-            log_probs: [num_beams,V], log-probabilities of each running beam's next token; changed in place.
+            log_probs: float32 [num_beams,V], log-probabilities of each beam's next token; changed in place.
         """
         plain = log_probs.copy()
         if self._processors.act(self._length):
@@ -150,7 +148,10 @@ class _BeamGroup:
     def _continuations(
         self, log_probs: NDArray[np.float32]
     ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the K best continuations: scores [K], index of the continued beam [K], texts [K,max_new_tokens]."""
+        """Returns the K best continuations of the beams: scores [K], numbers of the continued beams [K], texts.
+
+        The texts are token ids [K,max_new_tokens]; K is the number at the top of this file.
+        """
         keep = max(2, 1 + len(self._options.eos_token_ids)) * self._options.num_beams
         flat = log_probs.reshape(-1)
         best = top_k_indices(flat, min(keep, len(flat)))
@@ -186,10 +187,10 @@ class _BeamGroup:
         self._is_finished = np.array([flag for _, _, flag in entries])
 
     def _can_improve(self) -> bool:
-        """Returns whether the best running beam can get a better score than one of the finished texts.
+        """Returns whether the best running beam may still get a better score than one of the finished texts.
 
-        The running beam's score is computed for its present length; with `early_stopping` "never", for the longest
-        possible length.
+        The score of the running beam is divided by the length penalty for its present length, or, with
+        `early_stopping` "never", for the longest possible length.
         """
         penalty = self._options.length_penalty
         longest = self._options.early_stopping == "never" and penalty > 0
@@ -200,5 +201,5 @@ class _BeamGroup:
 
 
 def _floored(logprobs: NDArray[np.float32]) -> tuple[float, ...]:
-    """Returns the log-probabilities of a text's tokens, with the lowest finite number in place of minus infinity."""
+    """Returns the log-probabilities of a text's tokens, with :data:`LOWEST` in place of lower numbers."""
     return tuple(np.maximum(logprobs, np.float32(LOWEST)).tolist())

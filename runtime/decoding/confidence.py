@@ -1,9 +1,9 @@
-"""Confidence: the estimated probability that a text is right, from the log-probabilities of its tokens.
+"""Computes the confidence of a text: the estimated probability that it is right, from its tokens' log-probabilities.
 
-A log-probability says how likely the model finds its own text, not how often such texts are right. So ``calibrate
---references`` fits a map from one to the other on pictures with known captions, and keeps it in ``bundle.json``. A map
-is valid for the bundle, the prompt and the decoding options that it was fitted with; for other prompts or options there
-is no confidence.
+A log-probability is the probability of the text in the model; it does not say how often such texts are right. So
+``calibrate --references`` fits a function (here called a map) from log-probabilities to the probability of being right,
+on pictures with known captions, and stores it in ``bundle.json``. The map is valid only for the bundle, the prompt and
+the decoding options of the fit; for other prompts or options there is no confidence.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.text.prompt import PromptText
 
 FEATURES = ("lowest", "mean", "sum")
-"""Features of a text: the lowest, the mean and the sum of its tokens' log-probabilities."""
+"""The three numbers from which a confidence is computed: lowest, mean and sum of the tokens' log-probabilities."""
 
 FLOOR = 1e-4
-"""Number that is added to the absolute value of a log-probability before the logarithm, which is then finite."""
+"""Number that is added to the absolute value of a log-probability, so that the logarithm of the sum is finite."""
 
 FREE_OPTIONS = ("max_new_tokens", "seed", "draft", "top_logprobs", "abstain_below")
-"""Options that may differ from the fit's options: they do not change a text that ends before the length limit."""
+"""Options for which a map stays valid if they change: they do not change a text that ends before the length limit."""
 
 Scores = NDArray[np.float64]
 
 
 def features(token_logprobs: Sequence[float]) -> Scores:
-    """Returns the features of a text ``[3]``: ``-log(FLOOR - x)`` of each of :data:`FEATURES`; larger if likelier.
+    """Returns the features of a text, float64 ``[3]``: ``-log(FLOOR - x)`` for each number x of :data:`FEATURES`.
 
-    The logarithm spreads the log-probabilities near 0, where most texts are.
+    Likelier texts have larger features. The logarithm spreads the numbers near 0, where most texts are.
     """
     values = token_logprobs or (0.0,)
     raw = np.array([min(values), math.fsum(values) / len(values), math.fsum(values)])
@@ -49,7 +49,7 @@ def features(token_logprobs: Sequence[float]) -> Scores:
 
 
 def decoding_options(options: GenerationOptions) -> dict[str, Any]:
-    """Returns the options that differ from the defaults, as JSON; options in FREE_OPTIONS do not affect a map."""
+    """Returns the options that differ from their defaults, as JSON values, without those in :data:`FREE_OPTIONS`."""
     defaults = asdict(GenerationOptions())
     given = {name: value for name, value in asdict(options).items() if name not in FREE_OPTIONS}
     changed: dict[str, Any] = json.loads(
@@ -59,7 +59,7 @@ def decoding_options(options: GenerationOptions) -> dict[str, Any]:
 
 
 def task_of(prompt: PromptText | None, spec: PromptSpec) -> str:
-    """Returns :data:`ASK` if a prompt is a question in the bundle's template, else :data:`CAPTION`."""
+    """Returns :data:`ASK` if a prompt was made by the bundle's template for questions, else :data:`CAPTION`."""
     start, found, end = spec.question.partition("{question}")
     asked = isinstance(prompt, str) and bool(found) and (bool(start + end) or spec.required)
     return ASK if asked and str(prompt).startswith(start) and str(prompt).endswith(end) else CAPTION
@@ -76,9 +76,9 @@ class ConfidenceMap:
         task: :data:`CAPTION` or :data:`ASK`.
         prompt: The prompt that the map was fitted with; the bundle's default if none was given. None for a model
             without a prompt, and for questions.
-        options: :func:`decoding_options` of the fit.
+        options: Decoding options of the fit, as :func:`decoding_options` returns them.
         precisions: Precision of each graph in the bundle with which the map was fitted.
-        max_new_tokens: Largest number of generated tokens, as in the fit.
+        max_new_tokens: Largest number of generated tokens in the fit.
         offset: The constant of the score.
         weights: The weight of each feature in :data:`FEATURES`.
         knots: Pairs of a score and its probability, both ascending; empty for the logistic function.
@@ -123,7 +123,7 @@ class Confidence:
     """The maps of a bundle, one for each task.
 
     Args:
-        manifest: The bundle's manifest. Maps of other precisions than its graphs have are not used. None for a
+        manifest: The bundle's manifest. A map is ignored if its precisions are not those of the graphs. None for a
             checkpoint, which has no maps.
     """
 
@@ -155,7 +155,7 @@ class Confidence:
         Args:
             generated: The generated text.
             options: The options that the text was generated with.
-            prompt: The prompt as given; None for the bundle's default.
+            prompt: The prompt as the user gave it; None for the bundle's default.
         """
         if self._problem(options, prompt) is not None or self._spec is None:
             return None

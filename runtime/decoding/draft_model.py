@@ -34,11 +34,11 @@ from blip2edge.runtime.decoding.speculative import (
 from blip2edge.runtime.text.tokenizer import Tokenizer
 
 SPARE = 2
-"""Number of tokens drafted in addition: the last word of a draft may be incomplete, and is then removed."""
+"""Number of additional tokens that a draft model generates: the last word of a draft is removed if incomplete."""
 
 CLOCKS: Mapping[str, Callable[[], float]] = {"auto": time.thread_time, "cpu": time.thread_time}
-"""Clock of :class:`SpeculationCost` by backend. ONNX Runtime on the CPU also computes in the calling thread, so the CPU
-time of that thread compares two runs, whatever the load of other processes is. Other backends: wall time."""
+"""Clocks by backend, which measure if speculative decoding saves time. ONNX Runtime on the CPU also computes in the
+calling thread, and the CPU time of this thread does not depend on other processes. All other backends: wall time."""
 
 
 class TextHeadGraph:
@@ -77,7 +77,7 @@ class TextHeadDraft:
 
     Args:
         head: The graph and the tokenizers.
-        queries: Keys and values of the query tokens, ``[1, H, Q, d]`` by name; they are the start of the KV cache.
+        queries: Keys and values of the query tokens by name, ``[1, H, Q, d]``, with which the KV cache begins.
     """
 
     def __init__(self, head: TextHeadGraph, queries: Mapping[str, Array]) -> None:
@@ -89,9 +89,9 @@ class TextHeadDraft:
         self._ended = False
 
     def propose(self, generated: Sequence[int], most: int) -> list[int]:
-        """Proposes tokens that continue the language model's text; see :class:`DraftModel`.
+        """Proposes tokens that continue the text of the language model; see :class:`DraftModel`.
 
-        If the draft so far does not begin with that text, the draft model starts again with the text as its prefix.
+        If the draft model's own text does not begin with the text of the language model, it is replaced by that text.
         """
         written = self._head.language.decode(generated)
         prefix = self._head.tokenizer.encode(written.strip(), add_special_tokens=False)
@@ -120,7 +120,7 @@ class TextHeadDraft:
         return language.encode(rest, add_special_tokens=False)
 
     def _restart(self, prefix: list[int]) -> None:
-        """Replaces the text by ``prefix``, and keeps the KV cache of their common beginning."""
+        """Replaces the draft text by ``prefix``; the KV cache of the common beginning of both texts is used again."""
         same = next(
             (at for at, pair in enumerate(zip(prefix, self._text, strict=False)) if pair[0] != pair[1]),
             min(len(prefix), len(self._text)),
@@ -131,7 +131,7 @@ class TextHeadDraft:
         self._text, self._ended = list(prefix), False
 
     def _extend(self, count: int) -> None:
-        """Generates tokens greedily until the draft text has ``count`` tokens, or ends."""
+        """Adds tokens to the draft text, by greedy decoding, until it has ``count`` tokens or ends."""
         spec = self._head.spec
         while len(self._text) < min(count, spec.max_positions - 1) and not self._ended:
             token = self._next()
@@ -160,9 +160,9 @@ class TextHeadDraft:
 
 
 def remainder(written: str, drafted: str) -> str | None:
-    """Returns the part of ``drafted`` after ``written``; None if ``drafted`` does not begin with ``written``.
+    """Returns the rest of the text ``drafted`` after its beginning ``written``; None if it begins differently.
 
-    Ignores spaces and case.
+    The comparison ignores spaces and case.
     """
     at = 0
     for character in written:
@@ -177,7 +177,7 @@ def remainder(written: str, drafted: str) -> str | None:
 
 
 class DraftSelector:
-    """Chooses the draft model of each text; the measured costs are shared by all texts.
+    """Chooses the draft model of each text; one measurement for all texts decides whether drafts save time.
 
     Args:
         head: The text head; None if the bundle has none, or if it was not requested.
@@ -185,10 +185,10 @@ class DraftSelector:
             :data:`blip2edge.bundle.schema.DRAFTS`.
         tie_margin: See :data:`blip2edge.runtime.decoding.speculative.TIE_MARGIN`.
         most: Largest number of tokens that are proposed at once.
-        clock: Returns seconds.
+        clock: Returns the time in seconds.
 
     Attributes:
-        default: The argument; ``none`` if the argument is ``auto`` and there is no text head.
+        default: The argument ``default``; but ``none`` if it is ``auto`` and there is no text head.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class DraftSelector:
         default: DraftName,
         backend: str = "auto",
     ) -> DraftSelector:
-        """Loads the draft model of a bundle; returns the selector.
+        """Loads the draft model of a bundle, and returns the object that chooses draft models.
 
         Args:
             bundle: An opened bundle.
@@ -268,7 +268,7 @@ class DraftSelector:
     def speculator(
         self, options: GenerationOptions, prompt_ids: Sequence[int], pictures: Mapping[str, Array], row: int
     ) -> Speculator | None:
-        """Returns the speculative decoder of one text; None for plain decoding.
+        """Makes the object that decodes one text with a draft model; None for plain decoding.
 
         Args:
             options: The text's options.

@@ -1,8 +1,8 @@
 """Generates the texts of a batch by greedy decoding or sampling; beam search is in `beam_search.py`.
 
-Parity target: transformers 5.23 `generate`, called as `Blip2ForConditionalGeneration.generate` calls its
-language model, with `inputs_embeds` and `input_ids`. There the prompt's ids count both in the current length and in the
-limits of length, so that only logits processors depend on them.
+The token ids are those of `generate` in transformers 5.23, called with `inputs_embeds` and `input_ids` as
+`Blip2ForConditionalGeneration.generate` calls its language model. Only logits processors depend on the ids of the
+prompt.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from blip2edge.runtime.decoding.state import DecodeState, GreedyState, GreedySte
 
 
 def generate(first_logits: NDArray[np.float32], state: DecodeState, rows: Sequence[Generation]) -> list[Generated]:
-    """Decodes a batch until every text is finished; returns one result for each row.
+    """Generates the texts of a batch until every text is finished; returns one result for each row.
 
     Args:
         first_logits: ``[B, V]``, the logits after each prompt.
@@ -50,22 +50,22 @@ class Generation:
     """A text that is being generated: one row of a batch, with its own options.
 
     Args:
-        prompt_ids: The prompt's ids as transformers' ``input_ids`` hold them, without padding (image placeholders
-            included); empty for encoder-decoder models, whose decoder does not read them.
+        prompt_ids: The prompt's ids as in transformers' ``input_ids``, with image placeholders and without padding;
+            empty for encoder-decoder models, whose text encoder processes the prompt.
         options: How to generate; ``num_beams`` is 1.
         vocabulary: V, the number of logits.
-        initial: Ids that the decoder was started with (encoder-decoder models). The result and the logits processors
-            include them; limits of length do not count them.
-        stopped: Returns whether the generated ids finish the text (stop strings); end tokens always finish the text.
-        number: Selects the row's random stream: with the same seed and number, a text does not depend on its batch.
-        speculator: Speculative decoding while the row is decoded alone; None for plain decoding.
+        initial: Ids that the decoder was started with (encoder-decoder models). They are part of the result and of what
+            logits processors get; limits of length do not count them.
+        stopped: Returns whether a text with these generated ids contains a stop string; end tokens also end a text.
+        number: Number of the row's random stream: the same seed and number give the same random numbers in any batch.
+        speculator: Decodes the row with a draft model while it is alone in its batch; None for plain decoding.
 
     Attributes:
         generated: The generated ids so far.
-        finish_reason: None until the text is finished.
-        passes: Runs of the decoder for this text, prefill included.
+        finish_reason: Why the text ended, ``eos``, ``stop`` or ``length``; None until it is finished.
+        passes: Number of runs of the decoder for this text, prefill included.
         token_logprobs: The log-probability of each generated token, by the decoder's logits; see :class:`Generated`.
-        likeliest: The likeliest tokens at the position of each generated token, if the options set ``top_logprobs``.
+        likeliest: For each generated token, the likeliest tokens at its position; empty without ``top_logprobs``.
     """
 
     def __init__(
@@ -118,9 +118,10 @@ class Generation:
         return scores
 
     def choose(self, logits: NDArray[np.float32]) -> int:
-        """Chooses the next token from logits ``[V]``; of equal scores, greedy decoding takes the lowest id.
+        """Chooses the next token from logits ``[V]``, and records its log-probability.
 
-        If processors exclude every token, or make a score infinite, there are no probabilities: sampling is greedy.
+        Of equal scores, greedy decoding takes the lowest id. If the logits processors exclude every token, or make a
+        score infinite, probabilities cannot be computed; then sampling also takes the token with the best score.
         """
         token = self._choose(logits)
         self.token_logprobs.append(log_probability(logits, token))
@@ -137,12 +138,12 @@ class Generation:
 
     @property
     def is_chosen_on_device(self) -> bool:
-        """Returns whether a :class:`GreedyState` can choose the next token."""
+        """Returns whether the GPU can choose the next token itself (:class:`GreedyState`), without the host."""
         plain = self._random is None and self.speculator is None and not self.options.top_logprobs
         return plain and self._processors.fit_device(len(self.generated))
 
     def step_scores(self) -> StepScores:
-        """Returns the changes that a :class:`GreedyState` makes to the logits of the next steps."""
+        """Describes how the GPU (:class:`GreedyState`) must change the logits of the next steps."""
         return self._processors.step_scores(self.generated)
 
     def accept(self, token: int) -> None:
@@ -152,7 +153,7 @@ class Generation:
 
 
 class GenerationBatch:
-    """Texts that are decoded together (continuous batching): rows join between two steps and leave when finished.
+    """Texts that are decoded together (continuous batching): rows can join between two steps; finished rows leave.
 
     Attributes:
         rows: The unfinished texts, in the order of the decoder's rows.
@@ -221,7 +222,7 @@ class GenerationBatch:
         return [int(token) for token in tokens]
 
     def _halt(self) -> None:
-        """Ends greedy decoding on the GPU; the state then contains all tokens except the last token of each row."""
+        """Ends greedy decoding on the GPU; afterwards the KV cache has all tokens except each row's last token."""
         if self._greedy is not None:
             self._greedy.close()
             self._greedy = None
@@ -253,7 +254,7 @@ class GenerationBatch:
         return self._logits
 
     def _read(self, state: DecodeState, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Runs the decoder on tokens ``[B]``; a single row with a speculator may use proposed tokens instead."""
+        """Runs the decoder on tokens ``[B]``; returns logits ``[B, V]``. A row that is alone may use a draft model."""
         row = self.rows[0]
         if len(self.rows) == 1 and row.speculator is not None and isinstance(state, RowState):
             logits, passes = row.speculator.step(state, row.generated, row.remaining, row.scores)

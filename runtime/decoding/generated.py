@@ -1,4 +1,4 @@
-"""Results of generation: the tokens and words of a text with log-probabilities, and why the text is finished."""
+"""Results of generation: a text's tokens and words with their log-probabilities, and the reason why the text ended."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Generated:
 
     Attributes:
         tokens: The ids that the decoder was started with, then the generated ids; with the end token, without padding.
-        finish_reason: "eos", "length" or "stop".
+        finish_reason: Why the text ended: "eos" (end token), "length" (limit) or "stop" (stop string).
         score: The length-penalised log-probability of the best beam; None without beam search.
         tokens_per_pass: Number of generated tokens divided by the decoder's passes for them; 1 without a draft model.
         token_logprobs: Log-probability (natural logarithm) that the model gives each generated token: the log-softmax
@@ -47,7 +47,7 @@ class Generated:
 def finish_reason(
     generated: Sequence[int], length: int, options: GenerationOptions, stopped: Stopped | None
 ) -> str | None:
-    """Returns why a text of `length` tokens is finished: "eos", "stop" or "length"; None if it is not finished."""
+    """Returns why a text of `length` generated tokens is finished: "eos", "stop" or "length"; None if it is not."""
     if generated[-1] in options.eos_token_ids:
         return "eos"
     if stopped is not None and stopped(generated):
@@ -65,7 +65,7 @@ class Word:
 
 @dataclass(frozen=True)
 class TextToken:
-    """A token: its characters in the text, its log-probability, and the likeliest tokens at its position as texts."""
+    """A token: its characters, its log-probability, and the likeliest tokens at its position with log-probabilities."""
 
     text: str
     logprob: float
@@ -73,10 +73,10 @@ class TextToken:
 
 
 class TextPiece(str):
-    """A piece of a streamed text: a str with its tokens.
+    """A piece of a streamed text: a str that also has tokens.
 
     Attributes:
-        tokens: The tokens that the piece completes, each with its log-probability.
+        tokens: The tokens whose last character is in this piece.
     """
 
     __slots__ = ("tokens",)
@@ -91,10 +91,10 @@ class TextPiece(str):
 
 
 class TextTokens:
-    """Finds the tokens of a text that is published in pieces; see :class:`blip2edge.runtime.text.tokenizer.TextPieces`.
+    """Finds the tokens of each piece of a streamed text (the pieces are made by ``text.tokenizer.TextPieces``).
 
-    A token belongs to the piece that completes it. Joined, the tokens of all pieces are the published text; tokens
-    after its end, such as the end token, are left out.
+    A token belongs to the piece with the token's last character. The texts of all returned tokens, joined, are the
+    streamed text; tokens after its end, such as the end token, are left out.
 
     Args:
         tokenizer: Decodes the tokens.
@@ -110,12 +110,12 @@ class TextTokens:
     def take(
         self, ids: Sequence[int], logprobs: Sequence[float], likeliest: Sequence[Likeliest], piece: str
     ) -> list[TextToken]:
-        """Adds a piece of the text; returns the tokens that it completes.
+        """Adds a piece of the text; returns the tokens that end in this piece.
 
         Args:
-            ids: All tokens so far; tokens that are not in the pieces yet are allowed.
-            logprobs: The log-probability of each.
-            likeliest: The likeliest tokens at the place of each; may be empty.
+            ids: All token ids so far; they may be ahead of the pieces.
+            logprobs: The log-probability of each token.
+            likeliest: The likeliest tokens at the position of each token; may be empty.
             piece: The next piece.
         """
         self._read_tokens(ids)
@@ -145,7 +145,7 @@ class TextTokens:
     def _completed(
         self, ids: Sequence[int], logprobs: Sequence[float], likeliest: Sequence[Likeliest]
     ) -> list[TextToken]:
-        """Returns the tokens whose characters are all published, and removes these characters from the buffer."""
+        """Returns the tokens whose characters are all in the pieces so far, and that were not returned yet."""
         found = []
         while self._texts and 0 < self._room >= len(self._texts[0]):
             found.append(self._token(ids, logprobs, likeliest, self._texts[0]))
@@ -163,7 +163,7 @@ class TextTokens:
         return TextToken(text, logprobs[at], tuple((self._alone(before, other), value) for other, value in others))
 
     def _alone(self, before: list[int], token: int) -> str:
-        """Returns the characters that a token adds after the tokens before it; special tokens are not left out."""
+        """Returns the characters that a token adds after the tokens ``before``; also for special tokens."""
         start = self._tokenizer.decode_raw(before, skip_special_tokens=False)
         return self._tokenizer.decode_raw([*before, token], skip_special_tokens=False)[len(start) :]
 
@@ -175,7 +175,7 @@ def words_of(tokenizer: Tokenizer, tokens: Sequence[int], logprobs: Sequence[flo
         tokenizer: Decodes the tokens.
         tokens: The generated ids.
         logprobs: The log-probability of each generated id.
-        text: The published text of these tokens; tokens after its end, such as those of a stop string, are left out.
+        text: The text that the user got; tokens after its end, such as those of a stop string, are left out.
     """
     found: list[Word] = []
     begins = True

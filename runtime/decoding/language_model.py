@@ -1,4 +1,4 @@
-"""Loads language models (decoder, or text encoder and decoder) and runs prompts up to the first logits."""
+"""Loads a bundle's language model (decoder, or text encoder and decoder), and runs prompts up to the first logits."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from blip2edge.runtime.text.prompt import Prompt, cross_attention_mask
 
 @runtime_checkable
 class HasDecoder(Protocol):
-    """A session whose backend manages the KV cache itself (TensorRT)."""
+    """A loaded decoder graph whose backend has a KV cache of its own (TensorRT)."""
 
     def decoder(self, table: TokenTable) -> Decoder:
-        """Makes the decoder that runs this graph; ``table`` gives the embeddings of its tokens."""
+        """Makes the decoder that runs this graph; ``table`` is the token embedding table."""
         ...
 
 
 class LanguageModel:
-    """The decoder and the graphs that compute the decoder's inputs from prompts and pictures.
+    """A language model: the decoder, and the graphs that compute its inputs from prompts and pictures.
 
     Args:
         decoder: The decoder graph with its KV cache.
@@ -49,10 +49,10 @@ class LanguageModel:
         self.initial = initial
 
     def context(self, pictures: Mapping[str, Array]) -> dict[str, Array]:
-        """Computes cross-attention keys and values of the pictures, by name; they do not depend on the prompts.
+        """Computes the keys and values of cross-attention to the pictures, by name; empty without cross-attention.
 
-        Pass them to :meth:`prefill` in ``pictures`` to avoid computing them again. Empty for models without
-        cross-attention.
+        They do not depend on the prompts. If they are passed to :meth:`prefill` in ``pictures``, they are not computed
+        again.
         """
         del pictures
         return {}
@@ -115,12 +115,12 @@ def decoder_of(bundle: Bundle, session: Session) -> Decoder:
 
 
 class DecoderOnly(LanguageModel):
-    """A decoder that continues its prompt; it may cross-attend to the picture (BLIP), or to several (Flamingo).
+    """A language model that continues its prompt; in BLIP and Flamingo it reads the pictures by cross-attention.
 
     Args:
         decoder: The decoder.
         cross_kv: The loaded ``cross_kv`` graph; None without cross-attention.
-        source: Name of the input of the ``cross_kv`` graph, a key of ``pictures``.
+        source: Name of the input of the ``cross_kv`` graph: ``image_embeds`` or ``visual_tokens``.
     """
 
     def __init__(self, decoder: Decoder, cross_kv: Session | None, source: str) -> None:
@@ -173,10 +173,7 @@ class EncoderDecoder(LanguageModel):
         self.cross_kv = cross_kv
 
     def prefill(self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]) -> tuple[NDArray[np.float32], RowState]:
-        """Encodes the prompts, runs the start token; returns its logits ``[B, V]`` and the decoder's state.
-
-        See :class:`LanguageModel`.
-        """
+        """Runs the text encoder on the prompts, and the decoder on the start token; see :class:`LanguageModel`."""
         batch = len(prompts)
         rows = (
             [np.array(prompt.ids, np.int64) for prompt in prompts]

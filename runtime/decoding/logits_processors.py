@@ -32,16 +32,16 @@ ALWAYS = range(MAX_TOKENS)
 NEVER = range(0)
 
 _LARGEST_GROWTH = 1e30
-"""Limit of the factor of `exponential_decay_length_penalty`, which would overflow float32."""
+"""Largest growth by `exponential_decay_length_penalty`; a larger number would overflow float32."""
 
 
 @dataclass(frozen=True)
 class LogitsProcessor:
-    """Changes the scores of the next token.
+    """A function that changes the scores of the next token for one option.
 
     Attributes:
-        apply: Changes scores [V] in place; the ids [P + n] are the P prompt ids and the n generated ids.
-        steps: The numbers n of generated tokens at which the processor acts.
+        apply: Changes scores [V] in place, given the ids [P + n]: the P prompt ids, then the n generated ids.
+        steps: The function is called if the number n of generated tokens is in this range.
     """
 
     apply: Callable[[Scores, Ids], None]
@@ -50,7 +50,7 @@ class LogitsProcessor:
 
 @dataclass(frozen=True)
 class TextStart:
-    """The values that the processors of one text are made from.
+    """The values from which the logits processors of one text are made.
 
     Attributes:
         prompt: int64 [P], the ids before the first generated one.
@@ -63,13 +63,13 @@ class TextStart:
     vocabulary: int
 
     def known(self, ids: Iterable[int]) -> Ids:
-        """Returns the ids that are in the vocabulary, without repetitions."""
+        """Returns the ids that are below :attr:`vocabulary`, without repetitions."""
         unique = np.unique(np.array(list(ids), np.int64))
         return unique[(unique >= 0) & (unique < self.vocabulary)]
 
 
 class LogitsProcessors:
-    """The processors of one text.
+    """The logits processors of one text: all that its options select.
 
     Args:
         prompt: The ids before the first generated id. They may include ids outside the vocabulary, which have no score.
@@ -87,15 +87,15 @@ class LogitsProcessors:
         }
 
     def act(self, count: int) -> bool:
-        """Returns whether a processor changes the scores after this many generated tokens."""
+        """Returns whether a processor acts on the scores of the next token, after ``count`` generated tokens."""
         return any(count in processor.steps for processor in self._processors.values())
 
     def fit_device(self, count: int) -> bool:
-        """Returns whether `StepScores` can describe all processors that act after this many generated tokens."""
+        """Returns whether a GPU can apply all processors that act after ``count`` generated tokens (`StepScores`)."""
         return self._acting(count).keys() <= {"repetition_penalty", *_HOLDING_END}
 
     def step_scores(self, generated: Sequence[int]) -> StepScores:
-        """Describes the processors after these ids for a GPU, if `fit_device`; valid until another processor acts."""
+        """Describes the processors of the next steps for a GPU; call it only if `fit_device` returned true."""
         acting = self._acting(len(generated))
         seen, penalty = np.zeros(0, np.int64), 1.0
         if "repetition_penalty" in acting:
@@ -106,7 +106,7 @@ class LogitsProcessors:
         return StepScores(seen, penalty, held, max(holding, default=0))
 
     def _acting(self, count: int) -> dict[str, LogitsProcessor]:
-        """Returns the processors that act after this many generated tokens, by option."""
+        """Returns the processors that act after ``count`` generated tokens, by the name of the option."""
         return {name: processor for name, processor in self._processors.items() if count in processor.steps}
 
     def __call__(self, scores: Scores, generated: Ids) -> None:
@@ -123,7 +123,7 @@ class LogitsProcessors:
 
 
 class _SequenceBias:
-    """Adds a bias to the last token of a sequence, if the ids so far end with all other tokens of that sequence."""
+    """Adds a bias to the score of a sequence's last token, if the ids so far end with the sequence's other tokens."""
 
     def __init__(self, biases: Iterable[tuple[tuple[int, ...], float]], start: TextStart) -> None:
         self._single = np.zeros(start.vocabulary, np.float32)
@@ -180,7 +180,7 @@ def _encoder_repetition(penalty: float, start: TextStart) -> LogitsProcessor:
 
 
 def _ban_ngrams(scores: Scores, ngrams: Ids, ids: Ids) -> None:
-    """Excludes the last token of each n-gram ``[N, n]`` whose first n - 1 tokens are the last ids."""
+    """Excludes the last token of each n-gram in ``ngrams [N, n]`` whose other tokens equal the last n - 1 ids."""
     last = ids[len(ids) + 1 - ngrams.shape[1] :]
     banned = ngrams[(ngrams[:, :-1] == last).all(axis=1), -1]
     scores[banned[(banned >= 0) & (banned < len(scores))]] = -np.inf
@@ -210,7 +210,7 @@ def _suppressed(tokens: Iterable[int], start: TextStart, steps: range = ALWAYS) 
 
 
 def _suppressed_first(tokens: Iterable[int], start: TextStart) -> LogitsProcessor:
-    """Forbids these ids as first generated token; if the first token is forced, as second token."""
+    """Excludes ids from the first generated token; if that token is forced, from the second generated token."""
     forced = len(start.prompt) <= 1 and start.options.forced_bos_token_id is not None
     return _suppressed(tokens, start, range(int(forced), int(forced) + 1))
 
@@ -220,7 +220,7 @@ def _too_short(least: int, start: TextStart) -> LogitsProcessor:
 
 
 def _too_short_with_prompt(least: int, start: TextStart) -> LogitsProcessor:
-    """Forbids end tokens before `min_length` tokens, prompt included; if `min_new_tokens` is set, does nothing."""
+    """Excludes end tokens before `min_length` tokens, prompt included; does nothing if `min_new_tokens` is set."""
     return _too_short(0 if start.options.min_new_tokens else max(0, least - len(start.prompt)), start)
 
 
@@ -235,7 +235,7 @@ def _forced(tokens: Iterable[int], start: TextStart, steps: range) -> LogitsProc
 
 
 def _forced_first(token: int, start: TextStart) -> LogitsProcessor:
-    """Forces the token after the first id of a text; after a prompt of several ids it has no effect."""
+    """Forces the first generated token if the prompt is a single id; has no effect after a longer prompt."""
     return _forced([token], start, range(1) if len(start.prompt) == 1 else NEVER)
 
 
@@ -269,7 +269,7 @@ def _growing_end(value: tuple[int, float], start: TextStart) -> LogitsProcessor:
 
 
 def _renormalized(_: bool, start: TextStart) -> LogitsProcessor:
-    """Turns scores into log-probabilities. In sampling it does nothing: there, probabilities are normalized anyway."""
+    """Turns scores into log-probabilities; does nothing in sampling, which computes probabilities anyway."""
 
     def apply(scores: Scores, _: Ids) -> None:
         if scores.max() > -np.inf:
@@ -295,7 +295,7 @@ PROCESSORS: Mapping[str, Callable[[Any, TextStart], LogitsProcessor]] = {
     "begin_suppress_tokens": _suppressed_first,
     "renormalize_logits": _renormalized,
 }
-"""The function that makes the processor of an option from its value, in the order in which processors act."""
+"""For each option, the function that makes its logits processor; in the order in which the processors act."""
 
 _HOLDING_END = ("min_length", "min_new_tokens")
 """Options that suppress the end tokens in the first steps."""
@@ -338,7 +338,7 @@ def _epsilon(least: float, scores: Scores) -> Mask:
 
 
 def _eta(epsilon: float, scores: Scores) -> Mask:
-    """Keeps tokens as `_epsilon` does, but with a lower limit if the entropy is large."""
+    """Keeps tokens of at least a given probability (as `_epsilon`), which is lower if the entropy is large."""
     probabilities = _probabilities(scores)
     return _epsilon(min(epsilon, math.sqrt(epsilon) * math.exp(-_entropy(probabilities))), scores)
 
@@ -349,7 +349,7 @@ FILTERS: Mapping[str, tuple[Callable[[float, Scores], Mask], float]] = {
     "epsilon_cutoff": (_epsilon, 0.0),
     "eta_cutoff": (_eta, 0.0),
 }
-"""By option: the function that chooses the tokens to keep, and the value of the option that keeps all tokens."""
+"""For each option, the function that chooses the tokens to keep, and the value with which it keeps all tokens."""
 
 
 def sampling_filters(options: GenerationOptions) -> list[Filter]:
@@ -362,7 +362,7 @@ def sampling_filters(options: GenerationOptions) -> list[Filter]:
 
 
 def check_ids(options: GenerationOptions, vocabulary: int) -> None:
-    """Checks that token ids in the options are in the vocabulary, for the options for which transformers checks it too.
+    """Checks that token ids in the options are in the vocabulary; checks the same options as transformers.
 
     Raises:
         UsageError: An id is not below ``vocabulary``, the number of logits.
@@ -385,8 +385,8 @@ def check_prompt_ids(options: GenerationOptions, *, given: bool) -> None:
 
     Args:
         options: How to generate.
-        given: Whether transformers gives its `generate` the prompt's ids. A language model behind a bridge
-            (BLIP-2) is given embeddings, and transformers ignores these options.
+        given: Whether transformers passes the prompt's ids to its `generate`. For a language model behind a
+            bridge (BLIP-2) it passes embeddings only, and ignores these options.
 
     Raises:
         UsageError: One of these options is set, but would have no effect.

@@ -15,33 +15,33 @@ from blip2edge.bundle.schema import DRAFTS, DraftName
 from blip2edge.errors import UsageError, option
 
 MAX_BEAMS = 256
-"""Largest number of beams: each has its own KV cache."""
+"""Largest number of beams; it limits the memory, because each beam has its own KV cache."""
 
 MAX_TOKENS = 2**31 - 1
-"""Largest number of tokens that an option may have, more than any context or vocabulary."""
+"""Largest value of an option that counts tokens or is a token id; more than any context or vocabulary."""
 
 MAX_SEED = 2**64 - 1
 
 PENALTIES = (1e-3, 1e3)
-"""Range of repetition penalties; outside it logits overflow float32."""
+"""Smallest and largest repetition penalty; others could make logits overflow float32."""
 
 MAX_TEMPERATURE = 1e3
-"""Largest temperature: with it, all tokens are almost equally likely."""
+"""Largest temperature, at which all tokens are almost equally likely."""
 
 MAX_STOPS = 64
 """Largest number of stop texts, because the text is searched for each stop text at every token."""
 
 MIN_SAMPLING_TEMPERATURE = 1e-5
-"""Temperatures below this are greedy decoding: in float32, the likeliest token then has the probability 1."""
+"""Below this temperature, decoding is greedy: in float32, the likeliest token has the probability 1."""
 
 MAX_BIAS = 1e6
 """Largest bias of a sequence; a bias of minus infinity excludes the sequence."""
 
 BELOW_ONE = 1 - 1e-6
-"""Largest probability that a cutoff of sampling may have."""
+"""Largest value of ``epsilon_cutoff`` and ``eta_cutoff``, which must be below 1."""
 
 MAX_TOP_LOGPROBS = 20
-"""Largest number of likeliest tokens at each token, as in OpenAI's chat format."""
+"""Largest value of ``top_logprobs``, as in OpenAI's chat format."""
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Options that have an effect only in sampling."""
@@ -213,7 +213,7 @@ class GenerationOptions:
             )
 
     def check_stream(self) -> None:
-        """Checks that the text can be given word by word; see :func:`check_stream`."""
+        """Raises UsageError if a text with these options cannot be streamed; see :func:`check_stream`."""
         check_stream(self.num_beams, self.abstain_below)
 
     @property
@@ -236,17 +236,17 @@ def check_stream(num_beams: int | None, abstain_below: float | None) -> None:
 
 
 def _samples(values: Mapping[str, Any]) -> bool:
-    """Returns whether the options select sampling; their values need not be checked before."""
+    """Returns whether the options select sampling; the values may be unchecked and of any type."""
     temperature = values.get("temperature")
     greedy = isinstance(temperature, (int, float)) and temperature < MIN_SAMPLING_TEMPERATURE
     return not greedy and any(values.get(name) is not None for name in SAMPLING)
 
 
 def merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a bundle's default options; options that the caller gives replace them.
+    """Returns a bundle's default options, with the options of the caller in place of the defaults.
 
-    Sampling and beam search exclude each other: the caller's mode replaces the bundle's mode. If a length limit of the
-    bundle contradicts a length limit of the caller, the bundle's limit is adjusted.
+    If the caller selects sampling, beam search in the defaults is switched off, and the other way round. If a length
+    limit in the defaults contradicts a length limit of the caller, the former is adjusted.
 
     Args:
         defaults: The manifest's `generation`; keys that are no options are ignored.
@@ -390,11 +390,11 @@ _CHECKED: Mapping[str, Callable[[str, Any], Any]] = {
     "abstain_below": partial(check_number, low=0.0, high=1.0),
     "queries": partial(check_integer, least=1),
 }
-"""By field: the function that checks a value and returns the value to store."""
+"""For each field of the options, the function that checks a value and returns the value to store."""
 
 _NONE_IS_OFF = tuple(_CHECKED)[tuple(_CHECKED).index("min_length") :]
 
 
 def end_ids(options: GenerationOptions, vocabulary: int) -> NDArray[np.int64]:
-    """Returns the end tokens with ids below ``vocabulary``, which the model can generate, int64."""
+    """Returns the ids of the end tokens that the model can generate (below ``vocabulary``), int64."""
     return np.array([token for token in options.eos_token_ids if token < vocabulary], np.int64)

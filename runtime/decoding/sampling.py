@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from blip2edge.errors import BackendError, option
 
 Filter = Callable[[NDArray[np.float32]], NDArray[np.bool_]]
-"""Takes finite scores [N] and returns which of them are kept, [N]; at least one is kept."""
+"""Type of a function that returns, for finite scores [N], which of the N tokens to keep; it keeps at least one."""
 
 _CHUNK = 128  # values per chunk when the largest k of many are searched
 _NUCLEUS = 512  # tokens that top-p sorts first; a nucleus is rarely larger
@@ -27,12 +27,12 @@ _NUCLEUS = 512  # tokens that top-p sorts first; a nucleus is rarely larger
 def top_k_indices(values: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     """Returns the indices of the k largest values, largest first; of equal values, the lower index comes first.
 
-    The k-th largest of the chunk maxima is a lower bound of the k-th largest value, so that one fast
-    reduction leaves only a handful of candidates to sort.
+    For speed, the values are divided into chunks. The k-th largest of the chunks' maxima is a lower bound of the k-th
+    largest value, so only the values above this bound are sorted.
 
     Args:
         values: [N] without NaN.
-        k: 1 … N.
+        k: Number of values to find, 1 … N.
 
     Returns:
         int64 [k].
@@ -50,13 +50,13 @@ def top_k_indices(values: NDArray[np.float32], k: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class StepScores:
-    """Describes how a GPU changes the logits of the next steps; the GPU then chooses tokens without the host.
+    """Describes how a GPU must change the logits of one row in the next steps, in which the GPU chooses the tokens.
 
     Attributes:
-        seen: Ids, int64, whose logits are penalised (`penalize_repetition`); every chosen token is added to them.
+        seen: Token ids, int64, to which the repetition penalty applies; the GPU adds every token that it chooses.
         penalty: The repetition penalty; 1 changes nothing.
-        held: Ids, int64, that must not be chosen in the next steps, such as end tokens.
-        held_steps: Number of next steps in which the ids of `held` must not be chosen.
+        held: Token ids, int64, that must not be chosen during `held_steps`, such as end tokens.
+        held_steps: Number of steps, from the next one on, in which the ids in `held` must not be chosen.
     """
 
     seen: NDArray[np.int64]
@@ -224,5 +224,8 @@ def broken_logits() -> BackendError:
 
 
 def row_stream(seed: int | None, number: int) -> np.random.Generator:
-    """Returns the random generator of row `number`, made from seed and number; without a seed, from new entropy."""
+    """Returns the random number generator of row `number`. Its seed is made from `seed` and `number`.
+
+    Without a seed, the generator gives other numbers at each call.
+    """
     return np.random.default_rng([secrets.randbits(128) if seed is None else int(seed), number])

@@ -1,11 +1,11 @@
 """Speculative decoding: a draft model proposes tokens, and one pass of the language model verifies them all.
 
 The language model processes its last token and the proposed tokens in one pass, which gives logits after each token.
-Proposed tokens are accepted as long as they equal the tokens that these logits choose. The first one that differs and
+Proposed tokens are accepted as long as they equal the tokens that these logits choose. The first token that differs and
 all tokens after it are removed from the KV cache (Leviathan et al., arXiv 2211.17192, with arg-max acceptance). Every
 token is chosen from the language model's own logits, so the text is the same as in plain decoding.
 
-Each row has its own draft. Several rows at once are decoded without one.
+Each row has its own draft model. If several rows are decoded at once, they are decoded without draft models.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from blip2edge.runtime.decoding.state import RowState
 
 MAX_DRAFT_TOKENS = 15
-"""The most proposed tokens that one pass verifies: exported decoders return logits of at most 16 slots."""
+"""Largest number of proposed tokens in one pass: exported decoders return the logits of at most 16 tokens."""
 
 TIE_MARGIN = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
-"""By the decoder's precision: the smallest difference between the two best scores, as a share of the largest absolute
-logit, at which a token is chosen from a verifying pass. A pass over several tokens sums in another order than a pass
-over one token, so that rounding could swap two nearly equal scores. Below the margin, the token is computed again by a
-pass over one token, as in plain decoding."""
+"""Tie margins by the decoder's precision, as a share of the largest absolute logit. A pass over several tokens rounds
+differently than a pass over one token, which could swap two nearly equal scores. So if the two best scores after a pass
+over several tokens differ by less than the margin, the logits are computed again by a pass over one token, as in plain
+decoding."""
 
 TIE_MARGIN_QUANTIZED = 3e-2
 """The value of :data:`TIE_MARGIN` for INT8 and INT4 decoders."""
@@ -50,14 +50,14 @@ class DraftModel(Protocol):
 
 
 class SpeculationCost:
-    """Decides for each step whether to speculate, from the times of earlier steps of all texts of a captioner.
+    """Decides for each step whether to decode with a draft model, from the times of earlier steps.
 
-    It compares the seconds per token with speculation (draft model and verification) with the seconds of a plain step.
-    If speculation is slower, it pauses: the next steps are plain. Then speculation is tried again. Each time
-    speculation is slower again, the next pause is longer.
+    The seconds per token of speculative decoding (draft model and verification) are compared with the seconds of a
+    plain step. If speculative decoding is slower, the next steps are plain (a pause); then it is tried again. Each time
+    it is slower again, the next pause is longer. One object serves all texts of a captioner.
 
     Args:
-        clock: Returns seconds.
+        clock: Returns the time in seconds.
     """
 
     LEARN = 3  # plain steps that are timed before the first speculation
@@ -84,12 +84,12 @@ class SpeculationCost:
 
     @property
     def seconds_per_token(self) -> float:
-        """Returns the seconds per token of recent speculative steps, draft model included; infinite without a token."""
+        """Returns the seconds per token of recent speculative steps, draft model included; infinite without tokens."""
         return self._seconds / self._tokens if self._tokens else math.inf
 
     @property
     def width(self) -> int:
-        """Returns how many tokens to propose: 1.5 times the number of recently accepted tokens, plus 1."""
+        """Returns how many tokens to propose: 1.5 times the mean number of accepted tokens in recent passes, plus 1."""
         return min(MAX_DRAFT_TOKENS, math.ceil(1.5 * self._accepted) + 1)
 
     def plain_step(self, seconds: float) -> None:
@@ -104,7 +104,7 @@ class SpeculationCost:
             self._pause -= 1
 
     def speculative_pass(self, seconds: float) -> None:
-        """Records the seconds of a pass that verified proposed tokens, or of a draft model that proposed none."""
+        """Records the seconds of proposing and verifying tokens, or only of proposing if nothing was proposed."""
         self._seconds = self.FADE * self._seconds + seconds
         self._tokens *= self.FADE
         self._passes += 1
@@ -134,8 +134,8 @@ class Speculator:
         most: Largest number of tokens that are proposed at once.
 
     Attributes:
-        drafted: Tokens that were proposed so far.
-        accepted: Number of proposed tokens that were accepted.
+        drafted: Number of tokens that were proposed so far.
+        accepted: Number of proposed tokens that were accepted so far.
     """
 
     def __init__(
@@ -168,10 +168,11 @@ class Speculator:
             state: The decoder's state; one row.
             generated: The generated ids so far; the last one was chosen from the logits of the previous step.
             remaining: Number of tokens that may still be generated.
-            scores: Computes from logits ``[V]`` the scores that the token is chosen from.
+            scores: Applies the logits processors to logits ``[V]``.
 
         Returns:
-            Logits ``[1, V]``, and the number of decoder passes of this step: 0, 1 or 2.
+            Logits ``[1, V]``, and the number of decoder passes in this step: 0 if the last token was an accepted
+            proposal, else 1; one more if the token is computed again because of a tie.
         """
         token, passes = generated[-1], 0
         if self._place < len(self._proposed) and self._proposed[self._place] == token:
@@ -239,11 +240,13 @@ class Speculator:
 
 
 class PromptLookup:
-    """Finds an earlier place with the same tokens as the end of the text, and proposes the tokens after that place.
+    """Proposes tokens without a model: searches the text for an earlier place with the same last tokens.
+
+    The tokens after that place are proposed.
 
     Args:
         prompt_ids: The prompt's ids.
-        longest: The largest number of last tokens that is searched for.
+        longest: Largest number of last tokens to search for; if they do not occur, fewer are searched for.
     """
 
     def __init__(self, prompt_ids: Sequence[int], longest: int = 3) -> None:

@@ -35,16 +35,16 @@ class DecodeState(Protocol):
 
 
 GreedyStep = tuple[NDArray[np.int64], NDArray[np.float32]]
-"""The tokens ``[B]`` of a step that a device chose, and their log-probabilities ``[B]``."""
+"""The tokens that the GPU chose in one step, int64 ``[B]``, and their log-probabilities, float32 ``[B]``."""
 
 
 @runtime_checkable
 class GreedyState(Protocol):
-    """A state whose GPU chooses the likeliest tokens; the next step then starts without the host."""
+    """A state in which the GPU chooses the likeliest tokens, so that the next step need not wait for the host."""
 
     @property
     def gives_logprobs(self) -> bool:
-        """Returns whether :meth:`greedy` can be used: engines of an older version give no log-probabilities."""
+        """Returns whether :meth:`greedy` can be used; engines of older versions return no log-probabilities."""
 
     def greedy(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[GreedyStep, None, None]:
         """Appends tokens ``[B]``, then yields the likeliest next tokens ``[B]`` step by step, and appends them.
@@ -120,7 +120,7 @@ class Decoder:
 
 
 class SlotState(RowState):
-    """A state whose rows all write the next token to the same slot; shorter rows have masked slots on the left.
+    """A state in which all rows write the next token to the same slot; shorter rows have masked slots on the left.
 
     Attributes:
         mask: int64 ``[B, T]``, 1 if a slot has a token.
@@ -169,16 +169,16 @@ class SlotState(RowState):
         self.cross_mask = None if self.cross_mask is None else self.cross_mask[rows]
 
     def run(self, embeds: Array, positions: NDArray[np.int64], wanted: int) -> NDArray[np.float32]:
-        """Runs the graph on S new slots of every row; returns logits ``[B, K, V]``. Arguments as in :meth:`inputs`."""
+        """Runs the graph on S new tokens of every row; returns logits ``[B, K, V]``. Arguments as in :meth:`inputs`."""
         return self.run_graph(self.inputs(embeds, positions, wanted))
 
     def inputs(self, embeds: Array, positions: NDArray[np.int64], wanted: int) -> dict[str, Array]:
-        """Makes the graph's inputs for S new slots of every row, without the KV cache.
+        """Makes the graph's inputs for S new tokens of every row, except the KV cache.
 
         Args:
             embeds: Embeddings of the new tokens, ``[B, S, D]``.
             positions: Positions of the new tokens, int64 ``[B, S]``.
-            wanted: K, the number of last slots to compute logits for.
+            wanted: K: logits are computed for the last K of the S tokens.
         """
         batch, steps = positions.shape
         inputs = {
@@ -208,15 +208,16 @@ class SlotState(RowState):
         raise NotImplementedError
 
     def run_graph(self, inputs: dict[str, Array]) -> NDArray[np.float32]:
-        """Runs the graph and keeps the new keys and values; ``inputs`` has no cache. Returns logits ``[B, K, V]``."""
+        """Runs the graph on ``inputs`` and the KV cache, and keeps the new cache; returns logits ``[B, K, V]``."""
         raise NotImplementedError
 
 
 def split_context(context: Mapping[str, Array] | None) -> tuple[dict[str, Array], NDArray[np.int64] | None]:
-    """Separates the cross-attention inputs that stay the same in all steps from a mask with one row for each token.
+    """Divides the cross-attention inputs into those that are equal in all steps, and a mask that depends on the token.
 
     Returns:
-        The inputs that stay the same, by name; and the mask ``[B, S, E]``, or None if all tokens have the same mask.
+        The inputs that are equal in all steps, by name; and the mask ``[B, S, E]`` with one row for each of S tokens,
+        or None if all tokens have the same mask.
     """
     shared = dict(context or {})
     own = CROSS_MASK in shared and shared[CROSS_MASK].ndim == 3
@@ -235,7 +236,7 @@ def tokens_to_drop(lengths: NDArray[np.int64], kept: NDArray[np.int64]) -> NDArr
 
 
 def padded(array: Array, axis: int, length: int, *, left: bool = False) -> Array:
-    """Pads an array with zeros to ``length`` along ``axis``: after its values, or before them if ``left``."""
+    """Pads an array with zeros to ``length`` along ``axis``, at the end or (``left``) at the beginning."""
     missing = length - array.shape[axis]
     if not missing:
         return array

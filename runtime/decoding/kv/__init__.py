@@ -1,1 +1,1 @@
-"""Three kinds of KV cache for the decoder: growing, written in place, and with a fixed number of slots."""
+"""The decoder with three kinds of KV cache: growing, written in place, and with a fixed number of slots."""

@@ -1,8 +1,8 @@
 """A KV cache of constant capacity, for graphs whose shapes may not change (CUDA graphs).
 
-``constant_shape.py`` and ``in_place.py`` in ``engine/decoder`` describe the graph's inputs. The next token of all rows
-goes to the same slot; shorter rows have masked slots on their left. A :class:`FixedCache` stores and moves the keys and
-values, so that the same state works with a cache on a GPU and with a cache of NumPy arrays (in the tests).
+``constant_shape.py`` and ``in_place.py`` in ``engine/decoder`` describe the graph's inputs. All rows write their next
+token to the same slot; shorter rows have masked slots on their left. The keys and values are in a :class:`FixedCache`.
+The runtime has such a cache on the GPU, and the tests have one of NumPy arrays.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ CACHE_POSITION = "cache_position"
 
 
 class FixedCache(Protocol):
-    """The KV cache of a batch with a fixed number of slots, and the graph that reads and writes the cache.
+    """The KV cache of a batch, and the graph that reads and writes it.
 
-    Keys and values are ``[B, H, C, d]`` for each layer. The cache also contains the cross-attention keys and values.
+    For each layer, keys and values are ``[B, H, C, d]`` with a fixed number C of slots. The cache also contains the
+    cross-attention keys and values.
     """
 
     def run(self, inputs: Mapping[str, Array]) -> NDArray[np.float32]:
@@ -47,7 +48,8 @@ class FixedCache(Protocol):
 
 
 OpenCache = Callable[[int, Mapping[str, Array]], FixedCache]
-"""Makes an empty cache for B rows, given their cross-attention keys and values by name."""
+"""Type of a function that makes an empty cache, given the number of rows, and cross-attention keys and values by name.
+"""
 
 
 class FixedState(SlotState):
@@ -72,7 +74,7 @@ class FixedState(SlotState):
         self.slot = 0
 
     def make_room(self, steps: int) -> None:
-        """Moves all rows to the left over slots that no row uses, if ``steps`` more slots would not fit.
+        """If ``steps`` more slots do not fit, moves all rows to the left, over slots that no row uses.
 
         Raises:
             BackendError: The cache has too few slots, even after the rows were moved.
@@ -120,7 +122,10 @@ class FixedState(SlotState):
         return self.cache.run(inputs)
 
     def _shift(self, row: int, by: int) -> None:
-        """Moves a row's tokens by ``by`` slots; ``slot`` is their end before or after the move (the larger one)."""
+        """Moves a row's keys, values and mask ``by`` slots to the right (to the left if negative).
+
+        ``self.slot`` must be the end of the row's tokens: after the move if they move to the right, else before it.
+        """
         length = self.slot - max(by, 0)
         self.cache.shift(row, by, length)
         if by > 0:
@@ -134,8 +139,8 @@ class FixedDecoder(Decoder):
     """The decoder of a graph with constant shapes, whose KV cache has a fixed number of slots.
 
     Args:
-        open_cache: Makes the cache of a batch.
-        spec: The graph's tensors.
+        open_cache: Makes the KV cache of a batch.
+        spec: Inputs and outputs of the graph.
         capacity: C, number of slots of each row in the KV cache.
         max_rows: The largest number of rows in a run of the graph.
         table: The token embedding table.

@@ -1,4 +1,4 @@
-"""The KV cache of exported (not optimized) graphs: keys and values are inputs and outputs, and grow at each step."""
+"""The KV cache of exported (not optimized) graphs: inputs and outputs of the graph that grow by a slot in each step."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A KV cache that the graph writes in place, for the decoders of optimized copies.
 
-Each layer has one buffer for keys and one for values. Each row's text begins in slot 0 of its row of the buffer: a step
-copies no keys and values, dropping tokens only changes a length, and reordering beams copies only the used slots.
+Each layer has one buffer for keys and one for values, in which each text begins in slot 0 of its row. A step copies no
+keys and values, removing tokens only changes a length, and reordering beams copies only the used slots.
 ``optimization/passes/shared_cache.py`` describes the graph's inputs.
 """
 
@@ -29,7 +29,7 @@ LENGTHS = "seqlens_k"
 TOTAL = "total_sequence_length"
 POSITIONS = "position_ids"
 ROOM = 64
-"""Capacities are multiples of this number of slots, so that the buffers seldom have to grow."""
+"""Number of free slots that new buffers have, if the context is long enough, so that they seldom have to grow."""
 
 
 class InPlaceDecoder(Decoder):
@@ -171,9 +171,9 @@ class InPlaceState:
         Args:
             embeds: ``[B, S, D]``.
             before: Number of tokens that each row has in the cache.
-            row: The first of these rows.
-            indices: ``[B, K]``, indices (below S) of the new slots that need logits.
-            new: Number of valid new tokens of each row; None: all S slots are valid.
+            row: Index of the first row to run.
+            indices: ``[B, K]``, which of the S new tokens need logits.
+            new: Number of valid new tokens of each row; None if all S tokens are valid.
         """
         batch, steps, _ = embeds.shape
         after = before + (steps if new is None else new)
@@ -190,7 +190,7 @@ class InPlaceState:
         return self._buffers.run(inputs, row, "logits", (batch, indices.shape[1], self._decoder.vocabulary))
 
     def _make_room(self, rows: int, slots: int) -> None:
-        """Enlarges the buffers to at least this many rows and slots."""
+        """Enlarges the buffers if they have fewer than ``rows`` rows or ``slots`` slots."""
         had_rows, had = self._buffers.size
         if rows <= had_rows and slots <= had:
             return
@@ -201,21 +201,21 @@ class InPlaceState:
 
 
 POOLED = 4
-"""Number of free buffers that are kept for later states, because a CUDA graph is valid only for its addresses."""
+"""Number of free buffers that are kept for later batches; a CUDA graph works only with the buffers of its capture."""
 
 KEPT_RUNS = 8
-"""Number of bound runs that are kept for a buffer; each shape of the inputs needs its own bound run."""
+"""Number of prepared runs (:class:`_BoundRun`) that are kept for a buffer; each shape of inputs needs its own run."""
 
 
 @dataclass
 class _BoundRun:
-    """A prepared run of the graph: all inputs and outputs are bound to memory on the device.
+    """A prepared run of the decoder: the addresses of all inputs and outputs are fixed.
 
     Attributes:
         binding: ONNX Runtime's binding.
         inputs: The memory of the inputs, by name.
         output: The memory of the output.
-        graph: Number of the CUDA graph that is captured from the second run on.
+        graph: Number of the CUDA graph, which the second run captures and later runs replay.
         runs: Number of runs so far.
     """
 
@@ -227,12 +227,12 @@ class _BoundRun:
 
 
 class _DeviceMemory:
-    """Keys and values of one size on the device, with the runs that are bound to them.
+    """Buffers of keys and values on the device, with the prepared runs that use them.
 
     Args:
         session: The decoder's session.
         names: Names of the inputs that are keys or values.
-        shape: ``(B, H, C, d)``.
+        shape: Shape of each buffer, ``(B, H, C, d)``.
     """
 
     def __init__(self, session: BindingSession, names: Sequence[str], shape: tuple[int, ...]) -> None:
@@ -243,24 +243,24 @@ class _DeviceMemory:
         self.runs: dict[Any, _BoundRun] = {}
 
     def part(self, name: str, value: Any, first: int, rows: int) -> tuple[Any, ...]:
-        """Returns ``bind_input``'s arguments for rows of a buffer: device and its number, dtype, shape, address."""
+        """Returns the arguments of ``bind_input`` for some rows: device, its number, dtype, shape and address."""
         dtype = self.session.dtypes[name]
         row = int(np.prod(self.shape[1:])) * dtype.itemsize
         return (*self.session.device, dtype.type, [rows, *self.shape[1:]], value.data_ptr() + first * row)
 
     def keep(self, key: Any, run: _BoundRun) -> None:
-        """Keeps a bound run for later runs; frees the oldest one if more than :data:`KEPT_RUNS` are kept."""
+        """Stores a prepared run for later use; removes the oldest if there would be more than :data:`KEPT_RUNS`."""
         while len(self.runs) >= KEPT_RUNS:
             self.session.release_graph(self.runs.pop(next(iter(self.runs))).graph)
         self.runs[key] = run
 
 
 class DevicePool:
-    """Keeps free device memory of one decoder's KV caches, so that the next decoder state can use it again.
+    """Keeps the KV caches of finished batches of one decoder, so that the next batch can use their memory again.
 
     Args:
         session: The decoder's session.
-        pairs: Names of outputs, each with the name of the input whose buffer the output is written to.
+        pairs: For each ``present`` output, the name of the ``past`` input whose buffer the output is written to.
     """
 
     def __init__(self, session: BindingSession, pairs: Mapping[str, str]) -> None:
@@ -271,7 +271,7 @@ class DevicePool:
         self._lock = threading.Lock()
 
     def take(self, shape: tuple[int, ...]) -> _DeviceMemory:
-        """Returns free memory of this shape, or allocates it."""
+        """Returns free memory with buffers of this shape; allocates it if there is none."""
         with self._lock:
             for memory in self._free:
                 if memory.shape == shape:
@@ -280,7 +280,7 @@ class DevicePool:
         return _DeviceMemory(self.session, list(self.pairs.values()), shape)
 
     def give(self, memory: _DeviceMemory) -> None:
-        """Adds memory that no state uses any more; frees the oldest memory if the pool has more than :data:`POOLED`."""
+        """Takes back memory that no batch uses any more; frees the oldest if there are more than :data:`POOLED`."""
         with self._lock:
             self._free.append(memory)
             old = self._free.pop(0) if len(self._free) > POOLED else None
@@ -289,7 +289,7 @@ class DevicePool:
 
 
 class DeviceBuffers:
-    """Buffers on a device, in memory of ``pool``; see :class:`CacheBuffers` of ``backends/base.py``."""
+    """The KV cache of one batch on a device, in memory of ``pool``; implements :class:`CacheBuffers`."""
 
     def __init__(self, pool: DevicePool) -> None:
         self._pool, self._session = pool, pool.session
@@ -299,7 +299,7 @@ class DeviceBuffers:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Returns the numbers of rows and slots; see :class:`CacheBuffers`."""
+        """Returns the number of rows and the number of slots; see :class:`CacheBuffers`."""
         return (0, 0) if self._memory is None else (self._memory.shape[0], self._memory.shape[2])
 
     def resize(self, shape: Sequence[int], used: int) -> None:  # noqa: ARG002 - whole rows are copied
@@ -312,7 +312,7 @@ class DeviceBuffers:
             giving()
 
     def select(self, rows: NDArray[np.int64], used: int) -> None:  # noqa: ARG002 - as above
-        """Copies rows to their new places; see :class:`CacheBuffers`."""
+        """Reorders the rows: row i gets the content of old row ``rows[i]``; see :class:`CacheBuffers`."""
         memory = self._memory
         if memory is None or np.array_equal(rows, np.arange(len(rows))):
             return
@@ -339,8 +339,8 @@ class DeviceBuffers:
     def run(self, inputs: Mapping[str, Array], first: int, output: str, shape: Sequence[int]) -> Array:
         """Runs the graph once and returns one output; see :class:`CacheBuffers`.
 
-        Inputs with the shapes of an earlier run on the same memory use the binding of that run. With CUDA graphs, this
-        second run is captured.
+        A run whose inputs have the shapes of an earlier run uses the binding of that run again. With CUDA graphs, the
+        second such run is captured, and later ones replay the graph.
         """
         if self._memory is None:
             raise ValueError("the buffers have no size yet: call resize first")
@@ -377,7 +377,7 @@ class DeviceBuffers:
         return _BoundRun(binding, values, result, next(self._pool.numbers))
 
     def _copy(self, source: _DeviceMemory, rows: int, first: int) -> None:
-        """Copies the first rows of ``source`` to the rows from ``first`` on; ``source`` must not have more slots."""
+        """Copies the first ``rows`` rows of ``source`` to row ``first`` and on; ``source`` must not have more slots."""
         memory = self._memory
         if memory is None:
             return
