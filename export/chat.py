@@ -38,7 +38,7 @@ class ChatFormat:
 
     Attributes:
         template: Text with one ``{image}`` and one ``{prompt}``.
-        turns: ``PromptSpec.turns``; empty for a bundle without conversations.
+        turns: The text of each kind of message, for ``PromptSpec.turns``; empty for a bundle without conversations.
         framed: Whether the tokenizer adds its special tokens. If not, the template has them.
         warnings: Parts of the checkpoint's chat template that the bundle does not follow.
     """

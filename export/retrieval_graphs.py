@@ -22,7 +22,7 @@ TEXT_STACKS = ("matcher.encoder.layers", "matcher.qformer.layers", "matcher.text
 
 
 class ImageFeaturesGraph(nn.Module):
-    """The graph of the picture's projection. Maps the vision encoder's output to K unit vectors of each picture."""
+    """The module that is traced for ``image_features``: maps patch embeddings to K unit vectors for each picture."""
 
     def __init__(self, model: RetrievalModel) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class ImageFeaturesGraph(nn.Module):
 
 
 class TextEmbedsGraph(nn.Module):
-    """The graph of the text encoder. Maps token ids and their mask to one unit vector of each text."""
+    """The module that is traced for ``text_embeds``: maps token ids and their mask to one unit vector for each text."""
 
     def __init__(self, model: RetrievalModel) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class TextEmbedsGraph(nn.Module):
 
 
 class MatchGraph(nn.Module):
-    """The graph of the matching head. Maps pictures and texts to match probabilities and logits."""
+    """The module that is traced for ``match``: maps pairs of picture and text to match probabilities and logits."""
 
     def __init__(self, model: RetrievalModel) -> None:
         super().__init__()

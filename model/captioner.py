@@ -13,7 +13,7 @@ from blip2edge.model.vision.registry import build_vision
 
 
 class CaptionerModel(nn.Module):
-    """Vision encoder, bridge and language model, and the text head of the Q-Former if the checkpoint has one."""
+    """A captioner: vision encoder, bridge, language model, and the Q-Former's text head if the checkpoint has one."""
 
     def __init__(self, config: CaptionerConfig) -> None:
         super().__init__()

@@ -42,8 +42,8 @@ class LoopConfig(RecipeSection):
     cache_features: bool = False
     """Cache the frozen picture encoder's output on disk. Each picture is then encoded once, for all runs."""
     encoder_autocast: bool = True
-    """Whether the frozen picture encoder runs in the arithmetic of `autocast` too. With false it runs in float32, so
-    that phases and runs of different `autocast` share the cached features."""
+    """Whether the frozen picture encoder runs in the arithmetic of `autocast` too. If false, it runs in float32, so
+    that phases and runs with different values of `autocast` share the cached features."""
     features_dtype: Annotated[str, one_of("float32", "float16")] = "float32"
     """Type of the cached output: "float32" or "float16"."""
     workers: Annotated[int, NOT_NEGATIVE] = 0
@@ -57,7 +57,7 @@ class LoopConfig(RecipeSection):
     tracker_project: str = "blip2edge"
     """Name of the project that the trackers record the run in."""
     tensorboard: bool = False
-    """The same as "tensorboard" in `trackers`."""
+    """Whether TensorBoard shows the run, as with "tensorboard" in `trackers`."""
 
     @property
     def tracker_names(self) -> tuple[str, ...]:

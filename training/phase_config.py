@@ -64,7 +64,7 @@ class LanguagePhase(OptimizerConfig):
     prefix_share: Annotated[float, SHARE] = 0.75
     """Share of captions that follow embeddings of their keywords; the others follow noise."""
     prefix_noise: Annotated[float, NOT_NEGATIVE] = 0.3
-    """Noise added to those embeddings, relative to their size, because visual tokens never equal words exactly."""
+    """Noise added to the keywords' embeddings, relative to their size: visual tokens never equal words exactly."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ class Stage2Phase(BridgePhase):
     """Weight of the captioning loss (ITG) of the Q-Former's own text head, which can then serve as draft model; 0: the
     text head is not trained."""
     elastic: bool = False
-    """Train with the first m of the M queries, with m drawn anew for each step, small ones more often. One checkpoint
-    then works with any such number of visual tokens: `--queries m`."""
+    """Train each step with only the first m of the M queries; m is drawn for each step, small numbers more often. The
+    checkpoint then works with any number of visual tokens from elastic_min to M: `--queries m`."""
     elastic_min: Annotated[int, POSITIVE] = 1
     """Smallest m that is drawn; the largest is M, the number of all queries."""
     unfreeze_language: bool = False
@@ -130,9 +130,9 @@ class Stage2Phase(BridgePhase):
     """Rank of the low-rank matrices (LoRA) that are trained in the frozen language model and then added to its weights;
     0: none. Needs the package peft."""
     lora_alpha: Annotated[float, POSITIVE] = 16.0
-    """Scale of LoRA's product, divided by the rank."""
+    """Factor on the product of LoRA's two matrices, before the division by the rank."""
     lora_targets: Annotated[str, one_of("attention", "all")] = "attention"
-    """Linear layers that get LoRA: those of the attentions, or "all", those of the feed-forward layers too."""
+    """Linear layers that get LoRA: "attention" (in attention layers), or "all" (also in feed-forward layers)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

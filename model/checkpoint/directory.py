@@ -185,7 +185,7 @@ def load_model(source: str | Path | Checkpoint, dtype: torch.dtype = torch.float
         dtype: dtype of all weights.
 
     Raises:
-        CheckpointError: See :class:`Checkpoint`.
+        CheckpointError: Config and tensors do not fit together, or the weights are quantised.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(find_checkpoint(source))
     with torch.device("meta"):

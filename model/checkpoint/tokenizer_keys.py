@@ -50,7 +50,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _known_keys(tokenizer: Any) -> set[str]:
-    """Returns the keys of ``tokenizer_config.json`` that this project or transformers reads, whatever the value."""
+    """Returns the keys of ``tokenizer_config.json`` that this project or transformers reads, for any value of a key."""
     readers = [vars(kind)["__init__"] for kind in type(tokenizer).__mro__ if "__init__" in vars(kind)]
     arguments = {name for reader in readers for name in inspect.signature(reader).parameters}
     return {*TOKENIZER.honoured, *TOKENIZER.neutral, *vars(tokenizer), *arguments} - {"self", "args", "kwargs"}

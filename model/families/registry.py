@@ -44,7 +44,7 @@ ELASTIC = "elastic_queries"
 
 @dataclass(frozen=True)
 class Family:
-    """How the checkpoints of a family are read and prompted.
+    """One row of the table of families: how the family's checkpoints are read, and how its models are prompted.
 
     Attributes:
         title: Name of the family in tables.

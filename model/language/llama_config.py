@@ -51,7 +51,7 @@ class RopeConfig:
             what = f"of kind {kind!r}" if kind not in ROPE_KINDS else "over a part of each head"
             raise UnsupportedModelError(
                 f"the language model has rotary positions {what}, which are not supported",
-                f"supported: {', '.join(ROPE_KINDS)}, over whole heads",
+                f"supported: {', '.join(ROPE_KINDS)}, applied to whole heads",
             )
         theta = f.number("rope_theta", Fields("text_config", values).number("rope_theta", 10_000.0))
         if kind == "default":
@@ -200,7 +200,8 @@ DEFAULTS: dict[str, dict[str, int]] = {
 def _kv_heads(f: Fields, heads: int, sizes: Mapping[str, int]) -> int:
     """Reads the number of key/value heads.
 
-    As in transformers, a missing key means the default of the class, and null means as many as query heads.
+    As in transformers, a missing key has the default of the config class. With null, there are as many key/value heads
+    as query heads.
     """
     if "num_key_value_heads" in f.values:
         return f.integer("num_key_value_heads", heads)

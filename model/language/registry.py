@@ -24,7 +24,7 @@ from blip2edge.model.weights.ties import Tie
 
 @dataclass(frozen=True)
 class Language:
-    """How a kind of language model is read from a checkpoint and built.
+    """One row of the table of language models: how a kind of language model is read from a checkpoint and built.
 
     Attributes:
         read_config: Function that makes the config from a ``text_config``.

@@ -83,7 +83,7 @@ class Dinov2Config(PatchEncoderConfig):
 
 
 class GatedMLP(nn.Module):
-    """A gated feed-forward, ``down(silu(gate) * up)`` (Shazeer, arXiv 2002.05202); one matrix makes gate and up."""
+    """A gated feed-forward, ``down(silu(gate) * up)``, with one matrix for gate and up (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()

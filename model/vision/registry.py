@@ -22,7 +22,7 @@ from blip2edge.model.weights.siglip import SIGLIP_VISION
 
 @dataclass(frozen=True)
 class VisionEncoder:
-    """How a kind of vision encoder is read from a checkpoint and built.
+    """One row of the table of vision encoders: how a kind of encoder is read from a checkpoint and built.
 
     Attributes:
         title: Name of the encoder in tables and messages.

@@ -16,7 +16,7 @@ from blip2edge.model.vision.token_merging import Pairs, TokenMatching, merge, me
 
 
 class PatchAttention(nn.Module):
-    """Self-attention over patches; one matrix makes queries, keys and values."""
+    """Self-attention over patches, with one matrix for queries, keys and values."""
 
     def __init__(self, config: TransformerConfig, qkv_bias: bool) -> None:
         super().__init__()

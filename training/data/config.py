@@ -18,7 +18,7 @@ _CROP = ValidValues(lambda value: bool(0 < value <= 1), "be greater than 0 and a
 
 @dataclass(frozen=True)
 class DataConfig(RecipeSection):
-    """The training data; `[[data]]`, given several times, mixes several data sets."""
+    """The training data. If a recipe has several tables `[[data]]`, their data sets are mixed."""
 
     kind: Annotated[str, one_of(*DATA_KINDS)] = "scenes"
     """"scenes": generated scenes; "coco-captions" and "coco-vqa": COCO's JSON files; "karpathy": `dataset_coco.json`;
@@ -31,13 +31,13 @@ class DataConfig(RecipeSection):
     """Directory of a JSON file's or a table's pictures; empty: the directory of the file, or COCO's layout next to
     it."""
     annotations: str = ""
-    """File of the answers to VQA's questions; empty: the file in the directory of `path` with VQA's name."""
+    """File of the answers to VQA's questions; empty: the file with VQA's usual name in the directory of `path`."""
     splits: tuple[str, ...] = ("train", "restval")
     """Splits of Karpathy's file that are read."""
     image_column: str = ""
-    """Column of a table's pictures; empty: the first known one that has a value (docs/data.md)."""
+    """Column of a table's pictures; empty: the first column with a value, of those in docs/data.md."""
     text_column: str = ""
-    """Column of a table's captions; empty: the first known one that has a value."""
+    """Column of a table's captions; empty: the first column with a value, of those in docs/data.md."""
     question: str = "Question: {} Short answer:"
     """Template of a question; the braces are replaced by the question."""
     more_questions: tuple[str, ...] = ()
@@ -60,13 +60,13 @@ class DataConfig(RecipeSection):
     crop: Annotated[float, _CROP] = 1.0
     """Smallest share of a picture's area that a random crop keeps; 1: no crop."""
     flip: Annotated[float, SHARE] = 0.0
-    """Share of pictures that are mirrored; never one whose texts contain a word of `flip_except`."""
+    """Share of pictures that are mirrored. A picture whose texts contain a word of `flip_except` is never mirrored."""
     flip_except: tuple[str, ...] = LEFT_RIGHT
     """Words of texts that a mirrored picture would make wrong."""
     count: Annotated[int, NOT_NEGATIVE] = 0
     """Number of generated scenes, shown pass after pass, so that features can be cached; 0: every scene is new."""
     series: Annotated[int, NOT_NEGATIVE] = 0
-    """Seed of those `count` scenes. With `count = 0`, the recipe's seed and the phase decide instead."""
+    """Seed of the scenes if `count` is above 0. If `count` is 0, the recipe's seed and the phase give their seed."""
     prompts: tuple[str, ...] = ("a photo of", "a picture of")
     """Short prompts, or instructions; some captions are trained as their continuation."""
     prompt_share: Annotated[float, SHARE] = 0.2

@@ -90,7 +90,7 @@ class Entry:
         text: A caption; empty for a question.
         question: A question; empty for a caption.
         answers: Answers of people to the question.
-        kinds: Groups of the question in the scores, such as `{"answer_type": "yes/no"}`.
+        kinds: Groups in which the question is scored separately, such as `{"answer_type": "yes/no"}`.
         numbered: True if the ids are numbers in the data files, False if they are texts.
         history: Earlier questions of the dialogue with their answers.
     """
@@ -130,7 +130,7 @@ def answer_texts(answers: Iterable[Any]) -> tuple[str, ...]:
 
 
 class UniqueIds:
-    """Makes the ids of samples unique: the second sample of the id ``7`` becomes ``7#2``."""
+    """Makes the ids of samples unique: the second sample with the id ``7`` gets the id ``7#2``."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}

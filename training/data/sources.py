@@ -1,7 +1,7 @@
 """The interface of sources of training samples: endless, shuffled streams of captioned pictures that can be resumed.
 
-Every process reads the texts of all samples. It opens only the pictures of its own rows, and no picture whose features
-are cached.
+Every process reads the texts of all samples. It opens only the pictures of its own rows, and of these only the pictures
+whose features are not cached.
 """
 
 from __future__ import annotations

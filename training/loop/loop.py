@@ -1,9 +1,9 @@
 """The training loop, the same for every phase.
 
-A phase names the module, the batches and the optimiser settings. The loop makes the optimiser steps, writes the log
-and writes snapshots; an interrupted run resumes from the newest snapshot and ends with the same weights. `accelerate`
-provides the device, the arithmetic and, under `accelerate launch` or `torchrun`, the other processes. One process
-needs no process group.
+A phase consists of the module to train, the batches and the optimiser settings. The loop makes the optimiser steps,
+writes the log and writes snapshots; an interrupted run resumes from the newest snapshot and ends with the same weights.
+`accelerate` selects the device and the arithmetic, and connects the processes that `accelerate launch` or `torchrun`
+started. A run with one process needs no process group.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Saves and restores the state of a phase: trained weights, optimiser moments and random generators, as named tensors.
 
-`torch.distributed.checkpoint` gathers them. So the same code works for one process, DDP and sharded parameters; one
-process needs no process group.
+`torch.distributed.checkpoint` gathers these tensors from all processes. So the same code works for one process, for DDP
+and for sharded parameters. A run with one process needs no process group.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def _wandb(run: TrackedRun) -> dict[str, Any]:
 
 
 STARTS: Mapping[str, Callable[[TrackedRun], dict[str, Any]]] = {"tensorboard": _tensorboard, "wandb": _wandb}
-"""For each tracker that can continue an interrupted run: a function that returns arguments of accelerate's class."""
+"""Arguments of accelerate's tracker class besides the project, by the name of a tracker that can continue a run."""
 
 
 def check_trackers(names: Sequence[str]) -> None:

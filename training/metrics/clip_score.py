@@ -69,7 +69,7 @@ def mean_scores(
     """Computes the mean scores of captions.
 
     Args:
-        pictures: Vectors of the pictures; see :func:`clip_score`.
+        pictures: Unit vectors of the pictures, ``[N, F]``, or ``[N, K, F]`` if a picture has K vectors.
         captions: One caption of each picture.
         references: The references of each picture; if a picture has none, there is no RefCLIPScore.
         embed: Computes the unit vectors of texts.

@@ -57,8 +57,8 @@ def chair(captions: Sequence[str], shown: Sequence[Sequence[Kind]]) -> dict[str,
 
     Returns:
         `chair_i`: share of the named objects that are not in the picture; `chair_s`: share of the captions that name
-        such an object; `chair_recall`: share of the shown objects that are named (0 for empty captions, which
-        otherwise look perfect).
+        such an object; `chair_recall`: share of the shown objects that are named. Empty captions have perfect values
+        of the first two, but a recall of 0.
 
     Raises:
         DataError: There is no caption, or the two lists differ in length.

@@ -65,7 +65,7 @@ def remote_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
 
     Raises:
         DataError: There is no such file, or the store cannot be read.
-        MissingPackageError: See :func:`remote_system`.
+        MissingPackageError: fsspec, or the package for this protocol, is not installed.
     """
     if of_range := range_of(pattern):
         return of_range

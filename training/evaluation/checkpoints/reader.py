@@ -1,4 +1,4 @@
-"""Loads a checkpoint's language model in torch as a reader: it answers questions from captions alone."""
+"""Loads a checkpoint's language model in torch as a reader, which answers questions from captions alone."""
 
 from __future__ import annotations
 
