@@ -169,7 +169,7 @@ def main() -> None:
         ours(name, path, picture, options.tokens, options.batch, stages.setdefault(name, []))
         for name, path in [("fp32", bundle), *options.bundle]
     ]
-    pixels = Captioner.load(bundle, threads=1).encoder.preprocessing.batch([picture] * options.batch)
+    pixels = Captioner.load(bundle, threads=1).encoder.images.preprocessing.batch([picture] * options.batch)
     contestants = [
         *transformers_contestants(checkpoint, pixels, options.tokens, options.compile),
         plain_runtime(bundle, pixels, options.tokens),

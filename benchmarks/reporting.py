@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from blip2edge.bundle.outputs.locks import write_file
+from blip2edge.runtime.backends.huge_pages import wait_for_huge_pages
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -51,6 +52,7 @@ def in_turn(
             if number:
                 seconds[name].append(clock() - start)
         check(results)
+        wait_for_huge_pages()
     return seconds, results
 
 

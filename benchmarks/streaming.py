@@ -22,7 +22,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 from reporting import parser_of, versions, write_result
 
-from blip2edge.runtime.backends.onnxruntime_cpu import on_huge_pages
+from blip2edge.runtime.backends.huge_pages import on_huge_pages, wait_for_huge_pages
 
 MATRICES, RUNS = 30, 5
 SHAPES = ((768, 3072), (3072, 768))  # inner, columns: into an MLP of OPT-125m, and out of it
@@ -51,6 +51,7 @@ def least_seconds(model: bytes, huge: bool) -> float:
     options.intra_op_num_threads = 1
     with on_huge_pages() if huge else nullcontext():
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    wait_for_huge_pages()
     value = session.get_inputs()[0]
     feed = {value.name: np.random.default_rng(1).standard_normal(value.shape, np.float32)}
     session.run(None, feed)

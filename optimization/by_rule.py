@@ -27,7 +27,7 @@ from blip2edge.optimization.recipes import CUDA, CUDA_DECODERS, HALF, Recipe, ap
 from blip2edge.optimization.storage import SMALLEST, write_copy
 from blip2edge.runtime.backends.base import OptimizedFile
 from blip2edge.runtime.backends.onnxruntime_cuda import open_on_host
-from blip2edge.runtime.backends.open_graph import OptimizedGraph
+from blip2edge.runtime.backends.optimized_copy import OptimizedGraph
 from blip2edge.runtime.bench.graph_inputs import Arrays
 
 FP16_TOLERANCE = 1e-1

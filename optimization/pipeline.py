@@ -33,8 +33,8 @@ from blip2edge.optimization.recipes import PassContext, Recipe, apply_recipe, re
 from blip2edge.optimization.storage import optimize_offline, write_copy
 from blip2edge.packages import installed, require
 from blip2edge.progress import ProgressCallback
-from blip2edge.runtime.backends.open_graph import KIND, OptimizedGraph, OptimizedRecord
 from blip2edge.runtime.backends.openvino import OpenVinoSession
+from blip2edge.runtime.backends.optimized_copy import KIND, OptimizedGraph, OptimizedRecord
 from blip2edge.runtime.backends.probe import exact_processor
 from blip2edge.runtime.bench.graph_inputs import Arrays
 from blip2edge.version import __version__

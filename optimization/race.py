@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from blip2edge.optimization.checks import CopyTask, Form, timed_run
+from blip2edge.runtime.backends.huge_pages import wait_for_huge_pages
 
 FEWEST, MOST, ENOUGH_SECONDS = 5, 15, 1.5
 """Smallest and largest number of rounds of a race, and its CPU time in seconds.
@@ -139,6 +140,7 @@ def _least_gain(form: Form) -> float:
 def _opened(task: CopyTask, name: str, form: Form) -> Iterator[Callable[[], object]]:
     """Loads a version of a graph, yields the function that is timed, and closes the graph at the end."""
     session = form.open()
+    wait_for_huge_pages()
     try:
         yield timed_run(task, name, session)
     finally:

@@ -116,7 +116,7 @@ def _engines_checked(bundle: Path) -> None:
 
 
 def _copy_checked(bundle: Path) -> None:
-    from blip2edge.runtime.backends.open_graph import read_copy
+    from blip2edge.runtime.backends.optimized_copy import read_copy
 
     _bundle_checked(bundle)
     read_copy(Bundle.open(bundle), "cpu", use_stamps=False)

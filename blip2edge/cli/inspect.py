@@ -73,7 +73,7 @@ def _proof(name: Path, bundle: Bundle) -> list[str]:
 def _verify(bundle: Bundle, progress: ProgressCallback) -> int:
     """Hashes every file of the bundle, of its optimized copies and of its engines; returns their number."""
     from blip2edge.runtime.backends.engine_files import EngineSet, engine_folders
-    from blip2edge.runtime.backends.open_graph import PACKAGES, read_copy
+    from blip2edge.runtime.backends.optimized_copy import PACKAGES, read_copy
 
     bundle.verify(progress)
     count = len(bundle.manifest.files)
@@ -90,7 +90,7 @@ def _verify(bundle: Bundle, progress: ProgressCallback) -> int:
 
 def _copies(bundle: Bundle) -> list[str]:
     """Describes the optimized copies of a bundle, and names the graphs that run from them."""
-    from blip2edge.runtime.backends.open_graph import KIND, PACKAGES, read_copy
+    from blip2edge.runtime.backends.optimized_copy import KIND, PACKAGES, read_copy
 
     lines = []
     for backend in PACKAGES:

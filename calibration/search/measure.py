@@ -24,6 +24,7 @@ from blip2edge.calibration.search.sensitivity import PICTURES, DivergenceMeter
 from blip2edge.calibration.search.variants import Variants, file_name
 from blip2edge.calibration.targets import find_targets
 from blip2edge.graph_files import load_graph
+from blip2edge.runtime.backends.huge_pages import wait_for_huge_pages
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.bench.measure import Bench
 from blip2edge.runtime.bench.reference_outputs import default_prompt
@@ -150,6 +151,7 @@ def measured_ms(bundle: Path, picture: CalibrationPicture, tokens: int) -> Stage
         The least CPU milliseconds of each stage, on one thread.
     """
     with closing(Captioner.load(bundle, backend="cpu", threads=1)) as captioner:
+        wait_for_huge_pages()
         bench = Bench(captioner, np.asarray(picture.image()))
         length = max(2, min(tokens, captioner.bundle.manifest.max_positions - bench.prompt_length()))
         bench.caption(length)

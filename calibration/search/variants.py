@@ -27,7 +27,7 @@ from blip2edge.calibration.search.choices import PartChoice, PartGraphs
 from blip2edge.calibration.search.journal import SearchJournal
 from blip2edge.errors import DataError
 from blip2edge.reading import read_json
-from blip2edge.runtime.backends.open_graph import KIND, OptimizedRecord
+from blip2edge.runtime.backends.optimized_copy import KIND, OptimizedRecord
 
 GRAPH_JSON = "graph.json"
 COPY = f"{KIND}/cpu"

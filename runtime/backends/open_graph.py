@@ -1,17 +1,10 @@
-"""Opens the graphs of a bundle: chooses the file of each graph and the backend that runs it.
-
-The folder ``optimized/<backend>/`` of a bundle contains graphs that were rewritten for one backend: an optimized copy.
-Its ``optimized.json`` has the hash of the bundle from which the copy was made. A copy is ignored if it was made from
-another bundle or by another version of the backend, or if the user requires a signature and the signature does not list
-the copy. Then the exported graphs of the bundle (the portable graphs) are used.
-"""
+"""Opens the graphs of a bundle: chooses the file of each graph and the backend that runs it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,12 +13,9 @@ import numpy as np
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.manifest_fields import OPTIMIZED_FIELDS
-from blip2edge.bundle.schema import DERIVED, GraphSpec, Parity
-from blip2edge.bundle.trust.integrity import FileRecord, Listing, check_unlisted
-from blip2edge.errors import BackendError, BundleError, BundleIntegrityError, EngineError
-from blip2edge.packages import installed, missing
-from blip2edge.reading import checking, read_json
+from blip2edge.bundle.schema import GraphSpec
+from blip2edge.errors import BackendError, Blip2EdgeError, BundleError, EngineError
+from blip2edge.packages import missing
 from blip2edge.runtime.backends import probe
 from blip2edge.runtime.backends.base import (
     BACKENDS,
@@ -36,179 +26,8 @@ from blip2edge.runtime.backends.base import (
     open_session,
 )
 from blip2edge.runtime.backends.engine_files import EngineSet, engine_folders, engines_backend
-from blip2edge.runtime.backends.probe import cores, exact_processor
-
-KIND = "optimized"
-RECORD = DERIVED[KIND]
-SCHEMA_VERSION = 2
-PACKAGES = {"cpu": "onnxruntime", "openvino": "openvino", "cuda": ""}
-"""For each backend, the package whose version must be the one that made the copy; empty if every version can load it,
-because ONNX Runtime still optimizes a copy for CUDA when it is loaded."""
-
-OF_ONE_MACHINE = ("openvino",)
-"""Backends whose optimized copies are compiled for one processor, and are not used on other processors."""
-
-
-@dataclass(frozen=True)
-class OptimizedGraph:
-    """What ``optimized.json`` records about one graph of an optimized copy.
-
-    Attributes:
-        file: Name of the graph's file in the copy's directory.
-        passes: Names of the optimization passes that rewrote the graph.
-        one_by_one: Whether to run the rows of a batch separately, because rows in one batch would change each other.
-        layout: Whether ONNX Runtime prepacks the weights for the processor when it loads the file.
-        parity: Difference between the outputs of this graph and those of the portable graph; empty if they are compared
-            by cosine only, as those of quantized graphs are.
-        cosine: The smallest cosine similarity between outputs of this graph and of the portable graph.
-        milliseconds: CPU time of the portable graph and of this graph, on the machine that made the copy: of one run,
-            or of opening the file if the graph is compiled; None if nothing was measured.
-    """
-
-    file: str
-    passes: tuple[str, ...]
-    one_by_one: bool
-    layout: bool
-    parity: tuple[Parity, ...]
-    cosine: float
-    milliseconds: tuple[float, float] | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the graph's record as a JSON object for ``optimized.json``."""
-        return {**vars(self), "parity": [parity.to_json() for parity in self.parity]}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> OptimizedGraph:
-        """Reads a graph's record from the JSON object that :meth:`to_json` made."""
-        parity = tuple(Parity.from_json(item) for item in values["parity"])
-        times = values["milliseconds"]
-        return cls(
-            str(values["file"]), tuple(values["passes"]), bool(values["one_by_one"]), bool(values["layout"]), parity,
-            float(values["cosine"]), None if times is None else (float(times[0]), float(times[1])),
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class OptimizedRecord:
-    """The contents of ``optimized.json``.
-
-    Attributes:
-        backend: The backend that runs the copy.
-        bundle_sha256: SHA-256 of the ``bundle.json`` of the bundle that was optimized.
-        graphs: The graphs that run or open faster than the portable graphs, by name; all other graphs are loaded from
-            the bundle.
-        left: Names of the graphs that were not optimized, each with the reason.
-        files: Size and hash of every file of the copy.
-        versions: Versions of the packages that made the copy.
-        machine: The processor that the graphs were measured on, with family, model and stepping.
-    """
-
-    backend: str
-    bundle_sha256: str
-    graphs: Mapping[str, OptimizedGraph]
-    left: Mapping[str, str]
-    files: Mapping[str, FileRecord]
-    versions: Mapping[str, str]
-    machine: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the record as the JSON object of ``optimized.json``."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            **vars(self),
-            "graphs": {name: graph.to_json() for name, graph in self.graphs.items()},
-            "files": {name: dict(vars(record)) for name, record in sorted(self.files.items())},
-        }
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> OptimizedRecord:
-        """Reads a record from the JSON object that :meth:`to_json` made.
-
-        Raises:
-            ValueError: A key is missing, or a value has the wrong type or range.
-        """
-        OPTIMIZED_FIELDS(values, "")
-        return cls(
-            backend=values["backend"],
-            bundle_sha256=values["bundle_sha256"],
-            graphs={name: OptimizedGraph.from_json(graph) for name, graph in values["graphs"].items()},
-            left=values["left"],
-            files={name: FileRecord(**record) for name, record in values["files"].items()},
-            versions=values["versions"],
-            machine=values["machine"],
-        )
-
-    def write(self, directory: Path) -> None:
-        """Writes ``optimized.json`` into ``directory``."""
-        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        (directory / RECORD).write_text(text, encoding="utf-8")
-
-
-def read_copy(bundle: Bundle, backend: str, *, use_stamps: bool = True) -> tuple[Path, OptimizedRecord] | None:
-    """Finds a bundle's optimized copy for a backend, and checks the files of the copy; see :class:`CheckedFiles`.
-
-    Returns:
-        Directory and record of the first copy that can be used; None if there is none. A copy is not used if it was
-        made from another bundle, by another version of the backend's package or, for some backends, on another
-        processor, or if a required signature does not list it.
-
-    Raises:
-        BundleIntegrityError: A file of the copy is missing or was changed, or is not listed in ``optimized.json``.
-    """
-    for directory in (place / backend for place in bundle.derived(KIND)):
-        record = _usable_record(bundle, directory, backend)
-        if record is not None:
-            _check_copy(bundle, directory, record, use_stamps)
-            return directory, record
-    return None
-
-
-def _usable_record(bundle: Bundle, directory: Path, backend: str) -> OptimizedRecord | None:
-    """Reads the ``optimized.json`` of a copy; None if the file is damaged or the copy must be ignored."""
-    path = directory / RECORD
-    if not path.is_file() or not bundle.admits(directory, RECORD):
-        return None
-    try:
-        values = read_json(path, BundleError, strict=True)
-        if values.get("schema_version") != SCHEMA_VERSION:
-            return None
-        with checking(path, "the record of an optimized copy", BundleError):
-            record = OptimizedRecord.from_json(values)
-    except BundleError:  # none, or a broken one
-        return None
-    package = PACKAGES.get(record.backend, "")
-    if record.backend != backend or record.bundle_sha256 != bundle.sha256:
-        return None
-    if package and record.versions.get(package) != installed(package):
-        return None
-    if backend in OF_ONE_MACHINE and record.machine != exact_processor():
-        return None
-    return record
-
-
-def _check_copy(bundle: Bundle, directory: Path, record: OptimizedRecord, use_stamps: bool) -> None:
-    """Checks the hashes of a copy's files, and that no graph is missing in the list of files."""
-    fix = f"make the copy again: blip2edge optimize {bundle.path} --backend {record.backend}"
-    for graph in record.graphs.values():
-        if graph.file not in record.files:
-            raise BundleIntegrityError(f"{directory / graph.file} is not listed in {RECORD}", fix)
-    listing = Listing(directory, record.files, RECORD, fix, _weights(bundle, directory, record))
-    bundle.checked.check(listing, use_stamps=use_stamps)
-    if not use_stamps:
-        check_unlisted(listing)
-
-
-def _weights(bundle: Bundle, directory: Path, record: OptimizedRecord) -> set[str]:
-    """Returns the files that a copy's graphs may use as external weights; paths are relative to :func:`weights_of`."""
-    if weights_of(bundle, directory) == directory:
-        return set(record.files)
-    folder = directory.relative_to(bundle.path).as_posix()
-    return {*bundle.manifest.files, *(f"{folder}/{name}" for name in record.files)}
-
-
-def weights_of(bundle: Bundle, directory: Path) -> Path:
-    """Returns the directory of a copy's external weights: the bundle if it contains the copy, else the copy itself."""
-    return bundle.path if directory.is_relative_to(bundle.path) else directory
+from blip2edge.runtime.backends.optimized_copy import read_copy, weights_of
+from blip2edge.runtime.backends.probe import cores
 
 
 def choose_backend(bundle: Bundle, backend: str) -> tuple[str, Any]:
@@ -290,6 +109,7 @@ class GraphOpener:
         self.copied: list[str] = []
         self.closed = False
         self._sessions: list[Session] = []
+        self._ahead: dict[str, Future[Session]] = {}
         self.backend, self._engines = choose_backend(bundle, backend)
         row = find_backend(self.backend)
         copy, self._host = row.copy, row.host
@@ -305,6 +125,21 @@ class GraphOpener:
         """Returns the number of CPU threads that a running graph uses; 0 if the backend computes on a GPU."""
         return (self.threads or cores()) if self._host else 0
 
+    def open_ahead(self, graphs: Iterable[str]) -> None:
+        """Begins to load graphs in threads of their own; a later call of this object waits for its graph.
+
+        Opening a graph mostly copies weights on one core, so that several cores load several graphs at once. Nothing
+        is done on a machine with one core, or if the backend loads graphs on another device.
+
+        Args:
+            graphs: Names of graphs; those that the bundle does not have are left out.
+        """
+        names = [name for name in graphs if name in self._bundle.manifest.graphs]
+        if self._host and min(cores(), len(names)) > 1:
+            pool = ThreadPoolExecutor(min(cores(), len(names)), thread_name_prefix="open-graph")
+            self._ahead = {name: pool.submit(self._open, name) for name in names}
+            pool.shutdown(wait=False)
+
     def __call__(self, graph: str) -> Session:
         """Loads a graph by its name.
 
@@ -312,7 +147,8 @@ class GraphOpener:
             BundleError: The bundle has no such graph, or the backend cannot load its file.
             BackendError: The backend's package or hardware is missing.
         """
-        session = self._open(graph)
+        ahead = self._ahead.pop(graph, None)
+        session = self._open(graph) if ahead is None else ahead.result()
         self._sessions.append(session)
         return session
 
@@ -328,6 +164,11 @@ class GraphOpener:
     def close(self) -> None:
         """Releases all loaded graphs and their memory. A second call does nothing."""
         self.closed = True
+        for ahead in self._ahead.values():
+            with suppress(Blip2EdgeError, CancelledError):  # nobody asked for this graph, or for its error
+                if not ahead.cancel():
+                    self._sessions.append(ahead.result())
+        self._ahead.clear()
         while self._sessions:
             self._sessions.pop().close()
         if self._engines is not None:

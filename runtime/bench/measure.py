@@ -20,6 +20,7 @@ from blip2edge.bundle.schema import VISION
 from blip2edge.errors import PromptError, UsageError, option
 from blip2edge.packages import installed
 from blip2edge.progress import ProgressCallback
+from blip2edge.runtime.backends.huge_pages import wait_for_huge_pages
 from blip2edge.runtime.backends.probe import processor
 from blip2edge.runtime.bench.meters import CpuClock, EnergyMeter, MemoryMeter, resident_bytes
 from blip2edge.runtime.bench.roofline import PICTURE, measure_available
@@ -280,6 +281,7 @@ def bench(
     with MemoryMeter() as whole:
         for _ in range(options.warmup):
             run.caption(tokens)
+        wait_for_huge_pages()
         with MemoryMeter() as single, energy:
             for number in range(options.runs):
                 report("captions", number, options.runs)

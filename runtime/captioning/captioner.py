@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar, overload
 
 from blip2edge.bundle.bundle import Bundle, load_whole
 from blip2edge.bundle.hub.names import MAIN, HubName
-from blip2edge.bundle.schema import BackendName, DraftName
+from blip2edge.bundle.schema import BRIDGE, CROSS_KV, DECODER, TEXT_ENCODER, VISION, BackendName, DraftName
 from blip2edge.errors import Blip2EdgeError, UsageError, option
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.backends.base import check_threads
@@ -84,6 +84,7 @@ class Captioner(LoadedBundle):
     ) -> None:
         super().__init__(bundle, backend, threads)
         with self._loading():
+            self.graphs.open_ahead((DECODER, VISION, BRIDGE, TEXT_ENCODER, CROSS_KV))
             self._queries = checked_queries(bundle, queries)
             self.encoder, self.generator = load_pipeline(
                 bundle, self.graphs, draft=draft, backend=self.graphs.backend, limits=limits

@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 from blip2edge.bundle.bundle import Bundle, load_whole
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import (
+    BRIDGE,
     DECODER,
     IMAGE_FEATURES,
     MARKERS,
     MATCH,
     TEXT_EMBEDS,
     TOKENIZER_FILE,
+    VISION,
     BackendName,
 )
 from blip2edge.errors import Blip2EdgeError, BundleError, PromptError, UsageError, option
@@ -64,6 +66,7 @@ class Matcher(LoadedBundle):
                 f"use {'ask' if required else 'caption'}",
             )
         with self._loading():
+            self.graphs.open_ahead((VISION, BRIDGE, IMAGE_FEATURES, TEXT_EMBEDS, MATCH))
             self.images = image_parts(bundle, self.graphs, limits)
             self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER_FILE), **manifest.tokenizer)
             self.features = self.graphs(IMAGE_FEATURES)

@@ -30,7 +30,7 @@ from blip2edge.bundle.trust.signing import sign_bundle
 from blip2edge.cli import main
 from blip2edge.errors import MissingPackageError
 from blip2edge.optimization.pipeline import optimize
-from blip2edge.runtime.backends.open_graph import read_copy
+from blip2edge.runtime.backends.optimized_copy import read_copy
 from tests.bundle.test_signing import Key, make_keys
 from tests.drawing import Drawn, draw_pictures
 from tests.hub_server import TOKEN, HubServer, plug_in

@@ -33,7 +33,7 @@ from blip2edge.cli.sign import PASSWORD
 from blip2edge.errors import MissingPackageError, OutputError
 from blip2edge.optimization.pipeline import optimize
 from blip2edge.runtime.backends import onnxruntime_cpu
-from blip2edge.runtime.backends.open_graph import RECORD
+from blip2edge.runtime.backends.optimized_copy import RECORD
 from tests.drawing import draw_pictures
 
 COPY = Path("optimized", "cpu")

@@ -99,7 +99,7 @@ def captioner(corpus: Corpus, folder: Path) -> Read:
 
 def optimized(corpus: Corpus, folder: Path) -> Read:
     from blip2edge.bundle.bundle import Bundle
-    from blip2edge.runtime.backends.open_graph import read_copy
+    from blip2edge.runtime.backends.optimized_copy import read_copy
 
     bundle = Bundle.open(shutil.copytree(corpus.bundle, folder / "bundle"))
     copy = folder / "bundle" / "optimized" / "cpu"

@@ -29,7 +29,7 @@ from blip2edge.optimization.recipes import HALF, NOT_INT8
 from blip2edge.runtime.backends import onnxruntime_cuda
 from blip2edge.runtime.backends.base import NO_GRAPH, OptimizedFile
 from blip2edge.runtime.backends.onnxruntime_cuda import DeviceSession, open_on_host
-from blip2edge.runtime.backends.open_graph import RECORD
+from blip2edge.runtime.backends.optimized_copy import RECORD
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.decoding.kv.in_place import InPlaceDecoder
 from tests.drawing import draw_pictures

@@ -19,7 +19,7 @@ from blip2edge.errors import BundleIntegrityError, UsageError
 from blip2edge.optimization import race, recipes
 from blip2edge.optimization.pipeline import OptimizedReport, optimize
 from blip2edge.optimization.recipes import Recipe
-from blip2edge.runtime.backends.open_graph import RECORD, read_copy
+from blip2edge.runtime.backends.optimized_copy import RECORD, read_copy
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.decoding.kv.in_place import InPlaceDecoder, InPlaceState
 from blip2edge.runtime.decoding.language_model import DecoderOnly

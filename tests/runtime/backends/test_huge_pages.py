@@ -6,18 +6,20 @@ import ctypes
 import mmap
 import re
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from blip2edge.runtime.backends import onnxruntime_cpu as huge_pages
-from blip2edge.runtime.backends.onnxruntime_cpu import (
+from blip2edge.runtime.backends import huge_pages, onnxruntime_cpu
+from blip2edge.runtime.backends.huge_pages import (
     anonymous_regions,
     filled_pages,
     huge_page_bytes,
     on_huge_pages,
+    wait_for_huge_pages,
 )
 
 SIZE = huge_page_bytes()
@@ -72,12 +74,33 @@ def test_what_is_filled_within_is_gathered_and_keeps_its_bytes() -> None:
         with on_huge_pages():
             fill(made, offset + SIZE, 2 * small)  # the second and third within
             fill(made, offset + 3 * SIZE, small // 2)  # half of the fourth
+        wait_for_huge_pages()
         assert huge_kib(first + SIZE) == 2 * SIZE // 1024
         assert huge_kib(first + 3 * SIZE) == 0
         for start, count in ((0, small), (SIZE, 2 * small), (3 * SIZE, small // 2)):
             for number in range(count):
                 at = offset + start + number * mmap.PAGESIZE
                 assert int.from_bytes(made[at : at + 4], "little") == number
+
+
+@linux
+def test_the_pages_are_moved_by_a_thread_that_can_be_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, released = threading.Event(), threading.Event()
+
+    def collapse(pages: Sequence[int], size: int) -> None:
+        begun.set()
+        released.wait(10)
+
+    monkeypatch.setattr(huge_pages, "_collapse", collapse)
+    with memory(2) as (made, first), on_huge_pages():
+        fill(made, first - ctypes.addressof(ctypes.c_char.from_buffer(made)), SIZE // mmap.PAGESIZE)
+    assert begun.wait(10)  # the block ended, and the pages are not moved yet
+    (thread,) = huge_pages._threads
+    assert thread.daemon  # a process does not wait for it at its end
+    released.set()
+    wait_for_huge_pages()
+    assert not thread.is_alive()
+    assert not huge_pages._threads
 
 
 @linux
@@ -88,6 +111,7 @@ def test_nothing_is_gathered_if_the_block_does_not_want_it() -> None:
         with on_huge_pages() as pages:
             fill(made, offset, small)
             pages.wanted = False
+        wait_for_huge_pages()
         assert huge_kib(first) == 0
 
 
@@ -100,8 +124,8 @@ def test_only_decoders_are_moved(graph: str, wanted: bool, tiny_bundle: Path, mo
         seen.append(huge_pages.HugePages())
         yield seen[-1]
 
-    monkeypatch.setattr(huge_pages, "on_huge_pages", recorded)
-    huge_pages.OnnxRuntimeSession(tiny_bundle / f"{graph}.onnx", 1).close()
+    monkeypatch.setattr(onnxruntime_cpu, "on_huge_pages", recorded)
+    onnxruntime_cpu.OnnxRuntimeSession(tiny_bundle / f"{graph}.onnx", 1).close()
     assert [pages.wanted for pages in seen] == [wanted]
 
 

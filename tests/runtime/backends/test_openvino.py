@@ -22,10 +22,10 @@ from blip2edge.errors import BackendError, BundleError, BundleIntegrityError
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.optimization import compiled as compiled_module
 from blip2edge.optimization.pipeline import optimize
-from blip2edge.runtime.backends import open_graph as opening
+from blip2edge.runtime.backends import optimized_copy
 from blip2edge.runtime.backends.base import OptimizedFile
-from blip2edge.runtime.backends.open_graph import RECORD
 from blip2edge.runtime.backends.openvino import OpenVinoSession, open_graph
+from blip2edge.runtime.backends.optimized_copy import RECORD
 from tests.drawing import Drawn, draw_pictures
 from tests.families.drawing_blip import save_blip
 from tests.families.drawing_idefics import draw_idefics
@@ -141,9 +141,9 @@ def test_a_copy_of_another_processor_or_version_is_passed_over(
 ) -> None:
     assert Captioner.load(copied, backend="openvino", threads=1).graphs.copied
     if fact == "processor":
-        monkeypatch.setattr(opening, "exact_processor", lambda: "another")
+        monkeypatch.setattr(optimized_copy, "exact_processor", lambda: "another")
     else:
-        monkeypatch.setattr(opening, "installed", lambda package: "0.1")
+        monkeypatch.setattr(optimized_copy, "installed", lambda package: "0.1")
     assert not Captioner.load(copied, backend="openvino", threads=1).graphs.copied
 
 
