@@ -18,6 +18,7 @@ from blip2edge.optimization.passes.half import widen
 from blip2edge.optimization.passes.norms import fuse_rms_norms
 from blip2edge.optimization.passes.shared_cache import share_cache
 from blip2edge.runtime.cuda.layout import DecoderLayout, LayerLayout, Stored, StoredMatrix, StoredNorm
+from blip2edge.runtime.cuda.steps import fits_head
 
 DTYPES = {
     ir.DataType.FLOAT: "float32",
@@ -96,6 +97,10 @@ class _Reader:
         positions, offset = self._start(x)
         node = nodes[-1]
         count = node.attributes["num_heads"].as_int()
+        if not fits_head(self.cache.head_dim):
+            raise _Unfit(f"its heads are {self.cache.head_dim} wide, not a multiple of 8 up to 256")
+        if count % self.cache.num_heads:
+            raise _Unfit(f"its {count} query heads do not share {self.cache.num_heads} heads of keys evenly")
         window = node.attributes["local_window_size"].as_int()
         return DecoderLayout(
             width=layers[0].query.weight.shape[0],
@@ -106,7 +111,7 @@ class _Reader:
             window=max(window, 0),
             positions=positions,
             position_offset=offset,
-            rotation=_rotation(node),
+            rotation=_rotation(node, self.cache.head_dim),
             layers=tuple(layers),
             final_norm=final_norm,
             head=head,
@@ -191,11 +196,17 @@ class _Reader:
         if blocks is not None:
             if "block_size" not in blocks.attributes or _has_zero_point(blocks):
                 raise _Unfit(f"the integers of {where} are not in blocks, or have zero points")
+            axis = blocks.attributes["axis"].as_int() if "axis" in blocks.attributes else 1
+            if axis not in (0, -2):
+                raise _Unfit(f"the blocks of {where} lie along axis {axis}, not along the input (axis 0)")
             weight, scales = blocks.inputs[0], blocks.inputs[1]
         stored = [None if one is None else self._place(one, where) for one in (weight, scales, bias)]
         if stored[0] is None:
             raise _Unfit(f"{where} is not a product with a weight")
-        return StoredMatrix(stored[0], stored[1], stored[2]), node.inputs[0]
+        matrix = StoredMatrix(stored[0], stored[1], stored[2])
+        if matrix.fault:
+            raise _Unfit(f"the weight of {where} {matrix.fault}")
+        return matrix, node.inputs[0]
 
     def _norm(self, value: ir.Value, where: str) -> tuple[StoredNorm, ir.Value]:
         node = value.producer()
@@ -250,9 +261,17 @@ def _has_zero_point(node: ir.Node) -> bool:
     return zero is not None and bool(np.any(zero.astype(np.int8)))
 
 
-def _rotation(node: ir.Node) -> Array | None:
-    """Returns cosines and sines of rotary positions, float32 ``[positions, d]``; None for an attention without them."""
+def _rotation(node: ir.Node, width: int) -> Array | None:
+    """Returns cosines and sines of rotary positions, float32 ``[positions, d]``; None for an attention without them.
+
+    Args:
+        node: The attention.
+        width: d, the width of a head. The kernels rotate whole heads.
+    """
     if not node.attributes["do_rotary"].as_int():
         return None
     tables = [constant(value) for value in node.inputs[7:9]]
-    return np.concatenate([np.asarray(table, np.float32) for table in tables if table is not None], axis=1)
+    table = np.concatenate([np.asarray(table, np.float32) for table in tables if table is not None], axis=1)
+    if table.shape[1] != width:
+        raise _Unfit(f"rotary positions turn {table.shape[1]} channels of heads {width} wide, not all of them")
+    return table

@@ -10,15 +10,20 @@ with ``f(n) = relu(up(n))`` (OPT) or ``silu(gate(n)) * up(n)`` (Llama). The logi
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from blip2edge.bundle.dtypes import Array
+from blip2edge.runtime.cuda.products import CHUNK
 
 NUMPY = {"float32": np.float32, "float16": np.float16, "int8": np.int8, "int4": np.uint8}
 """NumPy's dtypes of stored values; two 4-bit values are one byte, the first value in the lower half."""
+
+FLOATS = ("float32", "float16")
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,15 @@ class Stored:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def bytes(self) -> int:
+        """Returns the size of the tensor in the file."""
+        count = math.prod(self.shape)
+        return (count + 1) // 2 if self.dtype == "int4" else count * np.dtype(NUMPY[self.dtype]).itemsize
+
     def read(self, directory: Path) -> Array:
         """Maps the tensor's values into memory; 4-bit values are returned as bytes, two values in each byte."""
-        count = int(np.prod(self.shape))
-        shape = ((count + 1) // 2,) if self.dtype == "int4" else self.shape
+        shape = (self.bytes,) if self.dtype == "int4" else self.shape
         mapped: Array = np.memmap(directory / self.file, NUMPY[self.dtype], "r", self.offset, shape)
         return mapped
 
@@ -63,6 +73,22 @@ class StoredMatrix:
     def block(self) -> int:
         """Returns the number of rows that share a scale; 0 for floating-point weights."""
         return self.weight.shape[0] // self.scales.shape[0] if self.scales is not None else 0
+
+    @property
+    def fault(self) -> str:
+        """Says why no kernel multiplies by this matrix; empty if there is a kernel."""
+        shape, dtype, scales = self.weight.shape, self.weight.dtype, self.scales
+        if len(shape) != 2:
+            return f"has the shape {list(shape)}, not that of a matrix"
+        if scales is None:
+            return "" if dtype in FLOATS else f"is in {dtype} without scales"
+        if dtype in FLOATS or scales.dtype not in FLOATS:
+            return f"is in {dtype} with scales in {scales.dtype}"
+        if len(scales.shape) != 2 or scales.shape[1] != shape[1] or shape[0] % max(scales.shape[0], 1):
+            return f"has the shape {list(shape)} and scales of the shape {list(scales.shape)}"
+        if self.block % CHUNK:
+            return f"is in blocks of {self.block} rows, not of a multiple of {CHUNK}"
+        return f"has rows of {shape[1]} 4-bit values, not an even number" if dtype == "int4" and shape[1] % 2 else ""
 
 
 @dataclass(frozen=True)
@@ -122,10 +148,63 @@ class DecoderLayout:
     final_norm: StoredNorm
     head: StoredMatrix
 
+    def stored(self) -> Iterator[Stored]:
+        """Yields every tensor in the bundle's files."""
+        norms = [
+            self.final_norm,
+            *(norm for one in self.layers for norm in (one.attention_norm, one.feed_forward_norm)),
+        ]
+        for parts in (*norms, *(matrix for matrix, _, _ in self.matrices())):
+            yield from (one for one in vars(parts).values() if isinstance(one, Stored))
+        if self.positions is not None:
+            yield self.positions
+
+    def matrices(self) -> Iterator[tuple[StoredMatrix, int, int]]:
+        """Yields every matrix with the sizes ``K, N`` that it must have."""
+        queries, keys, inner = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.inner
+        for one in self.layers:
+            yield one.query, self.width, queries
+            yield one.key, self.width, keys
+            yield one.value, self.width, keys
+            yield one.out, queries, self.width
+            if one.gate is not None:
+                yield one.gate, self.width, inner
+            yield one.up, self.width, inner
+            yield one.down, inner, self.width
+        yield self.head, self.width, self.vocabulary
+
+    def check(self) -> None:
+        """Checks that the sizes fit each other and the kernels.
+
+        Raises:
+            ValueError: They do not; the message says which.
+        """
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} query heads do not share {self.kv_heads} heads of keys evenly")
+        for matrix, depth, width in self.matrices():
+            if matrix.weight.shape != (depth, width) or matrix.fault:
+                raise ValueError(f"a matrix [{depth}, {width}] {matrix.fault or list(matrix.weight.shape)}")
+            if matrix.bias is not None and matrix.bias.shape != (width,):
+                raise ValueError(f"a bias of {width} values has the shape {list(matrix.bias.shape)}")
+        for norm in (self.final_norm, *(n for one in self.layers for n in (one.attention_norm, one.feed_forward_norm))):
+            if any(one is not None and one.shape != (self.width,) for one in (norm.weight, norm.bias)):
+                raise ValueError(f"a norm has other than {self.width} values")
+        if self.rotation is not None and self.rotation.shape[1:] != (self.head_dim,):
+            raise ValueError(f"rotary positions have the shape {list(self.rotation.shape)}")
+        if self.positions is not None and self.positions.shape[1:] != (self.width,):
+            raise ValueError(f"learned positions have the shape {list(self.positions.shape)}")
+
     @property
     def group(self) -> int:
         """Returns the number of query heads that share a head of keys and values."""
         return self.heads // self.kv_heads
+
+    @property
+    def max_positions(self) -> int:
+        """Returns the longest context in tokens."""
+        if self.positions is not None:
+            return self.positions.shape[0] - self.position_offset
+        return 0 if self.rotation is None else self.rotation.shape[0]
 
     @property
     def inner(self) -> int:

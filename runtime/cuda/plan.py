@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from blip2edge.runtime.cuda.device.interface import KernelDevice
 from blip2edge.runtime.cuda.kernel import Kernel, Launch
 from blip2edge.runtime.cuda.products import Matrix
 from blip2edge.runtime.cuda.steps import (
@@ -19,10 +20,11 @@ from blip2edge.runtime.cuda.steps import (
     NormArguments,
     attention_kernel,
     embed_kernel,
+    heads_of_block,
     norm_kernel,
     part_bytes,
 )
-from blip2edge.runtime.cuda.weights import DecoderWeights, KernelDevice, LayerOnDevice, MatrixWeights, NormWeights
+from blip2edge.runtime.cuda.weights import DecoderWeights, LayerOnDevice, MatrixWeights, NormWeights
 
 SLOTS_OF_A_CUT = 64
 """Number of cache slots for which attention uses one more thread block."""
@@ -103,7 +105,7 @@ def new_buffers(device: KernelDevice, weights: DecoderWeights, sizes: RunSizes) 
         hidden=(take(HALF * tokens * layout.inner), take(HALF * tokens * layout.inner)),
         addresses=addresses,
     )
-    nowhere = CacheAddresses([0] * len(weights.layers), [0] * len(weights.layers))
+    nowhere = CacheAddresses((0,) * len(weights.layers), (0,) * len(weights.layers))
     launches = plan_run(weights, sizes, buffers, nowhere, device.multiprocessors)
     buffers.parts = take(max(launch.parts for launch in launches))
     buffers.arrived = take(INT * max(launch.counters for launch in launches))
@@ -114,8 +116,8 @@ def new_buffers(device: KernelDevice, weights: DecoderWeights, sizes: RunSizes) 
 class CacheAddresses:
     """Addresses of each layer's keys and values, fp16 ``[B, G, C, d]``, from the first row of a run on."""
 
-    keys: Sequence[int]
-    values: Sequence[int]
+    keys: tuple[int, ...]
+    values: tuple[int, ...]
 
 
 def plan_run(
@@ -141,7 +143,7 @@ def needed_kernels(weights: DecoderWeights, rows: Sequence[int] = (1, 2, 3, 4, 5
         rows: Numbers of input rows of the matrix multiplications. Each number up to four has its own kernels; all
             larger numbers share the same kernels.
     """
-    nowhere = CacheAddresses([0] * len(weights.layers), [0] * len(weights.layers))
+    nowhere = CacheAddresses((0,) * len(weights.layers), (0,) * len(weights.layers))
     buffers = RunBuffers(0, 0, 0, 0, 0, 0, 0, dict.fromkeys(("query", "key", "value"), 0), 0, (0, 0))
     plans = [plan_run(weights, RunSizes(count, 1, 1, 1), buffers, nowhere, 1) for count in rows]
     return list({launch.kernel.name: launch.kernel for plan in plans for launch in plan}.values())
@@ -187,16 +189,18 @@ class _Planner:
         parts = [(matrix, buffers.heads[name]) for name, matrix in
                  (("query", layer.query), ("key", layer.key), ("value", layer.value))]  # fmt: skip
         yield from self._products(sizes.tokens, buffers.normed, parts)
+        group = heads_of_block(layout.head_dim, layout.group)
+        shares = layout.group // group
         arguments = AttentionArguments(
             *buffers.heads.values(), self.cache.keys[index], self.cache.values[index], self.weights.rotation,
             buffers.before, buffers.fresh, buffers.attended, buffers.parts, buffers.arrived,
-            sizes.steps, layout.kv_heads, sizes.capacity, layout.window, layout.scale,
+            sizes.steps, layout.kv_heads, shares, sizes.capacity, layout.window, layout.scale,
         )  # fmt: skip
-        blocks = sizes.tokens * layout.kv_heads
+        blocks = sizes.tokens * layout.kv_heads * shares
         cuts = max(1, min(-(-sizes.capacity // SLOTS_OF_A_CUT), -(-2 * self.multiprocessors // blocks)))
-        kernel: Kernel = attention_kernel(layout.head_dim, layout.group)
-        scratch = blocks * cuts * part_bytes(layout.head_dim, layout.group)
-        yield Launch(kernel, (cuts, layout.kv_heads, sizes.tokens), arguments, scratch, blocks)
+        kernel: Kernel = attention_kernel(layout.head_dim, group)
+        scratch = blocks * cuts * part_bytes(layout.head_dim, group)
+        yield Launch(kernel, (sizes.tokens, layout.kv_heads * shares, cuts), arguments, scratch, blocks)
         yield from self._products(sizes.tokens, buffers.attended, [(layer.out, buffers.x)], residual=True, out="float")
 
     def _feed_forward(self, layer: LayerOnDevice) -> Iterator[Launch]:

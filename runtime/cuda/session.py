@@ -8,18 +8,51 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blip2edge.bundle.dtypes import Array
+from blip2edge.runtime.backends.base import closed_graph
+from blip2edge.runtime.cuda.device.interface import KernelDevice, Run
 from blip2edge.runtime.cuda.plan import HALF, CacheAddresses, RunBuffers, RunSizes, new_buffers, plan_run
-from blip2edge.runtime.cuda.weights import DecoderWeights, KernelDevice
+from blip2edge.runtime.cuda.weights import DecoderWeights
 from blip2edge.runtime.decoding.kv.in_place import LENGTHS, TOTAL
 
 KEPT_SIZES = 4
 """Number of run sizes whose buffers are kept."""
+
+KEPT_RUNS = 16
+"""Number of runs whose launches and CUDA graphs are kept."""
+
+POOLED = 4
+"""Number of free KV caches that are kept: a CUDA graph is valid for the addresses of one."""
+
+
+@dataclass(frozen=True)
+class CacheBlock:
+    """One allocation with the keys and values of all layers, fp16 ``[2 * layers, B, G, C, d]``: keys, then values.
+
+    Attributes:
+        address: The allocation's address.
+        shape: ``(B, G, C, d)``.
+    """
+
+    address: int
+    shape: tuple[int, int, int, int]
+
+    @property
+    def row_bytes(self) -> int:
+        """Returns the bytes of the keys of one row of a layer."""
+        return HALF * self.shape[1] * self.shape[2] * self.shape[3]
+
+    @property
+    def layer_bytes(self) -> int:
+        """Returns the bytes of the keys of a layer."""
+        return self.shape[0] * self.row_bytes
 
 
 class KernelSession:
@@ -27,7 +60,7 @@ class KernelSession:
 
     Args:
         weights: The decoder's weights.
-        device: The GPU that the weights are on.
+        device: The GPU that the weights are on; closed with the session.
     """
 
     input_names: tuple[str, ...] = ("inputs_embeds", "logits_indices", LENGTHS, TOTAL)
@@ -36,19 +69,78 @@ class KernelSession:
         self.weights, self.device = weights, device
         self.lock = threading.Lock()  # of the buffers of runs
         self._buffers: dict[RunSizes, RunBuffers] = {}
+        self._runs: dict[tuple[RunSizes, CacheAddresses], Run] = {}
+        self._free: deque[CacheBlock] = deque()
+        self._closed = False
 
     def in_place(self, pairs: Mapping[str, str]) -> KernelBuffers:  # noqa: ARG002 - the names of graphs
         """Makes empty buffers of keys and values; see :class:`InPlaceSession`."""
         return KernelBuffers(self)
 
-    def buffers(self, sizes: RunSizes) -> RunBuffers:
-        """Returns the buffers for runs of these sizes."""
-        if sizes not in self._buffers:
+    def run(self, sizes: RunSizes, cache: CacheAddresses) -> tuple[RunBuffers, Run]:
+        """Returns the buffers and the launches of a run; both are kept for the next run of the same sizes.
+
+        Hold :attr:`lock` while the buffers are used.
+
+        Raises:
+            BackendError: The session is closed.
+        """
+        if self._closed:
+            raise closed_graph()
+        buffers = self._sized(replace(sizes, capacity=max(sizes.capacity, self.weights.layout.max_positions)))
+        key = sizes, cache
+        run = self._runs.pop(key, None)
+        if run is None:
+            while len(self._runs) >= KEPT_RUNS:
+                self._runs.pop(next(iter(self._runs))).close()
+            run = Run(self.device, plan_run(self.weights, sizes, buffers, cache, self.device.multiprocessors))
+        self._runs[key] = run  # the newest is the last
+        return buffers, run
+
+    def take(self, shape: tuple[int, int, int, int]) -> CacheBlock:
+        """Returns a free KV cache of this shape, or a new one.
+
+        Raises:
+            BackendError: The session is closed, or memory ran out.
+        """
+        if self._closed:
+            raise closed_graph()
+        with self.lock:
+            for block in tuple(self._free):
+                if block.shape == shape:
+                    self._free.remove(block)
+                    return block
+            while len(self._free) > POOLED:
+                self.device.free(self._free.popleft().address)
+        size = 2 * len(self.weights.layers) * CacheBlock(0, shape).layer_bytes
+        return CacheBlock(self.device.allocate(size), shape)
+
+    def give(self, block: CacheBlock) -> None:
+        """Adds a KV cache that no state uses any more to the free ones. Takes no lock: finalizers call it."""
+        self._free.append(block)
+
+    def close(self) -> None:
+        """Frees the decoder's memory on the GPU. A second call does nothing."""
+        self._closed = True
+        with self.lock:
+            self._runs.clear()
+            self._buffers.clear()
+            self._free.clear()
+            self.device.close()
+
+    def _sized(self, sizes: RunSizes) -> RunBuffers:
+        """Returns the buffers for runs of these sizes; frees the oldest ones."""
+        found = self._buffers.pop(sizes, None)
+        if found is None:
             while len(self._buffers) >= KEPT_SIZES:
-                for address in self._buffers.pop(next(iter(self._buffers))).addresses:
+                old = next(iter(self._buffers))
+                for key in [key for key in self._runs if replace(key[0], capacity=0) == replace(old, capacity=0)]:
+                    self._runs.pop(key).close()
+                for address in self._buffers.pop(old).addresses:
                     self.device.free(address)
-            self._buffers[sizes] = new_buffers(self.device, self.weights, sizes)
-        return self._buffers[sizes]
+            found = new_buffers(self.device, self.weights, sizes)
+        self._buffers[sizes] = found
+        return found
 
 
 class KernelBuffers:
@@ -62,41 +154,34 @@ class KernelBuffers:
 
     def __init__(self, session: KernelSession) -> None:
         self._session, self._device = session, session.device
-        self._layout = session.weights.layout
-        self._addresses: list[int] = []
-        self._shape = (0, 0, 0, 0)
-        self._free = weakref.finalize(self, _free_all, self._device, self._addresses)
+        self._block = CacheBlock(0, (0, 0, 0, 0))
+        self._back: Callable[[], object] = weakref.finalize(self, int)  # gives the memory back; nothing yet
 
     @property
     def size(self) -> tuple[int, int]:
         """Returns the numbers of rows and slots; see :class:`CacheBuffers`."""
-        return self._shape[0], self._shape[2]
+        return self._block.shape[0], self._block.shape[2]
 
     def resize(self, shape: Sequence[int], used: int) -> None:
         """Replaces the buffers by larger ones; see :class:`CacheBuffers`."""
-        old, had = list(self._addresses), self._shape
-        self._shape = (shape[0], shape[1], shape[2], shape[3])
-        self._addresses[:] = [self._new() for _ in range(2 * len(self._layout.layers))]
-        for source, target in zip(old, self._addresses, strict=False):
-            self._copy(source, had, 0, target, 0, had[0], used)
-            self._device.free(source)
+        old, giving = self._block, self._back
+        self._adopt((shape[0], shape[1], shape[2], shape[3]))
+        self._copy(old, 0, 0, old.shape[0], used)
+        giving()
 
     def select(self, rows: NDArray[np.int64], used: int) -> None:
         """Copies rows to their new places; see :class:`CacheBuffers`."""
         if np.array_equal(rows, np.arange(len(rows))):
             return
-        for index, source in enumerate(self._addresses):
-            target = self._new()
-            for row in range(self._shape[0]):
-                origin = int(rows[row]) if row < len(rows) else row
-                self._copy(source, self._shape, origin, target, row, 1, used)
-            self._addresses[index] = target
-            self._device.free(source)
+        old, giving = self._block, self._back
+        self._adopt(old.shape)
+        for row in range(old.shape[0]):
+            self._copy(old, int(rows[row]) if row < len(rows) else row, row, 1, used)
+        giving()
 
     def append(self, other: KernelBuffers, first: int, count: int, used: int) -> None:
         """Copies rows of another state's buffers into these buffers; see :class:`CacheBuffers`."""
-        for source, target in zip(other._addresses, self._addresses, strict=True):
-            self._copy(source, other._shape, 0, target, first, count, used)
+        self._copy(other._block, 0, first, count, used)
 
     def run(self, inputs: Mapping[str, Array], first: int, output: str, shape: Sequence[int]) -> Array:  # noqa: ARG002
         """Runs the decoder once and returns the logits, float32 ``[B, K, V]``; see :class:`CacheBuffers`."""
@@ -105,42 +190,38 @@ class KernelBuffers:
         after = inputs[LENGTHS].astype(np.int32) + 1
         is_prefill = int(inputs[TOTAL]) == steps  # else all rows have S valid new tokens
         fresh = after if is_prefill else np.full(rows, steps, np.int32)
-        sizes = RunSizes(rows, steps, indices.shape[1], self._shape[2])
+        sizes = RunSizes(rows, steps, indices.shape[1], self._block.shape[2])
         session, device = self._session, self._device
         with session.lock:
-            buffers = session.buffers(sizes)
+            buffers, run = session.run(sizes, self.addresses(first))
             device.write(buffers.embeddings, np.ascontiguousarray(embeds, np.float32))
             device.write(buffers.before, after - fresh)
             device.write(buffers.fresh, fresh)
             device.write(buffers.chosen, (indices + np.arange(rows)[:, None] * steps).astype(np.int32))
-            for launch in plan_run(session.weights, sizes, buffers, self.addresses(first), device.multiprocessors):
-                device.run(launch)
-            return device.read(buffers.logits, (rows, indices.shape[1], self._layout.vocabulary), np.float32)
+            run.start()
+            return device.read(buffers.logits, (rows, indices.shape[1], session.weights.layout.vocabulary), np.float32)
 
     def addresses(self, first: int) -> CacheAddresses:
         """Returns the addresses of each layer's keys and values, from row ``first`` on."""
-        start = first * self._row_bytes(self._shape)
-        places = [address + start for address in self._addresses]
-        return CacheAddresses(places[0::2], places[1::2])
+        block, layers = self._block, len(self._session.weights.layers)
+        start = block.address + first * block.row_bytes
+        places = tuple(start + index * block.layer_bytes for index in range(2 * layers))
+        return CacheAddresses(places[:layers], places[layers:])
 
-    def _new(self) -> int:
-        return self._device.allocate(self._shape[0] * self._row_bytes(self._shape))
+    def _adopt(self, shape: tuple[int, int, int, int]) -> None:
+        """Takes other memory; the caller gives the old memory back."""
+        self._block = self._session.take(shape)
+        self._back = weakref.finalize(self, self._session.give, self._block)
 
-    @staticmethod
-    def _row_bytes(shape: tuple[int, int, int, int]) -> int:
-        return HALF * shape[1] * shape[2] * shape[3]
-
-    def _copy(
-        self, source: int, had: tuple[int, int, int, int], origin: int, target: int, first: int, count: int, used: int
-    ) -> None:
+    def _copy(self, source: CacheBlock, origin: int, first: int, count: int, used: int) -> None:
         """Copies the first ``used`` slots of ``count`` rows from row ``origin`` on to the rows from ``first`` on."""
-        slot = HALF * self._shape[3]
-        source, target = source + origin * self._row_bytes(had), target + first * self._row_bytes(self._shape)
-        heads = count * self._shape[1]
-        if heads and used:
-            self._device.copy_rows(target, slot * self._shape[2], source, slot * had[2], slot * used, heads)
-
-
-def _free_all(device: KernelDevice, addresses: list[int]) -> None:
-    for address in addresses:
-        device.free(address)
+        block = self._block
+        slot, heads = HALF * block.shape[3], count * block.shape[1]
+        if not heads or not used:
+            return
+        target, start = block.address + first * block.row_bytes, source.address + origin * source.row_bytes
+        for index in range(2 * len(self._session.weights.layers)):
+            self._device.copy_rows(
+                target + index * block.layer_bytes, slot * block.shape[2],
+                start + index * source.layer_bytes, slot * source.shape[2], slot * used, heads,
+            )  # fmt: skip

@@ -11,7 +11,11 @@ from blip2edge.runtime.cuda.kernel import THREADS, WARP, Kernel, integers, point
 
 WARPS = THREADS // WARP
 MOST_GROUP = 8
-"""Largest number of query heads that share a head of keys: each lane has the sums of these heads in registers."""
+"""Largest number of query heads of a block of attention: each lane has the sums of these heads in registers."""
+
+MOST_SHARED = (48 - 1) << 10
+"""Bytes of shared memory that every GPU gives a block without asking for more: 48 KB, of which the system takes 1 KB
+from compute capability 9.0 on."""
 
 CHANNELS = 8
 """Number of channels of a head that one lane computes; ``CHANNELS`` of ``attention.cuh``."""
@@ -31,7 +35,7 @@ class AttentionArguments(ctypes.Structure):
 
     _fields_ = [
         *pointers("query", "key", "value", "keys", "values", "rotation", "before", "fresh", "out", "parts", "arrived"),
-        *integers("steps", "heads", "capacity", "window"),
+        *integers("steps", "heads", "shares", "capacity", "window"),
         ("scale", ctypes.c_float),
     ]
 
@@ -69,16 +73,34 @@ def attention_kernel(width: int, group: int) -> Kernel:
 
     Args:
         width: d, width of a head.
-        group: Number of query heads that share a head of keys and values.
+        group: Number of query heads of a block, from :func:`heads_of_block`.
 
     Raises:
         ValueError: There is no kernel for these sizes.
     """
-    if width % CHANNELS or not CHANNELS <= width <= CHANNELS * WARP or not 1 <= group <= MOST_GROUP:
+    if not fits_head(width) or not 1 <= group <= MOST_GROUP or part_bytes(width, group) * WARPS > MOST_SHARED:
         raise ValueError(f"no kernel for heads {width} wide in groups of {group}")
     return Kernel(
         "attention.cuh", "attention", (str(width), str(group)), AttentionArguments, part_bytes(width, group) * WARPS
     )
+
+
+def fits_head(width: int) -> bool:
+    """Returns whether there are kernels of attention for heads of this width."""
+    return width % CHANNELS == 0 and CHANNELS <= width <= CHANNELS * WARP
+
+
+def heads_of_block(width: int, group: int) -> int:
+    """Returns how many query heads a block of attention computes.
+
+    It is the largest divisor of ``group`` whose sums fit the registers and the shared memory.
+
+    Args:
+        width: d, width of a head.
+        group: Number of query heads that share a head of keys and values.
+    """
+    most = min(MOST_GROUP, MOST_SHARED // (part_bytes(width, 1) * WARPS))
+    return next(count for count in range(most, 0, -1) if group % count == 0)
 
 
 def part_bytes(width: int, group: int) -> int:

@@ -1,6 +1,7 @@
 """A decoder's weights on the GPU: matrices as the bundle stores them, vectors in fp32.
 
-Floating-point matrices in fp32 are rounded to fp16; integers and their scales are copied as they are.
+Floating-point matrices in fp32 are rounded to fp16: ``optimize`` says so, and so does the record of the copy. Integers
+and their scales are copied as they are.
 """
 
 from __future__ import annotations
@@ -8,42 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from blip2edge.bundle.dtypes import Array
-from blip2edge.runtime.cuda.kernel import Launch
+from blip2edge.errors import BundleError, option
+from blip2edge.runtime.cuda.device.interface import KernelDevice
 from blip2edge.runtime.cuda.layout import DecoderLayout, Stored, StoredMatrix, StoredNorm
 from blip2edge.runtime.cuda.products import RowProduct
-
-
-class KernelDevice(Protocol):
-    """Memory, copies and kernel launches on one GPU, in one stream: they run in the order of the calls.
-
-    Attributes:
-        multiprocessors: Number of the GPU's multiprocessors.
-    """
-
-    multiprocessors: int
-
-    def allocate(self, size: int) -> int:
-        """Allocates ``size`` bytes, filled with zeros; returns the address, a multiple of 256."""
-
-    def free(self, address: int) -> None:
-        """Frees memory of :meth:`allocate`, after the launches so far are done."""
-
-    def write(self, address: int, values: Array) -> None:
-        """Copies an array to the GPU."""
-
-    def read(self, address: int, shape: Sequence[int], dtype: Any) -> Array:
-        """Copies an array from the GPU."""
-
-    def copy_rows(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
-        """Copies ``rows`` rows of ``width`` bytes on the GPU; a pitch is the bytes between two row starts."""
-
-    def run(self, launch: Launch) -> None:
-        """Launches a kernel."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +107,19 @@ def load_weights(layout: DecoderLayout, directory: Path, device: KernelDevice) -
         layout: The decoder.
         directory: Directory of the bundle.
         device: The GPU.
+
+    Raises:
+        BundleError: A matrix in fp32 has values that are too large for fp16.
     """
-    loader = _Loader(directory, device)
+    return _loaded(layout, _Loader(directory, device))
+
+
+def planned_weights(layout: DecoderLayout) -> DecoderWeights:
+    """Describes a decoder's weights without a GPU: all addresses are 0. It is enough to plan launches."""
+    return _loaded(layout, _Loader(Path(), None))
+
+
+def _loaded(layout: DecoderLayout, loader: _Loader) -> DecoderWeights:
     layers = tuple(
         LayerOnDevice(
             attention_norm=loader.norm(one.attention_norm),
@@ -161,30 +146,50 @@ def load_weights(layout: DecoderLayout, directory: Path, device: KernelDevice) -
 
 
 class _Loader:
-    def __init__(self, directory: Path, device: KernelDevice) -> None:
+    def __init__(self, directory: Path, device: KernelDevice | None) -> None:
         self._directory, self._device = directory, device
 
     def put(self, values: Array) -> int:
+        if self._device is None:
+            return 0
         address = self._device.allocate(values.nbytes)
         self._device.write(address, values)
         return address
 
     def floats(self, stored: Stored | None) -> int:
         """Copies a floating-point tensor to the GPU in fp32; returns its address, 0 for None."""
-        return 0 if stored is None else self.put(stored.read(self._directory).astype(np.float32))
+        if stored is None or self._device is None:
+            return 0
+        return self.put(stored.read(self._directory).astype(np.float32))
 
     def norm(self, stored: StoredNorm) -> NormWeights:
         return NormWeights(stored.kind, self.floats(stored.weight), self.floats(stored.bias), stored.epsilon)
 
     def matrix(self, stored: StoredMatrix) -> MatrixWeights:
         depth, width = stored.weight.shape
-        values = stored.weight.read(self._directory)
-        scales, scale = 0, "__half"
-        if stored.scales is None:
-            values = values.astype(np.float16)
-        else:
-            array = stored.scales.read(self._directory)
-            scales, scale = self.put(array), "__half" if array.dtype == np.float16 else "float"
+        scale = "float" if stored.scales is not None and stored.scales.dtype == "float32" else "__half"
         bits = {"int8": 8, "int4": 4}.get(stored.weight.dtype, 16)
-        weight, bias = self.put(values), self.floats(stored.bias)
+        weight = scales = 0
+        if self._device is not None:
+            values = stored.weight.read(self._directory)
+            weight = self.put(values if bits < 16 else halved(values, stored.weight))
+            scales = 0 if stored.scales is None else self.put(stored.scales.read(self._directory))
+        bias = self.floats(stored.bias)
         return MatrixWeights(bits, depth, width, stored.block, scale, weight, scales, bias)  # type: ignore[arg-type]
+
+
+def halved(values: Array, stored: Stored) -> Array:
+    """Rounds the values of a matrix to fp16; ``stored`` names it in the error.
+
+    Raises:
+        BundleError: A value is too large for fp16.
+    """
+    with np.errstate(over="ignore"):
+        rounded: Array = values.astype(np.float16)
+    if stored.dtype == "float32" and not np.isfinite(rounded).all():
+        largest = float(np.abs(values).max())
+        raise BundleError(
+            f"expected weights up to 65504, which fit fp16, found {largest:.3g} in {stored.file} at {stored.offset}",
+            f"use another {option('backend')}",
+        )
+    return rounded

@@ -5,13 +5,15 @@
 //   fresh int32 [B]: how many of the S tokens are valid; null for all. An invalid one gets zeros and writes nothing
 //   rotation fp32 [positions, d]: d / 2 cosines, then d / 2 sines (RoPE); null for learned positions
 //
-// H / G query heads share a head of keys and values. A token attends to itself and the slots before it, `window` of
-// them at most, if that is not 0. New keys are rotated, rounded to fp16 and used at once; the block that holds the own slot also
-// writes it. No block reads a new slot of the cache, so blocks may run in any order.
+// H / G query heads share a head of keys and values; a block computes GROUP of them, so that its sums fit registers and shared
+// memory, and `shares` blocks read the same keys. A token attends to itself and the slots before it, `window` of
+// them at most, if that is not 0. New keys are rotated, rounded to fp16 and used at once; the first block that holds the own
+// slot also writes it. No block reads a new slot of the cache, so blocks may run in any order.
 //
 // Roofline: a step reads 2 * d * 2 bytes for each slot and key head once, for all query heads that share it. A slot is
-// read by a team of lanes, 16 bytes each. The launch's x axis cuts the slots, so that a long context of few rows uses
-// every multiprocessor; the last block adds the parts up in a fixed order.
+// read by a team of lanes, 16 bytes each. The launch's z axis cuts the slots, so that a long context of few rows uses
+// every multiprocessor; the last block adds the parts up in a fixed order. The x axis, the only one that takes more than
+// 65535 blocks, is that of the new tokens.
 #pragma once
 
 #include "common.cuh"
@@ -26,10 +28,11 @@ struct AttentionArguments {
     const int* before;
     const int* fresh;
     __half* out;
-    float* parts;       // [B * S, G, splits, H / G, d + 2]
-    unsigned* arrived;  // [B * S, G], zeros
+    float* parts;       // [B * S, G * shares, splits, GROUP, d + 2]
+    unsigned* arrived;  // [B * S, G * shares], zeros
     long long steps;     // S
     long long heads;     // G
+    long long shares;    // blocks of a head of keys: H / G / GROUP
     long long capacity;  // C
     long long window;
     float scale;
@@ -85,10 +88,10 @@ template <int WIDTH, int GROUP>
 __device__ __forceinline__ void add_slots(const AttentionArguments& a, long long row, long long step, long long first,
                                           long long end, Sums<WIDTH, GROUP>& sums) {
     constexpr int LANES = Team<WIDTH>::LANES, TEAMS = Team<WIDTH>::COUNT;
-    const long long head = blockIdx.y, before = a.before[row], own = before + step;
+    const long long head = blockIdx.y / a.shares, before = a.before[row], own = before + step;
     const int team = threadIdx.x / LANES, channel = threadIdx.x % LANES * CHANNELS;
     const bool used = channel < WIDTH;
-    const __half* query = a.query + ((row * a.steps + step) * a.heads + head) * GROUP * WIDTH;
+    const __half* query = a.query + ((row * a.steps + step) * gridDim.y + blockIdx.y) * GROUP * WIDTH;
     float queries[GROUP][CHANNELS] = {};
     if (used) {
 #pragma unroll
@@ -111,7 +114,7 @@ __device__ __forceinline__ void add_slots(const AttentionArguments& a, long long
 #pragma unroll
                 for (int c = 0; c < CHANNELS; ++c) key[c] = __float2half(rotated[c]);
                 copy_slot(a.value + fresh + channel, value);
-                if (slot == own) {
+                if (slot == own && blockIdx.y % a.shares == 0) {
                     copy_slot(key, a.keys + cached);
                     copy_slot(value, a.values + cached);
                 }
@@ -166,20 +169,20 @@ __device__ __forceinline__ void join_parts(const float* parts, long long count, 
     }
 }
 
-// A block for a cut of the slots, a head of keys, and a new token. Shared memory: WARPS * GROUP * (WIDTH + 2) floats.
+// A block for a new token, GROUP query heads, and a cut of the slots. Shared memory: WARPS * GROUP * (WIDTH + 2) floats.
 template <int WIDTH, int GROUP>
 __device__ __forceinline__ void attention(const AttentionArguments& a) {
     constexpr int PART = GROUP * (WIDTH + 2), LANES = Team<WIDTH>::LANES;
-    const long long row = blockIdx.z / a.steps, step = blockIdx.z % a.steps, head = blockIdx.y;
-    const long long place = blockIdx.z * a.heads + head, splits = gridDim.x;
+    const long long token = blockIdx.x, row = token / a.steps, step = token % a.steps;
+    const long long place = token * gridDim.y + blockIdx.y, splits = gridDim.z;
     __half* out = a.out + place * GROUP * WIDTH;
     if (a.fresh != nullptr && step >= a.fresh[row]) {
-        for (int i = threadIdx.x; blockIdx.x == 0 && i < GROUP * WIDTH; i += THREADS) out[i] = __float2half(0.0f);
+        for (int i = threadIdx.x; blockIdx.z == 0 && i < GROUP * WIDTH; i += THREADS) out[i] = __float2half(0.0f);
         return;
     }
     const long long slots = a.before[row] + step + 1;
     const long long oldest = a.window > 0 && slots > a.window ? slots - a.window : 0;
-    const long long cut = (slots - oldest + splits - 1) / splits, first = oldest + blockIdx.x * cut;
+    const long long cut = (slots - oldest + splits - 1) / splits, first = oldest + blockIdx.z * cut;
     const long long end = first + cut < slots ? first + cut : slots;
 
     Sums<WIDTH, GROUP> sums = {};
@@ -205,7 +208,7 @@ __device__ __forceinline__ void attention(const AttentionArguments& a) {
     for (int i = threadIdx.x; i < GROUP * WIDTH; i += THREADS) {
         const int g = i / WIDTH, at = i % WIDTH;
         join_parts<WIDTH, GROUP>(shared, WARPS, g, at, &largest, &total, &value);
-        float* part = parts + blockIdx.x * PART + g * (WIDTH + 2);
+        float* part = parts + blockIdx.z * PART + g * (WIDTH + 2);
         if (splits == 1) out[i] = __float2half(value / total);
         else part[2 + at] = value;
         if (splits > 1 && at == 0) part[0] = largest, part[1] = total;

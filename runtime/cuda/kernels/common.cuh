@@ -1,7 +1,7 @@
 // Helpers of all kernels: numbers, sums over a warp, and the order in which the blocks of a launch end.
 //
 // All kernels take dynamic shared memory only, through `shared_memory`: the host computes its size from the kernel's
-// template arguments (runtime/cuda/launches.py), and the tests check that nothing is written behind it.
+// template arguments (runtime/cuda/steps.py and products.py), and the tests check that nothing is written behind it.
 #pragma once
 
 #include <cuda_fp16.h>

@@ -14,6 +14,6 @@ def kernels() -> list[Kernel]:
         RowProduct(bits, rows, 2560, (2560,), 0 if bits == 16 else 64) for bits in (16, 8, 4) for rows in (1, 2, 3, 4)
     ]
     products = [product.kernel for product in wide]
-    heads = [attention_kernel(width, group) for width, group in ((64, 8), (80, 1), (96, 1), (128, 4))]
+    heads = [attention_kernel(width, group) for width, group in ((64, 8), (80, 1), (96, 1), (128, 4), (256, 5))]
     found = [*products, *heads, *test_products.KERNELS, *test_attention.KERNELS, *test_steps.KERNELS]
     return list({kernel.name: kernel for kernel in found}.values())

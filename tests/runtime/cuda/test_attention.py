@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from blip2edge.runtime.cuda.kernel import Kernel, Launch
-from blip2edge.runtime.cuda.steps import AttentionArguments, attention_kernel, part_bytes
+from blip2edge.runtime.cuda.steps import AttentionArguments, attention_kernel, heads_of_block, part_bytes
 from tests.runtime.cuda.shimmed import ORDERS, Memory, Shim, ulps
 
 Array = np.ndarray[Any, Any]
@@ -30,12 +30,20 @@ class Case:
     cuts: int = 1
 
     @property
+    def block(self) -> int:
+        return heads_of_block(self.width, self.group)
+
+    @property
+    def shares(self) -> int:
+        return self.group // self.block
+
+    @property
     def kernel(self) -> Kernel:
-        return attention_kernel(self.width, self.group)
+        return attention_kernel(self.width, self.block)
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        return (self.cuts, self.heads, len(self.before) * self.steps)
+        return (len(self.before) * self.steps, self.heads * self.shares, self.cuts)
 
 
 CASES = (
@@ -45,7 +53,8 @@ CASES = (
     Case(128, 4, 1, (20,), 3, rotary=True, window=6),
     Case(8, 2, 3, (0, 0), 4, rotary=True, fresh=(4, 2)),  # prefill of two prompts
     Case(16, 1, 2, (9, 300), 2, cuts=2),
-    Case(256, 1, 1, (5,), 1),
+    Case(256, 8, 1, (5,), 1, rotary=True, cuts=2),  # two blocks of four heads: eight need more shared memory
+    Case(8, 10, 2, (3, 0), 2, fresh=(2, 1)),  # two blocks of five heads
 )
 KERNELS = tuple(case.kernel for case in CASES)
 
@@ -115,12 +124,12 @@ def compare(shim: Shim, case: Case, order: int) -> None:
     fresh = memory.put(np.array(case.fresh or case.before, np.int32))
     exact, filled = wanted(case, new, cache, rotation)
     out = memory.empty(exact.shape, np.float16)
-    parts = memory.empty((case.grid[1] * case.grid[2] * case.cuts * part_bytes(case.width, case.group),), np.uint8)
-    arrived = memory.put(np.zeros(case.grid[1] * case.grid[2], np.uint32))
+    parts = memory.empty((case.grid[0] * case.grid[1] * case.cuts * part_bytes(case.width, case.block),), np.uint8)
+    arrived = memory.put(np.zeros(case.grid[0] * case.grid[1], np.uint32))
     arguments = AttentionArguments(
         *(array.ctypes.data for array in (*new, *cache)), rotation.ctypes.data if case.rotary else None,
         before.ctypes.data, fresh.ctypes.data if case.fresh else None, out.ctypes.data, parts.ctypes.data,
-        arrived.ctypes.data, case.steps, case.heads, longest, case.window, case.width**-0.5,
+        arrived.ctypes.data, case.steps, case.heads, case.shares, longest, case.window, case.width**-0.5,
     )  # fmt: skip
     shim.run(Launch(case.kernel, case.grid, arguments), order)
     memory.check()
@@ -131,6 +140,11 @@ def compare(shim: Shim, case: Case, order: int) -> None:
 
 
 def test_sizes_without_a_kernel_are_refused() -> None:
-    for width, group in ((12, 1), (264, 1), (64, 9), (0, 1)):
+    for width, group in ((12, 1), (264, 1), (64, 9), (0, 1), (256, 8)):
         with pytest.raises(ValueError, match=f"no kernel for heads {width} wide"):
             attention_kernel(width, group)
+
+
+def test_a_block_takes_as_many_heads_as_fit() -> None:
+    assert [heads_of_block(64, group) for group in (1, 3, 8, 11, 12, 16, 71)] == [1, 3, 8, 1, 6, 8, 1]
+    assert [heads_of_block(256, group) for group in (1, 5, 6, 8)] == [1, 5, 3, 4]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 
 from blip2edge.errors import BackendError
-from blip2edge.runtime.cuda import compiler
-from blip2edge.runtime.cuda.cubin import kernel_usage
+from blip2edge.runtime.cuda.compilation import compiler
+from blip2edge.runtime.cuda.compilation.cubin import kernel_usage
 from blip2edge.runtime.cuda.kernel import THREADS, Kernel
 from tests.runtime.cuda import every_kernel
 

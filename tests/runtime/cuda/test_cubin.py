@@ -7,7 +7,7 @@ import struct
 import pytest
 
 from blip2edge.errors import BackendError
-from blip2edge.runtime.cuda.cubin import Usage, kernel_usage
+from blip2edge.runtime.cuda.compilation.cubin import Usage, kernel_usage
 
 
 def elf(sections: dict[str, tuple[int, bytes]]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,24 +14,30 @@ pytest.importorskip("transformers", reason="checkpoints are drawn with transform
 pytest.importorskip("onnxruntime", reason="the portable graph runs in ONNX Runtime")
 
 from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.safetensors_file import SafetensorsFile
 from blip2edge.bundle.schema import DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.calibration.pipeline import calibrate
-from blip2edge.errors import BundleError
+from blip2edge.errors import BackendError, BundleError
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.graph_files import load_graph
 from blip2edge.optimization.decoder_layout import read_layout
-from blip2edge.runtime.cuda.greedy import KernelDecoder, load_table
-from blip2edge.runtime.cuda.plan import needed_kernels
+from blip2edge.runtime.cuda import session as sessions
+from blip2edge.runtime.cuda.device.driver import DriverDevice
+from blip2edge.runtime.cuda.device.interface import KernelDevice
+from blip2edge.runtime.cuda.greedy import AHEAD, KernelDecoder
+from blip2edge.runtime.cuda.kernel import Launch
+from blip2edge.runtime.cuda.plan import RunSizes, needed_kernels, plan_run
 from blip2edge.runtime.cuda.session import KernelSession
-from blip2edge.runtime.cuda.steps import choose_kernel
-from blip2edge.runtime.cuda.weights import load_weights
+from blip2edge.runtime.cuda.token_table import load_table, table_format
+from blip2edge.runtime.cuda.weights import DecoderWeights, load_weights, planned_weights
 from blip2edge.runtime.decoding.kv import in_place
 from blip2edge.runtime.decoding.kv.growing import GrowingDecoder
 from blip2edge.runtime.decoding.sampling import StepScores, penalize_repetition
 from blip2edge.runtime.decoding.state import GreedyState
 from tests import drawing
 from tests.families import drawing_llama
+from tests.runtime.cuda.fake_driver import CUBIN, FakeDriver
 from tests.runtime.cuda.shim_device import ShimDevice
 from tests.runtime.cuda.shimmed import FORWARD, RANDOM
 
@@ -107,19 +114,31 @@ def bundle_of(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
 class Pair:
     """The same decoder in kernels and as the portable graph."""
 
-    def __init__(self, directory: Path, rows: Sequence[int], order: int = FORWARD, multiprocessors: int = 4) -> None:
+    def __init__(
+        self, directory: Path, rows: Sequence[int], order: int = FORWARD, multiprocessors: int = 4, driver: bool = False
+    ) -> None:
         bundle = Bundle.open(directory)
         manifest, spec, path = bundle.manifest, bundle.graph(DECODER).spec, bundle.file(f"{DECODER}.onnx")
         assert manifest.cache is not None
         self.layout = read_layout(load_graph(path), manifest.cache, manifest.max_positions)
-        self.device = ShimDevice(multiprocessors, order)
+        table = bundle.file(EMBEDDINGS_FILE)
+        kernels = needed_kernels(planned_weights(self.layout), rows)
+        kernels.append(table_format(SafetensorsFile(table), EMBEDDINGS_TENSOR).kernel)
+        self.shim, self.driver = (
+            ShimDevice(multiprocessors, order),
+            FakeDriver(kernels, multiprocessors=multiprocessors),
+        )
+        self.device: KernelDevice = self.shim
+        if driver:
+            self.device = opened = DriverDevice(self.driver)
+            opened.load(CUBIN)
+        else:
+            self.shim.compile(kernels)
         weights = load_weights(self.layout, directory, self.device)
-        stored = load_table(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, self.device)
-        choice = choose_kernel(stored.form, stored.bits, stored.value)
-        self.device.compile([*needed_kernels(weights, rows), choice])
+        stored = load_table(table, EMBEDDINGS_TENSOR, self.device)
         dtype = next(tensor.dtype for tensor in spec.inputs if tensor.name == "inputs_embeds")
         self.table = TokenTable(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, dtype)
-        session = KernelSession(weights, self.device)
+        self.session = session = KernelSession(weights, self.device)
         self.kernels = KernelDecoder(session, spec, manifest.cache, self.table, manifest.max_positions, stored)
         self.graph = GrowingDecoder(Portable(path), spec, manifest.cache, self.table)
         self.compared = 0
@@ -147,7 +166,9 @@ def pair_of(bundle_of: Callable[[str, str], Path]) -> Iterator[Callable[..., Pai
 
     yield make
     for pair in made:
-        pair.device.close()
+        pair.session.close()
+        assert not pair.driver.memory
+        assert not pair.driver.live
 
 
 SLOW = pytest.mark.slow
@@ -219,8 +240,67 @@ def test_greedy_tokens_are_chosen_on_the_device(
             seen[row].append(token)
     greedy.close()
     assert ours.lengths.tolist() == [18, 9]
+    # In each of two caches one step ran as it is; the others are replays of one graph, a step ahead of the tokens.
+    assert (pair.shim.captured, pair.shim.replayed) == (2, 6 - 2 + (AHEAD - 1))
+    assert not pair.shim.fetched
     found, wanted = ours.step(tokens), theirs.step(tokens)  # the state holds all tokens but the last ones
     assert np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+
+
+def test_the_driver_gives_the_graphs_ids_and_a_later_text_replays(pair_of: Callable[..., Pair]) -> None:
+    """Two texts, one after the other: the second one runs in the memory of the first, so that nothing is captured."""
+    pair = pair_of("opt", "fp32", (1, 2, 3, 5), driver=True)
+    calls, plain = pair.driver.calls, [StepScores(np.zeros(0, np.int64), 1.0)]
+    made: Counter[str] = Counter()
+    for text in range(2):
+        before = Counter(calls)
+        (found, ours), (wanted, theirs) = (
+            pair.kernels.prefill(pair.prompts((7,))),
+            pair.graph.prefill(pair.prompts((7,))),
+        )
+        tokens = pair.same(found, wanted)
+        assert isinstance(ours, GreedyState)
+        greedy = ours.greedy(tokens, plain)
+        for _ in range(5):
+            tokens = theirs.step(tokens).argmax(axis=-1)
+            assert next(greedy)[0].tolist() == tokens.tolist()
+        greedy.close()
+        pair.same(ours.step(tokens), theirs.step(tokens))
+        del greedy, ours
+        made = Counter(calls) - before
+        # The prefill, and a step on the host, are captured when they are repeated; greedy steps in the first text.
+        assert made["cuGraphInstantiate"] == (1, 2)[text]
+        assert made["cuGraphLaunch"] == (4 + AHEAD - 1, 1 + 5 + AHEAD - 1 + 1)[text]
+    assert made["cuMemAlloc"] == 0
+    assert made["cuStreamSynchronize"] == 2  # the logits that the host reads
+
+
+def test_a_run_is_planned_once_and_memory_is_freed(
+    pair_of: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[RunSizes] = []
+
+    def planning(weights: DecoderWeights, sizes: RunSizes, *given: Any) -> list[Launch]:
+        planned.append(sizes)
+        return plan_run(weights, sizes, *given)
+
+    monkeypatch.setattr(sessions, "plan_run", planning)
+    monkeypatch.setattr(sessions, "KEPT_SIZES", 2)
+    pair = pair_of("opt", "fp32", (1, 2, 3, 5))
+    for length in (3, 4, 5, 3):
+        _, state = pair.kernels.prefill(pair.prompts((length,)))
+        for token in (9, 10, 11):
+            state.step(np.array([token]))
+        del state
+    assert [sizes.steps for sizes in planned] == [3, 1, 4, 5, 3]  # of two sizes, the older one was given up
+    kept = len(pair.shim.memory)
+    for _ in range(3):
+        pair.kernels.prefill(pair.prompts((3,)))
+    assert len(pair.shim.memory) == kept
+    pair.session.close()
+    assert not pair.shim.memory
+    with pytest.raises(BackendError, match="this graph is closed"):
+        pair.kernels.prefill(pair.prompts((3,)))
 
 
 @pytest.mark.slow
@@ -264,4 +344,13 @@ def test_other_decoders_are_refused_by_name(tiny_bundle: Path, operator: str, ot
             node.op_type = other
     assert bundle.manifest.cache is not None
     with pytest.raises(BundleError, match=message):
+        read_layout(model, bundle.manifest.cache, bundle.manifest.max_positions)
+
+
+def test_blocks_along_another_axis_are_refused(bundle_of: Callable[[str, str], Path]) -> None:
+    bundle = Bundle.open(bundle_of("llama", "int4"))
+    model = load_graph(bundle.file(f"{DECODER}.onnx"))
+    next(one for one in model.graph if one.op_type == "DequantizeLinear").attributes.pop("axis")  # 1 by default
+    assert bundle.manifest.cache is not None
+    with pytest.raises(BundleError, match="lie along axis 1, not along the input"):
         read_layout(model, bundle.manifest.cache, bundle.manifest.max_positions)

@@ -47,7 +47,7 @@ def nothing() -> RunBuffers:
     return RunBuffers(0, 0, 0, 0, 0, 0, 0, dict.fromkeys(("query", "key", "value"), 0), 0, (0, 0))
 
 
-NOWHERE = CacheAddresses([0] * 32, [0] * 32)
+NOWHERE = CacheAddresses((0,) * 32, (0,) * 32)
 
 
 @pytest.mark.parametrize("multiprocessors", [ORIN, H200])

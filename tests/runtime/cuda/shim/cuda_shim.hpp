@@ -43,7 +43,7 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
     return result;
 }
 
-constexpr std::size_t SHIM_SHARED = 96 << 10, SHIM_GUARD = 1024;
+constexpr std::size_t SHIM_SHARED = 48 << 10, SHIM_GUARD = 1024;
 extern float4 shared_memory[];
 float4 shared_memory[(SHIM_SHARED + SHIM_GUARD) / sizeof(float4)];
 dim3 threadIdx, blockIdx, blockDim, gridDim;

@@ -1,0 +1,1 @@
+"""Compiles the kernels, and reads what a compiled kernel needs."""
