@@ -23,7 +23,10 @@ ROOT = Path(blip2edge.__file__).resolve().parents[1]
 
 
 def trace(run: Callable[[], Any]) -> tuple[dict[str, set[str]], int]:
-    """Calls a function; returns the called Python functions of this project by file, and the number of file changes."""
+    """Calls a function and traces it.
+
+    Returns the called Python functions of this project by file, and how often the trace goes from one file to another.
+    """
     found: dict[str, set[str]] = {}
     entered: list[str] = []
 

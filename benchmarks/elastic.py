@@ -118,7 +118,11 @@ def captions_of(bundle: Path, count: int, queries: int | None) -> tuple[list[tup
 
 
 def scenes(folder: Path, count: int) -> dict[str, Any]:
-    """Returns the exact match at each m, and how many captions at m = M equal those of the plain bundle."""
+    """Captions held-out scenes with each number m of queries.
+
+    Returns the share of exactly right captions at each m, and how many captions at m = M equal those of the plain
+    bundle.
+    """
     checkpoint, record = elastic_checkpoint(folder)
     elastic = bundle_of(checkpoint, folder / "elastic-bundle")
     plain = bundle_of(plain_checkpoint(checkpoint, folder), folder / "plain-bundle")
@@ -198,7 +202,10 @@ class Video:
 
 
 def video(name: str, folder: Path) -> dict[str, Any]:
-    """Returns time, tokens and KV-cache bytes of a video of 60 frames at each m, and the ratios to those at m = M."""
+    """Captions a video of 60 frames with each number m of queries.
+
+    Returns time, tokens and bytes of the KV cache at each m, and their ratios to the values at m = M.
+    """
     checkpoint = folder / f"video-{name}"
     if not checkpoint.exists():
         write_checkpoint(checkpoint, SHAPES[name])

@@ -34,7 +34,7 @@ from blip2edge.runtime.captioning.captioner import Captioner
 
 @dataclass(frozen=True)
 class Contestant:
-    """A name, and the function that captions the picture."""
+    """A compared program: its name, and the function that captions the picture with it."""
 
     name: str
     caption: Callable[[], list[list[int]]]

@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--gguf", type=named_path, action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--eager", metavar="DIR", help="directory of the language model, to measure transformers")
     parser.add_argument("--llama-python", help="Python interpreter whose environment has xllamacpp")
-    parser.add_argument("--optimum", metavar="DIR", help="the same model, exported by optimum-onnx")
+    parser.add_argument("--optimum", metavar="DIR", help="directory of the same model, exported by optimum-onnx")
     parser.add_argument("--optimum-python", help="Python interpreter whose environment has optimum-onnx")
     parser.add_argument(
         "--base", help="name of the row to which times are compared (default: the first GGUF file, else the first row)"

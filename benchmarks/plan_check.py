@@ -88,7 +88,10 @@ def checkpoint_of(name: str, work: Path) -> Path:
 
 
 def bundle_of(name: str, precision: str, checkpoint: Path, work: Path) -> Path:
-    """Returns the bundle of a checkpoint, optimized; if it does not exist, exports and (INT8, INT4) calibrates it."""
+    """Returns the directory of a checkpoint's bundle with its optimized copy.
+
+    A bundle that does not exist is exported, and for INT8 and INT4 also calibrated.
+    """
     bundle = work / f"{name}-{precision}"
     if not bundle.is_dir():
         if precision == "fp32":

@@ -56,7 +56,7 @@ def table(name: str, comment: str, characters: Iterable[str]) -> str:
 
 
 def main() -> None:
-    """Writes the module."""
+    """Writes the module ``characters.py``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("jar", type=Path, help="stanford-corenlp-3.4.1.jar of pycocoevalcap 1.2")
     jar = parser.parse_args().jar

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
 EXTRAS = ("", "cpu", "serve", "tls", "video", "hub", "build", "sign", "mqtt")
-"""What a device needs: the runtime alone, or with these extras. CUDA and TensorRT come from JetPack."""
+"""Extras that a device may need; the empty text is the runtime alone. CUDA and TensorRT come from JetPack."""
 
 
 def requirements(extra: str) -> list[str]:

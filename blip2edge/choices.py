@@ -17,7 +17,7 @@ RANGE_METHODS = ("entropy", "minmax", "percentile", "mse", "smooth")
 """How calibration chooses INT8 ranges: by the histogram alone, or (``smooth``) by the error of the layer's output."""
 
 WEIGHT_BITS = {"int8": 8, "int4": 4}
-"""Precisions of weights in blocks, and their bits."""
+"""Precisions of block-quantised weights, and the bits of a weight in each."""
 
 COPIED_BACKENDS = ("cpu", "openvino", "cuda")
 """Backends that have optimized copies."""

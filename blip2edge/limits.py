@@ -11,7 +11,7 @@ MAX_PIXELS = 89_478_485
 """Default area of the largest picture in pixels (256 MiB as RGB); above it, Pillow warns of a decompression bomb."""
 
 MAX_SIDE = 65_535
-"""Default of a picture's longest side in pixels: the limit of JPEG. Resizing a longer one takes much memory."""
+"""Default limit of a picture's width and height in pixels, as in JPEG; resizing larger pictures takes much memory."""
 
 
 def limit(default: float, flag: str, unit: str, text: str) -> Any:

@@ -29,7 +29,7 @@ SHARD_SUFFIX = ".tar"
 SHARD_FIX = "copy the shard again"
 
 MAX_FILE_BYTES = 1 << 30
-"""Largest file of a shard that is read."""
+"""Largest size in bytes of a file in a shard; a larger file is not read."""
 
 MAX_LONG_HEADER = 1 << 20  # bytes of a long name or of PAX records, which tarfile reads into memory
 _LONG_HEADERS = (

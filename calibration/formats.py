@@ -133,7 +133,7 @@ def choose_graph_formats(
         activations: Names of the graphs whose activations become INT8.
         weights: Type of the weights of the other graphs; the vision encoder is not among them. None leaves the weights
             unchanged.
-        rules: Formats of single graphs, which replace the choices by the other flags.
+        rules: Formats of single graphs; they replace the formats that follow from the other flags.
 
     Returns:
         The format of each graph, by name.

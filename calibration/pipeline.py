@@ -122,7 +122,7 @@ def calibrate(
             parent lacks have no effect.
         weights: The type of the weights of the other graphs, except the vision encoder: ``int8`` or ``int4`` (the token
             embedding table becomes ``int8``); None keeps them unchanged.
-        formats: Formats of single graphs or matrices, which replace the choices by ``activations`` and ``weights``:
+        formats: Formats of single graphs or matrices, which override ``activations`` and ``weights``:
             ``GRAPH=FORMAT`` or ``GRAPH:PATTERN=FORMAT`` (:mod:`blip2edge.calibration.formats`).
         drop_limit: Largest share of the captions that may differ from the parent's, in percentage points: the most
             sensitive layers are kept in floating point until the captions are within the limit. None for no limit.

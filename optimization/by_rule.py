@@ -36,7 +36,9 @@ FP16_TOLERANCE = 1e-1
 RULED_PRECISIONS = ("fp32", "fp16", "int8", "int4", "int8-weights")
 
 LARGE = 1 << 30
-"""For an FP16 graph of at least this many bytes, step 1 is skipped: it needs the graph in FP32 on disk and in memory.
+"""Size in bytes from which the comparison in FP32 (step 1) is skipped for an FP16 graph.
+
+This step needs the graph in FP32 on disk and in memory.
 """
 
 Copy = tuple[OptimizedGraph, dict[str, FileRecord]]

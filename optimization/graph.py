@@ -97,7 +97,7 @@ def with_scalar(node: ir.Node | None) -> tuple[ir.Value, float] | None:
 
 
 def other_operand(node: ir.Node, value: ir.Value) -> ir.Value:
-    """Returns the input of a node with two inputs that is not ``value``."""
+    """Returns the other input of a node with two inputs, one of which is ``value``."""
     first, second = operands(node)
     return second if first is value else first
 

@@ -98,7 +98,7 @@ def _share(model: ir.Model, source: ir.Model, folder: Path) -> None:
 
 
 def _relocated(tensor: ir.TensorProtocol, location: str | os.PathLike[str], folder: Path) -> ir.TensorProtocol:
-    """Returns a tensor with the same bytes of a file, whose path ``location`` is relative to ``folder``."""
+    """Returns a tensor that refers to the same bytes in the file ``location``; this path is relative to ``folder``."""
     if not isinstance(tensor, ir.ExternalTensor):
         return tensor
     shape = ir.Shape(tensor.shape)

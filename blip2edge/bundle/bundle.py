@@ -272,10 +272,10 @@ def load_whole(
     """Opens a bundle and calls ``load`` with it. If a run replaces the bundle meanwhile, both steps are repeated.
 
     Args:
-        path: The directory of the bundle, or its name on the hub, as for :meth:`Bundle.open`.
+        path: The directory of the bundle, or its name on the hub, ``hub:ORG/NAME[@REVISION]``.
         load: Function that loads something, such as a captioner, from the opened bundle.
-        require_signature: As for :meth:`Bundle.open`.
-        signature: As for :meth:`Bundle.open`.
+        require_signature: A public key in PEM format, if the bundle must be signed; see :meth:`Bundle.open`.
+        signature: The signature file; None for the usual places, see :meth:`Bundle.open`.
 
     Raises:
         BundleError, BundleVersionError, BundleIntegrityError, UsageError: As :meth:`Bundle.open`; and the errors of

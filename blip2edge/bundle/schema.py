@@ -85,7 +85,11 @@ class Axis:
         return Axis(f"{self.name} + {other.name}", self.min + other.min, self.opt + other.opt, self.max + other.max)
 
     def value(self, sizes: Mapping[str, int]) -> int:
-        """Returns the length of this axis for the given lengths of the elementary axes."""
+        """Returns the length of this axis.
+
+        Args:
+            sizes: Length of each elementary axis (an axis that is no sum), by its name.
+        """
         return sum(sizes[part] for part in self.name.split(" + "))
 
 
@@ -117,7 +121,11 @@ class TensorSpec:
         return last
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Returns the tensor's shape for the given lengths of the elementary axes."""
+        """Returns the tensor's shape as numbers.
+
+        Args:
+            sizes: Length of each elementary axis (an axis that is no sum), by its name.
+        """
         return tuple(dim if isinstance(dim, int) else dim.value(sizes) for dim in self.dims)
 
     def to_json(self) -> dict[str, Any]:

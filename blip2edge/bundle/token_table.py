@@ -26,10 +26,14 @@ from blip2edge.errors import BundleError
 from blip2edge.reading import reading
 
 SCALE = ".scale"
-"""Suffix of the table's name: the tensor of its scales."""
+"""Ending that makes the name of the scales' tensor from the table's name: ``embed_tokens.scale``."""
 
 ROWS, COLUMNS = "rows", "columns"
-"""``layout``: a token's values are a row, or a column as in the decoder's output layer."""
+"""Values of ``layout`` in the file's metadata.
+
+``rows``: the values of a token are a row of the stored table. ``columns``: they are a column, as in the weight of the
+decoder's output layer.
+"""
 
 
 def signed_nibbles(values: NDArray[np.uint8]) -> NDArray[np.int8]:

@@ -61,7 +61,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _known_values() -> dict[tuple[str, str], tuple[str, ...]]:
-    """Returns suggested values by command, and flag or placeholder: boards and models. Other values are allowed too."""
+    """Returns suggested values (names of boards and models) of some arguments; other values are allowed too.
+
+    The key is the command, and the argument's flag or placeholder.
+    """
     from blip2edge.runtime.bench.devices import DEVICES, THIS
     from blip2edge.shapes.families import PUBLISHED
 
@@ -138,7 +141,7 @@ def bash_script(arguments: dict[str, list[Argument]], commands: dict[str, str]) 
 
 
 def zsh_script(arguments: dict[str, list[Argument]], commands: dict[str, str]) -> str:
-    """Writes the script for zsh; the arguments are those of :func:`bash_script`."""
+    """Writes the script for zsh; takes the same arguments as :func:`bash_script`."""
 
     def specs(one: Argument) -> list[str]:
         values = f"({' '.join(one.values)})" if one.values else "_files" if one.is_file else " "
@@ -172,7 +175,7 @@ def zsh_script(arguments: dict[str, list[Argument]], commands: dict[str, str]) -
 
 
 def fish_script(arguments: dict[str, list[Argument]], commands: dict[str, str]) -> str:
-    """Writes the script for fish; the arguments are those of :func:`bash_script`."""
+    """Writes the script for fish; takes the same arguments as :func:`bash_script`."""
     lines = ["# Completion of blip2edge for fish. Use it with:  blip2edge completion fish | source"]
     for name, text in commands.items():
         lines.append(f"complete -c blip2edge -f -n __fish_use_subcommand -a {name} -d {_quoted(text)}")

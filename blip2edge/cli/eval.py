@@ -144,7 +144,7 @@ def _add_retrieval_flags(parser: Parser) -> None:
         choices=RANKINGS,
         default="probability",
         help="retrieval: how the matching head ranks candidates: probability, or lavis: its logit plus the cosine, as "
-        "in BLIP-2's published figures",
+        "in BLIP-2's published results",
     )
 
 

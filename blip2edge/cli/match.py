@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _scores(result: MatchResult) -> str:
-    """Formats the cosine, and the match probability before it if the model has one."""
+    """Formats the scores of a pair: the match probability (if the model computes it), then the cosine."""
     cosine = f"cosine {result.cosine:.4f}"
     return cosine if result.probability is None else f"probability {result.probability:.4f}, {cosine}"
 

@@ -30,7 +30,7 @@ RECEIVERS = {
     "mqtt": ("URL", "publish each caption as a JSON object: mqtt://[USER:PASSWORD@]HOST[:PORT]/TOPIC, or mqtts://…"),
     "annotated": ("FILE.mp4", "write the captioned frames with their captions as a video"),
 }
-"""Flags of ``sinks.SINKS``: the placeholder and the help of each."""
+"""Flags that send captions to a receiver: placeholder and help of each, by the flag's name."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -111,8 +111,8 @@ def convolutions(image_size: int, width_coefficient: float, depth_coefficient: f
 
     Args:
         image_size: Side of the picture in pixels.
-        width_coefficient: As for :func:`block_shapes`.
-        depth_coefficient: As for :func:`block_shapes`.
+        width_coefficient: Factor of the channels of all stages.
+        depth_coefficient: Factor of the number of blocks of all stages except the first and the last.
         hidden: Channels of the last convolution.
     """
     blocks = block_shapes(image_size, width_coefficient, depth_coefficient)

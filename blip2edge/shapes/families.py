@@ -44,7 +44,7 @@ PUBLISHED: Mapping[str, str] = {
     "HuggingFaceM4/idefics-9b": "idefics-9b",
     "Vision-CAIR/MiniGPT-4": "minigpt4-vicuna-7b",
 }
-"""Published captioning models by their name on the hub, and the file of each configuration in ``published``."""
+"""Published captioning models: name of the configuration file in ``published``, by the model's name on the hub."""
 
 WITHOUT_CHECKPOINT = ("Vision-CAIR/MiniGPT-4",)  # its hub repository holds a LAVIS .pth: export it with --base
 

@@ -146,7 +146,7 @@ class AttentionProducts:
         return 4.0 * self.count * self.width * tokens_of(self.queries, tokens) * tokens_of(self.keys, tokens)
 
     def scores(self, tokens: TokenCounts) -> int:
-        """Number of scores of one layer."""
+        """Number of attention scores of one layer."""
         return self.heads * tokens_of(self.queries, tokens) * tokens_of(self.keys, tokens)
 
 
@@ -319,7 +319,10 @@ class ModelShape:
 
     @property
     def visual_tokens(self) -> int:
-        """Number of a picture's visual tokens, which are slots of the text or are attended to by cross-attention."""
+        """Number of visual tokens of a picture.
+
+        They take positions in the text, or the decoder attends to them by cross-attention.
+        """
         return self.queries or self.embeds
 
     @property

@@ -71,7 +71,7 @@ class Sizes:
         return value
 
     def flag(self, key: str, default: bool) -> bool:
-        """Reads true or false."""
+        """Reads a key whose value is true or false; returns ``default`` if the key is missing."""
         value = self.values.get(key)
         return default if value is None else bool(value)
 

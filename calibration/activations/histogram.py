@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BINS = 2048
-"""Bins of |x|, as in TensorRT's entropy calibrator (Migacz, "8-bit Inference with TensorRT", GTC 2017)."""
+"""Number of bins of |x|, as in TensorRT's entropy calibrator (Migacz, "8-bit Inference with TensorRT", GTC 2017)."""
 
 LEVELS = 127  # positive int8 values
 PERCENTILE = 99.99

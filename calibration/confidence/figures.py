@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BINS = 15
-"""Bins of the calibration error, of equal width, as in Guo et al. (ICML 2017, arXiv 1706.04599)."""
+"""Number of bins of the calibration error, all of equal width, as in Guo et al. (ICML 2017, arXiv 1706.04599)."""
 
 DIAGRAM_BINS = 10
 COVERAGES = tuple(round(0.05 * step, 2) for step in range(1, 21))

@@ -157,4 +157,4 @@ CANDIDATES: dict[str, Fit] = {
     "isotonic, lowest": isotonic(_LOWEST),
     "isotonic, lowest + mean + sum": isotonic(_ALL),
 }
-"""Fits that are compared, simple ones first."""
+"""Functions that fit the compared candidates, by the candidate's name; simple candidates are first."""

@@ -31,10 +31,10 @@ from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
 from blip2edge.runtime.decoding.confidence import ConfidenceMap, decoding_options, features, task_of
 
 LEAST, ADVISED = 20, 500
-"""Fewest pictures of a fit, and the number below which it warns."""
+"""Smallest number of pictures for a fit, and the number below which a fit gives a warning."""
 
 ADVISED_EACH = 20
-"""A fit with fewer right texts, or with fewer wrong texts, warns."""
+"""A fit with fewer right texts, or with fewer wrong texts, gives a warning."""
 
 Progress = Callable[[int, int], None]
 

@@ -74,7 +74,7 @@ class PartGraphs:
         """Returns the format of one graph of a part.
 
         A graph that does not run while pictures are captioned has no recorded inputs: its weights become INT8 in
-        blocks, unless the choice is a floating-point format. Only the graph of the vision encoder, the bridge or the
+        blocks, unless ``choice`` is a floating-point format. Only the graph of the vision encoder, the bridge or the
         decoder gets the formats for single matrices.
         """
         if graph not in self.running and choice.form.whole.kind in (W8A8, *WEIGHT_BITS):

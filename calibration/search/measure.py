@@ -33,7 +33,7 @@ from blip2edge.runtime.captioning.assemble import text_parts
 from blip2edge.runtime.captioning.captioner import STAGES, Captioner
 
 ROUNDS = 3
-"""Rounds in which every bundle is loaded and timed in turn (A B C A B C ...)."""
+"""Number of rounds; in each round, every bundle is loaded and timed once, in turn (A B C A B C ...)."""
 
 RUNS = 4
 """Number of captions that are timed in each round, after a first caption that warms up; the least time counts."""
@@ -114,7 +114,7 @@ class StageTimer:
         """Measures the bundles of some combinations of formats in turn, and adds the results to :attr:`found`.
 
         Args:
-            combinations: For each combination, the choice of each part.
+            combinations: For each combination, the format of each part.
         """
         journal, report = self.work.journal, self.work.context.progress
         for number in range(ROUNDS):
@@ -164,7 +164,7 @@ def part_nats(work: Workload, choices: Mapping[str, PartChoice]) -> float:
 
     Args:
         work: The pictures, and the graphs in all formats.
-        choices: The choice of the changed parts; the other parts stay as in the parent.
+        choices: The format of each changed part; the other parts stay as in the parent.
 
     Returns:
         Kullback-Leibler divergence from the parent, in nats per token.
@@ -229,7 +229,7 @@ def captions_lost(work: Workload, choices: Mapping[str, PartChoice]) -> CaptionL
 
 
 def _product_seconds(size: tuple[int, int, int]) -> list[float]:
-    """Returns the seconds of a matrix multiplication of this size on the CPU: in floating point, and in INT8."""
+    """Measures a matrix multiplication of this size on the CPU; returns the seconds in floating point and in INT8."""
     return [product_seconds("cpu", *size, integer=integer) for integer in (False, True)]
 
 

@@ -20,11 +20,11 @@ def mixed_choices(work: Workload, base: PartChoice, wide: NumberFormat) -> list[
 
     Args:
         work: The pictures, and the graphs in all formats.
-        base: The choice with the language model in INT4.
+        base: The format of the language model in INT4.
         wide: The format of the most sensitive layers.
 
     Returns:
-        A choice for each of :data:`SHARES`; none for a decoder of one layer.
+        A format of the language model for each of :data:`SHARES`; an empty list for a decoder of one layer.
     """
     ranking = _ranking(work, base)
     found = []

@@ -80,8 +80,8 @@ class FormatSearch:
     Attributes:
         work: The pictures, and the graphs of all formats.
         options: Limits, board and size of the search.
-        choices: The choices of each part (vision encoder, bridge, language model), by the part's name.
-        combinations: The choice of each part, by the flags that make the combination.
+        choices: The formats that are tried for each part (vision encoder, bridge, language model), by the part's name.
+        combinations: For each combination, the format of each part; by the flags that make the combination.
         losses: Measured loss of the captions in percentage points and change of the next token in nats, by the flags.
     """
 
@@ -192,7 +192,7 @@ class FormatSearch:
         return self._board.ms(part, choice.form, sizes)
 
     def _is_proven(self, part: str, choice: PartChoice) -> bool:
-        """Returns whether the stages of a part are faster with a choice than with the parent's graph."""
+        """Returns whether the stages of a part are faster in a format than with the parent's graph."""
         parent = next(one for one in self.choices[part] if one.is_float)
         return sum(self._ms(part, choice).values()) < FASTER * sum(self._ms(part, parent).values())
 

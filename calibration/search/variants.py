@@ -168,7 +168,7 @@ class Variants:
         """Returns the directory of a bundle with the chosen format of each part; made at the first call.
 
         Args:
-            choices: The choice of each part.
+            choices: The format of each part.
             copies: Whether the bundle needs the optimized copies, for times and captions.
         """
 

@@ -38,7 +38,7 @@ VALUES = 1 << 22
 
 
 Scales = Callable[[Floats, BlockFormat], Floats]
-"""Computes the scales ``[K / block, N]`` of a matrix ``[K, N]``."""
+"""Function that computes the scales ``[K / block, N]`` of a matrix ``[K, N]``."""
 
 
 class SecondMoments:

@@ -70,7 +70,7 @@ class BlockMatrix:
 
 
 MatrixWriter = Callable[[Product, BlockFormat, Integers, Floats], tuple[ir.ExternalTensor, ir.ExternalTensor]]
-"""Writes integers and scales of a matrix; returns the tensors to which the graph refers."""
+"""Function that writes the integers and scales of a matrix; it returns the tensors to which the graph refers."""
 
 
 def choose_formats(

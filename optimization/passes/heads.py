@@ -104,7 +104,10 @@ def _keys(core: Core) -> tuple[ir.Value, ir.Value]:
 
 
 def _unsplit(shape: list[int | str], query: list[int | str]) -> list[int | str]:
-    """Returns the shape ``[B, T, H d]`` of keys; empty if the keys do not fit queries ``[B, H, S, d]``."""
+    """Returns the shape ``[B, T, H d]`` that keys have before their split into heads.
+
+    The shape is empty if the keys do not fit queries ``[B, H, S, d]``.
+    """
     width = int(query[1]) * int(query[3])
     if len(shape) == HEADS_AXES and shape[1::2] == query[1::2]:
         return [shape[0], shape[2], width]

@@ -25,7 +25,7 @@ from blip2edge.optimization.graph import (
 )
 
 MIDDLE = 128
-"""The zero point of unsigned activations: a signed byte plus 128."""
+"""The zero point of unsigned activations; an unsigned value is the signed value plus 128."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ SKIPS = {
     "LayerNormalization": "SkipLayerNormalization",
     "SimplifiedLayerNormalization": "SkipSimplifiedLayerNormalization",
 }
-"""Norms, and the operators that add the residual too."""
+"""For each norm, ONNX Runtime's operator that adds the residual and computes the norm in one node."""
 
 
 def fuse_norms(model: ir.Model) -> int:

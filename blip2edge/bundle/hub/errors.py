@@ -68,7 +68,7 @@ def quiet_client() -> Iterator[None]:
 
 
 def _texts(error: BaseException, repository: str, advice: str) -> _Texts:
-    """Returns the problem and the fix of an exception as texts."""
+    """Returns two texts for an exception of the hub's client: what went wrong, and what the user can do."""
     chain = list(_causes(error))
     classes = {one.__name__ for each in chain for one in type(each).__mro__}
     for name, (problem, fix) in _BY_CLASS:

@@ -326,7 +326,7 @@ def _escaped(name: str) -> str:
 
 
 def _clean(part: Path, target: Path, keep: tuple[str, ...]) -> None:
-    """Removes the files in the directory of a run, the lock last; keeps ``old`` if it could not be renamed back."""
+    """Removes the files in the directory of a run, the lock file last; keeps ``old`` if it cannot be renamed back."""
     if is_kept(part):
         return
     with contextlib.suppress(OSError):

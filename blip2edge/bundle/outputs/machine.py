@@ -18,7 +18,10 @@ def command() -> str:
 
 
 def machine() -> str:
-    """Returns a name of this machine. The name changes when the machine starts again; its containers return it too."""
+    """Returns a name of this machine; the name changes when the machine starts again.
+
+    In a container, the name is that of the machine on which the container runs.
+    """
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

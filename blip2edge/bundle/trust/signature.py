@@ -157,7 +157,7 @@ def read_signature(path: Path, public_key: Path) -> Signature:
 
 
 def _check_form(path: Path) -> None:
-    """Raises BundleSignatureError if a file is cut off, or is no signature of any key."""
+    """Raises BundleSignatureError if a file is not a complete signature; the key is not checked here."""
 
     def explain(error: Exception) -> BundleSignatureError | None:
         return None if isinstance(error, OSError) else _damaged(path, f"it is not JSON ({one_line(error)})")
