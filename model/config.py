@@ -314,7 +314,7 @@ class CaptionerConfig:
         bos_token_id: Token that begins every text after the visual tokens.
         eos_token_ids: End tokens of the language model, from ``config.json``.
         end_token_ids: Tokens that end a generated text, from ``generation_config.json``. Empty if the family does not
-            follow this file or if the file has no end tokens: then `eos_token_ids` end the text. See :attr:`ends`.
+            use this file or if the file has no end tokens: then `eos_token_ids` end the text (:attr:`ends`).
         image_token_id: Token id that stands for a visual token in transformers' ``input_ids``; the repetition penalty
             applies to this id.
         decoder_start_token_id: First token of the decoder of an encoder-decoder model.

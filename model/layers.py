@@ -15,8 +15,8 @@ Module = TypeVar("Module", bound=nn.Module)
 MASKED = -3.0e4
 """Score added where a query must not attend to a key.
 
-Finite in fp16 (largest 65504), so that a row with no valid key (padding) stays finite; and far enough
-down that its weight is exactly 0 in fp32: exp(x) underflows below x = -104.
+It is finite in fp16 (largest value 65504), so that a row with no valid key (padding) stays finite. It is so low that
+the attention weight of the key is exactly 0 in fp32: exp(x) underflows below x = -104.
 """
 
 

@@ -2,7 +2,7 @@
 
 The attentional pooler of CoCa (Yu et al., arXiv 2205.01917, section 3.2): one layer of multi-head attention between
 a norm on the patches and a norm on the queries. CLIP's attention pool (arXiv 2103.00020) and the pooling bridges
-of VILA (arXiv 2312.07533) are similar: a few tokens per picture at the cost of one layer.
+of VILA (arXiv 2312.07533) are similar: they make a few visual tokens per picture, at the cost of one layer.
 """
 
 from __future__ import annotations

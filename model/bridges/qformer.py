@@ -32,7 +32,7 @@ class QFormerLayer(nn.Module):
         self.feed_forward = BertFeedForward(config)
 
     def read(self, queries: Tensor, image_embeds: Tensor) -> tuple[Tensor, KeyValue]:
-        """Updates the queries, which attend to each other and to the picture.
+        """Runs the layer on the queries, which attend to each other and (in some layers) to the picture.
 
         Args:
             queries: ``[B, Q, D]``, or ``[1, Q, D]`` while the queries are the same for every row of the batch.
@@ -48,13 +48,13 @@ class QFormerLayer(nn.Module):
         return self.feed_forward(queries), key_value
 
     def write(self, x: Tensor, past: KeyValue, bias: Tensor, feed_forward: BertFeedForward) -> tuple[Tensor, KeyValue]:
-        """Runs the tokens of a text, which attend to the queries and to each other.
+        """Runs the layer on the tokens of a text, which attend to the queries and to the text.
 
         Args:
             x: States of the tokens, ``[B, S, D]``.
             past: Keys and values ``[B, H, P, d]`` of the queries and the earlier tokens.
-            bias: Added to the scores, broadcastable to ``[B, H, S, P + S]``.
-            feed_forward: The text's own feed-forward.
+            bias: Added to the attention scores, broadcastable to ``[B, H, S, P + S]``; hides later tokens and padding.
+            feed_forward: The feed-forward for text; the layer's own feed-forward is for the queries.
 
         Returns:
             States ``[B, S, D]``, and keys and values ``[B, H, P + S, d]``.

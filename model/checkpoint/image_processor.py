@@ -53,7 +53,7 @@ class ImageProcessorClass:
         size: Size of the resized picture, in pixels.
         crop: Size of the centre crop, in pixels; None if the class has no crop.
         do_crop: Whether the class crops by default.
-        resample: Pillow's code of the filter.
+        resample: Pillow's number of the resampling filter.
         mean, std: One value for each channel, R, G, B.
         square: Whether a single number as ``size`` is the length of both edges; if not, it is that of the shortest
             edge.

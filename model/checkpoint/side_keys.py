@@ -97,7 +97,10 @@ PROCESSOR = KeyTable(
     ),
     checked={"add_end_of_utterance_token": (False,), "vision_feature_select_strategy": ("default", "full")},
 )
-"""Keys of ``processor_config.json``. Export also checks the keys in :data:`FROM_CONFIG` against ``config.json``."""
+"""The effect of the keys of ``processor_config.json``.
+
+Export also checks that the keys in :data:`FROM_CONFIG` agree with ``config.json``.
+"""
 
 FROM_CONFIG = ("num_query_tokens", "patch_size", "num_additional_image_tokens", "image_token", "processor_class")
 """Keys of ``processor_config.json`` that must agree with ``config.json``."""
@@ -249,7 +252,7 @@ TOKENIZER = KeyTable(
         "use_default_system_prompt",
     ),
 )
-"""Keys of ``tokenizer_config.json`` that are neither an argument of the tokenizer's class nor a token.
+"""The effect of keys of ``tokenizer_config.json`` that are neither an argument of the tokenizer's class nor a token.
 
 All other keys are checked by ``tokenizer_keys.py``.
 """

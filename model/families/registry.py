@@ -64,8 +64,8 @@ class Family:
         model_type: ``model_type`` in ``config.json``; empty if it equals the family's key in :data:`FAMILIES`.
         architectures: Classes of transformers that belong to this family; empty for all of the ``model_type``.
         image_token: The tokenizer's token for a picture in a text; empty if there is no such token.
-        around_image: The token before and after ``image_token``, for families whose texts hold several pictures that
-            the decoder reaches by cross-attention.
+        around_image: The token before and after ``image_token``, for families whose decoder cross-attends to the
+            pictures of a text; empty for other families.
         generation: Whether the end tokens come from ``generation_config.json``, not the language model's config.
         stop: Texts that end a caption, for language models trained to write them instead of an end token.
         left_out: Tensors of a checkpoint that are not used (regular expressions).

@@ -200,12 +200,12 @@ class BertDecoder(DecoderModule):
     def start(
         self, x: Tensor, mask: Tensor, positions: Tensor, cross: Sequence[KeyValue], cross_mask: Tensor | None
     ) -> tuple[Tensor, LayerStep]:
-        """Returns the first layer's input and a function that runs a layer; see :meth:`DecoderModule.start`."""
+        """Returns the first layer's input and a function that runs one layer (:meth:`DecoderModule.start`)."""
         x = self.embeddings(x, positions)
         bias = causal_bias(mask, x.shape[1], x.dtype)
         cross_bias = None if cross_mask is None else key_mask_bias(cross_mask, x.dtype)
         return x, lambda index, x, past: self.layers[index](x, bias, past, cross[index], cross_bias)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Maps states ``[B, K, D]`` to logits ``[B, K, V]``; see :meth:`DecoderModule.logits`."""
+        """Maps the last layer's output ``[B, K, D]`` to logits ``[B, K, V]``."""
         return self.head(x)

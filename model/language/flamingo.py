@@ -164,7 +164,7 @@ class Flamingo(LlamaDecoder):
     def start(
         self, x: Tensor, mask: Tensor, positions: Tensor, cross: Sequence[KeyValue], cross_mask: Tensor | None
     ) -> tuple[Tensor, LayerStep]:
-        """Returns the first layer's input and a function that runs a layer; see :meth:`DecoderModule.start`."""
+        """Returns the first layer's input and a function that runs one layer (:meth:`DecoderModule.start`)."""
         if cross_mask is None:
             cross_mask = mask.new_ones(*x.shape[:2], cross[0][0].shape[2])
         attended = cross_mask.to(x.dtype)

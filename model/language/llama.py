@@ -166,7 +166,7 @@ class LlamaDecoder(DecoderModule):
             self.head.weight = self.embed_tokens.weight
 
     def start(self, x: Tensor, mask: Tensor, positions: Tensor, *_: Any) -> tuple[Tensor, LayerStep]:
-        """Returns the first layer's input and a function that runs a layer; see :meth:`DecoderModule.start`."""
+        """Returns the first layer's input and a function that runs one layer (:meth:`DecoderModule.start`)."""
         cos, sin = self.rotary(positions)
         rotation = (cos.to(x.dtype), sin.to(x.dtype))
         windows: set[int | None] = {layer.window for layer in self.layers}
@@ -179,5 +179,5 @@ class LlamaDecoder(DecoderModule):
         return x, step
 
     def logits(self, x: Tensor) -> Tensor:
-        """Maps states ``[B, K, D]`` to logits ``[B, K, V]``; see :meth:`DecoderModule.logits`."""
+        """Maps the last layer's output ``[B, K, D]`` to logits ``[B, K, V]``."""
         return self.head(self.final_norm(x))

@@ -1,4 +1,4 @@
-"""OPT with explicit keys and values (Zhang et al., arXiv 2205.01068).
+"""OPT, a decoder-only language model (Zhang et al., arXiv 2205.01068).
 
 The same forward runs prefill, decode steps and the verification of draft tokens: the cache is an argument, and no state
 is stored in the module.
@@ -121,14 +121,14 @@ class OPTDecoder(DecoderModule):
             self.head.weight = self.embed_tokens.weight
 
     def start(self, x: Tensor, mask: Tensor, positions: Tensor, *_: Any) -> tuple[Tensor, LayerStep]:
-        """Returns the first layer's input and a function that runs a layer; see :meth:`DecoderModule.start`."""
+        """Returns the first layer's input and a function that runs one layer (:meth:`DecoderModule.start`)."""
         x = x if self.project_in is None else self.project_in(x)
         x = x + self.embed_positions(positions + POSITION_OFFSET)
         bias = causal_bias(mask, x.shape[1], x.dtype)
         return x, lambda index, x, past: self.layers[index](x, bias, past)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Maps states ``[B, K, D]`` to logits ``[B, K, V]``; see :meth:`DecoderModule.logits`."""
+        """Maps the last layer's output ``[B, K, D]`` to logits ``[B, K, V]``."""
         if self.final_norm is not None:
             x = self.final_norm(x)
         if self.project_out is not None:

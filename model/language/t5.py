@@ -236,7 +236,7 @@ class T5(DecoderModule):
     def start(
         self, x: Tensor, mask: Tensor, positions: Tensor, cross: Sequence[KeyValue], cross_mask: Tensor | None
     ) -> tuple[Tensor, LayerStep]:
-        """Returns the first layer's input and a function that runs a layer; see :meth:`DecoderModule.start`."""
+        """Returns the first layer's input and a function that runs one layer (:meth:`DecoderModule.start`)."""
         x = self.dropout(x)
         # Positions of the keys count a row's valid slots, so that rows of a batch may be ragged.
         keys = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -247,7 +247,7 @@ class T5(DecoderModule):
         return x, lambda index, x, past: self.layers[index](x, bias, past, cross[index], cross_bias)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Maps states ``[B, K, D]`` to logits ``[B, K, V]``; see :meth:`DecoderModule.logits`."""
+        """Maps the last layer's output ``[B, K, D]`` to logits ``[B, K, V]``."""
         x = self.dropout(self.final_norm(x))
         if self.config.scale_outputs:
             x = x * self.config.hidden_size**-0.5

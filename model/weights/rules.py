@@ -35,8 +35,8 @@ class Rule:
     Attributes:
         ours: Path in this project's model; ``*`` matches any one component.
         theirs: Path in the checkpoint; if several, their tensors are stacked along the first axis into one parameter.
-        rows: If `theirs` has several paths, the number of rows of each tensor, in this order; empty if all have equally
-            many.
+        rows: If `theirs` has several paths, the number of rows of each tensor, in this order; empty if all tensors have
+            the same number.
     """
 
     ours: str
@@ -44,7 +44,7 @@ class Rule:
     rows: tuple[int, ...] = ()
 
     def sources(self) -> tuple[str, ...]:
-        """Paths in the checkpoint, one or several."""
+        """Returns the paths in the checkpoint (one or several) as a tuple."""
         return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
 
 

@@ -251,7 +251,7 @@ def opened_pictures(
     progress: Callable[[int, int], None],
     at_once: int,
 ) -> Iterator[tuple[list[int], list[Image.Image]]]:
-    """Opens pictures in chunks, with their numbers.
+    """Yields chunks of opened pictures, with the pictures' numbers.
 
     Args:
         pictures: The pictures, each with the id of its sample.

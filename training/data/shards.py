@@ -41,7 +41,7 @@ _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 class ShardPicture(ShardFile):
-    """A picture inside a shard; a :class:`blip2edge.training.data.entries.StoredPicture`."""
+    """A picture inside a shard, with the interface of :class:`blip2edge.training.data.entries.StoredPicture`."""
 
     @property
     def identity(self) -> str:
@@ -117,7 +117,7 @@ def read_shard(path: Path, broken: BrokenSamples, name: str = "") -> Iterator[En
     Args:
         path: A tar file.
         broken: Collects samples without a picture or text, and the shard if it is truncated.
-        name: Name of the shard in sample ids, see :func:`shard_names`; empty for its file name.
+        name: Name of the shard in sample ids (:func:`shard_names`); empty for its file name.
 
     Yields:
         An entry for each caption or question.
@@ -186,7 +186,7 @@ def _text(file: ShardFile, read: Callable[[], bytes]) -> str:
 
 
 def read_shards(paths: Sequence[Path], broken: BrokenSamples) -> Iterator[Entry]:
-    """Reads the entries of several shards, one shard after the other; see :func:`read_shard`."""
+    """Reads the entries of several shards, one shard after the other; errors as in :func:`read_shard`."""
     for path, name in zip(paths, shard_names(paths), strict=True):
         yield from read_shard(path, broken, name)
 

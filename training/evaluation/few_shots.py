@@ -119,7 +119,10 @@ def generate_texts(
     prompts: Prompts,
     examples: Examples | None,
 ) -> list[str]:
-    """Generates a text for each entry with a captioner, with few-shot examples if given; see :meth:`Examples.ask`."""
+    """Generates a text for each entry with a captioner, after few-shot examples if `examples` is not None.
+
+    The other arguments are those of :meth:`Examples.ask`.
+    """
     return captioner(images, prompts) if examples is None else examples.ask(captioner, asked, images, prompts)
 
 

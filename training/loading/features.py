@@ -183,7 +183,12 @@ class PictureReader:
         return self.preprocessing(sample.open_picture())
 
     def encode(self, samples: Sequence[Sample], pixels: Sequence[NDArray[np.float32] | None]) -> Tensor:
-        """Returns a batch's pixel values, float32 [B, 3, H, W], on the device; see :meth:`FrozenEncoder.encode`."""
+        """Stacks the pixel values of a batch's pictures: float32 [B, 3, H, W] on the device. Nothing is encoded.
+
+        Args:
+            samples: Not used.
+            pixels: Result of `open` for each sample.
+        """
         del samples
         rows = [each for each in pixels if each is not None]
         return torch.from_numpy(np.stack(rows)).to(self._accelerator.device)

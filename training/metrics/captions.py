@@ -33,7 +33,8 @@ def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tupl
     """Computes BLEU-1 to BLEU-4 (Papineni et al., ACL 2002) of a set of captions.
 
     The count of an n-gram is limited to its largest count in one reference. Counts are summed over the set before the
-    division. The reference length is the length of the reference nearest in length; of two equally near, the shorter.
+    division. The reference length of a caption is the length of that reference whose length is nearest to the
+    caption's; if two are equally near, the shorter.
 
     Args:
         candidates: N captions, tokenised.

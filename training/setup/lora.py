@@ -17,7 +17,7 @@ from blip2edge.errors import MissingPackageError
 from blip2edge.packages import require
 
 ATTENTION = ("query", "key", "value", "out", "dense")
-"""Names of the linear layers of an attention; ``dense`` is BERT's output."""
+"""Names of the linear layers in attention blocks; ``dense`` is the output layer of BERT's attention."""
 
 MARK = ".lora_"
 """Text that the name of each parameter of LoRA contains."""

@@ -71,7 +71,7 @@ class TensorFiles:
             self.add(path, rename)
 
     def add(self, path: Path, rename: Callable[[str], str]) -> None:
-        """Maps a further file and renames its tensors.
+        """Maps a further file into memory, and adds its tensors under their new names.
 
         Raises:
             CheckpointError: The file is missing or truncated, or two of its tensors have one name.
@@ -156,7 +156,7 @@ class TensorFiles:
 
 
 def open_safetensors(path: Path) -> Any:
-    """Maps a safetensors file.
+    """Maps a safetensors file into memory.
 
     Raises:
         CheckpointError: The file is missing or truncated.

@@ -196,7 +196,7 @@ def _chunk(source: str, content: Any) -> bytes:
 
 @dataclass(frozen=True)
 class CopiedPicture:
-    """A picture in a local copy of a data file; a :class:`blip2edge.training.data.entries.StoredPicture`.
+    """A picture in a local copy of a data file (interface: :class:`blip2edge.training.data.entries.StoredPicture`).
 
     Attributes:
         picture: The picture in the copy.

@@ -52,7 +52,7 @@ _PLACE = re.compile(r"<image>|<ImageHere>", re.IGNORECASE)  # the picture's plac
 
 @dataclass(frozen=True)
 class CellPicture:
-    """A picture whose bytes are in a cell of a table; a :class:`blip2edge.training.data.entries.StoredPicture`."""
+    """A picture stored as bytes in a table (interface: :class:`blip2edge.training.data.entries.StoredPicture`)."""
 
     content: bytes
 

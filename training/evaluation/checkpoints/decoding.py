@@ -41,7 +41,7 @@ class CrossSource:
     mask: Tensor | None = None
 
     def select(self, rows: Tensor) -> CrossSource:
-        """Returns the keys and values of the batch rows with these numbers, int64 ``[B']``."""
+        """Returns the keys and values of some rows of the batch; ``rows`` are the rows' numbers, int64 ``[B']``."""
         chosen = [(key[rows], value[rows]) for key, value in self.key_values]
         return CrossSource(chosen, None if self.mask is None else self.mask[rows])
 
