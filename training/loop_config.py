@@ -21,8 +21,8 @@ class LoopConfig(RecipeSection):
     autocast: Annotated[str, one_of("float32", "bfloat16", "float16")] = "float32"
     """Arithmetic of the forward pass: "float32", "bfloat16" or "float16" (with loss scaling)."""
     frozen_dtype: Annotated[str, one_of("float32", "bfloat16", "float16")] = "float32"
-    """Type in which the frozen picture encoder and the frozen language model are held and computed. The checkpoint
-    holds their rounded weights, because the bridge was trained with them. A part that is trained stays in float32."""
+    """Type in which the frozen picture encoder and the frozen language model are stored and run. The checkpoint gets
+    their rounded weights, because the bridge was trained with them. A part that is trained stays in float32."""
     recompute_activations: bool = False
     """Save memory (activation checkpointing): the backward pass runs each layer of language model, bridge and trained
     picture encoder again, instead of keeping what the forward pass computed. Losses and gradients stay the same."""

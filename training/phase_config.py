@@ -72,8 +72,8 @@ class BridgePhase(OptimizerConfig):
     """A phase that trains the bridge. The picture encoder is frozen, unless it is trained too."""
 
     unfreeze_vision: bool = False
-    """Train the picture encoder too, in float32. Pictures are then encoded in every step, also those that were encoded
-    before."""
+    """Train the picture encoder too, in float32. Its output is then not cached: a picture is encoded in every step that
+    uses it."""
     layer_decay: Annotated[float, LAYER_DECAY] = 1.0
     """Layer-wise decay of the learning rate in a trained picture encoder, for example 0.9: the rate of a layer is that
     of the next higher layer times this factor. 1: all layers have the same rate."""

@@ -295,5 +295,5 @@ class RejectingSource:
         return self._broken.problems
 
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
-        """Adds a sample that could not be used to the broken samples; raises the errors of ``BrokenSamples.add``."""
+        """Adds an unusable sample to the broken samples; raises DataError if more are broken than allowed."""
         self._broken.add(sample.sample_id, error.problem)

@@ -116,7 +116,7 @@ def _named_base(directory: Path) -> Path:
 
 
 def merged_tensors(directory: Path, base: Path, architecture: str, files: TensorFiles, rename: Any) -> Merged:
-    """Returns the tensors that an adapter changes, with the adapter merged in: shape and reader of each, by name.
+    """Merges an adapter into the tensors of its base. A tensor is merged only when it is read.
 
     Args:
         directory: The adapter's directory.
@@ -124,6 +124,9 @@ def merged_tensors(directory: Path, base: Path, architecture: str, files: Tensor
         architecture: Name of the model's class in transformers.
         files: The base's tensors.
         rename: Function that converts the name of a parameter in transformers to the name of its tensor in ``files``.
+
+    Returns:
+        For each tensor that the adapter changes, by name: its shape, and a function that returns the merged tensor.
 
     Raises:
         MissingPackageError: peft is not installed.
