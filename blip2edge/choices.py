@@ -34,7 +34,8 @@ METRICS = ("exact", "captions", "chair", "pope", "vqa", "retrieval", "clip", "re
 
 Ranking = Literal["probability", "lavis"]
 RANKINGS: tuple[Ranking, ...] = get_args(Ranking)
-"""How the matching head ranks candidates in retrieval."""
+"""Score by which the matching head ranks candidates in retrieval: the match ``probability``, or as in ``lavis`` (the
+original code of BLIP-2) the logit plus the cosine."""
 
 Split = Literal["heldout", "train"]
 SPLITS: tuple[Split, ...] = get_args(Split)

@@ -162,7 +162,7 @@ class BundleError(Blip2EdgeError):
 
 
 class BundleVersionError(BundleError):
-    """A newer version wrote the bundle."""
+    """A newer version of blip2edge wrote the bundle."""
 
 
 class BundleIntegrityError(BundleError):

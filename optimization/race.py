@@ -102,9 +102,9 @@ def fastest(
 ) -> tuple[Form, tuple[float, float]]:
     """Chooses the version of a graph that is used.
 
-    A rewritten version replaces the exported graph if it is clearly faster. If the weights of a rewritten version are
-    not prepacked when it is loaded, it opens sooner than the exported graph; then it only needs to be faster by any
-    amount. A later version replaces an earlier version only if it is clearly faster.
+    A rewritten version replaces the exported graph if it is clearly faster. If the weights of the rewritten version are
+    not prepacked when it is loaded, the version opens sooner than the exported graph, and any gain in speed is enough.
+    A later version replaces an earlier version only if it is clearly faster.
 
     Args:
         task: The bundle, and the directories of the copies.

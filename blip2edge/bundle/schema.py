@@ -321,7 +321,7 @@ class PromptSpec:
             applies to this id.
         framed: Kind ``segments``: whether the tokenizer adds its special tokens to the first segment that is not empty
             (for BLIP-2, the text after the picture). Otherwise only BOS is put before this segment. Kind
-            ``placeholder``: whether it adds them to the whole text; if not, the template has them.
+            ``placeholder``: whether the tokenizer adds them to the whole text; if not, the template contains them.
         required: Whether the model needs a prompt to caption.
         default: The text that ``caption`` puts in place of ``{prompt}`` if no prompt is given; None for no text.
         frames: Pictures of an item: 1, or the frames of a video.

@@ -147,7 +147,9 @@ def _add_references(parser: Parser) -> None:
         metavar="X",
     )
     group.add_argument(
-        "--annotations", metavar="FILE", help="JSON file with the answers to VQA questions (default: beside them)"
+        "--annotations",
+        metavar="FILE",
+        help="JSON file with the answers to VQA questions (default: the file beside the questions)",
     )
     group.add_argument(
         "--prompt", metavar="P", help="text that the captions continue (default: the model's own prompt)"

@@ -47,7 +47,7 @@ def map_on_ray(
 
     Raises:
         UsageError: Ray is not installed.
-        Blip2EdgeError: A worker raised it.
+        Blip2EdgeError: The error that a worker raised, if it is an error of this project.
     """
     check_ray()
     import ray

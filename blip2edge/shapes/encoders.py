@@ -64,7 +64,8 @@ def encoder_shape(values: Mapping[str, Any], kinds: Collection[str] | None = Non
 def _depth(f: Sizes) -> tuple[int, bool]:
     """Reads ``vision_feature_layer``, the layer whose output is used.
 
-    Returns the number of layers up to it, and whether the final norm follows (only if the key is missing).
+    Returns the number of layers up to this layer, and whether the final norm follows. The final norm follows only if
+    the key is missing.
     """
     depth, layer = f["num_hidden_layers"], f.values.get("vision_feature_layer")
     if layer is None:

@@ -42,7 +42,7 @@ class BoardTimer:
     def refused(self) -> list[str]:
         """Kinds of formats that are not tried: those that the board does not run, and FP16 storage.
 
-        A board computes FP16 storage like the parent's format.
+        With FP16 storage, the weights are smaller, but a board computes in the parent's format.
         """
         return [FP16, *(["int8"] if "int8" in self._board.refuses else [])]
 

@@ -25,7 +25,7 @@ from blip2edge.calibration.weights.blocks import (
 from blip2edge.errors import BundleError, option
 
 DAMPING = 0.01
-"""Share of the mean diagonal that is added to H (arXiv 2210.17323, section 3.3)."""
+"""This share of the mean of H's diagonal is added to the diagonal of ``H = XᵀX`` (arXiv 2210.17323, section 3.3)."""
 
 LAZY = 128
 """Number of inputs whose corrections are collected before the rest of the matrix is updated."""

@@ -85,11 +85,11 @@ def _behind_groups(value: ir.Value) -> ir.Value:
 
 
 def _turned(value: ir.Value | None) -> ir.Value | None:
-    """Returns the keys ``[B, H, T, d]`` that were transposed for the multiplication with the queries.
+    """Finds the keys ``[B, H, T, d]`` before they are transposed to ``[B, H, d, T]`` for the scores.
 
     Returns:
-        The value before the Transpose; ``value`` itself if one Transpose also moves the heads; None without a
-        Transpose.
+        The input of the Transpose node that swaps the last two axes. If one Transpose node swaps these axes and also
+        moves the axis of the heads, ``value`` itself. None if no Transpose node computes ``value``.
     """
     node = producer(value, "Transpose")
     if node is None:

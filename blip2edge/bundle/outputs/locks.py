@@ -118,7 +118,7 @@ def recover(target: Path) -> None:
 
     A replacement has two renames: the old output is renamed to ``.NAME.part/old``, then the new output gets the name.
     A run that is killed between the two leaves no file of this name. If the run between the two renames is still
-    alive, this function waits. If a file of this name exists, it does nothing.
+    alive, this function waits. If a file of this name exists, the function does nothing.
     """
     part = part_of(target)
     end = time.monotonic() + WAIT_S

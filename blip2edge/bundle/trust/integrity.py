@@ -85,8 +85,9 @@ class CheckedFiles:
     """Checks files, and records the state (size, times, inode) of each checked file.
 
     Attributes:
-        strict: If True, every file is hashed and stamps are neither used nor written. A symbolic link is an error, and
-            so is any change of a file or of its directory before :meth:`check_unchanged`.
+        strict: If True, every file is hashed, and stamps (records of earlier checks) are neither used nor written. A
+            symbolic link is an error, and so is any change of a file or of its directory before
+            :meth:`check_unchanged`.
     """
 
     strict: bool = False
@@ -122,7 +123,7 @@ class CheckedFiles:
             _write_stamps(directory, updated)
 
     def _check_file(self, listing: Listing, name: str, record: FileRecord, known: object) -> Identity:
-        """Checks one file and returns its identity; ``known`` is the stamp of the last check."""
+        """Checks one file; returns its size, times, device and inode. ``known`` is the stamp of the last check."""
         path = listing.directory / name
         if not is_file_name(name):
             raise BundleIntegrityError(
@@ -148,7 +149,9 @@ class CheckedFiles:
         return identity
 
     def hash(self, path: Path) -> tuple[str, Identity]:
-        """Hashes a file; returns its SHA-256 and its identity, and remembers both.
+        """Hashes a file; returns its SHA-256 and its identity, and records both for :meth:`check_unchanged`.
+
+        The identity is the file's size, times, device and inode.
 
         Raises:
             BundleIntegrityError: The file changes while it is read, or is no regular file.
@@ -209,7 +212,8 @@ def check_unlisted(listing: Listing) -> None:
     """Checks that the directory of a listing contains no other files.
 
     Raises:
-        BundleIntegrityError: A file is neither listed nor the manifest or its stamps.
+        BundleIntegrityError: The directory has a file that the listing does not name. The manifest, and the file of
+            stamps (records of earlier checks), need not be listed.
     """
     known = {*listing.files, listing.manifest, STAMPS}
     for path in sorted(listing.directory.rglob("*")):
