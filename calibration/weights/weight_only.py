@@ -40,8 +40,8 @@ from blip2edge.calibration.weights.segments import SegmentRunner
 Array = NDArray[Any]
 
 OPSET = 21
-"""The first opset whose DequantizeLinear has blocks and 4-bit types. All other operators of the exported graphs mean the
-same in opset 21 as in opset 18, because the versions between only added types."""
+"""The first opset whose DequantizeLinear has blocks and 4-bit types. All other operators of the exported graphs mean
+the same in opset 21 as in opset 18, because the versions between only added types."""
 
 DTYPES = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
 LOGITS_INDICES = "logits_indices"
