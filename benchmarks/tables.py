@@ -257,6 +257,17 @@ def startup(document: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
+def loading(document: dict[str, Any]) -> list[str]:
+    """Returns the table of the seconds that large bundles take to load (`loading.py`)."""
+    rows = ["| bundle | backend | size | load | then to huge pages, in the background |", "|---|---|---:|---:|---:|"]
+    for each in document["results"]:
+        after = f"{each['after_s']:.2f} s" if each["backend"] == "cpu" else ""
+        rows.append(
+            f"| {each['bundle']} | {each['backend']} | {each['bytes'] / 1e6:.0f} MB | {each['load_s']:.2f} s | {after} |"
+        )
+    return [*rows, "", f"{_where(document)}; the files are in the page cache; median of {document['rounds']}."]
+
+
 def training_memory(document: dict[str, Any]) -> list[str]:
     """Returns the table of the memory of a training step (`training_memory.py`)."""
     heads = ("", "weights", "gradients, AdamW", "activations", "step", "a tenth: predicted", "measured", "losses apart")
@@ -306,6 +317,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "streaming": ("streaming.json", streaming),
     "scheduling": ("scheduling.json", scheduling),
     "startup": ("startup.json", startup),
+    "loading": ("loading.json", loading),
 }
 """The result file of each table, and the function that formats it."""
 
