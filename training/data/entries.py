@@ -282,18 +282,37 @@ def opened_pictures(
 class RejectingSource:
     """Base of sample sources that skip samples which cannot be used.
 
+    A source whose samples are all broken would be read for ever, pass after pass, if it has fewer samples than
+    `max_broken` allows. So it raises an error after a whole pass without a usable sample.
+
     Args:
         broken: Collects the broken samples; rejected samples are added.
+        pass_size: Number of samples of a pass; None if it is not known yet.
     """
 
-    def __init__(self, broken: BrokenSamples) -> None:
+    def __init__(self, broken: BrokenSamples, pass_size: int | None = None) -> None:
         self._broken = broken
+        self._pass_size = pass_size
+        self._rejected = 0  # in a row, without a usable sample between them
 
     @property
     def broken(self) -> Mapping[str, str]:
         """Returns, by sample id, why a sample was skipped when the data was read or was rejected later."""
         return self._broken.problems
 
+    def accept(self, sample: Sample) -> None:
+        """Notes that a sample was used."""
+        del sample
+        self._rejected = 0
+
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
-        """Adds an unusable sample to the broken samples; raises DataError if more are broken than allowed."""
+        """Adds an unusable sample to the broken samples.
+
+        Raises:
+            DataError: More samples are broken than allowed, or a whole pass had no usable sample.
+        """
         self._broken.add(sample.sample_id, error.problem)
+        self._rejected += 1
+        # Each pass has its own order: only 2 N - 1 samples in a row are sure to contain a whole pass of N samples.
+        if self._pass_size is not None and self._rejected >= 2 * self._pass_size - 1:
+            raise self._broken.none_usable("usable sample")

@@ -73,7 +73,7 @@ class ListSource(RejectingSource):
         if not entries:
             raise broken.none_usable("sample with its picture and text")
         self._entries = entries
-        super().__init__(broken)
+        super().__init__(broken, len(entries))
         self._name = name
         self._config = config
         self._seed = seed

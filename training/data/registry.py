@@ -141,6 +141,12 @@ def _sharded(config: DataConfig, seed: int, base: Path, part: Part) -> tuple[Sam
 
 def _listed(config: DataConfig, seed: int, base: Path, part: Part) -> tuple[SampleSource, int]:
     every, broken = LIST_READERS[config.kind](config, base)
+    if 0 < len(every) < part[1]:
+        raise ConfigError(
+            f"[data] {config.path}: expected at least {part[1]} samples for the {part[1]} data streams, got"
+            f" {len(every)}",
+            "lower data_streams ([loop] in a recipe)",
+        )
     entries = every[part[0] :: part[1]]
     return ListSource(entries, broken, config.path, config, seed), len(entries)
 

@@ -57,6 +57,9 @@ class SceneSource:
         """Returns an empty mapping: a generated picture is never broken."""
         return {}
 
+    def accept(self, sample: Sample) -> None:
+        """Does nothing: every generated scene can be used."""
+
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
         """Always raises DataError: a generated scene can be used, so the error is in another part of the program."""
         raise DataError(f"{self.name}: {sample.sample_id} cannot be used: {error.problem}") from error

@@ -62,13 +62,15 @@ class ShardSource(RejectingSource):
         """
         while True:
             stream = self._entries_from(*self._start)
-            any_left = False
+            whole, count = self._start == (0, 0), 0
             while block := list(islice(stream, self._config.shuffle_buffer)):
-                any_left = True
+                count += len(block)
                 yield from self._shuffled([entry for _, entry in block])
                 shard, number = block[-1][0]
                 self._start, self._block, self._within = (shard, number + 1), self._block + 1, 0
-            if not any_left and self._start == (0, 0):
+            if whole:
+                self._pass_size = count
+            if whole and not count:
                 raise self._broken.none_usable("sample")
             self._pass, self._block, self._within, self._start = self._pass + 1, 0, 0, (0, 0)
 

@@ -93,11 +93,15 @@ class SampleSource(Protocol):
     def broken(self) -> Mapping[str, str]:
         """Returns, by sample id, why a sample was skipped or rejected."""
 
+    def accept(self, sample: Sample) -> None:
+        """Notes that a sample was used. `accept` and `reject` are called in the order of the samples."""
+
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
         """Adds a sample that could not be used to the broken samples.
 
         Raises:
-            DataError: More samples are broken than allowed; the error names their number and the first three.
+            DataError: More samples are broken than allowed, or a whole pass over the data had no usable sample. The
+                error names their number and the first three.
         """
 
     def state_dict(self) -> dict[str, Any]:

@@ -188,7 +188,7 @@ class Loader:
         self, samples: list[Sample], opened: list[Opened | Blip2EdgeError]
     ) -> tuple[list[Sample], list[Pixels]]:
         """Replaces broken samples by the next samples; all processes that read a stream do the same replacements."""
-        own = self._own
+        own, fresh = self._own, list(range(len(samples)))
         while True:
             broken = {
                 own.start + number: each.problem
@@ -197,15 +197,19 @@ class Loader:
             }
             if not self._split and self._accelerator.num_processes > 1:
                 broken = {place: what for part in gather_object([broken]) for place, what in part.items()}
+            for place in fresh:
+                source = self._sources[place // self._count]
+                if place in broken:
+                    source.reject(samples[place], ImageError(broken[place]))
+                else:
+                    source.accept(samples[place])
             if not broken:
                 return samples, [one for each in opened if not isinstance(each, Blip2EdgeError) for one in each]
-            for place, problem in sorted(broken.items()):
-                self._sources[place // self._count].reject(samples[place], ImageError(problem))
-            samples = list(samples)
-            for place in sorted(broken):
+            samples, fresh = list(samples), sorted(broken)
+            for place in fresh:
                 samples[place] = next(self._streams[place // self._count])
             self._states = self._positions()
-            for place in sorted(broken):
+            for place in fresh:
                 if own.start <= place < own.stop:
                     opened[place - own.start] = self._opened(samples[place])
 

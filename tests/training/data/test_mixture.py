@@ -45,6 +45,9 @@ class Numbers:
             self.position += 1
             yield Sample(str(self.position), "", lambda: None, "")  # type: ignore[arg-type,return-value]
 
+    def accept(self, sample: Sample) -> None:
+        raise AssertionError
+
     def reject(self, sample: Sample, error: Any) -> None:
         raise AssertionError
 

@@ -61,6 +61,19 @@ def test_more_than_the_limit_stop_the_run(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("stage", "more"), [("stage1", ""), ("stage2", "accumulate = 2\n")])
+@pytest.mark.parametrize("cached", ["false", "true"])
+def test_data_without_a_usable_picture_end_the_run(stage: str, more: str, cached: str, tmp_path: Path) -> None:
+    path = recipe(tmp_path, 100)
+    for picture in (tmp_path / "pictures").glob("*.png"):
+        picture.write_bytes(b"no picture")
+    text = path.read_text().replace("[stage2]", f"[loop]\ncache_features = {cached}\n[{stage}]")
+    path.write_text(text + more)
+    with pytest.raises(DataError, match="expected at least one usable sample, got none; 6 samples are broken: "):
+        train(stage, path, tmp_path / "out", evaluation_scenes=0)
+    assert not (tmp_path / "out").exists()
+
+
 def mixture(directory: Path) -> Path:
     """Scenes as Parquet, as packed shards, as a CSV file and as dialogues, and a recipe that mixes them."""
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")

@@ -59,6 +59,9 @@ class Faulty:
     def broken(self) -> dict[str, str]:
         return dict.fromkeys(self.rejected, "broken")
 
+    def accept(self, sample: Sample) -> None:
+        """Nothing to note."""
+
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
         self.rejected.append(sample.sample_id)
         if len(self.rejected) > self._most:

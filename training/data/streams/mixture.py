@@ -82,10 +82,25 @@ class MixtureSource:
         numbered = enumerate(self._sources)
         return {f"{number}/{name}": problem for number, source in numbered for name, problem in source.broken.items()}
 
+    def accept(self, sample: Sample) -> None:
+        """Notes that a sample of its set was used."""
+        source, own = self._own(sample)
+        source.accept(own)
+
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
-        """Adds a sample to the broken samples of its set; raises DataError if that set's `max_broken` is exceeded."""
+        """Adds a sample to the broken samples of its set.
+
+        Raises:
+            DataError: That set's `max_broken` is exceeded, or a whole pass over the set had no usable sample. The
+                other sets do not replace it: the mixture would no longer have the ratios of the recipe.
+        """
+        source, own = self._own(sample)
+        source.reject(own, error)
+
+    def _own(self, sample: Sample) -> tuple[SampleSource, Sample]:
+        """Returns the source of a sample of the mixture, and the sample as this source knows it."""
         number, _, sample_id = sample.sample_id.partition("/")
-        self._sources[int(number)].reject(dataclasses.replace(sample, sample_id=sample_id), error)
+        return self._sources[int(number)], dataclasses.replace(sample, sample_id=sample_id)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position in the stream, the probabilities, and the state of each source."""
