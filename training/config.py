@@ -79,6 +79,10 @@ class TrainingConfig(RecipeSection):
 
     section = ""
 
+    def runs_stage1(self, stage: str) -> bool:
+        """Returns whether `blip2edge train STAGE` runs stage 1: not if the recipe names a finished stage 1."""
+        return self.stage1.steps > 0 and (stage == "stage1" or not self.model.bridge_from)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for problem, fix in _conflicts(self):

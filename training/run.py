@@ -36,7 +36,7 @@ from blip2edge.training.loop.snapshots import Snapshot, Snapshots
 from blip2edge.training.loop.trackers import BOARD, TrackedRun, Trackers, check_trackers, recipe_values, run_identity
 from blip2edge.training.loop.training_run import TrainingRun
 from blip2edge.training.phases.registry import PHASES, phases_of
-from blip2edge.training.setup.build import build_parts, write_stage1
+from blip2edge.training.setup.build import plan_parts, write_stage1
 from blip2edge.training.setup.memory import announce
 
 RECORD_FILE = "training.json"  # in the checkpoint: the record of the training
@@ -135,14 +135,17 @@ def _train(
     status = (log if first else None) or (lambda _: None)
     base = Path(config_path).resolve().parent
     torch.manual_seed(config.seed)
-    parts = build_parts(stage, config, base)
+    planned = plan_parts(stage, config, base)
+    announce(planned.config, config, stage, accelerator, status)
+    if planned.bridge:
+        status(f"bridge ({config.bridge}): {planned.bridge}")
+    parts = planned.build()
     # The trackers begin last: a recipe that is refused leaves no run open in them.
     journal = _journal(config, target, snapshots, status, resumed=snapshot is not None) if first else Journal(None)
     run = TrainingRun(stage, config, base, accelerator, parts, journal, snapshots, status, progress if first else None)
     with contextlib.closing(run), contextlib.closing(journal):
         if snapshot is not None:
             run.log(f"resumes from the snapshot of step {snapshots.steps} in {snapshots.directory}")
-        announce(run.parts.model.config, config, stage, accelerator, run.log)
         start, cpu_start = time.monotonic(), time.process_time()
         if config.validation.every and stage == "stage1":
             run.log("stage1: [validation] is not used: stage 1 generates no captions")
@@ -189,8 +192,6 @@ def _first_phase(run: TrainingRun, snapshot: Snapshot, names: list[str]) -> int:
     first = names.index(phase)
     for name in names[:first]:
         run.changed += PHASES[name].changes(run.config)
-    if "stage1" in names[:first]:
-        run.parts.new_projection = True
     return first
 
 

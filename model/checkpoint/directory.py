@@ -177,6 +177,19 @@ def ties_head(config: Config) -> TypeGuard[CaptionerConfig]:
     return isinstance(config, CaptionerConfig) and config.language.tie_embeddings
 
 
+def read_model_config(source: str | Path) -> Config:
+    """Returns the config of a checkpoint of any family (directory or hub name); names and shapes are checked.
+
+    The weights are not read, except to compare a head with the token table.
+
+    Raises:
+        CheckpointError: See :class:`Checkpoint`.
+    """
+    checkpoint = Checkpoint(find_checkpoint(source))
+    checkpoint.files.close()
+    return checkpoint.config
+
+
 def load_model(source: str | Path | Checkpoint, dtype: torch.dtype = torch.float32) -> Model:
     """Reads a directory (or hub name) into a model in eval mode.
 

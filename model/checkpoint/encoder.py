@@ -12,6 +12,7 @@ from torch import Tensor
 from blip2edge.errors import CheckpointError
 from blip2edge.model.checkpoint.stored.files import read_checkpoint_json
 from blip2edge.model.checkpoint.stored.tensors import TensorFiles
+from blip2edge.model.config import VisionEncoderConfig
 from blip2edge.model.interfaces import VisionModule
 from blip2edge.model.layers import shapes_of
 from blip2edge.model.vision.registry import REFUSED, VISION_ENCODERS, WHOLE_MODELS, build_vision, vision_encoder
@@ -29,6 +30,26 @@ def is_encoder(directory: Path) -> bool:
     return path.is_file() and read_checkpoint_json(path).get("model_type") in known
 
 
+def encoder_config(directory: Path, size: tuple[int, int] | None = None) -> VisionEncoderConfig:
+    """Returns the config of the encoder that :func:`load_encoder` reads, without reading weights.
+
+    Raises:
+        CheckpointError: The encoder cannot encode pictures of this size.
+        UnsupportedModelError: The encoder is not supported.
+    """
+    with torch.device("meta"):
+        return _for_size(build_vision(_read_config(directory)), size, directory).config
+
+
+def _read_config(directory: Path) -> VisionEncoderConfig:
+    """Returns the config of an encoder's checkpoint, for the picture size that it names."""
+    values = read_checkpoint_json(directory / "config.json")
+    model_type = values.get("model_type")
+    if model_type in WHOLE_MODELS:
+        model_type, values = WHOLE_MODELS[model_type], values.get("vision_config", {})
+    return vision_encoder(model_type).read_config(values)
+
+
 def load_encoder(directory: Path, size: tuple[int, int] | None = None) -> VisionModule:
     """Reads a vision encoder in eval mode, float32.
 
@@ -40,12 +61,8 @@ def load_encoder(directory: Path, size: tuple[int, int] | None = None) -> Vision
         CheckpointError: Config and tensors do not fit together, or the encoder cannot encode pictures of this size.
         UnsupportedModelError: The encoder is not supported.
     """
-    values = read_checkpoint_json(directory / "config.json")
-    model_type = values.get("model_type")
-    if model_type in WHOLE_MODELS:
-        model_type, values = WHOLE_MODELS[model_type], values.get("vision_config", {})
-    row = vision_encoder(model_type)
-    config = row.read_config(values)
+    config = _read_config(directory)
+    row = vision_encoder(config.kind)
     with torch.device("meta"):
         module = build_vision(config)
     shapes = shapes_of(module)

@@ -27,7 +27,7 @@ from blip2edge.model.vision.efficientnet_lite import EfficientNetLiteConfig
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.data.registry import open_sample_source
 from blip2edge.training.loading.qformer_texts import QFormerTexts
-from blip2edge.training.setup.pretrained import load_tokenizer, load_vision
+from blip2edge.training.setup.pretrained import load_tokenizer, open_vision
 from tests.drawing_photos import package_state
 
 TINY = EfficientNetLiteConfig(image_size=64, width_coefficient=0.25, depth_coefficient=0.5, normalize=True)
@@ -171,8 +171,8 @@ def test_what_is_there_is_not_written_over(built: Path, roots: dict[str, Path]) 
 
 def test_the_encoder_is_read_with_its_preprocessing(tmp_path: Path) -> None:
     write_encoder(package_state(TINY), TINY, tmp_path / "vision")
-    part = load_vision("vision", tmp_path)
-    assert part.module.config == TINY
+    part = open_vision("vision", tmp_path)
+    assert part.config == part.read().config == TINY
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 144, 3), dtype=np.uint8))
     small = np.asarray(picture.resize((96, 64), Image.Resampling.BILINEAR).crop((16, 0, 80, 64)), dtype=np.float64)
     wanted = (small / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]

@@ -25,7 +25,7 @@ from blip2edge.model.checkpoint.directory import Checkpoint, load_checkpoint, sa
 from blip2edge.model.checkpoint.lavis import open_checkpoint  # noqa: E402
 from blip2edge.model.checkpoint.stored.files import find_checkpoint, find_side_files  # noqa: E402
 from blip2edge.model.weights.ties import stored_names  # noqa: E402
-from blip2edge.training.setup.pretrained import load_language  # noqa: E402
+from blip2edge.training.setup.pretrained import open_language  # noqa: E402
 from tests import drawing  # noqa: E402
 from tests.drawing import rewrite_tensors  # noqa: E402
 from tests.families import drawing_blip  # noqa: E402
@@ -145,7 +145,7 @@ def test_a_language_model_alone_may_have_either_name(tmp_path: Path) -> None:
     drawn = drawing.save(tmp_path)
     drawn.model.language_model.save_pretrained(tmp_path)
     rewrite_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t.pop("model.decoder.embed_tokens.weight")}))
-    state = load_language(str(tmp_path), tmp_path).state
+    state = open_language(str(tmp_path), tmp_path).state()
     assert torch.equal(state["embed_tokens.weight"], drawn.model.language_model.get_input_embeddings().weight)
 
 

@@ -351,6 +351,6 @@ def phases_of(stage: str, config: TrainingConfig) -> list[str]:
             raise ConfigError("[stage1] steps is 0", "set [stage1] steps to the number of optimizer steps")
         return [*phases, "stage1"]
     phases += ["language"] if config.model.is_miniature else []
-    if config.stage1.steps and not config.model.bridge_from:
+    if config.runs_stage1(stage):
         phases.append("stage1")
     return [*phases, stage]

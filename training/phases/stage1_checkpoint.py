@@ -1,6 +1,6 @@
 """Initialises, loads and saves the model of stage 1, and copies its trained weights into a captioner.
 
-:func:`start_from_bert` initialises the model from a BERT. :func:`load_stage1` and :func:`save_stage1` use directories
+:func:`start_from_bert` initialises the model from a BERT. :func:`open_stage1` and :func:`save_stage1` use directories
 of transformers' ``Blip2ForImageTextRetrieval``, with the files of the draft model. :func:`begin_stage2` copies the
 trained weights into the bridge and the draft model of a captioner.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,17 @@ from blip2edge.errors import CheckpointError
 from blip2edge.model.bridges.qformer import QFormerBase
 from blip2edge.model.bridges.text_head import DRAFT_CONFIG, DRAFT_FILE, TEXT_HEAD_RULES, write_draft
 from blip2edge.model.captioner import CaptionerModel
-from blip2edge.model.checkpoint.directory import load_model, save_checkpoint
+from blip2edge.model.checkpoint.directory import load_model, read_model_config, save_checkpoint
 from blip2edge.model.checkpoint.stored.files import find_checkpoint, read_checkpoint_json
 from blip2edge.model.checkpoint.stored.tensors import TensorFiles
-from blip2edge.model.config import DraftConfig, QFormerConfig
-from blip2edge.model.retrieval import RetrievalModel
+from blip2edge.model.config import CaptionerConfig, DraftConfig, QFormerConfig
+from blip2edge.model.retrieval import RetrievalConfig, RetrievalModel
 from blip2edge.model.weights.rules import Rule, WeightMap, some, under
 from blip2edge.reading import checking, reading
 from blip2edge.training.phases.stage1 import Stage1Model
 from blip2edge.training.setup.architecture import stage1_config
 
+STAGE1_FAMILY = "blip-2-itm"  # of the checkpoints that stage 1 writes
 STAGE1_FILE = "stage1.json"  # holds the temperature, which is in no other file
 EMBED_DIM = 256  # of picture and text vectors where they are newly initialised, as in LAVIS
 BERT_STD = 0.02  # of BERT's initialisation, and of the queries
@@ -176,18 +178,49 @@ def save_stage1(model: Stage1Model, directory: str | Path) -> None:
     (target / STAGE1_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
-def load_stage1(source: str | Path, draft: DraftConfig | None = None) -> Stage1Model:
-    """Loads the output of :func:`save_stage1`, or any directory of transformers' ``Blip2ForImageTextRetrieval``.
+@dataclass(frozen=True)
+class Stage1Source:
+    """A checkpoint from which stage 1 can start, or whose Q-Former a captioner can get; its weights are not read yet.
 
-    From a captioner with a draft model, Q-Former and text head are loaded; the contrastive projections and the matching
+    Attributes:
+        directory: The checkpoint.
+        config: Config of the stage-1 model.
+        draft: Config of its text head.
+        has_draft: Whether the checkpoint has a text head; if not, the text head is new.
+    """
+
+    directory: Path
+    config: RetrievalConfig
+    draft: DraftConfig
+    has_draft: bool
+
+    def load(self) -> Stage1Model:
+        """Reads the model; it is in eval mode, float32. What the checkpoint does not have is drawn."""
+        model = Stage1Model(self.config, self.draft)
+        draw_weights(model)
+        given = load_model(self.directory)
+        if isinstance(given, CaptionerModel):
+            _copy_captioner(model, given)
+            return model.eval()
+        model.load_state_dict(given.state_dict(), strict=False)
+        if self.has_draft:
+            _load_head(model, self.directory)
+        if (self.directory / STAGE1_FILE).is_file():
+            with torch.no_grad():
+                model.temperature.fill_(_temperature(self.directory / STAGE1_FILE))
+        return model.eval()
+
+
+def open_stage1(source: str | Path, draft: DraftConfig | None = None, embed_dim: int = EMBED_DIM) -> Stage1Source:
+    """Opens the output of :func:`save_stage1`, or any directory of transformers' ``Blip2ForImageTextRetrieval``.
+
+    From a captioner with a draft model, Q-Former and text head are used; the contrastive projections and the matching
     head are initialised at random.
 
     Args:
         source: A directory or a hub name.
         draft: Config of the text head, if the directory has no draft model; its word head is then random.
-
-    Returns:
-        The model in eval mode, float32.
+        embed_dim: Dimension of the contrastive projections, where they are initialised at random.
 
     Raises:
         CheckpointError: The source is not such a model, or has no draft model and ``draft`` is None.
@@ -196,31 +229,35 @@ def load_stage1(source: str | Path, draft: DraftConfig | None = None) -> Stage1M
     has_draft = (directory / DRAFT_CONFIG).is_file()
     if has_draft:
         draft = DraftConfig.from_json(read_checkpoint_json(directory / DRAFT_CONFIG))
-    given = load_model(directory)
-    if isinstance(given, CaptionerModel) and given.draft is not None:
-        return _of_captioner(given, directory).eval()
-    if not isinstance(given, RetrievalModel) or given.config.family != "blip-2-itm" or draft is None:
+    given = read_model_config(directory)
+    if isinstance(given, CaptionerConfig) and given.draft is not None:
+        if type(given.bridge) is not QFormerConfig:
+            raise CheckpointError(
+                f"expected a plain Q-Former with a draft model in {directory}, found a bridge of kind"
+                f" {given.bridge.kind}",
+                "give the output of stage 1",
+            )
+        config = stage1_config(given.vision, given.bridge, given.draft, embed_dim)
+        return Stage1Source(directory, config, given.draft, has_draft)
+    if not isinstance(given, RetrievalConfig) or given.family != STAGE1_FAMILY or draft is None:
         raise CheckpointError(
             f"expected the output of stage 1 with {DRAFT_CONFIG} in {directory}, found "
-            + (f"the family {given.config.family}" if draft else f"no {DRAFT_CONFIG}"),
+            + (f"the family {given.family}" if draft else f"no {DRAFT_CONFIG}"),
             "give the output of stage 1, or a captioner with a draft model",
         )
-    if draft.vocab_size != given.config.vocab_size:
+    if draft.vocab_size != given.vocab_size:
         holder = DRAFT_CONFIG if has_draft else "the tokenizer of the text side"
         raise CheckpointError(
             f"{directory}: {holder} has {draft.vocab_size} tokens, but vocab_size in config.json is "
-            f"{given.config.vocab_size}; expected the same number",
+            f"{given.vocab_size}; expected the same number",
             "copy all files of the directory from the same training run",
         )
-    model = Stage1Model(given.config, draft)
-    draw_weights(model)
-    model.load_state_dict(given.state_dict(), strict=False)
-    if has_draft:
-        _load_head(model, directory)
-    if (directory / STAGE1_FILE).is_file():
-        with torch.no_grad():
-            model.temperature.fill_(_temperature(directory / STAGE1_FILE))
-    return model.eval()
+    return Stage1Source(directory, given, draft, has_draft)
+
+
+def load_stage1(source: str | Path, draft: DraftConfig | None = None) -> Stage1Model:
+    """Reads a stage-1 model in eval mode, float32; see :func:`open_stage1`."""
+    return open_stage1(source, draft).load()
 
 
 def _temperature(path: Path) -> float:
@@ -230,28 +267,15 @@ def _temperature(path: Path) -> float:
     return float(values["temperature"])
 
 
-def _of_captioner(captioner: CaptionerModel, directory: Path) -> Stage1Model:
-    """Builds a stage-1 model from a captioner's Q-Former and draft, the reverse of :func:`begin_stage2`.
-
-    Raises:
-        CheckpointError: The bridge of the checkpoint is not a plain Q-Former (one without text input).
-    """
-    bridge, draft = captioner.config.bridge, captioner.config.draft
-    if type(bridge) is not QFormerConfig or draft is None or captioner.draft is None:
-        raise CheckpointError(
-            f"expected a plain Q-Former with a draft model in {directory}, found a bridge of kind {bridge.kind}",
-            "give the output of stage 1",
-        )
-    model = Stage1Model(stage1_config(captioner.config.vision, bridge, draft, EMBED_DIM), draft)
-    draw_weights(model)
+def _copy_captioner(model: Stage1Model, captioner: CaptionerModel) -> None:
+    """Copies a captioner's picture encoder, Q-Former and draft model; the reverse of :func:`begin_stage2`."""
     model.vision.load_state_dict(captioner.vision.state_dict())
-    qformer: Any = captioner.bridge.qformer
+    qformer: Any = captioner.bridge.get_submodule("qformer")
     model.matcher.get_submodule("qformer").load_state_dict(qformer.state_dict(), strict=False)
-    written = captioner.draft.state_dict()
+    written = {} if captioner.draft is None else captioner.draft.state_dict()
     with torch.no_grad():
         for name, tensor in draft_tensors(model).items():
             tensor.copy_(written[name])
-    return model
 
 
 def _load_head(model: Stage1Model, directory: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,29 @@ from tokenizers.processors import TemplateProcessing
 
 from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE
 from blip2edge.errors import ConfigError
-from blip2edge.model.checkpoint.directory import load_checkpoint
+from blip2edge.model.bridges.text_head import DRAFT_CONFIG
+from blip2edge.model.checkpoint.directory import load_checkpoint, read_model_config
 from blip2edge.model.checkpoint.image_processor import load_preprocessing
 from blip2edge.model.checkpoint.stored.files import read_checkpoint_json
-from blip2edge.model.config import BLIP2_VISION, CLIP_VISION, CaptionerConfig, DraftConfig, QFormerConfig
+from blip2edge.model.config import (
+    BLIP2_VISION,
+    CLIP_VISION,
+    CaptionerConfig,
+    DraftConfig,
+    QFormerConfig,
+    VisionConfig,
+)
 from blip2edge.model.config_json import Fields
-from blip2edge.model.vision.vit import VisionTransformer
+from blip2edge.model.families.registry import FAMILIES
+from blip2edge.model.retrieval import RetrievalConfig
 from blip2edge.training.config import TrainingConfig
 from blip2edge.training.loading.qformer_texts import CLS, SEP, QFormerTexts
 from blip2edge.training.phases.stage1 import Stage1Model
 from blip2edge.training.phases.stage1_checkpoint import (
+    STAGE1_FAMILY,
+    Stage1Source,
     begin_stage2,
-    load_stage1,
+    open_stage1,
     save_stage1,
     start_from_bert,
 )
@@ -35,16 +47,35 @@ from blip2edge.training.setup.model_parts import ModelParts
 QFORMER_TOKENIZER = "qformer_tokenizer/tokenizer.json"  # of InstructBLIP, in its directory
 
 
-def has_text_side(stage: str, config: TrainingConfig) -> bool:
-    """Returns whether the Q-Former has its own text modules in this run."""
+@dataclass(frozen=True)
+class PlannedParts:
+    """The model of a run: all configs are read and checked, and no weights yet.
+
+    Attributes:
+        config: Config of the captioner.
+        bridge: Where the bridge comes from, as a status line; empty for the miniature.
+        build: Reads the weights and makes the model.
+    """
+
+    config: CaptionerConfig
+    bridge: str
+    build: Callable[[], ModelParts]
+
+
+def has_text_side(stage: str, config: TrainingConfig, kept: Stage1Source | None = None) -> bool:
+    """Returns whether the Q-Former has its own text modules in this run; `kept`: the Q-Former that the run uses."""
     if config.bridge not in ("qformer", "projection"):
         return False
-    kept = config.stage1.steps or config.model.bridge_from or config.stage2.itg_weight
-    return stage in ("stage1", "instruct") or bool(kept)
+    return stage in ("stage1", "instruct") or bool(config.stage1.steps or kept or config.stage2.itg_weight)
 
 
 def build_parts(stage: str, config: TrainingConfig, base: Path) -> ModelParts:
-    """Builds the captioner of a training run, from the checkpoints that the recipe names or with new weights.
+    """Builds the captioner of a training run; arguments and errors are those of :func:`plan_parts`."""
+    return plan_parts(stage, config, base).build()
+
+
+def plan_parts(stage: str, config: TrainingConfig, base: Path) -> PlannedParts:
+    """Plans the captioner of a training run, from the checkpoints that the recipe names or with new weights.
 
     Args:
         stage: "stage1", "stage2" or "instruct".
@@ -55,67 +86,154 @@ def build_parts(stage: str, config: TrainingConfig, base: Path) -> ModelParts:
         ConfigError: The parts do not fit together.
         CheckpointError: A checkpoint cannot be read.
     """
-    kept = None
-    if config.model.bridge_from:
-        kept = load_stage1(pretrained.resolve(config.model.bridge_from, base))
-    instructed = stage == "instruct"
-    text = has_text_side(stage, config)
+    kept = _kept(config, base)
+    given = _of_checkpoint(config, base)
+    own = None if given is None or kept else _text_side_of_checkpoint(stage, config, base, given)
+    whole = None if given is None else _whole(stage, config, base, given)
+    kept = kept or own
     if config.model.is_miniature:
-        parts = build_miniature(config, draft=text and not instructed, instructed=instructed)
+        planned = _miniature(stage, config, kept)
     else:
-        parts = _whole(stage, config, base) or _composed(stage, config, base, kept if text else None)
-    _check_trained_vision(parts, config)
-    if kept is not None:
-        begin_stage2(kept, parts.model)
-    draft = parts.model.config.draft
-    if (
-        draft is not None and parts.qformer_texts is not None
-    ):  # an existing draft model may have fewer positions than the recipe sets
-        parts.qformer_texts.max_length = min(parts.qformer_texts.max_length, draft.max_positions)
-    return parts
+        planned = whole or _composed(stage, config, base, kept if has_text_side(stage, config, kept) else None)
+    _check_trained_vision(planned.config, config)
+
+    def build() -> ModelParts:
+        parts = planned.build()
+        if kept is not None:
+            parts.stage1 = kept.load
+        if kept is not None and not (whole and own):  # a checkpoint that is used whole has its own bridge
+            begin_stage2(kept.load(), parts.model)
+        draft = parts.model.config.draft
+        if draft is not None and parts.qformer_texts is not None:
+            # an existing draft model may have fewer positions than the recipe sets
+            parts.qformer_texts.max_length = min(parts.qformer_texts.max_length, draft.max_positions)
+        return parts
+
+    return replace(planned, build=build)
 
 
-def _check_trained_vision(parts: ModelParts, config: TrainingConfig) -> None:
+def _kept(config: TrainingConfig, base: Path) -> Stage1Source | None:
+    """Opens the model of stage 1 that the recipe names, whose Q-Former the run uses; None if it names none.
+
+    This is `bridge_from`, or a `checkpoint` that is a BLIP-2 for image-text retrieval.
+    """
+    model = config.model
+    if model.bridge_from:
+        return _opened(model.bridge_from, config, base)
+    if not model.checkpoint or model.vision_from or config.bridge not in _QFORMERS:
+        return None
+    if not _is_retrieval(pretrained.resolve(model.checkpoint, base)):
+        return None
+    return _opened(model.checkpoint, config, base)
+
+
+def _is_retrieval(directory: Path) -> bool:
+    """Returns whether a checkpoint is a BLIP-2 for image-text retrieval, the model that stage 1 trains."""
+    if not (directory / "config.json").is_file():  # an adapter
+        return False
+    named = read_checkpoint_json(directory / "config.json").get("architectures")
+    return isinstance(named, list) and any(each in FAMILIES[STAGE1_FAMILY].architectures for each in named)
+
+
+def _opened(name: str, config: TrainingConfig, base: Path) -> Stage1Source:
+    """Opens a model of stage 1. If it has no text head, it gets a new one, with a tokenizer that the recipe names."""
+    directory = pretrained.resolve(name, base)
+    draft = None
+    if not (directory / DRAFT_CONFIG).is_file():
+        own, given = _own_texts(config, base), read_model_config(directory)
+        draft = own.draft_config(given.max_positions) if own and isinstance(given, RetrievalConfig) else None
+    return open_stage1(directory, draft, config.stage1.embed_dim)
+
+
+def _miniature(stage: str, config: TrainingConfig, kept: Stage1Source | None) -> PlannedParts:
+    instructed = stage == "instruct"
+    text = has_text_side(stage, config, kept)
+    parts = build_miniature(config, draft=text and not instructed, instructed=instructed)
+    return PlannedParts(parts.model.config, "", lambda: parts)
+
+
+def _check_trained_vision(given: CaptionerConfig, config: TrainingConfig) -> None:
     """Raises ConfigError if the recipe trains a picture encoder whose training is not supported."""
     trained = [each.section for each in (config.stage1, config.stage2, config.instruct) if each.unfreeze_vision]
-    if trained and not isinstance(parts.model.vision, VisionTransformer):
+    if trained and not isinstance(given.vision, VisionConfig):
         raise ConfigError(
             f"[{trained[0]}] unfreeze_vision trains picture encoders of the kinds {BLIP2_VISION} (BLIP-2, BLIP) and "
-            f"{CLIP_VISION} (CLIP), and this one is of the kind {parts.model.config.vision.kind!r}",
+            f"{CLIP_VISION} (CLIP), and this one is of the kind {given.vision.kind!r}",
             "set unfreeze_vision to false, or give another encoder",
         )
 
 
-def _whole(stage: str, config: TrainingConfig, base: Path) -> ModelParts | None:
-    """Loads the recipe's checkpoint as it is, if it has the picture encoder, bridge and language model of the recipe.
+def _of_checkpoint(config: TrainingConfig, base: Path) -> CaptionerConfig | None:
+    """Returns the config of the recipe's checkpoint, if the run can use all its parts.
 
-    Returns None if one of these three, or the needed text head, is missing or of another kind.
+    Returns None if the recipe takes a part from elsewhere, or the checkpoint's bridge is not of the kind `bridge`.
     """
     model = config.model
     if not model.checkpoint or model.vision_from or model.language_from:
         return None
-    directory = pretrained.resolve(model.checkpoint, base)
-    given = load_checkpoint(directory)
-    wanted = "instructed-qformer" if stage == "instruct" else _KINDS[config.bridge]
-    gated = given.config.family == "idefics"
-    lacks_text = config.stage2.itg_weight > 0 and given.draft is None and stage == "stage2"
-    if given.config.bridge.kind != wanted or gated != (config.bridge == "flamingo") or lacks_text:
+    given = pretrained.captioner_config_of(pretrained.resolve(model.checkpoint, base))
+    gated = given.family == "idefics"
+    return given if given.bridge.kind in _KINDS[config.bridge] and gated == (config.bridge == "flamingo") else None
+
+
+def _text_side_of_checkpoint(
+    stage: str, config: TrainingConfig, base: Path, given: CaptionerConfig
+) -> Stage1Source | None:
+    """Opens the checkpoint's Q-Former with its text side, if the run trains both; None if it needs no text side.
+
+    Raises:
+        ConfigError: The run cannot train the checkpoint's bridge.
+    """
+    instructed = given.bridge.kind == INSTRUCTED
+    begins = config.runs_stage1(stage) or (stage == "instruct" and not instructed and config.bridge in _QFORMERS)
+    missing = ""
+    if begins and (given.draft is None or instructed):
+        missing = f"{'stage 1' if config.runs_stage1(stage) else 'instruct'} trains a Q-Former with its text side"
+    elif instructed and stage != "instruct":
+        missing = f"{stage} trains a Q-Former that does not read the prompt"
+    elif stage == "stage2" and config.stage2.itg_weight and given.draft is None:
+        missing = "[stage2] itg_weight trains the text head of the Q-Former"
+    if missing:
+        raise ConfigError(
+            f"{missing}, and the checkpoint {config.model.checkpoint} ([model] checkpoint) has a bridge of kind"
+            f" {given.bridge.kind!r} {'with' if given.draft else 'without'} a text head",
+            "to train a new bridge, name the checkpoint in vision_from and language_from instead of in checkpoint; to"
+            " go on with a Q-Former and its text side, set bridge_from to an output of stage 1",
+        )
+    if not begins:
         return None
+    return open_stage1(pretrained.resolve(config.model.checkpoint, base), None, config.stage1.embed_dim)
+
+
+def _whole(stage: str, config: TrainingConfig, base: Path, given: CaptionerConfig) -> PlannedParts | None:
+    """Plans the recipe's checkpoint as it is; None if its Q-Former is not of the form that the run trains."""
+    wanted = stage == "instruct"
+    lacks_text = stage == "stage2" and config.stage2.itg_weight > 0 and given.draft is None
+    if (given.bridge.kind == INSTRUCTED) != wanted or lacks_text:
+        return None
+    directory = pretrained.resolve(config.model.checkpoint, base)
     preprocessing = load_preprocessing(directory).preprocessing
     tokenizer = pretrained.load_tokenizer(directory / "tokenizer.json")
     files = pretrained.side_files(directory)
-    return ModelParts(given, preprocessing, tokenizer, _own_texts(config, base), files, new_projection=False)
+    own = _own_texts(config, base)
+
+    def build() -> ModelParts:
+        return ModelParts(load_checkpoint(directory), preprocessing, tokenizer, own, files, new_projection=False)
+
+    return PlannedParts(given, f"of {config.model.checkpoint}", build)
 
 
+INSTRUCTED = "instructed-qformer"
+_QFORMERS = ("qformer", "projection")
 _KINDS = {
-    "qformer": "qformer",
-    "projection": "qformer",
-    "mlp": "mlp",
-    "perceiver": "perceiver",
-    "pool": "pool",
-    "flamingo": "perceiver",
+    "qformer": ("qformer", INSTRUCTED),
+    "projection": ("qformer", INSTRUCTED),
+    "mlp": ("mlp",),
+    "perceiver": ("perceiver",),
+    "pool": ("pool",),
+    "flamingo": ("perceiver",),
 }
-"""The kind of bridge for each value of the recipe's key `bridge`."""
+"""The kinds of bridge in checkpoints for each value of the recipe's key `bridge`."""
 
 
 def _own_texts(config: TrainingConfig, base: Path) -> QFormerTexts | None:
@@ -123,72 +241,80 @@ def _own_texts(config: TrainingConfig, base: Path) -> QFormerTexts | None:
 
     Returns None if no checkpoint has such a tokenizer.
     """
-    for name in (config.model.bridge_from, config.model.checkpoint, config.model.bert):
+    model = config.model
+    for name in (model.bridge_from, model.checkpoint, model.bert):
         if not name:
             continue
         directory = pretrained.resolve(name, base)
-        for file in (DRAFT_TOKENIZER_FILE, QFORMER_TOKENIZER):
+        retrieval = _is_retrieval(directory)  # its only tokenizer is the text side's
+        files = [DRAFT_TOKENIZER_FILE, QFORMER_TOKENIZER, *(["tokenizer.json"] if retrieval else [])]
+        for file in files:
             if (directory / file).is_file():
-                return QFormerTexts(pretrained.load_tokenizer(directory / file), config.stage1.max_tokens)
-        if name == config.model.bert:
+                tokenizer = pretrained.load_tokenizer(directory / file, alone=retrieval)
+                return QFormerTexts(tokenizer, config.stage1.max_tokens)
+        if name == model.bert:
             return QFormerTexts(pretrained.load_tokenizer(directory / "tokenizer.json"), config.stage1.max_tokens)
     return None
 
 
-def _composed(stage: str, config: TrainingConfig, base: Path, kept: Stage1Model | None) -> ModelParts:
-    """Builds a captioner from a trained picture encoder, a trained language model and a new bridge.
+def _composed(stage: str, config: TrainingConfig, base: Path, kept: Stage1Source | None) -> PlannedParts:
+    """Plans a captioner of a trained picture encoder, a trained language model and a new bridge.
 
-    If `kept` (a trained stage-1 model) is given, the bridge gets the sizes of its Q-Former.
+    If `kept` (a trained model of stage 1) is given, the bridge gets the sizes of its Q-Former.
     """
     model = config.model
-    vision = pretrained.load_vision(model.vision_from or model.checkpoint, base)
-    language = pretrained.load_language(model.language_from or model.checkpoint, base)
-    instructed, text = stage == "instruct", has_text_side(stage, config)
-    if instructed and vision.module.config.kind != BLIP2_VISION:
+    vision = pretrained.open_vision(model.vision_from or model.checkpoint, base)
+    language = pretrained.open_language(model.language_from or model.checkpoint, base)
+    instructed, text = stage == "instruct", has_text_side(stage, config, kept)
+    if instructed and vision.config.kind != BLIP2_VISION:
         raise ConfigError(
             f"instruct supports the picture encoder of a BLIP-2 only, and model.vision_from is of kind "
-            f"{vision.module.config.kind}",
+            f"{vision.config.kind}",
             "set model.vision_from to the checkpoint of a BLIP-2, or run stage2",
         )
-    family = "instructblip" if instructed else family_of(config.bridge, vision.module.config)
+    family = "instructblip" if instructed else family_of(config.bridge, vision.config)
     tokens = pretrained.picture_tokens(family)
     extra = language.with_tokens(tokens)
     own = _own_texts(config, base) or QFormerTexts(language.tokenizer, config.stage1.max_tokens)
     built = captioner_config(
         config.bridge,
         config.model,
-        vision.module.config,
+        vision.config,
         language.config,
         extra=extra,
         text=_text_config(own, config, base, kept) if text else None,
         instructed=instructed,
     )
-    built = pretrained.with_special_tokens(built, language, tokens[0])
-    captioner = pretrained.assemble_captioner(_like(kept, built), vision, language)
-    for module in pretrained.new_modules(captioner):
-        initialise(module, config.seed)
-    files = pretrained.tokenizer_files(language) | {"preprocessor_config.json": vision.file}
-    files |= {"processor_config.json": pretrained.processor_file(captioner.config)}
-    if instructed:
-        files[QFORMER_TOKENIZER] = own.tokenizer.to_str().encode()
-    parts = ModelParts(captioner, vision.preprocessing, language.tokenizer, own if text else None, files)
-    if text and config.model.bert and not config.model.bridge_from:
-        begin_stage2(new_stage1_model(parts, config, base), captioner)
-    return parts
+    built = _like(kept, pretrained.with_special_tokens(built, language, tokens[0]))
+
+    def build() -> ModelParts:
+        captioner = pretrained.assemble_captioner(built, vision, language)
+        for module in pretrained.new_modules(captioner):
+            initialise(module, config.seed)
+        files = pretrained.tokenizer_files(language) | {"preprocessor_config.json": vision.file}
+        files |= {"processor_config.json": pretrained.processor_file(captioner.config)}
+        if instructed:
+            files[QFORMER_TOKENIZER] = own.tokenizer.to_str().encode()
+        parts = ModelParts(captioner, vision.preprocessing, language.tokenizer, own if text else None, files)
+        if text and config.model.bert and kept is None:
+            begin_stage2(new_stage1_model(parts, config, base), captioner)
+        return parts
+
+    return PlannedParts(built, "new" if kept is None else f"the Q-Former of {kept.directory}", build)
 
 
-def _text_config(own: QFormerTexts, config: TrainingConfig, base: Path, kept: Stage1Model | None) -> DraftConfig:
+def _text_config(own: QFormerTexts, config: TrainingConfig, base: Path, kept: Stage1Source | None) -> DraftConfig:
     """Makes the config of the Q-Former's text side; the positions are those of the model that initialises it."""
     if kept is not None:
-        return kept.draft_config
+        return kept.draft
     if not config.model.bert:
         return own.draft_config()
     values = read_checkpoint_json(pretrained.resolve(config.model.bert, base) / "config.json")
     return own.draft_config(Fields("config.json", values).integer("max_position_embeddings", 512))
 
 
-def _like(kept: Stage1Model | None, built: CaptionerConfig) -> CaptionerConfig:
-    """Returns the config `built`, but with the Q-Former sizes of the trained stage-1 model `kept`."""
+def _like(kept: Stage1Source | None, built: CaptionerConfig) -> CaptionerConfig:
+    """Returns the config `built`, but with the Q-Former sizes of the trained model of stage 1 `kept`."""
     if kept is None or not isinstance(built.bridge, QFormerConfig):
         return built
     given: Any = kept.config.text
@@ -196,7 +322,7 @@ def _like(kept: Stage1Model | None, built: CaptionerConfig) -> CaptionerConfig:
 
 
 def new_stage1_model(parts: ModelParts, config: TrainingConfig, base: Path) -> Stage1Model:
-    """Builds a new stage-1 model around the captioner's picture encoder.
+    """Builds the model that stage 1 starts from: that of a checkpoint (`parts.stage1`), or a new one.
 
     Raises:
         ConfigError: The bridge is not a Q-Former.
@@ -210,6 +336,9 @@ def new_stage1_model(parts: ModelParts, config: TrainingConfig, base: Path) -> S
             "stage1 does not support the picture encoder of a CLIP, and model.vision_from is one",
             "set model.vision_from to another encoder, such as a BLIP-2's, or run stage2",
         )
+    if parts.stage1 is not None:
+        torch.manual_seed(config.seed)  # for what the checkpoint does not have
+        return parts.stage1()
     draft = parts.model.config.draft or _text_config(texts, config, base, None)
     vision = parts.model.config.vision
     model = Stage1Model(stage1_config(vision, bridge, draft, config.stage1.embed_dim), draft)

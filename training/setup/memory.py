@@ -128,30 +128,47 @@ def announce(
 ) -> None:
     """Prints the predicted memory of stage 2 or instruction tuning, and compares it with the memory of the device.
 
+    Needs the config only: call it before the weights are read.
+
     Args:
         config: The captioner.
         recipe: The recipe. Nothing is printed for the miniature, which is small.
-        stage: The last stage of the run; nothing is printed for "stage1".
+        stage: The last stage of the run; for "stage1" only the memory for reading the checkpoints is compared.
         accelerator: Device and processes.
         log: Receives the lines.
 
     Raises:
-        ConfigError: The weights and the optimizer state alone need more than all memory of the device.
+        ConfigError: The weights and the optimizer state alone need more than all memory of the device, or reading the
+            checkpoints needs more than all memory of the machine.
     """
-    if stage == "stage1" or recipe.model.is_miniature:
+    if recipe.model.is_miniature:
+        return
+    processes = accelerator.num_processes
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # processes on this machine
+    with torch.device("meta"):
+        reading = local * _TRAINED * sum(each.numel() for each in CaptionerModel(config).parameters())
+    fewer = ", or start fewer processes on it" if local > 1 else ""
+    need = MemoryNeed(
+        "reading the checkpoints, which is done in float32,",
+        reading,
+        reading,
+        f"train a smaller model, or use a machine with more memory{fewer}",
+        ignorable=False,
+    )
+    on_gpu = accelerator.device.type == "cuda"
+    check_memory(need, ConfigError, notify=log if on_gpu or stage == "stage1" else None)
+    if stage == "stage1":
         return
     phase = recipe.instruct if stage == "instruct" else recipe.stage2
-    processes = accelerator.num_processes
     predicted = predict(config, recipe, phase, processes)
     title = f"{stage}: predicted memory of a step of {phase.batch_size} samples with {phase.max_tokens} tokens"
     for line in memory_table(predicted, f"{title}, for each of {processes} processes" if processes > 1 else title):
         log(line)
-    on_gpu = accelerator.device.type == "cuda"
-    here = 1 if on_gpu else int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # processes that share the memory
+    here = 1 if on_gpu else local  # processes that share the memory
     need = MemoryNeed(
         "the training",
         here * (predicted.frozen + predicted.trained + predicted.optimizer),
-        here * predicted.peak,
+        here * (predicted.step if on_gpu else predicted.peak),
         "set frozen_dtype to bfloat16, recompute_activations to true, or fsdp to true with several processes ([loop]);"
         " or lower batch_size and raise accumulate",
         ignorable=False,

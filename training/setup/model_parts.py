@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.runtime.text.tokenizer import Tokenizer
 from blip2edge.training.loading.qformer_texts import QFormerTexts
 from blip2edge.training.loop.sharding import whole_tensor
+from blip2edge.training.phases.stage1 import Stage1Model
 from blip2edge.training.setup.lora import without_lora
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -33,6 +34,7 @@ class ModelParts:
         files: Content of the other files of the checkpoint, by name: configurations and tokenizers.
         new_projection: Whether the bridge's last layer has new weights. If so, stage 2 scales its weights so that its
             output is as large as the token embeddings.
+        stage1: Reads the model that stage 1 starts from; None to start from a new Q-Former.
     """
 
     model: CaptionerModel
@@ -41,6 +43,7 @@ class ModelParts:
     qformer_texts: QFormerTexts | None = None
     files: Mapping[str, bytes] = field(default_factory=dict)
     new_projection: bool = True
+    stage1: Callable[[], Stage1Model] | None = None
 
     @property
     def runtime_tokenizer(self) -> Tokenizer:

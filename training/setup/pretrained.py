@@ -1,10 +1,15 @@
-"""Reads picture encoders and language models from checkpoints, and assembles captioners with a new bridge."""
+"""Opens picture encoders and language models of checkpoints, and assembles captioners with a new bridge.
+
+A part is opened first: its config and its names of tensors are checked, and no weights are read. So a run can compare
+the memory that it needs with the machine's before it needs it.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +22,8 @@ from blip2edge.bundle.schema import TOKENIZER_FILE
 from blip2edge.errors import CheckpointError, ConfigError
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint.adapters.folder import ADAPTER_CONFIG, has_adapter
-from blip2edge.model.checkpoint.directory import load_checkpoint, load_model
-from blip2edge.model.checkpoint.encoder import is_encoder, load_encoder
+from blip2edge.model.checkpoint.directory import load_checkpoint, load_model, read_model_config
+from blip2edge.model.checkpoint.encoder import encoder_config, is_encoder, load_encoder
 from blip2edge.model.checkpoint.image_processor import load_preprocessing
 from blip2edge.model.checkpoint.stored import files
 from blip2edge.model.checkpoint.stored.files import find_checkpoint, read_checkpoint_json
@@ -26,7 +31,7 @@ from blip2edge.model.checkpoint.stored.quantized import refuse_quantized
 from blip2edge.model.checkpoint.stored.tensors import TensorFiles
 from blip2edge.model.checkpoint.stored.tied import add_tied_names, all_equal, repeated_names
 from blip2edge.model.checkpoint.tokenizer import read_tokenizer
-from blip2edge.model.config import CaptionerConfig, LanguageConfig
+from blip2edge.model.config import CaptionerConfig, LanguageConfig, VisionEncoderConfig
 from blip2edge.model.config_json import Fields
 from blip2edge.model.families.registry import FAMILIES
 from blip2edge.model.families.tokens import read_tokens
@@ -65,46 +70,54 @@ def resolve(name: str, base: Path) -> Path:
 
 @dataclass
 class LanguagePart:
-    """A trained language model with its tokenizer.
+    """A trained language model with its tokenizer, whose weights are not read yet.
 
     Attributes:
         config: Config of the language model.
-        state: The model's tensors, by the parameter names of this project's module.
+        read: Reads the model's tensors, by the parameter names of this project's module.
         tokens: Ids of the special tokens, as fields of CaptionerConfig.
         tokenizer: Tokenizer of the language model.
         directory: Directory of the model's checkpoint.
+        extra: Rows that :meth:`state` appends to token embedding table and head.
     """
 
     config: LanguageConfig
-    state: dict[str, Tensor]
+    read: Callable[[], dict[str, Tensor]]
     tokens: dict[str, Any]
     tokenizer: tokenizers.Tokenizer
     directory: Path
+    extra: int = 0
 
     def with_tokens(self, wanted: list[str]) -> int:
-        """Adds special tokens to the tokenizer, and appends rows to the token embedding table and head if needed.
-
-        New rows are the mean of the existing rows, as in transformers' resize_token_embeddings.
+        """Adds special tokens to the tokenizer, and plans rows for the token embedding table and head if needed.
 
         Args:
             wanted: Texts of the special tokens.
 
         Returns:
-            Number of appended rows.
+            Number of rows that are appended when the weights are read.
         """
         missing = [token for token in wanted if self.tokenizer.token_to_id(token) is None]
         self.tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in missing])
         ids = [self.tokenizer.token_to_id(token) or 0 for token in wanted]
-        extra = max(0, max(ids, default=0) + 1 - self.config.vocab_size)
-        for name in ("embed_tokens.weight", "head.weight") if extra else ():
-            table = self.state[name]
-            mean = table.mean(dim=0, keepdim=True).expand(extra, -1)
-            self.state[name] = torch.cat([table, mean])
-        return extra
+        self.extra = max(0, max(ids, default=0) + 1 - self.config.vocab_size)
+        return self.extra
+
+    def state(self) -> dict[str, Tensor]:
+        """Reads the tensors of the model, by the parameter names of this project's module.
+
+        Rows for new tokens are the mean of the existing rows, as in transformers' resize_token_embeddings.
+        """
+        state = self.read()
+        for name in ("embed_tokens.weight", "head.weight") if self.extra else ():
+            table = state[name]
+            mean = table.mean(dim=0, keepdim=True).expand(self.extra, -1)
+            state[name] = torch.cat([table, mean])
+        return state
 
 
-def load_language(name: str, base: Path) -> LanguagePart:
-    """Loads a language model, or the language model of a captioner.
+def open_language(name: str, base: Path) -> LanguagePart:
+    """Opens a language model, or the language model of a captioner, without reading its weights.
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or has no ``tokenizer.json``.
@@ -114,10 +127,11 @@ def load_language(name: str, base: Path) -> LanguagePart:
     values = read_checkpoint_json(directory / "config.json")
     tokenizer = load_tokenizer(directory / "tokenizer.json")
     if values.get("model_type") not in LANGUAGES:
-        model = load_checkpoint(directory)
+        given = captioner_config_of(directory)
         fields = ("bos_token_id", "eos_token_ids", "pad_token_id", "decoder_start_token_id")
-        tokens = {field: getattr(model.config, field) for field in fields}
-        return LanguagePart(model.config.language, model.language.state_dict(), tokens, tokenizer, directory)
+        tokens = {field: getattr(given, field) for field in fields}
+        read = lambda: load_checkpoint(directory).language.state_dict()  # noqa: E731
+        return LanguagePart(given.language, read, tokens, tokenizer, directory)
     row = bridged_language(values["model_type"])
     config = row.read_config(values)
     with torch.device("meta"):
@@ -140,24 +154,35 @@ def load_language(name: str, base: Path) -> LanguagePart:
         refuse_quantized(values, tensors, used)
         repeated = repeated_names(tensors, ties, used, rules)
         rules.check(shapes, {name: shape for name, shape in tensors.shapes.items() if name not in repeated})
-        state = {ours: tensors.read(rules.sources(ours)).float().clone() for ours in shapes}
     finally:
         tensors.close()
-    if tied:
-        state["head.weight"] = state["embed_tokens.weight"]
-    else:
+    if not tied:
         untied: Any = config
         config = replace(untied, tie_embeddings=False)
+
+    def state() -> dict[str, Tensor]:
+        files = TensorFiles(directory)
+        try:
+            add_tied_names(files, ties)
+            found = {ours: files.read(rules.sources(ours)).float().clone() for ours in shapes}
+        finally:
+            files.close()
+        return found | {"head.weight": found["embed_tokens.weight"]} if tied else found
+
     return LanguagePart(config, state, read_tokens(Fields("config.json", values)), tokenizer, directory)
 
 
-def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
+def load_tokenizer(path: Path, *, alone: bool = False) -> tokenizers.Tokenizer:
     """Loads a ``tokenizer.json`` with the package tokenizers.
+
+    Args:
+        path: The file.
+        alone: Whether to read this file only. If not, files beside it may change it, as AutoTokenizer does.
 
     Raises:
         CheckpointError: The file is missing, or is not a tokenizer.
     """
-    if path.name == TOKENIZER_FILE:
+    if path.name == TOKENIZER_FILE and not alone:
         content = read_tokenizer(path.parent).content
     elif path.is_file():
         with reading(path, "a tokenizer.json", CheckpointError):
@@ -172,29 +197,53 @@ def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
 
 @dataclass
 class VisionPart:
-    """A trained picture encoder and its preprocessing.
+    """A trained picture encoder, whose weights are not read yet, and its preprocessing.
 
     Attributes:
-        module: The picture encoder in eval mode.
+        config: Config of the picture encoder.
+        read: Reads the picture encoder; it is in eval mode.
         preprocessing: The preprocessing of pictures that the encoder was trained with.
         file: The preprocessing as the content of `preprocessor_config.json`.
     """
 
-    module: VisionModule
+    config: VisionEncoderConfig
+    read: Callable[[], VisionModule]
     preprocessing: Preprocessing
     file: bytes
 
 
-def load_vision(name: str, base: Path) -> VisionPart:
-    """Loads a picture encoder from its own checkpoint, or from that of a captioner or retrieval model.
+def open_vision(name: str, base: Path) -> VisionPart:
+    """Opens a picture encoder from its own checkpoint, or from that of a captioner or retrieval model.
+
+    The weights are not read.
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or has no preprocessing.
     """
     directory = resolve(name, base)
-    loaded, alone = load_preprocessing(directory), is_encoder(directory)
-    module = load_encoder(directory, loaded.preprocessing.output_size) if alone else load_model(directory).vision
-    return VisionPart(module, loaded.preprocessing, json_file(loaded.values))
+    loaded = load_preprocessing(directory)
+    size = loaded.preprocessing.output_size
+    file = json_file(loaded.values)
+    if is_encoder(directory):
+        read = partial(load_encoder, directory, size)
+        return VisionPart(encoder_config(directory, size), read, loaded.preprocessing, file)
+    config = read_model_config(directory).vision
+    return VisionPart(config, lambda: load_model(directory).vision, loaded.preprocessing, file)
+
+
+def captioner_config_of(directory: Path) -> CaptionerConfig:
+    """Returns the config of a captioner's checkpoint, without reading its weights.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read, or is not a captioner.
+    """
+    config = read_model_config(directory)
+    if not isinstance(config, CaptionerConfig):
+        raise CheckpointError(
+            f"{directory} compares pictures with texts and has no language model",
+            "give a captioner's checkpoint, or set model.language_from to a language model",
+        )
+    return config
 
 
 def side_files(directory: Path) -> dict[str, bytes]:
@@ -239,8 +288,8 @@ def assemble_captioner(config: CaptionerConfig, vision: VisionPart, language: La
         model = CaptionerModel(config)
     for module in new_modules(model):
         module.to_empty(device="cpu")
-    model.vision.load_state_dict(vision.module.state_dict(), assign=True)
-    missing = _assign(model.language, language.state)
+    model.vision.load_state_dict(vision.read().state_dict(), assign=True)
+    missing = _assign(model.language, language.state())
     if missing:
         raise CheckpointError(
             f"{language.directory} lacks the tensors {some(missing)}", "copy or download the checkpoint again"
@@ -249,14 +298,14 @@ def assemble_captioner(config: CaptionerConfig, vision: VisionPart, language: La
 
 
 def build_language(part: LanguagePart) -> DecoderModule:
-    """Makes the module of a language model from its loaded tensors, in eval mode on the CPU.
+    """Reads a language model, in eval mode on the CPU.
 
     Raises:
         CheckpointError: Tensors are missing.
     """
     with torch.device("meta"):
         language = language_of(part.config.kind).build(part.config)
-    missing = _assign(language, part.state)
+    missing = _assign(language, part.state())
     if missing:
         raise CheckpointError(
             f"{part.directory} lacks the tensors {some(missing)}", "copy or download the checkpoint again"

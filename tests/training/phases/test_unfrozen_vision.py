@@ -157,14 +157,12 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
 
 def test_another_kind_of_encoder_is_refused_and_the_supported_ones_are_named() -> None:
     config = parse_config(f"[stage2]\n{UNFREEZE}")
-    parts = SimpleNamespace(
-        model=SimpleNamespace(vision=torch.nn.Identity(), config=SimpleNamespace(vision=SimpleNamespace(kind="dinov2")))
-    )
+    given = SimpleNamespace(vision=SimpleNamespace(kind="dinov2"))
     kinds = [name for name, row in VISION_ENCODERS.items() if row.build is VisionTransformer]
     named = " and ".join(rf"{name} \([\w ,-]+\)" for name in kinds)
     said = rf"\[stage2\] unfreeze_vision trains picture encoders of the kinds {named}, and .* kind 'dinov2'"
     with pytest.raises(ConfigError, match=said):
-        build._check_trained_vision(parts, config)  # type: ignore[arg-type]  # what the check reads of it
+        build._check_trained_vision(given, config)  # type: ignore[arg-type]  # what the check reads of it
 
 
 @pytest.mark.parametrize(

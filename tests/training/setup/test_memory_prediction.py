@@ -15,16 +15,19 @@ pytest.importorskip("transformers")
 from accelerate import Accelerator  # noqa: E402
 
 from blip2edge.errors import ConfigError  # noqa: E402
+from blip2edge.model.checkpoint.stored.tensors import TensorFiles  # noqa: E402
 from blip2edge.model.families.registry import read_config  # noqa: E402
 from blip2edge.runtime.bench import memory as machine  # noqa: E402
 from blip2edge.shapes.families import published_config, shape_of  # noqa: E402
 from blip2edge.training.config import TrainingConfig, parse_config  # noqa: E402
 from blip2edge.training.loop.optim import recompute_activations  # noqa: E402
 from blip2edge.training.phases.stage2 import GenerativeStage  # noqa: E402
+from blip2edge.training.run import train  # noqa: E402
 from blip2edge.training.setup.memory import GIB, StepMemory, announce, memory_table, predict  # noqa: E402
 from tests.training.phases.test_memory import step  # noqa: E402
 from tests.training.phases.test_stage2 import PROMPTS, case, draw  # noqa: E402
 
+CHECKPOINT = Path(__file__).parents[3] / "examples" / "checkpoint"
 OPT = "blip2-opt-2.7b"
 NAMED = '[model]\ncheckpoint = "x"\n'
 
@@ -118,14 +121,37 @@ def test_the_table_and_the_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "machine_memory", lambda: machine.MachineMemory(8 * GIB, 64 * GIB))
     announce(published(OPT), given, "stage2", one, lines.append)
     assert lines[-1].startswith("warning: the training may need about 18.")
-    monkeypatch.setattr(machine, "machine_memory", lambda: machine.MachineMemory(8 * GIB, 8 * GIB))
+    small = int(14.3 * GIB)  # enough for the weights in float32, and not for the optimizer too
+    monkeypatch.setattr(machine, "machine_memory", lambda: machine.MachineMemory(small, small))
     with pytest.raises(ConfigError, match=r"the training needs at least .* set frozen_dtype to bfloat16") as caught:
         announce(published(OPT), given, "stage2", one, lines.append)
     assert "anyway" not in str(caught.value)
+    monkeypatch.setattr(machine, "machine_memory", lambda: machine.MachineMemory(8 * GIB, 8 * GIB))
+    for stage in ("stage1", "stage2"):
+        with pytest.raises(ConfigError, match=r"reading the checkpoints, which is done in float32, needs at least 15"):
+            announce(published(OPT), given, stage, one, lines.append)
 
 
-def test_nothing_is_printed_for_stage_1_and_for_the_miniature() -> None:
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_a_model_that_cannot_fit_is_refused_before_its_weights_are_read(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prediction needs configs alone; reading the weights of such a model would end the process."""
+    recipe_file = tmp_path / "recipe.toml"
+    recipe_file.write_text(f'[model]\ncheckpoint = "{CHECKPOINT}"\n[stage1]\nsteps = 1\n')
+
+    def read(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(TensorFiles, "read", read)
+    monkeypatch.setattr(machine, "machine_memory", lambda: machine.MachineMemory(GIB >> 10, GIB >> 10))
+    with pytest.raises(ConfigError, match=r"needs at least .* of memory, and this machine has 0\.0 GB"):
+        train(stage, recipe_file, tmp_path / "out")
+
+
+def test_nothing_is_printed_for_stage_1_and_for_the_miniature(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
+    monkeypatch.setattr(machine, "machine_memory", lambda: machine.MachineMemory(64 * GIB, 64 * GIB))
     announce(published(OPT), recipe(), "stage1", Accelerator(), lines.append)
     announce(published(OPT), parse_config(""), "stage2", Accelerator(), lines.append)
     assert lines == []

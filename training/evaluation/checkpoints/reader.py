@@ -15,7 +15,7 @@ from blip2edge.runtime.text.tokenizer import Tokenizer
 from blip2edge.training.evaluation.checkpoints.decoding import TorchLanguage
 from blip2edge.training.evaluation.checkpoints.models import device_for
 from blip2edge.training.evaluation.models import ModelOptions, needs_picture
-from blip2edge.training.setup.pretrained import build_language, load_language
+from blip2edge.training.setup.pretrained import build_language, open_language
 
 
 def checkpoint_generator(directory: Path, options: ModelOptions) -> tuple[TextGenerator, tuple[int, ...]]:
@@ -39,7 +39,7 @@ def checkpoint_generator(directory: Path, options: ModelOptions) -> tuple[TextGe
     named = LANGUAGES.get(str(read_checkpoint_json(directory / "config.json").get("model_type")))
     if named is not None and not named.bridged:
         raise needs_picture(directory)
-    part = load_language(str(directory.absolute()), directory)
+    part = open_language(str(directory.absolute()), directory)
     config = part.config
     if not language_of(config.kind).bridged:
         raise needs_picture(directory)
