@@ -48,7 +48,10 @@ def download(address: str) -> bytes:
 
 
 def _encoded(address: str) -> str:
-    """Encodes the special characters of an address as browsers do: ``https://xn--bcher-kva.example/a%20b.png``."""
+    """Encodes the non-ASCII characters and spaces of an address as browsers do.
+
+    For example, the result is ``https://xn--bcher-kva.example/a%20b.png``.
+    """
     from urllib.parse import quote, urlsplit, urlunsplit
 
     parts = urlsplit(address)

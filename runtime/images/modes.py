@@ -16,19 +16,19 @@ _16_BIT_FORMATS = ("JPEG2000", "PNG", "PPM", "TIFF")
 _SCALED_BY_PILLOW = ("PNG", "PPM")  # formats whose mode "I" is 16-bit greyscale, scaled to 0…65535
 
 WITHOUT_PREMULTIPLIED_ALPHA = {"La": "LA", "RGBa": "RGBA"}
-"""Pillow's modes whose colours are multiplied by alpha, each with the same mode without this multiplication."""
+"""Pillow's modes in which colours are already multiplied by alpha, each with the mode in which they are not."""
 
 
 @dataclass(frozen=True)
 class Grey16:
-    """The range of values of a 16-bit greyscale picture: 0 to `largest`; `inverted` if 0 is white."""
+    """How a 16-bit greyscale picture stores grey: values from 0 to `largest`; `inverted` is true if 0 is white."""
 
     largest: int = 2**16 - 1
     inverted: bool = False
 
     @classmethod
     def of(cls, image: Image.Image, name: str) -> Grey16 | None:
-        """Describes a picture that was not changed since it was opened; None if it has 8 bits.
+        """Returns the value range of a picture, which must not have been changed after opening; None for 8 bits.
 
         Raises:
             ImageError: The values of black and white are not known: the pixels are 32-bit integers or floating-point
@@ -54,13 +54,16 @@ class Grey16:
         return cls(2 ** tags[_BITS_PER_SAMPLE][0] - 1, tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO)
 
     def in_8_bits(self, image: Image.Image) -> Image.Image:
-        """Converts the picture to mode L (8 bits); each value is scaled and rounded to 0…255."""
+        """Converts the picture to mode L (8 bits); values are scaled to 0…255 and rounded."""
         table = ((np.arange(self.largest + 1) * 255 + self.largest // 2) // self.largest).astype(np.uint8)
         return Image.fromarray(np.take(255 - table if self.inverted else table, np.asarray(image), mode="clip"))
 
 
 def blend_on_white(image: Image.Image) -> Image.Image:
-    """Converts a picture to RGB, blended onto white, as transformers' image processors do without `load_image`."""
+    """Converts a Pillow image to RGB; a white background shows through transparent parts.
+
+    transformers' image processors do the same with an image that did not pass `load_image`.
+    """
     if image.mode == "RGB" and image.info.get("transparency") is None:
         return image
     grey16 = Grey16.of(image, "the picture passed in")

@@ -32,7 +32,7 @@ from blip2edge.runtime.images.floats import resized_floats
 from blip2edge.runtime.images.modes import WITHOUT_PREMULTIPLIED_ALPHA, Grey16, blend_on_white
 
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
-"""Formats that are decoded, by Pillow's names. For some other formats, Pillow runs programs (EPS: Ghostscript)."""
+"""Picture formats that are accepted, by Pillow's names. For some others (EPS), Pillow would run external programs."""
 
 BILINEAR = 2
 BICUBIC = 3
@@ -52,8 +52,8 @@ class DeferredImage:
     """A picture that is read when it is decoded, such as a file behind a web address.
 
     Attributes:
-        name: The picture's name in errors.
-        read: Returns the picture. It is called again if another picture of the batch is broken.
+        name: The picture's name in error messages.
+        read: Returns the picture. It may be called twice: if a batch fails, each of its pictures is read again.
     """
 
     name: str
@@ -72,7 +72,7 @@ class DeferredImage:
 ImageSource = Union[Content, "DeferredImage"]
 
 _MODE_BYTES = {"1": 1, "L": 1, "P": 1, "LA": 4, "PA": 4, "I;16": 2, "I;16L": 2, "I;16B": 2, "I;16N": 2}
-"""Bytes of a pixel in Pillow's memory by mode; 4 for all other modes."""
+"""Number of bytes of a pixel in Pillow's memory, by Pillow's mode; all other modes have 4."""
 
 
 def load_image(source: ImageSource, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
@@ -113,7 +113,7 @@ def load_image(source: ImageSource, limits: Limits = DEFAULT_LIMITS) -> Image.Im
 
 
 def check_picture_file(name: str) -> None:
-    """Raises ImageError unless a name is the name of a file; does not read the file."""
+    """Raises ImageError unless ``name`` is the path of an existing regular file; does not read the file."""
     if "://" in name:
         raise ImageError(f"{name}: expected a file, got an address", "download the picture first")
     try:
@@ -296,7 +296,7 @@ class Preprocessing:
             raise BundleError(f"bundle.json, preprocessing: {error}", "export the checkpoint again") from error
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the fields as a JSON object; `rescale_first` only if it is true: older versions do not know it."""
+        """Returns the fields as a JSON object; leaves out a false `rescale_first`, which older versions refuse."""
         fields = {name: value for name, value in asdict(self).items() if name != "rescale_first" or value}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
 
@@ -304,8 +304,8 @@ class Preprocessing:
         """Computes the pixel values of one picture.
 
         Args:
-            image: A Pillow image, processed as transformers' processor does it (no EXIF turning; where it
-                has transparency, blended onto white); anything else goes through `load_image` first.
+            image: A path, bytes or an array, which `load_image` converts first; or a Pillow image, which is processed
+                as in transformers' processor: not turned by EXIF, with a white background behind transparent parts.
             limits: The largest picture.
 
         Returns:
@@ -369,7 +369,7 @@ class Preprocessing:
 
     @cached_property
     def _table(self) -> NDArray[np.float32]:
-        """Computes the result for each channel and 8-bit value, float32 [3,256], rounded as in transformers."""
+        """Computes the pixel value for each channel and each 8-bit value, float32 [3,256], as transformers rounds."""
         values = np.arange(256, dtype=np.float64)
         if self.do_rescale:
             values = values * self.rescale_factor

@@ -1,6 +1,6 @@
 """Reads the frames of a video from a list, a folder of frames, a video file, or one picture that is repeated.
 
-Also puts the channels of arrays into the order R, G, B, and draws captions.
+The file also has functions that convert arrays from BGR to RGB, and that draw a caption into a picture.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 ItemSource = ImageSource | Sequence[ImageSource]
-"""A picture; for a model of videos, also several pictures or an array ``[F, H, W, 3]``."""
+"""What a user can pass as one item: a picture; for a model of videos, also pictures or an array ``[F, H, W, 3]``."""
 
 Channels = Literal["rgb", "bgr"]
 """Order of an array's channels; ``bgr`` is OpenCV's."""
@@ -38,9 +38,10 @@ VIDEO_SUFFIXES = frozenset((".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".m
 
 
 def chosen(total: int, count: int) -> list[int]:
-    """Selects ``count`` of ``total`` frames, evenly spaced from the first; if ``count`` is larger, frames repeat.
+    """Returns the indices of ``count`` of ``total`` frames, evenly spaced from the first frame on.
 
-    Returns the frames' indices. The same selection as in transformers' example for InstructBlipVideo.
+    If ``count`` is larger than ``total``, indices repeat. transformers' example for InstructBlipVideo selects the same
+    frames.
     """
     return [index * total // count for index in range(count)]
 
@@ -79,7 +80,7 @@ def pictures_of(items: Sequence[ItemSource], frames: int, limits: Limits = DEFAU
     """Lists the pictures of several items, item by item.
 
     Args:
-        items: Videos as in :func:`load_frames`; single pictures if ``frames`` is 1.
+        items: Videos, as in :func:`load_frames`; if ``frames`` is 1, single pictures.
         frames: Number of pictures to select from each item.
         limits: Limits the frames of a video.
 
@@ -98,7 +99,7 @@ def pictures_of(items: Sequence[ItemSource], frames: int, limits: Limits = DEFAU
 
 
 def images_of_each(items: Sequence[ItemSource]) -> list[list[ImageSource]]:
-    """Returns the images of each item of an interleaved batch, as a list of at least one image.
+    """Returns a list of images for each item, for models that read several images in one prompt (Flamingo).
 
     Raises:
         UsageError: An item has no image.
@@ -158,7 +159,7 @@ def _from_folder(folder: Path) -> list[ImageSource]:
 
 
 def _by_number(name: str) -> list[Any]:
-    """Makes a sort key from a name, so that ``frame2`` comes before ``frame10``; every second element is a number."""
+    """Makes a sort key from a file name, in which digits count as numbers: ``frame2`` comes before ``frame10``."""
     return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", name))]
 
 
@@ -184,7 +185,7 @@ def _from_video(path: Path, count: int, limits: Limits) -> list[ImageSource]:
 
 
 def _pick(container: Any, wanted: set[int], limits: Limits) -> dict[int, ImageSource]:
-    """Decodes the selected frames to Pillow pictures; stops after the last selected frame."""
+    """Decodes the frames whose indices are in ``wanted`` to Pillow pictures; returns the pictures by index."""
     found: dict[int, ImageSource] = {}
     for index, frame in enumerate(container.decode(video=0)):
         if index in wanted:
@@ -196,7 +197,7 @@ def _pick(container: Any, wanted: set[int], limits: Limits) -> dict[int, ImageSo
 
 
 def draw_caption(picture: Image.Image, text: str) -> Image.Image:
-    """Returns a copy of an RGB picture with a text at its lower edge, in lines that fit its width."""
+    """Returns a copy of an RGB picture with a text at the lower edge; the text is broken into lines that fit."""
     from PIL import ImageDraw, ImageFont
 
     drawn = picture.copy()

@@ -1,1 +1,1 @@
-"""Captions over HTTP (``serve``), and of cameras, videos and folders (``watch``)."""
+"""Captions over HTTP (``serve``), and captions of cameras, videos and folders as they change (``watch``)."""

@@ -25,7 +25,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """Names under which a browser on this machine calls a server that listens on the loopback address."""
 
 ORIGIN = r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\s/?#@:\[\]*A-Z]+)(:\d{1,5})?"
-"""The origin of a page, as browsers send it: RFC 6454, section 6.2."""
+"""Regular expression of a page's origin, written as browsers send it (RFC 6454, section 6.2)."""
 
 OPEN = ("/", "/health")
 """Paths that need no API key: the page on which a user enters the key, and the health check."""
@@ -39,10 +39,10 @@ class Access:
         api_key: Key that a request must send as ``Authorization: Bearer KEY``; empty for none.
         origins: Origins of other pages that may use the server, such as ``https://example.org``; ``*`` for all.
         hosts: Names that a request's ``Host`` header may have; empty for any. A request with another name is
-            refused, which stops pages whose name resolves to this address (DNS rebinding).
+            refused, so that no page can use the server under a name of its own (DNS rebinding).
 
     Raises:
-        UsageError: An origin or a host name has a form that no request has.
+        UsageError: An origin or a host name is not written as browsers write it.
     """
 
     api_key: str = ""
@@ -50,7 +50,7 @@ class Access:
     hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Checks how origins and host names are written: a browser compares an origin letter by letter."""
+        """Checks how origins and host names are written; they are later compared letter by letter."""
         for origin in self.origins:
             if origin not in ("*", "null") and not re.fullmatch(ORIGIN, origin):
                 raise UsageError(
@@ -67,12 +67,12 @@ class Access:
 
 
 class AccessControl:
-    """ASGI middleware that applies the rules; answers a request that breaks a rule with an error as OpenAI's API.
+    """ASGI middleware that applies the rules; a request that breaks a rule gets an error in OpenAI's format.
 
     Args:
         app: The application.
         access: The rules.
-        page: The HTML page of the server; its content security policy allows its own script only.
+        page: The HTML page of the server; browsers are told to run no other script than that of this page.
     """
 
     def __init__(self, app: ASGIApp, access: Access, page: str) -> None:
@@ -115,7 +115,7 @@ class AccessControl:
         await JSONResponse(error_json(refusal), refusal.status, headers)(scope, receive, send)
 
     def _refusal(self, path: str, headers: Mapping[str, str]) -> RequestError | None:
-        """Returns the error of a request that breaks a rule; None for an allowed request."""
+        """Returns the error if a request breaks a rule; None if it is allowed."""
         host = headers.get("host", "")
         if self._access.hosts and host and host_name(host) not in self._access.hosts:
             return RequestError(
@@ -155,7 +155,7 @@ def host_name(host: str) -> str:
 
 
 def content_security_policy(page: str) -> str:
-    """Makes a page's content security policy: it allows only the page's inline scripts and requests to this server."""
+    """Returns the ``Content-Security-Policy`` of a page: only its inline scripts run, and it calls only this server."""
     hashes = [
         f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
         for script in re.findall(r"<script>(.*?)</script>", page, re.DOTALL)

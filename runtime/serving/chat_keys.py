@@ -1,7 +1,8 @@
-"""The keys of a chat request and the errors of an answer, as data.
+"""Lists the JSON keys of a chat request, and the HTTP status of each error.
 
-A value that cannot be honored is refused with its name; a value that changes nothing is accepted. ``null`` is the
-default of every key. The keys of OpenAI's schema are those of ``openai.types.chat.CompletionCreateParams``.
+If the server cannot do what a value asks for, the request is refused with the name of the key; a value that changes
+nothing is accepted. ``null`` is the default of every key. The keys of OpenAI's schema are those of
+``openai.types.chat.CompletionCreateParams``.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ class RequestError(UsageError):
     """A request that is refused.
 
     Args:
-        problem: As in :class:`UsageError`.
-        fix: As in :class:`UsageError`.
-        field: The wrong key.
+        problem: What was expected and what was found.
+        fix: What the client can do; None if unknown.
+        field: The wrong key of the request; None if no key is wrong.
         code: ``error.code`` of the answer.
         status: HTTP status of the answer.
     """
@@ -57,7 +58,8 @@ ERRORS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (PromptError, 400, "invalid_request_error", "invalid_prompt"),
     (Exception, 500, "server_error", "internal_error"),
 )
-"""HTTP status, ``type`` and ``code`` of an error: the first class that matches; :class:`RequestError` has its own."""
+"""For each class of errors, HTTP status, ``type`` and ``code`` of the answer. The first class that matches counts;
+a :class:`RequestError` has its own status and code."""
 
 
 def classified(error: Exception) -> tuple[int, str, str]:
@@ -73,7 +75,7 @@ def error_json(error: Blip2EdgeError, names: Mapping[str, str] = {}) -> dict[str
 
     Args:
         error: The error; its text names options by their Python names.
-        names: For each Python name that differs from the request's key, that key.
+        names: The request's keys by the Python names of the options, where both differ.
     """
     _, kind, code = classified(error)
     return {
@@ -87,7 +89,7 @@ def error_json(error: Blip2EdgeError, names: Mapping[str, str] = {}) -> dict[str
 
 
 ANY_TEXT = object()
-"""Value of :attr:`ChatKey.values` that accepts any text."""
+"""Stands in :attr:`ChatKey.values` for any text."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,10 @@ class ChatKey:
         name: The key.
         meaning: Description for the table in ``docs/serving.md``.
         option: The field of ``GenerationOptions`` that the key sets; empty if it sets no field.
-        values: The values that are accepted because they change nothing, or :data:`ANY_TEXT`. Empty for a key that is
-            read (``option`` is set, or ``is_read``), and for a key that is always refused.
-        is_read: Whether ``openai_api`` reads the key.
-        own: Whether the key extends OpenAI's schema.
+        values: The values that are accepted because they change nothing, or :data:`ANY_TEXT`. Empty for a key whose
+            value the server uses (``option`` is set, or ``is_read``), and for a key that is always refused.
+        is_read: Whether the server uses the value in another way than as a generation option.
+        own: Whether the key is not in OpenAI's schema.
     """
 
     name: str
@@ -113,7 +115,7 @@ class ChatKey:
 
     @property
     def effect(self) -> str:
-        """Returns ``honored``, ``accepted: VALUES`` or ``refused``, for the table in the docs."""
+        """Returns what the server does with the key, for the docs: ``honored``, ``accepted: VALUES`` or ``refused``."""
         if self.option or self.is_read:
             return "honored"
         if ANY_TEXT in self.values:
@@ -186,7 +188,7 @@ KEYS: tuple[ChatKey, ...] = (
 """All keys: those of OpenAI's schema first, then our own."""
 
 NAMES = {**{key.option: key.name for key in reversed(KEYS) if key.option}, "deadline": "deadline_s"}
-"""For each option of the library, the key that an error names if the request's own key is not known."""
+"""For each option of the library, the key of the request that an error message names."""
 
 MIN_SEED = -(2**63)
 """OpenAI's smallest seed. A negative seed is taken modulo 2^64, because the library's seeds begin at 0."""
@@ -220,14 +222,14 @@ EMBEDDING_KEYS: tuple[ChatKey, ...] = (
 
 
 def check_chat_keys(values: Mapping[str, Any], keys: Sequence[ChatKey] = KEYS) -> None:
-    """Checks the keys that are not read, and that the model's name is a text.
+    """Checks that all keys of a request are known, and that values which the server does not use change nothing.
 
     Args:
-        values: A request.
-        keys: The keys of its route.
+        values: The request, a JSON object.
+        keys: The keys of the route.
 
     Raises:
-        RequestError: A key is unknown, or its value would change something and cannot be honored.
+        RequestError: A key is unknown, a value asks for something that the server cannot do, or ``model`` is no text.
     """
     by_name = {key.name: key for key in keys}
     check_type("model", values.get("model"), str, "a text")
@@ -261,7 +263,7 @@ def check_type(name: str, value: Any, kind: type, expected: str) -> None:
 
 
 def check_seconds(value: Any) -> None:
-    """Raises RequestError unless ``deadline_s`` is None or a number; its range is checked by the scheduler."""
+    """Raises RequestError unless ``deadline_s`` is None or a number; the scheduler checks the range."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise RequestError(
             f"expected deadline_s to be a number of seconds, got {shown(value)}",
@@ -271,10 +273,10 @@ def check_seconds(value: Any) -> None:
 
 
 def generation_options(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Returns the options that a request sets.
+    """Returns the generation options that a request sets.
 
     Returns:
-        Fields of ``GenerationOptions``, whose ranges are not checked yet; and the request's key for each of them.
+        Fields of ``GenerationOptions``, whose ranges are not checked yet; and for each field the request's key.
 
     Raises:
         RequestError: Two keys set an option to different values.
@@ -303,7 +305,7 @@ def generation_options(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
 FORM_OPTIONS = tuple(
     name for name in GenerationOptions.__dataclass_fields__ if name in {key.option for key in KEYS if key.option}
 )
-"""Options of ``POST /caption`` and ``/ask``, with the same names as in ``caption --json``."""
+"""Generation options that ``POST /caption`` and ``/ask`` accept, by their Python names."""
 
 
 def key_table(keys: Sequence[ChatKey] = KEYS) -> str:

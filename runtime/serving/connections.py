@@ -1,8 +1,9 @@
-"""Connections of the server: a protocol for uvicorn with time limits and a limit on the number of connections.
+"""Limits the server's connections: a protocol class for uvicorn with time limits and a largest number of connections.
 
-uvicorn's own protocol limits only the idle time between two requests. The protocol here also limits the time of a
-header, closes the oldest waiting connection when there are too many, gives a client limited time to take its answer,
-and closes a connection whose body was not read to its end (an answer of 413 or 408).
+uvicorn's own protocol limits only the idle time between two requests. The protocol here has four limits more. It limits
+the time in which a header must arrive, and the time in which a client must read its answer. If there are too many
+connections, it closes the one that has waited longest for a request. If a request was answered before its whole body
+was read (status 413 or 408), it closes the connection.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from blip2edge.limits import ConnectionLimits
 from blip2edge.runtime.serving.chat_keys import RequestError, error_json
 
 LINGER_S = 2.0
-"""Seconds in which a client can still read an answer that came before the end of its body."""
+"""Seconds in which a client can read an answer that was sent before the client had sent its whole body."""
 
 MOST_LINGERING = 100
-"""Largest number of refused connections that stay open until their clients have read the answer. The same limit holds
-for closed connections whose clients still read. Further connections are closed at once.
-"""
+"""Largest number of refused connections that stay open until the client has read the error; also the largest number of
+closed connections with unsent data. Further connections are closed at once."""
 
 SPARE_FILES = 128 + 2 * MOST_LINGERING
-"""File descriptors besides those of connections: graphs, logs, pictures, the event loop; and refused connections."""
+"""Number of file descriptors that are needed besides those of open connections: for graphs, logs, pictures, the event
+loop, and refused connections."""
 
 
 class ConnectionTable:
-    """Lists all connections of a server; also the connections that wait for a request, longest wait first.
+    """Lists the connections of a server, by their state, and closes some of them if there are too many.
 
     Args:
         limits: The limits of connections.
@@ -67,7 +68,7 @@ class ConnectionTable:
             done.get_loop().call_soon(oldest.abort)
 
     def add(self, connection: GuardedProtocol) -> None:
-        """Adds a connection; above the limit, closes the connection that waits longest (perhaps this connection)."""
+        """Adds a connection; above the limit, closes the connection that has waited longest for a request."""
         self.open.add(connection)
         self.waiting[connection] = None
         if len(self.open) > self.limits.connections:
@@ -81,7 +82,7 @@ class ConnectionTable:
         self.ending.pop(connection, None)
 
     def end(self, connection: GuardedProtocol) -> None:
-        """Notes a closed connection with unsent data; aborts the oldest such connection if there are too many."""
+        """Moves a connection to those that are closed but have unsent data; aborts the oldest if there are too many."""
         self.refused.discard(connection)
         if connection not in self.open:
             self.ending[connection] = None
@@ -92,7 +93,7 @@ class ConnectionTable:
 
 
 class GuardedProtocol(H11Protocol):
-    """A connection with limits.
+    """One connection of a client, with limits of time; replaces uvicorn's own protocol class.
 
     Args:
         table: The table of connections.
@@ -108,13 +109,13 @@ class GuardedProtocol(H11Protocol):
         self._lost = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begins to wait for the first request."""
+        """Called when the connection is open: starts the time limit of the first header."""
         super().connection_made(transport)
         self._table.add(self)
         self._start("header", self._table.limits.header_s, self._header_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Ends all timers."""
+        """Called when the connection is closed: stops all timers."""
         self._lost = True
         for name in list(self._timers):
             self._stop(name)
@@ -122,7 +123,7 @@ class GuardedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Handles a piece of a request; the time limit of a header starts with the header's first byte."""
+        """Called with received bytes; the first byte of a request starts the time limit of its header."""
         if self.transport.is_closing() or self in self._table.refused:
             return
         if self in self._table.waiting and not self._received:
@@ -131,7 +132,7 @@ class GuardedProtocol(H11Protocol):
         super().data_received(data)
 
     def handle_events(self) -> None:
-        """Handles the received events; a complete header ends the wait for a request."""
+        """Called after bytes were parsed; if a header is complete, stops its time limit."""
         super().handle_events()
         cycle: Any = self.cycle  # None before the first request
         if cycle is not None and not isinstance(cycle.transport, GentleTransport):
@@ -143,7 +144,7 @@ class GuardedProtocol(H11Protocol):
             self._close("body_not_read")
 
     def on_response_complete(self) -> None:
-        """Waits for the next request, or closes a connection whose body is not read to its end."""
+        """Called after an answer: waits for the next request, or closes the connection if the body was not all read."""
         unread = self.conn.their_state is h11.SEND_BODY
         super().on_response_complete()
         if self.transport.is_closing():
@@ -159,23 +160,23 @@ class GuardedProtocol(H11Protocol):
                 self._start("header", self._table.limits.header_s, self._header_late)
 
     def pause_writing(self) -> None:
-        """Called when the client does not read what was sent: starts its time limit."""
+        """Called when the client does not read what was sent: starts the time limit for reading."""
         super().pause_writing()
         self._start("write", self._table.limits.write_s, partial(self._abort, "write_timeout"))
 
     def resume_writing(self) -> None:
-        """Called when the client has read what was sent: ends its time limit."""
+        """Called when the client has read what was sent: stops the time limit for reading."""
         super().resume_writing()
         self._stop("write")
 
     def timeout_keep_alive_handler(self) -> None:
-        """Closes a connection that has been idle for too long after an answer."""
+        """Called when the connection has been idle for too long after an answer: closes it."""
         if not self.transport.is_closing():
             super().timeout_keep_alive_handler()
             self.end()
 
     def send_400_response(self, msg: str) -> None:
-        """Answers bytes that are not HTTP with an error in the server's usual form."""
+        """Called for bytes that are not HTTP: answers with an error in the server's JSON format."""
         self.refuse(400, "invalid_http", msg.rstrip(".").lower())
 
     def refuse(self, status: int, code: str, problem: str) -> None:
@@ -200,9 +201,9 @@ class GuardedProtocol(H11Protocol):
         self.close_gently()
 
     def close_gently(self) -> None:
-        """Closes the connection; if the client still sends, only after it has read the answer or after some time.
+        """Closes the connection after :data:`LINGER_S` seconds, in which the client can read the answer.
 
-        Closing a connection with unread data at once would discard the answer (TCP reset).
+        If a connection with unread data is closed at once, the client may not get the answer (TCP reset).
         """
         if len(self._table.refused) < MOST_LINGERING and self.transport.can_write_eof():
             self._table.refused.add(self)
@@ -212,9 +213,9 @@ class GuardedProtocol(H11Protocol):
             self.end()
 
     def end(self) -> None:
-        """Closes the connection; unsent data that the client does not read in time is dropped.
+        """Closes the connection; if the client does not read the unsent data in time, drops the data.
 
-        asyncio keeps a closed connection until its data is sent, without a limit.
+        asyncio alone would keep a closed connection, without a time limit, until its data is sent.
         """
         self.transport.close()
         self._table.end(self)
@@ -246,22 +247,21 @@ class GuardedProtocol(H11Protocol):
 
 
 class GentleTransport:
-    """The transport that uvicorn uses while it answers a request; replaces the connection's own transport.
+    """Replaces a connection's transport while uvicorn answers a request, and changes only :meth:`close`.
 
     Args:
-        connection: The connection; if its body is not read to its end, it is closed by
-            :meth:`GuardedProtocol.close_gently`.
+        connection: The connection.
     """
 
     def __init__(self, connection: GuardedProtocol) -> None:
         self._connection = connection
 
     def __getattr__(self, name: str) -> Any:
-        """Returns every other attribute from the connection's own transport."""
+        """Returns every other attribute of the connection's own transport."""
         return getattr(self._connection.transport, name)
 
     def close(self) -> None:
-        """Closes the connection after an answer."""
+        """Closes the connection after an answer, gently if the body was not all read."""
         if self._connection.conn.their_state is h11.SEND_BODY:
             self._connection.close_gently()
         else:
@@ -269,7 +269,7 @@ class GentleTransport:
 
 
 class ServingLoop(asyncio.SelectorEventLoop):
-    """An event loop that limits TLS handshakes in time and number: uvicorn does not.
+    """An event loop that limits the time and the number of TLS handshakes, which uvicorn does not limit.
 
     Args:
         table: The table of connections.
@@ -290,7 +290,10 @@ class ServingLoop(asyncio.SelectorEventLoop):
     def _make_ssl_transport(
         self, rawsock: Any, protocol: Any, sslcontext: Any, waiter: Any = None, **named: Any
     ) -> asyncio.Transport:
-        """Begins a handshake (asyncio has no public call for it). ``waiter`` is done when the handshake ends."""
+        """Called by asyncio to begin a TLS handshake, which is counted until ``waiter`` is done.
+
+        asyncio has no public method for this.
+        """
         made: Any = super()
         transport: asyncio.Transport = made._make_ssl_transport(rawsock, protocol, sslcontext, waiter, **named)
         self._table.begin_handshake(transport, waiter)
@@ -298,15 +301,15 @@ class ServingLoop(asyncio.SelectorEventLoop):
 
 
 def most_handshakes(connections: int) -> int:
-    """Returns how many TLS handshakes may be open besides ``connections`` connections."""
+    """Returns the largest number of unfinished TLS handshakes in addition to ``connections`` open connections."""
     return max(1, connections // 2)
 
 
 def allow_files(connections: int) -> int:
-    """Raises this process's soft limit of open files to the number that connections need, up to the hard limit.
+    """Raises the system's limit on open files of this process (the soft limit), so that all connections fit.
 
     Returns:
-        The number of connections that the limit allows, at most ``connections``.
+        The number of connections that fit, at most ``connections``; fewer if the hard limit is too low.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = connections + most_handshakes(connections) + SPARE_FILES

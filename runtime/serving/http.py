@@ -1,7 +1,7 @@
 """``blip2edge serve``: captions over HTTP, as a Starlette application on one scheduler for each bundle.
 
-The routes are in ``openapi.py``, as data. A request passes ``RequestLog`` (id, log line, time), ``AccessControl`` (key,
-names, origins) and the routes. Its body is read by ``transfer.py``, and parsed in a thread beside the event loop.
+``openapi.py`` lists the routes. A request passes ``RequestLog`` (id, log line, time), then ``AccessControl`` (API key,
+host name, origin), then its route. ``transfer.py`` reads its body, which is parsed in a thread beside the event loop.
 
 An error is ``{"error": {"message": ..., "type": ..., "param": ..., "code": ...}}``; ``param`` is the wrong key of the
 request, or null. A closed connection cancels its request at the next step. A full queue, and an engine that is being
@@ -61,31 +61,31 @@ from blip2edge.runtime.serving.transfer import BodyMemory, ClientGoneError, Wait
 PAGE = Path(__file__).with_name("page.html")
 
 CODES = {404: "not_found", 405: "method_not_allowed"}
-"""``code`` of the errors that are found before a route is called."""
+"""``code`` of an error for a path or a method that has no route, by HTTP status."""
 
 RECENT, MAX_EVENT = 100, 64 << 10
-"""Number of posted captions that are kept, and the largest body of a posted caption in bytes."""
+"""Number of captions from ``watch --post`` that the page shows, and the largest size of such a caption in bytes."""
 
 FIELDS = {CHAT: "messages", EMBEDDINGS: "input", MATCH: "image"}
-"""By route: ``param`` of an error about a picture or a text, if the error names no other key."""
+"""For each route, the key that an error about a picture or a text names in ``param``, if it names no other key."""
 
 SHARE = "blip2edge.body_share"
-"""Key of the ASGI scope: the request's share of the memory for bodies."""
+"""Key of the ASGI scope for the object that counts the bytes of the request's body (:class:`BodyShare`)."""
 
 
 class Server:
     """The ASGI application of ``blip2edge serve``.
 
     Args:
-        served: A loaded bundle, or the sources of several.
-        load: Loads the one bundle again if its engine is broken; None: a broken engine stays broken.
+        served: A loaded bundle, or a list of several bundles with their names.
+        load: Loads a single bundle again if its engine is broken; None: a broken engine stays broken.
         max_batch, max_waiting: As in :class:`Scheduler`.
         deadline: Time limit in seconds for a caption, if the request sets no limit; None for no limit.
         access: Rules of access; None allows all clients except web pages of other origins.
         limits: The largest request.
-        connections: Limits of bodies (``connections.py`` applies the limits of connections).
-        backoff: Waits between attempts to load the engine again.
-        log: Where the request log goes; None for nowhere.
+        connections: Limits of request bodies; ``connections.py`` applies the other limits in this object.
+        backoff: The waiting times between attempts to load the engine again.
+        log: File to which the request log is written; None for no log.
     """
 
     def __init__(
@@ -133,17 +133,17 @@ class Server:
 
     @property
     def engine(self) -> RestartingCaptioner:
-        """Returns the engine of the first bundle that captions."""
+        """Returns the captioner with its scheduler, for the first bundle that captions."""
         return self.models.captioner(None).engine
 
     @property
     def captioner(self) -> Captioner:
-        """Returns the captioner in use."""
+        """Returns the present captioner of the first bundle that captions."""
         return self.engine.captioner
 
     @property
     def scheduler(self) -> Scheduler:
-        """Returns the scheduler in use."""
+        """Returns the present scheduler of the first bundle that captions."""
         return self.engine.scheduler
 
     @property
@@ -386,7 +386,7 @@ class Server:
 
 
 def _check_json(request: HttpRequest, fix: str) -> None:
-    """Raises RequestError if the content type of the body is that of a form or a file."""
+    """Raises RequestError if the body's content type says that it is a form or a file, not JSON."""
     kind = media_type(request.headers)
     if kind == FORM_TYPE or kind.startswith(("image/", "audio/", "video/")):
         raise RequestError(

@@ -1,4 +1,4 @@
-"""Parses JSON bodies of bounded size and pictures in them (data URLs); makes JSON objects for answers."""
+"""Parses JSON bodies whose size is limited, and the pictures in them (data URLs); makes JSON objects for answers."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def json_object(body: bytes, limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
     """Parses a body as a JSON object.
 
     Args:
-        body: UTF-8, or another encoding that ``json.loads`` recognizes.
-        limits: The deepest nesting, and the largest number of keys and values.
+        body: The body, in UTF-8 or another encoding that ``json.loads`` recognizes.
+        limits: Limits of the nesting, and of the number of keys and values.
 
     Raises:
         RequestError: The body is no JSON object, exceeds a limit, or contains a key twice.
@@ -46,15 +46,14 @@ def json_object(body: bytes, limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
 
 
 def check_structure(text: str, depth: int, nodes: int) -> None:
-    """Checks nesting and size of a JSON text without parsing it, in one pass that ends at the first excess.
+    """Checks nesting and size of a JSON text without parsing it; ends as soon as a limit is exceeded.
 
-    Each bracket, comma, colon and escaped quote counts as one node. So the time is bounded by ``nodes`` and by the
-    search for quotes in long strings, which runs in C.
+    Each bracket, comma, colon, quote and escaped quote counts as one node, so that ``nodes`` also limits the time.
 
     Args:
-        text: The JSON text. It is not checked whether the text is valid JSON.
-        depth: The deepest nesting of lists and objects.
-        nodes: The largest number of nodes.
+        text: The JSON text, which need not be valid.
+        depth: The deepest allowed nesting of lists and objects.
+        nodes: The largest allowed number of nodes.
 
     Raises:
         RequestError: The text is nested deeper, or has more nodes.
@@ -77,7 +76,11 @@ def check_structure(text: str, depth: int, nodes: int) -> None:
 
 
 def _string_end(text: str, start: int, most: int) -> tuple[int, int]:
-    """Returns the index after a string's closing quote (or of the text's end), and the number of escaped quotes."""
+    """Finds the end of a JSON string that begins at ``start``; stops after ``most`` escaped quotes.
+
+    Returns:
+        The index after the closing quote (the text's length if there is none), and the number of escaped quotes.
+    """
     at, escaped = start, 0
     while escaped <= most:
         quote = text.find('"', at)
@@ -91,10 +94,10 @@ def _string_end(text: str, start: int, most: int) -> tuple[int, int]:
 
 
 def picture_bytes(url: Any, field: str) -> bytes:
-    """Returns the file in a data URL (RFC 2397), read as in browsers (https://fetch.spec.whatwg.org/#data-urls).
+    """Decodes the file in a data URL (RFC 2397), as browsers do (https://fetch.spec.whatwg.org/#data-urls).
 
-    Scheme and ``base64`` may be in upper case; media type and parameters may be left out or be any; the data may be
-    percent-encoded, with or without base64; base64 may contain white space and lack its padding.
+    ``data`` and ``base64`` may be in upper case. Media type and parameters are ignored, and may be missing. The data
+    may be percent-encoded. Base64 may contain white space, and may lack its padding.
 
     Args:
         url: The URL.
@@ -129,7 +132,10 @@ def picture_bytes(url: Any, field: str) -> bytes:
 
 
 def usage(result: CaptionResult) -> dict[str, int]:
-    """Returns token counts; visual tokens count as prompt tokens, the decoder's start token is not counted."""
+    """Returns OpenAI's ``usage`` object with the numbers of tokens; visual tokens count as prompt tokens.
+
+    The decoder's start token is not counted.
+    """
     return {
         "prompt_tokens": result.prompt_tokens,
         "completion_tokens": result.new_tokens,
@@ -138,7 +144,10 @@ def usage(result: CaptionResult) -> dict[str, int]:
 
 
 def about(result: CaptionResult) -> dict[str, Any]:
-    """Returns log-probability and confidence, and whether the text is empty because of low confidence."""
+    """Returns the keys ``logprob``, ``confidence`` and ``abstained`` of an answer.
+
+    ``abstained`` is true if the text is empty because its confidence is too low.
+    """
     return {
         "logprob": round(result.logprob, DIGITS),
         "confidence": result.confidence,
@@ -147,7 +156,7 @@ def about(result: CaptionResult) -> dict[str, Any]:
 
 
 def logprobs_json(tokens: Sequence[TextToken]) -> dict[str, Any]:
-    """Makes OpenAI's ``logprobs`` object of a choice."""
+    """Makes OpenAI's ``logprobs`` object for the tokens of an answer."""
 
     def one(text: str, logprob: float) -> dict[str, Any]:
         return {"token": text, "logprob": round(logprob, DIGITS), "bytes": list(text.encode("utf-8", "replace"))}

@@ -1,4 +1,4 @@
-"""The metrics of the server in the Prometheus format: counters, loads and histograms.
+"""The metrics of the server in the Prometheus format: counters, lengths of queues, and histograms.
 
 A server of several bundles adds the label ``model`` to the metrics of each bundle.
 """
@@ -24,7 +24,7 @@ COUNTS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 
 @dataclass
 class Distribution:
-    """A histogram that any thread may add to.
+    """A histogram; several threads may add values at once.
 
     Attributes:
         name: Name of the metric.
@@ -41,7 +41,7 @@ class Distribution:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, value: float, *labels: str) -> None:
-        """Adds a value to the histogram; ``labels`` are the values of the labels."""
+        """Adds a value to the histogram; ``labels``: a value for each label, in the order of :attr:`labels`."""
         with self._lock:
             counts, total = self._values.setdefault(labels, ([0] * (len(self.bounds) + 1), [0.0]))
             counts[bisect_left(self.bounds, value)] += 1
@@ -72,10 +72,10 @@ class ModelMetrics:
         restarts: Returns how often the engine was loaded again.
 
     Attributes:
-        counts: Numbers of requests by their outcome; if the server has one bundle, the same object as
-            ``Metrics.counts``.
+        counts: Number of requests by outcome (``done``, ``failed``, ``refused``, ``cancelled``). If the server has one
+            bundle, it is the same object as ``Metrics.counts``.
         tokens: Number of generated tokens.
-        stage_ms: Milliseconds by stage.
+        stage_ms: Milliseconds by stage, summed over all captions.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class ModelMetrics:
             shared.first.add(caption.first_token_s, *self.labels)
 
     def add_span(self, span: Span) -> None:
-        """Counts the rows of a batch; called by the scheduler's threads."""
+        """Adds the number of rows of a batch to a histogram; called by the scheduler's threads for each stage."""
         if span.stage in ("vision", "prefill", "decode"):
             self._shared.rows.add(len(span.requests), span.stage, *self.labels)
 
@@ -119,12 +119,13 @@ class Metrics(Collector):
         several: Whether the server has several bundles.
 
     Attributes:
-        counts: Numbers of requests by their outcome; with several bundles, only of requests that were refused before a
-            bundle was chosen.
+        counts: Number of requests by outcome. If there are several bundles, only requests that were refused before
+            their bundle was known; the others are counted in ``models``.
         models: The metrics of each bundle.
         closed: Number of connections that the server closed, by the reason.
         open: Returns the number of open connections; the code that serves connections sets it.
-        queue, stages, first, lengths, rows: Histograms of all bundles.
+        queue, stages, first, lengths, rows: Histograms for all bundles: seconds in the queue, seconds of each stage,
+            seconds to the first token, tokens of a caption, rows of a batch.
     """
 
     def __init__(self, bodies: Callable[[], int], *, several: bool = False) -> None:
@@ -146,12 +147,12 @@ class Metrics(Collector):
         self._registry.register(self)
 
     def text(self, accept: str) -> tuple[bytes, str]:
-        """Returns the metrics in the format that an ``Accept`` header names, and the content type."""
+        """Returns the metrics as text in the format that an ``Accept`` header asks for, and the content type."""
         encode, kind = choose_encoder(accept)
         return encode(self._registry), kind
 
     def add_request(self, route: str, status: int, seconds: float) -> None:
-        """Counts an answered request."""
+        """Adds the time of an answered request to the histogram of requests."""
         self._requests.add(seconds, route, str(status))
 
     def add_closed(self, reason: str) -> None:

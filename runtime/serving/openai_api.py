@@ -33,7 +33,7 @@ from blip2edge.runtime.text.prompt import Dialog
 from blip2edge.runtime.text.tokenizer import Tokenizer
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""Roles of messages that are accepted, and the role in the prompt for each of them."""
+"""Roles of messages that are accepted, each with the role for which the bundle's prompt has a place."""
 
 MESSAGE_KEYS: dict[str, tuple[Any, ...]] = {
     "name": (),
@@ -43,8 +43,8 @@ MESSAGE_KEYS: dict[str, tuple[Any, ...]] = {
     "tool_calls": ([],),
     "annotations": ([],),
 }
-"""Keys of a message besides ``role`` and ``content``, and the values that are accepted because they change nothing;
-null always is."""
+"""Keys of a message besides ``role`` and ``content``, each with the values that are accepted because they change
+nothing; ``null`` is always accepted."""
 
 DETAILS = (None, "auto", "low", "high", "original")
 """Accepted values of ``detail``; they have no effect: every picture is resized for the vision encoder."""
@@ -52,16 +52,16 @@ DETAILS = (None, "auto", "low", "high", "original")
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A parsed request.
+    """A parsed request for a chat completion.
 
     Attributes:
-        images: Files of pictures, at least one.
+        images: The bytes of the picture files, at least one.
         prompt: The text, or the texts of a conversation; None without text.
         options: Fields of ``GenerationOptions``.
         stream: Whether tokens are sent as they are generated.
         deadline: Seconds for the answer (``deadline_s``); None for the server's default.
-        include_usage: Whether a stream ends with a chunk of ``usage``.
-        ask: Whether the prompt is a question for the bundle's template.
+        include_usage: Whether the last event of a stream has the numbers of tokens (``usage``).
+        ask: Whether the prompt is a question, which is put into the bundle's template for questions.
         names: For each option, the key of the request that set it; for error messages.
         model: Name of the bundle; None for the default.
         logprobs: Whether the answer has the log-probabilities of its tokens.
@@ -103,21 +103,21 @@ class Message:
 
 
 SpecOf = Callable[[str | None], PromptSpec | None]
-"""Returns the prompt of the bundle that the key ``model`` names."""
+"""Type of a function that returns a bundle's prompt template, given the value of the key ``model``."""
 
 
 def read_request(body: bytes, spec: PromptSpec | SpecOf | None = None, limits: Limits = DEFAULT_LIMITS) -> ChatRequest:
-    """Reads a request's JSON.
+    """Parses the JSON body of a request.
 
     Args:
         body: The request's body.
-        spec: The bundle's prompt, or a function of the bundle's name that returns it; None for a prompt that has a
-            place for one user message only.
+        spec: The bundle's prompt template, or a function that returns the template for the name of a bundle. None for
+            a template that has a place for one user message only.
         limits: Limits of the JSON.
 
     Raises:
-        RequestError: The body is no JSON object, has no picture, or has an unknown key or a value that cannot be
-            honored.
+        RequestError: The body is no JSON object, has no picture, or has an unknown key or a value that the server does
+            not support.
     """
     values = json_object(body, limits)
     check_chat_keys(values)
@@ -156,7 +156,7 @@ def read_request(body: bytes, spec: PromptSpec | SpecOf | None = None, limits: L
 
 
 def _stream_options(value: Any) -> bool:
-    """Checks ``stream_options``; returns whether ``usage`` is sent at the end of a stream."""
+    """Checks the value of ``stream_options``; returns whether a stream ends with the numbers of tokens."""
     check_type("stream_options", value, dict, "an object")
     for name, wanted in sorted((value or {}).items()):
         if name not in ("include_usage", "include_obfuscation"):
@@ -243,7 +243,7 @@ def _wrong(problem: str, fix: str | None = None, code: str = "invalid_value") ->
 
 
 def _arranged(messages: list[Message], spec: PromptSpec | None) -> tuple[tuple[bytes, ...], str | Dialog | None]:
-    """Returns the pictures and the prompt of a request."""
+    """Returns the pictures and the prompt of a request; raises RequestError if the bundle's prompt has no place."""
     roles = [message.role for message in messages]
     if "user" not in roles:
         raise _wrong("expected a message of the role user, got none")
@@ -290,7 +290,10 @@ def _check_places(roles: list[str], turns: Mapping[str, str]) -> None:
 
 
 def _in_order(message: Message, spec: PromptSpec | None) -> str:
-    """Returns the text of a single message. Texts between pictures stay there if the prompt is interleaved."""
+    """Returns the text of a single message.
+
+    If the bundle's prompt is interleaved, a marker stands for each picture, so that texts keep their places.
+    """
     texts = message.texts
     marked = any(marker in text for marker in MARKERS for text in texts)
     if spec is None or spec.kind != INTERLEAVED or len(texts) < 2 or marked:
@@ -309,14 +312,14 @@ _REASONS = {"eos": "stop", "stop": "stop", "length": "length", ABSTAINED: "stop"
 
 @dataclass(frozen=True)
 class Answer:
-    """Makes the JSON objects of an answer.
+    """Makes the JSON objects of an answer: a complete answer, or the chunks of a stream.
 
     Attributes:
         id: Id of the answer.
         created: Unix time in seconds.
         model: Name of the bundle.
-        include_usage: Whether the last chunk has ``usage``; in all other chunks ``usage`` is then null.
-        tokens: Finds the tokens of the text; None if the request asks for no log-probabilities.
+        include_usage: Whether chunks have the key ``usage``: the numbers of tokens in the last chunk, null in others.
+        tokens: Finds the tokens of each piece of text; None if the request asks for no log-probabilities.
     """
 
     id: str
@@ -326,7 +329,7 @@ class Answer:
     tokens: TextTokens | None = None
 
     def completion(self, result: CaptionResult) -> dict[str, Any]:
-        """Makes a complete answer; ``timings_ms`` and the keys of :func:`about` are added to OpenAI's keys."""
+        """Makes a complete answer: OpenAI's keys, ``timings_ms`` and the keys of :func:`about`."""
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": result.text, "refusal": None},
@@ -342,7 +345,7 @@ class Answer:
 
     @classmethod
     def to(cls, wanted: ChatRequest, model: str, tokenizer: Tokenizer) -> Answer:
-        """Makes the object for the answer of the bundle ``model`` to a request."""
+        """Returns a new :class:`Answer` for a request to the bundle ``model``."""
         tokens = TextTokens(tokenizer) if wanted.logprobs else None
         return cls(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model, wanted.include_usage, tokens)
 
@@ -351,7 +354,7 @@ class Answer:
 
         Args:
             piece: The text.
-            row: The tokens so far; None if the tokens are known only at the end.
+            row: The text while it is generated, with its tokens; None if tokens are sent only at the end.
             role: Whether this is the first chunk, which has the role and no text.
         """
         logprobs = None
@@ -363,20 +366,20 @@ class Answer:
         return self._chunk([choice], None)
 
     def last_chunk(self, result: CaptionResult) -> dict[str, Any]:
-        """Makes the chunk with finish reason, the keys of :func:`about`, and the tokens that no other chunk has."""
+        """Makes the chunk after all text: the finish reason, the keys of :func:`about`, and the remaining tokens."""
         reason = _REASONS[result.finish_reason]
         choice = {"index": 0, "delta": {}, "logprobs": self._logprobs(result, ""), "finish_reason": reason}
         return {**self._chunk([choice], None), **about(result)}
 
     def _logprobs(self, result: CaptionResult, piece: str) -> dict[str, Any] | None:
-        """Returns the tokens of the last piece; None if the request does not ask for log-probabilities."""
+        """Returns the ``logprobs`` object of the last piece; None if the request asks for no log-probabilities."""
         if self.tokens is None:
             return None
         ids = result.tokens[len(result.tokens) - result.new_tokens :]
         return logprobs_json(self.tokens.rest(ids, result.token_logprobs, result.likeliest, piece))
 
     def usage_chunk(self, result: CaptionResult) -> dict[str, Any]:
-        """Makes the chunk for ``stream_options.include_usage``, after all others; also with ``timings_ms``."""
+        """Makes the chunk with the numbers of tokens and ``timings_ms``, which comes after all other chunks."""
         return {**self._chunk([], usage(result)), "timings_ms": result.timings_ms}
 
     def _chunk(self, choices: list[dict[str, Any]], counts: dict[str, int] | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The routes of the server as data, and the OpenAPI 3.1 document that is made from them.
+"""Lists the routes of the server, and makes the OpenAPI 3.1 document from the list.
 
 The document is made from :data:`ENDPOINTS`, the keys of a chat (``chat_keys.KEYS``), the options of ``/caption``
 (``chat_keys.FORM_OPTIONS``), and the fields of a caption's result.
@@ -34,12 +34,12 @@ class Endpoint:
     Attributes:
         method: ``GET`` (then ``HEAD`` as well) or ``POST``.
         path: Path of the route in the OpenAPI document.
-        name: Name of the method of ``Server`` that answers, without its underscore, and the ``operationId``.
+        name: The ``operationId`` in the document. The method of ``Server`` that answers has this name after a ``_``.
         summary: What the route does.
-        answers: Content types of an answer of status 200, and the name of the schema of each; empty for any text.
-        errors: Statuses of errors, besides :data:`COMMON_ERRORS`.
-        body: Name of the key for the text of a picture's request (``prompt``, ``question``, ``text``), ``chat``,
-            ``embeddings``, ``event``, or empty.
+        answers: For each content type of a successful answer, the name of its schema (empty for any text).
+        errors: HTTP statuses of errors, besides :data:`COMMON_ERRORS`.
+        body: Kind of the body: ``chat``, ``embeddings`` or ``event``; for a request with pictures, the key of its text
+            (``prompt``, ``question`` or ``text``); empty if the request has no body.
     """
 
     method: str
@@ -103,7 +103,7 @@ ENDPOINTS = (
 )
 
 EVENT_KEYS = ("time", "source", "frame", "text")
-"""Keys of a posted caption that are kept; other keys are dropped."""
+"""Keys of a caption from ``watch --post`` that the server stores; other keys are ignored."""
 
 ERRORS = {
     400: "The request is wrong; `param` is the key",
@@ -120,14 +120,14 @@ ERRORS = {
     504: "The deadline has passed",
 }
 COMMON_ERRORS = (400, 401, 403, 405, 408, 421, 503)
-"""Statuses of errors of every route; 400, 408 and 503 also come from the limits of connections."""
+"""HTTP statuses of errors that every route can return."""
 
 _PATHS = {endpoint.path for endpoint in ENDPOINTS}
 _METHODS = {"GET", "HEAD", "POST", "OPTIONS"}
 
 
 def route_name(method: str, path: str) -> str:
-    """Returns the name of a request's route for the metrics: a path of :data:`ENDPOINTS`, or ``other``."""
+    """Returns the name of a request's route in the metrics: a path of :data:`ENDPOINTS`, or ``other``."""
     if method not in _METHODS:
         return "other"
     if path in _PATHS:
@@ -299,7 +299,7 @@ def _answer_schemas() -> dict[str, Schema]:
 
 
 def _list_schema(item: Schema, more: Mapping[str, Schema]) -> Schema:
-    """Makes the schema of a list in OpenAI's format, with the name of the bundle."""
+    """Makes the schema of an answer that is a list in OpenAI's format and also has the key ``model``."""
     kind: Schema = {"const": "list"}
     properties = {"object": kind, "data": {"type": "array", "items": item}, "model": {"type": "string"}, **more}
     return _object(properties, list(properties))
@@ -320,7 +320,7 @@ def _parameters(endpoint: Endpoint, options: Mapping[str, Schema]) -> list[Schem
 
 
 def _body(endpoint: Endpoint, options: Mapping[str, Schema]) -> Schema:
-    """Returns the schemas of a request's body, by their media types."""
+    """Returns the schema of the request's body for each media type that the route accepts."""
     if endpoint.body == "chat":
         parts = [{"type": "image_url", "image_url": {"url": EXAMPLE_URL}}, {"type": "text", "text": "a photo of"}]
         example = {"messages": [{"role": "user", "content": parts}], "max_tokens": 8}
@@ -375,7 +375,7 @@ def _operation(endpoint: Endpoint, options: Mapping[str, Schema]) -> Schema:
 
 
 def document(limits: Limits, *, needs_key: bool = False) -> Schema:
-    """Makes the OpenAPI 3.1 document of a server with these limits, which may need an API key."""
+    """Makes the OpenAPI 3.1 document of a server; ``needs_key``: whether the server needs an API key."""
     options = option_schemas(limits)
     paths: dict[str, Schema] = {}
     for endpoint in ENDPOINTS:

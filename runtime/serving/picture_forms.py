@@ -24,18 +24,18 @@ from blip2edge.runtime.serving.json_bodies import check_structure, json_object, 
 
 JSON_TYPE, FORM_TYPE = "application/json", "multipart/form-data"
 FILE_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")
-"""Content types of a body that is a picture file, besides ``image/*``; curl's ``--data-binary`` sends the last type."""
+"""Content types, besides ``image/*``, of a body that is a picture file; curl's ``--data-binary`` sends the last."""
 
 PICTURES = ("file", "image")
-"""Names of pictures in a form, and of the picture in JSON."""
+"""Names that the files in a multipart form may have."""
 
 TEXT_OPTIONS = ("prompt", "question", "text", "model", "draft", "stop")
-"""Options of a query or form that are texts; all other options are parsed as JSON."""
+"""Options whose values in a query or form are texts; the values of all other options are parsed as JSON."""
 
 SEND = "curl --data-binary @dog.jpg URL, or curl -F file=@dog.jpg URL"
 
 _TEXT = re.compile(rb"(?!P[1-7]\s|#define|/\* XPM)[\t\n\r -~]+")
-"""The beginning of a body that is a text; some formats of pictures are texts too."""
+"""Matches the beginning of a body that is a text and no picture; some picture formats are texts too."""
 
 
 def media_type(headers: Headers) -> str:
@@ -48,7 +48,7 @@ class CaptionRequest:
     """A request of ``POST /caption`` or ``/ask``.
 
     Attributes:
-        pictures: Files, at least one.
+        pictures: The bytes of the picture files, at least one.
         text: The prompt or the question; None if it is missing or empty.
         options: Fields of ``GenerationOptions``.
         deadline: Seconds for the answer (``deadline_s``); None for the server's default.
@@ -67,7 +67,7 @@ class MatchRequest:
     """A request of ``POST /match``.
 
     Attributes:
-        pictures: Files, at least one.
+        pictures: The bytes of the picture files, at least one.
         texts: Texts to compare with the pictures, at least one.
         deadline: Seconds for the answer (``deadline_s``); None for the server's default.
         model: Name of the bundle; None for the default.
@@ -103,7 +103,7 @@ def read_caption_request(
 def read_match_request(
     body: bytes, headers: Headers, query: QueryParams, limits: Limits = DEFAULT_LIMITS
 ) -> MatchRequest:
-    """Reads a request of ``/match``, as :func:`read_caption_request` does; ``text`` may be given several times.
+    """Reads a request of ``/match`` in one of the three body formats; the option ``text`` may be given several times.
 
     Raises:
         RequestError: As in :func:`read_caption_request`; or there is no text.
@@ -125,7 +125,10 @@ def read_match_request(
 def _read(
     body: bytes, headers: Headers, query: QueryParams, known: tuple[str, ...], several: str, limits: Limits
 ) -> tuple[tuple[bytes, ...], dict[str, Any]]:
-    """Returns pictures and options of a request; ``several`` is the option that may be given several times."""
+    """Returns the pictures and the options of a request.
+
+    ``known``: names of the allowed options; ``several``: the option that may be given several times.
+    """
     kind = media_type(headers)
     given = [(name, _value(name, value)) for name, value in query.multi_items()]
     pictures: list[bytes] = []
@@ -226,7 +229,10 @@ def _written_picture(text: str, name: str) -> bytes:
 
 
 def _value(name: str, text: str) -> Any:
-    """Parses an option of a query or form as JSON; text that is no JSON stays text, and empty text becomes None."""
+    """Converts the text of an option in a query or form to its value: JSON is parsed, other text stays text.
+
+    Empty text becomes None.
+    """
     if not text:
         return None
     if name in TEXT_OPTIONS:
@@ -239,7 +245,7 @@ def _value(name: str, text: str) -> Any:
 
 
 def _unique(given: list[tuple[str, Any]], known: tuple[str, ...], several: str) -> dict[str, Any]:
-    """Returns the options by name; all values of the option ``several`` are in a list."""
+    """Checks the options; returns their values by name, and a list of all values for the option ``several``."""
     options: dict[str, Any] = {}
     for name, value in given:
         if name not in known:

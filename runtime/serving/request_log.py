@@ -1,4 +1,4 @@
-"""The outermost layer of the server: an id for each request, its log line, and its time in the metrics."""
+"""Gives each request an id, writes a line of the request log, and measures the time for the metrics."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class RequestLog:
-    """ASGI middleware: gives each answer an ``X-Request-ID``, and writes a line of JSON for it.
+    """ASGI middleware: gives each answer a header ``X-Request-ID``, and writes a line of JSON for each request.
 
-    A client's own id is kept if it has 1 to 64 letters, digits, dots, hyphens and underscores. A line has neither the
-    query nor headers nor the body, so that no key, prompt or picture is in it.
+    If the client sends an id, it is used if it has 1 to 64 letters, digits, dots, hyphens and underscores. The lines
+    contain no query, headers or body, so that no API key, prompt or picture gets into the log.
 
     Args:
         app: The application.
-        file: Where the lines go; None for nowhere.
+        file: File to which the lines are written; None for no log.
         observe: Called with method, path, status and seconds of each answer.
     """
 

@@ -1,4 +1,4 @@
-"""Reads bodies of bounded size, passes pieces of text to a client that may be gone, and formats events."""
+"""Reads request bodies of limited size, and sends pieces of text to a client, which may close its connection."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Submitted = TypeVar("Submitted", bound=Pending[Any])
 
 
 class ClientGoneError(Exception):
-    """The client has closed the connection, so that no answer is needed."""
+    """Raised if the client has closed the connection, so that no answer is needed."""
 
 
 class BodyMemory:
-    """Limits the memory for the bodies of all requests that are not answered yet.
+    """Limits the total memory for the bodies of all requests that are not answered yet.
 
     Args:
-        most: Largest number of bytes.
+        most: Largest number of bytes of all these bodies together.
 
     Attributes:
-        used: Bytes in use.
+        used: Number of bytes that these bodies have now.
     """
 
     def __init__(self, most: int) -> None:
@@ -40,7 +40,7 @@ class BodyMemory:
 
     @contextmanager
     def share(self) -> Iterator[BodyShare]:
-        """Makes the share of a request; its bytes are released at the end of the ``with`` block."""
+        """Makes the object that counts one request's bytes; the end of the ``with`` block subtracts them again."""
         share = BodyShare(self)
         try:
             yield share
@@ -49,16 +49,16 @@ class BodyMemory:
 
 
 class BodyShare:
-    """Counts the bytes of one request's body in :class:`BodyMemory`."""
+    """Counts the bytes of one request's body, as a part of the total in :class:`BodyMemory`."""
 
     def __init__(self, memory: BodyMemory) -> None:
         self._memory, self.bytes = memory, 0
 
     def add(self, count: int) -> None:
-        """Adds ``count`` bytes to the request's share.
+        """Counts ``count`` more bytes of the request's body.
 
         Raises:
-            RequestError: Together, all requests would use too many bytes (status 503).
+            RequestError: All bodies together would have too many bytes (status 503).
         """
         if self._memory.used + count > self._memory.most:
             raise RequestError(
@@ -123,12 +123,13 @@ def _too_large(most: int, got: str) -> RequestError:
 
 
 class WaitingClient(Generic[Submitted]):
-    """A waiting client: takes pieces of text from the threads of a queue, and notices a closed connection.
+    """Represents a client that waits for an answer; other threads pass it pieces of the text.
 
-    At the end of the ``async with`` block, its caption or call is canceled if it is not finished.
+    The object also notices if the client closes the connection. At the end of the ``async with`` block, the client's
+    request is cancelled if it is not finished.
 
     Attributes:
-        pending: The caption or the call, after it is submitted.
+        pending: The client's request, after it was submitted to a queue.
     """
 
     pending: Submitted
@@ -154,7 +155,7 @@ class WaitingClient(Generic[Submitted]):
             pass
 
     def put(self, piece: str | None) -> None:
-        """Adds a piece of the text for the client, or None after the last piece. Any thread may call it."""
+        """Passes a piece of the text to the client, or None after the last piece; any thread may call this method."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
@@ -177,7 +178,7 @@ class WaitingClient(Generic[Submitted]):
             piece.cancel()
 
     def outcome(self) -> Any:
-        """Returns the result of the finished caption or call; raises its error."""
+        """Returns the result of the client's finished request, or raises the error with which it ended."""
         try:
             return self.pending.result(0)
         except CancelledError as error:  # the server is closing

@@ -1,8 +1,8 @@
-"""``blip2edge watch``: live captions of a camera or a video, newest frame first, or of every picture of a folder.
+"""Captions a camera or a video live, or every picture of a folder (``blip2edge watch``).
 
-For a camera, a reader thread keeps only the newest frame. When the captioner is free, it captions that frame; the
-frames in between are dropped and counted. So a caption is as recent as the device allows, and no backlog grows. The
-pictures of a folder are kept by the file system, and all of them are captioned.
+For a camera, a thread reads the frames and keeps only the newest one. When the captioner is free, this frame is
+captioned; the frames in between are dropped and counted. So a caption is as recent as the device allows. In a folder,
+the pictures wait as files, and all of them are captioned.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class WatchResult:
         frame: Name of the frame.
         result: The caption; None if the picture could not be read.
         error: Why the picture could not be read; empty if there is a caption.
-        dropped: Frames since the last caption that were dropped.
+        dropped: Number of frames that were dropped since the last caption.
         age_ms: Milliseconds from the frame's arrival to the end of its caption; for a folder, from the moment when the
             picture was taken from the queue.
         reused: Whether the visual tokens or the caption of an earlier frame were reused.
         image: The frame's picture.
         seconds: Time of the frame: in a video file, or since the start of the watch.
-        step: Which work was done for the frame: one of the steps of :class:`ReuseLadder`.
-        audit: The audited frames so far, as :meth:`AuditMonitor.to_json` returns them; None unless ``reuse_below`` is
+        step: How the frame was captioned; see :data:`blip2edge.runtime.captioning.reuse.ladder.Step`.
+        audit: Numbers of the audited frames so far, from :meth:`AuditMonitor.to_json`; None unless ``reuse_below`` is
             ``auto``.
     """
 
@@ -57,7 +57,7 @@ class WatchResult:
 
 
 class NewestFrame:
-    """Reads a source in its own thread and keeps the newest frame."""
+    """Reads the frames of a source in a thread, and keeps only the newest frame."""
 
     def __init__(self, frames: Iterator[Frame]) -> None:
         self._frames = frames
@@ -85,7 +85,10 @@ class NewestFrame:
                 self._changed.notify()
 
     def get(self) -> tuple[Frame, float, int] | None:
-        """Returns the newest frame, its arrival (``time.monotonic``), the number of dropped frames; None at the end."""
+        """Waits for a frame; returns the newest one, its arrival time, and the number of dropped frames before it.
+
+        The time is in ``time.monotonic`` seconds. Returns None at the end of the source.
+        """
         with self._changed:
             while self._latest is None and not self._ended:
                 self._changed.wait()
@@ -121,17 +124,16 @@ def watch(
     on_piece: Callable[[str | None], None] | None = None,
     **options: Any,
 ) -> Iterator[WatchResult]:
-    """Captions the newest frame, repeatedly, or every frame.
+    """Captions the newest frame of a source again and again; with ``every``, captions each frame.
 
     Args:
         captioner: A loaded bundle.
         frames: From :func:`open_source`; a :class:`Source` is closed at the end.
         prompt: As in ``Captioner.caption``.
         every: Whether to caption every frame in order and drop none. A :class:`Source` with ``is_queue`` implies it.
-        reuse_below: A frame is not encoded if it differs by less than this from the last encoded frame; 0 encodes every
-            frame. See
-            :class:`blip2edge.runtime.captioning.reuse.frames.ReusingEncoder`. ``auto``: thresholds are fitted to a
-            stated rate of missed changes, and captions are reused too; see :class:`ReuseLadder`.
+        reuse_below: A frame is not encoded if it differs by less than this from the last encoded frame (the measure is
+            that of :class:`ReusingEncoder`); with 0, every frame is encoded. ``auto``: captions are reused too, and the
+            thresholds are fitted so that few changes are missed; see :class:`ReuseLadder`.
         reuse: How ``auto`` fits its thresholds; None for the defaults.
         max_fps: Largest number of captions per second; 0 for no limit. A camera's frames in between are dropped.
         on_piece: Called with each piece of a text as it is generated, and with None at its end. With ``auto``, a text
@@ -142,8 +144,8 @@ def watch(
         One result per captioned frame.
 
     Raises:
-        DataError: The source failed, or a kept fit cannot be read.
-        UsageError: ``reuse_below`` is not a number from 0 to 1 or ``auto``; or as in :class:`ReuseLadder`.
+        DataError: The source failed, or the file with a stored fit cannot be read.
+        UsageError: ``reuse_below`` is neither a number from 0 to 1 nor ``auto``; or as in :class:`ReuseLadder`.
     """
     generation = captioner.options(**options)
     captioner.generator.confidence.check(generation, prompt)
@@ -202,7 +204,7 @@ def _by_scheduler(
     on_piece: Callable[[str | None], None] | None,
     opened: ExitStack,
 ) -> CaptionFrame:
-    """Makes a function that captions a frame with a scheduler; the scheduler is closed together with ``opened``."""
+    """Returns a function that captions a frame with a scheduler, which is closed when ``opened`` is closed."""
     encoder = captioner.reusing(reuse_below) if reuse_below else None
     scheduler = opened.enter_context(captioner.scheduler(max_batch=1, max_waiting=1, encoder=encoder))
 
@@ -216,7 +218,7 @@ def _by_scheduler(
 def _by_ladder(
     ladder: ReuseLadder, prompt: str | None, on_piece: Callable[[str | None], None] | None, image: Any
 ) -> tuple[CaptionResult, Step]:
-    """Captions a frame with a :class:`ReuseLadder`."""
+    """Captions a frame with a :class:`ReuseLadder`; calls ``on_piece`` with the whole text and with None."""
     result, step = ladder(image, prompt)
     if on_piece is not None:
         on_piece(result.text)
@@ -231,7 +233,7 @@ def _close(frames: NewestFrame | Iterator[Frame]) -> None:
 
 
 def _paced(frames: Iterator[Any], interval: float) -> Iterator[Any]:
-    """Yields at most one frame in `interval` seconds. It waits before it takes a frame, so that the frame is new."""
+    """Yields at most one frame in `interval` seconds; waits before taking a frame, so that the frame is new."""
     due = 0.0
     while True:
         time.sleep(max(0.0, due - time.monotonic()))

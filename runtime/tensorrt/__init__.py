@@ -1,1 +1,1 @@
-"""TensorRT engines: sessions, the KV cache on the GPU, CUDA graphs."""
+"""Runs TensorRT engines, with the KV cache on the GPU and decode steps as CUDA graphs."""

@@ -1,4 +1,4 @@
-"""The backends ``tensorrt`` and ``rtx``: sessions and a decoder that run a bundle's engines.
+"""The backends ``tensorrt`` and ``rtx``, which run a bundle's engines.
 
 The code is tested with a simulation of CUDA and TensorRT on the CPU. It was not run on a GPU yet.
 """
@@ -47,8 +47,8 @@ def open_graph(
 
 
 KERNELS = "kernels"
-"""Folder in the user's cache with the kernels that TensorRT for RTX compiled. They are machine code without a recorded
-hash, so they are never read from a bundle, which can come from another machine."""
+"""Folder in the user's cache for the kernels that TensorRT for RTX compiles. They are machine code whose hash is not
+recorded, so they are never stored in a bundle, which may come from another machine."""
 
 
 class EngineOpener:
@@ -102,7 +102,11 @@ class EngineOpener:
         return DecoderSession(self._device, engine, record, partial(self._engines, engine, record))
 
     def _engines(self, decoder: object, record: EngineRecord) -> Engines:
-        """Opens the engine that chooses tokens; returns both engines. Raises BackendError without a KV cache."""
+        """Opens the engine that chooses tokens; returns an object with this engine and the decoder's engine.
+
+        Raises:
+            BackendError: ``bundle.json`` describes no KV cache.
+        """
         cache = self._bundle.manifest.cache
         if cache is None:
             raise BackendError(
@@ -120,7 +124,10 @@ class EngineOpener:
 
 
 def _kernels(bundle: Bundle, engines: str) -> Path | None:
-    """Returns the path of the file that keeps the compiled kernels of these engines; None without a home directory."""
+    """Returns the path of the file in which the compiled kernels are stored; None without a home directory.
+
+    ``engines``: name of the folder with the engines.
+    """
     try:
         return cache_directory() / KERNELS / f"{bundle.sha256[:16]}-{engines}.cache"
     except RuntimeError:
@@ -128,13 +135,13 @@ def _kernels(bundle: Bundle, engines: str) -> Path | None:
 
 
 class DecoderSession(TrtSession):
-    """The decoder's engine; :meth:`decoder` makes the whole decoder from it.
+    """The loaded engine of the decoder; :meth:`decoder` adds the KV cache and the engine that chooses tokens.
 
     Args:
         device: The device that the engine runs on.
         engine: The deserialised engine.
         record: The engine's record in ``engine.json``.
-        engines: Function that opens the engine that chooses tokens, and returns it with the decoder's engine.
+        engines: Opens the engine that chooses tokens; returns an object with both engines.
     """
 
     def __init__(self, device: Device, engine: object, record: EngineRecord, engines: Callable[[], Engines]) -> None:

@@ -1,7 +1,7 @@
-"""A thin layer over cuda-python: buffers, streams, events and graphs, with every status checked.
+"""Calls CUDA through cuda-python: buffers, streams, events and graphs. Every returned status is checked.
 
-A tensor that both host and GPU access is a :class:`Mirror`: pinned memory on the host and memory on the GPU, with
-copies between them. If host and GPU share one memory (Jetson), it is a single pinned buffer with two addresses.
+A tensor that both host and GPU access is a :class:`Mirror`: a pinned buffer on the host and a buffer on the GPU, with
+copies between them. If host and GPU share one memory (Jetson), a mirror is a single pinned buffer with two addresses.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import BackendError, option
 
 MODULES = ("cuda.bindings.runtime", "cuda.cudart")
-"""Modules of cuda-python with the runtime API, newest first."""
+"""Names under which cuda-python's runtime API can be imported, the newest name first."""
 
 
 def load_cuda() -> Any:
@@ -40,7 +40,7 @@ def load_cuda() -> Any:
 
 
 class Cuda:
-    """The CUDA runtime of one process.
+    """The functions of the CUDA runtime that this project uses.
 
     Args:
         api: The module from :func:`load_cuda`.
@@ -108,7 +108,7 @@ class Cuda:
         height: int,
         stream: int,
     ) -> None:
-        """Copies ``height`` rows of ``width`` bytes in the stream; a pitch is the bytes between two row starts."""
+        """Copies ``height`` rows of ``width`` bytes in the stream; a pitch is the distance of two rows in bytes."""
         copy = self.api.cudaMemcpy2DAsync
         self(copy, target, target_pitch, source, source_pitch, width, height, self._anywhere, stream)
 
@@ -117,7 +117,7 @@ class Cuda:
         self(self.api.cudaMemsetAsync, target, 0, size, stream)
 
     def capture(self, stream: int, work: Callable[[], None]) -> int:
-        """Captures the work that a function adds to a stream as a CUDA graph; the work is not executed.
+        """Records the work that a function adds to a stream as a CUDA graph, without executing the work.
 
         Args:
             stream: The stream. If ``work`` raises an error, the capture ends, and the stream can be used again.
@@ -188,8 +188,8 @@ class Mirror:
         cuda: The CUDA runtime.
         shape: The largest shape of the tensor.
         dtype: dtype of the elements.
-        on_device: Whether the GPU gets its own buffer even if host and GPU share one memory. Pinned memory of the host
-            is not cached on the GPU, so large tensors that the GPU reads in every step should not be there.
+        on_device: Whether to make a buffer of the GPU's own even if host and GPU share one memory. The GPU does not
+            cache pinned memory of the host, so large tensors that it reads in every step need their own buffer.
 
     Attributes:
         address: Address of the buffer on the GPU.
@@ -213,7 +213,7 @@ class Mirror:
             self.address = self._device.address
 
     def view(self, shape: Sequence[int]) -> Array:
-        """Returns the host's buffer as an array of this shape; a smaller array is at the beginning of the buffer.
+        """Returns the host's buffer as an array of this shape; the array begins at the start of the buffer.
 
         Raises:
             ValueError: The shape has more elements than the buffer.
@@ -234,7 +234,7 @@ class Mirror:
             self._cuda.copy(self.address, self._pinned, values.size * self.dtype.itemsize, stream)
 
     def fetch(self, shape: Sequence[int], stream: int) -> Array:
-        """Starts a copy from the GPU to the host; the returned array is filled after the stream has run this copy."""
+        """Starts a copy from the GPU to the host; the returned array has the values after the stream did this copy."""
         if self._device is not None:
             size = math.prod(shape) * self.dtype.itemsize
             self._cuda.copy(self._pinned, self.address, size, stream)

@@ -1,13 +1,15 @@
 """Runs the decoder on a GPU: KV cache, decode steps as CUDA graphs, and greedy decoding on the GPU.
 
-A workspace has the buffers of a batch of B rows, at addresses that never change, and the execution contexts. A decode
-step (run the decoder, choose the token, copy the token's embedding) is captured once as a CUDA graph, which is then
-launched as a whole. There are two versions of the decoder's engine:
+A :class:`Workspace` has the buffers and the execution contexts for a batch of B rows; the addresses never change. A
+decode step (run the decoder, choose the token, copy the token's embedding) is captured once as a CUDA graph, which is
+then launched as a whole. There are two kinds of decoder engines:
 
-- Constant shapes: keys, values and the small tensors have two buffers each. A step reads one buffer and writes the
-other buffer, so there are two graphs: from the first buffer to the second, and back.
-- Updated in place: keys and values have one buffer, which is input and output of the decoder. The small tensors have
-two buffers; the graph ends with a copy from the second buffer to the first, so there is one graph.
+- ``constant``: keys, values and the small tensors have two buffers each. A step reads one buffer and writes the other,
+  so there are two CUDA graphs: from the first buffer to the second, and back.
+- ``in-place``: keys and values have one buffer, which is input and output of the decoder. The small tensors have two
+  buffers; the CUDA graph ends with a copy from the second buffer to the first, so there is one graph.
+
+In the code, the two buffers are called halves, with the numbers 0 and 1.
 """
 
 from __future__ import annotations
@@ -33,14 +35,14 @@ from blip2edge.runtime.tensorrt.workspace import TOKENS_IN_FLIGHT, WIDE, Engines
 
 NEXT = "next_"
 GREEDY = ("inputs_embeds", "position_ids", CACHE_POSITION, "seen", "held_steps")
-"""Inputs of the next decode step that the ``step`` engine computes."""
+"""Inputs of a decode step that the ``step`` engine computes in the step before."""
 
 
 class DeviceCache:
-    """A cache on the GPU; see :class:`blip2edge.runtime.decoding.kv.fixed.FixedCache`.
+    """The KV cache of a batch on the GPU; implements :class:`blip2edge.runtime.decoding.kv.fixed.FixedCache`.
 
     Args:
-        engines: The engines that decode.
+        engines: The decoder's engine and the engine that chooses tokens.
         rows: B, the number of rows.
         context: Cross-attention keys and values, and their mask, by the inputs' names.
     """
@@ -55,10 +57,10 @@ class DeviceCache:
                 self.cuda.zero(half.address, half.size, self.lane.stream)
 
     def run(self, inputs: Mapping[str, Array]) -> NDArray[np.float32]:
-        """Runs the engine once, and updates the cache.
+        """Runs the decoder's engine once, and updates the cache.
 
         Args:
-            inputs: The inputs that are not the cache, by name.
+            inputs: All inputs except the KV cache, by name.
 
         Returns:
             The logits, float32 ``[B, K, V]``.
@@ -95,9 +97,9 @@ class DeviceCache:
             release()
 
     def shift(self, row: int, by: int, length: int) -> None:
-        """Moves the first ``length`` slots of a row by ``by`` slots, layer by layer through the spare buffer.
+        """Moves the first ``length`` slots of a row ``by`` slots to the right (to the left if negative).
 
-        See :class:`blip2edge.runtime.decoding.kv.fixed.FixedCache`.
+        Each layer is copied to a spare buffer and back. See :class:`blip2edge.runtime.decoding.kv.fixed.FixedCache`.
         """
         space, lane = self.workspace, self.lane
         source, target = max(-by, 0) * space.slot_bytes, max(by, 0) * space.slot_bytes
@@ -127,7 +129,7 @@ class DeviceCache:
             other._release()
 
     def _adopt(self, rows: int) -> None:
-        """Takes a workspace for B rows, and copies the cross-attention inputs into it."""
+        """Takes an idle or new workspace for ``rows`` rows, and copies the cross-attention inputs into it."""
         lengths = tuple(
             self._cross[tensor.name].shape[1 if tensor.name == CROSS_MASK else 2]
             for tensor in self.engines.decoder_record.spec.inputs
@@ -142,7 +144,14 @@ class DeviceCache:
             space.cross[name].put(values, self.lane.stream)
 
     def _copy_row(self, row: int, old: Workspace, source: int, origin: int) -> None:
-        """Copies a row of another workspace into this workspace's current half, all layers at once."""
+        """Copies a row of another workspace's KV cache into this one's present buffer, all layers at once.
+
+        Args:
+            row: Number of the row in this workspace.
+            old: The other workspace.
+            source: GPU address of the other workspace's buffer.
+            origin: Number of the row in the other workspace.
+        """
         space = self.workspace
         self.cuda.copy_rows(
             space.halves[self.half].address + row * space.row_bytes,
@@ -156,7 +165,7 @@ class DeviceCache:
 
 
 class DeviceState(FixedState):
-    """The decoding state of a batch on a GPU; unlike :class:`FixedState`, it can choose greedy tokens on the GPU."""
+    """The decoding state of a batch on a GPU; adds greedy decoding on the GPU to :class:`FixedState`."""
 
     cache: DeviceCache
 
@@ -168,10 +177,8 @@ class DeviceState(FixedState):
     def greedy(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[GreedyStep, None, None]:
         """Yields the likeliest next tokens ``[B]`` and their log-probabilities ``[B]`` step by step.
 
-        While the caller uses a token, the next step already runs on the GPU.
-
-        A step is launched before the previous token is read. When the caller stops, the state contains all tokens
-        except the last token of each row, as after :meth:`step`.
+        The next step is launched before the caller gets a token, so the GPU computes while the caller uses the token.
+        When the caller stops, the KV cache has all tokens except the last token of each row, as after :meth:`step`.
 
         Args:
             token_ids: The last token of each row, ``[B]``.
@@ -191,7 +198,7 @@ class DeviceState(FixedState):
                 yield tokens, logprobs
 
     def _greedy_until_full(self, token_ids: NDArray[np.int64], scores: _RowScores) -> Generator[GreedyStep, None, None]:
-        """Yields tokens until the last position of the cache is written; −1 for a row whose logits contain NaN."""
+        """Yields tokens and log-probabilities until the cache is full; the token −1 means that logits contain NaN."""
         cache, lane = self.cache, self.cache.lane
         space, cuda = cache.workspace, cache.cuda
         first, launched, given = self.slot, 0, 0
@@ -215,7 +222,7 @@ class DeviceState(FixedState):
                 lane.synchronize()
 
     def _put_first(self, token_ids: NDArray[np.int64], scores: _RowScores) -> None:
-        """Copies the inputs of the first step to the GPU. Each step computes the inputs of the next step there."""
+        """Copies the inputs of the first step to the GPU; later inputs are computed on the GPU."""
         cache = self.cache
         values = self.inputs(self.decoder.embed(token_ids[:, None]), self.positions[:, None] + 1, 1)
         values[CACHE_POSITION] = self.decoder.cache_position(self.slot, self.batch_size)
@@ -227,7 +234,7 @@ class DeviceState(FixedState):
         self._rules = {name: array.shape for name, array in scores.arrays().items()}
 
     def _launch(self, number: int) -> None:
-        """Launches a step (decoder, choice of the token, copy of its embedding); copies the results to the host."""
+        """Launches decode step ``number``, and starts the copy of its tokens and log-probabilities to the host."""
         cache, lane, cuda = self.cache, self.cache.lane, self.cache.cuda
         space, half = cache.workspace, cache.half
         if half in space.graphs:
@@ -273,10 +280,10 @@ class DeviceState(FixedState):
 
 
 class _RowScores:
-    """The inputs of the step engine that change the logits of B rows, and their values after each chosen token.
+    """Computes the ``step`` engine's inputs that say how to change the logits: penalties and tokens not to choose.
 
     Args:
-        rules: How the logits of each row are changed.
+        rules: How the logits of each of the B rows are changed.
         vocabulary: V, the number of logits.
     """
 
@@ -288,7 +295,7 @@ class _RowScores:
         self._held_steps = np.array([[rule.held_steps] for rule in rules], np.int64)
 
     def add(self, tokens: NDArray[np.int64]) -> None:
-        """Updates the inputs with the tokens ``[B]`` that were chosen in a step."""
+        """Updates the inputs after a step in which the tokens ``[B]`` were chosen."""
         self._held_steps -= 1
         if self._penalised:
             np.put_along_axis(self._seen, tokens[:, None], 1, axis=1)
@@ -299,7 +306,7 @@ class _RowScores:
 
 
 def _marked(ids: Sequence[NDArray[np.int64]], vocabulary: int) -> NDArray[np.float32]:
-    """Makes an array ``[B, V]``: 1 for the ids of each row, else 0."""
+    """Returns an array ``[B, V]`` that is 1 where the id is in the row's list, else 0."""
     marks = np.zeros((len(ids), vocabulary), np.float32)
     for row, chosen in zip(marks, ids, strict=True):
         row[chosen] = 1
@@ -310,7 +317,7 @@ class DeviceDecoder(FixedDecoder):
     """The decoder of a bundle's engines.
 
     Args:
-        engines: The two engines that decode.
+        engines: The decoder's engine and the engine that chooses tokens.
         table: The token embedding table, for prompts and for decoding that is not greedy.
     """
 

@@ -25,16 +25,16 @@ PIECE = 1 << 24  # bytes of an engine's file read at a time
 OLDEST = (10, 3)  # JetPack 6.1; older versions have no strongly typed networks
 MOST_MESSAGES = 256  # of TensorRT that are kept, so that a server's memory does not grow
 JETSON = Path("/etc/nv_tegra_release")
-"""A file that every Jetson has."""
+"""A file that exists on every Jetson, and on no other machine."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """An edition of TensorRT.
+    """An edition of TensorRT: ``tensorrt`` or ``rtx``.
 
     Attributes:
         module: Name of the edition's Python module.
-        builds_anywhere: Whether this edition can build engines without a GPU, for given compute capabilities.
+        builds_anywhere: Whether this edition can build engines for other GPUs, on a machine without a GPU.
     """
 
     module: str
@@ -71,17 +71,17 @@ def version_of(trt: Any) -> tuple[int, int]:
 
 
 def make_logger(trt: Any) -> tuple[Any, deque[str]]:
-    """Makes a TensorRT logger that keeps the last warnings and errors in a deque; returns logger and deque."""
+    """Makes a TensorRT logger; returns the logger, and a deque into which it puts the last warnings and errors."""
     messages: deque[str] = deque(maxlen=MOST_MESSAGES)
 
     class Logger(trt.ILogger):  # type: ignore[misc]  # the module is known at run time only
-        """Keeps warnings and errors."""
+        """Stores TensorRT's warnings and errors."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            """Keeps a message; TensorRT calls it. Severity 0 is an internal error, 1 an error, 2 a warning."""
+            """Stores a message from TensorRT if its severity is 0 (internal error), 1 (error) or 2 (warning)."""
             if int(severity) <= int(trt.ILogger.WARNING):
                 messages.append(" ".join(message.split()))
 
@@ -89,14 +89,14 @@ def make_logger(trt: Any) -> tuple[Any, deque[str]]:
 
 
 class Lane:
-    """A CUDA stream, and the scratch memory of the engines that run in this stream one after the other.
+    """A CUDA stream, and scratch memory for the engines that run in this stream, one after another.
 
     Args:
         cuda: The CUDA runtime.
 
     Attributes:
         stream: The CUDA stream.
-        lock: Held by the thread that adds work to the stream, or uses buffers that engines share.
+        lock: A thread must hold this lock while it adds work to the stream or uses buffers that engines share.
     """
 
     def __init__(self, cuda: Cuda) -> None:
@@ -107,14 +107,15 @@ class Lane:
         self._most = 0
 
     def reserve(self, size: int) -> None:
-        """Makes :attr:`scratch` at least ``size`` bytes large when it is used next."""
+        """Makes :attr:`scratch` at least ``size`` bytes large from its next use on."""
         self._most = max(self._most, size)
 
     @property
     def scratch(self) -> DeviceBuffer:
         """Returns the scratch memory that all execution contexts of the lane share.
 
-        CUDA graphs contain the buffer's address, so a buffer that became too small is freed only by :meth:`close`.
+        If it is too small, a larger buffer is allocated. The old one is freed only by :meth:`close`, because CUDA
+        graphs contain its address.
         """
         if not self._scratch or self._scratch[-1].size < self._most:
             self._scratch.append(DeviceBuffer(self.cuda, self._most))
@@ -125,7 +126,7 @@ class Lane:
         self.cuda.synchronize(self.stream)
 
     def close(self) -> None:
-        """Frees the scratch memory and the stream, after the work in it is done."""
+        """Waits until the work in the stream is done, then frees the scratch memory and the stream."""
         self.synchronize()
         for buffer in self._scratch:
             buffer.free()
@@ -134,16 +135,16 @@ class Lane:
 
 
 class Device:
-    """Objects that all engines of a bundle share: TensorRT, CUDA, and two lanes, so that vision overlaps with decoding.
+    """What all engines of a bundle share: TensorRT, CUDA, and two lanes, so that a picture is encoded during decoding.
 
     Args:
-        trt: The module of TensorRT's Python binding.
+        trt: TensorRT's Python module.
         cuda: The CUDA runtime.
-        kernels: File that keeps the kernels that TensorRT for RTX compiles when an engine runs first; None for none.
+        kernels: File for the kernels that TensorRT for RTX compiles in the first run of an engine; None: no file.
 
     Attributes:
-        encoding: The lane of all engines except the decoder's.
-        decoding: The lane of the decoder and of the choice of tokens.
+        encoding: The lane of all other engines.
+        decoding: The lane of the decoder and of the engine that chooses tokens.
     """
 
     def __init__(self, trt: Any, cuda: Cuda, kernels: Path | None = None) -> None:
@@ -156,11 +157,11 @@ class Device:
         self._compiled: Any = None
 
     def open(self, path: Path, *, host_code: bool = False) -> Any:
-        """Deserialises an engine: from pieces of the file if this TensorRT can, else from a memory-mapped file.
+        """Loads an engine from its file: piece by piece if this TensorRT version can, else by mapping the file.
 
         Args:
             path: The engine file.
-            host_code: Whether the engine may contain code for the host, as version-compatible engines do.
+            host_code: Whether the engine may contain code for the CPU, as version-compatible engines do.
 
         Raises:
             EngineError: TensorRT cannot load the engine.
@@ -179,10 +180,10 @@ class Device:
         return engine
 
     def context(self, engine: Any) -> Any:
-        """Creates an execution context that uses the lane's scratch memory; None if there is not enough memory.
+        """Creates an execution context without scratch memory of its own; None if there is not enough memory.
 
-        TensorRT for RTX compiles kernels for the shapes of a first run. Here the run waits until they are compiled, so
-        that a CUDA graph can be captured afterwards; the kernels are kept in a file.
+        TensorRT for RTX compiles kernels for the shapes of a first run. It is told to wait for these kernels, so that a
+        CUDA graph can be captured afterwards. :meth:`close` writes the kernels to a file.
         """
         strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         specialization = getattr(self.trt, "DynamicShapesKernelSpecializationStrategy", None)
@@ -199,7 +200,7 @@ class Device:
         return engine.create_execution_context(runtime_config)
 
     def close(self) -> None:
-        """Frees the lanes, after the work in them is done, and writes the file of compiled kernels."""
+        """Waits until the work in both lanes is done, frees them, and writes the compiled kernels to a file."""
         for lane in (self.encoding, self.decoding):
             lane.close()
         if self._compiled is not None and self._kernels is not None:
@@ -210,7 +211,7 @@ class Device:
 
 
 def _reader(trt: Any, file: BinaryIO) -> Any:
-    """Makes a TensorRT stream reader that reads an open file."""
+    """Makes an object (TensorRT's ``IStreamReaderV2``) through which TensorRT reads an open file."""
     whence = {trt.SeekPosition.SET: 0, trt.SeekPosition.CUR: 1, trt.SeekPosition.END: 2}
 
     class Reader(trt.IStreamReaderV2):  # type: ignore[misc]  # known at run time only
@@ -220,7 +221,7 @@ def _reader(trt: Any, file: BinaryIO) -> Any:
             trt.IStreamReaderV2.__init__(self)
 
         def read(self, num_bytes: int, _: int) -> bytes:
-            """Reads bytes; may return fewer bytes than requested, because TensorRT then reads the rest."""
+            """Reads at most ``num_bytes`` bytes; if fewer are returned, TensorRT calls the method again."""
             return file.read(min(num_bytes, PIECE))
 
         def seek(self, offset: int, where: Any) -> bool:
@@ -232,7 +233,7 @@ def _reader(trt: Any, file: BinaryIO) -> Any:
 
 
 class Context:
-    """An engine's execution context for one profile.
+    """An engine's execution context for one optimization profile; it runs the engine in a lane.
 
     Args:
         device: The device that the engine runs on.
@@ -277,7 +278,7 @@ class Context:
     def can_be_captured(self) -> bool:
         """Returns whether a run of the engine can be captured in a CUDA graph.
 
-        TensorRT for RTX has a query for this. TensorRT has no such query; its engines can always be captured.
+        TensorRT for RTX has a function that says so. TensorRT has none; runs of its engines can always be captured.
         """
         check = getattr(self._context, "is_stream_capturable", None)
         return True if check is None else bool(check(self._lane.stream))
@@ -297,13 +298,13 @@ class Context:
 class TrtSession:
     """Runs an engine on NumPy arrays; implements the ``Session`` protocol of ``base.py``.
 
-    All calls share the session's buffers, so a call holds the lane's lock until its results are copied.
+    All calls use the same buffers, so each call holds the lane's lock until its results are copied.
 
     Args:
         device: The device that the engine runs on.
         engine: The deserialised engine.
         record: The engine's record in ``engine.json``.
-        lane: The lane that the engine runs in; None for the device's lane for encoding.
+        lane: The lane that the engine runs in; None for ``device.encoding``.
     """
 
     def __init__(self, device: Device, engine: Any, record: EngineRecord, lane: Lane | None = None) -> None:
@@ -351,7 +352,7 @@ class TrtSession:
         self._mirrors.clear()
 
     def _mirror(self, tensor: TensorSpec, shape: tuple[int, ...]) -> Mirror:
-        """Returns the tensor's buffer; replaces it by a larger buffer if it is too small."""
+        """Returns the buffer of a tensor; if there is none, or it is too small for ``shape``, makes a new one."""
         known = self._mirrors.get(tensor.name)
         if known is not None and known.holds(shape):
             return known

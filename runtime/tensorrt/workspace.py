@@ -1,4 +1,4 @@
-"""Buffers of a batch of B rows on a GPU, at addresses that never change, and the contexts that use them."""
+"""The buffers and execution contexts for decoding a batch on a GPU; addresses never change, as CUDA graphs need."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from blip2edge.runtime.tensorrt.cuda import DeviceBuffer, Mirror
 from blip2edge.runtime.tensorrt.session import Context, Device, Lane
 
 TOKENS_IN_FLIGHT = 4
-"""Largest number of tokens that are copied from the GPU to the host at the same time."""
+"""Number of buffers into which chosen tokens are copied from the GPU to the host, used in turn, one for each step."""
 
 MOST_IDLE = 4
-"""Largest number of idle workspaces: each has a KV cache, so a workspace for every batch size needs too much memory."""
+"""Largest number of idle workspaces. Each contains a KV cache; one for every batch size would need too much memory."""
 
 LARGE = ("logits", "seen", "held")
-"""Tensors with an element for each token of the vocabulary, which stay in the GPU's own memory."""
+"""Tensors that have an element for each token of the vocabulary; their buffers are in the GPU's own memory."""
 
 WIDE = 2
-"""Used in place of the number of a half (0 or 1): the buffers for prompts and for several tokens at once."""
+"""Number of a third buffer, besides 0 and 1, for the inputs of prompts and of steps with several tokens."""
 
 
 @dataclass
 class Engines:
-    """The two engines that decode, and their idle workspaces.
+    """The decoder's engine and the engine that chooses tokens, with their idle workspaces.
 
     Attributes:
         device: The device that both engines run on.
-        decoder: The deserialised decoder.
+        decoder: The deserialised engine of the decoder.
         decoder_record: The decoder's record in ``engine.json``.
         step: The deserialised engine that chooses the next token.
         step_record: Record of the ``step`` engine.
-        cache: The KV cache's tensors.
-        capacity: C, positions of the KV cache.
+        cache: Names and sizes of the KV cache's tensors.
+        capacity: C, number of slots of the KV cache.
         idle: Idle workspaces, the least recently used workspace first; at most :data:`MOST_IDLE`.
     """
 
@@ -66,12 +66,12 @@ class Engines:
         return self.device.decoding
 
     def tensors(self) -> dict[str, TensorSpec]:
-        """Returns inputs and outputs of both engines by name; the same name in both engines means the same tensor."""
+        """Returns inputs and outputs of both engines by name; a name in both engines is the same tensor."""
         records = (self.decoder_record.spec, self.step_record.spec)
         return {tensor.name: tensor for spec in records for tensor in (*spec.inputs, *spec.outputs)}
 
     def take(self, rows: int, cross: tuple[int, ...]) -> Workspace:
-        """Returns an idle or new workspace for ``rows`` rows with cross-attention inputs of these lengths."""
+        """Returns an idle or new workspace for ``rows`` rows; ``cross``: lengths of the cross-attention inputs."""
         with self.lane.lock:
             for place, workspace in enumerate(self.idle):
                 if workspace.key == (rows, cross):
@@ -79,14 +79,14 @@ class Engines:
             return Workspace(self, rows, cross)
 
     def give(self, workspace: Workspace) -> None:
-        """Keeps an idle workspace for the next batch of its size; frees the oldest above :data:`MOST_IDLE`."""
+        """Stores an idle workspace for the next batch of its size; frees the oldest if there are too many."""
         with self.lane.lock:
             self.idle.append(workspace)
             while len(self.idle) > MOST_IDLE:
                 self.idle.pop(0).free()
 
     def close(self) -> None:
-        """Frees all idle workspaces, after the work in the lane is done."""
+        """Waits until the work in the lane is done, then frees all idle workspaces."""
         with self.lane.lock:
             while self.idle:
                 self.idle.pop().free()
@@ -98,7 +98,7 @@ class Workspace:
     Args:
         engines: The engines that use the workspace.
         rows: B, the number of rows.
-        cross: Lengths E of the decoder's cross-attention inputs, tensor by tensor.
+        cross: The length E of each of the decoder's cross-attention inputs.
     """
 
     def __init__(self, engines: Engines, rows: int, cross: tuple[int, ...]) -> None:
@@ -134,7 +134,7 @@ class Workspace:
         self.choice = Context(engines.device, engines.lane, engines.step, step, step.profiles[0])
 
     def free(self) -> None:
-        """Frees buffers, events and CUDA graphs, after the work in the lane is done."""
+        """Waits until the work in the lane is done, then frees buffers, events and CUDA graphs."""
         cuda = self._device.cuda
         self._engines.lane.synchronize()
         for graph in self.graphs.values():
@@ -155,13 +155,16 @@ class Workspace:
         return self.contexts["decode"].can_be_captured and self.choice.can_be_captured
 
     def after(self, half: int) -> int:
-        """Returns the half that a step writes if it reads ``half``: the other half; ``half`` if there is no other."""
+        """Returns the number of the KV cache's buffer that a step writes if it reads buffer ``half``.
+
+        That is the other of two buffers; if the cache is updated in place, there is only one buffer.
+        """
         return (half + 1) % len(self.halves)
 
     def mirror(self, name: str, half: int, shape: tuple[int, ...]) -> Mirror:
-        """Returns the buffer of the small tensor ``name``; replaces it by a larger buffer if ``shape`` does not fit.
+        """Returns a buffer of the small tensor ``name``; replaces it by a larger buffer if ``shape`` does not fit.
 
-        ``half`` is one of the two halves, whose addresses never change, or :data:`WIDE`.
+        ``half``: number of the buffer, 0, 1 or :data:`WIDE`. Buffers 0 and 1 always have the shape of a decode step.
         """
         known = self.mirrors.get((name, half))
         if known is not None and known.holds(shape):
@@ -174,7 +177,7 @@ class Workspace:
         return made
 
     def bind_cache(self, context: Context, half: int) -> None:
-        """Binds the KV cache to a context: ``half`` (0 or 1) as input, and :meth:`after` of ``half`` as output."""
+        """Binds the KV cache to an execution context: buffer ``half`` as input, buffer ``after(half)`` as output."""
         cache = self._engines.cache
         for index, (past, present) in enumerate(zip(cache.past_names(), cache.present_names(), strict=True)):
             offset = index * self.layer_bytes
@@ -185,7 +188,7 @@ class Workspace:
             context.bind(name, mirror.address, self.cross_shape(name))
 
     def cross_shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape of the cross-attention input ``name`` for this batch."""
+        """Returns the shape of the decoder's cross-attention input ``name`` in this workspace."""
         names = [tensor.name for tensor in self._engines.decoder_record.spec.inputs if is_cross(tensor.name)]
         length = self.key[1][names.index(name)]
         dims = self.tensors[name].dims
@@ -194,5 +197,5 @@ class Workspace:
 
 
 def is_cross(name: str) -> bool:
-    """Returns whether the decoder's input ``name`` belongs to its cross-attention."""
+    """Returns whether ``name`` is the name of one of the decoder's cross-attention inputs."""
     return name.startswith("cross")

@@ -1,11 +1,11 @@
-"""Prompts: converts a text and its images to token ids, and to the language model's input embeddings.
+"""Converts prompts (a text and its images) to token ids, and to the language model's input embeddings.
 
 Three kinds of prompt (``PromptSpec.kind``):
 
-- ``segments``: the texts around an image are tokenized one by one; visual tokens are put between them (BLIP-2).
-- ``placeholder``: the text is tokenized as a whole, with one token of the tokenizer in each image's place (LLaVA).
-- ``interleaved``: images take no slots. A marker token stands for each image, and every token attends to the last image
-  before it (Flamingo, Idefics): ``<image>A cat.<image>A dog.<image>A``.
+- ``segments``: each text before and after an image is tokenized alone; visual tokens are put between them (BLIP-2).
+- ``placeholder``: the whole text is tokenized, with a special token in the place of each image (LLaVA).
+- ``interleaved``: images take no slots of the context. A marker token stands for each image, and each token attends to
+  the last image before it (Flamingo, Idefics): ``<image>A cat.<image>A dog.<image>A``.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from blip2edge.errors import PromptError, UsageError, option
 from blip2edge.runtime.text.tokenizer import Tokenizer, check_characters_fit, reserved_texts
 
 NO_IMAGE = -1
-"""Value in :attr:`Prompt.attends_to` of a token that attends to no image."""
+"""Value in :attr:`Prompt.attends_to` for a token that attends to no image."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenized prompt: segments of token ids, with an image between each two segments.
+    """A tokenized prompt: texts (segments) with the visual tokens of an image between two segments.
 
     Attributes:
-        segments: Token ids of the texts around the images that take slots (one more than such images).
-        visual_tokens: Number of slots that an image takes.
-        image_token_id: Token id that stands for a visual token in :attr:`ids`; None for no placeholder.
+        segments: Token ids of each segment. An interleaved prompt is one segment.
+        visual_tokens: Number of slots that an image takes in the context.
+        image_token_id: Token id that stands for each visual token in :attr:`ids`; None for no placeholder.
         images: Number of images.
         attends_to: For interleaved prompts, the index of the image that each token attends to, or :data:`NO_IMAGE`.
     """
@@ -47,12 +47,12 @@ class Prompt:
 
     @property
     def length(self) -> int:
-        """Returns the number of slots of the whole prompt."""
+        """Returns the length of the whole prompt in tokens, visual tokens included."""
         return sum(map(len, self.segments)) + (len(self.segments) - 1) * self.visual_tokens
 
     @property
     def ids(self) -> list[int]:
-        """Returns the token ids as in transformers' ``input_ids``; the repetition penalty applies to them."""
+        """Returns the token ids as in transformers' ``input_ids``; logits processors get these ids."""
         slots = [] if self.image_token_id is None else [self.image_token_id] * self.visual_tokens
         ids = list(self.segments[0])
         for segment in self.segments[1:]:
@@ -94,7 +94,7 @@ class Dialog:
         return [text for _, text in self.messages]
 
     def parts(self, turns: Mapping[str, str]) -> list[str]:
-        """Formats all messages with the templates ``turns``; returns the text, split at the picture."""
+        """Puts all messages into the templates ``turns``; returns the texts before and after the picture."""
         head = () if self.messages[0][0] == "system" else (("head", ""),)
         parts = [""]
         for kind, text in (*head, *self.messages, ("start", "")):
@@ -150,7 +150,7 @@ class PromptBuilder:
         """Tokenizes a prompt.
 
         Args:
-            text: Replaces ``{prompt}`` in the template; None for the family's empty prompt (a lone BOS).
+            text: Replaces ``{prompt}`` in the template; None for the family's empty prompt (only a BOS token).
             images: Number of images of an interleaved prompt.
             queries: Number of visual tokens of each image or frame; None for all.
 
@@ -178,7 +178,7 @@ class PromptBuilder:
         return [part.replace("{prompt}", text or "") for part in self.spec.template.split(MARKERS[0])]
 
     def _segments(self, text: PromptText | None, _images: int) -> Prompt:
-        """Tokenizes each part of the template alone; the first part that is not empty gets the special tokens."""
+        """Tokenizes each text before and after an image alone; the first text that is not empty gets special tokens."""
         templates = self._parts("{prompt}" if text is None or isinstance(text, str) else text)
         segments, special = [], True
         for part, filled in zip(templates, self._parts(text), strict=True):
@@ -208,7 +208,7 @@ class PromptBuilder:
         return Prompt(tuple(map(tuple, segments)), self.spec.visual_tokens, self.spec.image_token_id)
 
     def _interleaved(self, text: PromptText | None, images: int) -> Prompt:
-        """Tokenizes the whole text with its markers as one segment, as transformers does."""
+        """Tokenizes the whole text, with a marker for each image, as one segment, as transformers does."""
         bos, end = self.spec.bos_token_id, self.spec.end_token_id
         start = (self.tokenizer.id_to_token(bos) if bos is not None else None) or ""
         whole = start + interleave(self.spec, str(text or ""), images)
@@ -237,11 +237,11 @@ class PromptBuilder:
 
 
 class InstructionTokenizer:
-    """Tokenizes the instructions that enter the bridge (InstructBLIP).
+    """Tokenizes instructions for the bridge, whose Q-Former also reads the instruction (InstructBLIP).
 
     Args:
         tokenizer: The Q-Former's tokenizer.
-        longest: Length of the Q-Former's position table: the largest number of tokens in an instruction.
+        longest: Largest number of tokens in an instruction: the length of the Q-Former's position table.
         frames: Number of pictures of an item (frames of a video); each is encoded with the item's instruction.
     """
 
@@ -295,8 +295,8 @@ def interleave(spec: PromptSpec, text: str, images: int) -> str:
 
     Args:
         spec: The template, and the tokens that mark an image.
-        text: The text with one marker of :data:`MARKERS` for each image. A text without markers is put into the
-            template, with all images in the place of the template's marker. Spaces around an image are removed.
+        text: The text with a marker of :data:`MARKERS` for each image; spaces around it are removed. A text without
+            markers is put into the template, and all images into the place of the template's marker.
         images: Number of images.
 
     Raises:
@@ -329,7 +329,7 @@ def _split(text: str) -> list[str]:
 
 
 def attended_images(ids: Sequence[int], image_id: int, end_id: int | None) -> tuple[int, ...]:
-    """Finds the image that each token attends to: the last image up to this token; none after an end token."""
+    """Returns, for each token, the index of the last image up to this token; after an end token :data:`NO_IMAGE`."""
     attends_to: list[int] = []
     count, current = 0, NO_IMAGE
     for token in ids:
@@ -365,8 +365,8 @@ def cross_attention_mask(attends_to: Sequence[Sequence[int]], images: int, keys:
 
     Args:
         attends_to: Result of :func:`attended_images` for the prompt of each row.
-        images: The largest number of images of a row.
-        keys: E, number of visual tokens of all images of a row.
+        images: Largest number of images in a row.
+        keys: E, number of visual tokens in a row with this number of images.
 
     Returns:
         int64 ``[B, S, E]``, 1 where a token attends to a visual token; padded on the left as the prompts are.

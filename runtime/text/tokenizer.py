@@ -1,4 +1,4 @@
-"""Converts texts to token ids and back with the `tokenizers` package, also incrementally, token by token."""
+"""Converts texts to token ids and back with the `tokenizers` package; also converts generated tokens one by one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _TRIM_AT = 16  # most tokens that a stream decodes again; older ones, whose text
 
 
 CHARACTERS_PER_TOKEN = 32
-"""A text with more characters for each token of the context is not tokenized. Ordinary text has 4 to 5."""
+"""A text is refused if it has more characters than this number times the context's tokens; usual texts have 4 to 5."""
 
 
 def check_characters_fit(texts: Iterable[str], max_positions: int, field: str = "prompt") -> None:
@@ -43,7 +43,7 @@ def check_characters_fit(texts: Iterable[str], max_positions: int, field: str = 
 
     Args:
         texts: The parts of a prompt, which are counted together.
-        max_positions: The largest number of tokens.
+        max_positions: Length of the context in tokens.
         field: Name of the option that has the text, for the error.
 
     Raises:
@@ -60,7 +60,7 @@ def check_characters_fit(texts: Iterable[str], max_positions: int, field: str = 
 
 
 TOKENIZER_BYTES = 256 << 20
-"""Largest `tokenizer.json`; files with 256,000 tokens have 35 MB."""
+"""Largest size of a `tokenizer.json` in bytes; a file with 256,000 tokens has 35 MB."""
 
 
 def parse_tokenizer(
@@ -85,7 +85,7 @@ def parse_tokenizer(
 
 
 class Tokenizer:
-    """A tokenizer from a `tokenizer.json`, with the results of transformers' `PreTrainedTokenizerFast`.
+    """A tokenizer from a `tokenizer.json`; it gives the same ids and texts as transformers' `PreTrainedTokenizerFast`.
 
     Args:
         backend: The tokenizer; truncation and padding that were saved with it are switched off.
@@ -190,10 +190,10 @@ class Tokenizer:
 
 
 def reserved_texts(spec: PromptSpec, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Returns the texts that no prompt may contain: the tokenizer's special tokens and the picture's marker.
+    """Returns the texts that a user's prompt must not contain: special tokens, and the markers of pictures.
 
-    Only the template may write such texts: in a prompt of a user, they would end the text or mark the place of a
-    picture. An interleaved prompt may contain two of them: the marker of a picture, and the end of a document.
+    Such texts would end the text or mark the place of a picture, which only the template may do. Exception: interleaved
+    prompts may contain the marker of a picture and the end of a document.
     """
     declared: set[str | None] = set()
     video = VIDEO_MARKER if spec.frames > 1 else ""
@@ -224,14 +224,14 @@ def clean_up_spaces(text: str) -> str:
 
 
 class TextStream:
-    """Turns tokens into text one by one; text that was returned never changes afterwards.
+    """Converts generated tokens to text one by one; text that was returned never changes afterwards.
 
-    The pieces of `push` and the rest from `flush`, joined, equal `tokenizer.decode(all ids)`. Text is held back while a
-    later token can change it. This happens in three cases: bytes that are not yet a whole UTF-8 character; a run of
-    byte tokens (byte-fallback tokenizers such as Llama's), because one invalid byte turns the whole run into U+FFFD;
-    and, with the clean-up of spaces, an ending that the next character could change.
+    The results of all `push` calls and of `flush`, joined, equal `tokenizer.decode(all ids)`. Text is returned only
+    when no later token can change it. Three kinds of text must wait: bytes that are not yet a whole UTF-8 character;
+    several byte tokens in a row (in tokenizers with byte fallback, such as Llama's), because one invalid byte turns all
+    of them into U+FFFD; and, with the clean-up of spaces, an ending that the next character could change.
 
-    Each push decodes a short window of the latest tokens, never the whole text, so its cost is constant.
+    Each `push` decodes only the latest tokens (the window), never the whole text, so its time is constant.
 
     Args:
         tokenizer: Decodes the tokens.
@@ -270,7 +270,10 @@ class TextStream:
         return self._settle(fresh)
 
     def flush(self) -> str:
-        """Ends the text; returns what was held back (incomplete characters as U+FFFD). Then a new text can begin."""
+        """Ends the text; returns the text that was waiting, with U+FFFD for incomplete characters.
+
+        Afterwards, a new text can begin.
+        """
         rest = self._decode_window()[self._taken :]
         final = self._clean(self._unsettled + rest)
         self._window, self._taken, self._boundary, self._unsettled = [], 0, 0, ""
@@ -280,7 +283,7 @@ class TextStream:
         return self._tokenizer.decode_raw(self._window, skip_special_tokens=False)
 
     def _let_go(self) -> None:
-        """Shortens a long window; keeps some of its tokens, because decoders treat the first token differently."""
+        """Shortens a long window; some tokens stay in it, because decoders treat the first token differently."""
         if len(self._window) >= _TRIM_AT:
             self._window = self._window[self._boundary :]
             self._taken = len(self._decode_window())
@@ -300,7 +303,7 @@ class TextStream:
 
 
 class StopText:
-    """Cuts a growing text before the first stop string; text that may be the start of a stop string is held back.
+    """Cuts a growing text before the first stop string; text that may be the start of a stop string must wait.
 
     Args:
         stops: The stop strings; if empty, all text is returned at once.
@@ -312,7 +315,7 @@ class StopText:
         self._over = False
 
     def push(self, text: str) -> str:
-        """Adds text; returns the part that is certainly before any stop string."""
+        """Adds text; returns the text that can be returned now: it is certainly before any stop string."""
         if self._over:
             return ""
         held = self._held + text
@@ -325,21 +328,21 @@ class StopText:
         return held[: len(held) - kept]
 
     def flush(self) -> str:
-        """Ends the text; returns the part that was held back."""
+        """Ends the text; returns the text that was waiting."""
         return "" if self._over else self._held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Returns the length of the longest end of `text` that is also the start of `stop`."""
+    """Returns how many of the last characters of `text` are the beginning of `stop`; the largest such number."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
 
 class TextPieces:
-    """Turns tokens into pieces of text: whole characters, up to the first stop string, without surrounding spaces.
+    """Converts generated tokens to pieces of the text that the user gets.
 
-    Joined, the pieces equal the text that is made from all tokens at once: spaces before the first word are dropped,
-    and spaces after a word are held back until the next word.
+    A piece has whole characters only, and the text ends before the first stop string. Spaces before the first and after
+    the last word are dropped. The pieces joined are the text that is made from all tokens at once.
 
     Args:
         tokenizer: Decodes the tokens.
@@ -356,7 +359,7 @@ class TextPieces:
         return self._stripped(self._stops.push(self._text.push(token)))
 
     def flush(self) -> str:
-        """Ends the text; returns the part that was held back."""
+        """Ends the text; returns the text that was waiting."""
         return self._stripped(self._stops.push(self._text.flush()) + self._stops.flush())
 
     def _stripped(self, text: str) -> str:

@@ -52,7 +52,7 @@ class EmbeddingRequest:
         inputs: Texts, and files of pictures.
         model: Name of the bundle; None for the default.
         base64: Whether vectors are sent as base64.
-        multivector: Whether each input gets a list of vectors.
+        multivector: Whether the answer has a list of vectors for each input (``return_multivector``).
         deadline: Seconds for the answer (``deadline_s``); None for the server's default.
     """
 
@@ -65,18 +65,18 @@ class EmbeddingRequest:
 
 @dataclass(frozen=True)
 class Embedded:
-    """The vectors of an input, ``[F]`` or ``[K, F]`` float32, and the input's length in tokens (0 for a picture)."""
+    """The result for one input: its vectors, float32 ``[F]`` or ``[K, F]``, and its number of tokens (picture: 0)."""
 
     vectors: NDArray[np.float32]
     tokens: int
 
 
 def read_embeddings(body: bytes, limits: Limits = DEFAULT_LIMITS) -> EmbeddingRequest:
-    """Reads a request's JSON.
+    """Parses the JSON body of a request.
 
     Raises:
-        RequestError: The body is no JSON object, has no input, has an unknown key or a value that cannot be honored, or
-            exceeds a limit.
+        RequestError: The body is no JSON object, has no input, has an unknown key or a value that the server does not
+            support, or exceeds a limit.
         PromptError: The texts are too long.
     """
     values = json_object(body, limits)
@@ -150,9 +150,9 @@ def check_pairs(wanted: MatchRequest, limits: Limits) -> None:
 
 
 def embed_steps(matcher: Matcher, inputs: Sequence[str | bytes], batch_size: int) -> Iterator[list[Embedded]]:
-    """Embeds inputs in batches of texts or of pictures; yields the vectors of each batch, in order.
+    """Computes the vectors of texts and pictures batch by batch; yields the vectors of each batch, in order.
 
-    Another thread may empty ``inputs`` to end the steps.
+    A batch has only texts or only pictures. Another thread may empty ``inputs``; then no further batch is computed.
 
     Raises:
         ImageError, PromptError: An input cannot be read; the error names the input.
@@ -181,7 +181,7 @@ def _unless_error(result: Value | Blip2EdgeError) -> Value:
 
 
 def _of_input(index: int, compute: Callable[[Any], Value], argument: object) -> Value:
-    """Calls ``compute`` on an input; if it raises an error, adds the input's index to the error."""
+    """Calls ``compute`` with ``argument``; if an error is raised, sets its field to ``input[index]``."""
     try:
         return compute(argument)
     except Blip2EdgeError as error:
@@ -194,8 +194,8 @@ def match_steps(
 ) -> Iterator[list[dict[str, Any]]]:
     """Compares pictures with texts, ``batch_size`` texts at a time.
 
-    Yields the pairs as ``blip2edge match --json`` prints them; ``image`` is the picture's place in the request, from 0.
-    Another thread may empty ``pictures`` to end the steps.
+    Yields the results as objects of ``blip2edge match --json``; ``image`` is the index of the picture in the request.
+    Another thread may empty ``pictures``; then no further pairs are compared.
     """
     done = 0
     for results in matcher.match_in_steps(pictures, texts, batch_size):
@@ -204,14 +204,14 @@ def match_steps(
 
 
 def vectors_per_image(matcher: Matcher) -> int:
-    """Returns the number of vectors that the matcher computes for a picture: K, or 1."""
+    """Returns the number of vectors that the model computes for a picture: K for BLIP-2, 1 for other models."""
     (features,) = matcher.bundle.manifest.graphs[IMAGE_FEATURES].spec.outputs
     queries = features.dims[1]
     return queries if isinstance(queries, int) else queries.max
 
 
 def check_vectors(model: str, wanted: EmbeddingRequest, matcher: Matcher) -> None:
-    """Checks that the answer has a place for all vectors.
+    """Checks that a request whose pictures have several vectors each asks for all of them.
 
     Args:
         model: Name of the bundle.
@@ -232,7 +232,7 @@ def check_vectors(model: str, wanted: EmbeddingRequest, matcher: Matcher) -> Non
 
 
 def embeddings_answer(model: str, wanted: EmbeddingRequest, results: Sequence[Embedded]) -> dict[str, Any]:
-    """Makes the answer of ``/v1/embeddings``."""
+    """Makes the JSON object that answers a request of ``/v1/embeddings``."""
     data = []
     for index, result in enumerate(results):
         written = [_written(vector, wanted.base64) for vector in np.atleast_2d(result.vectors)]

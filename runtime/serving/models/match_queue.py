@@ -18,17 +18,17 @@ from blip2edge.runtime.captioning.request import Pending, expiry
 from blip2edge.runtime.captioning.restart import Backoff, HangError, Restarting, answers
 
 Steps = Callable[[Matcher], Iterator[list[Any]]]
-"""Makes the steps of a call: each item of the iterator is the results of one batch, and may be empty."""
+"""Type of a function that computes a call batch by batch; each item is the list of results of one batch."""
 
 
 @dataclass(eq=False, kw_only=True)
 class MatchCall(Pending[list[Any]]):
-    """A submitted call; its result is a list of all results of its steps.
+    """A submitted request for retrieval; its result is a list with the results of all batches.
 
     Attributes:
-        steps: Generator that computes the call's results, batch by batch; no steps after the call has ended.
-        inputs: The list of pictures and texts that the steps use. It is emptied when the call has ended, so that all
-            inputs except those of the current step are freed at once.
+        steps: Computes the results batch by batch; replaced by an empty generator when the call has ended.
+        inputs: The list of pictures and texts that ``steps`` uses. It is emptied when the call has ended, so that all
+            inputs except those of the current batch are freed at once.
         on_piece: Called with None when the call has ended.
         on_end: Called with the call when it has ended.
     """
@@ -39,7 +39,7 @@ class MatchCall(Pending[list[Any]]):
     on_end: Callable[[MatchCall], None]
 
     def push(self, piece: str | None) -> None:
-        """Frees the pictures, and calls ``on_end`` and ``on_piece``."""
+        """Called at the end of the call: frees its inputs, and calls ``on_end`` and ``on_piece``."""
         self.steps = _no_steps
         self.inputs.clear()
         self.on_end(self)
@@ -51,13 +51,13 @@ def _no_steps(_: Matcher) -> Iterator[list[Any]]:
 
 
 class MatchQueue(Restarting[Matcher]):
-    """Runs the calls on a matcher in the order of submission, in a thread of its own.
+    """Runs calls one after another in a thread, in the order in which they were submitted.
 
     Args:
         matcher: A loaded bundle.
         load, backoff: As in :class:`Restarting`.
         max_waiting: Largest number of calls that wait.
-        graph_lock: Held during each step, if the graphs of several bundles must run one at a time.
+        graph_lock: A lock that is acquired for each batch if the graphs of several bundles must run one at a time.
 
     Attributes:
         matcher: The matcher in use; a new matcher after each restart.
@@ -103,8 +103,8 @@ class MatchQueue(Restarting[Matcher]):
         """Adds a call.
 
         Args:
-            steps: Computes the call's results, batch by batch; the queue's thread runs it.
-            inputs: The list of pictures and texts that the steps read; it is emptied when the call has ended.
+            steps: Computes the call's results batch by batch; it runs in the queue's thread.
+            inputs: The list of pictures and texts that ``steps`` uses; it is emptied when the call has ended.
             deadline: Seconds from now after which the call fails if it is not finished; None for no deadline.
             on_piece: Called with None when the call has ended.
 
@@ -176,7 +176,7 @@ class MatchQueue(Restarting[Matcher]):
         return results
 
     def _failed(self, call: MatchCall, error: Exception) -> None:
-        """Fails a call. If a known good text fails too, the engine is broken, and a restart begins."""
+        """Ends a call with an error. If a test text fails too, the engine is broken, and the bundle is loaded again."""
         if not may_be_engine_fault(error) or (fault := self._fault()) is None:
             call.fail(error)
             return
@@ -191,7 +191,7 @@ class MatchQueue(Restarting[Matcher]):
             self._load_again(self._load, self.matcher)
 
     def _fault(self) -> Exception | None:
-        """Embeds a text that works on every healthy engine; returns the error, or None if there is no error."""
+        """Tests the engine with a short text; returns the error, or None if the engine works."""
         try:
             self._check(self.matcher)
         except Exception as error:  # noqa: BLE001 - the engine may fail in any way

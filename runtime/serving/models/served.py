@@ -1,4 +1,4 @@
-"""The bundles that a server has loaded: a captioner or a matcher each, with its queue, its engine and its metrics."""
+"""The bundles that a server has loaded; each has a captioner or a matcher, a queue of requests, and metrics."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class Queueing:
-    """How requests of each bundle wait.
+    """The settings of each bundle's queue of requests.
 
     Attributes:
         max_batch, max_waiting: As in :class:`Scheduler`.
@@ -77,10 +77,11 @@ def load_served(
 ) -> Loaded:
     """Loads a bundle as a captioner, or as a matcher if the bundle is for retrieval; see :meth:`Captioner.load`.
 
-    ``queries`` is the number of visual tokens of each picture for requests that do not set it, of an elastic bundle.
+    ``queries``: for a bundle with an elastic bridge, the number of visual tokens of each picture in requests that do
+    not set this number.
 
     Raises:
-        UsageError: ``queries`` is given for a matcher; and as :meth:`Captioner.load`.
+        UsageError: ``queries`` is given for a matcher; or for the reasons in :meth:`Captioner.load`.
     """
     check_threads(threads)
 
@@ -102,7 +103,7 @@ class ServedModel:
 
     Attributes:
         name: Name of the model in requests.
-        engine: The queue of the model's requests with the loaded bundle.
+        engine: The loaded bundle with its queue of requests; loads the bundle again if it is broken.
         metrics: The metrics of this bundle.
         captions: Whether the bundle captions pictures.
     """
@@ -121,16 +122,16 @@ class ServedModel:
         raise NotImplementedError
 
     def described(self) -> dict[str, Any]:
-        """Returns the object that describes the bundle in ``/v1/models``."""
+        """Returns the JSON object that describes the bundle in the answer of ``/v1/models``."""
         about = {"created": self._written, "owned_by": "blip2edge", "captions": self.captions}
         return {"id": self.name, "object": "model", **about}
 
     def health(self) -> dict[str, Any]:
-        """Returns the object of ``/health`` for this bundle."""
+        """Returns the JSON object that describes the bundle's state in the answer of ``/health``."""
         return {"status": self.engine.state, "model": self.name, "load": self.load}
 
     def counted(self, pending: Pending[Any]) -> None:
-        """Counts a finished caption or call, and resets the engine's count of faults."""
+        """Counts a finished request in the metrics, and records that the engine works."""
         if isinstance(pending, Request):
             self.metrics.add_caption(pending)
         else:
@@ -162,7 +163,7 @@ class ServedCaptioner(ServedModel):
 
     @property
     def captioner(self) -> Captioner:
-        """Returns the captioner in use."""
+        """Returns the present captioner; another one after the bundle was loaded again."""
         return self.engine.captioner
 
     @property
@@ -178,7 +179,7 @@ class ServedCaptioner(ServedModel):
         options: Mapping[str, Any],
         deadline: float | None,
     ) -> None:
-        """Submits a client's pictures.
+        """Adds a client's pictures to the queue, as one request for a caption.
 
         Raises:
             EngineFaultError, OverloadError: The request cannot be served now.
@@ -213,7 +214,7 @@ class ServedCaptioner(ServedModel):
             )
 
     def _limited(self, options: GenerationOptions) -> GenerationOptions:
-        """Reduces a length from the bundle or ``min_new_tokens`` to the server's limit; returns the options."""
+        """Returns the options with ``max_new_tokens`` and ``min_new_tokens`` lowered to the server's limit."""
         most = self.queueing.limits.new_tokens
         if options.max_new_tokens <= most:
             return options
@@ -241,7 +242,7 @@ class ServedMatcher(ServedModel):
         return self.engine.load
 
     def submit(self, client: WaitingClient[MatchCall], steps: Steps, inputs: list[Any], deadline: float | None) -> None:
-        """Submits a client's call; ``inputs`` is the list of pictures and texts that ``steps`` uses.
+        """Adds a client's request to the queue; ``steps`` computes it, and ``inputs`` are its pictures and texts.
 
         Raises:
             EngineFaultError, OverloadError: The request cannot be served now.
@@ -257,8 +258,8 @@ class ServedModels:
 
     Args:
         sources: The bundles, at least one; their names must differ.
-        queueing: How requests of each bundle wait.
-        bodies: As in :class:`Metrics`.
+        queueing: The settings of each bundle's queue.
+        bodies: Returns the total bytes of the bodies of open requests, for the metrics.
 
     Attributes:
         metrics: Metrics of the server.
@@ -287,7 +288,7 @@ class ServedModels:
         self.metrics.models += [model.metrics for model in self]
 
     def __iter__(self) -> Iterator[ServedModel]:
-        """Iterates over the bundles, in order."""
+        """Yields the bundles, in the order in which they were given."""
         return iter(self._models.values())
 
     def __len__(self) -> int:
@@ -330,7 +331,7 @@ class ServedModels:
         )
 
     def matcher(self, name: str | None) -> ServedMatcher:
-        """Returns the bundle that embeds a request's inputs; see :meth:`captioner`."""
+        """Returns the bundle for a request for retrieval; arguments and errors as in :meth:`captioner`."""
         model = self._chosen(name, ServedMatcher)
         if isinstance(model, ServedMatcher):
             return model
@@ -349,7 +350,7 @@ class ServedModels:
         return first
 
     def health(self) -> dict[str, Any]:
-        """Returns the object of ``/health``; ``models`` lists all bundles if there are several."""
+        """Returns the JSON answer of ``/health``; if there are several bundles, ``models`` has an object for each."""
         each = [model.health() for model in self]
         if len(each) == 1:
             return each[0]
@@ -364,7 +365,9 @@ class ServedModels:
 
 
 def shared_lock(loaded: Sequence[Loaded]) -> FairLock | None:
-    """Returns a lock for all bundles if their graphs, run at once, would use more threads than cores; else None.
+    """Returns a lock for the graphs of all bundles if, all at once, they would use more threads than there are cores.
+
+    Otherwise returns None.
 
     A captioner runs up to two graphs at once (encoding and decoding threads); a matcher runs one graph.
     """

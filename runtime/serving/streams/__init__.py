@@ -1,1 +1,1 @@
-"""The sources of frames of ``blip2edge watch``, and the receivers of its captions."""
+"""Where ``blip2edge watch`` gets its frames (sources), and where it sends its captions (sinks)."""

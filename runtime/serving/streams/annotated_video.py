@@ -1,4 +1,4 @@
-"""``watch --annotated``: the captioned frames as a video, with their captions."""
+"""Writes a video of the captioned frames, each with its caption (``watch --annotated``)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from blip2edge.runtime.images.video import draw_caption
 from blip2edge.runtime.serving.streams.queued_sink import CaptionEvent, Sink, SinkOptions
 
 FRAGMENTED = {"movflags": "frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"}
-"""Options of FFmpeg: each frame is a fragment, which is written to the file at once."""
+"""Options of FFmpeg with which each frame is written to the file at once (as a fragment of the MP4)."""
 
 
 class AnnotatedVideo(Sink):
@@ -25,7 +25,7 @@ class AnnotatedVideo(Sink):
 
     Args:
         file: The file; it must not exist.
-        options: ``report`` is called for a picture that cannot be read any more.
+        options: Options of the sink; ``report`` is called if a picture cannot be read any more.
 
     Raises:
         OutputError: The file exists, or cannot be written.
@@ -44,7 +44,7 @@ class AnnotatedVideo(Sink):
         self._stream: Any = None
 
     def put(self, event: CaptionEvent) -> None:
-        """Writes a picture; this takes a few milliseconds.
+        """Writes the captioned picture into the video; this takes a few milliseconds.
 
         Raises:
             OutputError: The file cannot be written.
@@ -66,7 +66,7 @@ class AnnotatedVideo(Sink):
             raise self._failed(error) from error
 
     def close(self) -> None:
-        """Writes the end of the file."""
+        """Writes the end of the video file, and closes it."""
         if self._stream is None:
             return
         stream, self._stream = self._stream, None

@@ -13,10 +13,10 @@ MOST_FAILED = 250  # packets in a row that cannot be decoded before the stream c
 
 
 class Ending(threading.Event):
-    """An event that is set when a source must end; the thread that reads the source counts damaged frames here.
+    """An event that is set to end a source of frames; it also has the source's count of damaged frames.
 
     Attributes:
-        undecoded: Frames so far that could not be decoded, in whole or in part.
+        undecoded: Number of frames so far that were damaged or missing.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Ending(threading.Event):
 
 
 def pyav() -> Any:
-    """Imports PyAV; raises BackendError without it."""
+    """Imports and returns PyAV; raises BackendError if PyAV is not installed."""
     return require("av", "reading videos and cameras", BackendError)
 
 
@@ -33,8 +33,8 @@ def decoded(container: Any, ending: Ending) -> Iterator[Any]:
     """Yields the frames of the first video stream; a packet that cannot be decoded is counted and skipped.
 
     Args:
-        container: What ``av.open`` returns.
-        ending: Counts the packets that fail, the frames that the decoder reports as corrupt, and the frames that the
+        container: The opened video, from ``av.open``.
+        ending: Counts packets that cannot be decoded, frames that the decoder reports as corrupt, and frames that the
             header of a file lists but the file does not contain.
 
     Raises:
@@ -62,8 +62,8 @@ def decoded(container: Any, ending: Ending) -> Iterator[Any]:
 
 
 def _listed(container: Any, stream: Any) -> int:
-    """Returns the number of frames that the file's header lists; 0 if the header lists no number.
+    """Returns the number of frames in the file's header; 0 if the header has no number, and for MP4 and MOV.
 
-    The header of an MP4 or MOV also lists frames that its edit list leaves out, and its index finds every frame.
+    In an MP4 or MOV file, the number includes frames that are not shown, so it cannot be compared.
     """
     return 0 if "mov" in container.format.name.split(",") else int(stream.frames)

@@ -1,4 +1,4 @@
-"""GStreamer pipelines: parses their text, and reads them with OpenCV if it is built with GStreamer."""
+"""Parses the text of GStreamer pipelines, and reads their pictures with OpenCV if OpenCV is built with GStreamer."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 from blip2edge.errors import BackendError, DataError, one_line, shown_address
 
 CSI = "nvarguscamerasrc sensor-id={} ! video/x-raw(memory:NVMM),width=1280,height=720,framerate=30/1 ! nvvidconv"
-"""The pipeline of a camera on the CSI connector of a Jetson."""
+"""Text of the pipeline for a camera on the CSI connector of a Jetson; ``{}`` is the camera's number."""
 
 APPSINK = re.compile(r"(\s*!\s*videoconvert[^!]*)?(\s*!\s*video/x-raw\s*,\s*format=\S*BGR\S*)?\s*!\s*appsink\b[^!]*$")
-"""The end of a pipeline as it is written for OpenCV."""
+"""Matches the end of a pipeline that was written for OpenCV: an ``appsink`` element, perhaps after conversions."""
 
 
 def pipeline_reader() -> Any:
-    """Returns OpenCV's module if it can read pipelines, or None if ``gst-launch-1.0`` must run them.
+    """Returns OpenCV's module if OpenCV can read pipelines; None if the program ``gst-launch-1.0`` must run them.
 
     Raises:
         BackendError: Neither OpenCV with GStreamer nor ``gst-launch-1.0`` is installed.
@@ -66,7 +66,7 @@ def opencv_pictures(cv2: Any, text: str, closed: threading.Event) -> Generator[t
 
 
 def pipeline_words(pipeline: str) -> list[str]:
-    """Splits a pipeline into words; leaves out the ``appsink`` element for OpenCV at its end."""
+    """Splits the text of a pipeline into words, without an ``appsink`` element (which is for OpenCV) at its end."""
     try:
         return shlex.split(APPSINK.sub("", pipeline))
     except ValueError as error:

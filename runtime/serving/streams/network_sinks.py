@@ -1,4 +1,4 @@
-"""Sinks that send captions over the network: to a webhook (``watch --post``) or an MQTT broker (``--mqtt``)."""
+"""Sends captions over the network: to a webhook (``watch --post``) or to an MQTT broker (``watch --mqtt``)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MQTT_PORTS = {"mqtt": 1883, "mqtts": 8883}
 
 
 def _parts(flag: str, url: str, schemes: Collection[str], wanted: str, hint: str) -> SplitResult:
-    """Splits a receiver's address into its parts, and checks them.
+    """Splits the address of a webhook or a broker into its parts, and checks the parts.
 
     Raises:
         UsageError: The address has another scheme, no host, a wrong port, or spaces before its path.
@@ -47,10 +47,10 @@ def _parts(flag: str, url: str, schemes: Collection[str], wanted: str, hint: str
 
 
 class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects: a redirected request would lose the caption and send the headers to another host."""
+    """Makes ``urllib`` refuse redirects, which would lose the caption and send the headers to another host."""
 
     def redirect_request(self, _request: Any, answer: Any, code: int, _: Any, __: Any, to: str) -> NoReturn:
-        """Raises RefusedError."""
+        """Raises RefusedError, whose message has the address of the redirect."""
         answer.close()
         raise RefusedError(f"status {code}: the receiver redirects to {shown_address(to)}; give that address")
 
@@ -169,13 +169,13 @@ class MqttPublisher:
 
 
 class MqttSink(QueuedSink):
-    """A sink that publishes by MQTT."""
+    """Sends captions to an MQTT broker, in a thread with a queue."""
 
     def __init__(self, url: str, options: SinkOptions) -> None:
         self._publisher = MqttPublisher(url)
         super().__init__(shown_address(url), self._publisher, options.report)
 
     def close(self) -> None:
-        """Ends delivery as :meth:`QueuedSink.close` does; then closes the connection."""
+        """Sends the waiting captions for a limited time, then closes the connection; see :meth:`QueuedSink.close`."""
         super().close()
         self._publisher.close()

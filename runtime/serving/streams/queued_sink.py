@@ -1,4 +1,4 @@
-"""Receivers of captions: the data that they get, and a queue with a thread, so that they never delay a caption."""
+"""Base classes of sinks (receivers of captions); a queue and a thread keep a slow receiver from delaying captions."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ CLOSE_S = 5.0  # at the end, for the captions that still wait
 
 @dataclass(frozen=True)
 class CaptionEvent:
-    """A caption on its way to the sinks.
+    """What a sink gets for each caption.
 
     Attributes:
-        values: The JSON object to send: the object of ``watch --json`` with ``source`` and ``time``.
-        image: The picture.
+        values: The JSON object to send: that of ``watch --json``, with the keys ``source`` and ``time`` in addition.
+        image: The captioned picture.
         seconds: Time of the frame in the video, or since the start.
     """
 
@@ -45,11 +45,11 @@ class Sink(ABC):
 
     @abstractmethod
     def put(self, event: CaptionEvent) -> None:
-        """Accepts a caption for delivery."""
+        """Sends a caption, or adds it to a queue of captions to send."""
 
     @abstractmethod
     def close(self) -> None:
-        """Sends the waiting captions, and ends."""
+        """Sends the captions that still wait, and releases the sink's resources."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,19 @@ class RefusedError(Exception):
 
 
 class TryLaterError(OSError):
-    """Raised if the receiver answered, but may accept this caption only later; the message has the answer."""
+    """Raised if the receiver answers that it cannot accept the caption now; the message has the answer."""
 
 
 class QueuedSink(Sink):
-    """Delivers captions in a thread. If the queue is full, the oldest caption that waits is dropped.
+    """Sends captions in a thread. If the queue is full, the oldest caption in it is dropped.
 
-    A caption is tried again until it is delivered or refused. A failure and the recovery are reported once each.
+    A caption is sent again until the receiver accepts or refuses it. If sending fails, this is reported once, and once
+    more when it works again.
 
     Args:
         name: The receiver, for messages.
-        deliver: Sends a caption. It raises an OSError if sending can be tried again, and RefusedError or any other
-            exception if not.
+        deliver: Sends a caption. If it raises an OSError, the caption is sent again later; after RefusedError or any
+            other exception, the caption is dropped.
         report: Called with a sentence for the user.
     """
 
@@ -106,7 +107,7 @@ class QueuedSink(Sink):
             self._changed.notify()
 
     def close(self) -> None:
-        """Delivers waiting captions for at most :data:`CLOSE_S` seconds; reports how many were not delivered."""
+        """Sends waiting captions for at most :data:`CLOSE_S` seconds; reports how many were not delivered."""
         with self._changed:
             self._ends = time.monotonic() + CLOSE_S
             self._changed.notify()
@@ -134,7 +135,7 @@ class QueuedSink(Sink):
             wait = min(2 * wait, LONGEST_WAIT_S)
 
     def _pause(self, seconds: float) -> None:
-        """Waits before the next attempt. :meth:`close` ends the wait; later waits last :data:`FIRST_WAIT_S` at most."""
+        """Waits before the next attempt; after :meth:`close` was called, at most :data:`FIRST_WAIT_S` seconds."""
         with self._changed:
             if self._ends == float("inf"):
                 self._changed.wait_for(lambda: self._ends < float("inf"), seconds)
@@ -142,7 +143,7 @@ class QueuedSink(Sink):
                 self._changed.wait(max(0.0, min(FIRST_WAIT_S, self._ends - time.monotonic())))
 
     def _try(self, event: CaptionEvent) -> bool:
-        """Tries to deliver a caption; returns True if no further attempt is needed (it was delivered or refused)."""
+        """Tries to send a caption; returns whether it is done: True if it was accepted or refused, else False."""
         try:
             self._deliver(event)
         except OSError as error:

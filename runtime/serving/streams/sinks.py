@@ -1,4 +1,4 @@
-"""The receivers of ``blip2edge watch``, besides standard output."""
+"""Lists the sinks of ``blip2edge watch``: to where captions are sent, besides standard output."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ SINKS: Mapping[str, Callable[[str, SinkOptions], Sink]] = {
     "mqtt": MqttSink,
     "annotated": AnnotatedVideo,
 }
-"""The sinks by the names of their flags; each is opened with the value of its flag."""
+"""For each flag of ``watch`` that names a sink, the function that opens the sink; its argument is the flag's value."""

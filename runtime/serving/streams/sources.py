@@ -1,7 +1,7 @@
 """The sources of ``blip2edge watch``: folders, video files, cameras, network streams and GStreamer pipelines.
 
-:data:`KINDS` lists the kinds of sources. Each kind has a function that recognizes the text of its sources, and a
-function that makes their frames. A live source that breaks off is opened again by :func:`_reconnecting`.
+:data:`KINDS` lists the kinds of sources. Each kind has a function that checks whether a text names such a source, and a
+function that yields its frames. If a live source breaks off, :func:`_reconnecting` opens it again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DAMAGE_REPORT_S = 60.0  # between two reports of frames of a live source that co
 NETWORK_TIMEOUT_S = 5.0  # to connect, and between two packets; FFmpeg returns at the second timeout in a row
 
 AT_ONCE = {"fpsprobesize": "0"}
-"""Options of FFmpeg for live streams: do not measure the frame rate before the first frame, which takes 2 seconds."""
+"""Options of FFmpeg for live streams. Without them, FFmpeg measures the frame rate for 2 seconds before it begins."""
 
 LIVE_SCHEMES = frozenset(("rtsp", "rtsps", "rtmp", "rtmps", "rtp", "srt", "tcp", "udp"))
 """Schemes of addresses whose streams have no end."""
@@ -48,10 +48,10 @@ class Frame:
     """A picture of a source.
 
     Attributes:
-        name: A file's name, or seconds into the video.
+        name: Name of the file, or the time in the video in seconds.
         image: The picture, or its path.
-        retry: Gives the frame back to its source, which tries it again: for a file that may still be written. None
-            if it is complete.
+        retry: Call it if the picture cannot be read: the source yields the frame again later, because another program
+            may still be writing the file. None if there is no further attempt.
         seconds: Time of the frame in a video file; None if the frame has no time.
     """
 
@@ -65,11 +65,11 @@ Frames = Generator[Frame, None, None]
 
 
 class Source(Iterator[Frame]):
-    """An iterator of frames. It ends with the frames, or when :meth:`close` is called from any thread.
+    """An iterator of frames. It ends after the last frame, or when :meth:`close` is called, in any thread.
 
     Args:
-        make: Makes the frames; its argument is set when the source is closed.
-        is_queue: Whether frames wait until they are taken, as the files of a folder do; a camera drops them.
+        make: Returns a generator of frames; its argument is an event, which is set when the source is closed.
+        is_queue: Whether frames wait until they are taken, like the files of a folder; a camera does not wait.
         is_live: Whether the source has no end, like a camera.
     """
 
@@ -80,7 +80,7 @@ class Source(Iterator[Frame]):
         self._frames = make(self._closed)
 
     def __next__(self) -> Frame:
-        """Waits for the next frame, and returns it."""
+        """Waits for the next frame, and returns this frame."""
         try:
             with self._running:
                 if self._closed.is_set():
@@ -91,16 +91,16 @@ class Source(Iterator[Frame]):
 
     @property
     def undecoded(self) -> int:
-        """Returns the number of frames so far that could not be decoded, in whole or in part."""
+        """Returns the number of frames so far that were damaged or missing."""
         return self._closed.undecoded
 
     def close(self) -> None:
-        """Ends the frames: at once, or when the frame that a thread waits for has arrived."""
+        """Ends the frames; if a thread is waiting for a frame, the source ends after this frame has arrived."""
         self._closed.set()
         self._end_if_closed()
 
     def _end_if_closed(self) -> None:
-        """Ends the generator after :meth:`close`. If another thread runs the generator, that thread ends it later."""
+        """Ends the generator if :meth:`close` was called; if another thread uses it, that thread ends it later."""
         if self._closed.is_set() and self._running.acquire(blocking=False):
             try:
                 self._frames.close()
@@ -115,8 +115,8 @@ class SourceKind:
     Attributes:
         form: How a source of this kind is written, for error messages.
         matches: Whether a text names a source of this kind.
-        frames: Makes the frames of a source. Arguments: the text, whether to follow the source, and an event that ends
-            the frames.
+        frames: Returns a generator of frames. Arguments: the text, whether to follow the source (``follow`` of
+            :func:`open_source`), and an event that is set to end the frames.
         is_queue: As in :class:`Source`.
         is_live: Whether the source has no end: when it ends or fails after its first frame, it is opened again.
         check: Raises BackendError if a package or a program that this kind needs is missing.
@@ -172,10 +172,10 @@ def _no_source(source: str) -> DataError:
 
 
 def _reconnecting(make: Callable[[Ending], Frames], name: str, report: Report, closed: Ending) -> Frames:
-    """Yields the frames of a live source. When it ends or fails after its first frame, it is opened again.
+    """Yields the frames of a live source, and opens the source again when it ends or fails after its first frame.
 
-    The loss and the return are reported once each, damaged frames at most once in :data:`DAMAGE_REPORT_S`. An error
-    before the very first frame is raised.
+    It is reported once that the source was lost, and once that frames come again; damaged frames are reported at most
+    once in :data:`DAMAGE_REPORT_S` seconds. An error before the very first frame is raised.
     """
     wait, lost, any_frame = FIRST_WAIT_S, 0.0, False
     told, due = 0, 0.0  # the count of damaged frames that was last reported, and when it may be reported again
@@ -206,9 +206,10 @@ def _reconnecting(make: Callable[[Ending], Frames], name: str, report: Report, c
 
 
 def _folder(folder: str, follow: bool, closed: Ending) -> Frames:
-    """Yields the pictures of a folder, oldest first; with `follow`, once two listings show a file unchanged.
+    """Yields the pictures of a folder, oldest first.
 
-    With `follow`, a frame can be given back: its file is tried again when the file changes, and a last time when
+    With `follow`, the folder is listed again and again, and a picture is yielded when two listings show its file
+    unchanged. If its ``retry`` is called, the picture is yielded again when the file has changed, and a last time when
     :data:`SETTLED_POLLS` listings show the file unchanged.
     """
     path = Path(folder)
@@ -236,7 +237,7 @@ def _folder(folder: str, follow: bool, closed: Ending) -> Frames:
 
 
 class _Version(NamedTuple):
-    """The state of a picture file in a listing; it changes when the file is written again."""
+    """A picture file in a listing of a folder; it compares unequal after the file was written again."""
 
     modified_ns: int
     name: str
@@ -273,24 +274,24 @@ def _file(path: str, follow: bool, closed: Ending) -> Frames:
 
 
 def _device(source: str, _follow: bool, closed: Ending) -> Frames:
-    """Yields the frames of a camera of Video4Linux, given as its number or its device."""
+    """Yields the frames of a Video4Linux camera; ``source`` is its number or its device file."""
     yield from _decoded(source, f"/dev/video{source}" if source.isdigit() else source, closed, format="v4l2")
 
 
 def _address(source: str, _follow: bool, closed: Ending) -> Frames:
-    """Yields the frames of a network stream. A server that sends nothing for a while counts as lost."""
+    """Yields the frames of a network stream; raises DataError if nothing comes for :data:`NETWORK_TIMEOUT_S`."""
     options = AT_ONCE if _scheme(source) in LIVE_SCHEMES else {}
     tcp = {"rtsp_transport": "tcp"} if _scheme(source).startswith("rtsp") else {}
     yield from _decoded(source, source, closed, options={**options, **tcp}, timeout=NETWORK_TIMEOUT_S)
 
 
 def _decoded(source: str, file: Any, closed: Ending, **how: Any) -> Frames:
-    """Yields the frames that FFmpeg decodes; they are converted to RGB when they are captioned.
+    """Yields the frames that FFmpeg decodes. A frame is converted to RGB only if it is captioned.
 
     Args:
-        source: Name of the source in errors.
+        source: Name of the source in error messages.
         file: The address or the open file that PyAV opens.
-        closed: Ends the frames.
+        closed: An event that is set to end the frames.
         **how: Arguments of ``av.open``.
     """
     av = pyav()
@@ -317,10 +318,10 @@ def _decoded(source: str, file: Any, closed: Ending, **how: Any) -> Frames:
 
 
 def _pipeline(source: str, _follow: bool, closed: Ending) -> Frames:
-    """Yields the frames of a GStreamer pipeline or of ``csi:N``.
+    """Yields the frames of a GStreamer pipeline, or of ``csi:N``, a camera of a Jetson.
 
-    OpenCV reads the pipeline if OpenCV is built with GStreamer; otherwise ``gst-launch-1.0`` runs it and PyAV reads its
-    frames.
+    OpenCV reads the pipeline if OpenCV is built with GStreamer; otherwise the program ``gst-launch-1.0`` runs the
+    pipeline, and PyAV reads the frames.
     """
     text = CSI.format(source[4:]) if _is_csi(source) else source
     cv2 = gstreamer.opencv()
@@ -375,7 +376,7 @@ def _is_device(source: str) -> bool:
 
 
 def _is_video(source: str) -> bool:
-    """Returns whether ``source`` is a file with a video's suffix, or without suffix (FFmpeg detects the format)."""
+    """Returns whether ``source`` is an existing file with the suffix of a video, or with no suffix."""
     suffix = Path(source).suffix.lower()
     return (not suffix or suffix in VIDEO_SUFFIXES) and os.path.isfile(source)
 

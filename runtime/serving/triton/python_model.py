@@ -1,14 +1,14 @@
 """``TritonPythonModel``: the class that Triton's Python backend loads to caption pictures with a bundle.
 
-Inputs and outputs are in ``repository.py``. A row is a picture: its file, or a ``data:`` URL of it.
+``repository.py`` lists inputs and outputs. Each row of a request is one picture: a picture file or a ``data:`` URL.
 
 - By default ``execute`` gets the requests that Triton has batched, submits all rows to one scheduler, and answers when
   all are finished.
 - In decoupled mode ``execute`` returns at once. The scheduler's thread sends each piece of the text as it is generated;
   later requests join the running batch. The last response has an empty ``text`` and the whole result as ``json``.
 
-Each request fails by itself: a broken picture is an error of its own request. A broken engine is loaded again. If that
-fails too often in a row, the process ends, so that Triton reports the instance as unhealthy.
+A broken picture is an error of its own request; other requests are not affected. If the engine is broken, the bundle is
+loaded again. If this fails too often in a row, the process ends, so that Triton reports the instance as unhealthy.
 """
 
 from __future__ import annotations
@@ -32,14 +32,13 @@ from blip2edge.runtime.captioning.restart import Backoff, RestartingCaptioner
 from blip2edge.runtime.serving.json_bodies import picture_bytes
 
 MOST_WAITING = 1024
-"""Largest number of requests that wait in a decoupled model; further requests are refused as unavailable."""
+"""Largest number of requests that wait in decoupled mode; further requests get the error ``UNAVAILABLE``."""
 
 
 class TritonPythonModel:
-    """A model of Triton's Python backend.
+    """The class that Triton's Python backend loads; Triton calls ``initialize``, ``execute`` and ``finalize``.
 
-    Its methods are those of
-    https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/python_backend/README.html.
+    See https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/python_backend/README.html.
     """
 
     def initialize(self, args: Mapping[str, str]) -> None:
@@ -83,12 +82,12 @@ class TritonPythonModel:
         return [self._response(one) for one in submitted]
 
     def finalize(self) -> None:
-        """Ends the scheduler and releases the graphs."""
+        """Closes the scheduler and releases the graphs; Triton calls this method before it unloads the model."""
         self._engine.close()
         self._engine.captioner.close()
 
     def _submitted(self, request: Any) -> list[Request] | Exception:
-        """Submits the rows of a request; returns the submitted rows, or the error."""
+        """Submits each row of a request to the scheduler; returns the submitted rows, or the error if one fails."""
         rows: list[Request] = []
         try:
             for image, prompt, options in self._rows(request):
@@ -111,7 +110,7 @@ class TritonPythonModel:
         return self.answer(texts, [json.dumps(result.to_json()) for result in results])
 
     def _stream(self, request: Any, sender: Any) -> None:
-        """Submits a request whose responses are sent by the scheduler's thread."""
+        """Submits a request in decoupled mode; the scheduler's thread sends the responses."""
         stream = _Stream(self, sender)
         try:
             ((image, prompt, options),) = self._rows(request)
@@ -140,7 +139,7 @@ class TritonPythonModel:
         ]
 
     def result(self, row: Request, timeout: float | None = None) -> CaptionResult:
-        """Waits for a row's result, and resets the engine's count of faults; arguments as in :meth:`Request.result`."""
+        """Waits for a row's result, and records that the engine works; arguments as in :meth:`Request.result`."""
         result = row.result(timeout)
         self._engine.succeeded()
         return result
@@ -165,19 +164,19 @@ class TritonPythonModel:
 
 
 class _Stream:
-    """Sends the responses of one request of a decoupled model."""
+    """Sends the responses to one request in decoupled mode."""
 
     def __init__(self, model: TritonPythonModel, sender: Any) -> None:
         self._model, self._sender = model, sender
         self._begun, self._ended = threading.Event(), False
 
     def begin(self, caption: Request) -> None:
-        """Sets the request whose pieces are sent."""
+        """Sets the submitted request; until then, :meth:`send` waits."""
         self._caption = caption
         self._begun.set()
 
     def send(self, piece: str | None) -> None:
-        """Sends a piece of the text, and the result at the end; called by the threads of the scheduler."""
+        """Sends a piece of the text, or, if it is None, the result; called by the threads of the scheduler."""
         self._begun.wait()
         if piece is None:
             try:
@@ -198,10 +197,10 @@ class _Stream:
 
 
 def end_process() -> None:
-    """Ends Triton's process for this model. ``sys.exit`` would end only the thread that calls it."""
+    """Ends the process in which Triton runs this model; ``sys.exit`` would end only the calling thread."""
     os._exit(1)
 
 
 def _text(error: BaseException) -> str:
-    """Returns the error's message, with the names of Triton inputs in place of option names."""
+    """Returns the message of an error; options have their Python names, which are the names of Triton's inputs."""
     return error.text(python_option) if isinstance(error, Blip2EdgeError) else f"{type(error).__name__}: {error}"

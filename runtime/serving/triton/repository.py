@@ -25,10 +25,10 @@ VERSION = "1"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 INPUTS = (("image", "TYPE_STRING", False), ("prompt", "TYPE_STRING", True), ("max_new_tokens", "TYPE_INT32", True))
-"""The inputs: name, type, and whether the input may be left out. A row has one value of each input."""
+"""The model's inputs: name, Triton's type, and whether the input may be left out. Each row has one value of each."""
 
 OUTPUTS = (("text", "TYPE_STRING"), ("json", "TYPE_STRING"))
-"""The outputs, name and type: the caption, and the object of ``caption --json``."""
+"""The model's outputs: name and Triton's type. ``text`` is the caption, ``json`` the object of ``caption --json``."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class TritonModel:
 
 
 def write_model(bundle: str | Path, repository: Path, model: TritonModel, *, force: bool = False) -> Path:
-    """Writes a bundle as a model into a repository, which is made if it is missing.
+    """Writes a bundle as a model into a Triton model repository; makes the repository if it is missing.
 
     Args:
         bundle: A bundle that captions.
