@@ -263,7 +263,8 @@ def loading(document: dict[str, Any]) -> list[str]:
     for each in document["results"]:
         after = f"{each['after_s']:.2f} s" if each["backend"] == "cpu" else ""
         rows.append(
-            f"| {each['bundle']} | {each['backend']} | {each['bytes'] / 1e6:.0f} MB | {each['load_s']:.2f} s | {after} |"
+            f"| {each['bundle']} | {each['backend']} | {each['bytes'] / 1e6:.0f} MB "
+            f"| {each['load_s']:.2f} s | {after} |"
         )
     return [*rows, "", f"{_where(document)}; the files are in the page cache; median of {document['rounds']}."]
 
