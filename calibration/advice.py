@@ -1,4 +1,4 @@
-"""Makes the warnings of a calibration: too few pictures, and large differences from the parent."""
+"""Makes the warnings of a calibration: too few pictures, and large differences from the original bundle."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from blip2edge.calibration.report.files import REPORT_PAGE
 from blip2edge.calibration.results import CalibratedGraph
 
 LEAST_AGREEMENT = 0.9
-"""Share of captions that are the same as the parent's; below it, a calibration warns."""
+"""Least share of captions that are the same as with the original bundle. Below it, ``calibrate`` warns."""
 
 LEAST_COSINE = 0.99
-"""Mean cosine to the parent's outputs; below it, the calibration of a model without captions warns."""
+"""Least mean cosine to the original outputs. Below it, ``calibrate`` warns, if the model generates no captions."""
 
 
 def picture_warnings(pictures: PictureSet) -> list[str]:
@@ -32,7 +32,7 @@ def picture_warnings(pictures: PictureSet) -> list[str]:
 def difference_warnings(
     graphs: Mapping[str, CalibratedGraph], agreement: CaptionAgreement | None, *, limited: bool
 ) -> list[str]:
-    """Returns warnings if the outputs or captions of the bundle differ much from its parent's.
+    """Returns warnings if the new bundle's outputs or captions differ much from those of the original bundle.
 
     Args:
         graphs: The results of the graphs, by name.

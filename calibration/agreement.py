@@ -1,4 +1,4 @@
-"""Compares a calibrated bundle with its parent: cosine of each graph's outputs, and agreement of the captions."""
+"""Compares a calibrated bundle with the original bundle: cosines of the graphs' outputs, agreement of the captions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RUNS = 32
 
 @dataclass(frozen=True)
 class Cosine:
-    """Cosine similarity between an output of the quantized graph and this output of the parent's graph.
+    """Cosine similarity between an output of the quantized graph and the same output of the original graph.
 
     Attributes:
         mean: Mean of the cosines of whole tensors, one per run.
@@ -57,12 +57,12 @@ class GreedyCaption:
 
 @dataclass(frozen=True)
 class CaptionAgreement:
-    """Compares the captions of a calibrated bundle with the captions of its parent, for the same pictures.
+    """Compares the captions of a calibrated bundle with those of the original bundle, for the same pictures.
 
     Attributes:
         pictures: Number of pictures.
         same: Share of the pictures for which both captions have equal token ids.
-        parent: Captions of the parent, as text.
+        parent: Captions of the original bundle, as text.
         ours: Captions of the calibrated bundle, as text.
     """
 
@@ -97,11 +97,11 @@ def compare_graphs(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Cosine]:
-    """Runs the parent's graph and the quantized graph on the same recorded inputs, and compares their outputs.
+    """Runs the original graph and the quantized graph on the same recorded inputs, and compares their outputs.
 
     Args:
         spec: Inputs and outputs of the graph.
-        parent: File of the parent's graph.
+        parent: File of the original graph.
         ours: File of the quantized graph.
         feeds: The recorded inputs; at most :data:`RUNS` of them are run.
         threads: CPU threads; None for all cores.
@@ -163,7 +163,7 @@ def caption_pictures(
 
 
 def compare_captions(parent: Sequence[GreedyCaption], ours: Sequence[GreedyCaption]) -> CaptionAgreement:
-    """Compares the parent's captions with those of the calibrated bundle (``ours``) for the same pictures."""
+    """Compares the captions of the original bundle (``parent``) and of the calibrated bundle (``ours``)."""
     same = [one.tokens == two.tokens for one, two in zip(parent, ours, strict=True)]
     return CaptionAgreement(
         len(same), float(np.mean(same)), tuple(one.text for one in parent), tuple(one.text for one in ours)

@@ -151,8 +151,8 @@ class PictureRunner:
     def __call__(self, picture: Image.Image, text: Sequence[int] | None) -> None:
         """Runs all graphs on a picture. The decoder runs on the prompt, followed by the tokens of ``text``.
 
-        If the bundle is elastic, the pictures use different numbers of queries, so that the chosen ranges fit all
-        numbers.
+        If the bridge works with several numbers of queries (elastic), the pictures use different numbers, so that the
+        chosen ranges fit all of them.
         """
         queries = next(self._queries)
         images, frames = self.images, self.spec.frames if self.spec is not None else 1

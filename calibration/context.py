@@ -1,4 +1,4 @@
-"""Data shared by the steps of one calibration: parent bundle, staging directory, recorded inputs and options."""
+"""Data shared by the steps of one calibration: the original bundle, staging directory, recorded inputs and options."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class CalibrationContext:
 
     @property
     def feeds_sha256(self) -> str:
-        """Hash of the pictures and the parent, which together determine the recorded inputs."""
+        """Hash of the pictures and the original bundle, which together determine the recorded inputs."""
         return hashlib.sha256(f"{self.parent.sha256} {self.pictures_sha256}".encode()).hexdigest()
 
     def stage(
@@ -65,12 +65,12 @@ class CalibrationContext:
     ) -> StagedGraph:
         """Writes a changed graph to the staging directory, checks it with onnx, and compares its outputs.
 
-        The outputs are compared with those of the parent's graph on the recorded inputs.
+        The outputs are compared with those of the original graph on the recorded inputs.
 
         Args:
             model: The changed graph; its external weights are in the staging directory already.
-            record: The graph's record in the parent's manifest.
-            precision: The graph's new precision. If ``products`` is 0, the graph keeps the parent's precision.
+            record: The graph's record in the manifest of the original bundle.
+            precision: The graph's new precision. If ``products`` is 0, the graph keeps the original precision.
             data: Hash and size of the graph's weight files, by name.
             start: ``time.perf_counter()`` when work on the graph began.
             products: Number of quantized matrix multiplications (MatMul nodes).
@@ -98,7 +98,7 @@ class CalibrationContext:
         return StagedGraph(changed, seals, summary)
 
     def _compare(self, record: GraphRecord) -> dict[str, Cosine]:
-        """Returns the cosines of a staged graph's outputs to the parent's; empty if no inputs were recorded."""
+        """Returns the cosines of a new graph's outputs to the original outputs; empty if no inputs were recorded."""
         if not self.feeds.count(record.spec.name):
             return {}
         return compare_graphs(

@@ -1,6 +1,6 @@
 """The number format of each graph of a calibrated bundle, and of single matrices in it (``calibrate --format``).
 
---format vision_encoder=float              the graph stays as it is in the parent
+--format vision_encoder=float              the graph stays as it is
 --format decoder=int4/32                   weights in blocks of 32 inputs
 --format 'decoder:*.layers.0.*=int8'       the same graph's matrices whose names match have another format
 """
@@ -33,8 +33,8 @@ class NumberFormat:
     """The number format of a graph or of a matrix.
 
     Attributes:
-        kind: ``float`` (as in the parent), ``fp16`` (weights are stored in FP16 and computed as in the parent),
-            ``w8a8`` (activations and weights in INT8), ``int8`` or ``int4`` (weights in blocks).
+        kind: ``float`` (as before calibration), ``fp16`` (weights are stored in FP16, and computed in the original
+            precision), ``w8a8`` (activations and weights in INT8), ``int8`` or ``int4`` (weights in blocks).
         block: Largest number of inputs that share a scale; 0 for the default of ``int8`` and ``int4``.
     """
 
@@ -129,7 +129,7 @@ def choose_graph_formats(
     """Chooses the format of each graph from the flags of ``calibrate``.
 
     Args:
-        graphs: Names of the parent's graphs.
+        graphs: Names of the graphs of the original bundle.
         activations: Names of the graphs whose activations become INT8.
         weights: Type of the weights of the other graphs; the vision encoder is not among them. None leaves the weights
             unchanged.
@@ -139,7 +139,7 @@ def choose_graph_formats(
         The format of each graph, by name.
 
     Raises:
-        UsageError: A rule names no graph of the parent, or two formats do not fit into one graph.
+        UsageError: A rule names no graph of the original bundle, or two formats do not fit into one graph.
     """
     found: dict[str, GraphFormat] = {}
     for name in graphs:

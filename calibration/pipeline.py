@@ -1,8 +1,8 @@
 """Implements ``blip2edge calibrate``: makes an INT8 or INT4 bundle; if a step fails, nothing is published.
 
-1. Record: choose the pictures, caption some of them with the parent, and save the inputs of each graph to disk.
+1. Record: choose the pictures, caption some of them with the original bundle, and save the inputs of each graph.
 2. Quantize: choose the ranges of activations (``activations``), round the weights (``weights``), write each new graph.
-3. Compare: the cosine of each graph's outputs, and the agreement of the captions with the parent's.
+3. Compare: the cosine of each graph's outputs, and the agreement of the captions with those of the original bundle.
 4. Limit: with ``--drop-limit``, keep sensitive layers in floating point until the captions agree enough (``search``).
 5. Publish: write the report, seal the files in the manifest, and rename the staging directory.
 """
@@ -78,7 +78,7 @@ class PreparedSteps:
     """Results of those steps of a calibration that a search has already run.
 
     Attributes:
-        captions: The parent's captions of the first pictures.
+        captions: Captions of the first pictures by the original bundle.
         feeds: The recorded inputs.
         graph: Function that writes a graph, in a given format, to the staging directory.
         search: The object ``search`` of ``report.json``.
@@ -111,21 +111,22 @@ def calibrate(
     notify: Notify | None = None,
     prepared: PreparedSteps | None = None,
 ) -> CalibrationReport:
-    """Makes an INT8 or INT4 bundle from a floating-point bundle (the parent), or fits a confidence, or does both.
+    """Makes an INT8 or INT4 bundle from a floating-point bundle (the original bundle), fits a confidence, or does both.
 
     Args:
-        bundle: The directory of the parent, in fp32 or fp16; without ``images``, a bundle of any precision.
+        bundle: The directory of the original bundle, in fp32 or fp16; without ``images``, in any precision.
         output: The directory of the new bundle.
         images: A folder of pictures or ``.tar`` shards; None to quantize nothing, and to fit a confidence only.
         method: How activation ranges are chosen, one of :data:`blip2edge.choices.RANGE_METHODS`.
         activations: Names of the graphs whose activations become INT8. Those of :data:`INT8_ACTIVATIONS` that the
-            parent lacks have no effect.
+            original bundle lacks have no effect.
         weights: The type of the weights of the other graphs, except the vision encoder: ``int8`` or ``int4`` (the token
             embedding table becomes ``int8``); None keeps them unchanged.
         formats: Formats of single graphs or matrices, which override ``activations`` and ``weights``:
             ``GRAPH=FORMAT`` or ``GRAPH:PATTERN=FORMAT`` (:mod:`blip2edge.calibration.formats`).
-        drop_limit: Largest share of the captions that may differ from the parent's, in percentage points: the most
-            sensitive layers are kept in floating point until the captions are within the limit. None for no limit.
+        drop_limit: Largest share of the captions that may differ from those of the original bundle, in percentage
+            points: the most sensitive layers are kept in floating point until the captions are within the limit. None
+            for no limit.
         cider: Scores captions. If it is given and every picture has a ``.txt`` of references, the limit is on the drop
             of CIDEr.
         references: Pictures with known captions, on which the confidence of the new bundle is fitted; None for no
@@ -143,7 +144,7 @@ def calibrate(
     Raises:
         UsageError: ``method``, ``weights``, a format or a graph in ``activations`` is unknown, or ``drop_limit`` does
             not apply to this model.
-        BundleError: The parent is not a bundle, is in bf16, or was calibrated before.
+        BundleError: ``bundle`` is not a bundle, is in bf16, or was calibrated before.
         DataError: No picture can be read, or there are too few references.
         OutputError: ``output`` exists, or cannot be written.
         BackendError: onnxruntime is not installed.
@@ -255,7 +256,10 @@ def _agreement(
     captions: Sequence[GreedyCaption],
     graphs: Mapping[str, StagedGraph],
 ) -> CaptionAgreement:
-    """Writes the manifest of the staged bundle, captions pictures with it, and compares with the parent's captions."""
+    """Captions pictures with the new bundle, and compares the captions with those of the original bundle.
+
+    Before that, the manifest is written to the staging directory.
+    """
     seal(context, graphs).write(context.staging)
     ours = _captions(context, context.staging, pictures, "caption with the new")
     return compare_captions(captions, ours or ())
@@ -289,7 +293,7 @@ def _apply_limit(
 
 
 def record_inputs(context: CalibrationContext, pictures: PictureSet, captions: Sequence[GreedyCaption]) -> None:
-    """Runs the parent's graphs on the pictures and records the inputs of each graph.
+    """Runs the original graphs on the pictures and records the inputs of each graph.
 
     The decoder runs on the prompt, followed by the tokens of the picture's caption.
     """
@@ -304,7 +308,7 @@ def record_inputs(context: CalibrationContext, pictures: PictureSet, captions: S
 
 
 def quantize_graph(context: CalibrationContext, record: GraphRecord, form: GraphFormat) -> StagedGraph:
-    """Writes one graph in a format to the staging directory, and measures the FP16 headroom of the parent's graph."""
+    """Writes one graph in a format to the staging directory, and measures the FP16 headroom of the original graph."""
     return replace(in_format(context, record, form), headroom=graph_headroom(context, record))
 
 
@@ -328,7 +332,7 @@ def in_format(context: CalibrationContext, record: GraphRecord, form: GraphForma
 
 
 def graph_headroom(context: CalibrationContext, record: GraphRecord) -> dict[str, Any] | None:
-    """Measures the FP16 headroom of the parent's graph; None if no inputs of the graph were recorded."""
+    """Measures the FP16 headroom of the original graph; None if no inputs of the graph were recorded."""
     name = record.spec.name
     if not context.feeds.count(name):
         return None

@@ -45,11 +45,11 @@ class CalibratedGraph:
         name: The graph's name.
         precision: The graph's precision in the new manifest.
         bytes: Size of graph and weights in bytes.
-        parent_bytes: Size of the parent's graph and weights in bytes.
+        parent_bytes: Size of the original graph and weights in bytes.
         seconds: Time to quantize, write and compare the graph.
         products: Number of matrix multiplications (MatMul nodes) that became INT8, or whose weights became integers.
         kept_float: Why a matrix multiplication is kept in floating point, by the name of its node or weight.
-        cosine: Similarity to the parent's outputs on the parent's inputs, by output name.
+        cosine: Similarity to the original graph's outputs on the original graph's inputs, by output name.
         matrices: Results for the matrices with weight-only quantization, by the initializer's name.
     """
 
@@ -91,7 +91,7 @@ class CalibrationReport:
     Attributes:
         bundle: The directory of the new bundle.
         graphs: The graphs, by name.
-        captions: Agreement with the parent's captions; None if the model generates no captions.
+        captions: Agreement with the captions of the original bundle; None if the model generates no captions.
         pictures: Number of pictures used.
         warnings: Warnings, one line each.
         seconds: Wall time of the calibration.

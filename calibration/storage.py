@@ -32,19 +32,19 @@ class TensorStore(Protocol):
         ...
 
     def copy(self, name: str, tensor: ir.ExternalTensor) -> ir.TensorProtocol:
-        """Stores an unchanged tensor of the parent; returns the tensor to which the graph refers."""
+        """Stores an unchanged tensor of the original graph; returns the tensor to which the graph refers."""
         ...
 
 
 class InMemoryStore:
-    """Keeps new tensors in memory and unchanged tensors in the parent's files, for a graph that is only run."""
+    """Keeps new tensors in memory, and unchanged tensors in the original files, for a graph that is only run."""
 
     def add(self, name: str, array: NDArray[Any], dtype: ir.DataType | None = None) -> ir.TensorProtocol:
         """Keeps a new tensor in memory; see :class:`TensorStore`."""
         return ir.tensor(np.asarray(array, order="C"), dtype=dtype, name=name)
 
     def copy(self, name: str, tensor: ir.ExternalTensor) -> ir.TensorProtocol:
-        """Returns the tensor unchanged: it refers to the parent's file; see :class:`TensorStore`."""
+        """Returns the tensor unchanged: it refers to the file of the original bundle (:class:`TensorStore`)."""
         del name
         return tensor
 

@@ -104,7 +104,7 @@ class TextEncoderGraph(nn.Module):
 
 
 class CrossKeyValueGraph(nn.Module):
-    """The module that is traced for ``cross_kv``: maps the states that are attended to, to keys and values."""
+    """The module that is traced for ``cross_kv``: keys and values of the states that the decoder attends to."""
 
     def __init__(self, model: CaptionerModel) -> None:
         super().__init__()

@@ -198,7 +198,7 @@ def _simplify(model: ir.Model) -> None:
 
 
 def _constant_reshapes(graph: ir.Graph) -> None:
-    """Makes the target shape of each Reshape node a constant, if the shape can be written as one.
+    """Replaces the computed target shape of each Reshape node by a constant, where ONNX allows this.
 
     In ONNX, a length 0 is copied from the same axis of the input, and one length may be -1, which is computed. So at
     most one length may be neither fixed nor copied. For example, the reshape from ``[B, S, D]`` to ``[B, S, H, d]``

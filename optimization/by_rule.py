@@ -92,7 +92,7 @@ def ruled(task: CopyTask, name: str) -> Copy | str:
 
 
 def _exact(task: CopyTask, name: str, parent: Path, portable: Arrays) -> Arrays | None:
-    """Computes the exported graph's outputs in FP32, without rounded activations; None for a large FP16 graph."""
+    """Computes the exported graph's outputs in FP32, without INT8 activations; None for a large FP16 graph."""
     model = load_graph(parent)
     prepare(model)
     changed = bool(widen(model))

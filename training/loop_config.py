@@ -27,8 +27,8 @@ class LoopConfig(RecipeSection):
     """Save memory (activation checkpointing): the backward pass runs each layer of language model, bridge and trained
     picture encoder again, instead of keeping what the forward pass computed. Losses and gradients stay the same."""
     fsdp: bool = False
-    """Save memory with several processes: each holds a part of all parameters, of frozen ones too, of gradients and of
-    optimizer states, and gathers the rest layer by layer (FSDP)."""
+    """Save memory with several processes (FSDP): each process holds a share of the parameters (also of frozen ones),
+    gradients and optimizer states, and gathers the other shares layer by layer."""
     ema_decay: Annotated[float, EMA_DECAY] = 0.0
     """Decay of an exponential moving average of the trained weights (EMA), such as 0.999; 0: no average. It needs
     4 more bytes for each trained weight."""

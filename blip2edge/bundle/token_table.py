@@ -151,7 +151,10 @@ class TokenTable:
 
 
 def _open(file: SafetensorsFile, tensor: str) -> _Rows:
-    """Opens the table in a file; raises ValueError if its format is none of the three."""
+    """Opens the table in a file: floats, or integers with scales by row or by column.
+
+    Raises ValueError if the file has another format.
+    """
     table, dtype = file.array(tensor), file.stored(tensor).dtype
     layout = file.metadata.get("layout", ROWS)
     if layout == ROWS and (table.ndim != 2 or not table.size):

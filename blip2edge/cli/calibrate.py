@@ -315,7 +315,7 @@ def front_table(found: FoundPoints, ms: str) -> str:
 
 
 def report_table(report: CalibrationReport) -> str:
-    """Makes a table with a line for each graph, then says how many captions are the same as the parent bundle's."""
+    """Makes a table with a line for each graph, and a line with the share of captions that are as before."""
     from blip2edge.calibration.report.files import REPORT_PAGE
 
     rows = []

@@ -100,8 +100,8 @@ def _add_shots(parser: Parser) -> None:
     parser.add_argument(
         "--shots-from",
         metavar="DATA",
-        help="data set that the examples are drawn from, for example the training data (default: the other pictures of "
-        "--data)",
+        help="data set that the few-shot examples are drawn from, such as the training data (default: the other "
+        "pictures of --data)",
     )
 
 

@@ -166,7 +166,7 @@ def _head(manifest: Manifest) -> list[str]:
 
 
 def _calibration(record: Mapping[str, Any]) -> dict[str, str]:
-    """Returns lines that say how a bundle was calibrated, and how similar it is to its parent bundle."""
+    """Returns lines that say how a bundle was calibrated, and how similar it is to the bundle before calibration."""
     lines = {"calibrated": f"{record['method']}, on {record['pictures']} pictures"}
     cosines = {
         graph: min(value["mean"] for value in outputs.values())

@@ -1,4 +1,4 @@
-"""``blip2edge optimize``; ``export`` and ``calibrate`` make the same copy at their end."""
+"""``blip2edge optimize``: makes optimized copies of the graphs, as ``export`` and ``calibrate`` do at their end."""
 
 from __future__ import annotations
 

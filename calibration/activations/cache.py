@@ -2,8 +2,8 @@
 
 So the next calibration of this graph on the same pictures can load them.
 
-The file's name contains a hash of the graph, its weights, the pictures and the parent bundle. A file ends with the hash
-of its content, so that a damaged file is detected.
+The file's name contains a hash of the graph, its weights, the pictures and the bundle that is calibrated. A file ends
+with the hash of its content, so that a damaged file is detected.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def open_tensors(
 ) -> OnnxRuntimeSession:
     """Opens a graph with some of its inner tensors as outputs, in place of the graph's own outputs.
 
-    No file is written: ONNX Runtime gets the graph as bytes and reads the weights from the parent's files.
+    No file is written: ONNX Runtime gets the graph as bytes and reads the weights from the original files.
 
     Args:
         graph: The graph, its initializers external and in one directory; it is not changed.

@@ -98,7 +98,7 @@ def insert_qdq(
     """Inserts QuantizeLinear and DequantizeLinear nodes, and writes every initializer of a graph to a new file.
 
     Args:
-        model: The parent's graph, its initializers external; changed in place. One initializer is in memory at a
+        model: The original graph, its initializers external; changed in place. One initializer is in memory at a
             time.
         plan: The activations that become INT8.
         data: Stores the weights.

@@ -36,11 +36,11 @@ REPORT_BINS = 64  # bins of a histogram in the report
 def quantize_activations(context: CalibrationContext, record: GraphRecord, form: GraphFormat) -> StagedGraph:
     """Writes one graph with INT8 activations and weights to the staging directory.
 
-    The outputs of the new graph are compared with those of the parent's graph.
+    The outputs of the new graph are compared with those of the original graph.
 
     Args:
         context: The calibration.
-        record: The graph's entry in the parent's manifest.
+        record: The graph's entry in the manifest of the original bundle.
         form: The format of the graph. A matrix multiplication stays in floating point if ``form`` gives its weight the
             format ``float``.
     """
@@ -65,14 +65,14 @@ def write_planned(
     plan: ActivationPlan,
     start: float,
 ) -> StagedGraph:
-    """Writes one graph by a plan to the staging directory, and compares its outputs with those of the parent's graph.
+    """Writes one graph by a plan to the staging directory, and compares its outputs with those of the original graph.
 
     Files that an earlier call wrote for this graph are overwritten.
 
     Args:
         context: The calibration.
-        record: The graph's entry in the parent's manifest.
-        model: The parent's graph, freshly loaded; changed in place.
+        record: The graph's entry in the manifest of the original bundle.
+        model: The original graph, freshly loaded; changed in place.
         targets: The matrix multiplications of the graph that can be quantized.
         plan: The activations that become INT8.
         start: ``time.perf_counter()`` when work on the graph began.

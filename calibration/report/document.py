@@ -40,7 +40,7 @@ def write_reports(
         pictures: The pictures, in order.
         record: The manifest's ``calibration`` object.
         graphs: The graphs, by name.
-        captions: Agreement of the captions with the parent's; None if the model generates no captions.
+        captions: Agreement of the captions with those of the original bundle; None if the model generates no captions.
         search: The results of ``--search``, the object ``search`` of the report; None without a search.
 
     Returns:
@@ -117,8 +117,8 @@ def _decode(context: CalibrationContext, graphs: Mapping[str, StagedGraph]) -> d
     The position is the last position of the first recorded run of the decoder.
 
     Returns:
-        Bytes of the weights and the KV cache, of this bundle and of the parent; None if no inputs of the decoder were
-        recorded.
+        Bytes of the weights and the KV cache, of this bundle and of the original bundle; None if no inputs of the
+        decoder were recorded.
     """
     manifest, cache = context.parent.manifest, context.parent.manifest.cache
     if cache is None or DECODER not in graphs or not context.feeds.count(DECODER):

@@ -46,7 +46,7 @@ class PartChoice:
 
     @property
     def is_float(self) -> bool:
-        """Whether the part stays as it is in the parent (format ``float``)."""
+        """Whether the part of the model stays as it is in the original bundle (format ``float``)."""
         return self.form.whole.kind == FLOAT
 
 
@@ -71,7 +71,7 @@ class PartGraphs:
         return cls({**single, LANGUAGE: rest}, frozenset(running))
 
     def form_of(self, graph: str, choice: PartChoice) -> GraphFormat:
-        """Returns the format of one graph of a part.
+        """Returns the format of a graph that belongs to a part (vision encoder, bridge, language model).
 
         A graph that does not run while pictures are captioned has no recorded inputs: its weights become INT8 in
         blocks, unless ``choice`` is a floating-point format. Only the graph of the vision encoder, the bridge or the
@@ -105,14 +105,14 @@ class PartGraphs:
 def plain_choices(
     part: str, products: Sequence[Product], *, half: bool, refused: Sequence[str] = (), sizes: bool = True
 ) -> list[PartChoice]:
-    """Lists the formats that are tried for a part, without formats for single matrices.
+    """Lists the formats that are tried for a part (such as the bridge), without formats for single matrices.
 
     A block size is left out if it changes no matrix.
 
     Args:
         part: Name of the part.
         products: The matrix multiplications (MatMul nodes) of the part's graphs.
-        half: Whether the parent's weights have 32 bits, so that FP16 halves their size.
+        half: Whether the original weights have 32 bits, so that FP16 halves their size.
         refused: Kinds of formats that the target does not run.
         sizes: Whether blocks of other sizes than the default are tried, down to :data:`LEAST_BLOCK`.
     """
@@ -130,7 +130,7 @@ def plain_choices(
 
 
 def presets(parts: Iterable[str]) -> dict[str, dict[str, PartChoice]]:
-    """Returns the combinations of formats that ``calibrate`` makes without a search, and the parent's formats.
+    """Returns the combinations of formats that ``calibrate`` makes without a search, and the original formats.
 
     Args:
         parts: Names of the model's parts (vision encoder, bridge, language model).

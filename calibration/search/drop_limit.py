@@ -1,12 +1,12 @@
 """Implements ``--drop-limit``: keeps sensitive layers in floating point until the captions change little enough.
 
 1. Everything is quantized, and the sensitivity of each layer is measured (``sensitivity.py``).
-2. As long as more captions differ from the parent's than the limit allows (or CIDEr against the pictures' references
-   falls by more), the most sensitive 1, 2, 4, ... layers are kept in the parent's precision.
+2. As long as more captions differ from those of the original bundle than the limit allows (or CIDEr falls by more), the
+   most sensitive 1, 2, 4, ... layers are kept in the original precision.
 3. A binary search finds the smallest sufficient number of layers, between the last number that was too small and the
    first that was enough.
 
-If all layers are kept, the captions are the parent's.
+If all layers are kept, the captions are those of the original bundle.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class DropLimit:
         """Computes the loss of a calibrated bundle's captions in percentage points.
 
         Args:
-            captions: The captions of the bundle and of the parent.
+            captions: The captions of the calibrated bundle and of the original bundle.
             references: Reference captions of each picture; used only if the measure is CIDEr.
         """
         if self.cider is None:
@@ -177,7 +177,7 @@ def measure_layers(
         context: The calibration.
         quantized: The fully quantized graphs.
         pictures: The pictures; the first :data:`PICTURES` are used.
-        texts: Token ids of the parent's caption of each picture.
+        texts: Token ids of the original bundle's caption of each picture.
 
     Returns:
         The sensitivities, the most sensitive layer first.
@@ -248,9 +248,9 @@ def choose_kept_layers(
 def _rewritten(
     context: CalibrationContext, quantized: FullyQuantized, worst: Sequence[Sensitivity]
 ) -> dict[str, StagedGraph]:
-    """Writes all graphs again, with the layers ``worst`` in the parent's precision.
+    """Writes all graphs again, with the layers ``worst`` in the original precision.
 
-    If ``worst`` contains all layers, the parent's token embedding table is restored too.
+    If ``worst`` contains all layers, the original token embedding table is restored too.
     """
     table = quantized.directory / EMBEDDINGS_FILE
     if table.is_file():

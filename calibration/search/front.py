@@ -61,10 +61,10 @@ class FormatPoint:
         ms: Milliseconds of a caption.
         stages: Milliseconds of each stage.
         bytes: Size of graphs and token embedding table.
-        nats: Change of the next token (Kullback-Leibler divergence from the parent), in nats per token. Until it is
-            measured for the combination, it is the sum of the changes by each part alone.
+        nats: Change of the next token (Kullback-Leibler divergence from the original model), in nats per token. Until
+            it is measured for the combination, it is the sum of the changes by each part alone.
         drop: Loss of the captions in percentage points; None until it is measured.
-        proven: Whether each part in another format than the parent's was faster than in the parent's format.
+        proven: Whether each part with a new format was measured to be faster than in its original format.
         preset: The flags without a search that make the same formats; empty if there are none.
     """
 
@@ -124,10 +124,11 @@ def allowed(points: Sequence[FormatPoint], limits: PointLimits) -> list[FormatPo
 
 
 def to_measure(points: Sequence[FormatPoint], limits: PointLimits, most: int) -> list[FormatPoint]:
-    """Chooses combinations of the predicted front; their captions will be compared with the parent's.
+    """Chooses the combinations of formats whose captions will be compared with those of the original bundle.
 
-    First, the combinations with the least time, the least size and the least loss are chosen, on the front and among
-    the combinations that may be published. After that, the combination with the largest distance from the chosen
+    The candidates are on the predicted Pareto front: no other combination is better in time, size and loss. First, the
+    combinations with the least time, the least size and the least loss are chosen, on the front and among the
+    combinations that may be published. After that, the combination with the largest distance from the chosen
     combinations is added repeatedly. The distance is computed from the logarithms of time, size and loss.
 
     Args:
@@ -184,12 +185,12 @@ def choose_point(points: Sequence[FormatPoint], limits: PointLimits) -> ChosenPo
     """Chooses the combination of formats that is published.
 
     - Without limits: the fastest combination at which at most :data:`DEFAULT_DROP` percent of the captions change. The
-      parent's formats are such a combination.
+      original formats are such a combination.
     - With ``--max-drop``: the fastest combination within all limits.
     - With ``--max-ms`` or ``--max-mb`` and no ``--max-drop``: the combination with the least loss within the limits.
 
-    A combination with a part that was not proven faster than the parent's is chosen only if ``--max-mb`` is given and
-    no other combination is within the limits.
+    A combination with a part that was not proven faster than in its original format is chosen only if ``--max-mb`` is
+    given and no other combination is within the limits.
 
     Args:
         points: The measured combinations.

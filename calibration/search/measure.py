@@ -39,7 +39,7 @@ RUNS = 4
 """Number of captions that are timed in each round, after a first caption that warms up; the least time counts."""
 
 FASTER = 0.97
-"""A format is proven faster if it takes less than this share of the parent's time."""
+"""A format is proven faster if it takes less than this share of the original format's time."""
 
 LAYER_NUMBER = re.compile(r"\.\d+\.")
 
@@ -53,7 +53,7 @@ class Workload:
     Attributes:
         variants: Makes and stores the graphs in all formats.
         pictures: The pictures whose captions are compared.
-        captions: The parent's captions of these pictures.
+        captions: Captions of these pictures by the original bundle.
         limit: Computes the loss of captions.
     """
 
@@ -69,12 +69,12 @@ class Workload:
 
     @property
     def context(self) -> CalibrationContext:
-        """The parent bundle, the recorded inputs and the options of the calibration."""
+        """The original bundle, the recorded inputs and the options of the calibration."""
         return self.variants.context
 
     @property
     def tokens(self) -> int:
-        """Length of the timed captions in tokens: the median length of the parent's captions."""
+        """Length of the timed captions in tokens: the median length of the original bundle's captions."""
         return max(2, int(np.median([len(caption.tokens) for caption in self.captions])))
 
     @property
@@ -90,7 +90,7 @@ class Workload:
 
     @cached_property
     def meter(self) -> DivergenceMeter:
-        """Measures the change of the next token. Created at the first use, because this runs the parent."""
+        """Measures the change of the next token. Created at the first use, because this runs the original graphs."""
         texts = [caption.tokens for caption in self.captions[:PICTURES]]
         return DivergenceMeter(self.context.parent, self.pictures[:PICTURES], texts, self.context.threads)
 
@@ -160,14 +160,14 @@ def measured_ms(bundle: Path, picture: CalibrationPicture, tokens: int) -> Stage
 
 
 def part_nats(work: Workload, choices: Mapping[str, PartChoice]) -> float:
-    """Measures the change of the next token if some parts have another format than in the parent.
+    """Measures the change of the next token if some parts (such as the bridge) have another format than before.
 
     Args:
         work: The pictures, and the graphs in all formats.
-        choices: The format of each changed part; the other parts stay as in the parent.
+        choices: The format of each changed part; the other parts stay as in the original bundle.
 
     Returns:
-        Kullback-Leibler divergence from the parent, in nats per token.
+        Kullback-Leibler divergence from the original model, in nats per token.
     """
     if all(choice.is_float for choice in choices.values()):
         return 0.0
@@ -201,7 +201,7 @@ def _session(variants: Variants, graph: str, form: GraphFormat) -> OnnxRuntimeSe
 
 @dataclass(frozen=True)
 class CaptionLoss:
-    """How much the captions of a combination of formats differ from the parent's captions.
+    """How much the captions of a combination of formats differ from the captions of the original bundle.
 
     Attributes:
         drop: The loss in percentage points.
@@ -215,7 +215,7 @@ class CaptionLoss:
 
 
 def captions_lost(work: Workload, choices: Mapping[str, PartChoice]) -> CaptionLoss:
-    """Captions the pictures with a combination of formats, and compares the captions with the parent's."""
+    """Captions the pictures with a combination of formats, and compares them with those of the original bundle."""
     name = "captions-" + file_name("+".join(str(choice.form) for choice in choices.values()))
 
     def compute() -> Mapping[str, float]:

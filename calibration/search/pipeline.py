@@ -89,7 +89,7 @@ def search(
     """Searches the formats of a bundle's graphs, and publishes the chosen combination.
 
     Args:
-        bundle: The directory of the parent, in fp32 or fp16.
+        bundle: The directory of the original bundle, in fp32 or fp16.
         output: The directory of the new bundle. Until it is published, ``OUT.run`` beside it holds the state.
         images: A folder of pictures or ``.tar`` shards.
         options: Limits, board and size of the search; None for the defaults.
@@ -112,7 +112,7 @@ def search(
 
     Raises:
         UsageError: The model generates no captions, or an option is outside its range.
-        BundleError: No combination is within the limits, so nothing is published; or the parent is not a bundle, is in
+        BundleError: No combination is within the limits, so nothing is published; or ``bundle`` is not a bundle, is in
             bf16, or was calibrated before.
         OutputError: The output exists, or the state belongs to a search with another plan.
     """
@@ -239,7 +239,7 @@ def _workload(
     *,
     copies: bool,
 ) -> Workload:
-    """Captions the pictures with the parent and records the inputs of the graphs; returns the data for measurements."""
+    """Captions pictures with the original bundle, records the graphs' inputs, and returns the data for measurements."""
 
     def caption() -> list[Any]:
         progress = partial(context.progress, "caption with the parent")

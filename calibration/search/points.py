@@ -192,7 +192,7 @@ class FormatSearch:
         return self._board.ms(part, choice.form, sizes)
 
     def _is_proven(self, part: str, choice: PartChoice) -> bool:
-        """Returns whether the stages of a part are faster in a format than with the parent's graph."""
+        """Returns whether a part (such as the bridge) is proven faster in a format than in the original format."""
         parent = next(one for one in self.choices[part] if one.is_float)
         return sum(self._ms(part, choice).values()) < FASTER * sum(self._ms(part, parent).values())
 

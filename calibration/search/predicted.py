@@ -18,7 +18,7 @@ from blip2edge.shapes.sources import bundle_shape
 KINDS = {"int8": "int8-weights", "int4": "int4", W8A8: "int8"}
 """Weight format of ``shapes/model_shape.py`` by the kind of a number format.
 
-For kinds that are not listed (``float``, ``fp16``), the board computes in the parent's format.
+For kinds that are not listed (``float``, ``fp16``), the board computes in the original format.
 """
 
 
@@ -26,7 +26,7 @@ class BoardTimer:
     """Predicts the milliseconds of each stage of a caption on a board.
 
     Args:
-        parent: The parent bundle.
+        parent: The original bundle.
         board: The board.
         tokens: Length of a caption in tokens.
         prompt: Number of tokens of the prompt, without visual tokens.
@@ -42,7 +42,7 @@ class BoardTimer:
     def refused(self) -> list[str]:
         """Kinds of formats that are not tried: those that the board does not run, and FP16 storage.
 
-        With FP16 storage, the weights are smaller, but a board computes in the parent's format.
+        With FP16 storage, the weights are smaller, but a board computes in the original format.
         """
         return [FP16, *(["int8"] if "int8" in self._board.refuses else [])]
 
@@ -86,6 +86,6 @@ class BoardTimer:
         return HeldWeights(KINDS.get(form.whole.kind, held_precision(self._precision, self._board)), size)
 
     def _run(self, part: ModelPart, weights: HeldWeights, times: int = 1) -> float:
-        """Returns the seconds of ``times`` runs of a part for the tokens of one item."""
+        """Predicts the seconds that ``times`` runs of a graph take for one picture (or one video)."""
         cost = part_cost(part, weights, self._board, self._tokens, times)
         return part_seconds(part, cost, weights, self._board, self._tokens, times)

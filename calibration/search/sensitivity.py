@@ -1,9 +1,9 @@
 """Measures the sensitivity of each layer: how much the next token changes if only that layer is quantized.
 
 A layer contains the matrices of a graph whose names share a layer's path (``language.layers.3``). The loss of a layer
-is the Kullback-Leibler divergence from the parent, in nats per token, of the next-token distribution of the whole model
-if only this layer is quantized. It is measured on some pictures, with the parent's captions after the prompt. So layers
-of the vision encoder and of the language model are compared by the same measure.
+is the Kullback-Leibler divergence from the original model, in nats per token, of the next-token distribution of the
+whole model if only this layer is quantized. It is measured on some pictures, with the captions of the original model
+after the prompt. So layers of the vision encoder and of the language model are compared by the same measure.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Sensitivity:
 
     Attributes:
         layer: The layer.
-        loss: Divergence of the logits from the parent's, in nats per token.
+        loss: Divergence of the logits from those of the original model, in nats per token.
     """
 
     layer: QuantizedLayer
@@ -85,7 +85,7 @@ def divergence(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> f
     """Computes the Kullback-Leibler divergence: the mean over tokens of ``Σ p (log p - log q)``.
 
     Args:
-        reference: Logits of the parent, ``[..., V]``; p is their softmax.
+        reference: Logits of the original model, ``[..., V]``; p is their softmax.
         logits: Logits of another model, ``[..., V]``; q is their softmax.
 
     Returns:
@@ -102,12 +102,12 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 class DivergenceMeter:
-    """Measures, over some pictures, how much the logits change if some of the parent's graphs are replaced.
+    """Measures, over some pictures, how much the logits change if some of the original graphs are replaced.
 
     Args:
-        parent: The parent bundle.
+        parent: The original bundle.
         pictures: The pictures.
-        texts: Token ids of the parent's caption of each picture.
+        texts: Token ids of the original bundle's caption of each picture.
         threads: CPU threads; None for all cores.
     """
 
@@ -132,11 +132,13 @@ class DivergenceMeter:
         )
 
     def loss(self, replaced: Mapping[str, Session], bundle: Bundle | None = None) -> float:
-        """Measures the divergence from the parent if some graphs are replaced; earlier graphs are not run again.
+        """Measures the divergence from the original model if some graphs are replaced.
+
+        Graphs that run before the first replaced graph are not run again.
 
         Args:
-            replaced: The sessions that replace the parent's, by the graph's name.
-            bundle: The bundle with the token embedding table; None for the parent.
+            replaced: The sessions that replace those of the original graphs, by the graph's name.
+            bundle: The bundle with the token embedding table; None for the original bundle.
 
         Returns:
             The divergence in nats per token.
@@ -152,7 +154,8 @@ class DivergenceMeter:
 
         Args:
             layer: The layer.
-            quantized: The graph in which only this layer is quantized; the other weights are in the parent's directory.
+            quantized: The graph in which only this layer is quantized; the other weights are in the directory of the
+                original bundle.
         """
         record = self._parent.graph(layer.graph)
         size = sum(self._parent.manifest.files[file].size for file in record.data_files)
@@ -201,7 +204,7 @@ def _all_logits(session: Session, logits: list[Array]) -> Session:
 
 
 def with_rounded_weights(parent: Path, quantized: Path, layer: QuantizedLayer) -> ir.Model:
-    """Returns the parent's graph with the rounded weights of one layer, which are read from the quantized graph."""
+    """Returns the original graph with the rounded weights of one layer, which are read from the quantized graph."""
     model, rounded = load_graph(parent), load_graph(quantized).graph.initializers
     for weight in layer.weights:
         integers, scales = block_tensors(rounded, weight)
@@ -213,7 +216,7 @@ def with_rounded_weights(parent: Path, quantized: Path, layer: QuantizedLayer) -
 
 
 def with_quantized_activations(parent: Path, plan: ActivationPlan, layer: QuantizedLayer) -> ir.Model:
-    """Returns the parent's graph with the activations and weights of one layer in INT8, as ``plan`` describes."""
+    """Returns the original graph with the activations and weights of one layer in INT8, as ``plan`` describes."""
     model = load_graph(parent)
     insert_qdq(model, restrict_plan(plan, layer.weights), InMemoryStore())
     return model

@@ -151,7 +151,7 @@ class Variants:
         return staged_from_json(graph, read_json(self.graph(graph, form) / GRAPH_JSON, DataError))
 
     def headroom(self, graph: str) -> dict[str, Any] | None:
-        """Returns the FP16 headroom of the parent's graph, measured at the first call; None without recorded inputs."""
+        """Returns the FP16 headroom of the original graph, measured at the first call; None without recorded inputs."""
         record = self.context.parent.graph(graph)
         found: dict[str, Any] | None = self.journal.value(
             f"headroom-{graph}", lambda: graph_headroom(self.context, record)
@@ -230,7 +230,7 @@ class Variants:
     def _copy(self, part: str, choice: PartChoice, optimizer: Optimizer) -> Path:
         """Returns the directory with the optimized copy of a part in a format.
 
-        The copy is made in a bundle whose other parts are the parent's.
+        The copy is made in a bundle whose other parts are those of the original bundle.
         """
         graphs = self.parts.graphs[part]
 

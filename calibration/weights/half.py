@@ -32,11 +32,11 @@ TOO_LARGE = "a weight is larger than the largest FP16 number"
 def store_half(context: CalibrationContext, record: GraphRecord) -> StagedGraph:
     """Writes one graph with the weights of its matrix multiplications in FP16 to the staging directory.
 
-    The outputs of the new graph are compared with the parent's.
+    The outputs of the new graph are compared with the original outputs.
 
     Args:
         context: The calibration.
-        record: The graph's entry in the parent's manifest.
+        record: The graph's entry in the manifest of the original bundle.
     """
     start = time.perf_counter()
     model = load_graph(context.parent.file(record.spec.file))

@@ -42,11 +42,11 @@ RUNS = 128
 
 
 def quantize_weights(context: CalibrationContext, record: GraphRecord, form: GraphFormat) -> StagedGraph:
-    """Writes one graph with block-quantized weights to the staging directory; compares it with the parent's graph.
+    """Writes one graph with block-quantized weights to the staging directory; compares it with the original graph.
 
     Args:
         context: The calibration.
-        record: The graph's entry in the parent's manifest.
+        record: The graph's entry in the manifest of the original bundle.
         form: The format of the graph (weights in blocks), and the formats of single matrices.
     """
     start = time.perf_counter()

@@ -33,7 +33,7 @@ def write_rows(table: TokenTable, path: Path, progress: Callable[[int, int], Non
     """Writes a token embedding table ``[V, D]`` as integers with scales, one row per token.
 
     Args:
-        table: The table of the parent bundle.
+        table: The table of the original bundle.
         path: The new file.
         progress: Called with rows done and rows in all.
 
@@ -123,7 +123,7 @@ def _same(table: TokenTable, head: NDArray[Any]) -> bool:
 
 
 def _stored(form: BlockFormat, *shapes: tuple[int, ...], scales: np.dtype[Any]) -> dict[str, StoredTensor]:
-    """Returns the tensors of the table's file by name: integers and scales, without values."""
+    """Returns type and shape of the tensors in the table's file (integers and scales), by the tensor's name."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     return {
         EMBEDDINGS_TENSOR: StoredTensor("I8" if form.bits == 8 else "U8", shapes[0]),

@@ -114,7 +114,7 @@ def quantize_matrices(
     """Rounds the matrices of a graph, writes every weight to a new file and changes the graph.
 
     Args:
-        model: The parent's graph, its initializers external; changed in place. One matrix is in memory at a time,
+        model: The original graph, its initializers external; changed in place. One matrix is in memory at a time,
             and the outputs of one segment of the graph for all feeds.
         products: The graph's matrix multiplications (``find_targets``).
         data: The new file of the weights.

@@ -106,7 +106,10 @@ TOWERS: dict[str, Callable[..., VisionEncoderConfig]] = {
 
 
 def write_llava(config: CaptionerConfig) -> dict[str, Any]:
-    """Makes the ``config.json`` that :func:`read_llava` and transformers read; the tower ends at its feature layer."""
+    """Makes the ``config.json`` that :func:`read_llava` and transformers read.
+
+    Its vision encoder ends at the layer whose output is used, so ``vision_feature_layer`` is -1.
+    """
     vision = {key: value for key, value in config.vision.to_hf().items() if key not in (LAYER, STRATEGY)}
     if isinstance(config.vision, SiglipConfig):
         whole, vision = config.vision.keep_first, vision | {"vision_use_head": False}

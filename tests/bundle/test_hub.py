@@ -414,7 +414,7 @@ def test_push_is_refused(hub: HubServer, tiny_bundle: Path, tmp_path: Path, monk
     assert "does not match bundle.json" in capsys.readouterr().err
     hub.add("org/model", {"config.json": b"{}"})
     assert main(["push", str(tiny_bundle), "org/model"]) == 1
-    assert "contains a checkpoint, which a bundle would mix with" in capsys.readouterr().err
+    assert "contains a checkpoint; a bundle cannot be added" in capsys.readouterr().err
     monkeypatch.setenv("HF_TOKEN", "hf_of_another")
     assert main(words) == 1
     assert "the hub does not accept this token for org/tiny; log in with `hf auth login`" in capsys.readouterr().err

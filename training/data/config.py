@@ -53,7 +53,7 @@ class DataConfig(RecipeSection):
     """Share of this set in a mixture, relative to the ratios of the others; 0 in all sets: the square root of each
     set's size."""
     size: Annotated[int, NOT_NEGATIVE] = 0
-    """Number of samples, for a mixture without ratios; 0: counted, which shards and unlimited scenes do not allow."""
+    """Number of samples, for a mixture without ratios; 0: they are counted (shards and unlimited scenes cannot be)."""
     shots: Annotated[int, NOT_NEGATIVE] = 0
     """Examples (few-shot) before each sample, drawn from other pictures of the same set; they give no loss. Only for
     bridge = "flamingo", and not for shards, Parquet files and scenes."""

@@ -80,7 +80,7 @@ def evaluate(
         reader: A bundle or a checkpoint whose language model answers the questions of the data from the captions alone.
         reader_prompt: The reader's prompt, with ``{caption}`` and ``{question}``; None for the default.
         shots: Number of examples before each caption or question, for a model that takes several pictures in one text.
-        shots_from: Data that the examples are drawn from; None for the other pictures of `data`.
+        shots_from: Data that the few-shot examples are drawn from; None for the other pictures of `data`.
         predictions: Whether the result contains ``predictions``, the generated texts in COCO's result format.
         backend: Name of a bundle's backend, or ``auto``; for a checkpoint, which runs in torch, ``auto``, ``cpu`` or
             ``cuda``.

@@ -37,11 +37,11 @@ def is_interleaved(prompts: PromptBuilder) -> bool:
 
 
 def few_shot_prompt(prompts: PromptBuilder, shots: Sequence[Shot], prompt: str | None) -> str | None:
-    """Makes the prompt that has examples before it; each example and the prompt itself have one picture.
+    """Makes a few-shot prompt: first the examples (prompt and text), then the prompt, each with one picture.
 
     Args:
         prompts: The prompt builder of a model that takes several pictures in one text.
-        shots: The examples, in order.
+        shots: The few-shot examples, in order.
         prompt: The prompt; None for the family's default.
 
     Returns:

@@ -314,7 +314,7 @@ def _text_config(own: QFormerTexts, config: TrainingConfig, base: Path, kept: St
 
 
 def _like(kept: Stage1Source | None, built: CaptionerConfig) -> CaptionerConfig:
-    """Returns the config `built`, but with the Q-Former sizes of the trained model of stage 1 `kept`."""
+    """Returns the config `built` with the Q-Former sizes of the trained stage-1 model `kept`; None changes nothing."""
     if kept is None or not isinstance(built.bridge, QFormerConfig):
         return built
     given: Any = kept.config.text

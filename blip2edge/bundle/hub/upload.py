@@ -91,7 +91,7 @@ def push_bundle(
             api.create_branch(name.repository, branch=name.revision, exist_ok=True)
         found = set(api.list_repo_files(name.repository, revision=name.revision))
         if "config.json" in found and MANIFEST not in found:
-            raise OutputError(f"{name} contains a checkpoint, which a bundle would mix with", "give another repository")
+            raise OutputError(f"{name} contains a checkpoint; a bundle cannot be added", "give another repository")
         kept = CARD in found and is_edited(_remote_text(hub, name, CARD))
         removed = tuple(sorted(found & _listed(hub, name, found) - files.keys()))
         operations = [hub.CommitOperationAdd(file, str(path)) for file, path in files.items()]

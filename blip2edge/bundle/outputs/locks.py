@@ -326,7 +326,10 @@ def _escaped(name: str) -> str:
 
 
 def _clean(part: Path, target: Path, keep: tuple[str, ...]) -> None:
-    """Removes the files in the directory of a run, the lock file last; keeps ``old`` if it cannot be renamed back."""
+    """Removes the files in the directory of a run, the lock file last.
+
+    The old output (``old``) and the lock file stay if no output exists under the final name.
+    """
     if is_kept(part):
         return
     with contextlib.suppress(OSError):

@@ -217,7 +217,7 @@ class CopiedPicture:
 
     @property
     def identity(self) -> str:
-        """Returns a key made of the copy's name (which depends on the source's version) and the picture's place."""
+        """Returns a key made of the copy's name, which depends on the source's version, and the picture's offset."""
         offset = getattr(self.picture, "offset", None)
         return self.picture.identity if offset is None else f"{self.copy.name}|{offset}"
 

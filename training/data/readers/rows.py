@@ -88,7 +88,7 @@ class WebPicture:
 
     @property
     def identity(self) -> str:
-        """Returns the address."""
+        """Returns the picture's web address."""
         return self.address
 
     def read(self) -> bytes:
