@@ -178,7 +178,7 @@ class PictureRunner:
 
 
 def _numbers_of_queries(elastic: ElasticSpec | None) -> Iterator[int | None]:
-    """Yields the number of queries of each picture; None for a bundle that is not elastic.
+    """Yields the number of queries of each picture; None if the bridge always uses all queries (not elastic).
 
     Every second picture uses all queries. The other pictures use each allowed number in turn.
     """

@@ -43,8 +43,9 @@ SOONER = 0.95
 """A compiled graph is kept if it opens in less than this share of the time that the exported graph needs to open."""
 
 LARGE = 1 << 30
-"""For a graph of at least this many bytes, only the first recipe is tried that shares the bundle's weights, because
-each try reads and writes the weights several times.
+"""For a graph of at least this many bytes, only one recipe is tried: the first that shares the bundle's weights.
+
+The reason is that each try reads and writes the weights several times.
 """
 
 PRECISIONS = ("fp32", "int8", "int4", "int8-weights")
@@ -188,7 +189,7 @@ def _checked_forms(
         name: The graph's name.
         outputs: Outputs of the exported graph, with and without rounded activations, as :func:`references` returns
             them.
-        large: Whether only the first recipe is tried that shares the bundle's weights.
+        large: Whether only one recipe is tried: the first that shares the bundle's weights.
 
     Returns:
         The versions of the graph that passed the check, with their outputs; and why the last version that failed did so

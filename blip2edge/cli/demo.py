@@ -166,7 +166,7 @@ def _closing(report: ExportReport) -> list[str]:
 
 
 def _tensorrt() -> str:
-    """Returns the reason why no TensorRT engine ran: a part is missing (`doctor`), or the demo needs only the CPU."""
+    """Returns the reason why no engine ran: the driver or TensorRT is missing, or the demo needs only the CPU."""
     from blip2edge.runtime.bench.doctor import diagnose
 
     found = [check for check in diagnose() if check.name in ("NVIDIA driver", "TensorRT")]

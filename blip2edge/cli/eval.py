@@ -87,7 +87,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def _add_shots(parser: Parser) -> None:
-    """Add the flags of examples."""
+    """Add the flags of few-shot examples."""
     add_number(
         parser,
         "--shots",

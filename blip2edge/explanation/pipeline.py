@@ -78,7 +78,7 @@ def explain(
         bundle: The bundle's directory, or ``hub:ORG/NAME[@REVISION]``.
         output: The directory to write.
         prompt: The instruction, for a bridge that reads one (InstructBLIP); None for the bundle's default.
-        queries: Number of queries of an elastic bundle; None for all.
+        queries: Number of queries, for a bridge that works with several numbers (elastic); None for all.
         maps: Heat maps are drawn of this number of pictures, from the first on; the other pictures count only for the
             similarity of the queries.
         force: Whether an existing directory with an ``explain.json`` is replaced.

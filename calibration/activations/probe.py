@@ -31,8 +31,8 @@ def observe_tensors(
 ) -> None:
     """Runs a graph on its recorded inputs and passes the values of some tensors to a function.
 
-    The tensors are divided into groups, so that one run needs little memory. All recorded inputs are run for each
-    group.
+    The tensors are divided into groups, so that one run needs little memory. For each group, the graph runs on all
+    recorded inputs.
 
     Args:
         graph: The graph.

@@ -135,10 +135,10 @@ def copy_with_confidence(
     Args:
         bundle: The bundle; if it has a confidence for the other task, the copy keeps it.
         output: Directory of the copy.
-        references: See :func:`add_confidence`.
+        references: Pictures with known captions, and the options of the fit.
         force: Whether to replace an existing bundle at ``output``.
         threads: CPU threads; None for all cores.
-        progress: See :func:`add_confidence`.
+        progress: Called with a stage's name, pictures done and pictures in all.
 
     Returns:
         The report of the fit, and the wall time of copy and fit in seconds.
@@ -146,7 +146,8 @@ def copy_with_confidence(
     Raises:
         BundleError: ``bundle`` is not a bundle, or has engines only.
         OutputError: ``output`` exists, or cannot be written.
-        DataError, UsageError: See :func:`add_confidence`.
+        DataError: There are fewer than :data:`LEAST` usable pictures, or captions and questions are mixed.
+        UsageError: The bundle generates no captions, or an option is outside its range.
     """
     target, start = Path(output), time.perf_counter()
     parent = Bundle.open(bundle)

@@ -18,7 +18,7 @@ from blip2edge.choices import WEIGHT_BITS
 
 LANGUAGE = "language"
 PART_STAGES = {VISION: ("vision",), BRIDGE: ("bridge",), LANGUAGE: ("prefill", "decode")}
-"""The stages of a caption in which the graphs of each part run: their times are the time of the part."""
+"""The stages of a caption in which the graphs of each part (such as the bridge) run."""
 
 
 LEAST_BLOCK = 32

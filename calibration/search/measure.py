@@ -240,7 +240,7 @@ def slower_kinds(context: CalibrationContext, graph: str, journal: SearchJournal
     many rows as in the graph.
 
     Returns:
-        Patterns of the names of these matrices; empty if this is true of all kinds, or of none.
+        Name patterns of the matrices of the found kinds; empty if all kinds were found.
     """
     model = load_graph(context.parent.file(context.parent.graph(graph).spec.file))
     sizes: dict[str, tuple[int, int, int]] = {}

@@ -5,8 +5,8 @@
 2. Measure: for each part and format alone, the time of its stages here (``measure``) or on a board (``predicted``), the
    bytes, and the change of the next token.
 3. Combine: times and bytes of the parts are added, and the change of the next token is predicted as the sum.
-4. Compare captions: for the combinations on the predicted front, and for those that ``calibrate`` makes without a
-   search (``front``).
+4. Compare captions: for the combinations on the Pareto front of the predicted values, and for those that ``calibrate``
+   makes without a search (``front``).
 5. Publish: the chosen combination is published as ``calibrate`` with its flags would do it.
 
 The result of each finished step is stored (``journal``), so that a killed search can be resumed.

@@ -1,4 +1,4 @@
-"""Makes and measures the formats of each part of a model, and combines them: one format for each part."""
+"""Makes and measures the formats of vision encoder, bridge and language model, and combines them."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class FormatSearch:
         return FoundPoints(points, pareto(measured), chosen, rules, self.work.journal.cpu_s)
 
     def _choices_of(self, part: str) -> list[PartChoice]:
-        """Lists the formats that are tried for a part, and makes the part's graphs in each format."""
+        """Lists the formats that are tried for a part (such as the bridge), and makes its graphs in each format."""
         parent = self.work.context.parent
         running = [graph for graph in self._parts.graphs[part] if graph in self._parts.running]
         products = [

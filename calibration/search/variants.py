@@ -1,4 +1,4 @@
-"""Makes the graphs of each format once, stores them in the state of the search, and makes bundles of them."""
+"""Makes the graphs of each format once, stores them in the directory of the search, and makes bundles of them."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ class Variants:
         return folder
 
     def _add_copies(self, folder: Path, choices: Mapping[str, PartChoice], optimizer: Optimizer) -> None:
-        """Adds the optimized copies of all parts to a bundle that is run and not changed."""
+        """Adds the optimized copies of all graphs to a bundle for measurements, which is not changed afterwards."""
         made = self.journal.folder(
             f"copy-of-{folder.name}",
             partial(self._fill_copy, choices=choices, bundle=folder, optimizer=optimizer, link=True),
@@ -214,7 +214,7 @@ class Variants:
         *,
         link: bool = False,
     ) -> None:
-        """Joins the optimized copies of the parts to one optimized copy of a bundle, in the directory ``place``."""
+        """Joins the optimized copies of vision encoder, bridge and language model to one copy, in ``place``."""
         copies = [self._copy(part, choice, optimizer) for part, choice in choices.items()]
         records = [OptimizedRecord.from_json(read_json(copy / DERIVED[KIND], DataError)) for copy in copies]
         for copy in copies:
@@ -228,7 +228,7 @@ class Variants:
         ).write(place)
 
     def _copy(self, part: str, choice: PartChoice, optimizer: Optimizer) -> Path:
-        """Returns the directory with the optimized copy of a part in a format.
+        """Returns the directory with the optimized copy of a part (such as the bridge) in a format.
 
         The copy is made in a bundle whose other parts are those of the original bundle.
         """

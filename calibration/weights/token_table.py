@@ -24,7 +24,10 @@ from blip2edge.calibration.weights.blocks import BlockFormat, Floats, Integers, 
 from blip2edge.calibration.weights.gptq import nearest
 
 BITS = 8
-"""Bits of a table that is not the head, whatever ``--weights`` is: a step reads one row, so its size costs no time."""
+"""Bits of a token embedding table that shares no weights with the head, for every value of ``--weights``.
+
+A decode step reads only one row of it, so more bits cost no time.
+"""
 
 CHUNK = 4096  # rows that are compared or rounded at a time
 

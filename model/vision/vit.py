@@ -1,7 +1,7 @@
 """The vision encoder: a ViT as in EVA-CLIP or as in OpenAI's CLIP.
 
-Dosovitskiy et al., arXiv 2010.11929; the bias without a key part comes from BEiT (arXiv 2106.08254) and EVA
-(arXiv 2211.07636). LAVIS calls the last norm ``ln_vision``, transformers ``post_layernorm``.
+Dosovitskiy et al., arXiv 2010.11929; the bias for queries and values, but not for keys, comes from BEiT (arXiv
+2106.08254) and EVA (arXiv 2211.07636). LAVIS calls the last norm ``ln_vision``, transformers ``post_layernorm``.
 """
 
 from __future__ import annotations

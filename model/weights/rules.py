@@ -87,7 +87,10 @@ class WeightMap:
         return dict(zip(names, parts, strict=True))
 
     def rows(self, ours: str) -> tuple[int, ...]:
-        """Returns the number of rows of each checkpoint tensor of the parameter ``ours``; empty if they are equal."""
+        """Returns the number of rows of each checkpoint tensor that is stacked into the parameter ``ours``.
+
+        The result is empty if all these tensors have the same number of rows.
+        """
         return self._rule(ours)[2]
 
     def _rule(self, ours: str) -> tuple[re.Match[str], tuple[str, ...], tuple[int, ...]]:

@@ -186,10 +186,10 @@ def _after(node: ir.Node, kept: Container[ir.Node]) -> bool:
 
 
 def keep_residuals(model: ir.Model) -> int:
-    """Marks nodes of a model with root-mean-square norms as FP32: the residual stream, and what is added to it.
+    """Marks the nodes of the residual stream as FP32, if the model has root-mean-square norms.
 
-    The marked matrix multiplications are the last ones of the feed-forward blocks. Their output reaches 66246 in
-    Flan-T5 (transformers#5651), more than the largest FP16 number, 65504.
+    The last matrix multiplications of the feed-forward blocks, whose outputs are added to the stream, are marked too.
+    These outputs reach 66246 in Flan-T5 (transformers#5651), more than the largest FP16 number, 65504.
 
     Returns:
         The number of marked nodes.

@@ -64,7 +64,7 @@ class ListSource(RejectingSource):
         seed: Seed of the orders of the passes, and of the drawn prompts and answers.
 
     Raises:
-        DataError: There is no entry, or there are too few pictures for the examples.
+        DataError: There is no entry, or there are too few pictures to draw the few-shot examples from.
     """
 
     def __init__(
@@ -102,8 +102,8 @@ class ListSource(RejectingSource):
         pictures = len({entry.picture.identity for entry in self._entries}) if self._config.shots else 1
         if pictures <= self._config.shots:
             raise DataError(
-                f"{self._name}: expected more than {self._config.shots} pictures, to draw as many examples, got"
-                f" {pictures}",
+                f"{self._name}: expected more than {self._config.shots} pictures, to draw as many few-shot examples,"
+                f" got {pictures}",
                 "lower shots",
             )
 

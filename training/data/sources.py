@@ -43,7 +43,7 @@ class Sample:
 
     @property
     def pictures(self) -> tuple[Sample, ...]:
-        """Returns the samples whose pictures the model gets, in order: the examples, then the sample itself."""
+        """Returns the samples whose pictures the model gets: first the few-shot examples, then the sample itself."""
         return (*self.shots, self)
 
 

@@ -42,15 +42,15 @@ class Examples:
     count: int
 
     def check(self, captioner: CaptionModel, *, questions: bool) -> None:
-        """Checks that a captioner can be shown the examples.
+        """Checks that a captioner can use the few-shot examples.
 
         Args:
             captioner: The captioner.
             questions: True if the captioner answers questions, False if it writes captions.
 
         Raises:
-            UsageError: The model takes only one picture per text; or examples are captions for questions, or questions
-                for captions.
+            UsageError: The model takes only one picture per text; or the captioner answers questions but the examples
+                are captions, or the reverse.
             DataError: There are too few pictures.
         """
         _builder(captioner)
@@ -60,7 +60,7 @@ class Examples:
         pictures = len({entry.picture.identity for entry in self.entries})
         if pictures <= self.count:
             raise DataError(
-                f"expected more than {self.count} pictures, to draw as many examples, got {pictures}",
+                f"expected more than {self.count} pictures, to draw as many few-shot examples, got {pictures}",
                 f"lower {option('shots')}",
             )
 
@@ -146,5 +146,5 @@ def _builder(captioner: CaptionModel) -> PromptBuilder:
 
 
 def _answer(entry: Entry) -> str:
-    """Returns the text of an example: its caption, or the answer that most people gave."""
+    """Returns the text of a few-shot example: its caption, or the answer that most people gave."""
     return entry.text or Counter(entry.answers).most_common(1)[0][0]

@@ -72,8 +72,8 @@ class CaptionTexts:
 
         Raises:
             PromptError: A prompt is longer than the context of the language model.
-            DataError: A prompt leaves no position for the target text, or the text of an example contains the marker of
-                a picture.
+            DataError: A prompt leaves no position for the target text, or a few-shot example contains the marker of a
+                picture.
         """
         prompts = [self._prompts(self._whole_prompt(sample), len(sample.pictures)) for sample in samples]
         longest = self._config.language.max_positions

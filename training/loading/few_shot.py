@@ -60,7 +60,7 @@ def few_shot_prompt(prompts: PromptBuilder, shots: Sequence[Shot], prompt: str |
         begin = spec.template.replace("{prompt}", shot.prompt or spec.default or "")
         found = next((text for text in reserved if text in shot.prompt or text in shot.text), None)
         if found is not None:
-            raise DataError(f"a text of an example holds {found!r}, which marks the place of a picture or an end")
+            raise DataError(f"a few-shot example contains {found!r}, which marks a picture or the end of a text")
         gap = " " if shot.text and (shot.prompt or spec.default) else ""
         parts.append(f"{begin}{gap}{shot.text}{end if shot.text else ''}")
     return "".join(parts)

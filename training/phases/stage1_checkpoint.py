@@ -195,7 +195,7 @@ class Stage1Source:
     has_draft: bool
 
     def load(self) -> Stage1Model:
-        """Reads the model; it is in eval mode, float32. What the checkpoint does not have is drawn."""
+        """Reads the model, in eval mode and float32. Tensors that the checkpoint does not have are random."""
         model = Stage1Model(self.config, self.draft)
         draw_weights(model)
         given = load_model(self.directory)

@@ -63,7 +63,10 @@ class PlannedParts:
 
 
 def has_text_side(stage: str, config: TrainingConfig, kept: Stage1Source | None = None) -> bool:
-    """Returns whether the Q-Former has its own text modules in this run; `kept`: the Q-Former that the run uses."""
+    """Returns whether the Q-Former has its own text modules in this run.
+
+    `kept` is the trained stage-1 model whose Q-Former the run uses; None for a new Q-Former.
+    """
     if config.bridge not in ("qformer", "projection"):
         return False
     return stage in ("stage1", "instruct") or bool(config.stage1.steps or kept or config.stage2.itg_weight)
@@ -113,9 +116,9 @@ def plan_parts(stage: str, config: TrainingConfig, base: Path) -> PlannedParts:
 
 
 def _kept(config: TrainingConfig, base: Path) -> Stage1Source | None:
-    """Opens the model of stage 1 that the recipe names, whose Q-Former the run uses; None if it names none.
+    """Opens the trained stage-1 model whose Q-Former the run uses; None if the recipe names no such model.
 
-    This is `bridge_from`, or a `checkpoint` that is a BLIP-2 for image-text retrieval.
+    The recipe names it as `bridge_from`, or as a `checkpoint` that is a BLIP-2 for image-text retrieval.
     """
     model = config.model
     if model.bridge_from:

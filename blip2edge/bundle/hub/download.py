@@ -134,7 +134,7 @@ class _Download:
         manifest = read_manifest(self.snapshot)
         if manifest.engines_of and not engines:
             raise BundleError(
-                f"{self._name} contains engines only, which are programs, and no signature is required",
+                f"{self._name} contains engines, which are programs: they are used only with a checked signature",
                 f"give the public key of its author ({option('require_signature')})",
             )
         for file, record in manifest.files.items():

@@ -139,7 +139,7 @@ def test_each_text_sees_its_own_picture_and_the_last_one_alone_gives_loss(flamin
 def test_a_text_that_marks_a_picture_is_a_broken_sample(flamingo: Flamingo) -> None:
     for text in ("two <image> cats", "two cats</s>"):
         wrong = replace(sample(0), shots=(replace(sample(1), text=text),))
-        with pytest.raises(DataError, match="marks the place of a picture or an end"):
+        with pytest.raises(DataError, match="marks a picture or the end of a text"):
             flamingo.texts.check(wrong)
 
 
@@ -180,7 +180,8 @@ def test_examples_are_of_other_pictures_and_the_same_after_a_resume(tmp_path: Pa
     plain = iter(source(tmp_path, 0))
     parts = [(each.sample_id, each.text, each.prompt) for each in first]
     assert parts == [(each.sample_id, each.text, each.prompt) for each in (next(plain) for _ in range(30))]
-    with pytest.raises(DataError, match="expected more than 6 pictures, to draw as many examples, got 6; lower shots"):
+    message = "expected more than 6 pictures, to draw as many few-shot examples, got 6; lower shots"
+    with pytest.raises(DataError, match=message):
         source(tmp_path, 6)
 
 

@@ -98,7 +98,7 @@ class MixtureSource:
         source.reject(own, error)
 
     def _own(self, sample: Sample) -> tuple[SampleSource, Sample]:
-        """Returns the source of a sample of the mixture, and the sample as this source knows it."""
+        """Returns the source of a sample, and the sample under the id that it has in this source."""
         number, _, sample_id = sample.sample_id.partition("/")
         return self._sources[int(number)], dataclasses.replace(sample, sample_id=sample_id)
 
