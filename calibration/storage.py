@@ -40,7 +40,7 @@ class InMemoryStore:
     """Keeps new tensors in memory, and unchanged tensors in the original files, for a graph that is only run."""
 
     def add(self, name: str, array: NDArray[Any], dtype: ir.DataType | None = None) -> ir.TensorProtocol:
-        """Keeps a new tensor in memory; see :class:`TensorStore`."""
+        """Makes a tensor in memory from the values of ``array``; returns it."""
         return ir.tensor(np.asarray(array, order="C"), dtype=dtype, name=name)
 
     def copy(self, name: str, tensor: ir.ExternalTensor) -> ir.TensorProtocol:

@@ -1,4 +1,4 @@
-"""Has helper functions to read and rewrite graphs, which the passes share."""
+"""Helper functions with which the passes read and rewrite graphs."""
 
 from __future__ import annotations
 

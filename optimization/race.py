@@ -111,7 +111,7 @@ def fastest(
         name: The graph's name.
         portable: The exported (not optimized) graph.
         forms: Rewritten versions whose outputs were checked; the version that is fastest most often is first.
-        together: See :func:`race_forms`.
+        together: Whether two versions may be in memory at the same time. If not, they are loaded and timed in turn.
 
     Returns:
         The chosen version, and the CPU milliseconds of the exported graph and of this version. If the exported graph is

@@ -1,4 +1,4 @@
-"""``blip2edge ask``."""
+"""The command ``blip2edge ask``: its flags, and the function that runs it."""
 
 from __future__ import annotations
 

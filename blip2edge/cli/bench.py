@@ -1,4 +1,4 @@
-"""``blip2edge bench``."""
+"""The command ``blip2edge bench``: its flags, and the function that runs it."""
 
 from __future__ import annotations
 

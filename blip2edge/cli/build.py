@@ -1,4 +1,4 @@
-"""``blip2edge build``."""
+"""The command ``blip2edge build``: its flags, and the function that runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``blip2edge bulk``."""
+"""The command ``blip2edge bulk``: its flags, and the function that runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``blip2edge calibrate``."""
+"""The command ``blip2edge calibrate``: its flags, and the function that runs it."""
 
 from __future__ import annotations
 

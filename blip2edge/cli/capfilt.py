@@ -1,4 +1,4 @@
-"""``blip2edge capfilt``."""
+"""The command ``blip2edge capfilt``: its flags, and the function that runs it."""
 
 from __future__ import annotations
 

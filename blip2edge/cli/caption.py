@@ -1,4 +1,4 @@
-"""``blip2edge caption``."""
+"""The command ``blip2edge caption``: its flags, and the function that runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``blip2edge certify``."""
+"""The command ``blip2edge certify``: its flags, and the function that runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``blip2edge doctor``."""
+"""The command ``blip2edge doctor``: its flags, and the function that runs it."""
 
 from __future__ import annotations
 

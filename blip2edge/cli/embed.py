@@ -1,4 +1,4 @@
-"""``blip2edge embed``."""
+"""The command ``blip2edge embed``: its flags, and the function that runs it."""
 
 from __future__ import annotations
 

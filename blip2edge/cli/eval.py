@@ -1,4 +1,4 @@
-"""``blip2edge eval``."""
+"""The command ``blip2edge eval``: its flags, and the function that runs it."""
 
 from __future__ import annotations
 

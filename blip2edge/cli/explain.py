@@ -1,4 +1,4 @@
-"""``blip2edge explain``."""
+"""The command ``blip2edge explain``: its flags, and the function that runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``blip2edge export``."""
+"""The command ``blip2edge export``: its flags, and the function that runs it."""
 
 from __future__ import annotations
 

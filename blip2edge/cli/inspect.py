@@ -1,4 +1,4 @@
-"""``blip2edge inspect``."""
+"""The command ``blip2edge inspect``: its flags, and the function that runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``blip2edge match``."""
+"""The command ``blip2edge match``: its flags, and the function that runs it."""
 
 from __future__ import annotations
 

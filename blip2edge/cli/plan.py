@@ -1,4 +1,4 @@
-"""``blip2edge plan``."""
+"""The command ``blip2edge plan``: its flags, and the function that runs it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def add_arguments(parser: Parser) -> None:
     add_number(parser, "--max-new-tokens", "tokens of the caption", 30)
     add_threads(parser)
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--explain", action="store_true", help="show how each figure is calculated, line by line")
+    how.add_argument("--explain", action="store_true", help="show how each value is calculated, line by line")
     how.add_argument("--json", action="store_true", help="print the plan as one JSON object")
     parser.add_argument(
         "--require-fit",

@@ -1,4 +1,4 @@
-"""``blip2edge push``."""
+"""The command ``blip2edge push``: its flags, and the function that runs it."""
 
 from __future__ import annotations
 

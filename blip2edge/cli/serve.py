@@ -1,4 +1,4 @@
-"""``blip2edge serve``."""
+"""The command ``blip2edge serve``: its flags, and the function that runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``blip2edge sign``."""
+"""The command ``blip2edge sign``: its flags, and the function that runs it."""
 
 from __future__ import annotations
 

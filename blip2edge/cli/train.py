@@ -1,4 +1,4 @@
-"""``blip2edge train``."""
+"""The command ``blip2edge train``: its flags, and the function that runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``blip2edge triton``."""
+"""The command ``blip2edge triton``: its flags, and the function that runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``blip2edge verify``."""
+"""The command ``blip2edge verify``: its flags, and the function that runs it."""
 
 from __future__ import annotations
 

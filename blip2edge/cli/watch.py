@@ -1,4 +1,4 @@
-"""``blip2edge watch``."""
+"""The command ``blip2edge watch``: its flags, and the function that runs it."""
 
 from __future__ import annotations
 

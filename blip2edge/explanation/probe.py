@@ -86,7 +86,7 @@ def open_bridge(
     Args:
         bundle: The bundle.
         prompt: The instruction; None for the bundle's default.
-        queries: Number of queries of an elastic bundle; None for all.
+        queries: Number of queries, for a bridge that works with several numbers (elastic); None for all.
         threads: CPU threads; None for all cores.
         gated: Whether the bundle's decoder has gates.
 

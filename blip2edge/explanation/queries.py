@@ -57,7 +57,10 @@ class Similarity:
 
 
 class QueryComparison:
-    """Adds up the cosines picture by picture, so that memory does not grow with the number of pictures."""
+    """Sums of the cosines between visual tokens, over pictures that are added one by one.
+
+    Memory does not grow with the number of pictures.
+    """
 
     def __init__(self) -> None:
         self._pictures = 0

@@ -43,7 +43,7 @@ SCORED = 32
 """Number of pictures whose captions are compared."""
 
 MEASURED = 12
-"""Number of combinations on the predicted front whose captions are compared.
+"""Number of combinations on the predicted Pareto front whose captions are compared.
 
 The combinations that ``calibrate`` makes without a search are compared in addition.
 """
@@ -62,7 +62,7 @@ class SearchOptions:
         limits: The limits on loss, time and size.
         board: The board whose time is predicted; None to measure the time on this machine.
         scored: Number of pictures whose captions are compared.
-        measured: Number of combinations of the predicted front whose captions are compared.
+        measured: Number of combinations of the predicted Pareto front whose captions are compared.
         formats: Names of the formats that are tried, and :data:`MIXED` for two formats in one graph; empty for all.
     """
 

@@ -183,7 +183,7 @@ def read_model_config(source: str | Path) -> Config:
     The weights are not read, except to compare a head with the token table.
 
     Raises:
-        CheckpointError: See :class:`Checkpoint`.
+        CheckpointError: There is no such checkpoint, or its config and tensors do not fit together.
     """
     checkpoint = Checkpoint(find_checkpoint(source))
     checkpoint.files.close()

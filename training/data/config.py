@@ -84,8 +84,8 @@ class DataConfig(RecipeSection):
             )
         if self.shots and self.kind in WITHOUT_SHOTS:
             raise ConfigError(
-                f"[{self.section}] shots = {self.shots} does not work with kind = {self.kind!r}: examples are drawn"
-                " from a list of all samples",
+                f"[{self.section}] shots = {self.shots} does not work with kind = {self.kind!r}: few-shot examples are"
+                " drawn from a list of all samples",
                 "leave shots out, or give the data as a JSON file, a table or a folder",
             )
         for template in self.questions:

@@ -56,7 +56,7 @@ class Examples:
         _builder(captioner)
         if any(bool(entry.question) != questions for entry in self.entries):
             kinds = ("questions", "captions") if questions else ("captions", "questions")
-            raise UsageError(f"expected examples with {kinds[0]}, got {kinds[1]}", "give examples of the same kind")
+            raise UsageError(f"expected few-shot examples with {kinds[0]}, got {kinds[1]}", f"give {kinds[0]}")
         pictures = len({entry.picture.identity for entry in self.entries})
         if pictures <= self.count:
             raise DataError(
@@ -84,7 +84,7 @@ class Examples:
         return captioner(items, texts)
 
     def _drawn(self, captioner: CaptionModel, entry: Entry, prompt: str | None) -> tuple[list[Shot], list[Image.Image]]:
-        """Draws the examples of an entry, and their pictures; the draw depends on the entry's id.
+        """Draws the few-shot examples of an entry, and their pictures; the draw depends on the entry's id.
 
         Pictures that cannot be opened are left out.
         """
@@ -121,7 +121,7 @@ def generate_texts(
 ) -> list[str]:
     """Generates a text for each entry with a captioner, after few-shot examples if `examples` is not None.
 
-    The other arguments are those of :meth:`Examples.ask`.
+    `asked` are the entries, `images` their pictures, and `prompts` their prompts (None for the default prompt).
     """
     return captioner(images, prompts) if examples is None else examples.ask(captioner, asked, images, prompts)
 
@@ -139,7 +139,7 @@ def _builder(captioner: CaptionModel) -> PromptBuilder:
     """
     if not isinstance(captioner, Prompted) or not is_interleaved(captioner.prompts):
         raise UsageError(
-            f"{option('shots')}: this model reads one picture in a text, and cannot be shown examples",
+            f"{option('shots')}: this model reads one picture in a text, and cannot use few-shot examples",
             f"leave {option('shots')} out, or give a model that reads several pictures (Flamingo, Idefics)",
         )
     return captioner.prompts

@@ -182,7 +182,7 @@ def _of_checkpoint(config: TrainingConfig, base: Path) -> CaptionerConfig | None
 def _text_side_of_checkpoint(
     stage: str, config: TrainingConfig, base: Path, given: CaptionerConfig
 ) -> Stage1Source | None:
-    """Opens the checkpoint's Q-Former with its text side, if the run trains both; None if it needs no text side.
+    """Opens the checkpoint's Q-Former with its text side, if the run trains both; None if it does not train both.
 
     Raises:
         ConfigError: The run cannot train the checkpoint's bridge.
@@ -209,7 +209,10 @@ def _text_side_of_checkpoint(
 
 
 def _whole(stage: str, config: TrainingConfig, base: Path, given: CaptionerConfig) -> PlannedParts | None:
-    """Plans the recipe's checkpoint as it is; None if its Q-Former is not of the form that the run trains."""
+    """Plans a run that trains the recipe's checkpoint without new modules.
+
+    Returns None if the run needs another kind of Q-Former, or a text head that the checkpoint does not have.
+    """
     wanted = stage == "instruct"
     lacks_text = stage == "stage2" and config.stage2.itg_weight > 0 and given.draft is None
     if (given.bridge.kind == INSTRUCTED) != wanted or lacks_text:

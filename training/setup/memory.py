@@ -249,7 +249,10 @@ def _kept(stage: nn.Module, batch: PictureBatch) -> tuple[int, int, int]:
 
 @contextmanager
 def _counting(stage: nn.Module, sizes: dict[int, int], layers: list[int]) -> Iterator[None]:
-    """During a ``with`` block, appends to ``layers``, for each layer that runs, the bytes that it adds to ``sizes``."""
+    """Measures each layer that runs in a ``with`` block: how many bytes its forward pass adds to ``sizes``.
+
+    The results are appended to ``layers``.
+    """
     began: list[int] = []
     hooks: list[Any] = []
     for layer in transformer_layers(stage):

@@ -1,7 +1,7 @@
 """Opens picture encoders and language models of checkpoints, and assembles captioners with a new bridge.
 
-A part is opened first: its config and its names of tensors are checked, and no weights are read. So a run can compare
-the memory that it needs with the machine's before it needs it.
+A picture encoder or language model is opened first: its config and tensor names are checked, but no weights are read.
+So a run can compare the memory that it will need with the machine's memory before the weights are read.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def _float(tensor: Tensor) -> Tensor:
 
 
 def _plain(full: str, rename: Callable[[str], str]) -> str:
-    """Converts the name of a parameter in peft's model to its name in the checkpoint; removes the parts peft added."""
+    """Converts a parameter name in peft's model to the name in the checkpoint, without the parts that peft added."""
     return rename(".".join(part for part in full.split(".") if part not in _WRAPPERS))
 
 

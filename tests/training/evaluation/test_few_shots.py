@@ -140,7 +140,7 @@ def test_eval_and_validation_show_examples(tmp_path: Path, capsys: pytest.Captur
     assert main([*asks, "--shots", "2"]) == 0
     assert json.loads(capsys.readouterr().out)["n"] == len(CAPTIONS)
     assert main([*asks, "--shots", "2", "--shots-from", str(captions)]) == 2
-    assert "expected examples with questions, got captions" in capsys.readouterr().err
+    assert "expected few-shot examples with questions, got captions" in capsys.readouterr().err
     # Captions of other data as examples: all its pictures may be shown.
     (tmp_path / "one").mkdir()
     one = tmp_path / "one" / "0.png"
@@ -189,7 +189,7 @@ def test_a_broken_picture_is_no_example(tmp_path: Path) -> None:
 def test_models_of_one_picture_are_refused_by_name(tiny_checkpoint: Drawn, tmp_path: Path) -> None:
     captions = captioned(tmp_path)
     given: dict[str, Any] = {"backend": "cpu", "max_new_tokens": 3}
-    with pytest.raises(UsageError, match="reads one picture in a text, and cannot be shown examples"):
+    with pytest.raises(UsageError, match="reads one picture in a text, and cannot use few-shot examples"):
         evaluate(tiny_checkpoint.directory, data=captions, shots=2, **given)
     draw_idefics(tmp_path / "flamingo", 0)
     with pytest.raises(UsageError, match="shots does not work with generated scenes"):

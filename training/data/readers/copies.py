@@ -50,7 +50,7 @@ def remote_system(address: str) -> tuple[Any, str]:
             system, path = fsspec.core.url_to_fs(address)
     except DataError as error:
         if isinstance(error.__cause__, ImportError):
-            raise MissingPackageError(error.problem, "install the package that it names with pip") from error
+            raise MissingPackageError(error.problem, "install the named package with pip") from error
         raise
     return system, str(path)
 
