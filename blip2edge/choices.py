@@ -19,7 +19,7 @@ RANGE_METHODS = ("entropy", "minmax", "percentile", "mse", "smooth")
 WEIGHT_BITS = {"int8": 8, "int4": 4}
 """Precisions of block-quantised weights, and the bits of a weight in each."""
 
-COPIED_BACKENDS = ("cpu", "openvino", "cuda")
+COPIED_BACKENDS = ("cpu", "openvino", "cuda", "cuda-decoder")
 """Backends that have optimized copies."""
 
 TENSORRT_EDITIONS = ("tensorrt", "rtx")

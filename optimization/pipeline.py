@@ -8,7 +8,8 @@
 4. Publish: ``optimized.json`` lists the files with their hashes and names the bundle.
 
 For OpenVINO, the copy of a graph is the compiled model, which runs as fast as the exported graph and opens sooner. For
-CUDA, the copy is made by fixed rules, without a GPU: nothing is measured (``by_rule.py``).
+CUDA, the copy is made by fixed rules, without a GPU: nothing is measured (``by_rule.py``). For ``cuda-decoder``, it is
+the decoder's layout with its compiled kernels, which are not run (``kernels.py``).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.outputs.disk_errors import disk_is_full
 from blip2edge.bundle.outputs.publishing import scratch, staged
-from blip2edge.bundle.schema import TEXT_ENCODER
+from blip2edge.bundle.schema import DECODER, TEXT_ENCODER
 from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.errors import BackendError, BundleError, UsageError, option
 from blip2edge.graph_files import load_graph
@@ -29,6 +30,7 @@ from blip2edge.optimization import race
 from blip2edge.optimization.by_rule import RULED_PRECISIONS, ruled
 from blip2edge.optimization.checks import PROBED_GRAPHS, CopyTask, Form, agreement, fault_of, references, run_session
 from blip2edge.optimization.compiled import compile_to
+from blip2edge.optimization.kernels import compiled_decoder
 from blip2edge.optimization.recipes import PassContext, Recipe, apply_recipe, recipes_for
 from blip2edge.optimization.storage import optimize_offline, write_copy
 from blip2edge.packages import installed, require
@@ -86,6 +88,7 @@ def optimize(
         UsageError: Copies are not made for this backend.
         BundleError: The directory is not a bundle, or contains engines only.
         BackendError: onnxruntime, onnx or the backend's package is not installed.
+        BundleError: There are no kernels for this decoder (``cuda-decoder``).
         OutputError: The copy cannot be written.
     """
     if backend not in BACKENDS:
@@ -97,6 +100,12 @@ def optimize(
     start = time.perf_counter()
     opened = Bundle.open(bundle)
     opened.require_graphs("an optimized copy")
+    needed = BACKENDS[backend].needs
+    if needed and (needed not in opened.manifest.graphs or needed not in (graphs or [needed])):
+        raise BundleError(
+            f"expected a bundle with the graph {needed}, for which the copy for {backend} is made, found none",
+            "use another backend",
+        )
     directory = opened.derive(KIND) / backend
     with staged(directory, force=True, marker=None) as staging:
         task = CopyTask(
@@ -257,7 +266,7 @@ def _compiled(task: CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, File
 
 def versions() -> dict[str, str]:
     """Returns the versions of the packages that make or run a copy, by package name."""
-    packages = ("onnxruntime", "openvino", "onnx", "onnx_ir", "numpy")
+    packages = ("onnxruntime", "openvino", "onnx", "onnx_ir", "numpy", "nvidia-cuda-nvrtc")
     return {"blip2edge": __version__, **{name: installed(name) for name in packages}}
 
 
@@ -268,15 +277,18 @@ class Maker:
     Attributes:
         precisions: Precisions of the graphs that are optimized.
         make: Function that writes a graph's copy; returns the copy's record and files, or why there is no copy.
+        needs: Name of the graph without which there is no copy; empty for none.
     """
 
     precisions: tuple[str, ...]
     make: Callable[[CopyTask, str], tuple[OptimizedGraph, dict[str, FileRecord]] | str]
+    needs: str = ""
 
 
 BACKENDS: Mapping[str, Maker] = {
     "cpu": Maker(PRECISIONS, _rewritten),
     "openvino": Maker((*PRECISIONS, "fp16"), _compiled),
     "cuda": Maker(RULED_PRECISIONS, ruled),
+    "cuda-decoder": Maker((*RULED_PRECISIONS, "bf16"), compiled_decoder, needs=DECODER),
 }
 """Backends for which optimized copies are made, each with its rule."""

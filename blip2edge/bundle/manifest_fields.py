@@ -228,7 +228,7 @@ _OPTIMIZED_GRAPH = record(
         "one_by_one": flag,
         "layout": flag,
         "parity": list_of(PARITY),
-        "cosine": finite_number(),
+        "cosine": nullable(finite_number()),
         "milliseconds": nullable(list_of(finite_number(0), 2, 2)),
     }
 )

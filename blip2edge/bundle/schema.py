@@ -60,7 +60,7 @@ DRAFTS: tuple[DraftName, ...] = get_args(DraftName)
 far); ``itg``, the text head of the Q-Former. ``auto`` is ``itg`` if the bundle has it and decoding is greedy, else
 ``none``."""
 
-BackendName = Literal["auto", "cpu", "openvino", "cuda", "tensorrt", "rtx", "ort-tensorrt"]
+BackendName = Literal["auto", "cpu", "openvino", "cuda", "cuda-decoder", "tensorrt", "rtx", "ort-tensorrt"]
 """Names of the backends. ``auto`` is TensorRT or RTX if the bundle has engines for this GPU, otherwise ``cuda`` if it
 works on this machine, otherwise ``cpu``."""
 

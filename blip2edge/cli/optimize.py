@@ -28,7 +28,7 @@ def add_arguments(parser: Parser) -> None:
         choices=COPIED_BACKENDS,
         default="cpu",
         help="backend that the copy of the graphs is optimized for; run this command on the machine "
-        "that runs the bundle",
+        "that runs the bundle; cuda-decoder: CUDA kernels for the decoder, compiled without a GPU for every GPU",
     )
 
 
@@ -50,6 +50,7 @@ def optimized(bundle: Path, backend: str = "cpu") -> OptimizedReport:
 
 def report_table(report: OptimizedReport) -> str:
     """Makes a table with a line for each optimized graph; below it are the other graphs, with the reason."""
+    from blip2edge.optimization.kernels import ROUNDED
     from blip2edge.optimization.recipes import NOT_INT8
 
     rows = []
@@ -57,14 +58,22 @@ def report_table(report: OptimizedReport) -> str:
         before, after = graph.milliseconds or (0.0, 0.0)
         times = f"{before / after:.2f}" if after else ""
         measured = [f"{before:.1f}", f"{after:.1f}", times] if graph.milliseconds else ["-", "-", "-"]
-        rows.append([name, *measured, f"{graph.cosine:.5f}", ", ".join(graph.passes)])
+        cosine = "-" if graph.cosine is None else f"{graph.cosine:.5f}"
+        rows.append([name, *measured, cosine, ", ".join(graph.passes)])
     graphs = report.record.graphs
     lines = [table(HEADER, rows, right=range(1, 5))] if rows else []
-    if any(graph.milliseconds is None for graph in graphs.values()):
+    compiled = any(graph.cosine is None for graph in graphs.values())
+    if compiled:
+        targets = ", ".join(sorted(Path(name).stem for name in report.record.files if name.endswith(".cubin")))
+        lines.append(f"neither run nor measured: the kernels are compiled without a GPU, for {targets}")
+    elif any(graph.milliseconds is None for graph in graphs.values()):
         lines.append("speed not measured: the copy is made by rule, without a GPU")
+    if any(ROUNDED in graph.passes for graph in graphs.values()):
+        lines.append("the kernels round the weights of this bundle from FP32 to FP16")
     rounded = [name for name, graph in graphs.items() if NOT_INT8 in graph.passes]
     if rounded:
         lines.append(f"FP16 in place of W8A8, for which the CUDA provider has no fused kernel: {', '.join(rounded)}")
     lines += [f"{name} is not optimized: {why}" for name, why in report.record.left.items()]
-    lines.append(f"{report.directory}: checked against the bundle's own graphs, {report.seconds:.1f} s")
+    check = "compiled" if compiled else "checked against the bundle's own graphs"
+    lines.append(f"{report.directory}: {check}, {report.seconds:.1f} s")
     return "\n".join(lines)

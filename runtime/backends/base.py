@@ -248,6 +248,8 @@ class Backend:
         module: Module with ``open_graph(path, threads, optimized)``.
         function: Name of the function that opens graphs; not ``open_graph`` if the module serves several backends.
         copy: Name of the optimized copy that the backend can run, a folder in ``optimized/``; empty if it runs none.
+        others: Empty, or, if the copy contains a compiled decoder and no graphs, the name of the backend that runs the
+            other graphs. The copy must then exist, and the module also has ``open_decoder(bundle, directory)``.
         engines: ``tensorrt`` or ``rtx`` if the backend runs engines of this target instead of graphs; else empty. The
             module of such a backend also has a class ``EngineOpener(bundle, target)``.
         host: Whether the backend computes on the CPU.
@@ -259,6 +261,7 @@ class Backend:
     module: str
     function: str = "open_graph"
     copy: str = ""
+    others: str = ""
     engines: str = ""
     host: bool = False
     profiled: bool = False
@@ -271,6 +274,7 @@ BACKENDS = {
     ),
     "openvino": Backend("blip2edge.runtime.backends.openvino", copy="openvino", host=True, refuses={}),
     "cuda": Backend("blip2edge.runtime.backends.onnxruntime_cuda", copy="cuda"),
+    "cuda-decoder": Backend("blip2edge.runtime.cuda.backend", copy="cuda-decoder", others="cuda"),
     "tensorrt": Backend("blip2edge.runtime.tensorrt.backend", engines="tensorrt"),
     "rtx": Backend("blip2edge.runtime.tensorrt.backend", engines="rtx"),
     "ort-tensorrt": Backend(

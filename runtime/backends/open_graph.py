@@ -13,12 +13,13 @@ import numpy as np
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.schema import GraphSpec
-from blip2edge.errors import BackendError, Blip2EdgeError, BundleError, EngineError
+from blip2edge.bundle.schema import DECODER, GraphSpec
+from blip2edge.errors import BackendError, Blip2EdgeError, BundleError, EngineError, option
 from blip2edge.packages import missing
 from blip2edge.runtime.backends import probe
 from blip2edge.runtime.backends.base import (
     BACKENDS,
+    Backend,
     OptimizedFile,
     Session,
     check_precision,
@@ -26,7 +27,7 @@ from blip2edge.runtime.backends.base import (
     open_session,
 )
 from blip2edge.runtime.backends.engine_files import EngineSet, engine_folders, engines_backend
-from blip2edge.runtime.backends.optimized_copy import read_copy, weights_of
+from blip2edge.runtime.backends.optimized_copy import OptimizedRecord, read_copy, weights_of
 from blip2edge.runtime.backends.probe import cores
 
 
@@ -112,8 +113,8 @@ class GraphOpener:
         self._ahead: dict[str, Future[Session]] = {}
         self.backend, self._engines = choose_backend(bundle, backend)
         row = find_backend(self.backend)
-        copy, self._host = row.copy, row.host
-        self._copy = read_copy(bundle, copy) if copy and not portable else None
+        self._host = row.host
+        self._copies = [] if portable else list(_copies(bundle, self.backend))
 
     @property
     def takes_all_cores(self) -> bool:
@@ -181,19 +182,42 @@ class GraphOpener:
         if self._engines is not None:
             engine: Session = self._engines(graph)
             return engine
-        found = self._copy[1].graphs.get(graph) if self._copy is not None else None
-        if self._copy is None or found is None:
-            precisions = (self._bundle.manifest.precision, record.precision)
-            path = self._bundle.file(spec.file)
-            portable = open_session(path, self.backend, self.threads, spec, precisions)
-            _check_names(portable, spec, path)
-            return portable
-        module = import_module(find_backend(self.backend).module)
-        directory = self._copy[0]
-        self.copied.append(graph)
-        optimized = OptimizedFile(weights_of(self._bundle, directory), found.layout)
-        session: Session = module.open_graph(directory / found.file, self.threads, optimized)
-        return RowByRow(session) if found.one_by_one else session
+        for row, directory, copy in self._copies:
+            found = copy.graphs.get(graph)
+            if found is None:
+                continue
+            self.copied.append(graph)
+            module = import_module(row.module)
+            if row.others:
+                decoder: Session = module.open_decoder(self._bundle, directory)
+                return decoder
+            optimized = OptimizedFile(weights_of(self._bundle, directory), found.layout)
+            session: Session = module.open_graph(directory / found.file, self.threads, optimized)
+            return RowByRow(session) if found.one_by_one else session
+        precisions = (self._bundle.manifest.precision, record.precision)
+        path = self._bundle.file(spec.file)
+        backend = find_backend(self.backend).others or self.backend
+        portable = open_session(path, backend, self.threads, spec, precisions)
+        _check_names(portable, spec, path)
+        return portable
+
+
+def _copies(bundle: Bundle, backend: str) -> Iterator[tuple[Backend, Path, OptimizedRecord]]:
+    """Yields the bundle's copy for a backend, then its copy for the backend of the other graphs.
+
+    Raises:
+        BackendError: The backend needs a copy, and the bundle has none that can be used.
+    """
+    row = find_backend(backend)
+    for one in (row, find_backend(row.others)) if row.others else (row,):
+        found = read_copy(bundle, one.copy) if one.copy else None
+        if found is not None and (not one.others or DECODER in found[1].graphs):
+            yield one, *found
+        elif one.others:
+            raise BackendError(
+                f"{bundle.path} has no kernels for the backend {backend}, or they belong to another bundle",
+                f"make them, on any machine: blip2edge optimize {bundle.path} {option('backend')} {one.copy}",
+            )
 
 
 def _check_names(session: Session, spec: GraphSpec, path: Path) -> None:

@@ -26,9 +26,9 @@ from blip2edge.runtime.backends.probe import exact_processor
 KIND = "optimized"
 RECORD = DERIVED[KIND]
 SCHEMA_VERSION = 2
-PACKAGES = {"cpu": "onnxruntime", "openvino": "openvino", "cuda": ""}
-"""For each backend, the package whose version must be the one that made the copy; empty if every version can load it,
-because ONNX Runtime still optimizes a copy for CUDA when it is loaded."""
+PACKAGES = {"cpu": "onnxruntime", "openvino": "openvino", "cuda": "", "cuda-decoder": ""}
+"""For each backend, the package whose version must be the one that made the copy; empty if every version can load it:
+ONNX Runtime still optimizes a copy for CUDA when it is loaded, and compiled kernels are loaded by the driver."""
 
 OF_ONE_MACHINE = ("openvino",)
 """Backends whose optimized copies are compiled for one processor, and are not used on other processors."""
@@ -39,13 +39,14 @@ class OptimizedGraph:
     """What ``optimized.json`` records about one graph of an optimized copy.
 
     Attributes:
-        file: Name of the graph's file in the copy's directory.
+        file: Name of the graph's file in the copy's directory; for ``cuda-decoder``, of the decoder's layout.
         passes: Names of the optimization passes that rewrote the graph.
         one_by_one: Whether to run the rows of a batch separately, because rows in one batch would change each other.
         layout: Whether ONNX Runtime prepacks the weights for the processor when it loads the file.
         parity: Difference between the outputs of this graph and those of the portable graph; empty if they are compared
             by cosine only, as those of quantized graphs are.
-        cosine: The smallest cosine similarity between outputs of this graph and of the portable graph.
+        cosine: The smallest cosine similarity between outputs of this graph and of the portable graph; None for
+            compiled kernels, which are not run where they are made.
         milliseconds: CPU time of the portable graph and of this graph, on the machine that made the copy: of one run,
             or of opening the file if the graph is compiled; None if nothing was measured.
     """
@@ -55,7 +56,7 @@ class OptimizedGraph:
     one_by_one: bool
     layout: bool
     parity: tuple[Parity, ...]
-    cosine: float
+    cosine: float | None
     milliseconds: tuple[float, float] | None
 
     def to_json(self) -> dict[str, Any]:
@@ -69,7 +70,8 @@ class OptimizedGraph:
         times = values["milliseconds"]
         return cls(
             str(values["file"]), tuple(values["passes"]), bool(values["one_by_one"]), bool(values["layout"]), parity,
-            float(values["cosine"]), None if times is None else (float(times[0]), float(times[1])),
+            None if values["cosine"] is None else float(values["cosine"]),
+            None if times is None else (float(times[0]), float(times[1])),
         )  # fmt: skip
 
 

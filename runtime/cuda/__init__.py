@@ -1,8 +1,9 @@
-"""The decoder in CUDA kernels of this project. Not yet a backend: no command uses this package.
+"""The backend ``cuda-decoder``: the decoder in CUDA kernels of this project. Not run on a GPU yet.
 
-What exists: the kernels in ``kernels/`` (CUDA C++ that NVRTC compiles); the Python that names a kernel's template
-arguments and packs its parameters; the plan of a decoder's launches from its layout, behind the interface of the
-in-place KV cache; greedy decoding whose steps choose their tokens on the device, one CUDA graph a step; the device over
-cuda-bindings (``device/``). The tests run whole decoders on a CPU.
-What does not exist yet: the optimized copy with cubins, tensor cores, and a run on a GPU.
+``kernels/`` has the kernels (CUDA C++ that NVRTC compiles). ``kernel.py``, ``products.py`` and ``steps.py`` name their
+template arguments and pack their parameters. ``layout.py`` and ``copy_files.py`` describe a decoder and the files of a
+copy, which ``optimize --backend cuda-decoder`` makes (``optimization/kernels.py``). ``plan.py`` makes the launches of a
+run; ``session.py`` and ``greedy.py`` run them behind the interface of the in-place KV cache, one CUDA graph a token.
+``device/`` is the GPU, over cuda-bindings; ``backend.py`` opens a bundle. The tests run whole decoders on a CPU.
+What does not exist yet: tensor cores for the prefill, sampling on the GPU, T5.
 """

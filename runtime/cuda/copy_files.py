@@ -44,7 +44,7 @@ NAME = "cuda-decoder"
 LAYOUT, ROTATION = "decoder.json", "rotation.bin"
 SCHEMA_VERSION = 1
 
-TEGRA = (72, 87, 101, 110)
+TEGRA = (72, 87, 88, 101, 110)
 """Compute capabilities of Jetson boards. A cubin for another GPU of the same major version does not run on them, and
 theirs do not run elsewhere; CUDA C++ Programming Guide, "Binary Compatibility"."""
 

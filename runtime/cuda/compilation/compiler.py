@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.errors import BackendError
+from blip2edge.packages import install_command
 from blip2edge.runtime.cuda.kernel import KERNELS, Kernel, module_source
 
 TARGETS = (75, 80, 86, 87, 89, 90, 100, 110, 120)
@@ -35,7 +36,19 @@ def load_nvrtc() -> Any:
     return nvrtc
 
 
-INSTALL = "pip install cuda-bindings nvidia-cuda-nvrtc nvidia-cuda-runtime"
+def supported_targets() -> tuple[int, ...]:
+    """Returns those of :data:`TARGETS` that the installed NVRTC compiles for: that of CUDA 12 does not know sm_110.
+
+    Raises:
+        BackendError: NVRTC is not installed.
+    """
+    nvrtc = load_nvrtc()
+    status, known = nvrtc.nvrtcGetSupportedArchs()
+    _check(nvrtc, status)
+    return tuple(target for target in TARGETS if target in known)
+
+
+INSTALL = install_command("cuda-decoder")
 
 
 def headers() -> Path:

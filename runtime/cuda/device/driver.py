@@ -17,10 +17,11 @@ import numpy as np
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import BackendError, option
+from blip2edge.packages import install_command
 from blip2edge.runtime.backends.base import RUN_FIX, closed_graph
 from blip2edge.runtime.cuda.kernel import THREADS, Launch
 
-INSTALL = "pip install 'blip2edge[cuda-decoder]', with cuda-bindings of the CUDA version that nvidia-smi shows"
+INSTALL = f"{install_command('cuda-decoder')}, with cuda-bindings of the CUDA version that nvidia-smi shows"
 OUT_OF_MEMORY = 2
 """CUDA_ERROR_OUT_OF_MEMORY; cuda.h."""
 

@@ -52,6 +52,7 @@ class FakeDriver:
         multiprocessors: int = 4,
         fails: Callable[[str], int] = lambda name: 0,
     ) -> None:
+        self.lock = threading.RLock()  # the shim runs one kernel at a time
         self.calls: list[str] = []
         self.fails = fails
         self._kernels = {kernel.name: kernel for kernel in kernels}
@@ -72,6 +73,10 @@ class FakeDriver:
             return found
 
         def call(*arguments: Any) -> Result:
+            with self.lock:
+                return checked(*arguments)
+
+        def checked(*arguments: Any) -> Result:
             self.calls.append(name)
             status = self.fails(name)
             if not status and name not in WITHOUT_CONTEXT and not getattr(self._thread, "current", False):

@@ -37,6 +37,13 @@ def _nvrtc() -> None:
         pytest.skip(str(error))
 
 
+def test_old_versions_compile_for_the_targets_that_they_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = compiler.supported_targets()
+    assert set(known) >= {75, 87, 90, 120}
+    monkeypatch.setattr(compiler, "TARGETS", (35, *known))
+    assert compiler.supported_targets() == known
+
+
 def test_one_kernel_of_each_source_compiles() -> None:
     kernels = {kernel.file: kernel for kernel in every_kernel.kernels()}
     check(list(kernels.values()), 87)

@@ -1,0 +1,110 @@
+"""The backend ``cuda-decoder``: the decoder runs as this project's CUDA kernels, the other graphs in ONNX Runtime.
+
+Not run on a GPU yet: the tests run it with a simulated driver, whose kernels run on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.dtypes import Array
+from blip2edge.bundle.schema import DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR
+from blip2edge.bundle.token_table import TokenTable
+from blip2edge.errors import BackendError, BundleError, option
+from blip2edge.runtime.backends import probe
+from blip2edge.runtime.backends.base import OptimizedFile, Session, closed_graph
+from blip2edge.runtime.cuda.copy_files import find_cubin, read_layout
+from blip2edge.runtime.cuda.device.driver import DriverDevice, load_driver
+from blip2edge.runtime.cuda.greedy import KernelDecoder
+from blip2edge.runtime.cuda.session import KernelSession
+from blip2edge.runtime.cuda.token_table import TableOnDevice, load_table
+from blip2edge.runtime.cuda.weights import load_weights
+
+
+def open_graph(
+    path: Path,
+    threads: int | None = None,  # noqa: ARG001 - one signature for all backends
+    optimized: OptimizedFile | None = None,  # noqa: ARG001 - as above
+) -> Session:
+    """Always raises an error: this backend runs kernels, not graphs.
+
+    Raises:
+        BackendError: Always.
+    """
+    raise BackendError(
+        f"expected a decoder compiled to kernels, got the ONNX graph {path.name}",
+        f"compile the kernels: blip2edge optimize {path.parent} {option('backend')} cuda-decoder",
+    )
+
+
+def open_decoder(bundle: Bundle, directory: Path) -> DecoderSession:
+    """Loads a bundle's decoder onto the GPU.
+
+    Args:
+        bundle: An opened bundle.
+        directory: Directory of the bundle's copy for this backend; its files are checked already.
+
+    Raises:
+        BackendError: There is no driver, no GPU, no cuda-bindings, or the copy has no kernels for this GPU.
+        BundleError: The copy's layout cannot be read, or the bundle describes no KV cache.
+    """
+    if bundle.manifest.cache is None:
+        raise BundleError(f"{bundle.path} describes no KV cache in its bundle.json", "export the checkpoint again")
+    layout = read_layout(bundle, directory)
+    api = load_driver()
+    driver = probe.nvidia_driver()
+    if not driver.version:
+        raise BackendError(
+            f"there is no working NVIDIA driver here ({driver.problem})",
+            f"use {option('backend')} cpu, or a machine with an NVIDIA GPU; see `blip2edge doctor`",
+        )
+    device = DriverDevice(api)
+    try:
+        device.load(find_cubin(directory, device.capability).read_bytes())
+        session = KernelSession(load_weights(layout, bundle.path, device), device)
+        table = load_table(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, device)
+    except BaseException:
+        device.close()
+        raise
+    return DecoderSession(bundle, session, table)
+
+
+class DecoderSession:
+    """The decoder on the GPU; :meth:`decoder` makes the decoder with its KV cache.
+
+    Args:
+        bundle: The bundle.
+        kernels: The decoder's kernels and weights.
+        stored: The token embedding table on the GPU.
+    """
+
+    def __init__(self, bundle: Bundle, kernels: KernelSession, stored: TableOnDevice) -> None:
+        self._bundle, self._kernels, self._stored = bundle, kernels, stored
+        self._spec = bundle.graph(DECODER).spec
+        self.input_names = tuple(tensor.name for tensor in self._spec.inputs)
+        self.output_names = tuple(tensor.name for tensor in self._spec.outputs)
+        self.closed = False
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:  # noqa: ARG002
+        """Always raises an error: keys and values stay on the GPU, so :meth:`decoder` runs the kernels.
+
+        Raises:
+            BackendError: Always.
+        """
+        raise BackendError(
+            "expected the decoder's own steps, got inputs of its graph", f"use {option('backend')} cuda for the graph"
+        )
+
+    def decoder(self, table: TokenTable) -> KernelDecoder:
+        """Makes the decoder; ``table`` is the bundle's token embedding table on the host."""
+        manifest = self._bundle.manifest
+        if self.closed or manifest.cache is None:
+            raise closed_graph()
+        return KernelDecoder(self._kernels, self._spec, manifest.cache, table, manifest.max_positions, self._stored)
+
+    def close(self) -> None:
+        """Frees the decoder's memory on the GPU; see :class:`blip2edge.runtime.backends.base.Session`."""
+        self.closed = True
+        self._kernels.close()

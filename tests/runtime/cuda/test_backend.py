@@ -1,0 +1,235 @@
+"""The backend ``cuda-decoder`` from `optimize` to captions: a simulated driver runs the kernels on the CPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers", reason="checkpoints are drawn with transformers")
+pytest.importorskip("onnxruntime", reason="the other graphs run in ONNX Runtime")
+pytest.importorskip("onnxscript", reason="the bundles are exported here")
+
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.schema import DECODER
+from blip2edge.cli.optimize import report_table
+from blip2edge.errors import BackendError, Blip2EdgeError, BundleError, BundleIntegrityError
+from blip2edge.optimization import kernels as making
+from blip2edge.optimization.pipeline import OptimizedReport, optimize
+from blip2edge.runtime.backends import onnxruntime_cuda, probe
+from blip2edge.runtime.backends.open_graph import GraphOpener
+from blip2edge.runtime.backends.optimized_copy import RECORD, read_copy
+from blip2edge.runtime.captioning.captioner import Captioner
+from blip2edge.runtime.cuda import backend
+from blip2edge.runtime.cuda.compilation import compiler
+from blip2edge.runtime.cuda.compilation.compiler import TARGETS
+from blip2edge.runtime.cuda.compilation.cubin import Usage
+from blip2edge.runtime.cuda.copy_files import LAYOUT, find_cubin, read_layout
+from blip2edge.runtime.cuda.greedy import KernelDecoder
+from blip2edge.runtime.cuda.kernel import Kernel
+from tests.drawing import draw_pictures
+from tests.runtime.backends.test_device_arrays import on_the_cpu
+from tests.runtime.cuda.fake_driver import CUBIN, FakeDriver
+
+PROMPTS = ["a photo of", "what is it ?", "two red cats and a dog"]
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"max_new_tokens": 10},
+    {"max_new_tokens": 6, "num_beams": 3},
+    {"max_new_tokens": 8, "repetition_penalty": 1.4, "min_new_tokens": 4},
+    {"max_new_tokens": 4, "temperature": 1.2, "seed": 5},
+)
+COMPILED: list[Kernel] = []
+
+
+def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of NVRTC: every cubin has the kernels, which are remembered."""
+
+    def compile_kernels(kernels: list[Kernel], capability: int) -> bytes:
+        COMPILED[:] = kernels
+        return CUBIN
+
+    monkeypatch.setattr(making, "supported_targets", lambda: TARGETS)
+    monkeypatch.setattr(making, "compile_kernels", compile_kernels)
+    monkeypatch.setattr(making, "kernel_usage", lambda _: {one.name: Usage(64, 0, 0) for one in COMPILED})
+
+
+@pytest.fixture(scope="module")
+def made(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> OptimizedReport:
+    """A bundle with the copy; not to be changed."""
+    bundle = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("kernels") / "bundle")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        compiling(monkeypatch)
+        return optimize(bundle, "cuda-decoder")
+
+
+def path_of(report: OptimizedReport) -> Path:
+    return report.directory.parents[1]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeDriver]:
+    """Puts a simulated GPU into this machine; vision encoder and bridge run on the CPU."""
+
+    def plug_in(**given: Any) -> FakeDriver:
+        api = FakeDriver(COMPILED, **given)
+        card = probe.Gpu("simulated", 87, 4, 8)
+        monkeypatch.setattr(backend, "load_driver", lambda: api)
+        monkeypatch.setattr(probe, "nvidia_driver", lambda: probe.Driver("13.0", (card,), ""))
+        monkeypatch.setattr(onnxruntime_cuda, "open_graph", on_the_cpu)
+        return api
+
+    return plug_in
+
+
+def test_captions_are_those_of_the_cpu(made: OptimizedReport, gpu: Callable[..., FakeDriver]) -> None:
+    """Also from two threads at once; afterwards nothing is left on the GPU."""
+    api, pictures = gpu(), draw_pictures(3, seed=2)
+    with (
+        Captioner.load(path_of(made), backend="cpu", threads=1) as oracle,
+        Captioner.load(path_of(made), backend="cuda-decoder") as captioner,
+    ):
+        assert isinstance(captioner.generator.language.decoder, KernelDecoder)
+        assert captioner.graphs.copied == [DECODER]
+        for options in OPTIONS:
+            wanted = [one.tokens for one in oracle.caption_many(pictures, prompts=PROMPTS, **options)]
+            found = [one.tokens for one in captioner.caption_many(pictures, prompts=PROMPTS, **options)]
+            assert found == wanted, options
+
+        def caption(index: int) -> tuple[int, ...]:
+            return captioner.caption(pictures[index], prompt=PROMPTS[index], max_new_tokens=4).tokens
+
+        alone = [caption(index) for index in range(3)]
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(caption, range(3))) == alone
+    assert api.calls.count("cuGraphLaunch") > 10
+    assert not api.memory
+    assert not api.live
+    assert api.retained == 0
+
+
+def test_the_record_says_that_nothing_ran(made: OptimizedReport) -> None:
+    table = report_table(made)
+    assert (
+        "neither run nor measured: the kernels are compiled without a GPU, for sm_100, sm_110, sm_120, sm_75" in table
+    )
+    assert "the kernels round the weights of this bundle from FP32 to FP16" in table
+    assert "vision_encoder is not optimized: ONNX Runtime runs it: make its copy with --backend cuda" in table
+    assert "compiled, " in table
+    record = json.loads((made.directory / RECORD).read_text())
+    assert set(record["files"]) == {LAYOUT, *(f"sm_{one}.cubin" for one in TARGETS)}
+    assert record["graphs"][DECODER]["cosine"] is None
+    assert record["graphs"][DECODER]["milliseconds"] is None
+
+
+def test_a_bundle_without_kernels_is_refused_with_the_command(
+    tiny_bundle: Path, gpu: Callable[..., FakeDriver]
+) -> None:
+    gpu()
+    with pytest.raises(BackendError, match=r"has no kernels for the backend cuda-decoder.* optimize .*cuda-decoder"):
+        Captioner.load(tiny_bundle, backend="cuda-decoder")
+
+
+def test_auto_does_not_choose_it(
+    made: OptimizedReport, gpu: Callable[..., FakeDriver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu()
+    works = probe.Check("CUDA", True, "")
+    monkeypatch.setattr(probe, "check_provider", lambda *_: works)
+    assert GraphOpener(Bundle.open(path_of(made)), "auto").backend == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"capability": (6, 1)}, "expected a GPU of compute capability 7.5, .*, found one of 6.1"),
+        ({"fails": lambda name: 2 * (name == "cuMemAlloc")}, "cuMemAlloc failed: out of memory"),
+        ({"fails": lambda name: 100 * (name == "cuInit")}, "cuInit failed"),
+    ],
+)
+def test_a_gpu_that_does_not_run_it_is_an_error_and_nothing_is_left(
+    made: OptimizedReport, gpu: Callable[..., FakeDriver], given: dict[str, Any], message: str
+) -> None:
+    api = gpu(**given)
+    with pytest.raises(BackendError, match=message):
+        Captioner.load(path_of(made), backend="cuda-decoder")
+    assert not api.live
+    assert api.retained == 0
+
+
+def test_no_driver_is_named(made: OptimizedReport, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "load_driver", lambda: None)
+    monkeypatch.setattr(probe, "nvidia_driver", lambda: probe.Driver(problem="none: libcuda.so.1 is not there"))
+    with pytest.raises(BackendError, match="there is no working NVIDIA driver here"):
+        backend.open_decoder(Bundle.open(path_of(made)), made.directory)
+
+
+def test_a_gpu_gets_its_cubin(made: OptimizedReport) -> None:
+    found = {number: find_cubin(made.directory, number).name for number in (75, 86, 87, 89, 90, 103, 110, 120, 121)}
+    assert found == {
+        75: "sm_75.cubin", 86: "sm_86.cubin", 87: "sm_87.cubin", 89: "sm_89.cubin", 90: "sm_90.cubin",
+        103: "sm_100.cubin", 110: "sm_110.cubin", 120: "sm_120.cubin", 121: "sm_120.cubin",
+    }  # fmt: skip
+    for number in (70, 72, 101, 130):  # Jetson boards run cubins of their own version alone
+        with pytest.raises(BackendError, match="for which the copy has kernels"):
+            find_cubin(made.directory, number)
+
+
+BROKEN: tuple[tuple[Callable[[dict[str, Any]], object], str], ...] = (
+    (lambda values: values.pop("width"), "width"),
+    (lambda values: values.update(schema_version=2), "schema_version"),
+    (lambda values: values.update(head_dim=12), "a multiple of 8 up to 256"),
+    (lambda values: values["head"]["weight"].update(file="../secret"), "file"),
+    (lambda values: values["head"]["weight"].update(file="other.data"), "other.data is no file of the bundle"),
+    (lambda values: values["head"]["weight"].update(offset=1 << 40), "ends behind the end"),
+    (lambda values: values["layers"][0]["up"]["weight"].update(dtype="int8"), "is in int8 without scales"),
+    (lambda values: values["layers"][0]["down"]["weight"].update(shape=[8, 8]), "a matrix .* .8, 8"),
+    (lambda values: values["layers"][0]["query"]["bias"].update(shape=[3]), r"a bias of 32 values|has the shape .3"),
+    (lambda values: values["final_norm"]["weight"].update(shape=[3]), "a norm has other than"),
+    (lambda values: values["positions"].update(shape=[7, 3]), "learned positions have the shape"),
+    (lambda values: values.update(heads=3, kv_heads=2), "do not share 2 heads of keys evenly"),
+)
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN, ids=[str(number) for number in range(len(BROKEN))])
+def test_a_layout_that_does_not_fit_is_refused(
+    made: OptimizedReport, tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    bundle = Bundle.open(path_of(made))
+    values = json.loads((made.directory / LAYOUT).read_text())
+    read_layout(bundle, made.directory)
+    change(values)
+    (tmp_path / LAYOUT).write_text(json.dumps(values))
+    with pytest.raises(BundleError, match=message):
+        read_layout(bundle, tmp_path)
+
+
+def test_a_changed_file_is_noticed(made: OptimizedReport, tmp_path: Path) -> None:
+    bundle = shutil.copytree(path_of(made), tmp_path / "bundle")
+    (bundle / "optimized" / "cuda-decoder" / "sm_87.cubin").write_bytes(b"\x7fELF other kernels")
+    with pytest.raises(BundleIntegrityError, match=r"sm_87\.cubin"):
+        read_copy(Bundle.open(bundle), "cuda-decoder", use_stamps=False)
+
+
+def test_nothing_is_published_without_nvrtc_or_room(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+
+    def absent() -> Any:
+        raise BackendError("NVRTC does not load: no such library", "pip install it")
+
+    monkeypatch.setattr(compiler, "load_nvrtc", absent)
+    with pytest.raises(BackendError, match="NVRTC does not load"):
+        optimize(bundle, "cuda-decoder")
+    compiling(monkeypatch)
+    monkeypatch.setattr(making, "kernel_usage", lambda _: {one.name: Usage(300, 0, 0) for one in COMPILED})
+    with pytest.raises(BackendError, match="to fit a GPU sm_75, found Usage"):
+        optimize(bundle, "cuda-decoder")
+    with pytest.raises(Blip2EdgeError, match="expected a bundle with the graph decoder"):
+        optimize(bundle, "cuda-decoder", graphs=["vision_encoder"])
+    assert not (bundle / "optimized" / "cuda-decoder").exists()
