@@ -100,8 +100,8 @@ class BenchReport:
         sweeps: Tables by name: ``batch``, ``prompt``, ``caption``; each a list of rows.
         left_out: What was not measured, with the reason.
         energy: Joules per caption, and the meter; None if the machine has no meter.
-        draft: The draft model (``itg`` or ``lookup``), and the mean number of tokens per pass of the language model;
-            None without speculative decoding. ``stages`` are always measured with plain decoding.
+        draft: The draft model (``itg`` or ``lookup``), and the number of tokens per pass of the language model; None
+            without speculative decoding. ``stages`` are always measured with plain decoding.
         roofline: The limits of one core of this machine, and the ``backend`` that they were measured with; empty if
             they were not measured.
     """
@@ -183,12 +183,9 @@ class Bench:
         return {"kind": kind, "tokens_per_pass": float(np.median([one.tokens_per_pass for one in found]))}
 
     def prompt_length(self, prompt: str | None = None, *, decoder: bool = True) -> int:
-        """Returns the number of tokens of the prompt, visual tokens included.
+        """Returns the number of tokens of the prompt, visual tokens included; None: the default prompt.
 
-        Args:
-            prompt: The prompt; None for the default.
-            decoder: Whether to count what the decoder processes. In an encoder-decoder model, that is the start token
-                only, because the text encoder processes the prompt.
+        ``decoder``: count what the decoder processes, which in an encoder-decoder model is the start token only.
         """
         text = self.captioner.prompts.with_default(self.prompt if prompt is None else prompt)
         initial = self.captioner.generator.language.initial if decoder else []

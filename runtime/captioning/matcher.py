@@ -160,8 +160,7 @@ class Matcher(LoadedBundle):
             texts: M texts.
             batch_size: Number of pictures in one batch of the vision encoder.
             channels: As in :meth:`match`.
-            return_exceptions: Whether to yield an error in place of the M results of its picture, and to continue
-                with the next picture; otherwise the first error is raised.
+            return_exceptions: Whether to yield a picture's error in place of its M results; otherwise it is raised.
 
         Yields:
             The results of the first picture with all texts, in order; then those of the second picture.
@@ -181,8 +180,7 @@ class Matcher(LoadedBundle):
     ) -> Iterator[list[MatchResult]]:
         """Does the work of :meth:`match_many` in short steps, so that other threads can run graphs between two steps.
 
-        Yields:
-            The results of one picture with up to ``step`` texts; an empty list after a step that computed vectors.
+        Yields the results of a picture with up to ``step`` texts; an empty list after a step that computed vectors.
         """
         self._check_open()
         ids = [self.token_ids(text) for text in texts]
@@ -244,10 +242,9 @@ class Matcher(LoadedBundle):
         return found
 
     def embed_image(self, image: ImageSource, *, channels: Channels = "rgb") -> Vectors:
-        """Computes a picture's vector, float32 ``[F]`` of length 1, to compare with a text's vector by the cosine.
+        """Computes a picture's vector, float32 ``[F]`` of length 1; arguments and errors are those of :meth:`match`.
 
-        A BLIP-2 model returns one vector for each of its K query tokens, ``[K, F]``; the largest of the K cosines
-        counts. Arguments and errors are those of :meth:`match`.
+        BLIP-2 returns K vectors, ``[K, F]``, one for each query; the largest of their cosines with a text counts.
         """
         vectors: Vectors = self.embed_images([image], channels=channels)[0]
         return vectors
