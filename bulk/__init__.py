@@ -1,1 +1,4 @@
-"""Captions many pictures: from folders, shards, tables and object stores to tables or shards, with exact resume."""
+"""Captions many pictures of folders, shards, tables or object stores; writes tables or shards.
+
+If a run is killed, the same command continues it; the output is the same as without the interruption.
+"""

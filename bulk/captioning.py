@@ -39,7 +39,10 @@ from blip2edge.runtime.images.preprocess import DeferredImage, load_image
 DECODED_BATCHES = 3  # batches of pictures that are decoded while others are captioned
 
 Find = Callable[[Sequence[int], Embeddings], "list[Original | None]"]
-"""Finds the originals of a batch's pictures, from the pictures' numbers in the source and their embeddings."""
+"""Type of a function that returns, for each picture of a batch, the earlier picture that it duplicates, or None.
+
+Its arguments are the pictures' numbers in the source and their embeddings.
+"""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class ChunkCaptioner:
         """Returns the options of the generation. Raises an error if the options, the prompt or the model do not fit."""
         options, prompts = self._options, self.captioner.prompts
         if prompts.spec.frames > 1:
-            raise UsageError(f"expected a model of pictures, but {options.bundle} is one of videos", "use caption")
+            raise UsageError(f"expected a model for pictures, but {options.bundle} captions videos", "use caption")
         prompts(prompts.with_default(options.prompt))
         given = self.captioner.options(**options.generation)
         generation = replace(given, seed=DEFAULT_SEED) if given.sampling and given.seed is None else given

@@ -2,7 +2,7 @@
 
     OUT.run/plan.json            everything that changes the output: source, bundle, options, versions
     OUT.run/pictures.jsonl       the source's pictures, one item in each line
-    OUT.run/part-000012.parquet  the rows of pictures 12 * N to 13 * N - 1
+    OUT.run/part-000012.parquet  the rows of pictures 12 * N to 13 * N - 1; N is the number of pictures in a part
     OUT.run/part-000012.npz      the embeddings of these pictures, if duplicates are searched
 
 A file appears under its name when it is complete and on the disk (fsync). So a killed run leaves whole parts only, and
@@ -133,7 +133,7 @@ class RunDirectory:
         """Checks that the directory is missing, has a plan of bulk, or holds only files that a killed run of bulk left.
 
         Raises:
-            OutputError: Another program made the directory, such as a training.
+            OutputError: Another program made the directory, such as ``blip2edge train``.
         """
         if not os.path.lexists(self.path) or self._plan().items() >= _MARKER.items():
             return
@@ -216,7 +216,10 @@ class RunDirectory:
         self._writing(publish)
 
     def write_embeddings(self, number: int, numbers: list[int], embeddings: NDArray[np.float16]) -> None:
-        """Writes the numbers and embeddings of a part's pictures that are no duplicates. Call it before the part."""
+        """Writes the numbers and embeddings of those pictures of a part that are not duplicates of earlier pictures.
+
+        Call it before the part itself is written: a part whose file exists counts as finished.
+        """
 
         def write(path: Path) -> None:
             with open(path, "wb") as file:

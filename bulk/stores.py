@@ -55,7 +55,7 @@ class Store(Protocol):
         """Returns whether there is a folder at ``path``."""
 
     def open(self, path: str) -> BinaryIO:
-        """Opens a file for reading at any position; call it in a ``with reading(...)`` block."""
+        """Opens a file for reading at any position; call it in a ``with reading(...)`` block, which converts errors."""
 
     def read(self, path: str, start: int = 0, size: int | None = None) -> bytes:
         """Returns the bytes of a file, or ``size`` bytes from position ``start``.
@@ -69,7 +69,7 @@ class Store(Protocol):
 
 
 class LocalStore:
-    """Lists and reads files of the local disk; a :class:`Store`."""
+    """Lists and reads files of the local disk; implements :class:`Store`."""
 
     def files(self, folder: str, *, deep: bool = True) -> Iterator[StoredFile]:
         """Yields the files of a folder, and links to missing files; links to folders are not followed."""
@@ -116,7 +116,7 @@ class LocalStore:
 
 
 class RemoteStore:
-    """Lists and reads files of an object store, by fsspec; a :class:`Store`.
+    """Lists and reads files of an object store with fsspec; implements :class:`Store`.
 
     Args:
         protocol: The beginning of the addresses, such as ``s3``.

@@ -118,7 +118,7 @@ def plans_of(
     most_rows: int | None = None,
     decoder: str = CONSTANT,
 ) -> list[EnginePlan]:
-    """Plans the engines of a bundle, in the order in which they run.
+    """Returns the plan of each engine of a bundle, in the order in which the engines run.
 
     Args:
         bundle: An opened bundle.

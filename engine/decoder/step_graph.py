@@ -96,7 +96,7 @@ class StepSource:
 
     @property
     def table_bytes(self) -> int:
-        """Size of the file of the token embedding table, in bytes."""
+        """Returns the size in bytes of the file with the token embedding table."""
         return self.table.stat().st_size
 
 

@@ -1,4 +1,4 @@
-"""The cpu backend: ONNX Runtime's CPU provider."""
+"""The backend ``cpu``: runs graphs on the CPU with ONNX Runtime."""
 
 from __future__ import annotations
 

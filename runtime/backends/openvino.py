@@ -1,4 +1,4 @@
-"""The openvino backend: OpenVINO on the CPU, the fastest backend for vision encoders on CPUs with VNNI."""
+"""The backend ``openvino``: runs graphs on the CPU with OpenVINO; the fastest for vision encoders on CPUs with VNNI."""
 
 from __future__ import annotations
 

@@ -214,10 +214,10 @@ class Driver:
 
 LIBCUDA = "libcuda.so.1"
 COMPUTE_CAPABILITY = (75, 76)
-"""CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR; cuda.h."""
+"""Numbers of the attributes CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR in ``cuda.h``."""
 
 MULTIPROCESSORS = 16
-"""CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT; cuda.h."""
+"""Number of the attribute CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT in ``cuda.h``."""
 
 
 def nvidia_driver() -> Driver:

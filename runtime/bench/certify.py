@@ -30,7 +30,9 @@ TOLERANCES = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-1}
 """Largest deviation ``|a - b| / |b|`` of an output that passes, by the precision of the graph."""
 
 INTEGER_TOLERANCE = 0.15
-"""Largest deviation for graphs with integer weights or activations: kernels round differently. It is a cosine of 0.99.
+"""Largest allowed deviation for graphs with integer weights or activations, because kernels round differently.
+
+A deviation of 0.15 corresponds to a cosine of about 0.99.
 """
 
 EXACT, OTHERS = 1.0, 0.9
@@ -210,8 +212,8 @@ def _graph_checks(
             wanted = references.inputs.get(f"{name}/{key}")
             if wanted is None or deviation(sketch(array), wanted) > 1e-5:
                 raise BundleError(
-                    f"{bundle.path}: the seeded inputs of {name} are not those of the references, which were made with "
-                    f"NumPy {references.made_with.get('numpy', 'unknown')}; here is {np.__version__}",
+                    f"{bundle.path}: expected the random inputs of {name} from which the reference outputs were made "
+                    f"(NumPy {references.made_with.get('numpy', 'unknown')}), got others (NumPy {np.__version__})",
                     "install that version of NumPy",
                 )
         precision = bundle.graph(name).precision

@@ -46,10 +46,10 @@ BINS = 64
 """Number of values in a sketch."""
 
 PICTURES = 4
-"""Number of pictures that are captioned."""
+"""Number of pictures whose captions are among the reference outputs."""
 
 TOKENS = 16
-"""Largest length of a caption in tokens."""
+"""Largest length of these captions in tokens."""
 
 SIZE = (96, 128)
 """Rows and columns of a drawn picture."""

@@ -123,7 +123,7 @@ class Scheduler:
 
         Raises:
             OverloadError: The queue is full, and ``wait`` is False.
-            UsageError: As :func:`expiry`; or ``abstain_below`` is given, but there is no confidence map for it.
+            UsageError: ``deadline`` is out of range; or ``abstain_below`` is set, but there is no confidence map.
             RuntimeError: The scheduler is closed.
         """
         self._generator.confidence.check(options, prompt)

@@ -394,7 +394,7 @@ def check_prompt_ids(options: GenerationOptions, *, given: bool) -> None:
     for name in ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size"):
         if not given and getattr(options, name) != _OFF[name]:
             raise UsageError(
-                f"{option(name)} does not act on this model, whose language model is given embeddings and no ids",
+                f"{option(name)} does not act on this model: its language model gets embeddings and no ids",
                 "leave it out",
                 field=name,
             )

@@ -105,7 +105,7 @@ class GenerationOptions:
         top_k: Sample from this number of likeliest tokens; 0 for all.
         seed: Seed of the random streams, one stream for each row; None for a different text at every call.
         early_stopping: True: beam search ends as soon as num_beams texts are finished. False: as soon as the best
-            running text, at its present length, is worse than they are; "never": at any length.
+            running text, at its present length, is worse than these texts; "never": at any length.
         eos_token_ids: Ids of the end tokens. A text is finished after any of them.
         stop: Strings that end the text: it is cut before the first of them.
         draft: Draft model of speculative decoding, one of ``schema.DRAFTS``. The text does not depend on it. Sampling
@@ -114,21 +114,21 @@ class GenerationOptions:
         no_repeat_ngram_size: No n-gram of this size occurs twice in prompt and text; 0: off.
         encoder_no_repeat_ngram_size: No n-gram of this size in the prompt occurs in the text; 0: off.
         encoder_repetition_penalty: Above 1 encourages tokens of the prompt.
-        bad_words_ids: Sequences of ids that do not occur.
+        bad_words_ids: Sequences of ids that are never generated.
         sequence_bias: For each sequence of ids, a number that is added to the score of its last token, if all its other
             tokens come just before. A mapping, or a list of pairs (JSON).
-        suppress_tokens: Ids that do not occur.
-        begin_suppress_tokens: Ids that do not occur as the first one.
+        suppress_tokens: Ids that are never generated.
+        begin_suppress_tokens: Ids that are not generated as the first token of the text.
         forced_bos_token_id: The first generated id, if the text starts from a single id.
         forced_eos_token_id: The last id of a text of `max_new_tokens` is the likeliest of these.
         exponential_decay_length_penalty: (start, factor): from `start` generated tokens on, the end tokens' scores
             grow by |score| (factor ** (tokens - start) - 1).
         remove_invalid_values: NaN and infinite scores become finite.
         renormalize_logits: Scores become log-probabilities after all other processors.
-        min_p: Sample from tokens of at least this share of the likeliest one's probability.
+        min_p: Sample from tokens whose probability is at least this share of the likeliest token's probability.
         typical_p: Sample from the most typical tokens whose probabilities reach this sum; 1: from all.
         epsilon_cutoff: Sample from tokens of at least this probability.
-        eta_cutoff: As `epsilon_cutoff`, but lower if the entropy is large.
+        eta_cutoff: As `epsilon_cutoff`, but the limit is lower if the entropy of the distribution is large.
         top_logprobs: Number of likeliest tokens whose log-probabilities the result has at each token, at most
             :data:`MAX_TOP_LOGPROBS`; not with beam search.
         abstain_below: The text is empty if its confidence is below this (docs/confidence.md); None: never.

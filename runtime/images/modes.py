@@ -16,7 +16,7 @@ _16_BIT_FORMATS = ("JPEG2000", "PNG", "PPM", "TIFF")
 _SCALED_BY_PILLOW = ("PNG", "PPM")  # formats whose mode "I" is 16-bit greyscale, scaled to 0…65535
 
 WITHOUT_PREMULTIPLIED_ALPHA = {"La": "LA", "RGBa": "RGBA"}
-"""Pillow's modes in which colours are already multiplied by alpha, each with the mode in which they are not."""
+"""Pillow's modes with colours that are multiplied by alpha, each with the same mode without this multiplication."""
 
 
 @dataclass(frozen=True)

@@ -354,7 +354,9 @@ class Preprocessing:
         shapes = {array.shape for array in pixels}
         if len(shapes) > 1:
             sizes = ", ".join(sorted(f"{width}×{height}" for _, height, width in shapes))
-            raise ImageError(f"expected pictures of one processed size, got {sizes}", "process the pictures one by one")
+            raise ImageError(
+                f"expected pictures of one size after preprocessing, got {sizes}", "process the pictures one by one"
+            )
         return np.stack(pixels)
 
     def resized(self, width: int, height: int) -> tuple[int, int]:

@@ -89,7 +89,7 @@ def error_json(error: Blip2EdgeError, names: Mapping[str, str] = {}) -> dict[str
 
 
 ANY_TEXT = object()
-"""Stands in :attr:`ChatKey.values` for any text."""
+"""Placeholder in :attr:`ChatKey.values` that means: any text is accepted."""
 
 
 @dataclass(frozen=True)

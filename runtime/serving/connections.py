@@ -93,7 +93,7 @@ class ConnectionTable:
 
 
 class GuardedProtocol(H11Protocol):
-    """One connection of a client, with limits of time; replaces uvicorn's own protocol class.
+    """One connection of a client, with time limits; replaces uvicorn's own protocol class.
 
     Args:
         table: The table of connections.
@@ -280,7 +280,7 @@ class ServingLoop(asyncio.SelectorEventLoop):
         self._table = table
 
     async def create_server(self, *arguments: Any, **named: Any) -> Any:
-        """Creates a server as asyncio does, with the limits of time."""
+        """Creates a server as asyncio does, with time limits for the beginning and the end of TLS connections."""
         if isinstance(named.get("ssl"), ssl.SSLContext):
             named.setdefault("ssl_handshake_timeout", self._table.limits.header_s)
             if sys.version_info >= (3, 11):

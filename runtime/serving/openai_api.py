@@ -140,7 +140,7 @@ def read_request(body: bytes, spec: PromptSpec | SpecOf | None = None, limits: L
     images, prompt = _arranged(_messages(values.get("messages")), chosen)
     ask = bool(values.get("ask"))
     if ask and not (isinstance(prompt, str) and prompt):
-        raise RequestError("expected one text, the question, for ask", field="messages")
+        raise RequestError("expected one text (the question) if ask is true", field="messages")
     return ChatRequest(
         images=images,
         prompt=prompt,

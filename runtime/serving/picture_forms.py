@@ -218,7 +218,7 @@ async def _read_form(body: bytes, headers: Headers, pictures: list[bytes], given
 
 
 def _written_picture(text: str, name: str) -> bytes:
-    """Reads the picture in a form's text field, which must be a data URL."""
+    """Decodes a picture that a form sends as text instead of a file; the text must be a data URL."""
     if text.lstrip()[:5].lower() != "data:":
         raise RequestError(
             f"expected {name} to be a file or a data URL, got the text {shown(text)}",

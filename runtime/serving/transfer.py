@@ -145,7 +145,7 @@ class WaitingClient(Generic[Submitted]):
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Cancels the client's caption or call, if it is not finished."""
+        """Cancels the client's request if it is not finished."""
         self._gone.cancel()
         if hasattr(self, "pending"):
             self.pending.cancel()
@@ -160,9 +160,9 @@ class WaitingClient(Generic[Submitted]):
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
     async def next(self) -> str | None:
-        """Returns the next piece, or None after the last; raises ClientGoneError if the connection is closed.
+        """Waits for the next piece of the text and returns it; returns None after the last piece.
 
-        The wait also ends when the request's deadline passes, in any queue.
+        The wait also ends when the request's deadline passes. Raises ClientGoneError if the connection is closed.
         """
         piece = asyncio.ensure_future(self._pieces.get())
         try:

@@ -79,7 +79,7 @@ class Engines:
             return Workspace(self, rows, cross)
 
     def give(self, workspace: Workspace) -> None:
-        """Stores an idle workspace for the next batch of its size; frees the oldest if there are too many."""
+        """Stores an idle workspace for the next batch of its size; frees the oldest workspaces above the limit."""
         with self.lane.lock:
             self.idle.append(workspace)
             while len(self.idle) > MOST_IDLE:

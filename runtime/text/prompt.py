@@ -142,7 +142,7 @@ class PromptBuilder:
         return self.spec.question.replace("{question}", question)
 
     def with_default(self, text: Text | None) -> Text | str | None:
-        """Returns ``text``, or the bundle's default prompt for None; raises PromptError if it is too long to fit."""
+        """Returns ``text``, or the bundle's default prompt for None; raises PromptError if ``text`` is too long."""
         check_characters_fit(text.texts if isinstance(text, Dialog) else [text or ""], self.max_positions)
         return self.spec.default if text is None else text
 

@@ -49,7 +49,8 @@ estimates were 3 to 34 (``docs/reuse.md``).
 """
 
 EQUAL = 0.02
-"""If the shares of saved time differ by at most this value, the pair with the lower bound of the rate is chosen."""
+"""Pairs of thresholds whose shares of saved time differ by at most this value count as equally fast. Of these pairs,
+the one with the lowest upper bound of the rate of missed changes is chosen."""
 
 LARGEST_SHARE = 0.75
 """The largest quantile of the distances in the recording that is tried as a threshold."""
@@ -337,7 +338,7 @@ def _grid(band: Floats, steps: int) -> list[float]:
 
 
 class _Replay:
-    """Counts, for one pair of thresholds, which frames of a recording would be reused and which changes be missed."""
+    """Counts the frames that one pair of thresholds would reuse in a recording, and the changes that it would miss."""
 
     def __init__(self, thresholds: Thresholds) -> None:
         self.thresholds = thresholds
@@ -345,7 +346,7 @@ class _Replay:
         self.missed: list[int] = []  # of each block of frames
 
     def run(self, near: tuple[list[list[float]], list[list[float]]], texts: Sequence[int]) -> _Replay:
-        """Goes through the recorded frames, and counts.
+        """Counts the reused frames, the audits and the missed changes in the recording; returns this object.
 
         Args:
             near: The distances between frames, from :func:`_band`: of pictures, and of features.

@@ -60,13 +60,13 @@ class ReusingEncoder:
     """An encoder that does not encode a picture again if it hardly differs from the last encoded picture.
 
     Such a picture gets the visual tokens and cross-attention keys of the last encoded picture. If the instruction or
-    the number of queries differs, only the bridge runs again. Each call encodes one row of a batch. Only one thread may
-    use the object.
+    the number of queries differs, only the bridge runs again. Each call encodes one item (a picture, or the pictures of
+    one prompt). Only one thread may use the object.
 
     Args:
         encoder: Encodes the pictures that are not skipped.
         below: A picture is encoded only if its mean absolute difference is at least this share of the range of pixel
-            values: with 0 every picture is encoded, with 1 only the first. If a row has several pictures, the largest
+            values: with 0 every picture is encoded, with 1 only the first. If an item has several pictures, the largest
             difference counts.
         context: Computes the language model's tensors that depend on the pictures only (cross-attention keys), by name.
             They are reused as well.
@@ -101,13 +101,13 @@ class ReusingEncoder:
         clock: StageClock,
         queries: int | None = None,
     ) -> EncodedBatch:
-        """Encodes a row; arguments and errors as in :class:`Encoder`.
+        """Encodes one item, or reuses visual tokens of an earlier item; arguments and errors as in :class:`Encoder`.
 
         Raises:
-            ValueError: More or fewer than one row.
+            ValueError: ``images`` has more or fewer than one item.
         """
         if len(images) != 1:
-            raise ValueError(f"a reusing encoder takes one row a call, not {len(images)}")
+            raise ValueError(f"expected one item in a call of a reusing encoder, got {len(images)}")
         prepared = self._encoder.prepare(images, texts, clock, queries)
         last = self._last
         with clock("preprocess"):

@@ -111,7 +111,7 @@ class MatchQueue(Restarting[Matcher]):
         Raises:
             EngineFaultError: The engine is broken.
             OverloadError: The queue is full, or closed.
-            UsageError: As :func:`expiry`.
+            UsageError: ``deadline`` is outside its range.
         """
         call = MatchCall(steps=steps, inputs=inputs, on_piece=on_piece, on_end=self._remove, expires=expiry(deadline))
         with self._changed:

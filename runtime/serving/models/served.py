@@ -163,7 +163,7 @@ class ServedCaptioner(ServedModel):
 
     @property
     def captioner(self) -> Captioner:
-        """Returns the present captioner; another one after the bundle was loaded again."""
+        """Returns the captioner in use; after the bundle was loaded again, this is a new captioner."""
         return self.engine.captioner
 
     @property

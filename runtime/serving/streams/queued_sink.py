@@ -76,8 +76,8 @@ class TryLaterError(OSError):
 class QueuedSink(Sink):
     """Sends captions in a thread. If the queue is full, the oldest caption in it is dropped.
 
-    A caption is sent again until the receiver accepts or refuses it. If sending fails, this is reported once, and once
-    more when it works again.
+    A caption is sent again until the receiver accepts or refuses it. The first failure is reported; later failures are
+    not, until sending works again, which is reported too.
 
     Args:
         name: The receiver, for messages.

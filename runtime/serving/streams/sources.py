@@ -80,7 +80,7 @@ class Source(Iterator[Frame]):
         self._frames = make(self._closed)
 
     def __next__(self) -> Frame:
-        """Waits for the next frame, and returns this frame."""
+        """Waits for the next frame and returns it."""
         try:
             with self._running:
                 if self._closed.is_set():
@@ -237,7 +237,10 @@ def _folder(folder: str, follow: bool, closed: Ending) -> Frames:
 
 
 class _Version(NamedTuple):
-    """A picture file in a listing of a folder; it compares unequal after the file was written again."""
+    """A picture file in a listing of a folder, with its size and the time of its last change.
+
+    Two objects of the same file are unequal if the file was written in between.
+    """
 
     modified_ns: int
     name: str
@@ -358,7 +361,7 @@ def _by_launch(text: str, closed: Ending) -> Frames:
 
 
 def _check_pipeline() -> None:
-    """Raises BackendError if nothing can read a pipeline."""
+    """Raises BackendError if no installed library or program can read the pictures of a GStreamer pipeline."""
     if gstreamer.pipeline_reader() is None:
         pyav()
 

@@ -164,14 +164,14 @@ class TritonPythonModel:
 
 
 class _Stream:
-    """Sends the responses to one request in decoupled mode."""
+    """Sends the responses to one request in Triton's decoupled mode (several responses to a request)."""
 
     def __init__(self, model: TritonPythonModel, sender: Any) -> None:
         self._model, self._sender = model, sender
         self._begun, self._ended = threading.Event(), False
 
     def begin(self, caption: Request) -> None:
-        """Sets the submitted request; until then, :meth:`send` waits."""
+        """Sets the request that was submitted to the scheduler; :meth:`send` waits until this method is called."""
         self._caption = caption
         self._begun.set()
 

@@ -229,7 +229,7 @@ def test_references_that_do_not_fit(change: str, bundle: Path) -> None:
         values["tokens"] = [["a"]]
     path.write_text(json.dumps(values))
     update(bundle, REFERENCE_OUTPUTS)
-    expected = {"inputs": "seeded inputs of vision_encoder", "outputs": "no reference outputs of the graph bridge"}.get(
+    expected = {"inputs": "random inputs of vision_encoder", "outputs": "no reference outputs of the graph bridge"}.get(
         change, r"reference_outputs\.json cannot be read"
     )
     with pytest.raises(BundleError, match=expected):

@@ -185,7 +185,7 @@ def test_batch() -> None:
     np.testing.assert_array_equal(together, np.stack([ours(image) for image in pair]))
     with pytest.raises(ImageError, match="none"):
         ours.batch([])
-    with pytest.raises(ImageError, match="one processed size"):
+    with pytest.raises(ImageError, match="one size after preprocessing"):
         Preprocessing(size={"shortest_edge": 8}).batch([picture(), picture(3, 20, 20)])
 
 
