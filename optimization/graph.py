@@ -169,7 +169,7 @@ def insert(
     domain: str = CONTRIB,
     **attributes: Any,
 ) -> list[ir.Value]:
-    """Inserts a new node before another.
+    """Inserts a new node before another node.
 
     Args:
         before: The node that the new node is inserted before.

@@ -48,7 +48,7 @@ class ModelConfig(RecipeSection):
     language_from: str = ""
     """A language model or a captioner (directory or hub name) whose language model and tokenizer are used."""
     bridge_from: str = ""
-    """The output of stage 1: its Q-Former is used, and its text head if this run has one."""
+    """A directory that stage 1 wrote: its Q-Former is used, and its text head if this run has a text head."""
     bert: str = ""
     """A BERT (directory or hub name) that initializes a new Q-Former, with its tokenizer."""
     patch_size: int = 8

@@ -141,7 +141,7 @@ def bash_script(arguments: dict[str, list[Argument]], commands: dict[str, str]) 
 
 
 def zsh_script(arguments: dict[str, list[Argument]], commands: dict[str, str]) -> str:
-    """Writes the script for zsh; takes the same arguments as :func:`bash_script`."""
+    """Writes the script for zsh, from the arguments and the summaries of the commands (:func:`bash_script`)."""
 
     def specs(one: Argument) -> list[str]:
         values = f"({' '.join(one.values)})" if one.values else "_files" if one.is_file else " "
@@ -175,7 +175,7 @@ def zsh_script(arguments: dict[str, list[Argument]], commands: dict[str, str]) -
 
 
 def fish_script(arguments: dict[str, list[Argument]], commands: dict[str, str]) -> str:
-    """Writes the script for fish; takes the same arguments as :func:`bash_script`."""
+    """Writes the script for fish, from the arguments and the summaries of the commands (:func:`bash_script`)."""
     lines = ["# Completion of blip2edge for fish. Use it with:  blip2edge completion fish | source"]
     for name, text in commands.items():
         lines.append(f"complete -c blip2edge -f -n __fish_use_subcommand -a {name} -d {_quoted(text)}")

@@ -36,7 +36,11 @@ def filled_address(text: str) -> str:
 
 
 def filled_text(text: str) -> str:
-    """Fills in credentials without encoding; raises the errors of :func:`filled_address`."""
+    """Fills in the credentials of a text, without percent-encoding.
+
+    Raises:
+        UsageError: A variable is not set, a file cannot be read, or one of them is empty.
+    """
     return _PLACE.sub(partial(_value, encode=False), text)
 
 

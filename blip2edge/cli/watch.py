@@ -88,13 +88,13 @@ def _add_reuse(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="reuse the visual tokens of the last encoded frame if the new frame differs from it by less than X (mean "
         "difference of the pixels, 0 to 1); 0: encode every frame; auto: reuse captions too, with thresholds that are "
-        "fitted on the first frames to --miss-rate",
+        "fitted on the first frames so that --miss-rate is kept",
     )
     add_number(
         parser,
         "--miss-rate",
-        "with --reuse-below auto: largest share of the reused frames whose caption may be another one than the frame's "
-        "own, with 95%% confidence (default: 0.05)",
+        "with --reuse-below auto: largest share of wrong captions among the reused captions (the frame's own caption "
+        "would be another one), with 95%% confidence (default: 0.05)",
         kind=positive_number,
         metavar="X",
     )

@@ -43,7 +43,7 @@ def read_gates(decoder: ir.Model, layers: int) -> list[Gate]:
 
     Args:
         decoder: The decoder's graph.
-        layers: Number of layers of the language model, without the gated ones.
+        layers: Number of layers of the language model, without the gated layers.
     """
     found: dict[int, dict[str, Any]] = {}
     for name, value in decoder.graph.initializers.items():

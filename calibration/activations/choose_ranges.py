@@ -38,10 +38,10 @@ LIMIT = 0.01
 """Largest accepted error of a layer's output, as a share of its power (10 % in amplitude)."""
 
 NODE_ABOVE = 1e-3
-"""Divisions that need a node of their own are tried only if the error without a division is larger than this."""
+"""A division of channels that needs its own node is tried only if the error without it is above this value."""
 
 NODE_GAIN = 0.5
-"""A division with a node of its own is used only if its error is less than this share of the error without it."""
+"""A division of channels that needs its own node is used only if it reduces the error to less than this share."""
 
 ALWAYS_ZERO = "its input is always zero"
 

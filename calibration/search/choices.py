@@ -64,7 +64,7 @@ class PartGraphs:
 
     @classmethod
     def of(cls, graphs: Iterable[str], running: Iterable[str]) -> PartGraphs:
-        """Divides the graphs of a bundle into parts. If the model has no bridge, there is no part ``bridge``."""
+        """Groups the graphs of a bundle by part of the model. Without a bridge, there is no part ``bridge``."""
         names = list(graphs)
         single = {name: (name,) for name in (VISION, BRIDGE) if name in names}
         rest = tuple(name for name in names if name not in single)

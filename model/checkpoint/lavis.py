@@ -194,9 +194,10 @@ def _candidates(name: str) -> list[str]:
 
 
 def _touched(found: Mapping[str, Tensor]) -> set[str]:
-    """Returns the name prefixes of the tensors that a file must have, because it has a tensor of the same part.
+    """Returns the prefixes of the names of all tensors that a ``.pth`` file must have.
 
-    The parts are those of :data:`PARTS`; ``found`` are the tensors in the file.
+    If the file has one tensor of a part of the model (:data:`PARTS`), it must have all tensors of this part. ``found``
+    are the tensors in the file.
     """
     return {prefix for part, prefixes in PARTS if any(name.startswith(part) for name in found) for prefix in prefixes}
 

@@ -50,8 +50,8 @@ class DataConfig(RecipeSection):
     copies_gib: Annotated[int, POSITIVE] = 64
     """Largest size in GiB of the local copies of packed shards and of an object store's files, in the user's cache."""
     ratio: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Share of this set in a mixture, relative to the ratios of the others; 0 in all sets: the square root of each
-    set's size."""
+    """Share of this set in a mixture, relative to the ratios of the other sets. If it is 0 in all sets, the square
+    roots of the sets' sizes are the ratios."""
     size: Annotated[int, NOT_NEGATIVE] = 0
     """Number of samples, for a mixture without ratios; 0: they are counted (shards and unlimited scenes cannot be)."""
     shots: Annotated[int, NOT_NEGATIVE] = 0

@@ -118,7 +118,7 @@ def answer_texts(answers: Iterable[Any]) -> tuple[str, ...]:
         answers: Strings, or objects with the field `answer`.
 
     Raises:
-        DataError: An answer is neither.
+        DataError: An answer is neither a string nor such an object.
     """
     texts = []
     for answer in answers:

@@ -256,7 +256,7 @@ def open_stage1(source: str | Path, draft: DraftConfig | None = None, embed_dim:
 
 
 def load_stage1(source: str | Path, draft: DraftConfig | None = None) -> Stage1Model:
-    """Reads a stage-1 model in eval mode, float32; see :func:`open_stage1`."""
+    """Reads a stage-1 model, in eval mode and float32, from a checkpoint that :func:`open_stage1` can open."""
     return open_stage1(source, draft).load()
 
 

@@ -73,7 +73,7 @@ def has_text_side(stage: str, config: TrainingConfig, kept: Stage1Source | None 
 
 
 def build_parts(stage: str, config: TrainingConfig, base: Path) -> ModelParts:
-    """Builds the captioner of a training run; arguments and errors are those of :func:`plan_parts`."""
+    """Plans and builds the captioner of a training run; arguments and errors are those of :func:`plan_parts`."""
     return plan_parts(stage, config, base).build()
 
 
@@ -139,7 +139,7 @@ def _is_retrieval(directory: Path) -> bool:
 
 
 def _opened(name: str, config: TrainingConfig, base: Path) -> Stage1Source:
-    """Opens a model of stage 1. If it has no text head, it gets a new one, with a tokenizer that the recipe names."""
+    """Opens a stage-1 model. If it has no text head, it gets a new text head, with a tokenizer of the recipe."""
     directory = pretrained.resolve(name, base)
     draft = None
     if not (directory / DRAFT_CONFIG).is_file():

@@ -44,7 +44,7 @@ from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.runtime.text.tokenizer import TOKENIZER_BYTES, parse_tokenizer
 
 _IMAGE_TOKEN = "<image>"
-"""The token of a picture in transformers' input_ids, for families that name no other."""
+"""The token of a picture in transformers' input_ids, for families that name no other token."""
 
 PROCESSORS: Mapping[str, str] = {
     "blip-2": "Blip2Processor",

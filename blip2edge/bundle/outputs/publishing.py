@@ -120,9 +120,9 @@ def check_target(target: Path, force: bool, marker: str | None) -> None:
 def publish(fresh: Path, target: Path, *, replace: bool, marker: str | None = None) -> None:
     """Renames a finished directory to its final name.
 
-    Another program may make a directory of this name at any moment. It is replaced only if ``replace`` is True and it
-    holds ``marker``: a rename to a free name fails if the name exists (``renameat2`` of Linux), and after an exchange
-    the old directory is checked, and gets its name back if it must not be replaced.
+    Another program may make a directory of this name at any moment. Such a directory is replaced only if ``replace`` is
+    True and it holds ``marker``. To ensure this, a rename to a free name fails if the name exists (``renameat2`` of
+    Linux). After an exchange of names, the old directory is checked, and gets its name back if it must not be replaced.
 
     An old directory of this name is exchanged for the new one in a single step, so that at any moment one of the two
     has the name and is complete. Where the system or the file system cannot exchange names, the old directory is

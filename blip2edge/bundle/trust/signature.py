@@ -1,7 +1,7 @@
 """Reads signatures of bundles, in the model-signing format of the OpenSSF, and checks them with a public key.
 
-A signature is one file beside the signed ones. It holds the name and the SHA-256 of every file (an in-toto statement in
-a DSSE envelope), signed with an elliptic-curve key (https://github.com/sigstore/model-transparency). The package
+A signature is one file beside the signed files. It holds the name and the SHA-256 of every file (an in-toto statement
+in a DSSE envelope), signed with an elliptic-curve key (https://github.com/sigstore/model-transparency). The package
 model-signing makes and checks signatures, and its own command reads them. Keys are files: nothing is sent anywhere.
 """
 
