@@ -171,7 +171,10 @@ def asked_precisions(model: ir.Model) -> dict[str, int]:
 
 
 def _stored(value: ir.Value | None) -> str:
-    """Returns the type of a matrix before its DequantizeLinear node, such as ``int8``; empty without such a node."""
+    """Returns the dtype in which a quantised matrix is stored (the input of DequantizeLinear), such as ``int8``.
+
+    Returns an empty text if the matrix is not quantised.
+    """
     while value is not None and value.producer() is not None:
         node = value.producer()
         if node is None:

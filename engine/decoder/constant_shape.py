@@ -137,10 +137,10 @@ class _Writer:
         old.name, written.name = None, present
 
     def _token_of_slot(self, new: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Adds nodes that compute, for each slot, which new token belongs into the slot, and if there is one.
+        """Adds nodes that compute which new token is written into each slot of the KV cache.
 
         Returns:
-            The index of the new token, int64 ``[C]``, and whether a new token belongs into the slot, bool ``[C, 1]``.
+            For each slot, the index of the new token, int64 ``[C]``; and whether the slot gets one, bool ``[C, 1]``.
         """
         zero, one = self._constant("cache_zero", 0), self._constant("cache_one", 1)
         scalar = {"start": SLOTS_AXIS, "end": SLOTS_AXIS + 1}

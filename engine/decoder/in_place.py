@@ -47,7 +47,7 @@ SLOTS_AXIS = -2  # TensorRT updates a cache along this axis only
 HIDING = -1e4  # a bias below it hides a slot: its weight is 0 in fp32 and fp16
 BOOL, INT64 = ir.TensorType(ir.DataType.BOOL), ir.TensorType(ir.DataType.INT64)
 COMPARISONS = frozenset({"Greater", "Equal", "LessOrEqual", "Not", "Or", "Sub"})
-"""Operators between the slot numbers of the new tokens and the ``Unsqueeze`` that adds the axis of the rows."""
+"""Operators that exported graphs apply to the slot numbers of the new tokens before they add the axis of the rows."""
 
 
 def in_place_spec(spec: GraphSpec, cache: CacheSpec, capacity: int) -> GraphSpec:
@@ -262,7 +262,7 @@ class _Rewriter:
         return self._masks[hidden]
 
     def _through_cast(self, value: ir.Value, operator: str) -> ir.Node:
-        """Returns the only node with this operator that has as an input ``value``, or the result of a Cast of it."""
+        """Returns the only node with this operator whose input is ``value``, or is the only Cast of ``value``."""
         casts = [node.outputs[0] for node, _ in value.uses() if node.op_type == "Cast"]
         return self._only(casts[0] if len(casts) == 1 else value, operator)
 

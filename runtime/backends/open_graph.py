@@ -203,7 +203,9 @@ class GraphOpener:
 
 
 def _copies(bundle: Bundle, backend: str) -> Iterator[tuple[Backend, Path, OptimizedRecord]]:
-    """Yields the bundle's copy for a backend, then its copy for the backend of the other graphs.
+    """Yields the bundle's optimized copy for a backend.
+
+    If the backend runs the decoder only, then also yields the copy for the backend that runs the other graphs.
 
     Raises:
         BackendError: The backend needs a copy, and the bundle has none that can be used.

@@ -27,8 +27,9 @@ KIND = "optimized"
 RECORD = DERIVED[KIND]
 SCHEMA_VERSION = 2
 PACKAGES = {"cpu": "onnxruntime", "openvino": "openvino", "cuda": "", "cuda-decoder": ""}
-"""For each backend, the package whose version must be the one that made the copy; empty if every version can load it:
-ONNX Runtime still optimizes a copy for CUDA when it is loaded, and compiled kernels are loaded by the driver."""
+"""For each backend, the package that must have the same version as when the copy was made. It is empty if every version
+can load the copy: ONNX Runtime optimizes a copy for CUDA again while loading it, and the driver loads compiled kernels.
+"""
 
 OF_ONE_MACHINE = ("openvino",)
 """Backends whose optimized copies are compiled for one processor, and are not used on other processors."""
@@ -174,7 +175,7 @@ def _usable_record(bundle: Bundle, directory: Path, backend: str) -> OptimizedRe
 
 
 def _check_copy(bundle: Bundle, directory: Path, record: OptimizedRecord, use_stamps: bool) -> None:
-    """Checks the hashes of a copy's files, and that no graph is missing in the list of files."""
+    """Checks the hashes of a copy's files, and that the list of files contains the file of every graph."""
     fix = f"make the copy again: blip2edge optimize {bundle.path} --backend {record.backend}"
     for graph in record.graphs.values():
         if graph.file not in record.files:

@@ -23,8 +23,8 @@ VOCABULARY = 16
 """Random token ids are below this number, so that every vocabulary contains them."""
 
 DRAWN = 17
-"""Number of token ids that :func:`decode` draws for a row. It uses ten, but another number would give other ids, which
-would not fit the outputs that older bundles have recorded."""
+"""Number of random token ids that :func:`decode` draws for a row. Only ten of them are used. If fewer were drawn, the
+ids would differ from those with which the outputs in older bundles were recorded."""
 
 Arrays = dict[str, Array]
 
@@ -126,7 +126,7 @@ def for_steps(context: Mapping[str, Array], steps: int) -> Arrays:
 
 
 def _lengths(spec: GraphSpec) -> dict[str, int]:
-    """Chooses a length for each axis of a graph's inputs, except sums such as ``past + steps``."""
+    """Chooses a length for each axis of a graph's inputs; leaves out axes that are sums, such as ``past + steps``."""
     axes = [dim for tensor in spec.inputs for dim in tensor.dims if not isinstance(dim, int)]
     return {axis.name: _length(axis) for axis in axes if " + " not in axis.name}
 

@@ -386,7 +386,7 @@ def recommended(shape: ModelShape, rows: Sequence[BridgeRow], options: PlanOptio
 
 
 def _fewer_tokens(room: int, queries: int, frames: int) -> str:
-    """Returns advice how a Q-Former's tokens would fit ``room`` free slots: fewer frames, fewer queries, or both."""
+    """Returns advice for a Q-Former with more tokens than ``room`` free slots: fewer frames, fewer queries, or both."""
     ways = []
     if room >= queries:
         ways.append(f"take at most {_counted(room // queries, 'frame', 'frames')}")

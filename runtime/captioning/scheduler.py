@@ -204,7 +204,7 @@ class Scheduler:
             self._end(error)
 
     def _end(self, error: BaseException) -> None:
-        """Closes the scheduler after an error, with which every open request fails. A second error changes nothing."""
+        """Closes the scheduler after an error; every open request fails with ``error``. A second call does nothing."""
         with self._changed:
             if self._failure is not None:
                 return

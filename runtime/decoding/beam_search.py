@@ -150,7 +150,7 @@ class _BeamGroup:
     ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
         """Returns the K best continuations of the beams: scores [K], numbers of the continued beams [K], texts.
 
-        The texts are token ids [K,max_new_tokens]; K is the number at the top of this file.
+        The texts are token ids [K,max_new_tokens]; K is max(2, 1 + number of end tokens) × num_beams.
         """
         keep = max(2, 1 + len(self._options.eos_token_ids)) * self._options.num_beams
         flat = log_probs.reshape(-1)

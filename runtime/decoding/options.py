@@ -120,7 +120,7 @@ class GenerationOptions:
         suppress_tokens: Ids that are never generated.
         begin_suppress_tokens: Ids that are not generated as the first token of the text.
         forced_bos_token_id: The first generated id, if the text starts from a single id.
-        forced_eos_token_id: The last id of a text of `max_new_tokens` is the likeliest of these.
+        forced_eos_token_id: If a text reaches `max_new_tokens`, its last id is the likeliest of these ids.
         exponential_decay_length_penalty: (start, factor): from `start` generated tokens on, the end tokens' scores
             grow by |score| (factor ** (tokens - start) - 1).
         remove_invalid_values: NaN and infinite scores become finite.
@@ -132,8 +132,8 @@ class GenerationOptions:
         top_logprobs: Number of likeliest tokens whose log-probabilities the result has at each token, at most
             :data:`MAX_TOP_LOGPROBS`; not with beam search.
         abstain_below: The text is empty if its confidence is below this (docs/confidence.md); None: never.
-        queries: Number of visual tokens of each picture, of an elastic bundle: the first of the bridge's queries. None
-            for all.
+        queries: For an elastic bundle, the number of visual tokens of each picture (from the bridge's first queries);
+            None for all.
 
     Raises:
         UsageError: A value is outside its range, or two contradict each other.

@@ -42,10 +42,10 @@ BLOCK = 200
 """Number of frames in a block, for the design effect. Missed changes of one block count as dependent."""
 
 LEAST_EFFECT = AUDIT_EVERY / 2
-"""Smallest design effect: the average number of frames from an overlooked change to the next audit.
+"""Smallest value of the design effect: the average number of frames from an overlooked change to the next audit.
 
-A smallest value is needed because a recording of few scenes gives too low an estimate: on six films of 2,000 frames the
-estimates were 3 to 34 (``docs/reuse.md``).
+It replaces lower estimates, because a recording of few scenes gives estimates that are too low: 3 to 34 on six films of
+2,000 frames (``docs/reuse.md``).
 """
 
 EQUAL = 0.02
@@ -189,7 +189,7 @@ def upper_bound(missed: float, frames: float, level: float) -> float:
 
 
 def frames_needed(rate: float) -> int:
-    """Returns the least number of reused frames, all with the right caption, that the first fit needs for a rate."""
+    """Returns how many reused frames, all with the right caption, the first fit needs to show that a rate is kept."""
     points = 4 * SKIP_STEPS * CAPTION_STEPS - 1  # zero, the quantiles and the means between them
     return math.ceil(LEAST_EFFECT * math.log(_level(1, points)) / math.log1p(-rate))
 

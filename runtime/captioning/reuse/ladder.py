@@ -58,7 +58,7 @@ from blip2edge.runtime.decoding.options import GenerationOptions, check_integer,
 from blip2edge.runtime.images.video import ItemSource
 
 Step = Literal["full", "fit", "skip", "features", "caption", "audit"]
-"""How a frame was captioned: one of the words in the diagram at the top of this file, ``fit``, or ``audit``."""
+"""How a frame was captioned; the text at the top of this file explains the words. ``fit``: in full, and recorded."""
 
 REUSED: frozenset[Step] = frozenset(("skip", "features", "caption"))
 """Steps that reuse the caption or the visual tokens of an earlier frame."""
@@ -122,7 +122,7 @@ class _Shown:
 
 
 class ReuseLadder:
-    """Captions frames one by one, and reuses the last caption if it is probably still right. For a single thread.
+    """Captions frames one by one, and reuses the last caption if it is probably still right. Use it in one thread only.
 
     Args:
         encoder: Encodes pictures and prompts.

@@ -124,7 +124,7 @@ class FixedState(SlotState):
     def _shift(self, row: int, by: int) -> None:
         """Moves a row's keys, values and mask ``by`` slots to the right (to the left if negative).
 
-        ``self.slot`` must be the end of the row's tokens: after the move if they move to the right, else before it.
+        ``self.slot`` must be the slot after the row's last token: after a move to the right, or before one to the left.
         """
         length = self.slot - max(by, 0)
         self.cache.shift(row, by, length)
