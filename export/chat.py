@@ -168,7 +168,7 @@ def conversation_texts(render: Render) -> dict[str, str]:
 
 
 def _attempt(make: Callable[[], dict[str, str]]) -> dict[str, str]:
-    """Calls ``make``; returns an empty dict if it raises an error, because the chat template refuses a message."""
+    """Calls ``make``; returns an empty dict if the chat template refuses a message, which raises an error."""
     try:
         return make()
     except Exception:  # noqa: BLE001 - see above

@@ -61,8 +61,9 @@ class VisionGraph(nn.Module):
 class BridgeGraph(nn.Module):
     """The module that is traced for the bridge: maps ``image_embeds`` to ``visual_tokens``.
 
-    Some bridges have more inputs: the instruction (InstructBLIP), and the numbers of the queries to use (an elastic
-    bridge). If the checkpoint has a draft model, the keys and values of the query tokens are more outputs.
+    Some bridges have more inputs: the instruction (InstructBLIP), and the indices of the queries to use (an elastic
+    bridge: it works with several numbers of queries). If the checkpoint has a draft model, the keys and values of the
+    query tokens are more outputs.
     """
 
     def __init__(self, model: CaptionerModel) -> None:
@@ -77,7 +78,7 @@ class BridgeGraph(nn.Module):
         Args:
             image_embeds: ``[B, P, Dv]``.
             *rest: Token ids and mask of the instruction, int64 ``[B, T]`` each, if the bridge has an instruction; then
-                ``query_ids``, int64 ``[B, Q]``, if the bridge is elastic.
+                ``query_ids``, int64 ``[B, Q]``, if the bridge works with several numbers of queries (elastic).
         """
         instruction, queries = (rest[:-1], {QUERY_IDS: rest[-1]}) if self.elastic else (rest, {})
         if not self.has_draft:

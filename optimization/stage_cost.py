@@ -101,7 +101,7 @@ def _product(node: ir.Node, known: Mapping[str, int], read: set[str]) -> StageCo
 
 
 def _stored(value: ir.Value | None) -> ir.Value | None:
-    """Returns the initializer from which a factor is computed by DequantizeLinear or Cast; None for an activation."""
+    """Returns the initializer behind an operand, before DequantizeLinear or Cast; None if it is an activation."""
     for kind in STORED:
         node = producer(value, kind)
         if node is not None:

@@ -260,8 +260,8 @@ class ModelShape:
         keep_class: Whether the bridge gets the class token and all other tokens before the patches. If False, a LLaVA
             drops the first embedding; with a SigLIP, which has no class token, that is the first patch.
         queries: Number of query tokens of the bridge; 0 for a bridge without query tokens.
-        least_queries: Smallest number of query tokens that the bridge works with: ``queries`` for a bundle that is not
-            elastic; 1 for a checkpoint, which can still be trained with fewer query tokens.
+        least_queries: Smallest number of query tokens that the bridge works with: ``queries`` for a bundle whose bridge
+            needs all query tokens; 1 for a checkpoint, which can still be trained with fewer query tokens.
         slots: Number of text positions for a picture's visual tokens; 0 if the decoder cross-attends to the picture.
         frames: Pictures of an item.
         max_positions: Longest context in tokens.

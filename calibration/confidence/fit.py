@@ -129,7 +129,7 @@ def thinned(blocks: Sequence[list[float]]) -> list[list[float]]:
 
 
 def isotonic(under: Fit) -> Fit:
-    """Returns a function that fits an isotonic regression over another fit's score, by pooling adjacent violators."""
+    """Returns a function that fits an isotonic regression on the score of another fit (pool adjacent violators)."""
 
     def fit(rows: Rows, right: Right) -> Score:
         first = under(rows, right)

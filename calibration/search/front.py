@@ -161,7 +161,7 @@ def _by_loss(point: FormatPoint) -> tuple[Any, ...]:
 
 
 def _distance(one: FormatPoint, other: FormatPoint, front: Sequence[FormatPoint]) -> float:
-    """Computes the distance of two combinations from time, size and loss, each divided by its range on the front."""
+    """Computes the distance of two combinations; time, size and loss are divided by their ranges on the front."""
     total = 0.0
     for mine, theirs, *values in zip(*map(_logarithms, (one, other, *front)), strict=True):
         span = max(values) - min(values) or 1.0

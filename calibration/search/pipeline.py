@@ -191,7 +191,7 @@ def _measure_plan(scored: Sequence[CalibrationPicture], limit: DropLimit, thread
 
 
 def _caption_loss(scored: Sequence[CalibrationPicture], cider: CaptionScore | None) -> DropLimit:
-    """Returns the measure of the loss: CIDEr if every picture has references, otherwise the share of changes."""
+    """Returns the measure of the loss: CIDEr if every picture has references, else the share of changed captions."""
     return DropLimit(0.0, cider if all(picture.references() for picture in scored) else None)
 
 

@@ -26,7 +26,7 @@ class BoardTimer:
     """Predicts the milliseconds of each stage of a caption on a board.
 
     Args:
-        parent: The original bundle.
+        parent: The bundle before calibration.
         board: The board.
         tokens: Length of a caption in tokens.
         prompt: Number of tokens of the prompt, without visual tokens.

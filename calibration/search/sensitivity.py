@@ -105,7 +105,7 @@ class DivergenceMeter:
     """Measures, over some pictures, how much the logits change if some of the original graphs are replaced.
 
     Args:
-        parent: The original bundle.
+        parent: The bundle before calibration.
         pictures: The pictures.
         texts: Token ids of the original bundle's caption of each picture.
         threads: CPU threads; None for all cores.

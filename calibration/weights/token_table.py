@@ -36,7 +36,7 @@ def write_rows(table: TokenTable, path: Path, progress: Callable[[int, int], Non
     """Writes a token embedding table ``[V, D]`` as integers with scales, one row per token.
 
     Args:
-        table: The table of the original bundle.
+        table: The table of the bundle before calibration.
         path: The new file.
         progress: Called with rows done and rows in all.
 

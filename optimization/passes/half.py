@@ -1,7 +1,8 @@
 """Changes the floating type of a whole graph: to FP32 for the passes, and to FP16 afterwards.
 
 The passes can rewrite only graphs in FP32. So a graph in FP16 is first widened: its casts disappear. When the passes
-are done, all floating tensors become FP16, except in nodes that FP16 would overflow or round too much. Large weights
+are done, all floating tensors become FP16, except in nodes whose values would overflow or be rounded too much. Large
+weights
 are converted one by one when they are written. A weight that was FP16 in the bundle is not converted: the bundle's own
 tensor is used.
 """
@@ -168,7 +169,7 @@ def converted(value: ir.Value, read: Callable[[], Array], target: ir.DataType) -
 
 
 def needing_fp32(graph: ir.Graph) -> dict[ir.Node, None]:
-    """Finds the nodes of a graph that FP16 would overflow or round too much, in the order of the graph."""
+    """Finds the nodes whose values would overflow or be rounded too much in FP16, in the order of the graph."""
     kept = {node for node in graph if node.op_type in FRAGILE or node.meta.get(IN_FP32)}
     for node in list(kept):
         before = node.inputs[0].producer() if node.inputs[0] is not None else None

@@ -50,7 +50,7 @@ class Averages:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Puts the averages into the module during a ``with`` block; afterwards puts its own weights back."""
+        """Puts the averages into the module during a ``with`` block; afterwards puts the module's weights back."""
         self.exchange()
         try:
             yield

@@ -154,7 +154,7 @@ _NAMES = {
 
 
 def _written(token: str) -> list[str]:
-    """Returns the tokens of one match: lower case; a bracket as its name; some matches as two words."""
+    """Returns the tokens of one match, in lower case: a bracket becomes its name, some matches become two words."""
     token = token.lower().translate(_SIGNS)
     if token in _NAMES:
         return [_NAMES[token]]

@@ -200,7 +200,7 @@ class GenerativeStage(nn.Module):
         return self
 
     def begin_step(self, step: int) -> None:
-        """Draws the number of queries of a step, if the training is elastic; call it before the step's forward pass."""
+        """Draws the number of queries of a step, if it varies (elastic training); call it before the forward pass."""
         if self._elastic is not None:
             self._queries = self._elastic(step)
 
@@ -225,7 +225,7 @@ class GenerativeStage(nn.Module):
         return {"lm": loss, "itg": own, "loss": loss + self.itg_weight * own}
 
     def gauges(self) -> dict[str, float]:
-        """Returns values for the log: number of queries in the last step (elastic); mean |tanh| of Flamingo's gates."""
+        """Returns values for the log: the last step's number of queries (elastic); mean |tanh| of the gates."""
         found = {"queries": float(self._queries)} if self._queries else {}
         for name, parameter in self.language.named_parameters():
             if name.endswith("_gate"):
