@@ -27,10 +27,7 @@ INSTRUCTION = ("instruction_ids", "instruction_mask")
 """Inputs of a bridge that reads an instruction: int64 ``[B, T]``, padded on the right."""
 
 QUERY_IDS = "query_ids"
-"""Input of a bridge that works with several numbers of queries (elastic): the indices of the queries to use.
-
-int64 ``[B, Q]``, 0 to Q - 1 in each row.
-"""
+"""Input of an elastic bridge, which works with several numbers Q of queries: 0 to Q - 1, int64 ``[B, Q]``."""
 
 EMBEDDINGS_FILE = "embed_tokens.safetensors"
 EMBEDDINGS_TENSOR = "embed_tokens"

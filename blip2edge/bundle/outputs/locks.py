@@ -326,10 +326,7 @@ def _escaped(name: str) -> str:
 
 
 def _clean(part: Path, target: Path, keep: tuple[str, ...]) -> None:
-    """Removes the files in the directory of a run, the lock file last.
-
-    The old output (``old``) and the lock file stay if no output exists under the final name.
-    """
+    """Removes a run's files, the lock file last. If ``target`` does not exist, the lock file and ``old`` stay."""
     if is_kept(part):
         return
     with contextlib.suppress(OSError):
