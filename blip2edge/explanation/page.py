@@ -38,6 +38,8 @@ def explanation_page(document: Mapping[str, Any], title: str, images: Mapping[st
     if document["gates"]:
         body += _gates(document["gates"], images)
     body += "".join(_picture(picture, images) for picture in document["pictures"] if picture["shown"])
+    if document["broken"]:
+        body += _broken(document["broken"], len(document["pictures"]))
     return html_page(f"{title}: queries", body)
 
 
@@ -107,3 +109,11 @@ def _picture(picture: Mapping[str, Any], images: Mapping[str, str]) -> str:
         "Every map has its own scale. The dark parts are not part of the model's input.</p>"
     )
     return f"<section><h2>{escape(picture['image'])}</h2>{note}{''.join(parts)}</section>"
+
+
+def _broken(broken: Sequence[Mapping[str, str]], usable: int) -> str:
+    rows = [[escape(picture["image"]), escape(picture["error"])] for picture in broken]
+    return (
+        f"<section><h2>Skipped pictures</h2><p>{len(broken)} of {len(broken) + usable} pictures could not be read. "
+        f"They are in none of the figures.</p>{html_table(('picture', 'reason'), 'll', rows)}</section>"
+    )

@@ -26,6 +26,7 @@ from blip2edge.explanation.queries import QueryComparison
 from blip2edge.graph_files import load_graph
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.packages import require
+from blip2edge.picture_files import printable
 from blip2edge.progress import ProgressCallback, counted
 from blip2edge.runtime.images.preprocess import DeferredImage, ImageSource, load_image
 
@@ -151,7 +152,7 @@ def _gates_of(bundle: Bundle) -> list[Gate]:
 def _empty_document(bundle: Bundle) -> dict[str, Any]:
     keys = ("grid", "queries", "heads", "prompt", "similarity")
     whole = {"schema_version": SCHEMA, "bundle": str(bundle.path), "family": bundle.manifest.family}
-    return {**whole, "precision": "", "layers": [], **dict.fromkeys(keys), "pictures": []}
+    return {**whole, "precision": "", "layers": [], **dict.fromkeys(keys), "pictures": [], "broken": []}
 
 
 def _explained(
@@ -168,16 +169,19 @@ def _explained(
     """
     compared, heads = QueryComparison(), 0
     pictures: list[dict[str, Any]] = []
+    broken: list[dict[str, str]] = []
     failures: list[ImageError] = []
     for number, source in enumerate(counted(images, len(images), progress)):
+        name = _name(source, number)
         try:
             picture = load_image(source, limits)
             weights, tokens, heads = probe(picture)
         except ImageError as error:
             failures.append(error)
+            broken.append({"image": name, "error": printable(error.problem)})
             continue
         compared.add(tokens)
-        view, name = view_of(probe.preprocessing, *picture.size, probe.grid), _name(source, number)
+        view = view_of(probe.preprocessing, *picture.size, probe.grid)
         layers = [_layer_record(layer, view) for layer in weights]
         shown = len(pictures) < maps
         for layer, record in zip(weights, layers, strict=True) if shown else ():
@@ -198,6 +202,7 @@ def _explained(
         "prompt": probe.instruction,
         "similarity": {"file": MATRIX, **similarity.to_json()},
         "pictures": pictures,
+        "broken": broken,
     }
     return document, failures
 
@@ -220,10 +225,10 @@ def _layer_record(layer: LayerWeights, view: View) -> dict[str, Any]:
 
 
 def _name(source: ImageSource, number: int) -> str:
-    """Returns a picture's name: its path, or its number if it has no path."""
+    """Returns a picture's name for the files of the report: its path, or its number if it has no path."""
     if isinstance(source, DeferredImage):
-        return source.name
-    return str(source) if isinstance(source, (str, Path)) else f"picture {number}"
+        return printable(source.name)
+    return printable(str(source)) if isinstance(source, (str, Path)) else f"picture {number}"
 
 
 def _file_stem(name: str) -> str:

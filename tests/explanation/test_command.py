@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -18,6 +19,7 @@ pytest.importorskip("onnxruntime", reason="bundles run on ONNX Runtime")
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.manifest import MANIFEST, MergingRecord
 from blip2edge.cli import main
+from blip2edge.explanation.pipeline import explain
 from blip2edge.export.pipeline import export_checkpoint
 from tests.drawing import draw_pictures
 from tests.families import drawing_blip, drawing_llama
@@ -71,22 +73,42 @@ def test_files_page_and_json(
 def test_a_broken_picture_does_not_end_the_command(
     tiny_bundle: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken <i>.png").write_bytes(b"no picture")
     out = tmp_path / "out"
-    several = [str(tmp_path / "broken.png"), str(pictures / "0.png"), str(pictures / "turned <b>.png")]
+    several = [str(tmp_path / "broken <i>.png"), str(pictures / "0.png"), str(pictures / "turned <b>.png")]
     assert main(words(tiny_bundle, out, *several)) == 1
     told = capsys.readouterr()
-    assert "broken.png: not a picture" in told.err
+    assert "broken <i>.png: not a picture" in told.err
     assert "of 16" in told.out
     assert told.out.splitlines()[-1] == str(out / "explain.html")
     page = (out / "explain.html").read_text(encoding="utf-8")
     assert "turned &lt;b&gt;.png" in page
     assert "turned <b>" not in page
+    document = json.loads((out / "explain.json").read_text(encoding="utf-8"))
+    assert [Path(each["image"]).name for each in document["pictures"]] == ["0.png", "turned <b>.png"]
+    assert [Path(each["image"]).name for each in document["broken"]] == ["broken <i>.png"]
+    assert "not a picture" in document["broken"][0]["error"]
+    assert "Skipped pictures" in page
+    assert "1 of 3 pictures could not be read" in page
+    assert "broken &lt;i&gt;.png" in page
     assert main(words(tiny_bundle, out, str(pictures))) == 1
     assert "exists" in capsys.readouterr().err
     assert main(words(tiny_bundle, out, str(pictures), "--force")) == 0
-    assert main(words(tiny_bundle, tmp_path / "none", str(tmp_path / "broken.png"))) == 1
+    assert json.loads((out / "explain.json").read_text(encoding="utf-8"))["broken"] == []
+    assert "Skipped pictures" not in (out / "explain.html").read_text(encoding="utf-8")
+    assert main(words(tiny_bundle, tmp_path / "none", str(tmp_path / "broken <i>.png"))) == 1
     assert not (tmp_path / "none").exists()
+
+
+def test_a_name_that_is_no_text(tiny_bundle: Path, pictures: Path, tmp_path: Path) -> None:
+    """Bytes of a file name that are not UTF-8 can stand in no JSON or HTML file as they are."""
+    names = [os.fsdecode(os.fsencode(tmp_path) + name) for name in (b"/good \xff.png", b"/bad \xff.png")]
+    shutil.copyfile(pictures / "0.png", names[0])
+    Path(names[1]).write_bytes(b"")
+    report = explain(names, tiny_bundle, tmp_path / "out", threads=1)
+    assert report.document["pictures"][0]["image"].endswith("good \\xff.png")
+    assert report.document["broken"][0]["image"].endswith("bad \\xff.png")
+    assert "bad \\xff.png: the file is empty" in report.document["broken"][0]["error"]
 
 
 def test_what_it_refuses(tiny_bundle: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
