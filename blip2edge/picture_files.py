@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from blip2edge.errors import DataError, ImageError
 from blip2edge.reading import reading
@@ -83,17 +83,46 @@ def is_broken_link(path: str | Path) -> bool:
     return os.path.islink(path) and not os.path.exists(path)
 
 
-def visible_files(folder: Path) -> list[Path]:
-    """Lists the regular files of a folder and of its subfolders, sorted by name.
+class FolderFiles(NamedTuple):
+    """The files of a folder and of its subfolders.
 
-    Links to files that do not exist are listed too. Files and subfolders whose name begins with a dot are skipped, such
-    as the ``._`` files that macOS makes.
+    Attributes:
+        files: The files, sorted by name.
+        unreadable: Why a folder cannot be listed, by its path: the folder itself, or one of its subfolders.
     """
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts) and is_file_or_broken_link(path)
-    ]
+
+    files: list[Path]
+    unreadable: dict[Path, str]
+
+
+def visible_files(folder: Path) -> FolderFiles:
+    """Lists the regular files of a folder and of its subfolders.
+
+    Links to files that do not exist are listed too; links to folders are not followed. Files and subfolders whose name
+    begins with a dot are skipped, such as the ``._`` files that macOS makes.
+    """
+    files: list[Path] = []
+    unreadable: dict[Path, str] = {}
+    waiting = [folder]
+    while waiting:
+        place = waiting.pop()
+        try:
+            with os.scandir(place) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(place / entry.name)
+                    elif is_file_or_broken_link(entry.path):
+                        files.append(place / entry.name)
+        except OSError as error:
+            unreadable[place] = folder_problem(error)
+    return FolderFiles(sorted(files), dict(sorted(unreadable.items())))
+
+
+def folder_problem(error: OSError) -> str:
+    """Returns why a folder cannot be listed, for messages."""
+    return f"the folder cannot be read ({error.strerror or error})"
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ def picture_warnings(pictures: PictureSet) -> list[str]:
             f"at least {ADVISED} calibration pictures are advised, got {len(pictures)}: "
             "larger values on other pictures will saturate"
         )
+    warnings += [f"{each}; its pictures are left out" for each in pictures.unreadable]
     if pictures.skipped:
         warnings.append(f"{len(pictures.skipped)} pictures cannot be read; the first is {pictures.skipped[0]}")
     return warnings

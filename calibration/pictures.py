@@ -95,11 +95,13 @@ class PictureSet:
         pictures: The pictures, in order.
         sha256: One hash over the bytes of all pictures, in order.
         skipped: Names of files that could not be read as pictures.
+        unreadable: Folders that could not be read, each with the reason.
     """
 
     pictures: tuple[CalibrationPicture, ...]
     sha256: str
     skipped: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -129,10 +131,13 @@ def choose_pictures(
         DataError: No picture can be read, or a shard is damaged.
     """
     root = Path(source)
-    found = [CalibrationPicture(path, stored, limits) for path, stored in _search(root)]
+    listed, unreadable = _search(root)
+    found = [CalibrationPicture(path, stored, limits) for path, stored in listed]
     if not found:
+        missed = "".join(f"; {path}: {problem}" for path, problem in unreadable.items())
         raise DataError(
-            f"{root}: expected pictures ({', '.join(sorted(PICTURE_SUFFIXES))}) or .tar shards of them, found none",
+            f"{root}: expected pictures ({', '.join(sorted(PICTURE_SUFFIXES))}) or .tar shards of them, found none"
+            f"{missed}",
             f"give {option('images')} a folder of pictures like those of the application",
         )
     chosen = range(len(found)) if len(found) <= count else [at * len(found) // count for at in range(count)]
@@ -162,26 +167,30 @@ def choose_pictures(
         )
     if progress is not None:
         progress(total, total)
-    return PictureSet(tuple(kept), digest.hexdigest(), tuple(skipped))
+    closed = tuple(f"{printable(str(path))}: {problem}" for path, problem in unreadable.items())
+    return PictureSet(tuple(kept), digest.hexdigest(), tuple(skipped), closed)
 
 
-def _search(root: Path) -> Iterator[tuple[Path, ShardFile | None]]:
+def _search(root: Path) -> tuple[list[tuple[Path, ShardFile | None]], dict[Path, str]]:
+    """Finds the pictures of a folder or of one shard; returns them, and why a folder cannot be read, by its path."""
     if root.is_file() and root.suffix.lower() == SHARD_SUFFIX:
-        yield from _shard(root)
-        return
+        return list(_shard(root)), {}
     if not root.is_dir():
         raise DataError(
             f"{root}: expected a folder of pictures or a .tar shard, found neither",
             f"give {option('images')} a folder that exists",
         )
-    for path in visible_files(root):
+    files, unreadable = visible_files(root)
+    found: list[tuple[Path, ShardFile | None]] = []
+    for path in files:
         if path.suffix.lower() == SHARD_SUFFIX:
-            yield from _shard(path)
+            found += _shard(path)
         elif path.suffix.lower() in PICTURE_SUFFIXES:
-            yield path, None
+            found.append((path, None))
+    return found, unreadable
 
 
-def _shard(path: Path) -> Iterator[tuple[Path, ShardFile]]:
+def _shard(path: Path) -> Iterator[tuple[Path, ShardFile | None]]:
     """Yields the pictures of a shard, ordered by name: the shard's path and the place of the picture in the shard."""
     with open_shard(path) as files:
         pictures = [file for file, _ in files if file.is_picture]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge.errors import ImageError, UsageError
-from blip2edge.picture_files import PICTURE_SUFFIXES, is_file_or_broken_link, visible_files
+from blip2edge.picture_files import PICTURE_SUFFIXES, folder_problem, is_file_or_broken_link, visible_files
 from blip2edge.runtime.images.download import WEB, download
 from blip2edge.special_files import open_file
 
@@ -154,18 +154,24 @@ def _is_pipe(word: str) -> bool:
 
 
 def _of_folder(word: str) -> list[PictureArgument]:
-    found = [str(path) for path in visible_files(Path(word)) if path.suffix.lower() in PICTURE_SUFFIXES]
-    if not found:
+    files, unreadable = visible_files(Path(word))
+    found = [str(path) for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
+    broken = [_unlisted(str(path), problem) for path, problem in unreadable.items()]
+    if not found and not broken:
         suffixes = ", ".join(sorted(PICTURE_SUFFIXES))
         error = ImageError(
             f"{word}: expected a folder of pictures ({suffixes}), found none", "name a folder that contains pictures"
         )
         return [_unreadable(word, error)]
-    return [PictureArgument(path, found=True) for path in found]
+    return [*(PictureArgument(path, found=True) for path in found), *broken]
 
 
 def _of_pattern(word: str, videos: bool) -> list[PictureArgument]:
-    """Finds the files that match a glob pattern; ``**`` matches any number of folders."""
+    """Finds the files that match a glob pattern; ``**`` matches any number of folders.
+
+    A folder of the pattern that cannot be read counts as one picture that cannot be read.
+    """
+    broken = [] if videos else list(_unlisted_folders(word))
     matches = sorted(glob.glob(word, recursive=True))
     if not videos:
         any_suffix = not glob.has_magic(os.path.splitext(word)[1] or "*")  # photos/*.jpg names the suffix itself
@@ -174,10 +180,31 @@ def _of_pattern(word: str, videos: bool) -> list[PictureArgument]:
             for path in matches
             if is_file_or_broken_link(path) and (any_suffix or os.path.splitext(path)[1].lower() in PICTURE_SUFFIXES)
         ]
-    if not matches:
+    if not matches and not broken:
         error = ImageError(f"{word}: no picture matches this pattern", "check the folder and the suffix in the pattern")
         return [_unreadable(word, error)]
-    return [PictureArgument(path, found=True) for path in matches]
+    return [*(PictureArgument(path, found=True) for path in matches), *broken]
+
+
+def _unlisted_folders(pattern: str) -> Iterator[PictureArgument]:
+    """Yields the folders that a pattern names and that cannot be read: glob skips them silently."""
+    places: set[str] = set()
+    folder = os.path.dirname(pattern)
+    while glob.has_magic(folder):
+        places.update(glob.glob(os.path.join(folder, ""), recursive=True))
+        folder = os.path.dirname(folder)
+    places.add(folder or os.curdir)
+    for place in sorted(places):
+        try:
+            os.scandir(place).close()
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # a pattern without a match
+        except OSError as error:
+            yield _unlisted(place.rstrip(os.sep) or place, folder_problem(error))
+
+
+def _unlisted(folder: str, problem: str) -> PictureArgument:
+    return _unreadable(folder, ImageError(f"{folder}: {problem}", "check the folder's permissions"))
 
 
 def _unreadable(name: str, error: ImageError) -> PictureArgument:

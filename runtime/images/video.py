@@ -152,7 +152,9 @@ def _check_frames(total: int, name: str, limits: Limits) -> None:
 
 
 def _from_folder(folder: Path) -> list[ImageSource]:
-    files = [path for path in folder.iterdir() if is_file_or_broken_link(path) and not path.name.startswith(".")]
+    with reading(folder, "a folder", ImageError):
+        listed = list(folder.iterdir())
+    files = [path for path in listed if is_file_or_broken_link(path) and not path.name.startswith(".")]
     if not files:
         raise ImageError(f"{folder}: expected a folder of frames, got an empty one")
     return [*sorted(files, key=lambda path: _by_number(path.name))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from blip2edge.errors import DataError
@@ -33,10 +34,11 @@ def read_folder(directory: Path, max_broken: int) -> tuple[list[Entry], BrokenSa
     """
     if not directory.is_dir():
         raise DataError(f"expected a folder of pictures and texts, but {directory} is not a folder")
-    files = visible_files(directory)
+    files, unreadable = visible_files(directory)
     pictures = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
     texts = {path.with_suffix(""): path for path in files if path.suffix == ".txt"}
     broken = BrokenSamples(str(directory), max_broken)
+    _add_unreadable(unreadable, directory, broken)
     entries = []
     for path in pictures:
         name = str(path.relative_to(directory))
@@ -57,13 +59,23 @@ def read_folder(directory: Path, max_broken: int) -> tuple[list[Entry], BrokenSa
     return entries, broken
 
 
-def read_pictures(directory: Path) -> list[Entry]:
-    """Returns an entry without text for each picture in a folder and its subfolders; none if there are .txt files."""
-    files = visible_files(directory)
+def read_pictures(directory: Path, broken: BrokenSamples) -> list[Entry]:
+    """Returns an entry without text for each picture in a folder and its subfolders; none if there are .txt files.
+
+    Subfolders that cannot be read are added to `broken`, if there are no .txt files.
+    """
+    files, unreadable = visible_files(directory)
     if any(path.suffix == ".txt" for path in files):
         return []
+    _add_unreadable(unreadable, directory, broken)
     names = [(str(path.relative_to(directory)), path) for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
     return [Entry(name, name, FilePicture(path)) for name, path in names]
+
+
+def _add_unreadable(unreadable: Mapping[Path, str], directory: Path, broken: BrokenSamples) -> None:
+    """Adds each folder that cannot be read to the broken samples, as one sample."""
+    for path, problem in unreadable.items():
+        broken.add(str(path.relative_to(directory)), problem)
 
 
 def _captions(path: Path | None, picture: str, broken: BrokenSamples) -> list[str]:

@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from blip2edge.bundle.schema import BackendName
-from blip2edge.errors import UsageError, option
+from blip2edge.errors import Blip2EdgeError, UsageError, option
+
+JUDGES = {
+    "clip": f"{option('clip')} BUNDLE, a bundle or checkpoint that compares pictures with texts (CLIP)",
+    "reader": f"{option('reader')} BUNDLE, a bundle or checkpoint with a language model, on data with questions",
+}
+"""What the user gives for the metrics that need no captions, by the metric and its option."""
 
 Vectors = NDArray[np.float32]
 Prompts = Sequence[str | None]
@@ -92,12 +98,37 @@ class EvaluatedModel:
     matcher: MatchModel | None = None
 
 
+def without_captions(error: type[Blip2EdgeError], data: str, bare: int, total: int) -> Blip2EdgeError:
+    """Returns the error for pictures without captions; it names what scores a captioner without them.
+
+    Args:
+        error: Class of the error.
+        data: Name of the data.
+        bare: Number of pictures without a caption.
+        total: Number of all pictures.
+    """
+    return error(
+        f"{data}: {bare} of the {total} pictures have no captions to compare with",
+        "write the captions of dog.jpg to dog.txt, one a line; or score a captioner without them: "
+        + ", or ".join(JUDGES.values()),
+    )
+
+
 def needs_picture(path: Path) -> UsageError:
     """Returns the error for the language model of ``path``, which cannot be run without a picture."""
     return UsageError(
         f"the language model of {path} attends to a picture in each layer, and cannot read a caption alone",
         f"give {option('reader')} a language model, or a captioner whose language model takes visual tokens (BLIP-2,"
         " InstructBLIP, LLaVA)",
+    )
+
+
+def compares_only(path: Path) -> UsageError:
+    """Returns the error for a reader ``path`` that has no language model, because it compares pictures with texts."""
+    return UsageError(
+        f"expected {option('reader')} to have a language model, but {path} compares pictures with texts",
+        f"give {option('reader')} a language model, or a captioner whose language model takes visual tokens (BLIP-2,"
+        f" InstructBLIP, LLaVA); a model that compares is for {option('clip')}",
     )
 
 

@@ -9,8 +9,8 @@ from PIL import Image
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.hub.download import find_bundle
-from blip2edge.bundle.manifest import MANIFEST
-from blip2edge.errors import BundleError, UsageError
+from blip2edge.bundle.manifest import MANIFEST, read_manifest
+from blip2edge.errors import BundleError, UsageError, option
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.matcher import Matcher
@@ -142,5 +142,24 @@ def open_matcher(model: Path, options: ModelOptions) -> MatchModel:
         raise UsageError(
             f"{model} has no matching head",
             "give the output of stage 1, or a checkpoint of BLIP or BLIP-2 for image-text matching (ITM)",
+        )
+    return matcher
+
+
+def open_clip(model: Path, options: ModelOptions) -> MatchModel:
+    """Opens the model of the option ``clip``, which compares pictures with captions; errors are those of `open_model`.
+
+    Raises:
+        UsageError: The model is a captioner. Of a bundle, only ``bundle.json`` is read before.
+    """
+    model = find_bundle(model, public_key=options.require_signature)
+    is_bundle = (model / MANIFEST).is_file()
+    matcher = None
+    if not is_bundle or read_manifest(model).prompt is None:
+        matcher = open_model(model, options).matcher
+    if matcher is None:
+        raise UsageError(
+            f"expected {option('clip')} to be a model that compares pictures with texts, but {model} is a captioner",
+            "give a bundle or checkpoint of CLIP, or of BLIP or BLIP-2 for image-text matching (ITM)",
         )
     return matcher

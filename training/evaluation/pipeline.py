@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge.bundle.schema import BackendName
 from blip2edge.choices import Ranking, Split
-from blip2edge.errors import UsageError, option
+from blip2edge.errors import DataError, UsageError, option
 from blip2edge.progress import ProgressCallback
 from blip2edge.training.data.detect import detect_data
 from blip2edge.training.data.entries import BrokenSamples, Entry, by_picture
 from blip2edge.training.data.folder import read_pictures
 from blip2edge.training.data.registry import read_entries
 from blip2edge.training.evaluation.few_shots import Examples
-from blip2edge.training.evaluation.models import MatchModel, ModelOptions
-from blip2edge.training.evaluation.open_model import open_model
+from blip2edge.training.evaluation.models import JUDGES, MatchModel, ModelOptions, without_captions
+from blip2edge.training.evaluation.open_model import open_clip, open_model
 from blip2edge.training.evaluation.reader import TEMPLATE, Reader, check_template, open_reader
 from blip2edge.training.evaluation.scoring import Figures, ScoringOptions, score_entries, score_scenes
 
@@ -101,38 +101,64 @@ def evaluate(
         CheckpointError: The checkpoint cannot be read.
         BackendError: The backend is not installed, or does not run on this machine.
     """
-    _check_combinations(str(data), count, reader, reader_prompt)
+    judges = {"clip": clip, "reader": reader}
+    _check_combinations(str(data), count, metrics, judges, reader_prompt)
     entries: tuple[list[Entry], BrokenSamples] | None = None
     if data != SCENES:
         entries = _read(str(data), images, annotations, max_broken, count, alone=clip is not None)
     shared = ModelOptions(backend, threads, batch_size, require_signature=require_signature)
-    opened = open_model(Path(model), replace(shared, generation=dict(generation)))
-    judges = _judges(clip, reader, reader_prompt, shared)
-    if predictions and (entries is None or opened.captioner is None):
+    scored = open_model(Path(model), replace(shared, generation=dict(generation)))
+    opened = _judges(clip, reader, reader_prompt, shared)
+    if predictions and (entries is None or scored.captioner is None):
         raise UsageError(
             f"{option('predictions')} needs a captioner and a data set from files", f"leave {option('predictions')} out"
         )
     report = progress or (lambda stage, done, total: None)
     examples = _examples(shots, shots_from, None if entries is None else entries[0], max_broken)
     wanted = ScoringOptions(
-        tuple(metrics), prompt, top, ranking, ask, *judges, examples, lambda done, total: report("scoring", done, total)
+        tuple(metrics), prompt, top, ranking, ask, *opened, examples, lambda done, total: report("scoring", done, total)
     )
     if entries is None:
-        return score_scenes(opened, count or SCENES_COUNT, split, wanted)
-    figures = score_entries(opened, *entries, wanted)
+        return score_scenes(scored, count or SCENES_COUNT, split, wanted)
+    figures = score_entries(scored, *entries, wanted)
     return figures if predictions else {key: value for key, value in figures.items() if key != "predictions"}
 
 
-def _check_combinations(data: str, count: int | None, reader: str | Path | None, reader_prompt: str | None) -> None:
-    """Refuses options that do not fit together, before a model is loaded.
+def _check_combinations(
+    data: str,
+    count: int | None,
+    metrics: Sequence[str],
+    judges: Mapping[str, str | Path | None],
+    reader_prompt: str | None,
+) -> None:
+    """Refuses options that do not fit together, before the data is read and a model is loaded.
+
+    Args:
+        data: Name or path of the data.
+        count: Number of pictures.
+        metrics: Names of metrics; empty for all.
+        judges: The models of the options ``clip`` and ``reader``, by their option, which is also their metric's name.
+        reader_prompt: Prompt of the reader.
 
     Raises:
-        UsageError: ``count`` is below 2 for scenes, or ``reader_prompt`` is given without ``reader``.
+        UsageError: ``count`` is below 2 for scenes, a metric has no judge, a judge has no metric, or ``reader_prompt``
+            is given without ``reader``.
     """
     if data == SCENES and count is not None and count < 2:
         raise UsageError(f"expected {option('count')} to be at least 2 pictures, got {count}")
+    for name, judge in judges.items():
+        if name in metrics and judge is None:
+            raise UsageError(
+                f"the metric {name} needs the model that judges, and {option(name)} is not given",
+                f"name the model: {JUDGES[name]}",
+            )
+        if judge is not None and metrics and name not in metrics:
+            raise UsageError(
+                f"{option(name)} is given, but {option('metrics')} has no {name}",
+                f"add {name} to {option('metrics')}, or leave {option(name)} out",
+            )
     if reader_prompt is not None:
-        if reader is None:
+        if judges["reader"] is None:
             raise UsageError(
                 f"{option('reader_prompt')} needs {option('reader')}",
                 f"name the model that reads: {option('reader')} MODEL",
@@ -167,14 +193,7 @@ def _judges(
     Raises:
         UsageError: A model is of the wrong kind, or a signature is required and a model is a checkpoint.
     """
-    matcher = None
-    if clip is not None:
-        matcher = open_model(Path(clip), options).matcher
-        if matcher is None:
-            raise UsageError(
-                f"{option('clip')} {clip} is a captioner",
-                "give a model that compares pictures with texts, such as CLIP",
-            )
+    matcher = None if clip is None else open_clip(Path(clip), options)
     read = None if reader is None else open_reader(Path(reader), options, reader_prompt or TEMPLATE)
     return matcher, read
 
@@ -193,10 +212,13 @@ def _read(
     If `alone` is True, pictures may have no texts.
     """
     config, base = detect_data(data, _text(images), _text(annotations), max_broken)
-    if alone and config.kind == "folder":
-        pictures = read_pictures(Path(data))
+    if config.kind == "folder":
+        broken = BrokenSamples(data, config.max_broken)
+        pictures = read_pictures(base / config.path, broken)
+        if pictures and alone:
+            return pictures[:count], broken
         if pictures:
-            return pictures[:count], BrokenSamples(data, max_broken)
+            raise without_captions(DataError, data, len(pictures), len(pictures))
     found, broken = read_entries(config, base=base)
     entries = list(found)
     if count is not None:

@@ -22,7 +22,7 @@ from blip2edge.runtime.captioning.pipeline import TextGenerator
 from blip2edge.runtime.captioning.request import StageClock
 from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.text.prompt import Prompt
-from blip2edge.training.evaluation.models import ModelOptions, needs_picture, unsigned_checkpoint
+from blip2edge.training.evaluation.models import ModelOptions, compares_only, needs_picture, unsigned_checkpoint
 
 TEMPLATE = "Picture: {caption}\nQuestion: {question}\nShort answer:"
 """The reader's prompt. ``{caption}`` is replaced by nothing if the reader answers without a caption."""
@@ -118,8 +118,8 @@ def open_reader(path: Path, options: ModelOptions, template: str = TEMPLATE) -> 
         template: The prompt of a question.
 
     Raises:
-        UsageError: The language model does not work without a picture, the template lacks a field, or a signature is
-            required and `path` is a checkpoint.
+        UsageError: The model has no language model, or one that does not work without a picture; the template lacks a
+            field; or a signature is required and `path` is a checkpoint.
         BundleError, CheckpointError: The model cannot be read.
     """
     path = find_bundle(path, public_key=options.require_signature)
@@ -133,6 +133,8 @@ def open_reader(path: Path, options: ModelOptions, template: str = TEMPLATE) -> 
         return Reader(generator, ends, options.batch_size, template)
     check_threads(options.threads)
     bundle = Bundle.open(path, require_signature=options.require_signature)
+    if bundle.manifest.prompt is None:
+        raise compares_only(path)
     graphs = bundle.manifest.graphs
     if CROSS_KV in graphs and TEXT_ENCODER not in graphs:
         raise needs_picture(path)

@@ -14,7 +14,13 @@ from blip2edge.errors import UsageError, option
 from blip2edge.training.data.entries import AnnotatedPicture, BrokenSamples, Entry, by_picture, opened_pictures
 from blip2edge.training.data.scenes import Scene, scenes
 from blip2edge.training.evaluation.few_shots import Examples, generate_texts, no_examples
-from blip2edge.training.evaluation.models import CaptionModel, EvaluatedModel, MatchModel, Vectors
+from blip2edge.training.evaluation.models import (
+    CaptionModel,
+    EvaluatedModel,
+    MatchModel,
+    Vectors,
+    without_captions,
+)
 from blip2edge.training.evaluation.reader import Reader
 from blip2edge.training.evaluation.scene_scores import EVALUATION_SEED, PICTURES_AT_ONCE, evaluate_scenes
 from blip2edge.training.metrics.captions import caption_scores
@@ -239,10 +245,7 @@ def _captioned(
     bare = sum(not each.captions for each in shown)
     metrics = options.chosen(() if bare else ("captions",), captions=True)
     if not metrics:
-        raise UsageError(
-            f"{bare} of the {len(shown)} pictures have no captions to compare with",
-            f"give {option('clip')} to score without any",
-        )
+        raise without_captions(UsageError, broken.name, bare, len(shown))
     said: dict[int, str] = {}
     judged: list[Vectors] = []
     pictures = [(each.image_id, each.picture) for each in shown]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -225,8 +226,18 @@ def test_what_cannot_judge_is_refused_by_name(
 ) -> None:
     captions = captioned(tmp_path)
     given: dict[str, Any] = {"backend": "cpu", "max_new_tokens": 3}
-    with pytest.raises(UsageError, match=r"clip .* is a captioner"):
-        evaluate(tiny_checkpoint.directory, data=captions, clip=tiny_bundle, **given)
+    for path in (tiny_bundle, tiny_checkpoint.directory):
+        with pytest.raises(
+            UsageError, match=rf"clip to be a model that compares .* but {path} is a captioner; give .*CLIP"
+        ):
+            evaluate(tiny_checkpoint.directory, data=captions, clip=path, **given)
+    questions = asked(tmp_path, ["a", "b", "c"])
+    of_clip = export_checkpoint(clip[0], tmp_path / "of-clip").bundle
+    for path in (clip[0], of_clip):
+        with pytest.raises(UsageError, match=rf"reader to have a language model, but {path} compares .* is for clip"):
+            evaluate(
+                tiny_checkpoint.directory, data=questions, annotations=tmp_path / "answers.json", reader=path, **given
+            )
     with pytest.raises(UsageError, match="reader scores a captioner on questions"):
         evaluate(tiny_checkpoint.directory, data=captions, reader=tiny_checkpoint.directory, **given)
     with pytest.raises(UsageError, match="clip scores a captioner on captions of pictures"):
@@ -287,6 +298,35 @@ def test_a_wrong_prompt_of_the_reader_is_refused_before_a_model_is_loaded(tmp_pa
         evaluate(tmp_path / "absent", data=captions, reader_prompt=TEMPLATE)
     with pytest.raises(UsageError, match=r"reader_prompt to contain \{question\}"):
         evaluate(tmp_path / "absent", data=captions, reader=tmp_path / "absent", reader_prompt="{caption}")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("clip", "--clip BUNDLE, .*CLIP"), ("reader", "--reader BUNDLE, .*questions")]
+)
+def test_a_metric_without_its_judge_is_refused_before_a_model_is_loaded(
+    name: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", str(tmp_path / "absent"), "--data", str(tmp_path), "--metrics"]
+    assert main([*words, name]) == 2
+    assert re.search(
+        rf"error: the metric {name} needs .*, and --{name} is not given; .*{told}", capsys.readouterr().err
+    )
+    assert main([*words, "captions", f"--{name}", str(tmp_path)]) == 2
+    assert f"--{name} is given, but --metrics has no {name}" in capsys.readouterr().err
+
+
+def test_pictures_without_captions_name_what_scores_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, picture in enumerate(draw_pictures(2)):
+        picture.save(tmp_path / f"{number}.png")
+    (tmp_path / "recipe.toml").write_text(f'[data]\nkind = "folder"\npath = "{tmp_path}"\n')
+    for data in (tmp_path, tmp_path / "recipe.toml"):
+        assert main(["eval", str(tmp_path / "absent"), "--data", str(data)]) == 1
+        told = capsys.readouterr().err
+        assert "2 of the 2 pictures have no captions to compare with" in told
+        assert re.search("--clip BUNDLE, .*, or --reader BUNDLE, ", told)
+    (tmp_path / "0.txt").write_text("a cat")
+    assert main(["eval", str(tmp_path / "absent"), "--data", str(tmp_path)]) == 1
+    assert "absent is neither a bundle" in capsys.readouterr().err
 
 
 def test_braces_within_a_caption_are_not_filled() -> None:
