@@ -78,8 +78,10 @@ def test_prompt_of_one_picture_fails_alone_and_the_prompt_of_all_ends_the_comman
     assert (status, len(lines)) == (1, 1)
     assert "tokens" in errors[0]
     assert len(errors) == 1
+    before = set(threading.enumerate())
     status, lines, errors = caption(good, good, "--prompt", long)
     assert (status, lines, len(errors)) == (1, [], 1)
+    assert set(threading.enumerate()) <= before, "the threads of the other pictures have ended"
 
 
 def test_folder_and_pattern(caption: Run, folder: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -128,14 +129,15 @@ def print_captions(
     results = captioner.caption_many(
         sources, prompts=prompts, batch_size=options.batch_size, return_exceptions=True, **flags
     )
-    for item, result in zip(items, results, strict=True):
-        if isinstance(result, Blip2EdgeError):
-            failures.add(result)
-        elif options.json:
-            print(json.dumps({**result.to_json(), "image": item.name}), flush=True)
-        else:
-            print(f"{item.label if labelled else ''}{shown_text(captioner, result)}", flush=True)
-        item.release()
+    with closing(results):  # an error that ends the command ends the threads of the results too
+        for item, result in zip(items, results, strict=True):
+            if isinstance(result, Blip2EdgeError):
+                failures.add(result)
+            elif options.json:
+                print(json.dumps({**result.to_json(), "image": item.name}), flush=True)
+            else:
+                print(f"{item.label if labelled else ''}{shown_text(captioner, result)}", flush=True)
+            item.release()
     return failures.exit_status(len(items))
 
 

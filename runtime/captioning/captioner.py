@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -198,7 +199,7 @@ class Captioner(LoadedBundle):
         channels: Channels = "rgb",
         return_exceptions: Literal[False] = False,
         **options: Unpack[CaptionOptions],
-    ) -> Iterator[CaptionResult]: ...
+    ) -> Generator[CaptionResult, None, None]: ...
 
     @overload
     def caption_many(
@@ -210,7 +211,7 @@ class Captioner(LoadedBundle):
         channels: Channels = "rgb",
         return_exceptions: bool,
         **options: Unpack[CaptionOptions],
-    ) -> Iterator[CaptionResult | Blip2EdgeError]: ...
+    ) -> Generator[CaptionResult | Blip2EdgeError, None, None]: ...
 
     def caption_many(
         self,
@@ -221,7 +222,7 @@ class Captioner(LoadedBundle):
         channels: Channels = "rgb",
         return_exceptions: bool = False,
         **options: Unpack[CaptionOptions],
-    ) -> Iterator[CaptionResult | Blip2EdgeError]:
+    ) -> Generator[CaptionResult | Blip2EdgeError, None, None]:
         """Captions pictures in order, encoding later ones while earlier ones are decoded; see :meth:`scheduler`.
 
         Args:
@@ -265,7 +266,7 @@ class Captioner(LoadedBundle):
         prompt: str | None = None,
         channels: Channels = "rgb",
         **options: Unpack[CaptionOptions],
-    ) -> Iterator[TextPiece]:
+    ) -> Generator[TextPiece, None, None]:
         """Yields the caption of one picture piece by piece, as it is generated.
 
         The pieces joined are the text that :meth:`caption` returns; ``tokens`` of a piece are its tokens. Arguments
@@ -347,23 +348,24 @@ class Captioner(LoadedBundle):
             self.generator.drafts.check(chosen)
         return replace(chosen, queries=checked_queries(self.bundle, chosen.queries))
 
-    def _while_open(self, items: Iterator[Item]) -> Generator[Item, None, None]:
+    def _while_open(self, items: Generator[Item, None, None]) -> Generator[Item, None, None]:
         """Yields the items; raises UsageError if the captioner was closed before the next item is asked for."""
         self._check_open()
-        for item in items:
-            yield item
-            self._check_open()
+        with closing(items):
+            for item in items:
+                yield item
+                self._check_open()
 
     def _in_turn(
         self, images: list[ItemSource], texts: list[str | None], options: GenerationOptions, batch_size: int
-    ) -> Iterator[CaptionResult | Blip2EdgeError]:
+    ) -> Generator[CaptionResult | Blip2EdgeError, None, None]:
         """Computes the results batch by batch in the calling thread, and yields them."""
         for first in range(0, len(images), batch_size):
             yield from self._batch(range(first, min(first + batch_size, len(images))), images, texts, options)
 
     def _batch(
         self, rows: range, images: list[ItemSource], texts: list[str | None], options: GenerationOptions
-    ) -> Iterator[CaptionResult | Blip2EdgeError]:
+    ) -> Generator[CaptionResult | Blip2EdgeError, None, None]:
         """Yields the results of a batch; if the batch fails, runs each picture alone and yields result or error."""
         clock = StageClock()
         try:
@@ -384,7 +386,7 @@ class Captioner(LoadedBundle):
 
     def _scheduled(
         self, images: list[ItemSource], texts: list[str | None], options: GenerationOptions, batch_size: int
-    ) -> Iterator[CaptionResult | Blip2EdgeError]:
+    ) -> Generator[CaptionResult | Blip2EdgeError, None, None]:
         """Yields the results in order, while the scheduler computes the results of later pictures."""
         with self.scheduler(max_batch=batch_size, max_waiting=IN_FLIGHT * batch_size) as scheduler:
             coming: deque[Request] = deque()

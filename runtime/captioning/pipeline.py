@@ -8,7 +8,7 @@ A :class:`StageClock` (``request.py``) measures each stage.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -155,7 +155,7 @@ class TextGenerator:
                 )
         return texts
 
-    def pieces(self, batch: EncodedBatch, options: GenerationOptions) -> Iterator[TextPiece]:
+    def pieces(self, batch: EncodedBatch, options: GenerationOptions) -> Generator[TextPiece, None, None]:
         """Yields the pieces of a text as they are generated; ``batch`` has one row."""
         logits, state = self.prefill(batch, StageClock())
         row, decoding = self.begin(batch, 0, options, logits.shape[-1], 0), GenerationBatch()

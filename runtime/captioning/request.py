@@ -353,7 +353,7 @@ def check_text(name: str, value: object) -> None:
         raise UsageError(f"expected {option(name)} to be a text, got {shown(value)}", "pass a str")
 
 
-def raising(results: Generator[Item | Blip2EdgeError, None, None]) -> Iterator[Item]:
+def raising(results: Generator[Item | Blip2EdgeError, None, None]) -> Generator[Item, None, None]:
     """Yields the results up to the first error, and raises that error."""
     with closing(results):
         for result in results:

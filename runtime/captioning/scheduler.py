@@ -30,6 +30,8 @@ from blip2edge.runtime.decoding.options import GenerationOptions, check_integer
 from blip2edge.runtime.images.video import Channels, ItemSource, in_rgb
 from blip2edge.runtime.text.prompt import PromptText
 
+THREADS = "blip2edge-"  # begin of the names of the schedulers' threads
+
 
 class Scheduler:
     """Captions submitted pictures: one thread encodes them, another thread decodes them.
@@ -66,8 +68,7 @@ class Scheduler:
         self._encoder, self._generator = encoder, generator
         self._max_batch, self._max_waiting = max_batch, max_waiting
         self._full_text = f"the queue is full: {max_waiting} pictures are waiting"
-        self._trace = trace or (lambda span: None)
-        self._on_failure = on_failure or (lambda error: None)
+        self._trace, self._on_failure = trace or (lambda span: None), on_failure or (lambda error: None)
         self._check = EngineCheck(known_good, self._push_front, self._end)
         self._graph_lock = graph_lock or nullcontext
         self._one_at_a_time = graph_lock is not None
@@ -82,7 +83,7 @@ class Scheduler:
         self._failure: BaseException | None = None
         self._changed = threading.Condition()
         self._threads = [
-            threading.Thread(target=self._guarded, args=(work,), name=f"blip2edge-{name}", daemon=True)
+            threading.Thread(target=self._guarded, args=(work,), name=f"{THREADS}{name}", daemon=True)
             for name, work in (("vision", self._encode), ("decode", self._decode))
         ]
         for thread in self._threads:
@@ -188,13 +189,14 @@ class Scheduler:
             }
 
     def close(self) -> None:
-        """Cancels unfinished requests and ends both threads."""
+        """Cancels unfinished requests and ends both threads; does not wait for them in a scheduler's own thread."""
         with self._changed:
             self._closing = True
             self._drop(Request.cancel)
             self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
+        if not threading.current_thread().name.startswith(THREADS):  # the garbage collector may close it in any thread
+            for thread in self._threads:
+                thread.join()
 
     def _guarded(self, work: Callable[[], None]) -> None:
         """Runs ``work``, the loop of a thread; after an unexpected error all requests fail, so that no caller hangs."""
@@ -220,9 +222,8 @@ class Scheduler:
         self._waiting.clear()
         self._ready.clear()
 
-    # The encoder's thread
-
     def _encode(self) -> None:
+        """Encodes until the end: the work of the encoder's thread."""
         while (requests := self._next_to_encode()) is not None:
             for group, encoded in self._encoded(requests):
                 with self._changed:
@@ -281,9 +282,8 @@ class Scheduler:
                 request.prompt_tokens = prompt.length
             yield group, encoded
 
-    # The decoder's thread
-
     def _decode(self) -> None:
+        """Decodes until the end: the work of the decoder's thread."""
         while (admitted := self._next_to_decode()) is not None:
             with self._graph_lock():
                 self._advance(admitted)

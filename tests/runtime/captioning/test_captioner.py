@@ -285,7 +285,7 @@ def test_a_prompt_too_long_ends_the_run_after_what_came_before(captioner: Captio
 def test_a_run_may_be_left_early(captioner: Captioner, files: list[Path]) -> None:
     results = captioner.caption_many(files, max_new_tokens=2)
     next(results)
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     assert captioner.caption(files[0], max_new_tokens=2).tokens
 
 

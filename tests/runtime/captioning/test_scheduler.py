@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -312,6 +314,33 @@ def test_closing_cancels_what_is_left(captioner: Captioner, gate: Gate, gated: C
     for request in requests:
         with pytest.raises(CancelledError):
             request.result(LONG)
+
+
+def test_closing_in_a_thread_of_its_own_does_not_wait_for_itself(
+    captioner: Captioner, gate: Gate, gated: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's garbage collector finds an iterator that nobody closed in whatever thread allocates memory."""
+    faults: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: faults.append(found.exc_value))
+    scheduler = gated(max_batch=1)
+    monkeypatch.setattr(captioner, "scheduler", lambda **options: scheduler)
+    gc.disable()
+    try:
+        results = captioner.caption_many(draw_pictures(7), max_new_tokens=4)
+        gate.open.release()
+        next(results)
+        abandoned: list[Any] = [results]
+        abandoned.append(abandoned)  # so that only the garbage collector finds it
+        del results, abandoned
+        monkeypatch.setattr(gate, "inner", lambda *given: (gc.collect(), captioner.encoder(*given))[1])
+        gate.open.release(9)
+        for thread in scheduler._threads:
+            thread.join(LONG)
+    finally:
+        gc.enable()
+    assert not any(thread.is_alive() for thread in scheduler._threads)
+    assert not faults
+    assert not scheduler.failed
 
 
 def test_of_equal_requests_the_first_to_come_are_the_first_to_go(captioner: Captioner) -> None:
