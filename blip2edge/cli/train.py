@@ -48,7 +48,10 @@ def run(options: argparse.Namespace) -> int:
     from blip2edge.bundle.outputs.publishing import check_output
 
     output = options.output or Path("runs") / options.config.stem
-    check_output(output, options.force, None)  # before torch is imported
+    check_output(output, options.force, None)
+    from blip2edge.training.config import load_config
+
+    load_config(options.config)  # a recipe with an error is refused before torch is imported, which takes seconds
     from blip2edge.training.run import train
 
     first = not int(os.environ.get("RANK", "0"))  # of several processes, only the first prints

@@ -19,7 +19,7 @@ from typing import Any
 from blip2edge.bundle.hub.names import is_downloaded
 from blip2edge.bundle.schema import DERIVED
 from blip2edge.bundle.trust.integrity import STAMPS
-from blip2edge.errors import BundleSignatureError, MissingPackageError, UsageError, one_line
+from blip2edge.errors import Blip2EdgeError, BundleSignatureError, MissingPackageError, UsageError, one_line
 from blip2edge.packages import require
 from blip2edge.reading import read_json
 
@@ -132,7 +132,7 @@ def read_signature(path: Path, public_key: Path) -> Signature:
     Raises:
         BundleSignatureError: The signature is of another key, or is damaged.
         MissingPackageError: The package ``model-signing`` is not installed.
-        UsageError: ``public_key`` is neither a public key nor a certificate.
+        UsageError: ``public_key`` cannot be read, or is neither a public key nor a certificate.
     """
     package = model_signing()
     _check_form(path)
@@ -233,7 +233,7 @@ def _key_fix(path: Path, kind: str) -> str:
 
 @contextmanager
 def reading_key(path: Path, kind: str) -> Iterator[None]:
-    """Turns every exception of reading a key into UsageError.
+    """Turns every exception of reading a key into UsageError (exit status 1); errors of this project pass unchanged.
 
     Args:
         path: The file of the key.
@@ -241,8 +241,12 @@ def reading_key(path: Path, kind: str) -> Iterator[None]:
     """
     try:
         yield
+    except Blip2EdgeError:
+        raise
     except Exception as error:  # the exceptions of the package share no base class but Exception
-        raise UsageError(
+        unusable = UsageError(
             f"expected a {kind} in PEM format ({CURVES}), but {path} cannot be read as one ({_reason(error)})",
             _key_fix(path, kind),
-        ) from error
+        )
+        unusable.exit_status = 1  # as for every input that is missing or broken
+        raise unusable from error
