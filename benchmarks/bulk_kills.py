@@ -37,6 +37,7 @@ from blip2edge.bulk.options import BulkOptions
 from blip2edge.bulk.pipeline import Output, run_bulk
 from blip2edge.bulk.sinks import sink_of
 from blip2edge.bulk.sources import PictureSource
+from blip2edge.cli import run_script
 from blip2edge.training.data.scenes import scenes
 from tests.faults import WAYS, Killer
 
@@ -191,4 +192,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -30,6 +30,7 @@ from blip2edge.bulk.options import BulkOptions
 from blip2edge.bulk.pipeline import Output, run_bulk
 from blip2edge.bulk.ray_backend import Cluster
 from blip2edge.bulk.sources import PictureSource
+from blip2edge.cli import run_script
 
 ROOT = Path(__file__).parents[1]
 
@@ -90,4 +91,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

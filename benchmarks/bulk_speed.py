@@ -16,7 +16,6 @@ import io
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from blip2edge.bulk.options import BulkOptions
 from blip2edge.bulk.pipeline import Output, run_bulk
 from blip2edge.bulk.sources import PictureSource
 from blip2edge.bundle.bundle import Bundle
+from blip2edge.cli import run_script
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.training.data.scenes import scenes
@@ -130,4 +130,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

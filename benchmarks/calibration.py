@@ -28,6 +28,7 @@ from reporting import CHECKPOINT, RESULTS, command, cpu_model, in_turn, median_r
 
 from blip2edge.bundle.schema import VISION
 from blip2edge.calibration.agreement import cosine_similarity
+from blip2edge.cli import run_script
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.optimization.recipes import PassContext, Recipe, apply_recipe
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
@@ -172,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -25,6 +25,7 @@ from reporting import CHECKPOINT, parser_of, write_json
 
 from blip2edge import __version__
 from blip2edge.cli import main as command_line
+from blip2edge.cli import run_script
 from blip2edge.training.data.entries import BrokenSamples
 from blip2edge.training.data.scenes import make_scene
 from blip2edge.training.data.shards import ShardWriter, read_shards, shard_paths
@@ -250,4 +251,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,6 +18,7 @@ from typing import Any
 
 import blip2edge
 from blip2edge import Captioner
+from blip2edge.cli import run_script
 
 ROOT = Path(blip2edge.__file__).resolve().parents[1]
 
@@ -74,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from reporting import with_tables
 
+from blip2edge.cli import run_script
 from blip2edge.limits import limit_table
 from blip2edge.runtime.serving.chat_keys import EMBEDDING_KEYS, key_table
 
@@ -31,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from reporting import ROOT, parser_of
 
+from blip2edge.cli import run_script
 from blip2edge.cli.parser import COMMANDS, Parser, build_parser
 
 PAGES = ROOT / "docs" / "commands"
@@ -134,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

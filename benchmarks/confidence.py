@@ -36,6 +36,7 @@ from reporting import CHECKPOINT, RESULTS, parser_of, with_tables, write_result
 from blip2edge import Captioner, __version__
 from blip2edge.calibration.confidence.figures import accuracy_at, calibration_error, figures, separation
 from blip2edge.cli import main as command_line
+from blip2edge.cli import run_script
 from blip2edge.runtime.decoding.confidence import ConfidenceMap, features
 from blip2edge.runtime.decoding.sampling import log_probability
 from blip2edge.training.data.scenes import PICTURE_SIZE, scenes
@@ -306,4 +307,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

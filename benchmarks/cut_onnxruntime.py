@@ -17,13 +17,14 @@ import hashlib
 import json
 import lzma
 import struct
-import sys
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from reporting import parser_of
+
+from blip2edge.cli import run_script
 
 MAGIC = 0xBA55ED50  # of a fat binary
 FATBIN_HEADER = struct.Struct("<IHHQ")  # magic, version, bytes of the header, bytes of the entries
@@ -176,4 +177,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -19,6 +19,7 @@ import pyarrow
 from PIL import Image
 from pyarrow import parquet
 
+from blip2edge.cli import run_script
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.data.registry import open_sample_source
 from blip2edge.training.data.shards import ShardWriter
@@ -96,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,6 +15,7 @@ from reporting import CHECKPOINT, RESULTS, command, parser_of, system, write_jso
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.calibration.pipeline import calibrate
+from blip2edge.cli import run_script
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.training.data.scenes import scenes
@@ -76,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -29,6 +29,7 @@ import numpy as np
 from random_checkpoint import SHAPE, VIT_B, write_checkpoint
 from reporting import CHECKPOINT, ROOT, command, machine, median_ratio, parser_of, python, write_json
 
+from blip2edge.cli import run_script
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.request import StageClock
@@ -279,4 +280,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

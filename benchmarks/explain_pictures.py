@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageChops
 from reporting import CHECKPOINT, ROOT, parser_of
 
+from blip2edge.cli import run_script
 from blip2edge.cli.explain import summary
 from blip2edge.explanation.pipeline import MATRIX, explain
 from blip2edge.export.pipeline import export_checkpoint
@@ -72,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

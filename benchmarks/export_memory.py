@@ -18,6 +18,8 @@ from pathlib import Path
 from random_checkpoint import CONFIGS, published, scaled, write_checkpoint
 from reporting import command, parser_of, python, write_json
 
+from blip2edge.cli import run_script
+
 SIZES = ("blip2-opt-2.7b", "blip2-flan-t5-xl", "instructblip-vicuna-7b")
 """Configurations of ``blip2edge/shapes/published`` for which the documentation states the memory of an export.
 
@@ -111,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -26,6 +26,7 @@ from random_checkpoint import published, write_checkpoint
 from reporting import parser_of, python, write_result
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from blip2edge.cli import run_script
 from blip2edge.training.data.scenes import scenes
 
 MODEL = "blip-image-captioning-base"
@@ -104,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

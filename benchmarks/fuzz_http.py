@@ -16,6 +16,8 @@ from pathlib import Path
 from reporting import cpu_model, parser_of, write_json
 from soak import served
 
+from blip2edge.cli import run_script
+
 CONFIG = Path(__file__).parent / "configs" / "schemathesis.toml"
 
 
@@ -53,4 +55,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -22,6 +22,8 @@ from typing import Any
 from gpu_steps import STEPS, Step
 from reporting import ROOT, command, machine, parser_of, write_json
 
+from blip2edge.cli import run_script
+
 TAIL = 2000  # characters of a failed step's output that are kept
 PART_S = 300.0
 DRY_FACTOR = 10  # a dry run on a busy CPU gets more time
@@ -80,4 +82,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -11,6 +11,8 @@ from typing import Any
 import gpu_cuda
 import gpu_onnxruntime
 
+from blip2edge.cli import run_script
+
 
 @dataclass(frozen=True)
 class Step:
@@ -51,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

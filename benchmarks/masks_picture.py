@@ -11,6 +11,7 @@ import torch
 from reporting import parser_of
 
 from blip2edge.charts import element, label, svg_file
+from blip2edge.cli import run_script
 from blip2edge.model.masks import TASKS, attention_mask
 
 QUERIES, TOKENS, PADDED = 4, 5, 1
@@ -58,7 +59,12 @@ def draw() -> str:
     return svg_file(width, height, shapes)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Parses the command line, and writes the picture."""
     parser = parser_of(__doc__)
     parser.add_argument("path", type=Path, help="the SVG file to write")
     parser.parse_args().path.write_text(draw(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -15,6 +15,7 @@ from reporting import ROOT, parser_of
 
 from blip2edge.calibration.weights.blocks import BlockFormat
 from blip2edge.charts import element, label, svg_file
+from blip2edge.cli import run_script
 
 FOLDER = ROOT / "docs" / "mathematics"
 COLOURS = ("#2f6f9f", "#c9762b", "#4b8f55", "#8a5a9e", "#777777")
@@ -242,4 +243,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,6 +18,7 @@ from random_checkpoint import CONFIGS, opened, published
 from reporting import parser_of
 
 from blip2edge.choices import PRECISIONS
+from blip2edge.cli import run_script
 from blip2edge.export.graphs import graphs_of
 from blip2edge.export.verify import TOLERANCES
 from blip2edge.model.bridges.registry import BRIDGE_BUILDERS
@@ -227,4 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

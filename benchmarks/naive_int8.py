@@ -29,6 +29,7 @@ from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.calibration.agreement import cosine_similarity
 from blip2edge.calibration.pipeline import calibrate
 from blip2edge.choices import RANGE_METHODS
+from blip2edge.cli import run_script
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.captioning.captioner import Captioner
@@ -162,4 +163,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     onnxruntime.set_default_logger_severity(3)
-    main()
+    run_script(main)

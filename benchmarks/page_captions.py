@@ -19,6 +19,7 @@ from reporting import ROOT, parser_of, write_result
 
 sys.path.insert(0, str(ROOT))
 
+from blip2edge.cli import run_script
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.training.data.scenes import scenes
 from tests.browser import Page, browser
@@ -96,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

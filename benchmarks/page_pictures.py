@@ -17,6 +17,7 @@ from reporting import ROOT, parser_of
 
 sys.path.insert(0, str(ROOT))
 
+from blip2edge.cli import run_script
 from blip2edge.runtime.captioning.captioner import Captioner
 from tests.browser import Page, browser, fake_camera
 from tests.live_server import live
@@ -71,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

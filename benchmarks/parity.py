@@ -18,6 +18,7 @@ from random_checkpoint import CONFIGS, published, shrunk, write_checkpoint
 from reporting import RESULTS, parser_of, versions, write_json
 
 from blip2edge.choices import PRECISIONS
+from blip2edge.cli import run_script
 from blip2edge.errors import Blip2EdgeError
 from blip2edge.export.pipeline import export_checkpoint
 
@@ -79,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

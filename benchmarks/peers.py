@@ -27,6 +27,7 @@ from reporting import command, in_turn, machine, median_ratio, named_path, parse
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import EMBEDDINGS_FILE, EMBEDDINGS_TENSOR
 from blip2edge.bundle.token_table import TokenTable
+from blip2edge.cli import run_script
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.optimization.pipeline import optimize
 from blip2edge.runtime.captioning.captioner import Captioner
@@ -216,4 +217,4 @@ def report(
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,6 +15,8 @@ from pathlib import Path
 from race import Contestant, race, table, versions
 from reporting import named_path, parser_of, write_result
 
+from blip2edge.cli import run_script
+
 
 def main() -> None:
     parser = parser_of(__doc__)
@@ -64,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -42,6 +42,7 @@ from blip2edge.calibration.storage import DataFile
 from blip2edge.calibration.targets import find_targets
 from blip2edge.calibration.weights.quantize import quantize_weights
 from blip2edge.calibration.weights.weight_only import choose_formats, quantize_matrices
+from blip2edge.cli import run_script
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.text.tokenizer import Tokenizer
 
@@ -186,4 +187,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

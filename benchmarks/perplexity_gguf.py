@@ -17,6 +17,7 @@ from reporting import named_path, parser_of, versions, write_result
 from transformers import AutoModelForCausalLM
 
 from blip2edge.bundle.bundle import Bundle
+from blip2edge.cli import run_script
 
 
 @torch.no_grad()
@@ -54,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -38,6 +38,7 @@ from reporting import CHECKPOINT, RESULTS, parser_of, python, write_result
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from blip2edge.calibration.pipeline import calibrate
+from blip2edge.cli import run_script
 from blip2edge.cli.optimize import optimized
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.bench.measure import Bench, BenchOptions, bench
@@ -254,4 +255,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

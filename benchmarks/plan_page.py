@@ -12,6 +12,7 @@ from pathlib import Path
 
 from reporting import RESULTS, parser_of, with_tables
 
+from blip2edge.cli import run_script
 from blip2edge.runtime.bench.devices import CPU_EFFICIENCY, DEVICES, GPU_EFFICIENCY
 from blip2edge.runtime.bench.plan import PlanOptions, device_plan
 from blip2edge.shapes.sources import find_shape
@@ -107,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

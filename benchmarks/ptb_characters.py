@@ -19,6 +19,8 @@ from pathlib import Path
 
 from reporting import ROOT
 
+from blip2edge.cli import run_script
+
 TARGET = ROOT / "blip2edge" / "training" / "metrics" / "characters.py"
 MAIN = "edu.stanford.nlp.process.PTBTokenizer"
 HEAD = '''"""Characters that Stanford's PTBTokenizer (CoreNLP 3.4.1) treats unlike Python's regular expressions.
@@ -96,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

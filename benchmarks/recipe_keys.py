@@ -15,6 +15,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from blip2edge.cli import run_script
 from blip2edge.training import config as recipes
 from blip2edge.training.data.config import DataConfig
 
@@ -122,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from blip2edge.cli import run_script
+
 ROOT = Path(__file__).resolve().parents[1]
 PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
 EXTRAS = ("", "cpu", "serve", "tls", "video", "hub", "build", "sign", "mqtt")
@@ -63,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

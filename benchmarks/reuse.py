@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from reporting import CHECKPOINT, cpu_model, in_turn, parser_of, write_json
 from reuse_films import Picture, recoloured, with_noise
 
+from blip2edge.cli import run_script
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.serving.streams.sources import Frame
@@ -91,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -25,6 +25,7 @@ import numpy as np
 from reporting import CHECKPOINT, parser_of, write_json, write_result
 from reuse_films import KINDS, NOISE, Film, film
 
+from blip2edge.cli import run_script
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.reuse.fit import FrameTimes, Recording, fit_thresholds
@@ -180,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -25,6 +25,7 @@ from blip2edge.calibration.targets import find_targets
 from blip2edge.calibration.weights.quantize import PRECISIONS
 from blip2edge.calibration.weights.weight_only import choose_formats, quantize_matrices
 from blip2edge.choices import WEIGHT_BITS
+from blip2edge.cli import run_script
 from blip2edge.optimization.pipeline import optimize
 
 FLOATS = ("fp32", "fp16")
@@ -61,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

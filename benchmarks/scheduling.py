@@ -31,6 +31,7 @@ from random_checkpoint import SHAPE, write_checkpoint
 from reporting import cpu_model, in_turn, median_ratio, parser_of, write_json
 
 from blip2edge.charts import element, label, svg_file
+from blip2edge.cli import run_script
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.backends.probe import cores
 from blip2edge.runtime.captioning.captioner import Captioner
@@ -234,4 +235,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

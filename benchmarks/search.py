@@ -24,6 +24,7 @@ from reporting import CHECKPOINT, RESULTS, command, machine, parser_of, system, 
 from blip2edge.calibration.search.front import FormatPoint, FoundPoints
 from blip2edge.calibration.search.pipeline import search
 from blip2edge.calibration.search.points import MEASURED, SCORED, SearchOptions
+from blip2edge.cli import run_script
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.optimization.pipeline import optimize
 from blip2edge.progress import Progress
@@ -116,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

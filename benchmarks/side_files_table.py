@@ -12,6 +12,7 @@ from pathlib import Path
 
 from reporting import parser_of
 
+from blip2edge.cli import run_script
 from blip2edge.model.checkpoint import side_keys
 from blip2edge.model.checkpoint.side_keys import KeyTable
 
@@ -57,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

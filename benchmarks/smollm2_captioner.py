@@ -28,6 +28,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from blip2edge.cli import run_script
+
 IMAGE_TOKEN = "<image>"
 QUERIES = 8
 IMAGE_SIZE = 64
@@ -83,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -41,6 +41,7 @@ import numpy as np
 from PIL import Image
 from reporting import cpu_model, parser_of, write_json
 
+from blip2edge.cli import run_script
 from blip2edge.runtime.captioning.captioner import Captioner
 
 ALLOWED = {200, 429, 503}
@@ -312,4 +313,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

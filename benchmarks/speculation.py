@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from reporting import command, cpu_model, median_ratio, named_path, parser_of, v
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER, DRAFT, EMBEDDINGS_FILE
+from blip2edge.cli import run_script
 from blip2edge.errors import DataError
 from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
 from blip2edge.runtime.decoding.speculative import SpeculationCost
@@ -154,4 +154,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

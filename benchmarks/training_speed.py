@@ -32,6 +32,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration
 
+from blip2edge.cli import run_script
 from blip2edge.model.checkpoint.directory import load_checkpoint
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.training.config import OptimizerConfig, TrainingConfig
@@ -246,4 +247,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

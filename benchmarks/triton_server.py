@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge import Captioner
+from blip2edge.cli import run_script
 from blip2edge.runtime.serving.triton.repository import TritonModel, write_model
 
 READY_S = 300
@@ -186,4 +187,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

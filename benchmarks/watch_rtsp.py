@@ -26,6 +26,8 @@ from typing import Any
 
 from reporting import ROOT, parser_of, write_result
 
+from blip2edge.cli import run_script
+
 PICTURES = ROOT / "examples" / "pictures"
 SERVER = """
 import sys, gi
@@ -170,4 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

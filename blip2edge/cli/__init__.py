@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from blip2edge.cli import interrupt
 from blip2edge.cli.messages import print_error, print_note
@@ -74,6 +74,24 @@ def guarded(run: Callable[[], int], *, debug: bool = False) -> int:
             return signalled
         print_error(error)
         return error.exit_status if isinstance(error, Blip2EdgeError) else 1
+
+
+def run_script(main: Callable[[], int | None]) -> NoReturn:
+    """Run the ``main`` of a script of this repository, and end the process with its exit status.
+
+    An error that a user can cause, such as a missing file, becomes one line as in a command. All other exceptions keep
+    their traceback: they are mistakes of the script.
+    """
+    try:
+        status = main() or 0
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_stdout()
+        status = BROKEN_PIPE
+    except (Blip2EdgeError, OSError) as error:
+        print_error(error)
+        status = error.exit_status if isinstance(error, Blip2EdgeError) else 1
+    sys.exit(status)
 
 
 def _discard_stdout() -> None:

