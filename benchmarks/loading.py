@@ -23,6 +23,7 @@ from race import ONE_THREAD
 from reporting import named_path, parser_of, write_result
 
 from blip2edge.bundle.bundle import Bundle
+from blip2edge.cli import run_script
 
 LOAD = """
 import json, sys, time
@@ -70,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
