@@ -40,7 +40,7 @@ class Always(SpeculationCost):
 
 
 class Contestant:
-    """One way to caption. All contestants use the same captioner, and so the same weights in memory."""
+    """One way to caption, compared with the others. All use the same captioner, and so the same weights in memory."""
 
     def __init__(self, captioner: Captioner, draft: str) -> None:
         self.captioner = captioner
@@ -49,7 +49,7 @@ class Contestant:
         self.cost = Always(clock) if draft == "always" else SpeculationCost(clock)
 
     def caption(self, picture: Any, tokens: int) -> CaptionResult:
-        """Captions a picture with this contestant's own cost estimate."""
+        """Captions a picture; `self.cost` decides when drafts are made, from the times of this way's own runs."""
         costs = self.captioner.generator.drafts.costs
         costs.update(dict.fromkeys(costs, self.cost))
         return self.captioner.caption(picture, max_new_tokens=tokens, draft=self.draft)

@@ -8,14 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from blip2edge.bundle.schema import (
-    DRAFT_TOKENIZER_FILE,
-    MARKERS,
-    QFORMER_TOKENIZER_FILE,
-    TOKENIZER_FILE,
-    VIDEO_MARKER,
-    PromptSpec,
-)
+from blip2edge.bundle.prompt_spec import MARKERS, VIDEO_MARKER, PromptSpec
+from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE
 from blip2edge.errors import CheckpointError
 from blip2edge.export.chat import chat_format, unused_template
 from blip2edge.model.checkpoint.config_keys import TRANSFORMERS_TYPES, check_config

@@ -10,15 +10,8 @@ from typing import Any
 
 from blip2edge.bundle.hub.names import is_repository
 from blip2edge.bundle.manifest_fields import MANIFEST_FIELDS, disagreements
-from blip2edge.bundle.schema import (
-    CacheSpec,
-    CrossSpec,
-    DraftSpec,
-    ElasticSpec,
-    GraphSpec,
-    Parity,
-    PromptSpec,
-)
+from blip2edge.bundle.prompt_spec import PromptSpec
+from blip2edge.bundle.schema import CacheSpec, CrossSpec, DraftSpec, ElasticSpec, GraphSpec, Parity
 from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.errors import BundleError, BundleVersionError, one_line, option
 from blip2edge.packages import pip_command

@@ -27,21 +27,18 @@ from blip2edge.bundle.fields import (
     text,
     whole,
 )
+from blip2edge.bundle.prompt_spec import INTERLEAVED, PROMPT_KINDS, TURNS, PromptSpec
 from blip2edge.bundle.schema import (
     BRIDGE,
     CROSS_MASKS,
     DECODER,
     DTYPES,
-    INTERLEAVED,
-    PROMPT_KINDS,
     QUERY_IDS,
-    TURNS,
     VISION,
     Axis,
     CacheSpec,
     ElasticSpec,
     GraphSpec,
-    PromptSpec,
     TensorSpec,
 )
 from blip2edge.limits import MAX_SIDE

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from blip2edge.bundle.schema import MARKERS
+from blip2edge.bundle.prompt_spec import MARKERS
 from blip2edge.cli.flag_groups import (
     add_batch_size,
     add_bundle_option,

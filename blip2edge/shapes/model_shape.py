@@ -237,12 +237,9 @@ class CacheShape:
     cross: int = 0
 
     def bytes(self, context: int, source: int, element: float) -> float:
-        """Bytes of the keys and values of one batch row.
+        """Returns the bytes of the keys and values of one batch row.
 
-        Args:
-            context: Number of tokens.
-            source: Number of embeddings that the decoder cross-attends to.
-            element: Bytes of one value.
+        ``context`` tokens are cached, ``source`` embeddings are cross-attended to, and a value has ``element`` bytes.
         """
         own = self.layers * self.heads * self.head_dim * context
         return 2 * (own + self.cross * source) * element
@@ -260,21 +257,20 @@ class ModelShape:
         keep_class: Whether the bridge gets the class token and all other tokens before the patches. If False, a LLaVA
             drops the first embedding; with a SigLIP, which has no class token, that is the first patch.
         queries: Number of query tokens of the bridge; 0 for a bridge without query tokens.
-        least_queries: Smallest number of query tokens that the bridge works with: ``queries`` for a bundle whose bridge
-            needs all query tokens; 1 for a checkpoint, which can still be trained with fewer query tokens.
+        least_queries: Smallest number of query tokens that the bridge works with: ``queries`` for a bundle that needs
+            all; 1 for a checkpoint, which can still be trained with fewer.
         slots: Number of text positions for a picture's visual tokens; 0 if the decoder cross-attends to the picture.
         frames: Pictures of an item.
         max_positions: Longest context in tokens.
         table: Rows and width of the token table.
         tied: Whether the head is the transposed token table.
         cache: Sizes of the KV cache.
-        source: Tokens that the decoder cross-attends to: ``embeds``, ``queries`` or ``encoder``; empty without
-            cross-attention.
+        source: Tokens that the decoder cross-attends to: ``embeds``, ``queries`` or ``encoder``; else empty.
         width: Width of the language model's layers.
-        text_side: Parameters of the Q-Former's text side, with which it is pretrained and which is not deployed.
+        text_side: Parameters of the Q-Former's text side, which is used in pretraining and not deployed.
         prefix: Number of positions before the patches: the class token and registers.
         unused: Parameters of the published checkpoint that are not deployed.
-        cells: Number of patches of a picture if it does not follow from ``image_size`` and ``patch_size``; else 0.
+        cells: Patches of a picture if their number does not follow from ``image_size`` and ``patch_size``; else 0.
     """
 
     family: str

@@ -159,7 +159,7 @@ class FormatSearch:
         return found
 
     def _points(self) -> list[FormatPoint]:
-        """Returns all combinations of formats: time, size, and the loss, which is measured or predicted."""
+        """Returns time, size and loss of each combination of formats; the loss is measured or predicted."""
         return [self._point(flags, choices) for flags, choices in self.combinations.items()]
 
     def _point(self, flags: str, choices: Mapping[str, PartChoice]) -> FormatPoint:

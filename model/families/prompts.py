@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blip2edge.bundle.schema import INTERLEAVED, PLACEHOLDER, SEGMENTS, PromptSpec
+from blip2edge.bundle.prompt_spec import INTERLEAVED, PLACEHOLDER, SEGMENTS, PromptSpec
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.families.registry import FAMILIES
 

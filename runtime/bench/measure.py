@@ -183,9 +183,9 @@ class Bench:
         return {"kind": kind, "tokens_per_pass": float(np.median([one.tokens_per_pass for one in found]))}
 
     def prompt_length(self, prompt: str | None = None, *, decoder: bool = True) -> int:
-        """Returns the number of tokens of the prompt, visual tokens included; None: the default prompt.
+        """Returns the number of tokens of a prompt, visual tokens included; without ``prompt``, of the default prompt.
 
-        ``decoder``: count what the decoder processes, which in an encoder-decoder model is the start token only.
+        ``decoder``: count the tokens that the decoder processes: in an encoder-decoder model, the start token only.
         """
         text = self.captioner.prompts.with_default(self.prompt if prompt is None else prompt)
         initial = self.captioner.generator.language.initial if decoder else []

@@ -229,7 +229,10 @@ def part_cost(part: ModelPart, weights: HeldWeights, device: Board, tokens: Toke
 def part_seconds(
     part: ModelPart, cost: StageCost, weights: HeldWeights, device: Board, tokens: TokenCounts, times: int = 1
 ) -> float:
-    """Predicts the seconds of one run of a graph (``part``): matrix multiplications, other operators, and calls."""
+    """Predicts the seconds of one run of a graph (``part``).
+
+    They are the seconds of its matrix multiplications and other operators, and the overhead of each call.
+    """
     share = device.efficiency
     between = times * part.elements(tokens) * share.element_s + operators(part, weights, device) * share.call_s
     return cost.seconds(effective(device, weights.kind, cost.bytes), overlaps=share.overlaps) + between

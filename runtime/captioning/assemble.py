@@ -9,15 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import NUMPY_DTYPES
-from blip2edge.bundle.schema import (
-    BRIDGE,
-    QFORMER_TOKENIZER_FILE,
-    TOKENIZER_FILE,
-    VISION,
-    BackendName,
-    DraftName,
-    PromptSpec,
-)
+from blip2edge.bundle.prompt_spec import PromptSpec
+from blip2edge.bundle.schema import BRIDGE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, VISION, BackendName, DraftName
 from blip2edge.errors import BundleError, UsageError, option
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.backends.base import Session

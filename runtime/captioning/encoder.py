@@ -12,7 +12,8 @@ import numpy as np
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.schema import INTERLEAVED, QUERY_IDS, ElasticSpec
+from blip2edge.bundle.prompt_spec import INTERLEAVED
+from blip2edge.bundle.schema import QUERY_IDS, ElasticSpec
 from blip2edge.errors import UsageError, option
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.backends.base import Session

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from blip2edge.bundle.bundle import Bundle, load_whole
 from blip2edge.bundle.dtypes import Array
+from blip2edge.bundle.prompt_spec import MARKERS
 from blip2edge.bundle.schema import (
     BRIDGE,
     DECODER,
     IMAGE_FEATURES,
-    MARKERS,
     MATCH,
     TEXT_EMBEDS,
     TOKENIZER_FILE,

@@ -9,7 +9,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from blip2edge.bundle.schema import INTERLEAVED
+from blip2edge.bundle.prompt_spec import INTERLEAVED
 from blip2edge.errors import EngineFaultError, one_line
 from blip2edge.runtime.captioning.assemble import LoadedBundle
 from blip2edge.runtime.captioning.captioner import Captioner

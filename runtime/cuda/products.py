@@ -87,7 +87,7 @@ class RowProduct:
         than a thread has.
 
         Raises:
-            ValueError: The width in four bits is odd, so that rows do not begin at a byte.
+            ValueError: The weights have 4 bits and their rows an odd length, so that rows do not begin at a byte.
         """
         most = 8 if self.bits == 4 and self.rows > 2 else 16
         for size in (16, 8, 4, 2, 1):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from blip2edge.bundle.manifest import Manifest
 from blip2edge.bundle.manifest_fields import ASK, CAPTION
-from blip2edge.bundle.schema import PromptSpec
+from blip2edge.bundle.prompt_spec import PromptSpec
 from blip2edge.errors import UsageError, option
 from blip2edge.runtime.decoding.generated import Generated
 from blip2edge.runtime.decoding.options import GenerationOptions

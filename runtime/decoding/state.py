@@ -169,7 +169,7 @@ class SlotState(RowState):
         self.cross_mask = None if self.cross_mask is None else self.cross_mask[rows]
 
     def run(self, embeds: Array, positions: NDArray[np.int64], wanted: int) -> NDArray[np.float32]:
-        """Runs the graph on S new tokens of every row; returns logits ``[B, K, V]``. Arguments as in :meth:`inputs`."""
+        """Runs the graph on S new tokens of every row; returns logits ``[B, wanted, V]`` of the last tokens."""
         return self.run_graph(self.inputs(embeds, positions, wanted))
 
     def inputs(self, embeds: Array, positions: NDArray[np.int64], wanted: int) -> dict[str, Array]:

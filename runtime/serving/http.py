@@ -25,7 +25,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import Receive, Scope
 
-from blip2edge.bundle.schema import PromptSpec
+from blip2edge.bundle.prompt_spec import PromptSpec
 from blip2edge.errors import Blip2EdgeError, ImageError, PromptError
 from blip2edge.limits import ConnectionLimits, Limits
 from blip2edge.runtime.captioning.captioner import Captioner

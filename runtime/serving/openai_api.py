@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from blip2edge.bundle.schema import INTERLEAVED, MARKERS, PromptSpec
+from blip2edge.bundle.prompt_spec import INTERLEAVED, MARKERS, PromptSpec
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.captioning.request import ABSTAINED, CaptionResult
 from blip2edge.runtime.decoding.generate import Generation

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip2edge.bundle.dtypes import Array
-from blip2edge.bundle.schema import INSTRUCTION, INTERLEAVED, MARKERS, PLACEHOLDER, SEGMENTS, PromptSpec
+from blip2edge.bundle.prompt_spec import INTERLEAVED, MARKERS, PLACEHOLDER, SEGMENTS, PromptSpec
+from blip2edge.bundle.schema import INSTRUCTION
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.errors import PromptError, UsageError, option
 from blip2edge.runtime.text.tokenizer import Tokenizer, check_characters_fit, reserved_texts

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tokenizers
 
-from blip2edge.bundle.schema import INTERLEAVED, MARKERS, VIDEO_MARKER, PromptSpec
+from blip2edge.bundle.prompt_spec import INTERLEAVED, MARKERS, VIDEO_MARKER, PromptSpec
 from blip2edge.errors import Blip2EdgeError, BundleError, PromptError
 from blip2edge.reading import read_bytes, reading
 

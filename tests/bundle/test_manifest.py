@@ -15,7 +15,8 @@ import pytest
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest
-from blip2edge.bundle.schema import BRIDGE, Axis, CacheSpec, GraphSpec, Parity, PromptSpec, TensorSpec
+from blip2edge.bundle.prompt_spec import PromptSpec
+from blip2edge.bundle.schema import BRIDGE, Axis, CacheSpec, GraphSpec, Parity, TensorSpec
 from blip2edge.bundle.trust import integrity
 from blip2edge.bundle.trust.integrity import STAMPS, FileRecord
 from blip2edge.errors import BundleError, BundleIntegrityError, BundleVersionError, OutputError

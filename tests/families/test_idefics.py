@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="checkpoints are drawn with transform
 import torch
 from transformers import IdeficsForVisionText2Text, IdeficsImageProcessorPil
 
-from blip2edge.bundle.schema import PromptSpec
+from blip2edge.bundle.prompt_spec import PromptSpec
 from blip2edge.cli.caption import assign
 from blip2edge.cli.picture_arguments import PictureArgument
 from blip2edge.errors import CheckpointError, UsageError

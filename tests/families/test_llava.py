@@ -170,7 +170,7 @@ def _body(messages: list[dict[str, Any]], image: Any) -> bytes:
 
 def test_prompt_ids_equal_the_processors(tmp_path: Path) -> None:
     """The ids that the repetition penalty sees are transformers' input_ids."""
-    from blip2edge.bundle.schema import PromptSpec
+    from blip2edge.bundle.prompt_spec import PromptSpec
     from blip2edge.runtime.text.prompt import PromptBuilder
     from blip2edge.runtime.text.tokenizer import Tokenizer
 

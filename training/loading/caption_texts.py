@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from blip2edge.bundle.schema import INTERLEAVED
+from blip2edge.bundle.prompt_spec import INTERLEAVED
 from blip2edge.errors import DataError
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.families.prompts import prompt_spec

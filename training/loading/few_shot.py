@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from blip2edge.bundle.schema import INTERLEAVED, MARKERS
+from blip2edge.bundle.prompt_spec import INTERLEAVED, MARKERS
 from blip2edge.errors import DataError
 from blip2edge.runtime.text.prompt import PromptBuilder
 

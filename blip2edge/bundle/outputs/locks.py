@@ -17,8 +17,8 @@ not known whether that run has ended. Its files are then kept, and a warning nam
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -28,7 +28,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -149,7 +149,7 @@ def tidy(target: Path) -> None:
     A run that writes ``target`` removes such files itself; this function is for an output that no later run writes.
     """
     if part_of(target).is_dir():
-        with contextlib.suppress(OutputError), locked(target):
+        with suppress(OutputError), locked(target):
             pass
 
 
@@ -168,7 +168,7 @@ def recover_in(directory: Path) -> None:
 def _recover_old(part: Path, target: Path) -> None:
     """Renames ``old`` back to ``target`` if nothing has that name."""
     if os.path.lexists(part / OLD) and not os.path.lexists(target):
-        with contextlib.suppress(OSError):  # the directory is read-only now: `old` is kept
+        with suppress(OSError):  # the directory is read-only now: `old` is kept
             (part / OLD).rename(target)
 
 
@@ -235,7 +235,7 @@ def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             path.unlink()
 
 
@@ -257,7 +257,7 @@ def _acquire(target: Path) -> tuple[Path, int | None]:
     part = part_of(target)
     end = time.monotonic() + PROBE_S
     while fcntl is not None:
-        with contextlib.suppress(FileExistsError):
+        with suppress(FileExistsError):
             part.mkdir()
         if part.is_symlink():
             raise OutputError(f"{part} is a link", "remove it, or give another output")
@@ -307,10 +307,10 @@ def _acquire(target: Path) -> tuple[Path, int | None]:
 def _without_lock(target: Path, part: Path) -> Path:
     """Makes a directory with a new name; the directories of other runs are not changed, and a warning names them."""
     if part.is_dir():
-        with contextlib.suppress(OSError):  # only the lock file that _acquire made
+        with suppress(OSError):  # only the lock file that _acquire made
             if set(os.listdir(part)) <= {OWNER} and not (part / OWNER).stat().st_size:
                 remove(part)
-    others = sorted(str(path) for path in part.parent.glob(f"{_escaped(part.name)}*"))
+    others = sorted(str(path) for path in part.parent.glob(f"{glob.escape(part.name)}*"))
     if others:
         warnings.warn(
             f"{', '.join(others)}: files of another run, which may still be running; if no other "
@@ -321,15 +321,11 @@ def _without_lock(target: Path, part: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{part.name}-", dir=part.parent))
 
 
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
-
-
 def _clean(part: Path, target: Path, keep: tuple[str, ...]) -> None:
     """Removes a run's files, the lock file last. If ``target`` does not exist, the lock file and ``old`` stay."""
     if is_kept(part):
         return
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         names = set(os.listdir(part)) - set(keep)
         if OLD in names and not os.path.lexists(target):
             names -= {OLD, OWNER}
@@ -369,12 +365,8 @@ def _read_owner(descriptor: int) -> dict[str, Any]:
 
 
 def _write_owner(descriptor: int) -> None:
-    values = {
-        "pid": os.getpid(),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": command(),
-        "machine": machine(),
-    }
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    values = {"pid": os.getpid(), "started": now, "command": command(), "machine": machine()}
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(values).encode(), 0)
 
@@ -390,7 +382,7 @@ def _end(part: Path, target: Path, descriptor: int | None) -> None:
     """Removes the directory of a run, and releases its lock."""
     _recover_old(part, target)
     _clean(part, target, keep=())
-    with contextlib.suppress(OSError):  # another run has taken the directory over, or a file cannot be removed
+    with suppress(OSError):  # another run has taken the directory over, or a file cannot be removed
         part.rmdir()
     if descriptor is not None:
         _held.discard(descriptor)
@@ -400,7 +392,7 @@ def _end(part: Path, target: Path, descriptor: int | None) -> None:
 def _forget_in_child() -> None:
     """Closes the locks in a forked process; otherwise a worker that outlives its parent would keep the locks."""
     while _held:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.close(_held.pop())
 
 

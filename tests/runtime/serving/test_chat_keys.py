@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra serve is not installed")
 
-from blip2edge.bundle.schema import INTERLEAVED, PromptSpec
+from blip2edge.bundle.prompt_spec import INTERLEAVED, PromptSpec
 from blip2edge.limits import limit_table
 from blip2edge.runtime.serving.chat_keys import KEYS, RequestError, key_table
 from blip2edge.runtime.serving.json_bodies import picture_bytes

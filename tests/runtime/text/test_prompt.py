@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("transformers", reason="the tokenizers of test_tokenizer.py are compared with transformers")
 
-from blip2edge.bundle.schema import INTERLEAVED, PLACEHOLDER, PromptSpec
+from blip2edge.bundle.prompt_spec import INTERLEAVED, PLACEHOLDER, PromptSpec
 from blip2edge.errors import PromptError
 from blip2edge.runtime.text.prompt import Dialog, InstructionTokenizer, PromptBuilder
 from blip2edge.runtime.text.tokenizer import TextPieces, Tokenizer

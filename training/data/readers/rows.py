@@ -253,7 +253,7 @@ def dialogue(turns: Any) -> Iterator[dict[str, Any]]:
             asked = text if asked is None else f"{asked} {text}".strip()
         elif speaker in _MODELS:
             if asked is None or not text:
-                raise DataError("an answer of its dialogue is empty" if not text else "its dialogue has no question")
+                raise DataError(f"an answer in the dialogue {'is empty' if not text else 'has no question before it'}")
             alone = not asked and not history
             yield {"text": text} if alone else {"question": asked, "answers": (text,), "history": tuple(history)}
             history.append((asked, text))
