@@ -21,6 +21,7 @@ from blip2edge.errors import ConfigError, one_line
 from blip2edge.reading import parse_json, read_text, reading
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, RecipeSection, one_of, read_section
+from blip2edge.training.key_rules import QFORMER_BRIDGES, keys_without_effect
 from blip2edge.training.loop_config import VALIDATION_METRICS, LoopConfig, ValidationConfig
 from blip2edge.training.model_config import BlockSizes, ModelConfig
 from blip2edge.training.phase_config import (
@@ -85,7 +86,7 @@ class TrainingConfig(RecipeSection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for problem, fix in _conflicts(self):
+        for problem, fix in (*_conflicts(self), *keys_without_effect(self)):
             raise ConfigError(problem, fix)
 
 
@@ -113,6 +114,11 @@ def _conflicts(config: TrainingConfig) -> Iterator[_Conflict]:
                 " reads one picture in a text",
                 "leave shots out, or set bridge = 'flamingo'",
             )
+    if config.stage1.steps and config.bridge not in QFORMER_BRIDGES:
+        yield _Conflict(
+            f"[stage1] steps is {config.stage1.steps}, but stage 1 trains a Q-Former, and bridge = {config.bridge!r}",
+            "set bridge to 'qformer', or leave [stage1] out",
+        )
     if config.model.is_miniature and not config.data.only_scenes:
         yield _Conflict(
             "[model] names no trained parts, so the recipe trains the miniature model, which supports the data kind"

@@ -49,6 +49,8 @@ def one_of(*choices: str) -> ValidValues:
     return ValidValues(lambda value: value in choices, f"be one of {shown}", choices)
 
 
+_WRITTEN = "_written"  # attribute of a section with the keys that the recipe has
+
 NOT_NEGATIVE = at_least(0)
 POSITIVE = ValidValues(lambda value: bool(value > 0), "be greater than 0")
 SHARE = ValidValues(lambda value: bool(0 <= value <= 1), "lie between 0 and 1")
@@ -65,6 +67,23 @@ class RecipeSection:
         for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
             for rule in getattr(kind, "__metadata__", ()):
                 rule.check(f"[{self.section}] {name}" if self.section else name, getattr(self, name))
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Returns the keys that the recipe has in this section, also those with the value of their default.
+
+        For a section that was made without a recipe file, these are the keys whose values differ from the defaults.
+        """
+        given = getattr(self, _WRITTEN, None)
+        if given is None:
+            default = type(self)()
+            given = [key for key in self.key_names() if getattr(self, key) != getattr(default, key)]
+        return tuple(given)
+
+    @classmethod
+    def key_names(cls) -> tuple[str, ...]:
+        """Returns all keys of the section, in the order of its fields."""
+        return tuple(each.name for each in dataclasses.fields(cls))  # type: ignore[arg-type]  # subclasses are dataclasses
 
     @property
     def section(self) -> str:
@@ -129,4 +148,6 @@ def read_section(path: str, kind: type[Kind], table: Mapping[str, Any]) -> Kind:
             hint = f"did you mean {near[0]!r}?" if near else f"the keys here are {', '.join(known)}"
             raise ConfigError(f"unknown key {where!r}", hint)
         values[key] = _value(where, types[key], value)
-    return kind(**values)
+    made = kind(**values)
+    object.__setattr__(made, _WRITTEN, tuple(key for key in known if key in values))  # frozen, like its fields
+    return made

@@ -16,16 +16,19 @@ PHASES = ("vision", "language", "stage1", "stage2")
 
 
 def recipe(top: str = "seed = 1", **sections: str) -> str:
-    """A recipe as TOML.
+    """A recipe as TOML; of the miniature, unless `model` names trained parts.
 
     Args:
         top: Lines above the first section.
         **sections: Further lines of a section, by its name.
     """
-    parts = {f"model.{part}": SIZES for part in ("vision", "qformer", "language")}
-    parts |= dict.fromkeys(PHASES, PHASE)
+    named = any(key in sections.get("model", "") for key in ("checkpoint", "vision_from"))
+    miniature = () if named else ("vision", "language")  # only the miniature is pretrained, and has these sizes
+    parts = {f"model.{part}": SIZES for part in miniature}
+    parts |= dict.fromkeys([*miniature, "stage1", "stage2"], PHASE)
     parts["stage1"] += "embed_dim = 16\n"
-    parts["model.qformer"] = SIZES.replace("num_layers = 1", "num_layers = 2")
+    if not named:
+        parts["model.qformer"] = SIZES.replace("num_layers = 1", "num_layers = 2")
     for name, lines in sections.items():
         parts[name] = parts.get(name, "") + lines + "\n"
     return f"{top}\n" + "".join(f"[{name}]\n{lines}" for name, lines in parts.items())

@@ -23,7 +23,6 @@ from blip2edge.model.config import (
     CaptionerConfig,
     DraftConfig,
     QFormerConfig,
-    VisionConfig,
 )
 from blip2edge.model.config_json import Fields
 from blip2edge.model.families.registry import FAMILIES
@@ -41,6 +40,7 @@ from blip2edge.training.phases.stage1_checkpoint import (
 )
 from blip2edge.training.setup import pretrained
 from blip2edge.training.setup.architecture import captioner_config, family_of, qformer_sizes, stage1_config
+from blip2edge.training.setup.checks import check_bridge_keys, check_trained_vision
 from blip2edge.training.setup.miniature import build_miniature, initialise
 from blip2edge.training.setup.model_parts import ModelParts
 
@@ -98,7 +98,10 @@ def plan_parts(stage: str, config: TrainingConfig, base: Path) -> PlannedParts:
         planned = _miniature(stage, config, kept)
     else:
         planned = whole or _composed(stage, config, base, kept if has_text_side(stage, config, kept) else None)
-    _check_trained_vision(planned.config, config)
+    check_trained_vision(planned.config, config)
+    if planned.bridge:
+        text = has_text_side(stage, config, kept)
+        check_bridge_keys(config, planned.config, kept, text=text, new=not (kept or whole))
 
     def build() -> ModelParts:
         parts = planned.build()
@@ -153,17 +156,6 @@ def _miniature(stage: str, config: TrainingConfig, kept: Stage1Source | None) ->
     text = has_text_side(stage, config, kept)
     parts = build_miniature(config, draft=text and not instructed, instructed=instructed)
     return PlannedParts(parts.model.config, "", lambda: parts)
-
-
-def _check_trained_vision(given: CaptionerConfig, config: TrainingConfig) -> None:
-    """Raises ConfigError if the recipe trains a picture encoder whose training is not supported."""
-    trained = [each.section for each in (config.stage1, config.stage2, config.instruct) if each.unfreeze_vision]
-    if trained and not isinstance(given.vision, VisionConfig):
-        raise ConfigError(
-            f"[{trained[0]}] unfreeze_vision trains picture encoders of the kinds {BLIP2_VISION} (BLIP-2, BLIP) and "
-            f"{CLIP_VISION} (CLIP), and this one is of the kind {given.vision.kind!r}",
-            "set unfreeze_vision to false, or give another encoder",
-        )
 
 
 def _of_checkpoint(config: TrainingConfig, base: Path) -> CaptionerConfig | None:

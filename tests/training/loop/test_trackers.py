@@ -156,11 +156,9 @@ def test_a_tracker_that_fails_does_not_end_the_run(tmp_path: Path, monkeypatch: 
 
 
 def test_a_run_that_cannot_begin_starts_no_tracker(tmp_path: Path) -> None:
-    path = recipes.write(
-        tmp_path / "recipe.toml",
-        loop=f'{LOOP}trackers = ["recorder"]',
-        model='vision_from = "absent"\nlanguage_from = "absent"',
-    )
+    path = tmp_path / "recipe.toml"
+    parts = 'vision_from = "absent"\nlanguage_from = "absent"'
+    path.write_text(f'[loop]\n{LOOP}trackers = ["recorder"]\n[model]\n{parts}\n[stage2]\n{recipes.PHASE}')
     with pytest.raises(Blip2EdgeError, match="absent"):
         train("stage2", path, tmp_path / "out", evaluation_scenes=0)
     assert not Recorder.started
@@ -171,7 +169,7 @@ def test_trackers_are_ended_if_a_phase_cannot_begin(tmp_path: Path, monkeypatch:
     def refuse(*_: Any) -> None:
         raise ConfigError("refused")
 
-    monkeypatch.setattr("blip2edge.training.run.announce", refuse)
+    monkeypatch.setattr("blip2edge.training.run._run_phases", refuse)
     path = recipes.write(tmp_path / "recipe.toml", loop=f'{LOOP}trackers = ["recorder"]')
     with pytest.raises(ConfigError, match="refused"):
         train("stage2", path, tmp_path / "out", evaluation_scenes=0)

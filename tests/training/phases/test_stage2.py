@@ -21,14 +21,16 @@ from blip2edge.model.captioner import CaptionerModel  # noqa: E402
 from blip2edge.model.checkpoint.directory import load_checkpoint  # noqa: E402
 from blip2edge.runtime.text.prompt import InstructionTokenizer  # noqa: E402
 from blip2edge.runtime.text.tokenizer import Tokenizer  # noqa: E402
-from blip2edge.training.config import OptimizerConfig, TrainingConfig, parse_config  # noqa: E402
+from blip2edge.training.config import OptimizerConfig, Stage1Phase, TrainingConfig, parse_config  # noqa: E402
 from blip2edge.training.data.scenes import scenes  # noqa: E402
 from blip2edge.training.data.sources import Sample  # noqa: E402
+from blip2edge.training.key_rules import BRIDGE_SIZES  # noqa: E402
 from blip2edge.training.loading.batches import IGNORED, PREPROCESSING  # noqa: E402
 from blip2edge.training.loading.caption_texts import CaptionTexts  # noqa: E402
 from blip2edge.training.loading.features import FrozenEncoder  # noqa: E402
 from blip2edge.training.loading.loader import PictureBatch, TextMakers  # noqa: E402
 from blip2edge.training.loop.optim import learning_rate, make_optimizer  # noqa: E402
+from blip2edge.training.model_config import BlockSizes, ModelConfig  # noqa: E402
 from blip2edge.training.phases.stage2 import GenerativeStage, is_trained, match_scale  # noqa: E402
 from blip2edge.training.setup.miniature import build_miniature  # noqa: E402
 from blip2edge.training.setup.model_parts import ModelParts  # noqa: E402
@@ -145,8 +147,10 @@ def test_the_loss_of_a_flamingo_is_that_of_transformers(tmp_path: Path) -> None:
 
 def tiny(bridge: str = "qformer", **options: Any) -> ModelParts:
     """A miniature of the tests' recipe."""
-    config = replace(parse_config(recipes.recipe()), bridge=bridge)
-    return build_miniature(config, **options)
+    given = parse_config(recipes.recipe())
+    sizes = {key: getattr(given.model.qformer, key) for key in BRIDGE_SIZES[bridge]}
+    model = replace(given.model, qformer=BlockSizes(**sizes) if sizes else ModelConfig().qformer)
+    return build_miniature(replace(given, bridge=bridge, model=model, stage1=Stage1Phase()), **options)
 
 
 def scene_batch(parts: ModelParts, count: int = 3, *, own: bool = False) -> PictureBatch:

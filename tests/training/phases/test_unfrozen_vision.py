@@ -28,7 +28,7 @@ from blip2edge.training.loop.optim import (  # noqa: E402
 )
 from blip2edge.training.phases.stage2 import GenerativeStage  # noqa: E402
 from blip2edge.training.run import train  # noqa: E402
-from blip2edge.training.setup import build  # noqa: E402
+from blip2edge.training.setup.checks import check_trained_vision  # noqa: E402
 from tests.training import recipes  # noqa: E402
 from tests.training.phases.test_stage2 import case, draw  # noqa: E402
 
@@ -162,7 +162,7 @@ def test_another_kind_of_encoder_is_refused_and_the_supported_ones_are_named() -
     named = " and ".join(rf"{name} \([\w ,-]+\)" for name in kinds)
     said = rf"\[stage2\] unfreeze_vision trains picture encoders of the kinds {named}, and .* kind 'dinov2'"
     with pytest.raises(ConfigError, match=said):
-        build._check_trained_vision(given, config)  # type: ignore[arg-type]  # what the check reads of it
+        check_trained_vision(given, config)  # type: ignore[arg-type]  # what the check reads of it
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ transformers = pytest.importorskip("transformers")
 from blip2edge.errors import CheckpointError, ConfigError  # noqa: E402
 from blip2edge.model.checkpoint.directory import load_checkpoint  # noqa: E402
 from blip2edge.training import run as runs  # noqa: E402
-from blip2edge.training.config import load_config  # noqa: E402
+from blip2edge.training.config import load_config, parse_config  # noqa: E402
+from blip2edge.training.key_rules import BRIDGE_SIZES  # noqa: E402
 from blip2edge.training.run import train  # noqa: E402
 from blip2edge.training.setup.build import build_parts  # noqa: E402
 from tests import drawing  # noqa: E402
@@ -23,8 +24,7 @@ from tests.families import drawing_blip, drawing_llama  # noqa: E402
 from tests.training import recipes  # noqa: E402
 
 STEPS = "steps = 3\nbatch_size = 2\nwarmup_steps = 1\nmin_learning_rate = 0.0\n"
-SIZES = "hidden_size = 24\nintermediate_size = 48\nnum_layers = 2\nnum_heads = 3\n"
-FRESH = f"num_query_tokens = 4\n[model.qformer]\n{SIZES}"
+VALUES = {"hidden_size": 24, "intermediate_size": 48, "num_layers": 2, "num_heads": 3}
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +50,15 @@ def _parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(parts: Path, name: str, model: str, top: str = "", more: str = "") -> Path:
     path = parts / f"{name}.toml"
     stages = f"[stage2]\n{STEPS}{more}"
-    path.write_text(f'weights_dtype = "float32"\n{top}\n[model]\n{model}\n{FRESH}{stages}')
+    new = "" if model.startswith("checkpoint") else sizes(parse_config(top).bridge)
+    path.write_text(f'weights_dtype = "float32"\n{top}\n[model]\n{model}\n{new}{stages}')
     return path
+
+
+def sizes(bridge: str) -> str:
+    """The sizes that a new bridge has: any other key is refused."""
+    lines = "".join(f"{key} = {VALUES[key]}\n" for key in BRIDGE_SIZES[bridge])
+    return f"num_query_tokens = 4\n[model.qformer]\n{lines}" if lines else ""
 
 
 @pytest.mark.parametrize("bridge", ["qformer", "projection", "mlp", "perceiver", "pool"])

@@ -155,3 +155,32 @@ def test_a_run_through_both_stages_is_resumed_exactly_after_stage_1(tmp_path: Pa
     whole, resumed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed"))
     assert whole == resumed
     assert json.loads((tmp_path / "resumed" / "training.json").read_text())["phases"].keys() == {"stage1", "stage2"}
+
+
+@pytest.mark.parametrize(
+    ("model", "stage2", "said"),
+    [
+        ("num_query_tokens = 4", "", r"\[model\] num_query_tokens = 4 has no effect: .* which has 8"),
+        ("[model.qformer]\nnum_layers = 2", "", r"\[model.qformer\] num_layers = 2 has no effect: .* which has 4"),
+        ("dropout = 0.3", "", r"\[model\] dropout = 0.3 has no effect"),
+        ('bert = "b"', "itg_weight = 1.0", r"\[model\] bert has no effect: the Q-Former is not new; leave bert out$"),
+    ],
+)
+@pytest.mark.parametrize("named", ["checkpoint", "bridge_from"])
+def test_sizes_of_a_new_bridge_are_refused_where_the_bridge_has_others(
+    named: str, model: str, stage2: str, said: str, tmp_path: Path
+) -> None:
+    parts = f'{named} = "{CHECKPOINT}"\n'
+    if named == "bridge_from":
+        parts += f'vision_from = "{CHECKPOINT}"\nlanguage_from = "{CHECKPOINT}"\n'
+    path = recipe(tmp_path, parts + model, "stage2", more=stage2 + "\n")
+    with pytest.raises(ConfigError, match=said):
+        plan_parts("stage2", load_config(path), tmp_path)
+    same = parts + "num_query_tokens = 8\n[model.qformer]\nnum_layers = 4"
+    plan_parts("stage2", load_config(recipe(tmp_path, same, "stage2")), tmp_path)
+
+
+def test_a_bert_is_refused_where_the_new_qformer_has_no_text_side(tmp_path: Path) -> None:
+    parts = f'vision_from = "{CHECKPOINT}"\nlanguage_from = "{CHECKPOINT}"\nbert = "{CHECKPOINT}"'
+    with pytest.raises(ConfigError, match=r"bert has no effect: the Q-Former has no text side .* \[stage2\] itg_w"):
+        plan_parts("stage2", load_config(recipe(tmp_path, parts, "stage2")), tmp_path)
