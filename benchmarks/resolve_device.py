@@ -9,6 +9,7 @@ pip evaluates markers for the running interpreter. Needs a network.
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import subprocess
@@ -59,6 +60,7 @@ def resolve(extra: str) -> dict[str, str]:
 
 def main() -> None:
     """Resolves each extra and prints its packages."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for extra in EXTRAS:
         found = resolve(extra)
         print(f"{extra or 'runtime':<8} {', '.join(f'{name} {version}' for name, version in sorted(found.items()))}")

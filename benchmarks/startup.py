@@ -1,7 +1,7 @@
 """Measures start-up time and memory: seconds to load a bundle and to the first word, and memory over many captions.
 
     python benchmarks/startup.py BUNDLE PICTURE --captions 10000 --json FILE
-    python benchmarks/startup.py … --language SMOLLM2_8 --gguf Q8_0.gguf --llama-python VENV/bin/python
+    python benchmarks/startup.py BUNDLE PICTURE --language SMOLLM2_8 --gguf Q8_0.gguf --llama-python VENV/bin/python
 
 Wall and CPU seconds are the least of several starts; a busy machine increases wall time and hardly CPU time. With
 ``--language``, also measures a text prompt's first token with a bundle's language model and with llama.cpp, in turn
