@@ -126,7 +126,7 @@ def main() -> int:
     for key, row in rows.items():
         print(f"{key}: {row['pictures_per_s']} pictures/s, {row['times_loop']} x the loop")
     print(f"{same} of {arguments.pictures} captions are equal; load {os.getloadavg()}")
-    return 0 if rows["bulk"]["times_loop"] >= arguments.least else 1  # type: ignore[operator]
+    return 0 if rows["bulk"]["times_loop"] >= arguments.least else 1
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python benchmarks/chat_keys.py --write docs/serving.md
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,11 @@ from blip2edge.cli import run_script
 from blip2edge.limits import limit_table
 from blip2edge.runtime.serving.chat_keys import EMBEDDING_KEYS, key_table
 
-TABLES = {"chat keys": key_table, "embedding keys": partial(key_table, EMBEDDING_KEYS), "limits": limit_table}
+TABLES: dict[str, Callable[[], str]] = {
+    "chat keys": key_table,
+    "embedding keys": partial(key_table, EMBEDDING_KEYS),
+    "limits": limit_table,
+}
 
 
 def placed(page: str) -> str:

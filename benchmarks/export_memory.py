@@ -15,10 +15,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from random_checkpoint import CONFIGS, published, scaled, write_checkpoint
+from random_checkpoint import published, scaled, write_checkpoint
 from reporting import command, parser_of, python, write_json
 
 from blip2edge.cli import run_script
+from blip2edge.shapes.families import CONFIGS
 
 SIZES = ("blip2-opt-2.7b", "blip2-flan-t5-xl", "instructblip-vicuna-7b")
 """Configurations of ``blip2edge/shapes/published`` for which the documentation states the memory of an export.

@@ -36,7 +36,7 @@ def run_step(step: Step, dry: bool, limit_s: float) -> dict[str, Any]:
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=limit_s, cwd=ROOT, check=False)
     except subprocess.TimeoutExpired as error:
-        output = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else str(error.stderr or "")
+        output = (error.stderr or b"").decode(errors="replace")
         return {"status": "timeout", "seconds": round(time.monotonic() - start, 1), "output": output[-TAIL:]}
     seconds = round(time.monotonic() - start, 1)
     last = done.stdout.strip().splitlines()[-1:] or [""]

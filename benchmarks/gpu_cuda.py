@@ -152,7 +152,7 @@ def runtime(dry: bool) -> dict[str, Any]:
         for given in options:
             tokens = []
             for backend in ("cpu", "tensorrt"):
-                with Captioner.load(bundle, backend=backend, threads=1) as captioner:  # type: ignore[arg-type]
+                with Captioner.load(bundle, backend=backend, threads=1) as captioner:
                     tokens.append([one.tokens for one in captioner.caption_many(pictures, batch_size=4, **given)])
             equal[json.dumps(given)] = tokens[0] == tokens[1]
     return {"equal_tokens": equal, "ok": all(equal.values())}

@@ -24,7 +24,7 @@ def bundles(folder: Path, precisions: tuple[str, ...]) -> dict[str, Path]:
     from blip2edge.calibration.pipeline import calibrate
     from blip2edge.export.pipeline import export_checkpoint
 
-    made = {}
+    made: dict[str, Path] = {}
     for precision in precisions:
         if precision == "int4":
             pictures = ROOT / "examples" / "pictures"
@@ -51,7 +51,7 @@ def provider(dry: bool) -> dict[str, Any]:
                 tokens = []
                 nodes: dict[str, Any] = {}
                 for backend in ("cpu", "cpu" if dry else "cuda"):
-                    with Captioner.load(bundle, backend=backend) as captioner:  # type: ignore[arg-type]
+                    with Captioner.load(bundle, backend=backend) as captioner:
                         results = captioner.caption_many(pictures, draft="none", max_new_tokens=TOKENS)
                         tokens.append([one.tokens for one in results])
                         vision = captioner.encoder.images.vision
@@ -76,7 +76,7 @@ def cuda_graphs(dry: bool) -> dict[str, Any]:
             os.environ[GRAPHS_VARIABLE] = value  # read when the decoder is loaded
             captioner = Captioner.load(bundle, backend="cpu" if dry else "cuda")
             captioners[name] = opened.enter_context(captioner)
-        tokens: dict[str, list[int]] = {}
+        tokens: dict[str, tuple[int, ...]] = {}
         decode_ms: dict[str, list[float]] = {name: [] for name in captioners}
         for number in range(3 if dry else 4 * ROUNDS):
             for name, captioner in captioners.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from reporting import ROOT, parser_of
 
@@ -89,7 +90,7 @@ def similarity() -> str:
         shapes.append(label(f"picture {row + 1}", 8, y + 19))
         for query, value in enumerate(values):
             x = 80 + query * (cell + 4)
-            edge = {"stroke": COLOURS[1], "stroke_width": 3} if query == best else {}
+            edge: dict[str, Any] = {"stroke": COLOURS[1], "stroke_width": 3} if query == best else {}
             shade = f"{0.1 + 0.9 * max(value, 0.0) / 0.8:.2f}"
             shapes.append(
                 element("rect", x=x, y=y, width=cell, height=cell, fill=COLOURS[0], fill_opacity=shade, **edge)

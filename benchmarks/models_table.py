@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_checkpoint import CONFIGS, opened, published
+from random_checkpoint import opened, published
 from reporting import parser_of
 
 from blip2edge.choices import PRECISIONS
@@ -28,6 +28,7 @@ from blip2edge.model.language.registry import bridged_languages
 from blip2edge.model.models import Config, build_model
 from blip2edge.model.retrieval import RetrievalConfig
 from blip2edge.model.vision.registry import VISION_ENCODERS
+from blip2edge.shapes.families import CONFIGS
 
 HERE = Path(__file__).parent
 PARITY = HERE / "results" / "parity.json"

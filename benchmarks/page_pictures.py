@@ -47,15 +47,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "docs")
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
-        files = []
+        files, pictures = [], []
         for path in sorted((ROOT / "examples" / "pictures").glob("*.png")):
             with Image.open(path) as picture:
-                scaled = picture.convert("RGB").resize(
-                    [SCALE * side for side in picture.size], Image.Resampling.NEAREST
-                )
+                size = (SCALE * picture.width, SCALE * picture.height)
+                pictures.append(picture.convert("RGB").resize(size, Image.Resampling.NEAREST))
             files.append(Path(folder, path.name))
-            scaled.save(files[-1])
-        camera = fake_camera(Path(folder, "camera.y4m"), scaled)
+            pictures[-1].save(files[-1])
+        camera = fake_camera(Path(folder, "camera.y4m"), pictures[-1])
         captioner = Captioner.load(options.bundle, threads=1)
         with live(captioner) as (_, port), browser(Path(folder, "profile"), *camera) as page:
             set_screen(page, 760, 980, "light")

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_checkpoint import CONFIGS, published, shrunk, write_checkpoint
+from random_checkpoint import published, shrunk, write_checkpoint
 from reporting import RESULTS, parser_of, versions, write_json
 
 from blip2edge.choices import PRECISIONS
 from blip2edge.cli import run_script
 from blip2edge.errors import Blip2EdgeError
 from blip2edge.export.pipeline import export_checkpoint
+from blip2edge.shapes.families import CONFIGS
 
 GAIN = 2.0
 

@@ -41,6 +41,12 @@ class Contestant:
     caption: Callable[[], list[list[int]]]
 
 
+def rows_of(ids: np.ndarray | torch.Tensor) -> list[list[int]]:
+    """Returns token ids ``[B, T]`` as lists."""
+    rows: list[list[int]] = ids.tolist()
+    return rows
+
+
 def transformers_contestants(checkpoint: Path, pixels: np.ndarray, tokens: int, compiled: bool) -> list[Contestant]:
     """Returns the contestants of transformers: eager; and if `compiled` is true, also one with torch.compile."""
     from transformers import Blip2ForConditionalGeneration
@@ -50,7 +56,7 @@ def transformers_contestants(checkpoint: Path, pixels: np.ndarray, tokens: int, 
 
     def caption() -> list[list[int]]:
         out = model.generate(pixel_values=pixel_values, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-        return out[:, -tokens:].tolist()
+        return rows_of(out[:, -tokens:])
 
     contestants = [Contestant("transformers eager", caption)]
     if compiled:
@@ -63,7 +69,7 @@ def transformers_contestants(checkpoint: Path, pixels: np.ndarray, tokens: int, 
             out = twin.generate(
                 pixel_values=pixel_values, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
             )
-            return out[:, -tokens:].tolist()
+            return rows_of(out[:, -tokens:])
 
         contestants.append(Contestant("transformers torch.compile", caption_compiled))
     return contestants
@@ -104,7 +110,7 @@ def plain_runtime(bundle: Path, pixels: np.ndarray, tokens: int) -> Contestant:
             past = dict(zip(cache.past_names(), present, strict=True))
             ids.append(logits[:, 0].argmax(axis=-1))
             x = table.rows(ids[-1])[:, None]
-        return np.stack(ids, axis=1).tolist()
+        return rows_of(np.stack(ids, axis=1))
 
     return Contestant("ONNX Runtime, plain", caption)
 

@@ -59,9 +59,9 @@ def write_bert_tokenizer(directory: Path) -> None:
     """Replaces the tokenizer by one that puts [CLS] and [SEP] around a text, like BERT's; BLIP's prompts need them."""
     words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 101, "[SEP]": 102, "a": 2, "photo": 3, "of": 4}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]  # the stubs know no setter
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     frame = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 101), ("[SEP]", 102)])
-    tokenizer.post_processor = frame  # type: ignore[assignment]  # nor here
+    tokenizer.post_processor = frame
     tokenizer.save(str(directory / "tokenizer.json"))
     names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
     config = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names})

@@ -6,7 +6,7 @@ python benchmarks/plan_page.py --write docs/plan.md
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def efficiency() -> str:
 def compared(file: str) -> str:
     """Returns the table of predicted and measured times, from the result file of ``plan_check.py``."""
     found = json.loads((RESULTS / file).read_text(encoding="utf-8"))
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for result in found["results"]:
         title = f"{result['name']} {result.get('precision', 'fp32')}"
         for stage, row in result["stages"].items():
@@ -86,7 +86,7 @@ def compared(file: str) -> str:
     return f"{text}\n{within}. {found['machine']['cpu']}, one thread.\n"
 
 
-TABLES = {
+TABLES: dict[str, Callable[[], str]] = {
     "boards": boards,
     "efficiency": efficiency,
     "check": partial(compared, "plan.json"),

@@ -118,7 +118,8 @@ def random_tensors(config: Config, dtype: torch.dtype, gain: float) -> Iterator[
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in build_model(config).state_dict().items()}
     noise = torch.randn(NOISE, generator=torch.Generator().manual_seed(0))
-    names, seen, offset = weight_map(config), set(), 0
+    names, offset = weight_map(config), 0
+    seen: set[str] = set()
     for ours, shape in shapes.items():
         fused = names.sources(ours)
         if fused[0] in seen:
@@ -176,9 +177,9 @@ def _write_tokenizers(directory: Path, config: dict[str, Any]) -> None:
     vocabulary = {word: index for index, word in enumerate(words)}
     vocabulary["<image>"] = config.get("image_token_index") or len(words)
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]  # the stubs know no setter
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     template = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
-    tokenizer.post_processor = template  # type: ignore[assignment]  # nor here
+    tokenizer.post_processor = template
     tokenizer.add_special_tokens(["<image>", "<fake_token_around_image>"])
     (directory / "qformer_tokenizer").mkdir()
     for folder in (directory, directory / "qformer_tokenizer"):

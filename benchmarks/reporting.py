@@ -115,7 +115,9 @@ def versions(*packages: str) -> dict[str, str]:
 
 def command(*words: str) -> str:
     """Returns the command line that runs this script, with its present arguments or the given `words`."""
-    return " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *(words or sys.argv[1:])])
+    path = Path(sys.argv[0])
+    script = f"-m tests.{path.stem}" if path.parent.name == "tests" else f"benchmarks/{path.name}"
+    return " ".join([f"python {script}", *(words or sys.argv[1:])])
 
 
 def write_json(path: Path | None, document: Any) -> None:

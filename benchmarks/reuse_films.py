@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count, islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from blip2edge.choices import Split
 from blip2edge.training.data.scenes import COLOURS, PICTURE_SIZE, RADII, Scene, SceneObject, _draw, make_scene
 
-Picture = NDArray[np.float32]
+Picture = NDArray[np.floating[Any]]
 Film = list[NDArray[np.uint8]]
 Random = np.random.Generator
 
@@ -63,9 +64,12 @@ def movement(shown: Iterator[Scene], rng: Random) -> Iterator[Picture]:
             steps = int(rng.integers(10, 30))
             for part in np.linspace(0, 1, steps):
                 things[moved] = _between(start, goal, float(part))
-                picture = np.asarray(_draw(things, tints, 40, np.zeros((PICTURE_SIZE, PICTURE_SIZE, 3), np.int16)))
-                yield picture.astype(np.float32)
-            yield from [picture.astype(np.float32)] * int(rng.integers(15, 50))
+                yield _drawn(things, tints)
+            yield from [_drawn(things, tints)] * int(rng.integers(15, 50))
+
+
+def _drawn(things: list[SceneObject], tints: NDArray[np.int64]) -> Picture:
+    return np.asarray(_draw(things, tints, 40, np.zeros((PICTURE_SIZE, PICTURE_SIZE, 3), np.int16)), np.float32)
 
 
 def _moved(thing: SceneObject, rng: Random) -> SceneObject:

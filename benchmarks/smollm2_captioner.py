@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -45,7 +46,6 @@ def captioner(language: Path, image_token_id: int, vocabulary: int) -> Blip2ForC
     """
     llama = LlamaForCausalLM.from_pretrained(language)
     llama.resize_token_embeddings(vocabulary, mean_resizing=False)
-    tied = {"tie_word_embeddings": llama.config.tie_word_embeddings}
     vision = Blip2VisionConfig(
         hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
         image_size=IMAGE_SIZE, patch_size=8,
@@ -54,16 +54,17 @@ def captioner(language: Path, image_token_id: int, vocabulary: int) -> Blip2ForC
         hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
         encoder_hidden_size=128, vocab_size=32,
     )  # fmt: skip
-    config = Blip2Config(
-        vision_config=vision.to_dict(),
-        qformer_config=qformer.to_dict(),
-        text_config=llama.config.to_dict(),
-        num_query_tokens=QUERIES,
-        image_token_index=image_token_id,
-        **tied,
-    )
+    config: dict[str, Any] = {
+        "vision_config": vision.to_dict(),
+        "qformer_config": qformer.to_dict(),
+        "text_config": llama.config.to_dict(),
+        "num_query_tokens": QUERIES,
+        "image_token_index": image_token_id,
+        "tie_word_embeddings": llama.config.tie_word_embeddings,
+    }
     torch.manual_seed(0)
-    model = Blip2ForConditionalGeneration(config).eval()
+    model = Blip2ForConditionalGeneration(Blip2Config(**config))
+    model.eval()
     model.language_model.load_state_dict(llama.state_dict())
     model.generation_config = llama.generation_config
     return model
@@ -76,7 +77,7 @@ def main() -> None:
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.language)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    image = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    image = tokenizer.get_vocab()[IMAGE_TOKEN]
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     model = captioner(options.language, image, len(tokenizer))
     model.save_pretrained(options.out)

@@ -209,7 +209,8 @@ def bound_ms(words: list[str], captions_per_s: float) -> float:
     parser.add_argument("--queue", type=int, default=64)
     parser.add_argument("--max-batch", type=int, default=8)
     given, _ = parser.parse_known_args(words)
-    return 2e3 * (given.queue + given.max_batch) / captions_per_s
+    waiting: int = given.queue + given.max_batch
+    return 2e3 * waiting / captions_per_s
 
 
 async def run_overload(bundle: Path, minutes: float, measured_s: float, words: list[str]) -> dict[str, Any]:

@@ -15,18 +15,19 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from reporting import command, cpu_model, median_ratio, named_path, parser_of, versions, write_json
 
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.bundle.schema import DECODER, DRAFT, EMBEDDINGS_FILE
+from blip2edge.bundle.schema import DECODER, DRAFT, EMBEDDINGS_FILE, DraftName
 from blip2edge.cli import run_script
 from blip2edge.errors import DataError
 from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
 from blip2edge.runtime.decoding.speculative import SpeculationCost
 from blip2edge.training.data.scenes import scenes
 
+Draft = Literal[DraftName, "always"]
 SERIES = 900  # series of the held-out scenes, which no training uses
 
 
@@ -42,9 +43,9 @@ class Always(SpeculationCost):
 class Contestant:
     """One way to caption, compared with the others. All use the same captioner, and so the same weights in memory."""
 
-    def __init__(self, captioner: Captioner, draft: str) -> None:
+    def __init__(self, captioner: Captioner, draft: Draft) -> None:
         self.captioner = captioner
-        self.draft = "itg" if draft == "always" else draft
+        self.draft: DraftName = "itg" if draft == "always" else draft
         clock = captioner.generator.drafts.costs["itg"].clock
         self.cost = Always(clock) if draft == "always" else SpeculationCost(clock)
 
@@ -60,7 +61,7 @@ def share(parts: Sequence[CaptionResult], stage: str) -> float:
     return round(statistics.mean(part.timings_ms[stage] for part in parts), 3)
 
 
-def race(bundle: Path, drafts: Sequence[str], pictures: int, warm_up: int, tokens: int) -> dict[str, Any]:
+def race(bundle: Path, drafts: Sequence[Draft], pictures: int, warm_up: int, tokens: int) -> dict[str, Any]:
     """Measures all contestants on one bundle.
 
     Args:
@@ -132,7 +133,7 @@ def main() -> int:
     """Measures the bundles named on the command line."""
     parser = parser_of(__doc__)
     parser.add_argument("bundles", nargs="+", type=named_path, metavar="NAME=BUNDLE")
-    parser.add_argument("--drafts", nargs="+", default=["none", "auto", "always", "lookup"])
+    parser.add_argument("--drafts", nargs="+", choices=get_args(Draft), default=["none", "auto", "always", "lookup"])
     parser.add_argument("--pictures", type=int, default=60)
     parser.add_argument("--warm-up", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=30)

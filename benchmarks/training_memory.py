@@ -24,11 +24,14 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reporting import ROOT, command, machine, parser_of, python, write_json
 
 from blip2edge.cli import run_script
+
+if TYPE_CHECKING:
+    from blip2edge.model.config import CaptionerConfig
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 CHOICES = {
@@ -62,6 +65,16 @@ def values_of(name: str, *, small: bool) -> dict[str, Any]:
     return values
 
 
+def config_of(name: str, *, small: bool) -> CaptionerConfig:
+    """Returns the configuration of a published captioner, or of the smaller one of the same family."""
+    from blip2edge.model.config import CaptionerConfig
+    from blip2edge.model.families.registry import read_config
+
+    config = read_config(values_of(name, small=small))
+    assert isinstance(config, CaptionerConfig)
+    return config
+
+
 def recipe_of(choice: str, rows: int) -> Any:
     """Returns the training recipe with the options that ``choice`` names, a key of ``CHOICES``."""
     from blip2edge.training.config import parse_config
@@ -74,11 +87,10 @@ def recipe_of(choice: str, rows: int) -> Any:
 
 def predicted(name: str, choice: str, *, small: bool) -> dict[str, int]:
     """Returns the predicted memory of one process in bytes, by the kind of use (weights, gradients, and so on)."""
-    from blip2edge.model.families.registry import read_config
     from blip2edge.training.setup.memory import predict
 
     recipe = recipe_of(choice, SMALL_ROWS if small else ROWS)
-    found = predict(read_config(values_of(name, small=small)), recipe, recipe.stage2, 2)
+    found = predict(config_of(name, small=small), recipe, recipe.stage2, 2)
     return {**asdict(found), "step": found.step, "peak": found.peak}
 
 
@@ -108,7 +120,6 @@ def measure(name: str, choice: str) -> dict[str, Any] | None:
     from torch import nn
 
     from blip2edge.model.captioner import CaptionerModel
-    from blip2edge.model.families.registry import read_config
     from blip2edge.training.loop.optim import make_optimizer, recompute_activations
     from blip2edge.training.loop.sharding import clip_gradients, shard, views_allowed
     from blip2edge.training.phases.stage2 import GenerativeStage
@@ -120,7 +131,7 @@ def measure(name: str, choice: str) -> dict[str, Any] | None:
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     nn.Linear(2, 2)(torch.ones(1, 2)).sum().backward()  # what torch allocates once
-    config, recipe = read_config(values_of(name, small=True)), recipe_of(choice, SMALL_ROWS)
+    config, recipe = config_of(name, small=True), recipe_of(choice, SMALL_ROWS)
     phase, loop = recipe.stage2, recipe.loop
     before = settle()
     torch.manual_seed(0)
@@ -140,6 +151,7 @@ def measure(name: str, choice: str) -> dict[str, Any] | None:
     optimizer = make_optimizer([stage], phase)
     torch.manual_seed(1)
     batch = memory._batch(stage, config, recipe, phase)
+    assert batch.captions is not None
     ids = torch.randint(4, 5000, batch.captions.input_ids.shape)
     captions = batch.captions._replace(input_ids=ids, labels=ids)
     batch = batch._replace(image_embeds=torch.randn(batch.image_embeds.shape), captions=captions)
@@ -216,13 +228,14 @@ def main() -> None:
         "tokens": TOKENS,
     }
     known = kept_rows(options.json)
-    models = [{"model": name, "rows": [row_of(name, choice, known) for choice in CHOICES]} for name in TENTHS]
-    for model in models:
-        for row in model["rows"]:
+    rows = {name: [row_of(name, choice, known) for choice in CHOICES] for name in TENTHS}
+    models = [{"model": name, "rows": of_model} for name, of_model in rows.items()]
+    for name, of_model in rows.items():
+        for row in of_model:
             if row["measured"] is None:
-                run = row["measured"] = measured(model["model"], row["choice"])
+                run = row["measured"] = measured(name, row["choice"])
                 row["error"] = round(row["small"]["step"] / run["peak"] - 1, 4)
-                print(model["model"], row["choice"], row["error"], run, file=sys.stderr, flush=True)
+                print(name, row["choice"], row["error"], run, file=sys.stderr, flush=True)
                 write_json(options.json, {**document, "models": models})
 
 

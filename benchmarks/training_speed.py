@@ -98,14 +98,22 @@ class Pictures:
     name = "pictures"
 
     def __init__(self, shape: Shape) -> None:
+        self.broken: dict[str, str] = {}  # none ever is
         rng = np.random.default_rng(0)
         size = (shape.rows, shape.side, shape.side, 3)
         self.pictures = [Image.fromarray(pixels) for pixels in rng.integers(0, 256, size, dtype=np.uint8)]
 
     def __iter__(self) -> Iterator[Sample]:
+
+        def shown(picture: Image.Image) -> Callable[[], Image.Image]:
+            return lambda: picture
+
         while True:
             for number, picture in enumerate(self.pictures):
-                yield Sample(f"s{number}", f"p{number}", lambda picture=picture: picture, "")
+                yield Sample(f"s{number}", f"p{number}", shown(picture), "")
+
+    def accept(self, sample: Sample) -> None:
+        del sample
 
     def reject(self, sample: Sample, error: Exception) -> None:
         raise SystemExit(f"{sample.sample_id}: {error}")

@@ -13,17 +13,24 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from blip2edge.runtime.decoding.state import RowState
+
 SEED = 0
 
 
-def timed(function) -> float:
+def timed(function: Callable[[], object]) -> float:
     start = time.process_time()
     function()
     return time.process_time() - start
@@ -95,7 +102,7 @@ class Ours:
         bundle = Bundle.open(path)
         self.decoder = decoder_of(bundle, GraphOpener(bundle, "cpu", 1, portable=bool(portable))(DECODER))
 
-    def start(self, prompt: int):
+    def start(self, prompt: int) -> tuple[NDArray[np.float32], RowState]:
         ids = np.random.default_rng(SEED).integers(5, 1000, prompt)
         return self.decoder.prefill([self.decoder.table.rows(ids)])
 
@@ -136,7 +143,7 @@ class Llama:
             "prompt": self.rng.integers(5, 1000, prompt).tolist(), "n_predict": tokens, "ignore_eos": True,
             "temperature": 0.0, "top_k": 1, "samplers": ["top_k"], "cache_prompt": False,
         }  # fmt: skip
-        answer: list[dict] = []
+        answer: list[dict[str, Any]] = []
         took = timed(lambda: answer.append(self.server.handle_completions(request)))
         found = answer[0].get("tokens_predicted", answer[0].get("timings", {}).get("predicted_n"))
         assert found == tokens, answer[0]
@@ -160,7 +167,7 @@ class Eager:
         self.torch = torch
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
-    def start(self, prompt: int):
+    def start(self, prompt: int) -> Any:
         ids = np.random.default_rng(SEED).integers(5, 1000, prompt)
         with self.torch.no_grad():
             return self.model(input_ids=self.torch.from_numpy(ids)[None], logits_to_keep=1)
@@ -195,7 +202,7 @@ class Optimum(Eager):
         self.torch = torch
         self.model = ORTModelForCausalLM.from_pretrained(path, session_options=options)
 
-    def start(self, prompt: int):
+    def start(self, prompt: int) -> Any:
         ids = self.torch.from_numpy(np.random.default_rng(SEED).integers(5, 1000, prompt))[None]
         return self.model(input_ids=ids, attention_mask=self.torch.ones_like(ids), use_cache=True)
 
@@ -223,7 +230,7 @@ KINDS = {
 def main() -> None:
     if sys.argv[1:] == ["--help"]:
         print(__doc__)
-        return
+        sys.exit()
     kind, path = sys.argv[1:]
     contestant = KINDS[kind](path if "://" in path else str(Path(path)))
     print("ready", flush=True)

@@ -80,7 +80,7 @@ def chat_format(directory: Path, image_token: str, otherwise: str) -> ChatFormat
 
     prompts = f"prompts have the form {otherwise!r}"
     try:
-        processor: Any = AutoProcessor.from_pretrained(directory)  # type: ignore[no-untyped-call]  # transformers has none
+        processor: Any = AutoProcessor.from_pretrained(directory)
         if processor.chat_template is None:
             reason = f"transformers' processor does not read it from there; {prompts}"
             return ChatFormat(otherwise, warnings=unused_template(directory, reason))

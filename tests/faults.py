@@ -605,7 +605,7 @@ def main() -> int:
 
         def report(tallies: Tallies) -> None:
             if options.json is not None:
-                from benchmarks.reporting import write_result
+                from tests.project import write_result
 
                 results = {name: {way: asdict(one) for way, one in ways.items()} for name, ways in tallies.items()}
                 seconds = round(time.monotonic() - start)

@@ -103,7 +103,7 @@ def main() -> int:
         for text in [*dict.fromkeys(full), *result["failed"]]:
             print(f"    {text}")
     if options.json is not None:
-        from benchmarks.reporting import write_result
+        from tests.project import write_result
 
         write_result(options.json, results=results)
     return 1 if any(result["failed"] for result in results.values()) else 0

@@ -1,4 +1,4 @@
-"""What ``pyproject.toml`` says, for tests; Python 3.10 has no TOML reader of its own."""
+"""What ``pyproject.toml`` says, for tests (Python 3.10 has no TOML reader of its own); and files of results."""
 
 from __future__ import annotations
 
@@ -28,3 +28,11 @@ def project() -> dict[str, Any]:
 def extras() -> dict[str, list[str]]:
     """The requirements of each extra."""
     return dict(project()["optional-dependencies"])
+
+
+def write_result(path: Path, **document: Any) -> None:
+    """Writes a result as the scripts of ``benchmarks/`` do: JSON with the command and the machine."""
+    sys.path.append(str(ROOT / "benchmarks"))
+    import reporting
+
+    reporting.write_result(path, **document)

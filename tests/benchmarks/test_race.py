@@ -78,4 +78,6 @@ def test_what_is_written(race: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     document = json.loads((tmp_path / "race.json").read_text())
     assert document["command"] == "python benchmarks/peers.py --rounds 3"
     assert document["results"] == [1]
+    monkeypatch.setattr(sys, "argv", ["/somewhere/tests/faults.py", "--kills", "3"])
+    assert reporting.command() == "python -m tests.faults --kills 3"
     assert document["machine"]["cpu"] == reporting.cpu_model()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser
 
 
-class Blip2EdgeExportCommand(BaseOptimumCLICommand):
+class Blip2EdgeExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum has no types where it is absent
     """``blip2edge export`` as a subcommand of optimum; flags, output and exit status are the same."""
 
     COMMAND = CommandInfo(
