@@ -46,8 +46,8 @@ def difference_warnings(
         if not limited:
             advice += ", or set a drop limit (--drop-limit), which keeps the most sensitive layers in floating point"
         warnings.append(
-            f"only {agreement.same:.1%} of {agreement.pictures} captions are the same as the parent's; {REPORT_PAGE} "
-            f"shows the others; {advice}"
+            f"only {agreement.same:.1%} of {agreement.pictures} captions are the same as the original bundle's; "
+            f"{REPORT_PAGE} shows the others; {advice}"
         )
     if agreement is None:
         low = {
@@ -58,5 +58,5 @@ def difference_warnings(
         }
         if low:
             listed = ", ".join(f"{name} {value:.4f}" for name, value in low.items())
-            warnings.append(f"the cosine to the parent's outputs is below {LEAST_COSINE}: {listed}")
+            warnings.append(f"the cosine to the original bundle's outputs is below {LEAST_COSINE}: {listed}")
     return warnings

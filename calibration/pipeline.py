@@ -224,7 +224,7 @@ def _fill_staging(
     parent = context.parent
     make: GraphMaker = quantize_graph if prepared is None else prepared.graph
     if prepared is None:
-        captions = _captions(context, parent.path, pictures, "caption with the parent")
+        captions = _captions(context, parent.path, pictures, "caption with the original bundle")
         record_inputs(context, pictures, captions or ())
         check_inputs(rules, context.feeds.count)
     else:

@@ -47,7 +47,7 @@ HEADER = (
     "graph",
     "precision",
     "size",
-    "size / parent",
+    "size / original",
     "INT8 products",
     "kept in float",
     "cosine",
@@ -337,7 +337,7 @@ def report_table(report: CalibrationReport) -> str:
     lines = [table(HEADER, rows, right=range(2, len(HEADER)))] if rows else []
     if report.captions is not None:
         same, pictures = report.captions.same, report.captions.pictures
-        lines.append(f"\nsame caption as the parent: {same:.1%} of {pictures} pictures")
+        lines.append(f"\nsame caption as the original bundle: {same:.1%} of {pictures} pictures")
     peak = f", peak memory {size(report.peak_memory_bytes)}" if report.peak_memory_bytes else ""
     if report.confidence is not None:
         lines.append(confidence_line(report.confidence))

@@ -139,7 +139,7 @@ def _head(manifest: Manifest) -> list[str]:
         "family": manifest.family,
         "source": source,
         "precision": manifest.precision_text,
-        "verified": f"{manifest.verify}, against torch" + (" (its parent)" if manifest.calibration else ""),
+        "verified": f"{manifest.verify}, against torch" + (" (the original bundle)" if manifest.calibration else ""),
         "vocabulary": f"{manifest.vocab_size} tokens",
         "context": f"{manifest.max_positions} positions",
     }
@@ -174,10 +174,10 @@ def _calibration(record: Mapping[str, Any]) -> dict[str, str]:
         if outputs
     }
     if cosines:
-        lines["cosine to the parent"] = ", ".join(f"{graph} {value:.5f}" for graph, value in cosines.items())
+        lines["cosine to the original bundle"] = ", ".join(f"{graph} {value:.5f}" for graph, value in cosines.items())
     captions = record.get("captions")
     if captions:
-        lines["captions"] = f"{captions['same']:.1%} of {captions['pictures']} are the same as the parent's"
+        lines["captions"] = f"{captions['same']:.1%} of {captions['pictures']} are the same as the original bundle's"
     return lines
 
 

@@ -41,7 +41,8 @@ def search_section(search: Mapping[str, Any] | None) -> str:
 
 
 def _how(search: Mapping[str, Any]) -> str:
-    loss = "% of the captions that differ from the parent's" if search["loss"] == "captions" else "points of CIDEr"
+    changed = "% of the captions that differ from the original bundle's"
+    loss = changed if search["loss"] == "captions" else "points of CIDEr"
     time = (
         f"CPU time on one thread of this machine ({search['processor']}), measured by stage, the least "
         f"of several turns, {'with' if search['optimized'] else 'without'} the optimized copies"
@@ -72,9 +73,8 @@ def _figures(point: Mapping[str, Any]) -> str:
 def _row(search: Mapping[str, Any], point: Mapping[str, Any], front: set[str]) -> tuple[str, ...]:
     flags, drop, names = point["flags"], point["drop"], point["names"]
     role = "published" if flags == search["chosen"] else "front" if flags in front else ""
-    notes = [
-        note for note in (point["preset"], "" if point["proven"] else "a part is not faster than the parent's") if note
-    ]
+    slower = "" if point["proven"] else "a part is not faster than in the original bundle"
+    notes = [note for note in (point["preset"], slower) if note]
     return (
         f"<b>{role}</b>",
         "" if drop is None else f"{drop:.1f}",

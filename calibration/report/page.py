@@ -61,8 +61,8 @@ def report_page(document: Mapping[str, Any], title: str, thumbnails: Mapping[int
     sections: list[tuple[str, Callable[[], str]]] = [
         ("Search", lambda: search_section(document.get("search"))),
         ("Size", lambda: _sizes(document)),
-        ("Captions compared with the parent's", lambda: _captions(document, thumbnails)),
-        ("Cosine to the parent, by graph", lambda: _stages(document)),
+        ("Captions compared with the original bundle's", lambda: _captions(document, thumbnails)),
+        ("Cosine to the original bundle, by graph", lambda: _stages(document)),
         ("Error of each layer by rounding", lambda: _layers(document["graphs"])),
         ("Ranges of the activations", lambda: _ranges(document["graphs"])),
         ("Sensitivity", lambda: _sensitivity(document["calibration"].get("sensitivity"))),
@@ -81,12 +81,12 @@ def _head(document: Mapping[str, Any], title: str) -> str:
     record, graphs = document["calibration"], document["graphs"]
     now = sum(graph["bytes"] for graph in graphs.values()) + document["token_table"]["bytes"]
     before = sum(graph["parent_bytes"] for graph in graphs.values()) + document["token_table"]["parent_bytes"]
-    tiles = [(_size(now), f"{now / before:.0%} of the parent's {_size(before)}")]
+    tiles = [(_size(now), f"{now / before:.0%} of the original bundle's {_size(before)}")]
     if record["captions"]:
         tiles.append(
             (
                 f"{record['captions']['same']:.1%}",
-                f"of {record['captions']['pictures']} captions are equal to the parent's",
+                f"of {record['captions']['pictures']} captions are the same as the original bundle's",
             )
         )
     lowest = [value["mean"] for outputs in record["cosine"].values() for value in outputs.values()]
@@ -113,7 +113,7 @@ def _sizes(document: Mapping[str, Any]) -> str:
         now, before = graph["bytes"], graph["parent_bytes"]
         rows.append(Bar(name, "before", before, _size(before)))
         rows.append(Bar(graph["precision"], "now", now, f"{_size(now)} · {now / before:.2f}"))
-    text = "<p>Grey bars are the parent's. A head that shares the token table's file is counted with the table.</p>"
+    text = "<p>Grey bars: the original bundle. A head that shares the token table's file is counted with the table.</p>"
     return text + bars(rows) + _decode(document.get("decode"))
 
 
@@ -127,7 +127,7 @@ def _decode(decode: Mapping[str, Any] | None) -> str:
     if decode["bytes"] < FITS_CACHE:
         return text + " A processor's cache may hold all of it.</p>"
     limits = html_table(
-        ("device", "memory", "parent, at most", "this bundle, at most"),
+        ("device", "memory", "original bundle, at most", "this bundle, at most"),
         "lrrr",
         (
             (
@@ -165,9 +165,9 @@ def _captions(document: Mapping[str, Any], thumbnails: Mapping[int, str]) -> str
         )
     differ = sum(pair["parent"] != pair["ours"] for pair in captions)
     what = (
-        f"{differ} of {len(captions)} captions differ. They come first; the parent's caption is struck through."
+        f"{differ} of {len(captions)} captions differ. They come first; the original caption is struck through."
         if differ
-        else f"All {len(captions)} captions are equal to the parent's."
+        else f"All {len(captions)} captions are the same as the original bundle's."
     )
     more = f" {len(cards)} pictures are shown." if len(cards) < len(captions) else ""
     return f"<p>{what}{more}</p><div class=captions>{''.join(cards)}</div>"
@@ -182,7 +182,8 @@ def _stages(document: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     table = html_table(("graph", "output", "mean", "lowest picture", "lowest token"), "llrrr", rows)
-    return f"<p>Cosine of each output to the parent's output, on the parent's inputs.</p>{table}"
+    text = "Cosine of each output to that of the original bundle. Both get the inputs of the original bundle."
+    return f"<p>{text}</p>{table}"
 
 
 def _layers(graphs: Graphs) -> str:
@@ -283,8 +284,8 @@ def _sensitivity(record: Mapping[str, Any] | None) -> str:
     counted = "% of the captions differ" if record["measure"] == "captions" else "points of CIDEr are lost"
     tried = ", ".join(f"{count} kept: {drop:.1f}" for count, drop in record["tried"].items())
     return (
-        "<p>Change of the next token by each layer alone (Kullback-Leibler divergence from the parent, nats per "
-        f"token): the worst {len(rows)} of {len(record['layers'])}. With every layer quantized, "
+        "<p>Change of the next token by each layer alone (Kullback-Leibler divergence from the original bundle, nats "
+        f"per token): the worst {len(rows)} of {len(record['layers'])}. With every layer quantized, "
         f"{record['drop_with_all_quantised']:.1f} {counted}; the limit is {record['limit']:g}. "
         f"{len(kept)} layers are kept in floating point (red); then {record['drop']:.1f} {counted}.</p>{bars(rows)}"
         f"<p class=note>Tried numbers of kept layers: {tried}.</p>"

@@ -147,5 +147,5 @@ def presets(parts: Iterable[str]) -> dict[str, dict[str, PartChoice]]:
     ):
         kinds = {part: language if part == LANGUAGE else W8A8 for part in names}
         found[flags] = {part: PartChoice(part, GraphFormat(NumberFormat(kind))) for part, kind in kinds.items()}
-    found["the parent"] = {part: PartChoice(part, GraphFormat(NumberFormat(FLOAT))) for part in names}
+    found["the original bundle"] = {part: PartChoice(part, GraphFormat(NumberFormat(FLOAT))) for part in names}
     return found

@@ -208,7 +208,7 @@ def choose_point(points: Sequence[FormatPoint], limits: PointLimits) -> ChosenPo
         return ChosenPoint(min(among, key=_by_loss), f"the point with the least loss within {limits.flags()}")
     nearest = min(points, key=lambda point: (given.excess(point), _by_ms(point)))
     beyond = given.excess(nearest) > 0
-    why = "" if beyond else ", which has a part that is not proven faster than the parent's"
+    why = "" if beyond else ", which has a part that is not proven faster than in the original bundle"
     raise BundleError(
         f"no combination of formats is within {given.words()}{'' if beyond else ' and proven faster'}; "
         f"the nearest is {nearest.text()}{why}",

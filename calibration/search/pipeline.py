@@ -242,7 +242,7 @@ def _workload(
     """Captions pictures with the original bundle, records the graphs' inputs, and returns the data for measurements."""
 
     def caption() -> list[Any]:
-        progress = partial(context.progress, "caption with the parent")
+        progress = partial(context.progress, "caption with the original bundle")
         found = caption_pictures(context.parent.path, scored, threads=context.threads, progress=progress)
         return [[list(caption.tokens), caption.text] for caption in found]
 

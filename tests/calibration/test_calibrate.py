@@ -149,7 +149,8 @@ def test_large_difference_from_the_parent_is_a_warning(report: CalibrationReport
     assert report.captions is not None
     low, high = replace(report.captions, same=0.5), replace(report.captions, same=0.95)
     (warning,) = difference_warnings(report.graphs, low, limited=False)
-    assert warning.startswith(f"only 50.0% of {PICTURES} captions are the same as the parent's; report.html shows")
+    expected = f"only 50.0% of {PICTURES} captions are the same as the original bundle's; report.html shows"
+    assert warning.startswith(expected)
     assert "drop limit" in warning
     assert "drop limit" not in difference_warnings(report.graphs, low, limited=True)[0]
     assert difference_warnings(report.graphs, high, limited=False) == []
@@ -211,7 +212,7 @@ def test_the_command_and_inspect(
     assert main([*words, "--weights", "none", "--threads", "1", "--no-optimize"]) == 0
     told = capsys.readouterr()
     assert f"calibration pictures are advised, got {PICTURES}" in told.err
-    assert "same caption as the parent" in told.out
+    assert "same caption as the original bundle" in told.out
     assert f"{output / 'report.html'}: every layer" in told.out
     assert told.out.splitlines()[-2:] == [
         f"next: blip2edge caption IMAGE -b {output}",

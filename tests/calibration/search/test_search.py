@@ -109,7 +109,7 @@ def test_progress_stays_within_its_total(tiny_bundle: Path, images: Path, state:
 def test_the_plain_flags_are_measured_with_the_other_points(found: tuple[Path, FoundPoints]) -> None:
     presets = [point for point in found[1].points if point.preset]
     assert {point.preset for point in presets} == {
-        "--weights int8 (the default)", "--weights none", "the parent",
+        "--weights int8 (the default)", "--weights none", "the original bundle",
     }  # fmt: skip
     assert all(point.drop is not None for point in presets)
     assert len(found[1].front) >= 3
@@ -277,7 +277,7 @@ def test_copies_are_made_only_for_what_is_measured_with_them(
     journal = SearchJournal(resumed(state, tmp_path).with_suffix(".run"), tmp_path / "fresh")
     names = list(Bundle.open(tiny_bundle).manifest.graphs)
     parts = PartGraphs.of(names, names)
-    choices = presets(parts.graphs)["the parent"]
+    choices = presets(parts.graphs)["the original bundle"]
     context: Any = None
     for copies, wanted in ((False, True), (True, False)):  # a board's time is predicted; the next token needs none
         Variants(context, journal, parts, lambda bundle, graphs: None, copies).bundle(choices, copies=wanted)
