@@ -166,7 +166,7 @@ def main() -> int:
     parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--pictures", type=int, default=5000)
-    parser.add_argument("--share", type=float, default=0.12, help="a run is killed within this share of its length")
+    parser.add_argument("--share", type=float, default=0.12, help="latest time of a kill, as a share of a run's length")
     parser.add_argument("--least", type=int, default=20, help="smallest number of kills in all that passes")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)

@@ -1,4 +1,4 @@
-"""Traces one caption: lists its files, classes and functions, and counts the changes from one file to another.
+"""Traces one caption: lists the files, classes and functions that run, and counts the calls from one file to another.
 
 A person who wants to understand the code of a caption must open these files, so there should be few files. The same
 picture is captioned twice, and the second caption is traced: work that is done once per process is not counted.

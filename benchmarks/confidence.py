@@ -169,9 +169,10 @@ def error_if_true(confidences: Any, draws: int = 200) -> float:
 
 
 def rejected(confidences: Any, right: Any, empty_confidences: Any) -> dict[str, Any]:
-    """Returns how well confidences separate right captions from pictures without content.
+    """Returns how well the confidence separates right captions from captions of pictures without content.
 
-    Also returns the share of pictures without content whose confidence is below 0.5.
+    The results are the area under the ROC curve (``auroc``), the share of pictures without content whose confidence is
+    below 0.5 (``below_half``), and the highest confidence of these pictures.
     """
     values = np.concatenate([confidences[right], empty_confidences])
     good = np.arange(len(values)) < right.sum()

@@ -1,4 +1,7 @@
-"""Measures the CPU time of reading training data in each format, and how much a process reads with several streams.
+"""Measures the CPU time of reading training data in each format.
+
+For shards and Parquet files, also measures the CPU time of one process that reads only its share of the files, as each
+of several processes does with the recipe key ``data_streams``.
 
 python benchmarks/data_reading.py --json benchmarks/results/data-reading.json
 """

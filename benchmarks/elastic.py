@@ -185,7 +185,11 @@ class Video:
         self.pixels = prepared.pixels
 
     def caption(self, queries: int) -> dict[str, Any]:
-        """Captions the video; returns CPU seconds of the stages after the vision encoder, prompt tokens, KV bytes."""
+        """Captions the video with ``queries`` queries.
+
+        Returns the CPU seconds of each stage after the vision encoder, the number of prompt tokens, and the bytes of
+        the KV cache.
+        """
         encoder, clock = self.captioner.encoder, CpuClock()
         prepared = encoder.prepared([self.prompt], [FRAMES], self.pixels, queries)
         outputs = encoder.run_bridge(self.vision, prepared.bridge_inputs, clock)
@@ -203,7 +207,7 @@ class Video:
 
 
 def video(name: str, folder: Path) -> dict[str, Any]:
-    """Captions a video of 60 frames with each number m of queries.
+    """Captions a video of 60 frames with each number m of queries; the model has M queries.
 
     Returns time, tokens and bytes of the KV cache at each m, and their ratios to the values at m = M.
     """

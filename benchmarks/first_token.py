@@ -1,10 +1,10 @@
-"""Measures the CPU seconds from the start of a process to the first token of a text prompt, for one contestant.
+"""Measures the CPU seconds from the start of a process to the first token after a text prompt, for one program.
 
     python benchmarks/first_token.py ours BUNDLE
     python benchmarks/first_token.py llama FILE.gguf
 
-The contestants are blip2edge (``ours``) and llama.cpp (``llama``). ``benchmarks/startup.py`` starts them in turn. The
-process imports only the packages of its contestant.
+The program is blip2edge (``ours``) or llama.cpp (``llama``). ``benchmarks/startup.py`` starts both in turn. The process
+imports only the packages of its program.
 """
 
 from __future__ import annotations

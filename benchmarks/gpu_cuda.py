@@ -101,7 +101,7 @@ def cuda_layer(dry: bool) -> dict[str, Any]:
 def captured_torch(dry: bool) -> dict[str, Any]:
     """Captures a torch matrix multiplication as a CUDA graph on a stream of ``runtime/cuda``, and replays the graph.
 
-    The replay reads another input.
+    The replay reads another input than the one that was captured.
     """
     if dry:
         return {"ok": True, "note": "needs a GPU"}

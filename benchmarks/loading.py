@@ -3,10 +3,11 @@
     python benchmarks/loading.py fp32=DIR/bundle INT8=DIR8 --json benchmarks/results/loading.json
     python benchmarks/loading.py fp32=DIR/bundle --openvino-python VENV/bin/python --json …
 
-The bundles are loaded in turn (A B A B). The first round reads the files into the page cache and is not counted. The
-seconds after the load are those that the kernel needs to move the decoder to huge pages, in the background. `peers.py
---keep DIR` makes a bundle in the shape of ViT-B/16, a Q-Former and OPT-125m. OpenVINO loads the same bundles, compiled
-when they are opened, and from the copy that `blip2edge optimize --backend openvino` made, if there is one.
+The bundles are loaded in turn (A B A B). The first round reads the files into the page cache and is not counted. After
+the load, the kernel moves the decoder to huge pages in the background; the seconds for this are measured, too.
+`peers.py --keep DIR` makes a bundle with the sizes of ViT-B/16, a Q-Former and OPT-125m. With `--openvino-python`, the
+same bundles are also loaded with OpenVINO: from the copy that `blip2edge optimize --backend openvino` made if there is
+one; otherwise OpenVINO compiles the graphs while they are loaded.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ print(json.dumps([load, time.perf_counter() - start - load]))
 
 
 def load(bundle: Path, backend: str, interpreter: str) -> tuple[float, float]:
-    """Loads a bundle in a new process; returns the seconds until it is loaded, and until its memory is moved."""
+    """Loads a bundle in a new process.
+
+    Returns the seconds until the bundle is loaded, and the further seconds until its memory is moved to huge pages.
+    """
     found = subprocess.run(
         [interpreter, "-c", LOAD, str(bundle), backend], check=True, capture_output=True, text=True,
         env={**os.environ, **ONE_THREAD},

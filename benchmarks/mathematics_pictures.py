@@ -71,7 +71,7 @@ class Plot:
         self.shapes.append(element("text", name, x=x + 6, y=y - 4, fill=colour))
 
     def file(self, right: int = 150) -> str:
-        """Returns the SVG text; ``right`` is the space beside the axes in pixels."""
+        """Returns the SVG text; ``right`` is the free space to the right of the axes, in pixels."""
         return svg_file(self.left + self.width + right, self.top + self.height + 44, self.shapes)
 
 

@@ -108,7 +108,10 @@ def captions(bundle: Path, pictures: Sequence[Scene]) -> list[str]:
 
 
 def measure(folder: Path, pictures: int, heldout: int) -> dict[str, dict[str, Any]]:
-    """Quantizes and measures in each way; returns one row for fp32, then one row for each way to quantize."""
+    """Quantizes the vision encoder with each method, and compares the captions with those in fp32.
+
+    Returns one row for fp32, then one row for each method.
+    """
     plant(
         CHECKPOINT,
         folder / "checkpoint",

@@ -4,10 +4,10 @@
     python benchmarks/peers.py --keep DIR --bundle INT8=DIR8 --bundle INT8+INT4=DIR4 --json …
     python benchmarks/peers.py --keep DIR --batch 8 --json …
 
-All contestants run in one process on one thread, in turn (A B C A B C …), by process CPU time. Results are medians,
-and ratios within each round, because the speed of a shared machine drifts. The captioner has random weights in the
-shape of ViT-B/16 at 224 pixels, a 12-layer Q-Former of 32 queries and OPT-125m. The other bundles are made from
-``DIR/bundle`` by ``blip2edge calibrate`` and ``blip2edge optimize``.
+All programs run in one process on one thread, in turn (A B C A B C …); their process CPU time is measured. Results are
+medians, and ratios within each round, because the speed of a shared machine drifts. The captioner has random weights
+and the sizes of ViT-B/16 at 224 pixels, a 12-layer Q-Former of 32 queries and OPT-125m. The other bundles are made
+from ``DIR/bundle`` by ``blip2edge calibrate`` and ``blip2edge optimize``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def rows_of(ids: np.ndarray | torch.Tensor) -> list[list[int]]:
 
 
 def transformers_contestants(checkpoint: Path, pixels: np.ndarray, tokens: int, compiled: bool) -> list[Contestant]:
-    """Returns the contestants of transformers: eager; and if `compiled` is true, also one with torch.compile."""
+    """Returns eager transformers as a contestant; if `compiled` is true, also transformers with torch.compile."""
     from transformers import Blip2ForConditionalGeneration
 
     model = Blip2ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
@@ -76,7 +76,7 @@ def transformers_contestants(checkpoint: Path, pixels: np.ndarray, tokens: int, 
 
 
 def plain_runtime(bundle: Path, pixels: np.ndarray, tokens: int) -> Contestant:
-    """Returns the contestant plain ONNX Runtime: default options, the KV cache copied to NumPy in each step."""
+    """Returns plain ONNX Runtime as a contestant: default options, and the KV cache is copied to NumPy in each step."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -118,7 +118,7 @@ def plain_runtime(bundle: Path, pixels: np.ndarray, tokens: int) -> Contestant:
 def ours(
     name: str, bundle: Path, picture: np.ndarray, tokens: int, batch: int, stages: list[dict[str, float]]
 ) -> Contestant:
-    """Returns the contestant blip2edge on a bundle; each caption appends the milliseconds of its stages to `stages`."""
+    """Returns blip2edge with one bundle as a contestant; each caption appends its milliseconds by stage to `stages`."""
     captioner = Captioner.load(bundle, threads=1)
 
     def caption() -> list[list[int]]:
@@ -138,10 +138,11 @@ def ours(
 
 
 def race(contestants: list[Contestant], rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Runs all contestants in turn, after a warm-up round.
+    """Runs all compared programs in turn, after a warm-up round.
 
     Returns:
-        CPU seconds of each contestant by round, and the share of its token ids that equal the first contestant's.
+        By the program's name: the CPU seconds of each round, and the share of token ids that equal those of the first
+        program.
     """
     seconds, ids = in_turn({contestant.name: contestant.caption for contestant in contestants}, rounds)
     base = np.array(ids[contestants[0].name])

@@ -107,10 +107,10 @@ def bundle_of(name: str, precision: str, checkpoint: Path, work: Path) -> Path:
 
 
 def least_steps_ms(run: Bench, runs: int) -> float:
-    """Returns the CPU milliseconds of decoding: the least time of one step in several captions, times the steps.
+    """Returns the CPU milliseconds of decoding: the number of steps times the least time of a step in several captions.
 
-    A step takes about as long as one measurement of the machine's rates. So among several steps, and among several
-    measurements, some run while no other program uses the memory. A whole caption takes too long for that.
+    Other programs use the memory from time to time, which makes a step slower. A step is short, so that some of the
+    steps run undisturbed; a whole caption is too long for that.
     """
     least = math.inf
     for _ in range(runs):

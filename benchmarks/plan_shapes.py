@@ -146,7 +146,8 @@ LLAVA: dict[str, Any] = {
 
 SHAPES = {"small-llava": SMALL_LLAVA, "check-t5": T5, "check-idefics": IDEFICS, "check-llava": LLAVA}
 FITTED = ("miniature", "blip-image-captioning-base", "small-llava")
-"""The models on which the constants of ``plan`` were chosen, in fp32."""
+"""The models with which the constants of ``plan`` were fitted, in fp32."""
 
 INDEPENDENT = ("check-t5", "check-idefics", "check-llava")
-"""Models of other families, widths, depths and numbers of heads, on which no constant was chosen."""
+"""Models that were not used to fit the constants of ``plan``; they have other families, widths, depths and numbers of
+heads."""

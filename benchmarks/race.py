@@ -1,7 +1,7 @@
-"""Measures contestants in turn, each in its own process on one thread, by process CPU time.
+"""Measures the process CPU time of several programs in turn; each has its own process and one thread.
 
-Ratios are taken within each round: contestants of a round run under the same load of the machine. The median of these
-ratios is more reliable than the ratio of two medians.
+Ratios are computed within each round, because all programs of a round run under the same load of the machine. The
+median of these ratios is more reliable than the ratio of two medians.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Contestant:
 
 
 class Running:
-    """The running process of a contestant."""
+    """The running process of a measured program."""
 
     def __init__(self, contestant: Contestant) -> None:
         self.name = contestant.name
@@ -73,9 +73,9 @@ class Running:
 
 
 def race(contestants: list[Contestant], tasks: dict[str, list[Any]], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Runs all tasks of all contestants in turn, after a warm-up round.
+    """Runs all tasks of all measured programs in turn, after a warm-up round.
 
-    Returns the CPU seconds of each round, by task and by contestant.
+    Returns the CPU seconds of each round, by task and by program.
     """
     running = [Running(contestant) for contestant in contestants]
     seconds: dict[str, dict[str, list[float]]] = {task: {one.name: [] for one in running} for task in tasks}
@@ -92,7 +92,10 @@ def race(contestants: list[Contestant], tasks: dict[str, list[Any]], rounds: int
 
 
 def table(seconds: dict[str, dict[str, list[float]]], base: str) -> list[dict[str, Any]]:
-    """Returns one row per contestant: for each task, the median milliseconds and the median ratio to ``base``."""
+    """Returns one row for each program.
+
+    A row has, for each task, the median milliseconds and the median of the ratios to the program named ``base``.
+    """
     rows = []
     for name in next(iter(seconds.values())):
         row: dict[str, Any] = {"name": name}
@@ -106,7 +109,7 @@ def table(seconds: dict[str, dict[str, list[float]]], base: str) -> list[dict[st
 
 
 def versions(contestants: list[Contestant], packages: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    """Returns the versions of some packages in the environment of each contestant."""
+    """Returns the versions of some packages in the environment of each program."""
     code = (
         "import json,sys\nfrom importlib.metadata import version, PackageNotFoundError\nfound={}\n"
         "for name in sys.argv[1:]:\n  try: found[name]=version(name)\n  except PackageNotFoundError: pass\n"

@@ -75,9 +75,13 @@ def streamed(captioner: Captioner, pictures: list[np.ndarray], options: dict[str
 def overlap(
     whole: Captioner, half: Captioner, pictures: list[np.ndarray], tokens: int, rounds: int
 ) -> tuple[dict[str, Any], list[Span]]:
-    """Measures three ways to caption: one by one, scheduler on half of the cores per thread, scheduler on all cores.
+    """Measures three ways to caption the pictures.
 
-    Returns the wall seconds by round, and the time spans of both threads in the last round on half of the cores each.
+    The pictures are captioned one by one on all cores; by the scheduler, whose encoding and decoding threads use half
+    of the cores each; and by the scheduler, both of whose threads use all cores.
+
+    Returns the wall seconds by round; also, for the scheduler on half of the cores, the time spans in which its two
+    threads worked in the last round.
 
     Args:
         whole: A captioner that uses all cores.

@@ -2,10 +2,10 @@
 
     python benchmarks/speculation.py smollm2=BUNDLE miniature=BUNDLE --json benchmarks/results/speculation.json
 
-The contestants caption the same picture one after the other, in rotating order, on one thread. Seconds are process CPU
-time of the whole caption, from the picture to its text, including the draft model. If the texts are not equal token for
-token, nothing is written. The contestant "always" uses the draft model (the bridge's text head) at every step, also
-where it saves no time.
+Each picture is captioned with every value of `--draft`, one after the other, in rotating order, on one thread. Seconds
+are process CPU time of the whole caption, from the picture to its text, including the draft model. If the texts are not
+equal token for token, nothing is written. With the value "always", the draft model (the bridge's text head) is used at
+every step, even where that saves no time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Always(SpeculationCost):
 
 
 class Contestant:
-    """One way to caption, compared with the others. All use the same captioner, and so the same weights in memory."""
+    """One value of `--draft` that is compared. All values use the same captioner, and so the same weights in memory."""
 
     def __init__(self, captioner: Captioner, draft: Draft) -> None:
         self.captioner = captioner
@@ -62,12 +62,12 @@ def share(parts: Sequence[CaptionResult], stage: str) -> float:
 
 
 def race(bundle: Path, drafts: Sequence[Draft], pictures: int, warm_up: int, tokens: int) -> dict[str, Any]:
-    """Measures all contestants on one bundle.
+    """Measures captions of one bundle with each value of `--draft`.
 
     Args:
         bundle: A bundle with a draft model.
-        drafts: Values of `--draft`, one for each contestant; includes "none".
-        pictures: Number of timed captions of each contestant.
+        drafts: The values of `--draft` that are compared; includes "none".
+        pictures: Number of timed captions with each value.
         warm_up: Number of captions before the timed captions.
         tokens: Largest number of tokens of a caption.
 

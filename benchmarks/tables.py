@@ -188,7 +188,7 @@ def elastic_video(document: dict[str, Any]) -> list[str]:
 
 
 def streaming(document: dict[str, Any]) -> list[str]:
-    """Returns the table of matrix multiplications and convolutions with weights larger than the caches."""
+    """Returns the table of the speed of matrix multiplications and convolutions with weights larger than the caches."""
     lines = [
         "| rows x inner → columns | product | on huge pages | convolution | on huge pages |",
         "|---|---:|---:|---:|---:|",

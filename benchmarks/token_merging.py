@@ -4,7 +4,7 @@
 
 The example checkpoint is exported with ``--merge-tokens R``. It captions 1,000 scenes with pairs of objects that no
 training phase used, and the CPU time of its vision encoder is measured. For a ViT-B/16 at 224 pixels with random
-weights, only the CPU time is measured. Each bundle has its optimized copy. The contestants run in turn, each on one
+weights, only the CPU time is measured. Each bundle has its optimized copy. The bundles run in turn, each on one
 thread; times are process CPU time.
 
 ``--keep DIR`` keeps the bundles and scores in DIR, and uses existing ones; ``--prepare`` ends before the measurements.

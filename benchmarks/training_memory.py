@@ -50,7 +50,10 @@ TENTHS: dict[str, dict[str, int]] = {
     "instructblip-vicuna-7b": {"hidden_size": 1280, "intermediate_size": 3456, "num_hidden_layers": 26,
                                "num_attention_heads": 10, "num_key_value_heads": 10},
 }  # fmt: skip
-"""Sizes of the smaller language models; `VISION` and `QFORMER` have the sizes of their vision encoder and Q-Former."""
+"""Sizes of the language models that are a tenth as large as the published models, by the published model's name.
+
+`VISION` and `QFORMER` have the sizes of the vision encoder and the Q-Former that belong to them.
+"""
 ROWS, SMALL_ROWS, TOKENS, STEPS = 16, 4, 32, 3
 
 
@@ -185,9 +188,10 @@ def measured(name: str, choice: str) -> dict[str, Any]:
 
 
 def row_of(name: str, choice: str, known: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
-    """Returns the table row of one combination of options: both predictions, and the measurement of the small model.
+    """Returns the table row of one combination of options.
 
-    The measurement of an earlier call is used again if the prediction for the small model is still the same.
+    The row has the predicted peak memory of the published model and of the smaller model. If the file already has a
+    measurement of the smaller model, made with the same prediction, the row has this measurement, too.
     """
     small = predicted(name, choice, small=True)
     row = {"choice": choice, "predicted": predicted(name, choice, small=False), "small": small}

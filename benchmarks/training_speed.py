@@ -2,11 +2,12 @@
 
     python benchmarks/training_speed.py --json benchmarks/results/training-speed.json
 
-All contestants run in one process on one thread, in turn (A B C A B C …), by process CPU time. Results are medians, and
-ratios within each round. Weights are random, without dropout; transformers' step uses torch's AdamW with its defaults.
-transformers' pictures are loaded and preprocessed beforehand; this project's loop loads, preprocesses and logs as in
-training. The last contestant has the features of all pictures in the disk cache. Two models are measured: one of the
-miniature's size, and ViT-B/16 at 224 pixels with a 12-layer Q-Former of 32 queries and OPT-125m.
+All steps run in one process on one thread, in turn (A B C A B C …); their process CPU time is measured. Results are
+medians, and ratios within each round. Weights are random, without dropout; transformers' step uses torch's AdamW with
+its defaults. transformers' pictures are loaded and preprocessed beforehand; this project's loop loads, preprocesses and
+logs as in training. The last step that is compared reads the vision features of all pictures from the disk cache. Two
+models are measured: one of the size of the example checkpoint, and ViT-B/16 at 224 pixels with a 12-layer Q-Former of
+32 queries and OPT-125m.
 """
 
 from __future__ import annotations
@@ -193,7 +194,10 @@ def ours(directory: Path, shape: Shape, source: Pictures, cache: FeatureCache | 
 
 
 def race(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Returns the CPU seconds of each contestant in each round, after a warm-up round. Exits if the losses differ."""
+    """Returns the CPU seconds of each function in ``steps`` by round, after a warm-up round.
+
+    Exits if the losses that the functions return differ.
+    """
 
     def check(losses: dict[str, float]) -> None:
         values = list(losses.values())

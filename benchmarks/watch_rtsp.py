@@ -95,7 +95,10 @@ class Watch:
 
 
 def cut(watch: Watch, server: subprocess.Popen[bytes], port: int, kind: str, seconds: float) -> tuple[Any, Any]:
-    """Cuts the stream for some seconds; returns the server that runs afterwards, and the measured values."""
+    """Kills or stops the RTSP server, and starts it again after some seconds.
+
+    Returns the server that runs afterwards, and the measured values.
+    """
     before = len(watch.messages)
     watch.drain()
     if kind == "killed":

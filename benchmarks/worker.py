@@ -1,10 +1,10 @@
-"""Runs one contestant of a race in its own process and environment, and reports the time of each task.
+"""Runs one of the compared programs in its own process and environment, and reports the time of each task.
 
     python benchmarks/worker.py KIND PATH
 
 Reads one JSON list per line from stdin (``["run"]``, ``["prefill", 64]``, ``["decode", 64, 32]``), and answers each
-with its process CPU seconds, one number per line. Needs numpy and the packages of its kind; only the kind ``ours``
-needs blip2edge.
+with the process CPU seconds of the task, one number per line. Needs numpy and the packages of the program ``KIND``;
+only the kind ``ours`` needs blip2edge.
 """
 
 from __future__ import annotations

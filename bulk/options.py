@@ -23,16 +23,17 @@ class BulkOptions:
     Attributes:
         bundle: The bundle's directory.
         prompt: The prompt of every picture; None for the bundle's default.
-        captions: Number of captions of each picture: with beam search the captions with the highest scores, with
-            sampling captions that are drawn at random.
+        captions: Number of captions of each picture. With beam search, these are the captions with the highest scores;
+            with sampling, they are drawn at random.
         generation: Fields of :class:`GenerationOptions`; missing fields get the bundle's defaults.
-        duplicates: Smallest cosine similarity of a duplicate and its original; None: duplicates are not searched.
+        duplicates: Smallest cosine similarity of a duplicate and its original. If None, duplicates are not searched.
         chunk_size: Number of pictures in one part of the output.
         batch_size: Number of pictures that are encoded and decoded together.
         workers: Number of threads that read and decode pictures; None for the number of CPU cores.
         backend: Name of the backend that runs the graphs.
         threads: Number of CPU threads within an operator; None for the number of CPU cores.
-        require_signature: A public key; the bundle must have a signature that fits this key. None: no signature needed.
+        require_signature: A public key; the bundle must have a signature that fits this key. If None, the bundle needs
+            no signature.
         limits: Limits on the size of a picture; a larger picture is not decoded.
 
     Raises:

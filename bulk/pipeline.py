@@ -47,7 +47,7 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path has one slash of :
 _SUFFIXES = {".parquet": "parquet", ".tar": "webdataset"}
 _OTHER_FILES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".gz", ".tgz", ".zip", ".zst", ".arrow",
                 ".feather", ".html", ".xlsx", ".db", ".sqlite", ".npz", ".jpg", ".jpeg", ".png")  # fmt: skip
-"""Suffixes that an output must not have: it would be a directory whose name looks like the name of a file."""
+"""Suffixes that the name of an output must not have. Such an output would be a directory with the name of a file."""
 
 
 @dataclass(frozen=True)

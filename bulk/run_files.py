@@ -164,7 +164,7 @@ class RunDirectory:
         difference = plan.difference(old)
         if difference:
             raise OutputError(
-                f"{self.path} is of a run with another plan: {difference}",
+                f"{self.path} was written by a run with another plan: {difference}",
                 f"give the same flags to resume it, start again with {option('force', on=True)}, "
                 "or give another output",
             )

@@ -262,7 +262,7 @@ class _Rewriter:
         return self._masks[hidden]
 
     def _through_cast(self, value: ir.Value, operator: str) -> ir.Node:
-        """Returns the only node with this operator whose input is ``value``, or is the only Cast of ``value``."""
+        """Returns the only node with this operator whose input is ``value`` or the output of the only Cast of it."""
         casts = [node.outputs[0] for node, _ in value.uses() if node.op_type == "Cast"]
         return self._only(casts[0] if len(casts) == 1 else value, operator)
 

@@ -89,7 +89,7 @@ class CacheBuffers(Protocol):
         """
 
     def append(self, other: Any, first: int, count: int, used: int) -> None:
-        """Copies rows 0 to ``count - 1`` of ``other``, the buffers of another decoder state, to row ``first`` and on.
+        """Copies rows 0 to ``count - 1`` of ``other``, the buffers of another decoder state, to rows from ``first`` on.
 
         ``used``: number of slots to copy.
         """

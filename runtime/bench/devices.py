@@ -153,7 +153,10 @@ def _card(name: str, title: str, gib: int, gigabytes: float, fp32: float, fp16: 
 
 
 def _arm(name: str, title: str, gib: int, gigabytes: float, cores: int, ghz: float, source: str) -> Board:
-    """Describes a board of Arm Cortex-A76 cores: 16 FP32 and 64 INT8 operations a cycle (two 128-bit units)."""
+    """Describes a board of Arm Cortex-A76 cores.
+
+    A core does 16 FP32 or 64 INT8 operations in a cycle (two 128-bit units).
+    """
     rates = {"fp32": cores * ghz * 16e9, "int8": cores * ghz * 64e9}
     return Board(name, title, gib * GIB, int(0.6 * GB), int(0.15 * GB), gigabytes * GB, rates, 2.5, CPU_EFFICIENCY,
                   source)  # fmt: skip

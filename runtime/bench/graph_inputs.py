@@ -17,7 +17,8 @@ from blip2edge.runtime.decoding.state import Decoder
 SEED = 6
 ROWS = 2
 LENGTHS = {"source": 9, "instruction": 6, "text": 7, "past": 4, "steps": 3, "asked": 2}
-"""Lengths of axes by name, clipped to the range of the graph's axis; other axes get the usual length ``opt``."""
+"""Lengths of the random inputs' axes, by name. A length is clipped to the range that the graph allows for the axis. An
+axis without an entry gets the usual length that the graph's description has (``opt``)."""
 
 VOCABULARY = 16
 """Random token ids are below this number, so that every vocabulary contains them."""

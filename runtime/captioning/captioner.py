@@ -269,8 +269,9 @@ class Captioner(LoadedBundle):
     ) -> Generator[TextPiece, None, None]:
         """Yields the caption of one picture piece by piece, as it is generated.
 
-        The pieces joined are the text that :meth:`caption` returns; ``tokens`` of a piece are its tokens. Arguments
-        and errors are those of :meth:`caption`. Beam search and ``abstain_below`` cannot be streamed (UsageError).
+        Joined together, the pieces are the text that :meth:`caption` returns. The attribute ``tokens`` of a piece has
+        the tokens of the piece. Arguments and errors are those of :meth:`caption`. With beam search or
+        ``abstain_below``, a text cannot be streamed (UsageError).
         """
         self._check_open()
         if prompt is not None:

@@ -47,7 +47,7 @@ class EngineCheck:
     """Keeps failed requests open until a test request has shown whether the engine works.
 
     Args:
-        known_good: The test request; None: requests fail at once, without a test.
+        known_good: The test request. If None, failed requests get their error at once, without a test.
         push_front: Puts the test request at the front of the queue.
         broken: Called if the test request fails, with an EngineFaultError whose cause is the test request's error.
     """

@@ -208,7 +208,11 @@ class SlotState(RowState):
         raise NotImplementedError
 
     def run_graph(self, inputs: dict[str, Array]) -> NDArray[np.float32]:
-        """Runs the graph on ``inputs`` and the KV cache, and keeps the new cache; returns logits ``[B, K, V]``."""
+        """Runs the graph on ``inputs`` and the KV cache, and keeps the new cache.
+
+        Returns:
+            Logits ``[B, K, V]``: K is the number of positions for which ``inputs`` asks logits.
+        """
         raise NotImplementedError
 
 

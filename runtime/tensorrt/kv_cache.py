@@ -144,7 +144,7 @@ class DeviceCache:
             space.cross[name].put(values, self.lane.stream)
 
     def _copy_row(self, row: int, old: Workspace, source: int, origin: int) -> None:
-        """Copies a row of another workspace's KV cache into this one's present buffer, all layers at once.
+        """Copies a row of another workspace's KV cache into the current buffer of this workspace, all layers at once.
 
         Args:
             row: Number of the row in this workspace.

@@ -23,7 +23,8 @@ LARGE = ("logits", "seen", "held")
 """Tensors that have an element for each token of the vocabulary; their buffers are in the GPU's own memory."""
 
 WIDE = 2
-"""Number of a third buffer, besides 0 and 1, for the inputs of prompts and of steps with several tokens."""
+"""Number of the third buffer (the first two are 0 and 1); it is for the inputs of prompts and of steps with several
+tokens."""
 
 
 @dataclass

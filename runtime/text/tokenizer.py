@@ -283,7 +283,10 @@ class TextStream:
         return self._tokenizer.decode_raw(self._window, skip_special_tokens=False)
 
     def _let_go(self) -> None:
-        """Shortens a long window; some tokens stay in it, because decoders treat the first token differently."""
+        """Removes old tokens from the list of tokens that are decoded together, if the list is long.
+
+        The last tokens stay in the list, because decoders treat the first token differently from later tokens.
+        """
         if len(self._window) >= _TRIM_AT:
             self._window = self._window[self._boundary :]
             self._taken = len(self._decode_window())

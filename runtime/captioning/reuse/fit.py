@@ -189,7 +189,10 @@ def upper_bound(missed: float, frames: float, level: float) -> float:
 
 
 def frames_needed(rate: float) -> int:
-    """Returns how many reused frames, all with the right caption, the first fit needs to show that a rate is kept."""
+    """Returns the number of reused frames that the first fit needs to show that the rate of missed changes is allowed.
+
+    The number is valid if no reused caption is wrong; ``rate`` is the largest allowed rate.
+    """
     points = 4 * SKIP_STEPS * CAPTION_STEPS - 1  # zero, the quantiles and the means between them
     return math.ceil(LEAST_EFFECT * math.log(_level(1, points)) / math.log1p(-rate))
 

@@ -58,7 +58,15 @@ from blip2edge.runtime.decoding.options import GenerationOptions, check_integer,
 from blip2edge.runtime.images.video import ItemSource
 
 Step = Literal["full", "fit", "skip", "features", "caption", "audit"]
-"""How a frame was captioned; the text at the top of this file explains the words. ``fit``: in full, and recorded."""
+"""How a frame was captioned.
+
+- ``full``: Nothing was reused.
+- ``fit``: Nothing was reused, and the frame was recorded for the choice of the thresholds.
+- ``skip``: The last caption was reused, and the frame was not encoded.
+- ``features``: The last visual tokens were reused, because only the prompt differs; a text was generated.
+- ``caption``: The frame was encoded, and the last caption was reused.
+- ``audit``: A frame whose caption could be reused was captioned in full, as a check of the reused caption.
+"""
 
 REUSED: frozenset[Step] = frozenset(("skip", "features", "caption"))
 """Steps that reuse the caption or the visual tokens of an earlier frame."""
@@ -104,8 +112,9 @@ class _Shown:
     Attributes:
         frame: The frame for which the caption was generated.
         features: The features of ``frame``.
-        seen: Cells with which the next picture is compared: those of the last picture that passed the vision encoder.
-            This picture may be newer than ``frame``, if its caption was reused.
+        seen: Mean pixel values (from :func:`cells_of`) of the last picture that passed the vision encoder; the next
+            picture is compared with these values. The last picture may be newer than ``frame``, if its caption was
+            reused.
         prompt: The prompt as the user gave it.
         prompt_tokens: Length of the prompt in tokens.
         generated: The tokens of the caption.
@@ -173,7 +182,10 @@ class ReuseLadder:
         return self.fit is None or self.fit.chosen is None
 
     def __call__(self, image: ItemSource, prompt: str | None = None) -> tuple[CaptionResult, Step]:
-        """Captions a frame; arguments and errors as in ``Captioner.caption``. Also returns the step (:data:`Step`)."""
+        """Captions a frame; also returns what was computed or reused for it (:data:`Step`).
+
+        Arguments and errors are those of ``Captioner.caption``.
+        """
         clock = StageClock()
         prepared = self._encoder.prepare([image], [prompt], clock, self._options.queries)
         with clock("preprocess"):

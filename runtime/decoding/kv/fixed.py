@@ -31,7 +31,11 @@ class FixedCache(Protocol):
     """
 
     def run(self, inputs: Mapping[str, Array]) -> NDArray[np.float32]:
-        """Runs the graph on the cache and on its other ``inputs`` (by name). Returns logits ``[B, K, V]``."""
+        """Runs the graph on the cache and on its other ``inputs`` (by name).
+
+        Returns:
+            Logits ``[B, K, V]``: K is the number of positions for which ``inputs`` asks logits.
+        """
         ...
 
     def select(self, rows: NDArray[np.int64]) -> None:
@@ -116,7 +120,11 @@ class FixedState(SlotState):
         self.cache.append(other.cache)
 
     def run_graph(self, inputs: dict[str, Array]) -> NDArray[np.float32]:
-        """Runs the graph and keeps the new keys and values; returns logits ``[B, K, V]``; see :class:`SlotState`."""
+        """Runs the graph and keeps the new keys and values; see :class:`SlotState`.
+
+        Returns:
+            Logits ``[B, K, V]``: K is the number of positions for which ``inputs`` asks logits.
+        """
         inputs[CACHE_POSITION] = self.decoder.cache_position(self.slot, self.batch_size)
         self.slot += inputs["position_ids"].shape[1]
         return self.cache.run(inputs)

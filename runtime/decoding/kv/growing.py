@@ -65,7 +65,11 @@ class GrowingState(SlotState):
         self.mask = np.concatenate([self.mask, np.ones((self.batch_size, steps), np.int64)], axis=1)
 
     def run_graph(self, inputs: dict[str, Array]) -> NDArray[np.float32]:
-        """Runs the graph and keeps the new keys and values; returns logits ``[B, K, V]``; see :class:`SlotState`."""
+        """Runs the graph and keeps the new keys and values; see :class:`SlotState`.
+
+        Returns:
+            Logits ``[B, K, V]``: K is the number of positions for which ``inputs`` asks logits.
+        """
         outputs = self.decoder.session.run({**inputs, **self._past, **self._context})
         self._past = {past: outputs[present] for past, present in self.decoder.present_of.items()}
         logits: NDArray[np.float32] = outputs["logits"]

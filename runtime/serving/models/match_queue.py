@@ -39,7 +39,7 @@ class MatchCall(Pending[list[Any]]):
     on_end: Callable[[MatchCall], None]
 
     def push(self, piece: str | None) -> None:
-        """Called at the end of the call: frees its inputs, and calls ``on_end`` and ``on_piece``."""
+        """Frees the inputs, and calls ``on_end`` and ``on_piece``; runs once, when the request has ended."""
         self.steps = _no_steps
         self.inputs.clear()
         self.on_end(self)

@@ -174,8 +174,8 @@ def _no_source(source: str) -> DataError:
 def _reconnecting(make: Callable[[Ending], Frames], name: str, report: Report, closed: Ending) -> Frames:
     """Yields the frames of a live source, and opens the source again when it ends or fails after its first frame.
 
-    It is reported once that the source was lost, and once that frames come again; damaged frames are reported at most
-    once in :data:`DAMAGE_REPORT_S` seconds. An error before the very first frame is raised.
+    Calls ``report`` once when the source is lost, once when frames come again, and at most once in
+    :data:`DAMAGE_REPORT_S` seconds for damaged frames. An error before the very first frame is raised.
     """
     wait, lost, any_frame = FIRST_WAIT_S, 0.0, False
     told, due = 0, 0.0  # the count of damaged frames that was last reported, and when it may be reported again
