@@ -84,10 +84,10 @@ def test_the_ids_of_the_compiled_copy(bundle: Path, tmp_path: Path, monkeypatch:
     own = shutil.copytree(bundle, tmp_path / "bundle")
     report = optimize(own, "openvino")
     assert report.record.left == {}
-    assert all(graph.cosine > 0.99999 for graph in report.record.graphs.values())
-    for parity in (parity for graph in report.record.graphs.values() for parity in graph.parity):
-        assert parity.tolerance is not None
-        assert parity.relative <= parity.tolerance < 1e-3
+    assert all((graph.cosine or 0.0) > 0.99999 for graph in report.record.graphs.values())
+    assert all(
+        parity.relative <= parity.tolerance < 1e-3 for graph in report.record.graphs.values() for parity in graph.parity
+    )
     fast = Captioner.load(own, backend="openvino", threads=1)
     assert set(fast.graphs.copied) >= {"vision_encoder", "decoder"}
     here = Captioner.load(bundle, backend="cpu", threads=1)
