@@ -157,10 +157,10 @@ def main() -> int:
     """Cuts a wheel into pieces, or joins the pieces."""
     parser = parser_of(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("cut", help="cut a wheel to one GPU, and write pieces")
+    one = commands.add_parser("cut", help="remove the code for other GPUs from a wheel, write pieces")
     one.add_argument("wheel", type=Path)
     one.add_argument(
-        "--sm", type=int, action="append", required=True, help="compute capability of the GPU to keep, 90 for 9.0"
+        "--sm", type=int, action="append", required=True, help="keep the code for this compute capability, 90 for 9.0"
     )
     one.add_argument("-o", "--output", type=Path, required=True)
     one.add_argument("--piece-mib", type=float, default=55, help="largest size of a piece in MiB")

@@ -102,10 +102,11 @@ def similarity() -> str:
 
 
 def ranges() -> str:
-    """Draws, for INT8, the squared error of rounding and of saturation over the threshold, for a Laplace distribution.
+    """Draws the squared error of INT8 rounding and the squared error of saturation, both over the threshold t.
 
-    Density exp(-|x|) / 2 with 1 in 10,000 values at 40: rounding costs step² / 12 with step = t / 127, saturation the
-    integral of (x - t)² exp(-x) beyond t, which is 2 exp(-t), plus that of the outliers.
+    The values have the density exp(-|x|) / 2 (Laplace); in addition, 1 in 10,000 values is an outlier at 40. The error
+    of rounding is step² / 12 with step = t / 127. The error of saturation is the integral of (x - t)² exp(-x) beyond t,
+    which is 2 exp(-t), plus the squared error of the outliers.
     """
     rare, outlier = 1e-4, 40.0
 
@@ -168,7 +169,10 @@ def blocks() -> str:
 
 
 def tokens_per_pass(rate: float, proposed: int) -> float:
-    """Returns the expected tokens of a verifying pass: 1 + a + a² + … + a^k (arXiv 2211.17192, equation 1)."""
+    """Returns the expected tokens of a verifying pass: 1 + a + a² + … + a^k (arXiv 2211.17192, equation 1).
+
+    a is ``rate``, the acceptance rate; k is ``proposed``, the number of proposed tokens.
+    """
     return sum(rate**power for power in range(proposed + 1))
 
 

@@ -53,7 +53,7 @@ def write(path: Path, results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Exports all configurations; writes the results after every export, so that a run that breaks loses none."""
+    """Exports all configurations; writes the results after every export, so that a failed run loses no results."""
     parser = parser_of(__doc__)
     parser.add_argument("--only", action="append", help="name of a configuration; may be repeated (all)")
     parser.add_argument("--json", type=Path, default=RESULTS / "parity.json")

@@ -10,8 +10,8 @@ The models run on one thread. The constants of ``plan`` were chosen on three mod
 For these models, the comparison only shows how good the fit is. ``--independent`` measures three models of
 ``plan_shapes.py`` on which no constant was chosen, in fp32, INT8 and INT4.
 
-All weights are random, except the miniature's. Each model is drawn, exported, calibrated where it is not fp32, and
-optimized, and captions a picture of 480 x 640. The bundles stay in ``--work`` and are used again. The least CPU time of
+All weights are random, except the miniature's. Each model is exported, calibrated (for INT8 and INT4) and optimized,
+and captions a picture of 480 x 640. The bundles stay in ``--work`` and are used again. The least CPU time of
 a stage (for the decoding: of a step) is compared, so that the load of other programs has little effect. The machine's
 rates are measured in the same way. Medians and wall times are recorded too.
 """

@@ -1,11 +1,14 @@
-"""Measures ``watch --reuse-below auto``: missed changes and time saved: ``python benchmarks/reuse_auto.py --json F``.
+"""Measures the missed changes and the time saved by ``watch --reuse-below auto``.
 
-Thresholds are fitted on one film of each kind of ``reuse_films.py``, and used on other films, with other scenes. Each
-film is also captioned with every frame encoded; where the captions differ, a change was missed. Fits:
+    python benchmarks/reuse_auto.py --json FILE
+
+``reuse_films.py`` generates films of three kinds. Thresholds are fitted on one film of each kind, and used on test
+films, which have other scenes. Each test film is also captioned with every frame encoded; where the captions differ, a
+change was missed. For each test film, the thresholds are fitted in three ways:
 
     same kind    on the film of the same kind, as for a camera that stays where it is
     all kinds    on the films of all three kinds
-    other kinds  on the films of the two kinds that the tested film is not of
+    other kinds  on the films of the two other kinds
 """
 
 from __future__ import annotations

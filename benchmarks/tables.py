@@ -120,7 +120,7 @@ def reuse_auto(document: dict[str, Any]) -> list[str]:
 
 
 def opening(document: dict[str, Any]) -> list[str]:
-    """Returns the table of the opening times in the ``optimized.json`` of a copy for OpenVINO."""
+    """Returns the table of the times to open each graph, from the ``optimized.json`` of a copy for OpenVINO."""
     head = [
         "| graph | compiled when opened, CPU ms | from the copy, CPU ms | times |",
         "|---|---:|---:|---:|",

@@ -35,7 +35,7 @@ def paragraphs(text: str) -> str:
 
 
 def documents(novel: Path, addresses: Path) -> Iterator[tuple[str, str]]:
-    """Yields name and text of each document: two chapters of the novel, then two addresses, and so on."""
+    """Yields name and text of each document: two chapters of the novel, then two speeches of presidents, and so on."""
     chapters = sorted(novel.glob("data/chapter_*.txt"), key=lambda path: int(path.stem.split("_")[1]))
     speeches = [path for path in sorted(addresses.glob("data/*.txt")) if int(path.stem[:4]) >= FIRST_YEAR]
     fours = zip(chapters[::2], chapters[1::2], speeches[::2], speeches[1::2], strict=False)

@@ -85,7 +85,10 @@ def scores_of(folder: Path, count: int) -> dict[str, Any]:
 
 
 def timed(model: str, folder: Path) -> list[dict[str, Any]]:
-    """Returns the CPU time and the number of output embeddings of a model's vision encoder, for each R."""
+    """Returns the CPU time and the number of output embeddings of a model's vision encoder.
+
+    Both are measured for each R, the number of tokens that each layer merges.
+    """
     contestants = [Contestant(str(tokens), "vision", str(bundle_of(model, tokens, folder))) for tokens in COUNTS[model]]
     rows = table(race(contestants, {"run": ["run"]}, ROUNDS[model]), contestants[0].name)
     for row, contestant in zip(rows, contestants, strict=True):

@@ -1,9 +1,9 @@
-"""Runs ``blip2edge watch`` on a generated RTSP stream that is cut and comes back, and measures how it recovers.
+"""Runs ``blip2edge watch`` on a generated RTSP stream that is interrupted, and measures how ``watch`` recovers.
 
     python benchmarks/watch_rtsp.py BUNDLE --json benchmarks/results/watch-rtsp.json
 
 The server is GStreamer's (Debian: gstreamer1.0-plugins-ugly gir1.2-gst-rtsp-server-1.0 python3-gi). It shows the
-pictures of examples/pictures in turn as H.264. There are two kinds of cuts:
+pictures of examples/pictures in turn as H.264. There are two kinds of interruptions:
 
 - killed: the server is killed, and started again after some seconds; connections are reset.
 - stalled: the server is stopped (SIGSTOP) and continues later; connections stay open, as if a cable was pulled.
@@ -126,7 +126,7 @@ def cut(watch: Watch, server: subprocess.Popen[bytes], port: int, kind: str, sec
 
 
 def main() -> None:
-    """Makes all cuts of the stream, and writes the measured values."""
+    """Kills or stops the RTSP server several times while ``watch`` runs, and writes the measured values."""
     parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument(

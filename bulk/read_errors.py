@@ -26,7 +26,7 @@ ATTEMPTS = 3
 PAUSE_S = 1.0  # before the second attempt, twice as long before the third
 _OF_THE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 _OF_A_LOCAL_FILE = {errno.EACCES, errno.EPERM}  # in an object store: credentials
-_FIX = "make the storage readable, and run the same command again: it goes on from here"
+_FIX = "make the storage readable, and run the same command again: the run goes on from here"
 
 
 class StorageError(DataError):

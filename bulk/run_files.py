@@ -254,7 +254,7 @@ class RunDirectory:
         except OSError as error:
             problem = output_error(self.path, error)
             raise OutputError(
-                problem.problem, "correct this and run the command again: it goes on from here"
+                problem.problem, "correct this and run the command again: the run goes on from here"
             ) from error
 
 

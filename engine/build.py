@@ -183,7 +183,7 @@ def _check_memory(task: _BuildTask, anyway: bool, notify: Notify | None) -> int:
 
 
 def _build_into(task: _BuildTask, root: Path, progress: ProgressCallback | None) -> Path:
-    """Builds every engine into a temporary folder in ``root``, and renames it when all engines are built.
+    """Builds every engine into a temporary folder in ``root``; renames the folder when all engines are built.
 
     Returns:
         The folder; its name is the name of the fingerprint.

@@ -6,7 +6,7 @@ and ``present`` both have C slots. The shapes of a step never change, so that a 
     inputs_embeds        [B, S, D]
     attention_mask int64 [B, C]      0 masks a slot (padding on the left); slots after the last token are always masked
     position_ids   int64 [B, S]
-    logits_indices int64 [B, K]
+    logits_indices int64 [B, K]      which K of the S new tokens need logits
     cache_position int64 [1]         slot of the first of the S new tokens, the same in all rows
     past_key_values.{i}.{key,value}  [B, H, C, d]     unwritten slots must hold finite values
     -> logits [B, K, V], present.{i}.{key,value} [B, H, C, d]

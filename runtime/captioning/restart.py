@@ -52,7 +52,7 @@ class Restarting(Generic[Loaded]):
     """Loads a bundle again when its engine is broken. Subclasses implement :meth:`_replace`.
 
     Args:
-        load: Loads the bundle again; None: a broken engine stays broken.
+        load: Loads the bundle again. If None, the bundle is not loaded again, and all later requests fail.
         backoff: The waiting times between attempts.
 
     Attributes:

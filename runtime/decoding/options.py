@@ -89,7 +89,7 @@ class CaptionOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How to generate a text. Tokens are sampled if one of :data:`SAMPLING` is given (temperature 0: not).
+    """How to generate a text. Tokens are sampled if an option of :data:`SAMPLING` is set, except with temperature 0.
 
     From ``min_length`` on, the names, values and effects are those of transformers' `GenerationConfig`, and None means
     off; `logits_processors` has the formulas. Lists and mappings are stored as tuples.

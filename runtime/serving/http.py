@@ -78,8 +78,8 @@ class Server:
 
     Args:
         served: A loaded bundle, or a list of several bundles with their names.
-        load: Loads the bundle again if its engine is broken (for a single bundle). If None, the server refuses all
-            requests from then on.
+        load: Loads the bundle again if its engine is broken (for a single bundle). If None, the server refuses
+            requests that need the engine from then on.
         max_batch, max_waiting: As in :class:`Scheduler`.
         deadline: Time limit in seconds for a caption, if the request sets no limit; None for no limit.
         access: Rules of access; None allows all clients except web pages of other origins.

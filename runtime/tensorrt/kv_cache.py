@@ -63,7 +63,7 @@ class DeviceCache:
             inputs: All inputs except the KV cache, by name.
 
         Returns:
-            The logits, float32 ``[B, K, V]``.
+            The logits, float32 ``[B, K, V]``: K is the number of positions for which ``inputs`` asks logits.
         """
         lane, space = self.lane, self.workspace
         steps, asked = inputs["inputs_embeds"].shape[1], inputs["logits_indices"].shape[1]

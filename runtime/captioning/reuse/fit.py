@@ -251,8 +251,8 @@ class AuditClock:
 class AuditMonitor:
     """Counts missed changes among audited frames, and detects when their rate is above the allowed rate.
 
-    The test is Page's cumulative sum (Biometrika 41, 1954) of the log likelihood ratio; it compares five times the
-    allowed rate with the allowed rate.
+    The test is Page's cumulative sum (Biometrika 41, 1954) of the log likelihood ratio between two rates: five times
+    the allowed rate, and the allowed rate.
 
     Attributes:
         frames: Number of audited frames.
