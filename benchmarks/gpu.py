@@ -1,8 +1,9 @@
-"""Runs checks and measurements on an NVIDIA GPU, in two parts of at most 5 minutes each.
+"""Runs checks and measurements on an NVIDIA GPU, in three parts of at most 5 minutes each.
 
     python benchmarks/gpu.py --part 1 --json benchmarks/results/gpu-1.json     # CUDA itself; transformers, to compare
     python benchmarks/gpu.py --part 2 --json benchmarks/results/gpu-2.json     # ONNX Runtime's CUDA provider
-    python benchmarks/gpu.py --dry-run                                         # both parts, tiny, on the CPU
+    python benchmarks/gpu.py --part 3 --json benchmarks/results/gpu-3.json     # the decoder in CUDA kernels
+    python benchmarks/gpu.py --dry-run                                         # all parts, tiny, on the CPU
 
 Every step (``gpu_steps.py``) runs in a process of its own with a time limit. The JSON file is written after each step,
 so a step that fails, hangs or is killed loses only its own result. A dry run makes the same JSON with tiny models on
@@ -52,7 +53,8 @@ def run_step(step: Step, dry: bool, limit_s: float) -> dict[str, Any]:
 def main() -> int:
     """Runs the steps of a part, and writes their results."""
     parser = parser_of(__doc__)
-    parser.add_argument("--part", type=int, choices=(1, 2), help="1: CUDA and transformers; 2: ONNX Runtime with CUDA")
+    parts = "1: CUDA and transformers; 2: ONNX Runtime with CUDA; 3: the decoder in CUDA kernels"
+    parser.add_argument("--part", type=int, choices=(1, 2, 3), help=parts)
     parser.add_argument("--steps", nargs="+", choices=[step.name for step in STEPS], help="steps to run (default: all)")
     parser.add_argument("--dry-run", action="store_true", help="run tiny models on the CPU, with a simulated GPU")
     parser.add_argument("--json", type=Path, help="write the results to this file after each step")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import gpu_cuda
+import gpu_kernels
 import gpu_onnxruntime
 
 from blip2edge.cli import run_script
@@ -39,6 +40,8 @@ STEPS = (
     Step("cuda_graphs", 2, 60, gpu_onnxruntime.cuda_graphs),
     Step("overlap", 2, 60, gpu_onnxruntime.overlap),
     Step("true_size", 2, 240, gpu_onnxruntime.true_size),
+    Step("kernel_ids", 3, 120, gpu_kernels.kernel_ids),
+    Step("kernel_speed", 3, 150, gpu_kernels.kernel_speed),
 )
 
 

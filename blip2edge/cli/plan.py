@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     print(plan_text.head(model, origin, shape, request))
     if devices:
         for plan in plans:
-            print(f"\n{plan_text.device_text(plan)}")
+            print(f"\n{plan_text.device_text(shape, plan, request)}")
             if not plan_text.fits(shape, plan, request):
                 print(plan_text.what_fits(shape, plan, request))
             if options.explain:
@@ -117,8 +117,13 @@ def plan_json(
     model: str, origin: str, shape: ModelShape, plans: list[DevicePlan], request: PlanOptions
 ) -> dict[str, Any]:
     """Makes the JSON object of ``plan --json``."""
+    from blip2edge.runtime.bench.kernel_steps import kernel_steps
     from blip2edge.runtime.bench.plan import token_budget
 
+    devices = []
+    for plan in plans:
+        steps = [step.to_json() for step in kernel_steps(shape, plan.device, request)]
+        devices.append({**plan.to_json(), "cuda_decoder": steps})
     return {
         "model": model,
         "origin": origin,
@@ -126,7 +131,7 @@ def plan_json(
         "bridge": shape.bridge,
         "parameters": {**shape.parameters(), "bridge_text_side": shape.text_side, "not_deployed": shape.unused},
         "tokens": token_budget(shape, request),
-        "devices": [plan.to_json() for plan in plans],
+        "devices": devices,
     }
 
 

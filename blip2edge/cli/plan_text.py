@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from blip2edge.cli.table import size, table
 from blip2edge.runtime.bench.devices import DEVICES
+from blip2edge.runtime.bench.kernel_steps import kernel_steps
 from blip2edge.runtime.bench.memory import element_bytes, held_precision
 from blip2edge.runtime.bench.plan import (
     HOST_S,
@@ -84,8 +85,8 @@ def fits_line(row: PrecisionPlan, usable: int) -> str:
     return f"does not fit {size(usable)}: {', '.join(lacking)}"
 
 
-def device_text(plan: DevicePlan) -> str:
-    """Writes the tables of one device: memory, times, and bridges."""
+def device_text(shape: ModelShape, plan: DevicePlan, request: PlanOptions) -> str:
+    """Writes the tables of one device: memory, times, the steps of ``cuda-decoder``, and bridges."""
     device = plan.device
     state = "measured" if device.measured else "not measured"
     rates = ", ".join(f"{kind} {rate / 1e12:.3g}" for kind, rate in device.rates.items())
@@ -115,6 +116,11 @@ def device_text(plan: DevicePlan) -> str:
     ]
     lines.append(table(MEMORY_HEADER, memory, right=range(1, 7)))
     lines += ["", "predicted milliseconds", table(TIME_HEADER, times, right=range(1, 8))]
+    lines += [
+        f"cuda-decoder in {step.precision}: {step.bytes / 1e6:,.0f} MB and {step.launches} launches a token: at least "
+        f"{step.least_ms:,.1f} ms at the full bandwidth (not measured)"
+        for step in kernel_steps(shape, device, request)
+    ]
     if plan.bridges:
         lines += ["", f"bridges in {plan.chosen}", _bridges(plan)]
     lines += ["", f"recommended bridge: {plan.bridge}: {plan.reason}"]

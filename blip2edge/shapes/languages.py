@@ -62,6 +62,7 @@ def opt(values: Any, _: bool | None = None) -> LanguageShape:
         ),
         (AttentionProducts(width, heads, "steps", "context", layers),),
         (positions + 2) * width + (2 * width * (2 * layers + last) if affine else 0),
+        kernels=narrow == width and last,
     )
     cache = CacheShape(layers, heads, width // heads)
     return LanguageShape((decoder,), cache, positions, (vocabulary, narrow), f.flag("tie_word_embeddings", True), width)
@@ -89,6 +90,7 @@ def llama(values: Any, tied: bool | None = None, kind: str = "llama") -> Languag
         ),
         (AttentionProducts(heads * head, heads, "steps", "context", layers),),
         width * (2 * layers + 1) + (2 * head * layers if kind == "qwen3" else 0),
+        kernels=kind != "qwen3",
     )  # fmt: skip
     tied = f.flag("tie_word_embeddings", False) if tied is None else tied
     cache = CacheShape(layers, shared, head)

@@ -161,6 +161,7 @@ class ModelPart:
         vectors: Number of all other parameters: norms, positions, learned queries.
         operators: Number of operators in the CPU's optimized graph for each matrix multiplication with weights, without
             convolutions; :data:`FUSED_OPERATORS` if attention, norms and activations are fused.
+        kernels: Whether the backend ``cuda-decoder`` has kernels for this graph.
     """
 
     name: str
@@ -168,6 +169,7 @@ class ModelPart:
     attentions: tuple[AttentionProducts, ...] = ()
     vectors: int = 0
     operators: int = FUSED_OPERATORS
+    kernels: bool = False
 
     @property
     def parameters(self) -> int:

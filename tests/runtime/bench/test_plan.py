@@ -251,6 +251,7 @@ def test_one_board_and_the_arithmetic(capsys: pytest.CaptureFixture[str]) -> Non
     assert "KV cache: 2 x (32 layers x 32 heads x 80 x 70 tokens) x 2 bytes = 22.9 MB" in text
     assert "assumed efficiency: products fp32 60%" in text
     assert text.count("recommended bridge: ") == 2
+    assert text.count("227 launches a token: at least") == 6  # fp16, int8 and int4 on both boards
     assert "next: blip2edge calibrate bundle -o bundle-int4 --images DIR --weights int4" in text
 
 
@@ -348,6 +349,11 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     stages = ["preprocess", "vision", "bridge", "prefill", "decode_per_token", "decode", "total"]
     assert list(row["ms"]) == stages
     assert list(device["recommendation"]) == ["bridge", "reason"]
+    steps = device["cuda_decoder"]
+    assert [step["precision"] for step in steps] == ["fp16", "int8", "int4"]
+    assert all(step["measured"] is False and step["launches"] > 10 for step in steps)
+    assert steps[0]["bytes"] > steps[1]["bytes"] > steps[2]["bytes"]
+    assert steps[0]["least_ms"] == round(steps[0]["bytes"] / 273e9 * 1e3, 3)
     assert [bridge["kind"] for bridge in device["bridges"]] == ["qformer", "mlp", "perceiver", "pool"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from blip2edge.runtime.decoding.state import GreedyState
 from tests import drawing
 from tests.families import drawing_llama
 from tests.runtime.cuda.fake_driver import CUBIN, FakeDriver
+from tests.runtime.cuda.portable import Portable
 from tests.runtime.cuda.shim_device import ShimDevice
 from tests.runtime.cuda.shimmed import FORWARD, RANDOM
 
@@ -46,28 +47,6 @@ Logits = Callable[[Any], Array]
 
 TOLERANCE = 0.01
 """Largest difference of a logit, as a share of the largest: the graph rounds every value to fp16, the kernels fewer."""
-
-
-class Portable:
-    """The portable graph in ONNX Runtime as it is: without the fused products that round activations to int8."""
-
-    def __init__(self, path: Path) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.intra_op_num_threads = 1
-        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.input_names = tuple(value.name for value in self._session.get_inputs())
-        self.output_names = tuple(value.name for value in self._session.get_outputs())
-
-    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        names = list(outputs or self.output_names)
-        given = {name: array for name, array in inputs.items() if name in self.input_names}
-        return dict(zip(names, self._session.run(names, given), strict=True))
-
-    def close(self) -> None:
-        """Nothing to release."""
 
 
 def draw_opt(directory: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from blip2edge.runtime.cuda.layout import DecoderLayout, LayerLayout, Stored, StoredMatrix, StoredNorm
 from blip2edge.runtime.cuda.plan import CacheAddresses, RunBuffers, RunSizes, needed_kernels, plan_run
+from blip2edge.runtime.cuda.speed import step_bytes, step_launches
 from blip2edge.runtime.cuda.weights import DecoderWeights, LayerOnDevice, MatrixWeights, NormWeights
 
 ORIN, H200 = 16, 132  # multiprocessors
@@ -56,6 +57,7 @@ NOWHERE = CacheAddresses((0,) * 32, (0,) * 32)
 def test_a_decode_step_is_seven_launches_a_layer(kind: str, bits: Literal[4, 8, 16], multiprocessors: int) -> None:
     launches = plan_run(decoder(kind, bits), RunSizes(1, 1, 1, 128), nothing(), NOWHERE, multiprocessors)
     assert len(launches) == 1 + 32 * 7 + 2
+    assert step_launches(32) == len(launches) - 1 + 1  # the first input is made once, and a token is chosen
     kinds = Counter(launch.kernel.template for launch in launches)
     assert kinds == {"embed": 1, "norm": 65, "gemv": 129, "attention": 32}
     assert max(launch.parts for launch in launches) < 1 << 20
@@ -93,3 +95,20 @@ def test_the_kernels_of_a_decoder_cover_its_runs() -> None:
         for steps in (1, 2, 33):
             launches = plan_run(weights, RunSizes(rows, steps, 1, 128), nothing(), NOWHERE, H200)
             assert {launch.kernel.name for launch in launches} <= names
+
+
+def test_the_bytes_of_a_step_by_hand() -> None:
+    """Two layers of 64 channels with 4-bit weights in blocks of 32, biases, and a head in fp32."""
+
+    def matrix(depth: int, width: int) -> StoredMatrix:
+        scales = Stored("", 0, "float16", (depth // 32, width))
+        return StoredMatrix(Stored("", 0, "int4", (depth, width)), scales, Stored("", 0, "float16", (width,)))
+
+    norm = StoredNorm("RMS_NORM", Stored("", 0, "float16", (64,)), None, 1e-5)
+    square = matrix(64, 64)
+    layer = LayerLayout(norm, square, square, square, square, norm, None, matrix(64, 128), matrix(128, 64))
+    head = StoredMatrix(Stored("", 0, "float32", (64, 300)))
+    layout = DecoderLayout(64, 4, 4, 16, 0.25, 0, None, 0, np.zeros((9, 16)), (layer, layer), norm, head)
+    weights = 4 * 64 * 64 + 2 * 64 * 128
+    layer_bytes = weights // 2 + weights // 32 * 2 + 4 * (4 * 64 + 128 + 64)
+    assert step_bytes(layout, 10) == 2 * layer_bytes + 2 * 64 * 300 + 2 * 2 * 2 * 4 * 16 * 10

@@ -1,0 +1,183 @@
+"""Part 3 of the steps of ``gpu.py``: the decoder in CUDA kernels (``--backend cuda-decoder``).
+
+    python benchmarks/gpu_kernels.py --sm 90       # on a machine with NVRTC: writes build/gpu-kernels
+
+The steps need the driver, ``cuda-bindings`` and ONNX Runtime for the CPU. A machine without a network gets the folder
+``build/gpu-kernels`` with the repository: the miniature's bundles with their copies, and the kernels of the published
+size. Without that folder the steps make it themselves, which takes NVRTC and the packages of an export.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from kernel_speed import OPT_2_7B, PLAIN, kernels_of
+from reporting import ROOT, parser_of
+
+from blip2edge.runtime.cuda.kernel import Kernel
+
+PREPARED = ROOT / "build" / "gpu-kernels"
+PRECISIONS = ("fp16", "int4")
+LEAST_EQUAL = 0.999
+LEAST_SHARE = {"16 bits": 0.85, "4 bits": 0.70}
+"""Share of the measured bandwidth that a decode step should reach."""
+
+
+def prepare_bundles(folder: Path) -> None:
+    """Exports the miniature in :data:`PRECISIONS`, and compiles its kernels."""
+    from blip2edge.calibration.pipeline import calibrate
+    from blip2edge.export.pipeline import export_checkpoint
+    from blip2edge.optimization.pipeline import optimize
+
+    folder.mkdir(parents=True, exist_ok=True)
+    examples = ROOT / "examples"
+    export_checkpoint(examples / "checkpoint", folder / "fp16", precision="fp16", force=True)
+    calibrate(
+        folder / "fp16", folder / "int4", images=examples / "pictures", activations=(), weights="int4", force=True,
+        formats=("decoder:*head*=int8",),  # its vocabulary is odd, and rows of 4-bit values begin at bytes
+    )  # fmt: skip
+    for precision in PRECISIONS:
+        optimize(folder / precision, "cuda-decoder")
+
+
+def prepare_cubins(folder: Path) -> None:
+    """Compiles the kernels of the published size."""
+    from blip2edge.runtime.cuda.compilation.compiler import compile_kernels, supported_targets
+    from blip2edge.runtime.cuda.copy_files import cubin_name
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for target in supported_targets():
+        (folder / cubin_name(target)).write_bytes(compile_kernels(kernels_of(OPT_2_7B), target))
+
+
+@contextmanager
+def prepared(dry: bool, make: Callable[[Path], None]) -> Iterator[Path]:
+    """Yields the folder that :func:`main` wrote; if there is none, a temporary one that ``make`` fills."""
+    if PREPARED.is_dir() and not dry:
+        yield PREPARED
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        if dry:
+            _simulate_nvrtc()
+        make(Path(scratch))
+        yield Path(scratch)
+
+
+def _simulate_nvrtc() -> None:
+    """In a dry run: every cubin is empty, and the simulated driver runs the kernels that were compiled last."""
+    from blip2edge.optimization import kernels as making
+    from blip2edge.runtime.backends import probe
+    from blip2edge.runtime.cuda import backend
+    from blip2edge.runtime.cuda.compilation import compiler
+    from tests.runtime.cuda.fake_driver import CUBIN, FakeDriver
+
+    compiled: dict[str, Kernel] = {}
+
+    def compile_kernels(kernels: Sequence[Kernel], _: int) -> bytes:
+        compiled.update({kernel.name: kernel for kernel in kernels})
+        return CUBIN
+
+    simulated: dict[str, Any] = {
+        "supported_targets": lambda: (87,),
+        "compile_kernels": compile_kernels,
+        "check_usage": lambda *_: None,
+    }
+    for name, function in simulated.items():
+        setattr(making, name, function)
+    compiler.supported_targets, compiler.compile_kernels = simulated["supported_targets"], compile_kernels
+    backend.load_driver = lambda: FakeDriver(list(compiled.values()))
+    probe.nvidia_driver = lambda: probe.Driver("13.0")
+
+
+def kernel_ids(dry: bool) -> dict[str, Any]:
+    """Compares the tokens of the miniature's decoder with those of the portable graph on the CPU.
+
+    Greedy decoding on the GPU. The graph reads the same tokens, so that each token is a comparison of its own. Where
+    tokens differ, ``margins`` has the graph's difference between the logits of both, as a share of the largest.
+    """
+    from blip2edge.bundle.bundle import Bundle
+    from blip2edge.bundle.schema import DECODER
+    from blip2edge.runtime.cuda.backend import open_decoder
+    from blip2edge.runtime.decoding.language_model import decoder_of, token_table
+    from tests.runtime.cuda.portable import Portable
+
+    found: dict[str, Any] = {}
+    with prepared(dry, prepare_bundles) as folder:
+        for precision in PRECISIONS:
+            bundle = Bundle.open(folder / precision)
+            session = open_decoder(bundle, folder / precision / "optimized" / "cuda-decoder")
+            ours = decoder_of(bundle, session)
+            theirs = decoder_of(bundle, Portable(bundle.file(f"{DECODER}.onnx")))
+            table, random = token_table(bundle), np.random.default_rng(0)
+            equal, margins = 0, []
+            for _ in range(1 if dry else 8):
+                lengths = random.integers(3, 20, 2 if dry else 8)
+                prompts = [table.rows(random.integers(4, table.num_rows, length)) for length in lengths]
+                same, far = _compared(ours.prefill(prompts), theirs.prefill(prompts), 3 if dry else 30)
+                equal, margins = equal + same, margins + far
+            session.close()
+            total = equal + len(margins)
+            found[precision] = {"equal": equal, "of": total, "margins": margins, "share": equal / total}
+    return {"tokens": found, "ok": found["fp16"]["share"] >= LEAST_EQUAL}
+
+
+def _compared(ours: Any, theirs: Any, steps: int) -> tuple[int, list[float]]:
+    """Returns how many tokens are equal, and the margins of the others."""
+    (first, state), (logits, oracle) = ours, theirs
+    rows = len(first)
+    tokens = first.argmax(axis=-1)
+    greedy = state.greedy(tokens, PLAIN * rows)
+    equal, margins = 0, []
+    for step in range(steps + 1):
+        if step:
+            logits = oracle.step(tokens)
+            tokens = next(greedy)[0]
+        best = logits.argmax(axis=-1)
+        for row in range(rows):
+            if best[row] == tokens[row]:
+                equal += 1
+            else:
+                gap = logits[row, best[row]] - logits[row, tokens[row]]
+                margins.append(float(gap / np.abs(logits[row]).max()))
+    greedy.close()
+    return equal, margins
+
+
+def kernel_speed(dry: bool) -> dict[str, Any]:
+    """Runs ``kernel_speed.py``, which describes the result, in a process of its own."""
+    with prepared(dry, prepare_cubins) as folder:
+        script = Path(__file__).with_name("kernel_speed.py")
+        words = [sys.executable, str(script), str(folder), *(["--dry-run"] if dry else [])]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-2000:])
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    reached = (found[name]["share_of_bandwidth"] >= share for name, share in LEAST_SHARE.items())
+    return {**found, "ok": dry or all(reached)}
+
+
+def main() -> None:
+    """Makes the folder that travels."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--sm", type=int, nargs="+", help="compute capabilities times ten (default: all)")
+    options = parser.parse_args()
+    from blip2edge.runtime.cuda.compilation import compiler
+
+    if options.sm:
+        compiler.TARGETS = tuple(options.sm)
+    prepare_bundles(PREPARED)
+    prepare_cubins(PREPARED)
+    size = sum(path.stat().st_size for path in PREPARED.rglob("*") if path.is_file())
+    print(f"{PREPARED}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
