@@ -52,7 +52,7 @@ class Case:
         name: File name of the output.
         captions: Number of captions of each picture.
         generation: Options of the generation.
-        duplicates: Threshold of the cosine similarity of duplicates; None: duplicates are not searched.
+        duplicates: Smallest cosine similarity of a duplicate and its original. If None, duplicates are not searched.
         force: Whether the output replaces (``--force``) an earlier output, which has one picture.
     """
 
@@ -102,7 +102,10 @@ def rows_of(path: Path) -> list[Any]:
 
 
 def killed_runs(root: Path, case: Case, arguments: Any, killer: Killer, ways: list[str]) -> dict[str, Any]:
-    """Makes an output without kills, then with kills, once for each of ``ways``; returns how the outputs compare."""
+    """Makes an output without kills, then makes it again for each way of killing in ``ways``, with killed runs.
+
+    Returns how the outputs compare.
+    """
     out = root / "out" / case.name
 
     def make() -> None:
@@ -167,7 +170,7 @@ def main() -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--pictures", type=int, default=5000)
     parser.add_argument("--share", type=float, default=0.12, help="latest time of a kill, as a share of a run's length")
-    parser.add_argument("--least", type=int, default=20, help="smallest number of kills in all that passes")
+    parser.add_argument("--least", type=int, default=20, help="fail if there are fewer kills than this in all")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

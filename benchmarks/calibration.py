@@ -150,10 +150,10 @@ def main() -> None:
     """Runs the measurement of the command line, prints the result and writes it as JSON."""
     parser = parser_of(__doc__)
     parser.add_argument("part", choices=("memory", "race"))
-    parser.add_argument("--counts", type=int, nargs="+", default=[50, 500], help="memory: numbers of pictures (50 500)")
-    parser.add_argument("--rounds", type=int, default=15, help="race: number of rounds (15)")
+    parser.add_argument("--counts", type=int, nargs="+", default=[50, 500], help="for memory: picture counts (50 500)")
+    parser.add_argument("--rounds", type=int, default=15, help="for race: number of rounds (15)")
     parser.add_argument("--parent", type=Path, help="fp32 bundle to measure (default: export one)")
-    parser.add_argument("--bundle", type=Path, help="race: the INT8 bundle that was calibrated from --parent")
+    parser.add_argument("--bundle", type=Path, help="for race: the INT8 bundle calibrated from --parent")
     parser.add_argument("--work", type=Path, help="directory for checkpoint and bundles, about 2 GB")
     options = parser.parse_args()
     given = (options.parent, options.bundle) if options.parent and options.bundle else None

@@ -1,4 +1,4 @@
-"""Checks fitted confidences: calibration error, coverage and rejection on the miniature, in fp32 and INT8.
+"""Checks fitted confidences of the example checkpoint in fp32 and INT8: calibration error, coverage and rejection.
 
     python benchmarks/confidence.py --work DIR --write benchmarks/results/confidence.json
     python benchmarks/confidence.py --page docs/confidence.md          # the tables, from the written results
@@ -7,7 +7,7 @@ Scenes with held-out pairs of objects are disturbed as a camera does: no change,
 with a random strength. For each bundle, ``calibrate --references`` fits three maps from the features of a caption to
 its confidence, on pictures that no test uses:
 
-- ``clean``: on undisturbed scenes, nearly all of which the miniature captions correctly. All other pictures differ from
+- ``clean``: on undisturbed scenes, nearly all of which the model captions correctly. All other pictures differ from
   these scenes.
 - ``noise``: on noisy scenes alone. Blur, occlusion and JPEG are then kinds of disturbance that the fit did not have.
 - ``mixed``: on all five kinds in equal parts.
@@ -121,7 +121,7 @@ def blip2edge(*arguments: str) -> None:
 
 
 def make_bundles(work: Path) -> dict[str, Path]:
-    """Exports the miniature and calibrates it to INT8; returns the directories of both bundles, by precision."""
+    """Exports the example checkpoint and calibrates it to INT8; returns the paths of both bundles, by precision."""
     bundles = {"fp32": work / "fp32", "int8": work / "int8"}
     if not bundles["int8"].is_dir():
         ranges = work / "ranges"

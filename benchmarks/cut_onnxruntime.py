@@ -66,7 +66,7 @@ def section_of(library: bytes | bytearray, name: str) -> tuple[int, int]:
 
 
 def codes_of(library: bytes | bytearray) -> Iterator[Code]:
-    """Yields the positions of all GPU codes in a library, for each kind of GPU.
+    """Yields the position of each block of GPU code in a library, with the kind of GPU.
 
     Raises:
         ValueError: A fat binary is damaged.
@@ -108,7 +108,10 @@ def cut_library(library: bytes, architectures: set[int]) -> bytes:
 
 
 def cut(wheel: Path, architectures: set[int], output: Path, piece_mib: float) -> dict[str, float]:
-    """Cuts a wheel, compresses its files as one stream, and writes pieces of it; returns sizes in MiB by file name."""
+    """Removes the code for other GPUs from a wheel, compresses its files as one stream, and writes this in pieces.
+
+    Returns the size of each piece in MiB, by file name.
+    """
     output.mkdir(parents=True)
     compressor = lzma.LZMACompressor(preset=6)
     stream = bytearray()

@@ -2,10 +2,10 @@
 
     python benchmarks/elastic.py --json benchmarks/results/elastic.json
 
-1. ``scenes``: `examples/recipes/scenes/elastic.toml` trains the miniature from the shipped weights (seven minutes
+1. ``scenes``: `examples/recipes/scenes/elastic.toml` trains the example checkpoint from its shipped weights (7 minutes
    of CPU time); its bundle captions 1,000 held-out scenes at each m. The same weights without the entry for elastic
    queries make the plain bundle. Its token ids are compared with the token ids of the elastic bundle at m = M.
-2. ``video``: 60 frames in one prompt, at the sizes of the miniature and at those of BLIP-2 (ViT-B/16, 32 queries, the
+2. ``video``: 60 frames in one prompt, at the example's sizes and at those of BLIP-2 (ViT-B/16, 32 queries, the
    language model of OPT-125m), with random weights: tokens of the context, bytes of the KV cache, and CPU time of
    bridge, prefill and whole caption. All numbers m are measured in turn on one thread; ratios are taken within a round.
 
@@ -70,7 +70,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "text_config": {"model_type": "opt"},
     },
 }
-"""Configurations of two video models: the miniature with a context of 1,024 tokens, BLIP-2 with ViT-B/16 and OPT-125m.
+"""Configurations of two video models: the example checkpoint's, but with a context of 1,024 tokens, and BLIP-2 with
+ViT-B/16 and OPT-125m.
 """
 
 NUMBERS = {"miniature": (8, 4), "blip-2": (32, 16, 8)}
@@ -119,7 +120,7 @@ def captions_of(bundle: Path, count: int, queries: int | None) -> tuple[list[tup
 
 
 def scenes(folder: Path, count: int) -> dict[str, Any]:
-    """Captions held-out scenes with each number m of queries.
+    """Captions held-out scenes with each number m of queries; the model has M queries.
 
     Returns the share of exactly right captions at each m, and how many captions at m = M equal those of the plain
     bundle.

@@ -1,4 +1,4 @@
-"""Makes the pictures and the numbers of docs/explain.md: exports the miniature, and explains its captions.
+"""Makes the pictures and the numbers of docs/explain.md: exports the example checkpoint, and explains its captions.
 
     python benchmarks/explain_pictures.py --write | --check
 
@@ -33,7 +33,7 @@ def made(directory: Path, bundle: Path | None = None) -> tuple[dict[Path, Image.
 
     Args:
         directory: An empty directory for the files of the run.
-        bundle: The miniature's bundle; None to export it.
+        bundle: Bundle of the example checkpoint; None to export the checkpoint.
     """
     if bundle is None:
         bundle = export_checkpoint(CHECKPOINT, directory / "bundle").bundle

@@ -36,7 +36,7 @@ def synchronize(dry: bool) -> None:
 def seconds_of(call: Callable[[], object], dry: bool, rounds: int = ROUNDS) -> list[float]:
     """Calls a function several times after a warm-up call; returns the wall seconds of each call.
 
-    Before and after each call, it waits until the GPU is idle.
+    The script waits until the GPU is idle before and after each call.
     """
     call()
     found = []

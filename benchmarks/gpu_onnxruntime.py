@@ -20,7 +20,7 @@ from reporting import ROOT
 
 
 def bundles(folder: Path, precisions: tuple[str, ...]) -> dict[str, Path]:
-    """Returns bundles of the miniature model in the given precisions: exports them, and calibrates ``int4``."""
+    """Exports the example checkpoint in the given precisions, and calibrates ``int4``; returns the bundles."""
     from blip2edge.calibration.pipeline import calibrate
     from blip2edge.export.pipeline import export_checkpoint
 

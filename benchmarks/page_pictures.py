@@ -33,7 +33,7 @@ def set_screen(page: Page, width: int, height: int, scheme: str) -> None:
 
 
 def save(page: Page, path: Path) -> None:
-    """Saves what the page shows, as a small file."""
+    """Saves a screenshot of the page as a PNG file, compressed as far as possible."""
     path.write_bytes(page.screenshot())
     with Image.open(path) as picture:
         picture.convert("RGB").save(path, optimize=True)
@@ -41,7 +41,7 @@ def save(page: Page, path: Path) -> None:
 
 
 def main() -> None:
-    """Takes the pictures."""
+    """Opens the page of ``serve`` in Chromium, and saves its screenshots."""
     parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--output", type=Path, default=ROOT / "docs")

@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20480, help="smallest number of tokens of the evaluation")
     parser.add_argument("--calibration-tokens", type=int, default=16384)
     parser.add_argument("--only", action="append", choices=VARIANTS, help="variant to measure; may be repeated (all)")
-    parser.add_argument("--json", type=Path, help="file of the results, written after each variant; keeps old results")
+    parser.add_argument("--json", type=Path, help="JSON file of results, written after each variant; old results stay")
     options = parser.parse_args()
     bundle = Bundle.open(options.bundle)
     texts = {part: options.texts / f"{part}.txt" for part in ("calibration", "evaluation")}

@@ -40,7 +40,8 @@ def plant(source: Path, target: Path, pictures: Sequence[Image.Image], seed: int
     Args:
         source: The checkpoint's directory.
         target: Directory of the copy.
-        pictures: Training-like pictures, from which the directions that separate the two tokens are computed.
+        pictures: Pictures like those of the training. For the class token and the first patch, a direction is computed
+            from these pictures that separates the token from all others.
         seed: Seed of the choice of channels.
     """
     shutil.copytree(source, target)

@@ -1,6 +1,7 @@
-"""Generates films for the benchmarks of ``watch --reuse-below``, with scenes like the miniature's training scenes.
+"""Generates films for the benchmarks of ``watch --reuse-below``.
 
-The kinds differ in what moves. All have camera noise.
+The scenes are like those on which the example checkpoint was trained. There are three kinds of films, which differ in
+what moves. All films have camera noise.
 
     cuts       a scene stands still for a while, then the next one replaces it, or one object changes its colour
     movement   one of the two objects moves to another place or grows or shrinks, then both rest

@@ -10,8 +10,8 @@
    of arrivals at which 99 % of the captions are ready within a time limit, one by one and with continuous batching.
    Both get the same arrivals.
 
-The captioner has random weights in the shape of `benchmarks/peers.py`. It uses all cores and measures wall time, so the
-machine should do nothing else; its load is recorded.
+The captioner has random weights and the sizes of the captioner in `benchmarks/peers.py`. The script uses all cores and
+measures wall time, so the machine should do nothing else; the machine's load is recorded.
 """
 
 from __future__ import annotations

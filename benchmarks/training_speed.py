@@ -79,7 +79,7 @@ class Shape:
 
 
 def shapes() -> dict[str, Shape]:
-    """Returns the measured models; the sizes of the miniature are read from its checkpoint."""
+    """Returns the measured models; the sizes of the small model are those of the example checkpoint."""
     miniature = json.loads((CHECKPOINT / "config.json").read_text())
     return {"miniature": Shape(miniature, 16), "ViT-B/16, OPT-125m": Shape(SHAPE, 4)}
 

@@ -228,7 +228,7 @@ class _OutputWriter:
             difference = self._plan.difference(record.get("plan", {}))
             if difference:
                 raise OutputError(
-                    f"{target} exists, and is of another run: {difference}",
+                    f"{target} exists, and is the output of another run: {difference}",
                     f"give another output, or replace it with {option('force', on=True)}",
                 )
             return {name: record.get(name) for name in COUNTS}

@@ -112,7 +112,7 @@ def captions_on_ray(
         options: How to caption.
         pictures: Whether the results have the bytes of the pictures.
         loaded: Bundle hash, backend and optimized graphs of this machine; those of each worker must be equal.
-        find: Finds duplicates; None: duplicates are not searched.
+        find: Finds duplicates. If None, duplicates are not searched.
         cluster: The Ray cluster that computes.
 
     Raises:

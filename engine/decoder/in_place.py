@@ -8,7 +8,7 @@ TensorRT has a fused kernel:
     inputs_embeds         [B, S, D]
     attention_mask  int64 [B, C]     0 masks a slot, for example padding; slots after the last token are always masked
     position_ids    int64 [B, S]
-    logits_indices  int64 [B, K]
+    logits_indices  int64 [B, K]     which K of the S new tokens need logits
     cache_position  int64 [B]        slot of the first of the S new tokens of each row: TensorScatter's write_indices
     past_key_values.{i}.{key,value}  [B, H, C, d]      unwritten slots must hold finite values: 0 * NaN is NaN
     -> logits [B, K, V], present.{i}.{key,value} [B, H, C, d], which are the updated past_key_values

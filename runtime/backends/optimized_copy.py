@@ -48,8 +48,8 @@ class OptimizedGraph:
             by cosine only, as those of quantized graphs are.
         cosine: The smallest cosine similarity between outputs of this graph and of the portable graph; None for
             compiled kernels, which are not run where they are made.
-        milliseconds: CPU time of the portable graph and of this graph, on the machine that made the copy: of one run,
-            or of opening the file if the graph is compiled; None if nothing was measured.
+        milliseconds: CPU time of the portable graph and of this graph, on the machine that made the copy. It is the
+            time of one run or, for a compiled graph, the time to open its file. None if nothing was measured.
     """
 
     file: str

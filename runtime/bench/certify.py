@@ -155,7 +155,8 @@ def certify(
         threads: CPU threads of an operator; None for all cores.
         min_equal: Smallest share of equal tokens, 0 to 1; None for 1 in fp32 and 0.9 otherwise.
         tolerance: Largest deviation of every output; None for :data:`TOLERANCES` by precision.
-        require_signature: A public key; the bundle must have a signature that fits this key. None: no signature needed.
+        require_signature: A public key; the bundle must have a signature that fits this key. If None, the bundle needs
+            no signature.
         progress: Called with a stage's name, steps done and steps in all.
 
     Raises:

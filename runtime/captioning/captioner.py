@@ -303,7 +303,7 @@ class Captioner(LoadedBundle):
             max_waiting: Largest number of requests that wait to be encoded.
             trace: Called with start and end of each stage (:class:`Span`); the function must return quickly.
             encoder: Used in place of the captioner's own encoder, for example one of :meth:`reusing`.
-            graph_lock: A lock that several schedulers share, so that their graphs run one at a time. None: the
+            graph_lock: A lock that several schedulers share, so that their graphs run one at a time. If None, the
                 scheduler makes a lock if two graphs at once would use more threads than there are cores.
             known_good: A test request after an unexpected exception; see :class:`Scheduler`.
             on_failure: Called with the error when the scheduler has closed itself.

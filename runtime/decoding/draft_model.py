@@ -38,7 +38,8 @@ SPARE = 2
 
 CLOCKS: Mapping[str, Callable[[], float]] = {"auto": time.thread_time, "cpu": time.thread_time}
 """Clocks by backend, which measure if speculative decoding saves time. ONNX Runtime on the CPU also computes in the
-calling thread, and the CPU time of this thread does not depend on other processes. All other backends: wall time."""
+calling thread, and the CPU time of this thread does not depend on other processes. Other backends have no entry: their
+wall time is measured."""
 
 
 class TextHeadGraph:

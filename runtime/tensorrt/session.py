@@ -140,7 +140,8 @@ class Device:
     Args:
         trt: TensorRT's Python module.
         cuda: The CUDA runtime.
-        kernels: File for the kernels that TensorRT for RTX compiles in the first run of an engine; None: no file.
+        kernels: File for the kernels that TensorRT for RTX compiles in the first run of an engine; None if they are
+            not stored.
 
     Attributes:
         encoding: The lane of all other engines.

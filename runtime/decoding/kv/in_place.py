@@ -377,7 +377,10 @@ class DeviceBuffers:
         return _BoundRun(binding, values, result, next(self._pool.numbers))
 
     def _copy(self, source: _DeviceMemory, rows: int, first: int) -> None:
-        """Copies the first ``rows`` rows of ``source`` to row ``first`` and on; ``source`` must not have more slots."""
+        """Copies the first ``rows`` rows of ``source`` to the rows from ``first`` on.
+
+        ``source`` must not have more slots than these buffers.
+        """
         memory = self._memory
         if memory is None:
             return
