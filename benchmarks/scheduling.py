@@ -78,7 +78,7 @@ def overlap(
     """Measures three ways to caption the pictures.
 
     The pictures are captioned one by one on all cores; by the scheduler, whose encoding and decoding threads use half
-    of the cores each; and by the scheduler, both of whose threads use all cores.
+    of the cores each; and by the scheduler again, each of whose two threads uses all cores.
 
     Returns the wall seconds by round; also, for the scheduler on half of the cores, the time spans in which its two
     threads worked in the last round.
