@@ -23,7 +23,7 @@ COPIED_BACKENDS = ("cpu", "openvino", "cuda", "cuda-decoder")
 """Backends that have optimized copies."""
 
 TENSORRT_EDITIONS = ("tensorrt", "rtx")
-"""TensorRT, and TensorRT for RTX."""
+"""Products that build engines: TensorRT, and TensorRT for RTX."""
 
 DECODER_CACHES = ("auto", "in-place", "constant", "concatenated")
 """KV cache of a decoder's engine: of constant capacity (updated in place, or copied in each step), or growing."""

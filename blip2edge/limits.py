@@ -1,4 +1,4 @@
-"""Limits on what one request may cost, and on the connections of the server; each field has a flag."""
+"""Limits on the size of one request, and on the connections of the server; each limit has a flag."""
 
 from __future__ import annotations
 

@@ -109,12 +109,20 @@ class GuidedMatching(TokenMatching):
         self.shortfall = 0.0
 
     def forward(self, keys: Tensor, sizes: Tensor, count: int) -> Pairs:
-        """Returns the pairs to merge; the arguments are those of :meth:`TokenMatching.forward`."""
+        """Returns the pairs that the graph merges in the next layer.
+
+        Args:
+            keys: Keys of class token and patches, as in :meth:`TokenMatching.forward`.
+            sizes: Number of patches that each slot represents.
+            count: Number of patches to merge.
+        """
         self._count = count
         return super().forward(keys, sizes, count)
 
     def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the order and the partners of the patches from the graph, for the next layer.
+        """Returns the graph's order and partners of the patches, for the next layer.
+
+        A patch of set A can only be merged into a patch of set C, its partner.
 
         Args:
             scores: torch's cosines of each patch of set A with each patch of set C, ``[B, A, C]``.

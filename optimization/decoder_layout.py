@@ -71,10 +71,10 @@ def _places(model: ir.Model) -> dict[str, Stored]:
 
 
 class _Reader:
-    """Reads the chain of nodes of a prepared graph, from the logits back to the inputs.
+    """Reads the chain of nodes of a decoder, from the logits back to the inputs.
 
     Args:
-        model: The prepared graph.
+        model: The decoder, already rewritten by the passes for the CUDA provider.
         cache: The decoder's KV cache.
         places: File, offset, type and shape of each initializer, by name.
     """
@@ -140,11 +140,10 @@ class _Reader:
         return layer, before, node
 
     def _residual(self, x: ir.Value, where: str) -> tuple[ir.Value, StoredMatrix, ir.Value]:
-        """Reads the sum ``x = before + multiplication`` at the end of a block.
+        """Reads the residual sum at the end of a block: ``x = before + input @ matrix``.
 
         Returns:
-            ``before`` (the residual before the block), the matrix of the multiplication, and the multiplication's
-            input.
+            ``before``, ``matrix`` and ``input``.
         """
         node = producer(x, "Add")
         if node is None:

@@ -8,8 +8,8 @@
 4. Publish: ``optimized.json`` lists the files with their hashes and names the bundle.
 
 For OpenVINO, the copy of a graph is the compiled model, which runs as fast as the exported graph and opens sooner. For
-CUDA, the copy is made by fixed rules, without a GPU: nothing is measured (``by_rule.py``). For ``cuda-decoder``, it is
-the decoder's layout with its compiled kernels, which are not run (``kernels.py``).
+CUDA, the copy is made by fixed rules, without a GPU: nothing is measured (``by_rule.py``). For ``cuda-decoder``, the
+copy is a description of the decoder's layers, with compiled CUDA kernels, which are not run (``kernels.py``).
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def optimize(
     needed = BACKENDS[backend].needs
     if needed and (needed not in opened.manifest.graphs or needed not in (graphs or [needed])):
         raise BundleError(
-            f"expected a bundle with the graph {needed}, for which the copy for {backend} is made, found none",
+            f"the copy for {backend} is made from the graph {needed}, which is not in the bundle or not selected",
             "use another backend",
         )
     directory = opened.derive(KIND) / backend
@@ -291,4 +291,4 @@ BACKENDS: Mapping[str, Maker] = {
     "cuda": Maker(RULED_PRECISIONS, ruled),
     "cuda-decoder": Maker((*RULED_PRECISIONS, "bf16"), compiled_decoder, needs=DECODER),
 }
-"""Backends for which optimized copies are made, each with its rule."""
+"""Backends for which optimized copies are made, each with the function that makes a copy."""

@@ -12,7 +12,10 @@ from blip2edge.runtime.bench.graph_inputs import SEED, Arrays, for_steps
 from blip2edge.runtime.decoding.state import Decoder
 
 PROMPT, STEPS = 32, 16
-"""Timed decoding: tokens of the prompt (the visual tokens of BLIP-2), and decode steps after it (a short caption)."""
+"""Sizes of the decoding that is timed.
+
+The prompt has as many tokens as BLIP-2 has visual tokens, and the number of decode steps is that of a short caption.
+"""
 
 
 def first_row(inputs: Mapping[str, Array]) -> Arrays:

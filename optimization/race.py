@@ -25,7 +25,7 @@ A race that has taken this time ends after this number of rounds, if the ratios 
 """
 
 CLEARLY_SLOWER = 1.05
-"""A version of a graph is replaced by a later version only if it takes more than this multiple of the later one's time.
+"""A version of a graph is replaced by the next version only if it is slower than the next version by this factor.
 
 So small differences, which change from measurement to measurement, do not decide.
 """

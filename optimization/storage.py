@@ -89,7 +89,13 @@ def write_copy(optimized: Path, parent: Path, target: Path, name: str, within: s
 
 
 def _share(model: ir.Model, source: ir.Model, folder: Path) -> None:
-    """Changes the weights of a graph to refer to the bundle's files if the values are equal."""
+    """Replaces weights by references to the bundle's files if the files contain equal values.
+
+    Args:
+        model: The graph whose weights are replaced.
+        source: The exported (not optimized) graph with weights in the bundle's files.
+        folder: The folder that the paths in the references are relative to.
+    """
     theirs = source.graph.initializers
     for name, value in model.graph.initializers.items():
         known = theirs.get(name)
@@ -98,7 +104,7 @@ def _share(model: ir.Model, source: ir.Model, folder: Path) -> None:
 
 
 def _relocated(tensor: ir.TensorProtocol, location: str | os.PathLike[str], folder: Path) -> ir.TensorProtocol:
-    """Returns a tensor that refers to the same bytes in the file ``location``; this path is relative to ``folder``."""
+    """Returns the tensor with its file given as ``location``, a path relative to ``folder``; the bytes are the same."""
     if not isinstance(tensor, ir.ExternalTensor):
         return tensor
     shape = ir.Shape(tensor.shape)

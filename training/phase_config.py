@@ -64,7 +64,8 @@ class LanguagePhase(OptimizerConfig):
     prefix_share: Annotated[float, SHARE] = 0.75
     """Share of captions that follow embeddings of their keywords; the others follow noise."""
     prefix_noise: Annotated[float, NOT_NEGATIVE] = 0.3
-    """Noise added to the keywords' embeddings, relative to their size, as visual tokens never equal words exactly."""
+    """Noise added to the embeddings of the keywords, relative to their length. Visual tokens are not exactly equal to
+    embeddings of words, so the language model must work without exact embeddings."""
 
 
 @dataclass(frozen=True)

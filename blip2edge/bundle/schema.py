@@ -306,11 +306,11 @@ class Parity:
     sample: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the difference as a JSON object for ``bundle.json``."""
+        """Returns the difference between graph and reference as a JSON object for ``bundle.json``."""
         return {**vars(self), "cases": list(self.cases)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Parity:
-        """Reads a difference from the JSON object that :meth:`to_json` made."""
+        """Reads the difference between graph and reference from the JSON object that :meth:`to_json` made."""
         known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
         return cls(**{**known, "cases": tuple(known.get("cases", ()))})

@@ -42,7 +42,7 @@ def signed_nibbles(values: NDArray[np.uint8]) -> NDArray[np.int8]:
 
 
 class _Rows(Protocol):
-    """The interface of a table ``[V, D]``, the same for all three formats."""
+    """The interface of a token table ``[V, D]``; there is one class for each of the three formats."""
 
     shape: tuple[int, int]
 
@@ -84,7 +84,10 @@ class _Blocks:
 
 
 class _Columns:
-    """A table stored as columns of integers, the layout of the decoder's output layer."""
+    """A table of integers that is stored transposed, like the weight of the decoder's output layer.
+
+    The embedding of a token is a column of the stored matrix.
+    """
 
     def __init__(self, integers: Array, scales: Array, bits: int, block: int) -> None:
         width, rows = scales.shape[0] * block, scales.shape[1]

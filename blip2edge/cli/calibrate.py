@@ -258,8 +258,9 @@ def _check_search(options: argparse.Namespace) -> None:
     if options.search and options.images is None:
         raise UsageError(f"{option('search', on=True)} needs {option('images')}", "give a folder of pictures")
     if given and options.search:
-        mend = f"leave {option(given[0])} out"
-        raise UsageError(f"{option('search', on=True)} chooses what {option(given[0])} sets", mend, field=given[0])
+        both = f"{option('search', on=True)} and {option(given[0])}"
+        mend = f"leave {option(given[0])} out: the search chooses the formats"
+        raise UsageError(f"{both} cannot be combined", mend, field=given[0])
     if given:
         mend = f"give {option('search', on=True)} too"
         raise UsageError(f"{option(given[0])} belongs to a search", mend, field=given[0])

@@ -143,8 +143,8 @@ def _add_retrieval_flags(parser: Parser) -> None:
         "--ranking",
         choices=RANKINGS,
         default="probability",
-        help="retrieval: how the matching head ranks candidates: probability, or lavis: its logit plus the cosine, as "
-        "in BLIP-2's published results",
+        help="score by which the matching head ranks candidates in retrieval; probability: the match probability; "
+        "lavis: the match logit plus the cosine, as in BLIP-2's published results",
     )
 
 

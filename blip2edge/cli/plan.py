@@ -50,8 +50,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--require-fit",
         action="store_true",
-        help="exit with status 1 if the model does not fit each --device: its memory in some precision, and the tokens "
-        "in the context; without this flag, a plan that does not fit has status 0",
+        help="exit with status 1 if the model does not fit a board of --device: the memory is too small in every "
+        "precision, or the context is too short; without this flag, the exit status is 0",
     )
 
 

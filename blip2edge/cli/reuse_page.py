@@ -16,7 +16,9 @@ Point = Mapping[str, Any]
 
 
 def reuse_page(document: Mapping[str, Any], source: str) -> str:
-    """Formats fitted thresholds as an HTML page, with the curve of missed changes over the saved work.
+    """Makes the HTML page of the fitted thresholds: below them, a frame reuses the caption of an earlier frame.
+
+    The page has a chart: the rate of missed changes of the caption, against the share of the work that is saved.
 
     Args:
         document: The object of :func:`blip2edge.runtime.captioning.reuse.ladder.fit_document`.

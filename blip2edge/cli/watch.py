@@ -148,7 +148,7 @@ def _report_of(fit: Path) -> Path:
     page = fit.with_name(f"{fit.stem}.html") if fit.name else fit
     if page.name.lower() == fit.name.lower() or page.resolve() == fit.resolve():
         raise UsageError(
-            f"expected {option('reuse_fit')} to be a JSON file, got {str(fit)!r}: its report {page} would replace it",
+            f"expected {option('reuse_fit')} to be a JSON file, got {str(fit)!r}, the name of the HTML report",
             "give a name such as fit.json",
         )
     return page

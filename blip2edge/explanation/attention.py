@@ -15,7 +15,7 @@ from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import BundleError
 
 KEY = re.compile(r"^(?P<path>.*)\.key\.(weight|bias)\b")
-"""Names of the initializers that compute the keys of an attention; the same in graphs of every precision.
+"""Finds the names of an attention's key weights and key biases; the names are the same in every precision.
 
 An example: ``bridge.qformer.layers.0.cross_attention.key.weight.T``.
 """

@@ -228,7 +228,7 @@ def shape_of(config: Any) -> ModelShape:
     kind, classes = f.values.get("model_type"), f.values.get("architectures") or []
     if kind == "clip" or any(name in MATCHING for name in classes):
         raise UnsupportedModelError(
-            f"this is a matching model ({', '.join(classes) or kind}), and `plan` counts captioning models only",
+            f"this is a matching model ({', '.join(classes) or kind}), and `plan` supports captioning models only",
             "measure it on this machine: blip2edge bench BUNDLE",
         )
     family = "blip-vqa" if "BlipForQuestionAnswering" in classes else kind

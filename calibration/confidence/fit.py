@@ -27,7 +27,10 @@ Right = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Score:
-    """A fitted candidate: the fields ``offset``, ``weights`` and ``knots`` of a ``ConfidenceMap``."""
+    """A fitted map from the features of a text to its confidence.
+
+    The attributes become fields of ``ConfidenceMap``, if this map is chosen.
+    """
 
     offset: float
     weights: tuple[float, ...]

@@ -31,7 +31,7 @@ LAZY = 128
 """Number of inputs whose corrections are collected before the rest of the matrix is updated."""
 
 LEAF = 256
-"""Largest triangular matrix that is inverted directly, in rows."""
+"""Largest number of rows of a triangular matrix that is inverted as a whole; larger matrices are halved first."""
 
 VALUES = 1 << 22
 """Largest number of weights that are rounded together (16 MiB); the columns of a matrix are independent."""

@@ -32,7 +32,10 @@ VIDEO_SOURCES = (
     ("video_preprocessor_config.json", ""),
     ("preprocessor_config.json", ""),
 )
-"""Where the preprocessing settings of a video model can be, as in :data:`SOURCES`."""
+"""Where the preprocessing settings of a video model can be: a file, and a key in it (empty for the whole file).
+
+The first entry that exists is used.
+"""
 
 SAVE_PROCESSOR = "save the processor too: AutoProcessor.from_pretrained(NAME).save_pretrained(DIRECTORY)"
 

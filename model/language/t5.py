@@ -179,7 +179,7 @@ class T5Layer(nn.Module):
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), present
 
     def cross_key_value(self, states: Tensor) -> KeyValue:
-        """Computes keys and values ``[B, H, E, d]`` of the encoder's states ``[B, E, D]``; only in a decoder."""
+        """Computes this decoder layer's keys and values ``[B, H, E, d]`` from the encoder's states ``[B, E, D]``."""
         return self.cross_attention.key_value(states)
 
 

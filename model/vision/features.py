@@ -77,7 +77,9 @@ class PatchEncoderConfig(TransformerConfig):
 
     @classmethod
     def read_features(cls, values: Any, depth: int) -> dict[str, Any]:
-        """Reads ``vision_feature_layer`` and ``vision_feature_select_strategy``; returns the config's fields they set.
+        """Reads ``vision_feature_layer`` and ``vision_feature_select_strategy``.
+
+        Returns the fields of the config that these keys set, by name.
 
         Args:
             values: Content of the section.

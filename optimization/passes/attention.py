@@ -88,8 +88,8 @@ def _turned(value: ir.Value | None) -> ir.Value | None:
     """Finds the keys ``[B, H, T, d]`` before they are transposed to ``[B, H, d, T]`` for the scores.
 
     Returns:
-        The input of the Transpose node that swaps the last two axes. If one Transpose node swaps these axes and also
-        moves the axis of the heads, ``value`` itself. None if no Transpose node computes ``value``.
+        The input of the Transpose node that swaps the last two axes. If this node also moves the axis of the heads, its
+        output ``value`` is returned unchanged. None if no Transpose node computes ``value``.
     """
     node = producer(value, "Transpose")
     if node is None:

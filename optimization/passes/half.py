@@ -21,7 +21,7 @@ FP16, FP32 = ir.DataType.FLOAT16, ir.DataType.FLOAT
 LARGEST_FP16 = 65504.0
 EAGER = 1 << 16  # elements of a tensor that is converted at once
 WIDENED = "widened"
-"""Key in ``Value.meta``: the FP16 tensor of a weight that was widened."""
+"""Key in ``Value.meta`` of a weight that was converted to FP32: the original FP16 tensor."""
 
 NORM = "SimplifiedLayerNormalization"
 FRAGILE = ("Softmax", "ReduceMean", "ReduceSum", "ReduceL2", "Sqrt", "Reciprocal")

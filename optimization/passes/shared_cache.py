@@ -185,7 +185,10 @@ def _mul(value: ir.Value) -> ir.Node | None:
 
 
 def _before_heads(value: ir.Value | None) -> ir.Value | None:
-    """Returns ``[B, S, H d]`` before the split into heads ``[B, H, S, d]``; None if nodes are in between (Qwen3)."""
+    """Returns ``[B, S, H d]`` before the split into heads ``[B, H, S, d]``.
+
+    The result is None if other nodes are between split and transpose, such as the norms of Qwen3.
+    """
     node = producer(value, "Transpose")
     if node is None or permutation(node) != [0, 2, 1, 3]:
         return None

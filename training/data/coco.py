@@ -103,7 +103,7 @@ def read_captions(path: Path, images: Path | None, max_broken: int) -> tuple[lis
         if row["image_id"] not in names:
             broken.add(sample_id, f"its picture {row['image_id']} is not in the list images")
         elif not caption:
-            broken.add(sample_id, "its caption is empty")
+            broken.add(sample_id, "the caption is empty")
         else:
             picture = FilePicture(directory / names[row["image_id"]])
             numbered = isinstance(row["image_id"], int)
@@ -147,7 +147,7 @@ def read_vqa(
         found = given.get(row["question_id"])
         texts = _answers(found, answers) if found is not None else ()
         if found is None or not texts or not question:
-            broken.add(sample_id, f"no answer in {answers.name}" if question else "its question is empty")
+            broken.add(sample_id, f"no answer in {answers.name}" if question else "the question is empty")
             continue
         entries.append(
             Entry(

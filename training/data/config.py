@@ -28,16 +28,16 @@ class DataConfig(RecipeSection):
     """The JSON file (for VQA, of the questions), the table, the folder, or the shards: `part-*.tar`,
     `part-{000..127}.tar` or a directory of them, also of an object store (`s3://…`). Relative to the recipe."""
     images: str = ""
-    """Directory of a JSON file's or a table's pictures; empty: the directory of the file, or COCO's layout next to
-    it."""
+    """Directory of the pictures of a JSON file or a table. If it is empty, the pictures are searched in the directory
+    of the file and in COCO's usual folders next to it."""
     annotations: str = ""
-    """File of the answers to VQA's questions; empty: the file with VQA's usual name in the directory of `path`."""
+    """File of the answers to VQA's questions; if it is empty, the file with VQA's usual name beside `path`."""
     splits: tuple[str, ...] = ("train", "restval")
     """Splits of Karpathy's file that are read."""
     image_column: str = ""
-    """Column of a table's pictures; empty: the first column with a value, of those in docs/data.md."""
+    """Column of a table's pictures; if it is empty, the first column with a value, of those in docs/data.md."""
     text_column: str = ""
-    """Column of a table's captions; empty: the first column with a value, of those in docs/data.md."""
+    """Column of a table's captions; if it is empty, the first column with a value, of those in docs/data.md."""
     question: str = "Question: {} Short answer:"
     """Template of a question; the braces are replaced by the question."""
     more_questions: tuple[str, ...] = ()
@@ -55,8 +55,8 @@ class DataConfig(RecipeSection):
     size: Annotated[int, NOT_NEGATIVE] = 0
     """Number of samples, for a mixture without ratios; 0: they are counted (shards and unlimited scenes cannot be)."""
     shots: Annotated[int, NOT_NEGATIVE] = 0
-    """Examples (few-shot) before each sample, drawn from other pictures of the same set; they give no loss. Only for
-    bridge = "flamingo", and not for shards, Parquet files and scenes."""
+    """Examples (few-shot) before each sample, drawn from other pictures of the same set; no loss is computed on them.
+    Only for bridge = "flamingo", and not for shards, Parquet files and scenes."""
     crop: Annotated[float, _CROP] = 1.0
     """Smallest share of a picture's area that a random crop keeps; 1: no crop."""
     flip: Annotated[float, SHARE] = 0.0
@@ -66,7 +66,8 @@ class DataConfig(RecipeSection):
     count: Annotated[int, NOT_NEGATIVE] = 0
     """Number of generated scenes, shown pass after pass, so that features can be cached; 0: every scene is new."""
     series: Annotated[int, NOT_NEGATIVE] = 0
-    """Seed of the scenes if `count` is above 0. If `count` is 0, the recipe's seed and the phase give their seed."""
+    """Seed of the scenes if `count` is above 0. If `count` is 0, their seed is made from the recipe's seed and the
+    phase."""
     prompts: tuple[str, ...] = ("a photo of", "a picture of")
     """Short prompts, or instructions; some captions are trained as their continuation."""
     prompt_share: Annotated[float, SHARE] = 0.2

@@ -297,7 +297,7 @@ class RejectingSource:
 
     @property
     def broken(self) -> Mapping[str, str]:
-        """Returns, by sample id, why a sample was skipped when the data was read or was rejected later."""
+        """Returns the reasons why samples were skipped or rejected, by sample id."""
         return self._broken.problems
 
     def accept(self, sample: Sample) -> None:

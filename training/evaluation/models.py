@@ -22,7 +22,7 @@ JUDGES = {
     "clip": f"{option('clip')} BUNDLE, a bundle or checkpoint that compares pictures with texts (CLIP)",
     "reader": f"{option('reader')} BUNDLE, a bundle or checkpoint with a language model, on data with questions",
 }
-"""What the user gives for the metrics that need no captions, by the metric and its option."""
+"""For each metric that needs no captions: the option that selects the metric, with its value."""
 
 Vectors = NDArray[np.float32]
 Prompts = Sequence[str | None]
@@ -99,7 +99,7 @@ class EvaluatedModel:
 
 
 def without_captions(error: type[Blip2EdgeError], data: str, bare: int, total: int) -> Blip2EdgeError:
-    """Returns the error for pictures without captions; it names what scores a captioner without them.
+    """Returns the error for pictures without captions; its advice names the metrics that need no captions.
 
     Args:
         error: Class of the error.

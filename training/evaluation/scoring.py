@@ -57,8 +57,8 @@ class ScoringOptions:
         prompt: Prompt of captions; None for the model's default.
         top: Number of nearest candidates that the matching head ranks again; with 0, only the cosine ranks. None
             for the number in :data:`TOP`.
-        ranking: How the matching head ranks candidates: by its ``probability``, or as ``lavis``, by its logit plus the
-            cosine.
+        ranking: Score by which the matching head ranks candidates: ``probability`` is the head's probability;
+            ``lavis`` is the head's logit plus the cosine.
         ask: True: the captioner answers POPE's questions. False: the questions are answered from its captions.
         clip: Model that compares pictures and captions for CLIPScore; None for no CLIPScore.
         reader: Model that answers questions from captions; None for no such score.
@@ -116,8 +116,8 @@ def score_scenes(model: EvaluatedModel, count: int, split: Split, options: Scori
         options: Which metrics are computed, and how.
 
     Returns:
-        Scores by name. For a captioner: exact match with its control (see `evaluate_scenes`), caption scores, CHAIR
-        and POPE. For a matcher: retrieval, and POPE.
+        Scores by name. For a captioner: exact match with the scene's caption, as a control exact match with the next
+        scene's caption, caption scores, CHAIR and POPE. For a matcher: retrieval, and POPE.
 
     Raises:
         UsageError: There are too few scenes, or a metric cannot be computed.
@@ -212,8 +212,8 @@ def score_entries(
 
     Returns:
         Scores by name: BLEU, ROUGE-L and CIDEr-D for captions, VQA accuracy for questions, recalls for a matcher;
-        `predictions`, the generated texts in COCO's format; and the broken samples. With a CLIP, `without_captions` is
-        the number of pictures without a caption if others have one: then CLIPScore is the only score.
+        `predictions`, the generated texts in COCO's format; and the broken samples. If only some of the pictures have
+        captions, `without_captions` is the number of the others, and the only score is CLIPScore.
 
     Raises:
         DataError: There is no entry, no picture opens, or more samples are broken than allowed.

@@ -18,7 +18,7 @@ METRICS = {
     "questions": ("vqa_accuracy",),
     "captions": ("cider_d", "bleu_4", "rouge_l"),
 }
-"""Scores that a kind of data has; the first is the default."""
+"""Names of the scores that can be computed, by the kind of the data; the first score is the default."""
 
 
 def validation_scores(
@@ -53,7 +53,7 @@ def validation_scores(
 
 
 def _metric(data: str, config: ValidationConfig) -> str:
-    """Returns the name of the score to maximise."""
+    """Returns the name of the score that training maximises: the recipe's, or the default of the data."""
     possible = METRICS[data]
     if config.metric and config.metric not in possible:
         raise ConfigError(

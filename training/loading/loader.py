@@ -120,7 +120,8 @@ class Loader:
     """Loads batches of encoded pictures with their texts, endlessly.
 
     Args:
-        source: The samples; or the sources of this process' own streams, which give an equal number of its rows each.
+        source: The samples. If the data is split into streams: the sources of this process' streams; each source gives
+            the same number of rows.
         rows: Number of samples of a batch on one process.
         encoder: Opens and encodes the pictures; only opens them, if the phase encodes them itself.
         texts: Makes the texts.

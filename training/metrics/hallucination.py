@@ -102,7 +102,7 @@ class PopeQuestion:
         return f"Is there a {self.thing[0]} {self.thing[1]} in the picture?"
 
     def statement(self, caption: str) -> str:
-        """Returns the picture's caption with the shown object replaced by the object in the question."""
+        """Returns the picture's caption, in which the name of ``shown`` is replaced by the name of ``thing``."""
         return caption.replace(" ".join(self.shown), " ".join(self.thing))
 
 

@@ -1,4 +1,4 @@
-"""The table of training phases: for each, its trained parts, its data, and the function that finishes it."""
+"""The table of training phases: for each phase, the trained parts, the data, and a function that runs after it."""
 
 from __future__ import annotations
 
@@ -132,7 +132,8 @@ def _sources(run: TrainingRun, phase: str, rows: int) -> SampleSource | list[Sam
     """Returns the source of a phase's samples; with several data streams, the sources of this process' streams.
 
     Raises:
-        ConfigError: The streams cannot be shared among the processes, or the rows of a batch among the streams.
+        ConfigError: The streams cannot be divided equally among the processes, or the rows of a batch cannot be divided
+            equally among the streams.
     """
     streams, size = run.config.loop.data_streams, run.accelerator.num_processes
     seed, each = _seed(run, phase), streams // size

@@ -4,7 +4,7 @@ The queries of the Q-Former are trained to extract the content of a picture that
 is frozen. Three losses of a picture and its text are added with equal weights:
 
     itc   contrastive: a picture and its own text are nearest to each other (mask: unimodal)
-    itm   matching: classifies pairs and pairs with a drawn hard negative (mask: bidirectional)
+    itm   matching: classifies whether picture and text belong together; hard negatives are drawn (mask: bidirectional)
     itg   generation: the text is generated after the queries' keys and values (mask: multimodal causal)
 
 The formulas are those of the paper and of LAVIS (blip2_qformer.py). One thing differs from LAVIS: several processes

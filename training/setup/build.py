@@ -312,7 +312,10 @@ def _text_config(own: QFormerTexts, config: TrainingConfig, base: Path, kept: St
 
 
 def _like(kept: Stage1Source | None, built: CaptionerConfig) -> CaptionerConfig:
-    """Returns the config `built` with the Q-Former sizes of the trained stage-1 model `kept`; None changes nothing."""
+    """Returns the config `built` with the Q-Former sizes of the trained stage-1 model `kept`.
+
+    If `kept` is None or the bridge is no Q-Former, `built` is returned unchanged.
+    """
     if kept is None or not isinstance(built.bridge, QFormerConfig):
         return built
     given: Any = kept.config.text

@@ -82,13 +82,13 @@ class StepMemory:
 
 
 def predict(config: CaptionerConfig, recipe: TrainingConfig, phase: Stage2Phase, processes: int = 1) -> StepMemory:
-    """Predicts the memory of a step.
+    """Predicts the memory that one training step needs.
 
     Args:
         config: The captioner.
         recipe: The recipe; the key `bridge` and the section `[loop]` are used.
         phase: Section `[stage2]` or `[instruct]`. Texts are assumed to have `max_tokens` tokens.
-        processes: Number of processes; with `fsdp` the parameters are spread over them.
+        processes: Number of processes; with `fsdp` the parameters are spread over the processes.
     """
     with alone(), torch.device("meta"):
         stage, vision = _stage(config, recipe, phase)

@@ -138,7 +138,7 @@ def open_language(name: str, base: Path) -> LanguagePart:
         shapes = shapes_of(row.build(config))
     if has_adapter(directory):
         raise CheckpointError(
-            f"{directory} has a PEFT adapter ({ADAPTER_CONFIG}), which is merged in captioners alone",
+            f"{directory} has a PEFT adapter ({ADAPTER_CONFIG}); adapters are merged into whole captioners only",
             "merge it first: merge_and_unload() of the PEFT model, then save_pretrained",
         )
     tensors = TensorFiles(directory)

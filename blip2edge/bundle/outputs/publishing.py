@@ -273,7 +273,7 @@ def _exchange(fresh: Path, target: Path) -> bool:
 
 
 def _rename_to_free(fresh: Path, target: Path) -> None:
-    """Renames a directory to a name that nothing has; raises FileExistsError if something has it."""
+    """Renames a directory to an unused name; raises FileExistsError if a file or a directory has this name."""
     if _renameat2(fresh, target, RENAME_NOREPLACE):
         return
     try:

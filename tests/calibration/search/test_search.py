@@ -362,6 +362,6 @@ def test_a_board_is_predicted(tiny_bundle: Path) -> None:
 def test_flags_that_do_not_go_with_a_search(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["calibrate", str(tiny_bundle), "-o", "out", "--images", "x"]
     assert main([*words, "--search", "--weights", "int4"]) == 2
-    assert "--search chooses what --weights sets" in capsys.readouterr().err
+    assert "--search and --weights cannot be combined" in capsys.readouterr().err
     assert main([*words, "--max-ms", "3"]) == 2
     assert "--max-ms belongs to a search; give --search too" in capsys.readouterr().err

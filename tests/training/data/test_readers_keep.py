@@ -61,9 +61,9 @@ def test_texts_of_a_shard_as_of_a_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("question", "answers", "told"),
     [
-        (" ", ["yes"], "its question is empty"),
-        ("red?", [], "its answers are empty"),
-        ("red?", ["", " "], "its answers are empty"),
+        (" ", ["yes"], "the question is empty"),
+        ("red?", [], "the answers are empty"),
+        ("red?", ["", " "], "the answers are empty"),
         ("red?", [5], "expected an answer to be a text, got 5"),
     ],
 )

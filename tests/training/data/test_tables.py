@@ -95,7 +95,7 @@ def test_captions_in_every_form(form: str, pictures: Path) -> None:
     assert [entry.text for entry in entries] == [f'a "dog", {number}' for number in kept]
     assert [np.asarray(entry.picture.open())[0, 0, 0] for entry in entries] == [number * 20 for number in kept]
     problems = list(broken.problems.values())
-    assert problems == ["its caption is empty", f"{pictures / 'gone.png'} is missing"]
+    assert problems == ["the caption is empty", f"{pictures / 'gone.png'} is missing"]
     with pytest.raises(DataError, match="2 samples are broken, and max_broken allows 1"):
         read(config.kind, path, max_broken=1)
 
@@ -164,7 +164,7 @@ def test_a_broken_row_is_not_the_end(pictures: Path) -> None:
     (pictures / "rows.csv").write_bytes(b"image,text\r\n0.png,a\r\n1.png\r\n2.png,b,c\r\n3.png,\xff\r\n\r\n4.png,d\r\n")
     entries, problems = read("table", pictures / "rows.csv")
     assert [entry.text for entry in entries] == ["a", "d"]
-    assert list(problems.values()) == ["expected 2 cells, got 1", "expected 2 cells, got 3", "its text is not UTF-8"]
+    assert list(problems.values()) == ["expected 2 cells, got 1", "expected 2 cells, got 3", "the text is not UTF-8"]
 
 
 def test_a_damaged_row_group_of_parquet(pictures: Path) -> None:

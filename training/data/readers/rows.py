@@ -164,7 +164,9 @@ class RowReader:
             if isinstance(value, str) and value.strip():
                 return self._named(value.strip()), value.strip()
         empty = [column for column in self._pictures if column in row]
-        raise DataError("its picture is empty" if empty else f"it has no picture, only the columns {', '.join(row)}")
+        raise DataError(
+            "the picture is empty" if empty else f"the row has no picture, only the columns {', '.join(row)}"
+        )
 
     def _named(self, name: str) -> StoredPicture:
         if name.lower().startswith(WEB):
@@ -206,25 +208,25 @@ def _captions_of(row: Row, columns: Sequence[str]) -> list[str]:
     value = next((row[key] for key in columns if row.get(key) not in (None, "", [])), None)
     if value is None:
         known = [key for key in columns if key in row]
-        raise DataError("its caption is empty" if known else f"it has no text, only the columns {', '.join(row)}")
+        raise DataError("the caption is empty" if known else f"the row has no text, only the columns {', '.join(row)}")
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise DataError(f"expected its caption to be a text, got {value!r:.60}")
+        raise DataError(f"expected the caption to be a text, got {value!r:.60}")
     captions = [text for text in map(single_spaced, texts) if text]
     if not captions:
-        raise DataError("its caption is empty")
+        raise DataError("the caption is empty")
     return captions
 
 
 def _question(row: Row) -> dict[str, Any]:
     """Returns the fields `question`, `answers` and `kinds` of the entry for a row."""
     if not isinstance(row["question"], str):
-        raise DataError(f"expected its question to be a text, got {row['question']!r:.60}")
+        raise DataError(f"expected the question to be a text, got {row['question']!r:.60}")
     question = single_spaced(row["question"])
     given = next(row[key] for key in ANSWERS if row.get(key) is not None)
     answers = answer_texts(given if isinstance(given, list) else [given])
     if not question or not answers:
-        raise DataError("its answers are empty" if question else "its question is empty")
+        raise DataError("the answers are empty" if question else "the question is empty")
     kinds = {key: str(row[key]) for key in ("answer_type", "question_type") if row.get(key) is not None}
     return {"question": question, "answers": answers, "kinds": kinds}
 
@@ -261,7 +263,7 @@ def dialogue(turns: Any) -> Iterator[dict[str, Any]]:
         elif speaker != "system":
             raise DataError(f"expected a turn of {_PEOPLE[0]} or {_MODELS[0]}, got {speaker!r:.60}")
     if asked is not None and not history:
-        raise DataError("its dialogue has no answer")
+        raise DataError("the dialogue has no answer")
 
 
 def _turn(turn: Any) -> tuple[str, str]:

@@ -145,7 +145,7 @@ def _cells(columns: list[str], cells: list[str]) -> Row | Blip2EdgeError:
     if len(cells) != len(columns):
         return DataError(f"expected {len(columns)} cells, got {len(cells)}")
     if any("\udc80" <= letter <= "\udcff" for cell in cells for letter in cell):
-        return DataError("its text is not UTF-8")
+        return DataError("the text is not UTF-8")
     return dict(zip(columns, cells, strict=True))
 
 

@@ -73,7 +73,13 @@ class TorchEncoder(Encoder):
         clock: StageClock,
         queries: int | None = None,
     ) -> EncodedBatch:
-        """Encodes a batch; the arguments are those of :meth:`Encoder.__call__`.
+        """Encodes pictures and prompts in torch, with the arguments of the runtime's :class:`Encoder`.
+
+        Args:
+            images: One item for each row: a picture, or a list of pictures.
+            texts: The prompt of each row; None for the default prompt.
+            clock: Measures the stages.
+            queries: Number of visual tokens of each picture, for an elastic bridge; None for all.
 
         Returns:
             The prompts, the outputs of picture encoder and bridge as tensors, and the number of pictures in each row.
