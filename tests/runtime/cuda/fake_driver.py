@@ -135,17 +135,22 @@ class FakeDriver:
 
     def cuModuleGetFunction(self, hmod: int, name: bytes) -> Result:  # noqa: N802
         known = self.live.get(hmod) == "module" and name.decode() in self._kernels
-        return (SUCCESS, self._kernels[name.decode()]) if known else (NOT_FOUND,)
+        return (SUCCESS, 1 + list(self._kernels).index(name.decode())) if known else (NOT_FOUND,)
 
     def cuLaunchKernel(  # noqa: N802
-        self, f: Kernel, x: int, y: int, z: int, threads: int, by: int, bz: int, shared: int, stream: int,
+        self, f: int, x: int, y: int, z: int, threads: int, by: int, bz: int, shared: int, stream: int,
         kernel_params: int, extra: int,
     ) -> Result:  # fmt: skip
-        if (by, bz, shared, extra) != (1, 1, f.shared, 0) or max(y, z) > 65535 or self.live.get(stream) != "stream":
+        kernel = list(self._kernels.values())[f - 1]
+        if (
+            (by, bz, shared, extra) != (1, 1, kernel.shared, 0)
+            or max(y, z) > 65535
+            or self.live.get(stream) != "stream"
+        ):
             return (INVALID_VALUE,)
         place = ctypes.c_void_p.from_address(kernel_params).value
-        arguments = f.arguments.from_buffer_copy(ctypes.string_at(place or 0, ctypes.sizeof(f.arguments)))
-        launch = Launch(f, (x, y, z), arguments)
+        arguments = kernel.arguments.from_buffer_copy(ctypes.string_at(place or 0, ctypes.sizeof(kernel.arguments)))
+        launch = Launch(kernel, (x, y, z), arguments)
         if stream in self._capturing:
             self._capturing[stream].append(launch)
         elif self._shim is not None:
@@ -189,17 +194,16 @@ class FakeDriver:
         return SimpleNamespace()
 
     def cuMemcpy2DAsync(self, copy: Any, stream: int) -> Result:  # noqa: N802
-        if (copy.srcMemoryType, copy.dstMemoryType) != (2, 2):
+        if (int(copy.srcMemoryType), int(copy.dstMemoryType)) != (2, 2):
             return (INVALID_VALUE,)
-        for start, pitch in ((copy.srcDevice, copy.srcPitch), (copy.dstDevice, copy.dstPitch)):
-            if copy.WidthInBytes > pitch or not self._within(
-                start, pitch * (copy.Height - 1) + copy.WidthInBytes, self.memory
-            ):
+        places = ((int(copy.srcDevice), copy.srcPitch), (int(copy.dstDevice), copy.dstPitch))
+        for start, pitch in places:
+            size = pitch * (copy.Height - 1) + copy.WidthInBytes
+            if copy.WidthInBytes > pitch or not self._within(start, size, self.memory):
                 return (INVALID_VALUE,)
+        (source, source_pitch), (target, target_pitch) = places
         for row in range(copy.Height):
-            ctypes.memmove(
-                copy.dstDevice + row * copy.dstPitch, copy.srcDevice + row * copy.srcPitch, copy.WidthInBytes
-            )
+            ctypes.memmove(target + row * target_pitch, source + row * source_pitch, copy.WidthInBytes)
         return (SUCCESS,)
 
     def cuStreamCreate(self, flags: int) -> Result:  # noqa: N802

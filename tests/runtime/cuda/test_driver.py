@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from blip2edge.errors import BackendError
+from blip2edge.runtime.backends.probe import nvidia_driver
 from blip2edge.runtime.cuda.device import driver as module
 from blip2edge.runtime.cuda.device.driver import DriverDevice, load_driver
 from blip2edge.runtime.cuda.device.interface import KernelDevice, Run
@@ -238,3 +239,45 @@ def test_a_missing_package_is_an_error_with_its_name(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("importlib.import_module", absent)
     with pytest.raises(BackendError, match=r"cuda-bindings is not installed .*\[cuda-decoder\]"):
         load_driver()
+
+
+def test_cuda_bindings_takes_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call also goes to the installed package, which converts the arguments before it looks for the driver."""
+    try:
+        real = load_driver()
+    except BackendError as error:
+        pytest.skip(str(error))
+    if nvidia_driver().version:
+        pytest.skip("there is a driver, which would get the simulation's handles")
+    api, names = FakeDriver([KERNEL]), set()
+
+    class Both:
+        def __getattr__(self, name: str) -> Any:
+            simulated = getattr(api, name)
+            if name == "CUDA_MEMCPY2D" or not name.startswith("cu"):
+                return getattr(real, name) if name == "CUDA_MEMCPY2D" else simulated
+
+            def call(*arguments: Any) -> Any:
+                with pytest.raises(RuntimeError, match="driver library"):  # not TypeError
+                    getattr(real, name)(*arguments)
+                names.add(name)
+                return simulated(*arguments)
+
+            call.__name__ = name
+            return call
+
+    for kind in ("CUdevice_attribute", "CUstream_flags", "CUevent_flags", "CUstreamCaptureMode", "CUmemorytype"):
+        monkeypatch.setattr(FakeDriver, kind, getattr(real, kind))
+    device = DriverDevice(Both())
+    device.load(CUBIN)
+    launch, target = embedding(device, VALUES)
+    run = Run(device, [launch])
+    run.start()
+    run.start()
+    assert np.array_equal(device.fetch(target, VALUES.shape, np.float32)(), VALUES)
+    device.copy_rows(target, 8, target + 64, 8, 4, 2)
+    device.free(target)
+    run.close()
+    device.close()
+    source = Path(inspect.getfile(module)).read_text()
+    assert names == {name for name in re.findall(r"\b_?api\.(cu\w+)", source) if name != "cuGetErrorString"}
