@@ -122,6 +122,7 @@ def test_interrupted_train_says_how_to_go_on(
     snapshots = SimpleNamespace(steps=step, directory=Path("out.run"))
     vars(module).update(train=train, snapshots_of=lambda out: snapshots)
     monkeypatch.setitem(sys.modules, "blip2edge.training.run", module)
+    monkeypatch.setattr("blip2edge.training.config.load_config", lambda path: None)  # there is no recipe
     assert main(["train", "stage2", "-c", "r.toml", "-o", "out", *flags]) == 130
     loss, hint, end = capsys.readouterr().err.splitlines()
     assert loss == "stage2: step 20/300 loss 1.2500 rate 8.0e-04"
@@ -144,10 +145,11 @@ def test_train_tells_the_scores(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     module = ModuleType("blip2edge.training.run")
     vars(module)["train"] = train
     monkeypatch.setitem(sys.modules, "blip2edge.training.run", module)
+    monkeypatch.setattr("blip2edge.training.config.load_config", lambda path: None)  # there is no recipe
     assert main(["train", "stage1", "-c", "recipe.toml", "-o", "out", "--resume"]) == 0
     output = capsys.readouterr()
     assert output.out.splitlines() == [
-        "out: 7 parameters, trained in 2 s",
+        "out: 7 parameters, trained in 2.0 s",
         "stage1: skipped dog.jpg: the picture is broken (4 samples in all)",
         "10 held-out scenes: 90.00% exact captions",
         "next: blip2edge export out -o BUNDLE",

@@ -29,6 +29,7 @@ from blip2edge.training.config import TrainingConfig, config_hash, load_config
 from blip2edge.training.evaluation.models import ModelOptions
 from blip2edge.training.evaluation.open_model import open_captioner
 from blip2edge.training.evaluation.scene_scores import evaluate_scenes
+from blip2edge.training.evaluation.validation import open_validation
 from blip2edge.training.loop.journal import CURVE, LOG, Journal, draw_curve
 from blip2edge.training.loop.loop import Phase, run_phase
 from blip2edge.training.loop.sharding import check_launcher, check_sharding
@@ -139,16 +140,20 @@ def _train(
     announce(planned.config, config, stage, accelerator, status)
     if planned.bridge:
         status(f"bridge ({config.bridge}): {planned.bridge}")
+    validation = None
+    if config.validation.every and stage == "stage1":
+        status("stage1: [validation] is not used: stage 1 generates no captions")
+    elif config.validation.every:
+        validation = open_validation(config.validation, base, status)
     parts = planned.build()
     # The trackers begin last: a recipe that is refused leaves no run open in them.
     journal = _journal(config, target, snapshots, status, resumed=snapshot is not None) if first else Journal(None)
     run = TrainingRun(stage, config, base, accelerator, parts, journal, snapshots, status, progress if first else None)
+    run.validation = validation
     with contextlib.closing(run), contextlib.closing(journal):
         if snapshot is not None:
             run.log(f"resumes from the snapshot of step {snapshots.steps} in {snapshots.directory}")
         start, cpu_start = time.monotonic(), time.process_time()
-        if config.validation.every and stage == "stage1":
-            run.log("stage1: [validation] is not used: stage 1 generates no captions")
         _run_phases(run, snapshot)
     record = _record(run, config_path, time.monotonic() - start, time.process_time() - cpu_start)
     if first:

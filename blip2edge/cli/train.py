@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
         raise
     if not first:
         return 0
-    print(f"{output}: {record['parameters']} parameters, trained in {record['seconds']:.0f} s")
+    print(f"{output}: {record['parameters']} parameters, trained in {seconds(record['seconds'])} s")
     for phase, figures in record["phases"].items():
         for name, problem in figures.get("broken", {}).get("first", {}).items():
             print(f"{phase}: skipped {name}: {problem} ({figures['broken']['samples']} samples in all)")
@@ -81,6 +81,11 @@ def run(options: argparse.Namespace) -> int:
         print(f"{scores['n']} held-out scenes: {scores['exact_match']:.2%} exact captions")
     print_next(f"blip2edge export {quoted(output)} -o BUNDLE")
     return 0
+
+
+def seconds(value: float) -> str:
+    """Returns seconds as text: with a decimal place below ten, so that a short run does not show 0."""
+    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
 
 
 def _how_to_go_on(options: argparse.Namespace, output: Path) -> str:

@@ -225,3 +225,9 @@ def test_stage1_writes_what_transformers_loads_and_stage2_goes_on_from_it(tmp_pa
     recipes.write(path, model='bridge_from = "first"')
     record = train("stage2", path, tmp_path / "second", evaluation_scenes=0)
     assert list(record["phases"]) == ["vision", "language", "stage2"]
+
+
+def test_a_wrong_number_of_data_streams_names_the_right_ones(tmp_path: Path) -> None:
+    path = recipes.write(tmp_path / "recipe.toml", loop="data_streams = 3")
+    with pytest.raises(ConfigError, match=r"the 2 rows of a batch of stage1, not 3; set data_streams to 1 or 2$"):
+        train("stage2", path, tmp_path / "out")

@@ -153,11 +153,12 @@ def _make_steps(prepared: _PreparedPhase, done: int, snapshot: Snapshot | None) 
         if validation is not None and scores:
             best = "best so far" if validation.best_step == finished else f"best at step {validation.best_step}"
             run.log(f"{phase.name}: step {finished} {validation.metric} {scores[validation.metric]:.4f} ({best})")
-        if run.progress is not None:
-            run.progress(phase.name, finished, config.steps)
-        if finished % loop.snapshot_every == 0 and finished < config.steps:
+        stops = validation is not None and validation.exhausted
+        if run.progress is not None:  # a phase that stops early is complete, or its bar would wait for the other steps
+            run.progress(phase.name, finished, finished if stops else config.steps)
+        if finished % loop.snapshot_every == 0 and finished < config.steps and not stops:
             _save(prepared, finished, done)
-        if validation is not None and validation.exhausted:
+        if validation is not None and stops:
             run.log(
                 f"{phase.name}: stops at step {finished}; the last {validation.config.patience} validations"
                 " brought no better score"

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from blip2edge.progress import ProgressCallback
 from blip2edge.training.config import TrainingConfig, config_hash
+from blip2edge.training.evaluation.validation import ValidationData
 from blip2edge.training.loading.loader import Loader
 from blip2edge.training.loop.journal import Journal
 from blip2edge.training.loop.snapshots import Snapshot, Snapshots
@@ -39,6 +40,7 @@ class TrainingRun:
         changed: Prefixes of the captioner's parameters that finished phases changed.
         stage1: The model of stage 1; None before stage 1 begins.
         loaders: Open loaders of the current phase.
+        validation: The held-out data of the validations; None without validation.
     """
 
     stage: str
@@ -54,6 +56,7 @@ class TrainingRun:
     changed: tuple[str, ...] = ()
     stage1: Stage1Model | None = None
     loaders: list[Loader] = field(default_factory=list)
+    validation: ValidationData | None = None
 
     def snapshot(self, **facts: Any) -> Snapshot:
         """Makes a snapshot with the results of the finished phases; the loop adds the state of the current phase.

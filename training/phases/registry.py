@@ -22,6 +22,7 @@ from blip2edge.training.data.scenes import Scene
 from blip2edge.training.data.sources import Sample, SampleSource
 from blip2edge.training.evaluation.checkpoints.models import CheckpointCaptioner
 from blip2edge.training.evaluation.validation import validation_scores
+from blip2edge.training.key_rules import choice
 from blip2edge.training.loading.batches import KeywordTexts, SceneBatches, pixel_values
 from blip2edge.training.loading.caption_texts import CaptionTexts
 from blip2edge.training.loading.features import FeatureCache, FrozenEncoder, PictureReader, encoder_hash
@@ -139,11 +140,13 @@ def _sources(run: TrainingRun, phase: str, rows: int) -> SampleSource | list[Sam
     seed, each = _seed(run, phase), streams // size
     if streams == 1:
         return open_sample_source(run.config.data, seed=seed, base=run.base)
-    if streams % size or rows * size % streams:
+    batch = rows * size
+    if streams % size or batch % streams:
+        valid = sorted({1, *(number for number in range(size, batch + 1, size) if batch % number == 0)})
         raise ConfigError(
-            f"[loop] data_streams must be a multiple of the {size} processes, and divide the {rows * size} rows of a"
-            f" batch of {phase}, not {streams}",
-            f"set data_streams to {size}, or to 1",
+            f"[loop] data_streams must be a multiple of the number of processes ({size}), and divide the {batch} rows"
+            f" of a batch of {phase}, not {streams}",
+            f"set data_streams to {choice([str(number) for number in valid])}",
         )
     own = range(each * run.accelerator.process_index, each * (run.accelerator.process_index + 1))
     return [open_sample_source(run.config.data, seed=seed, base=run.base, part=(number, streams)) for number in own]
@@ -257,9 +260,9 @@ def _generative(run: TrainingRun, name: str, phase: Stage2Phase) -> Phase:
 
 
 def _validation(run: TrainingRun) -> Validation | None:
-    """Makes the validation of a phase that trains the captioner; None if the recipe sets no `every`."""
-    config, parts = run.config.validation, run.parts
-    if not config.every:
+    """Makes the validation of a phase that trains the captioner; None if the run has no validation."""
+    config, parts, data = run.config.validation, run.parts, run.validation
+    if data is None:
         return None
     instructions = None
     if parts.model.config.instruction_positions and parts.qformer_texts is not None:
@@ -272,8 +275,7 @@ def _validation(run: TrainingRun) -> Validation | None:
         batch_size=config.batch_size,
         generation={"max_new_tokens": config.max_new_tokens, "num_beams": config.num_beams},
     )
-    score, metric = validation_scores(config, run.base, captioner)
-    return Validation(config, score, metric, run.accelerator)
+    return Validation(config, validation_scores(data, captioner), data.metric, run.accelerator)
 
 
 def _instruction(parts: ModelParts, captions: CaptionTexts) -> Callable[[Sequence[Sample]], tuple[Tensor, Tensor]]:

@@ -22,7 +22,7 @@ from blip2edge.training.evaluation.few_shots import Examples
 from blip2edge.training.evaluation.models import CaptionModel, ModelOptions
 from blip2edge.training.evaluation.open_model import open_captioner
 from blip2edge.training.evaluation.pipeline import evaluate
-from blip2edge.training.evaluation.validation import validation_scores
+from blip2edge.training.evaluation.validation import open_validation, validation_scores
 from blip2edge.training.loop_config import ValidationConfig
 from tests.drawing import draw_pictures
 from tests.families.drawing_idefics import draw_idefics
@@ -134,7 +134,8 @@ def test_eval_and_validation_show_examples(tmp_path: Path, capsys: pytest.Captur
         found.append((json.loads(capsys.readouterr().out), json.loads(predictions.read_text())))
     assert found[0][1] != found[1][1]
     config = ValidationConfig(every=1, kind="coco-captions", path=str(captions), shots=2, max_new_tokens=5)
-    score, metric = validation_scores(config, tmp_path, open_captioner(tmp_path / "checkpoint", OPTIONS))
+    data = open_validation(config, tmp_path)
+    score, metric = validation_scores(data, open_captioner(tmp_path / "checkpoint", OPTIONS)), data.metric
     assert score()[metric] == pytest.approx(found[1][0][metric])
     asks = [*command, "--data", str(questions), "--annotations", str(tmp_path / "asked" / "answers.json")]
     assert main([*asks, "--shots", "2"]) == 0

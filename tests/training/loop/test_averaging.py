@@ -106,12 +106,12 @@ def test_validation_scores_the_weights_that_the_recipe_names(
 ) -> None:
     seen: dict[str, Any] = {}
 
-    def scores(config: Any, base: Path, captioner: Any) -> Any:
+    def scores(data: Any, captioner: Any) -> Any:
         def score() -> dict[str, float]:
             seen["weights"] = {name: each.clone() for name, each in seen["phase"].module.named_parameters()}
             return {"exact_match": 0.5}
 
-        return score, "exact_match"
+        return score
 
     prepare, update = loops._prepare, Averages.update
 

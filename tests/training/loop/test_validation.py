@@ -17,8 +17,9 @@ from accelerate import Accelerator  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch import nn  # noqa: E402
 
-from blip2edge.errors import ConfigError  # noqa: E402
+from blip2edge.errors import ConfigError, DataError  # noqa: E402
 from blip2edge.training.config import ValidationConfig, parse_config  # noqa: E402
+from blip2edge.training.data.scenes import scenes  # noqa: E402
 from blip2edge.training.evaluation.pipeline import evaluate  # noqa: E402
 from blip2edge.training.loop import validation as validation_module  # noqa: E402
 from blip2edge.training.loop.snapshots import Snapshot  # noqa: E402
@@ -47,7 +48,7 @@ def logged(directory: Path) -> list[dict[str, Any]]:
 def planned(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
     """Validations give these scores, in order."""
     left: Iterator[float] = iter(values)
-    monkeypatch.setattr(registry, "validation_scores", lambda *_: (lambda: {"exact_match": next(left)}, "exact_match"))
+    monkeypatch.setattr(registry, "validation_scores", lambda *_: lambda: {"exact_match": next(left)})
 
 
 def test_a_validation_changes_no_step_and_scores_as_eval_does(tmp_path: Path) -> None:
@@ -83,6 +84,10 @@ def test_the_phase_ends_with_its_best_weights_and_stops_early(tmp_path: Path, mo
     found = record["phases"]["stage2"]
     assert found["validation"] == {"metric": "exact_match", "best": 0.9, "best_step": 2, "steps": [1, 2, 3, 4]}
     assert any("stops at step 4" in line for line in lines)
+    planned(monkeypatch, [0.9, 0.1, 0.1])
+    seen: list[tuple[str, int, int]] = []
+    train("stage2", path, tmp_path / "early", evaluation_scenes=0, progress=lambda *state: seen.append(state))
+    assert seen[-2:] == [("stage2", 2, 4), ("stage2", 3, 3)]  # complete: no bar that waits for the fourth step
     # Other later scores, the same best step: the weights are the same.
     planned(monkeypatch, [0.2, 0.9, 0.1, 0.1])
     record = train("stage2", path, tmp_path / "again", evaluation_scenes=0)
@@ -137,10 +142,41 @@ def test_best_weights_and_state() -> None:
 
 def test_a_metric_that_the_data_does_not_have(tmp_path: Path) -> None:
     path = recipes.write(tmp_path / "recipe.toml", TOP, validation=f'{EVERY}metric = "vqa_accuracy"')
-    with pytest.raises(ConfigError, match=r"metric = 'vqa_accuracy' cannot be computed on scenes; set one of exact"):
+    with pytest.raises(ConfigError, match=r"metric = 'vqa_accuracy' cannot be computed on scenes; set metric to exact"):
         train("stage2", path, tmp_path / "out")
     with pytest.raises(ConfigError, match=r"\[validation\] kind = 'folder' expects a path"):
         parse_config('[validation]\nkind = "folder"\nevery = 1')
+
+
+def validated_folder(directory: Path, broken: set[int]) -> str:
+    """The section [validation] for a folder of four pictures, some of them broken."""
+    pictures = directory / "held-out"
+    pictures.mkdir()
+    for number, scene in enumerate(scenes(4, split="heldout")):
+        scene.picture.save(pictures / f"{number}.png")
+        (pictures / f"{number}.txt").write_text(scene.caption)
+    for number in broken:
+        (pictures / f"{number}.png").write_bytes(b"no picture")
+    return f'{EVERY}kind = "folder"\npath = "held-out"\n'
+
+
+@pytest.mark.parametrize(("broken", "most", "said"), [({0, 1, 2, 3}, 100, "4 samples"), ({0, 1}, 1, "2 samples")])
+def test_broken_pictures_of_the_validation_are_found_before_the_first_step(
+    broken: set[int], most: int, said: str, tmp_path: Path
+) -> None:
+    section = validated_folder(tmp_path, broken) + f"max_broken = {most}\n"
+    path = recipes.write(tmp_path / "recipe.toml", TOP, validation=section)
+    with pytest.raises(DataError, match=f"{said} are broken.*0.png"):
+        train("stage2", path, tmp_path / "out", progress=lambda *_: pytest.fail("a step was made"))
+
+
+def test_a_few_broken_pictures_of_the_validation_are_counted_and_left_out(tmp_path: Path) -> None:
+    section = validated_folder(tmp_path, {1}) + "max_broken = 1\n"  # counted once, also by each validation
+    path = recipes.write(tmp_path / "recipe.toml", TOP, validation=section)
+    lines: list[str] = []
+    record = train("stage2", path, tmp_path / "out", evaluation_scenes=0, log=lines.append)
+    assert lines[0].startswith("validation: 1 sample is broken and left out: 1.png (")
+    assert record["phases"]["stage2"]["validation"]["steps"] == [1, 2, 3, 4]
 
 
 def test_stage_1_says_that_it_is_not_validated(tmp_path: Path) -> None:
