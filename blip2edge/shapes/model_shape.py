@@ -260,12 +260,11 @@ class ModelShape:
             drops the first embedding; with a SigLIP, which has no class token, that is the first patch.
         queries: Number of query tokens of the bridge; 0 for a bridge without query tokens.
         least_queries: Smallest number of query tokens that the bridge works with: ``queries`` for a bundle that needs
-            all; 1 for a checkpoint, which can still be trained with fewer.
+            all; 1 for a checkpoint.
         slots: Number of text positions for a picture's visual tokens; 0 if the decoder cross-attends to the picture.
         frames: Pictures of an item.
         max_positions: Longest context in tokens.
-        table: Rows and width of the token table.
-        tied: Whether the head is the transposed token table.
+        table, tied: Rows and width of the token table, and whether the head is the transposed table.
         cache: Sizes of the KV cache.
         source: Tokens that the decoder cross-attends to: ``embeds``, ``queries`` or ``encoder``; else empty.
         width: Width of the language model's layers.

@@ -13,13 +13,7 @@ from typing import Any
 from blip2edge.bundle.schema import BRIDGE, DECODER, VISION
 from blip2edge.errors import UsageError, option
 from blip2edge.runtime.bench.devices import GB, Board
-from blip2edge.runtime.bench.memory import (
-    RunMemory,
-    build_memory,
-    element_bytes,
-    held_precision,
-    run_memory,
-)
+from blip2edge.runtime.bench.memory import RunMemory, build_memory, element_bytes, held_precision, run_memory
 from blip2edge.runtime.bench.roofline import reference_seconds
 from blip2edge.shapes.bridges import TRADE_OFFS, with_bridges
 from blip2edge.shapes.cost import Roofline, StageCost

@@ -42,10 +42,9 @@ class Scheduler:
         max_batch: Largest number of rows that are decoded together.
         max_waiting: Largest number of requests that wait to be encoded; see :meth:`submit`.
         graph_lock: Acquired while a graph runs, so that only one graph runs at a time. For backends whose graphs use
-            all cores: two graphs at once would use more threads than there are cores. If None, no lock is used.
+            all cores: two graphs at once would use more threads than there are cores. None for no lock.
         trace: Called by both threads with start and end of each stage; the function must return quickly.
-        known_good: Request that tests the engine after an unexpected error; if the test fails, the scheduler closes
-            itself. If None, the engine is not tested.
+        known_good: Request that tests the engine after an error (None for no test); if it fails, the scheduler closes.
         on_failure: Called with the error when the scheduler has closed itself.
 
     Raises:

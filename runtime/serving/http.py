@@ -78,8 +78,7 @@ class Server:
 
     Args:
         served: A loaded bundle, or a list of several bundles with their names.
-        load: Loads the bundle again if its engine is broken (for a single bundle). If None, the server refuses
-            requests that need the engine from then on.
+        load: Loads a single bundle again if its engine is broken. If None, later requests to the engine are refused.
         max_batch, max_waiting: As in :class:`Scheduler`.
         deadline: Time limit in seconds for a caption, if the request sets no limit; None for no limit.
         access: Rules of access; None allows all clients except web pages of other origins.

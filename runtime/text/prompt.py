@@ -4,8 +4,7 @@ Three kinds of prompt (``PromptSpec.kind``):
 
 - ``segments``: each text before and after an image is tokenized alone; visual tokens are put between them (BLIP-2).
 - ``placeholder``: the whole text is tokenized, with a special token in the place of each image (LLaVA).
-- ``interleaved``: images take no slots of the context. A marker token stands for each image, and each token attends to
-  the last image before it (Flamingo, Idefics): ``<image>A cat.<image>A dog.<image>A``.
+- ``interleaved``: a marker token stands for each image, and a token attends to the last image before it (Flamingo).
 """
 
 from __future__ import annotations

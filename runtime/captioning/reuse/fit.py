@@ -189,10 +189,7 @@ def upper_bound(missed: float, frames: float, level: float) -> float:
 
 
 def frames_needed(rate: float) -> int:
-    """Returns the number of reused frames that the first fit needs to show that the rate of missed changes is allowed.
-
-    The number is valid if no reused caption is wrong; ``rate`` is the largest allowed rate.
-    """
+    """Returns how many reused frames, none of them wrong, the first fit needs to show that ``rate`` is kept."""
     points = 4 * SKIP_STEPS * CAPTION_STEPS - 1  # zero, the quantiles and the means between them
     return math.ceil(LEAST_EFFECT * math.log(_level(1, points)) / math.log1p(-rate))
 

@@ -60,8 +60,7 @@ from blip2edge.runtime.images.video import ItemSource
 Step = Literal["full", "fit", "skip", "features", "caption", "audit"]
 """How a frame was captioned.
 
-- ``full``: Nothing was reused.
-- ``fit``: Nothing was reused, and the frame was recorded for the choice of the thresholds.
+- ``full``: Nothing was reused; ``fit``: the same, and the frame was recorded for the choice of the thresholds.
 - ``skip``: The last caption was reused, and the frame was not encoded.
 - ``features``: The last visual tokens were reused, because only the prompt differs; a text was generated.
 - ``caption``: The frame was encoded, and the last caption was reused.
@@ -182,10 +181,7 @@ class ReuseLadder:
         return self.fit is None or self.fit.chosen is None
 
     def __call__(self, image: ItemSource, prompt: str | None = None) -> tuple[CaptionResult, Step]:
-        """Captions a frame; also returns what was computed or reused for it (:data:`Step`).
-
-        Arguments and errors are those of ``Captioner.caption``.
-        """
+        """Captions a frame as ``Captioner.caption``; also returns what was computed or reused (:data:`Step`)."""
         clock = StageClock()
         prepared = self._encoder.prepare([image], [prompt], clock, self._options.queries)
         with clock("preprocess"):

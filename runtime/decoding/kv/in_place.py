@@ -377,10 +377,7 @@ class DeviceBuffers:
         return _BoundRun(binding, values, result, next(self._pool.numbers))
 
     def _copy(self, source: _DeviceMemory, rows: int, first: int) -> None:
-        """Copies the first ``rows`` rows of ``source`` to the rows from ``first`` on.
-
-        ``source`` must not have more slots than these buffers.
-        """
+        """Copies rows 0 to ``rows`` - 1 of ``source``, which has at most as many slots, to the rows from ``first`` on."""
         memory = self._memory
         if memory is None:
             return
