@@ -377,7 +377,7 @@ class DeviceBuffers:
         return _BoundRun(binding, values, result, next(self._pool.numbers))
 
     def _copy(self, source: _DeviceMemory, rows: int, first: int) -> None:
-        """Copies rows 0 to ``rows`` - 1 of ``source``, which has at most as many slots, to the rows from ``first`` on."""
+        """Copies the first ``rows`` rows of ``source``, which has at most as many slots, to row ``first`` and on."""
         memory = self._memory
         if memory is None:
             return
