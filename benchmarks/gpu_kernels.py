@@ -3,8 +3,8 @@
     python benchmarks/gpu_kernels.py --sm 90       # on a machine with NVRTC: writes build/gpu-kernels
 
 The steps need the driver, ``cuda-bindings`` and ONNX Runtime for the CPU. A machine without a network gets the folder
-``build/gpu-kernels`` with the repository: the miniature's bundles with their copies, and the kernels of the published
-size. Without that folder the steps make it themselves, which takes NVRTC and the packages of an export.
+``build/gpu-kernels`` with the repository: the bundles of the example checkpoint with their copies, and the kernels for the
+sizes of OPT-2.7b. Without that folder the steps make it themselves, which takes NVRTC and the packages of an export.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LEAST_SHARE = {"16 bits": 0.85, "4 bits": 0.70}
 
 
 def prepare_bundles(folder: Path) -> None:
-    """Exports the miniature in :data:`PRECISIONS`, and compiles its kernels."""
+    """Exports the example checkpoint in :data:`PRECISIONS`, and compiles its kernels."""
     from blip2edge.calibration.pipeline import calibrate
     from blip2edge.export.pipeline import export_checkpoint
     from blip2edge.optimization.pipeline import optimize
@@ -49,7 +49,7 @@ def prepare_bundles(folder: Path) -> None:
 
 
 def prepare_cubins(folder: Path) -> None:
-    """Compiles the kernels of the published size."""
+    """Compiles the kernels of a decoder with the sizes of OPT-2.7b, for every supported GPU."""
     from blip2edge.runtime.cuda.compilation.compiler import compile_kernels, supported_targets
     from blip2edge.runtime.cuda.copy_files import cubin_name
 
@@ -98,10 +98,11 @@ def _simulate_nvrtc() -> None:
 
 
 def kernel_ids(dry: bool) -> dict[str, Any]:
-    """Compares the tokens of the miniature's decoder with those of the portable graph on the CPU.
+    """Compares tokens that the kernels choose on the GPU with those of the portable graph on the CPU.
 
-    Greedy decoding on the GPU. The graph reads the same tokens, so that each token is a comparison of its own. Where
-    tokens differ, ``margins`` has the graph's difference between the logits of both, as a share of the largest.
+    The model is the example checkpoint, decoded greedily. The graph gets the GPU's earlier tokens as input, so that a
+    different token does not change the tokens after it. Where the two choose different tokens, ``margins`` has the
+    difference between the graph's logits of the two tokens, as a share of the largest logit.
     """
     from blip2edge.bundle.bundle import Bundle
     from blip2edge.bundle.schema import DECODER

@@ -76,7 +76,9 @@ def main() -> None:
     """Runs the search, prints the Pareto front, and writes the results as JSON."""
     parser = parser_of(__doc__)
     parser.add_argument("model", choices=("miniature", "smollm2"))
-    parser.add_argument("--bundle", type=Path, help="an exported bundle in fp32 (default: the miniature is exported)")
+    parser.add_argument(
+        "--bundle", type=Path, help="an exported bundle in fp32 (default: export the example checkpoint)"
+    )
     parser.add_argument("--pictures", type=int, default=128, help="number of calibration pictures (128)")
     parser.add_argument("--formats", nargs="+", default=[], help="number formats to try (all); mixed is two in a graph")
     parser.add_argument("--measured", type=int, default=MEASURED, help=f"combinations to measure ({MEASURED})")

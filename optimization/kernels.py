@@ -28,7 +28,7 @@ from blip2edge.runtime.cuda.token_table import table_format
 from blip2edge.runtime.cuda.weights import planned_weights
 
 KERNELS, ROUNDED = "CUDA kernels", "weights in FP16 in place of FP32"
-"""Passes of the copy: what the kernels are, and that they round the weights of a bundle in fp32."""
+"""Names of passes in the record of the copy; the second is listed if weights in fp32 were rounded."""
 
 REGISTERS = 65536
 """Registers of a thread block, on every GPU that kernels are compiled for."""

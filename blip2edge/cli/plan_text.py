@@ -207,7 +207,7 @@ def _bridges(plan: DevicePlan) -> str:
 
 
 def boards_table(plans: Sequence[DevicePlan]) -> str:
-    """Makes a table with one line for each board, in the highest precision that fits."""
+    """Makes a table with one line per board: the model in the highest precision that fits the board's memory."""
     rows = []
     for plan in plans:
         row = plan.of(plan.chosen)

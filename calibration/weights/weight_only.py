@@ -241,7 +241,7 @@ def block_tensors(initializers: Mapping[str, ir.Value], weight: str) -> tuple[ir
     tensors = [value.const_value for value in found if value is not None]
     integers, scales = tensors if len(tensors) == 2 else (None, None)
     if not isinstance(integers, ir.ExternalTensor) or not isinstance(scales, ir.ExternalTensor):
-        raise ValueError(f"{weight} is not a matrix in blocks")
+        raise ValueError(f"{weight} is not quantized in blocks: it has no integers with scales in external data")
     return integers, scales
 
 

@@ -275,5 +275,5 @@ def _encoded(values: Sketch) -> str:
 def _decoded(content: str) -> Sketch:
     values = np.frombuffer(base64.b64decode(content, validate=True), "<f4")
     if values.shape != (BINS,):
-        raise ValueError(f"expected a sketch of {BINS} numbers, got {values.size}")
+        raise ValueError(f"expected {BINS} numbers for an output (its random projection), got {values.size}")
     return values

@@ -63,7 +63,7 @@ class Engines:
 
     @property
     def lane(self) -> Lane:
-        """Returns the lane in which both engines run."""
+        """Returns the CUDA stream, with its scratch memory, in which the decoder and the step engine run."""
         return self.device.decoding
 
     def tensors(self) -> dict[str, TensorSpec]:
