@@ -69,6 +69,13 @@ class Fields:
             raise CheckpointError(f"{self._where(key)} must be a positive integer up to {most}, not {value!r:.60}")
         return value
 
+    def count(self, key: str) -> int:
+        """Reads an integer of at least 0; 0 for a missing key or null."""
+        value = self._get(key, 0)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_INTEGER:
+            raise CheckpointError(f"{self._where(key)} must be an integer from 0 to {MAX_INTEGER}, not {value!r:.60}")
+        return value
+
     def number(self, key: str, default: float | None) -> float:
         """Reads a finite number. The value of a dropout must be a probability."""
         value = self._get(key, default)

@@ -61,7 +61,11 @@ def run(options: argparse.Namespace) -> int:
     from blip2edge.bundle.bundle import Bundle
     from blip2edge.bundle.outputs.publishing import check_output
 
-    check_output(options.output, options.force)  # before torch is imported
+    check_output(options.output, options.force)
+    from blip2edge.model.checkpoint.stored.files import local_checkpoint
+
+    for given in (options.checkpoint, *([] if options.base is None else [options.base])):
+        local_checkpoint(given)  # a missing one is refused before torch is imported, which takes seconds
     from blip2edge.export.pipeline import export_checkpoint
 
     with Progress() as progress:

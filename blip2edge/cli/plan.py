@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("--require-fit needs --device", "name the board that the model must fit")
     request = PlanOptions(options.frames, options.prompt_tokens, options.max_new_tokens, options.threads)
     model = options.model or DEFAULT_MODEL
-    shape, origin = find_shape(model)
+    shape, origin = find_shape(model, _refused_by_export)
     if options.queries is not None:
         shape = shape.with_queries(options.queries)
     devices = _devices(options.device, request, shape.image_size)
@@ -133,6 +133,17 @@ def plan_json(
         "tokens": token_budget(shape, request),
         "devices": devices,
     }
+
+
+def _refused_by_export(values: Any, source: str, directory: Path | None) -> None:
+    """Raises the error with which `export` would refuse a config or a checkpoint; checks nothing without torch."""
+    from blip2edge.packages import missing
+
+    if missing(["torch", "transformers"]):
+        return
+    from blip2edge.model.checkpoint.exportable import check_exportable
+
+    check_exportable(values, source, directory)
 
 
 def _devices(names: list[str], request: PlanOptions, image_size: int) -> list[Board]:

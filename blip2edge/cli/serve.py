@@ -300,11 +300,13 @@ def _tls(options: argparse.Namespace) -> tuple[Path, Path] | None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
     except OSError as error:  # ssl.SSLError is one
         reason = one_line(error)
-        raise UsageError(
+        unusable = UsageError(
             f"expected {option('tls_cert')} and {option('tls_key')} to be a certificate and its key in PEM format "
             f"({reason})",
             "check both files",
-        ) from error
+        )
+        unusable.exit_status = 1  # as for every input that is missing or broken
+        raise unusable from error
     return certificate, key
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from blip2edge.bundle.schema import VISION
 from blip2edge.errors import CheckpointError, UnsupportedModelError
 from blip2edge.shapes.efficientnet_lite import convolutions, feature_side
+from blip2edge.shapes.features import FULL, LAYER, STRATEGY, feature_blocks, is_full
 from blip2edge.shapes.model_shape import AttentionProducts, ModelPart, WeightMatrix
 from blip2edge.shapes.parts import BASE, CLIP_VISION, EVA, Sizes, attention, feed_forward, vit
 
@@ -67,15 +68,10 @@ def _depth(f: Sizes) -> tuple[int, bool]:
     Returns the number of layers up to this layer, and whether the final norm follows. The final norm follows only if
     the key is missing.
     """
-    depth, layer = f["num_hidden_layers"], f.values.get("vision_feature_layer")
+    depth, layer = f["num_hidden_layers"], f.values.get(LAYER)
     if layer is None:
         return depth, True
-    layer = layer[0] if isinstance(layer, (list, tuple)) and len(layer) == 1 else layer
-    if isinstance(layer, bool) or not isinstance(layer, int) or not -depth <= layer <= depth or layer == 0:
-        raise CheckpointError(
-            f"config.json: vision_feature_layer must be from 1 to {depth}, or from -{depth} to -1, not {layer!r}"
-        )
-    return (layer + depth + 1 if layer < 0 else layer), False
+    return feature_blocks(layer, depth), False
 
 
 def _encoder(f: Sizes, matrices: tuple[WeightMatrix, ...], layers: int, prefix: int, vectors: int) -> EncoderShape:
@@ -87,7 +83,7 @@ def _encoder(f: Sizes, matrices: tuple[WeightMatrix, ...], layers: int, prefix: 
     patches = WeightMatrix("patch embedding", 3 * patch * patch, width, "grid", 1, True)
     scores = AttentionProducts(width, f["num_attention_heads"], "patches", "patches", layers)
     part = ModelPart(VISION, (patches, *matrices), (scores,), vectors)
-    keep = f.values.get("vision_feature_select_strategy", "full") == "full"
+    keep = is_full(f.values.get(STRATEGY, FULL), f.section)
     return EncoderShape(part, image, patch, width, prefix, keep)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from blip2edge.errors import CheckpointError, UnsupportedModelError
 from blip2edge.shapes.encoders import CLIP, SIGLIP, SIGLIP_MODEL, encoder_shape
+from blip2edge.shapes.features import LAYER, PATCHES, STRATEGY, feature_blocks, is_full
 from blip2edge.shapes.languages import LanguageShape, bert, bridged_shape, flamingo
 from blip2edge.shapes.model_shape import ModelPart, ModelShape
 from blip2edge.shapes.parts import (
@@ -132,22 +133,16 @@ def _llava(f: Sizes, family: str) -> ModelShape:
     found = encoder_shape(given, (CLIP, SIGLIP_MODEL)) if given else None
     siglip = found if given.get("model_type") == SIGLIP_MODEL else None
     whole = vit(section, defaults, clip=True) if siglip is None else siglip.part
-    layer, depth = f.values.get("vision_feature_layer", -2), whole.attentions[0].count
-    layer = layer[0] if isinstance(layer, (list, tuple)) and len(layer) == 1 else layer
-    if isinstance(layer, bool) or not isinstance(layer, int) or not -depth <= layer <= depth or layer == 0:
-        raise CheckpointError(
-            f"config.json: vision_feature_layer must be from 1 to {depth}, or from -{depth} to -1, not {layer!r}"
-        )
-    layers = layer + depth + 1 if layer < 0 else layer
+    layers = feature_blocks(f.values.get(LAYER, -2), whole.attentions[0].count)
+    keep = is_full(f.values.get(STRATEGY, PATCHES))
     if siglip is None:
         tower = vit({**(section or {}), "num_hidden_layers": layers}, defaults, clip=True, post_norm=False)
     else:
-        tower, defaults = encoder_shape({**given, "vision_feature_layer": layers}).part, SIGLIP
+        tower, defaults = encoder_shape({**given, LAYER: layers}).part, SIGLIP
     text = Sizes("text_config", f.values.get("text_config"), {})
     tied = f.flag("tie_word_embeddings", False) or text.flag("tie_word_embeddings", False)
     language = bridged_shape(text.values, "llama", tied)
     bridge = mlp(_width(f, defaults), language.width, bias=f.flag("multimodal_projector_bias", True))
-    keep = f.values.get("vision_feature_select_strategy", "default") == "full"
     shape = _model(family, f, tower, bridge, language, defaults, bridge="mlp", keep_class=keep,
                    unused=whole.parameters - tower.parameters)  # fmt: skip
     shape = shape if siglip is None else replace(shape, prefix=siglip.prefix)
@@ -226,6 +221,8 @@ def shape_of(config: Any) -> ModelShape:
     """
     f = Sizes("config.json", config, {})
     kind, classes = f.values.get("model_type"), f.values.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise CheckpointError(f"config.json: architectures must be a list of class names, not {classes!r}")
     if kind == "clip" or any(name in MATCHING for name in classes):
         raise UnsupportedModelError(
             f"this is a matching model ({', '.join(classes) or kind}), and `plan` supports captioning models only",

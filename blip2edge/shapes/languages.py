@@ -200,7 +200,7 @@ def flamingo(values: Any, source: int) -> LanguageShape:
     queries, keys, out = attention(layers, width, channels, "steps", keys=(source, "source"))
     gates = 2 * (width if f.values.get("alpha_type") == "vector" else 1)
     norms = 2 * width + (2 * plain.cache.head_dim if f.flag("qk_layer_norms", False) else 0)
-    rows = plain.table[0] + int(f.values.get("additional_vocab_size") or 0)
+    rows = plain.table[0] + f.count("additional_vocab_size")
     (decoder,) = plain.parts
     matrices = (
         *(WeightMatrix("head", width, rows, "asked") if one.name == "head" else one for one in decoder.matrices),

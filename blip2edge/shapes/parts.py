@@ -70,6 +70,15 @@ class Sizes:
             raise CheckpointError(f"config.json: {self.section}.{key} must be a positive whole number, not {value!r}")
         return value
 
+    def count(self, key: str) -> int:
+        """Reads a whole number of at least 0; 0 for a missing key or null."""
+        value = self.values.get(key)
+        if value is None:
+            return 0
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MOST:
+            raise CheckpointError(f"config.json: {self.section}.{key} must be a whole number from 0, not {value!r}")
+        return value
+
     def flag(self, key: str, default: bool) -> bool:
         """Reads a key whose value is true or false; returns ``default`` if the key is missing."""
         value = self.values.get(key)

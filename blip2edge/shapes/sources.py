@@ -6,6 +6,7 @@ The model is a bundle, a checkpoint directory, a ``config.json``, a published mo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,17 @@ LATENT_SHARE = 0.12
 """Share of a Q-Former's weights that multiply the picture's embeddings; the others multiply its queries (BLIP-2)."""
 
 
-def find_shape(model: str) -> tuple[ModelShape, str]:
+ConfigCheck = Callable[[Any, str, "Path | None"], None]
+"""Refuses a config: content of the ``config.json``, its path or name, and the checkpoint directory (None for none)."""
+
+
+def find_shape(model: str, check: ConfigCheck | None = None) -> tuple[ModelShape, str]:
     """Reads the sizes of a model.
 
     Args:
         model: A bundle, also by its name on the hub (only its ``bundle.json`` is downloaded), a checkpoint directory, a
             ``config.json``, or the name of a checkpoint on the hub.
+        check: Called with the config of a file or of the hub before it is read; raises an error to refuse it.
 
     Returns:
         The sizes, and a text that says where they come from.
@@ -59,11 +65,17 @@ def find_shape(model: str) -> tuple[ModelShape, str]:
         )
     file = path / CONFIG if path.is_dir() else path
     if file.is_file():
-        return shape_of(read_json(file, CheckpointError, "copy the file again")), f"from {file}"
+        values = read_json(file, CheckpointError, "copy the file again")
+        if check is not None:
+            check(values, str(file), path if path.is_dir() else None)
+        return shape_of(values), f"from {file}"
     config = published_config(model)
     if config is not None:
         return shape_of(config), "from the list of published models"
-    return shape_of(hub_config(model)), f"from the {CONFIG} on the hub"
+    values = hub_config(model)
+    if check is not None:
+        check(values, model, None)
+    return shape_of(values), f"from the {CONFIG} on the hub"
 
 
 def hub_config(name: str) -> Any:

@@ -57,7 +57,17 @@ class RecordedObject(Mapping[str, Any]):
 
 
 def check_config(directory: Path) -> list[str]:
-    """Checks the keys of ``config.json`` that this project does not read.
+    """Checks the keys of a directory's ``config.json`` that this project does not read; see :func:`check_values`."""
+    path = directory / "config.json"
+    return check_values(str(path), read_checkpoint_json(path))
+
+
+def check_values(source: str, values: Mapping[str, Any]) -> list[str]:
+    """Checks the keys of a config that this project does not read.
+
+    Args:
+        source: Path or name of the config, for messages.
+        values: Its content.
 
     Returns:
         Warnings: one for each section that has keys which transformers does not read either.
@@ -67,13 +77,11 @@ def check_config(directory: Path) -> list[str]:
     """
     from transformers import CONFIG_MAPPING
 
-    path = directory / "config.json"
-    values = read_checkpoint_json(path)
     recorded = RecordedObject(values)
     read_config(recorded)
     model_type = TRANSFORMERS_TYPES.get(values["model_type"], values["model_type"])
     if model_type not in CONFIG_MAPPING:
-        return _unread_keys(str(path), recorded)
+        return _unread_keys(source, recorded)
     try:
         config_class: Any = CONFIG_MAPPING[model_type]
         whole, without = (
@@ -82,9 +90,9 @@ def check_config(directory: Path) -> list[str]:
         )
     except Exception as error:  # each config class raises its own
         raise CheckpointError(
-            f"transformers cannot read {path} ({one_line(error)})", "correct the value, or download the file again"
+            f"transformers cannot read {source} ({one_line(error)})", "correct the value, or download the file again"
         ) from error
-    return _check_section(str(path), recorded, whole, without)
+    return _check_section(source, recorded, whole, without)
 
 
 def _unread_keys(where: str, section: RecordedObject) -> list[str]:

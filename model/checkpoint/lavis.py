@@ -18,7 +18,7 @@ from torch import Tensor
 from blip2edge.errors import CheckpointError, UsageError, option
 from blip2edge.model.checkpoint.adapters.folder import has_adapter
 from blip2edge.model.checkpoint.directory import Checkpoint
-from blip2edge.model.checkpoint.stored.files import find_checkpoint
+from blip2edge.model.checkpoint.stored.files import find_checkpoint, is_lavis, local_checkpoint
 from blip2edge.model.checkpoint.stored.pickled import Ignored, read_pickled, save_again
 from blip2edge.model.weights.rules import BUFFERS, some
 from blip2edge.model.weights.ties import stored_names
@@ -93,8 +93,7 @@ def open_checkpoint(checkpoint: str | Path, base: str | Path | None = None) -> C
         UsageError: A ``.pth`` without a base, or a base for a checkpoint that needs none.
     """
     path = Path(checkpoint)
-    is_lavis = path.suffix in (".pth", ".pt") and not path.is_dir()
-    if not is_lavis:
+    if not is_lavis(path):
         directory = find_checkpoint(checkpoint)
         if base is not None and not has_adapter(directory):
             raise UsageError(
@@ -118,8 +117,7 @@ def read_lavis(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: The file is missing, broken, or not in LAVIS' format.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file", "give a .pth that LAVIS wrote")
+    local_checkpoint(path)
     content = read_pickled(path)
     state = content.get("model")
     if isinstance(state, Mapping):

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from blip2edge.errors import CheckpointError, UnsupportedModelError
+from blip2edge.errors import UnsupportedModelError
 from blip2edge.model.bridges.mlp import MLPConfig
 from blip2edge.model.config import CLIP_VISION, CaptionerConfig, VisionConfig, VisionEncoderConfig
 from blip2edge.model.config_json import Fields, layered
 from blip2edge.model.families.tokens import read_tokens, write_tokens
 from blip2edge.model.language.registry import bridged_language
-from blip2edge.model.vision.features import FULL, LAYER, STRATEGIES, STRATEGY, feature_blocks
 from blip2edge.model.vision.siglip import SiglipConfig
+from blip2edge.shapes.features import FULL, LAYER, PATCHES, STRATEGY, feature_blocks, is_full
 
 LLAVA_VISION_DEFAULTS: dict[str, Any] = {
     "model_type": "clip_vision_model",
@@ -59,10 +59,7 @@ def read_llava(f: Fields) -> CaptionerConfig:
             f"the vision tower is of type {vision.values.get('model_type')!r}, which is not supported",
             f"supported in a LLaVA: {', '.join(TOWERS)}",
         )
-    strategy = f.values.get(STRATEGY, "default")
-    if strategy not in STRATEGIES:
-        raise CheckpointError(f"config.json: {STRATEGY} must be default or full, not {strategy!r}")
-    tower = read_tower(vision.values, f.values.get(LAYER, -2), full=strategy == FULL)
+    tower = read_tower(vision.values, f.values.get(LAYER, -2), full=is_full(f.values.get(STRATEGY, PATCHES)))
     text = Fields("text_config", f.values.get("text_config", {}))
     tied = f.flag("tie_word_embeddings", False) or text.flag("tie_word_embeddings", False)
     own = {"tie_word_embeddings": tied}  # as in transformers, either key ties

@@ -100,7 +100,7 @@ def read_native(f: Fields) -> CaptionerConfig:
     vision = read_any_vision(f)
     section = Fields("bridge_config", f.values.get("bridge_config", {}))
     kind = section.values.get("kind")
-    if kind not in BRIDGE_CONFIGS:
+    if not isinstance(kind, str) or kind not in BRIDGE_CONFIGS:
         raise UnsupportedModelError(
             f"the bridge is of kind {kind!r}, expected one of {', '.join(BRIDGE_CONFIGS)}",
             "use a checkpoint that this version of blip2edge supports, or a newer version",

@@ -87,7 +87,7 @@ class FlamingoConfig(LlamaConfig):
         return super().from_hf(
             layered({"model_type": "llama", "num_key_value_heads": None}, f.values),
             kind="idefics",
-            vocab_size=rows + int(f.values.get("additional_vocab_size") or 0),
+            vocab_size=rows + f.count("additional_vocab_size"),
             base_vocab_size=rows,
             gates=str(f.values.get("alpha_type", "float")),
             source="visual_tokens" if resampled else "image_embeds",

@@ -1,12 +1,4 @@
-"""Selects the embeddings that a vision encoder returns: from which block, and with or without the class token.
-
-Two keys of a ``vision_config``, with the meaning that they have in transformers' LLaVA:
-
-- ``vision_feature_layer``: -1 for the output of the last block without the final norm, -2 for the block before it,
-  and so on. Without this key: the encoder's ``last_hidden_state``, after the final norm.
-- ``vision_feature_select_strategy``: ``full`` (default) for all embeddings; ``default`` without those before the
-  patches: the class token and the registers.
-"""
+"""Config of a ViT that returns one embedding for each patch; which embeddings, see ``blip2edge/shapes/features.py``."""
 
 from __future__ import annotations
 
@@ -15,12 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from blip2edge.errors import CheckpointError, UnsupportedModelError
+from blip2edge.errors import CheckpointError
 from blip2edge.model.config import TransformerConfig
 from blip2edge.model.config_json import Fields, key
-
-LAYER, STRATEGY = "vision_feature_layer", "vision_feature_select_strategy"
-FULL, PATCHES = STRATEGIES = ("full", "default")
+from blip2edge.shapes.features import FULL, LAYER, PATCHES, STRATEGY, feature_blocks, is_full
 
 
 @dataclass(frozen=True)
@@ -89,10 +79,7 @@ class PatchEncoderConfig(TransformerConfig):
             CheckpointError: A key has a wrong value, or names several layers.
         """
         found = Fields(cls.section, values).values
-        strategy = found.get(STRATEGY, FULL)
-        if strategy not in STRATEGIES:
-            raise CheckpointError(f"config.json: {cls.section}.{STRATEGY} must be full or default, not {strategy!r}")
-        fields: dict[str, Any] = {"keep_prefix": strategy == FULL}
+        fields: dict[str, Any] = {"keep_prefix": is_full(found.get(STRATEGY, FULL), cls.section)}
         if found.get(LAYER) is not None:
             fields |= {"num_layers": feature_blocks(found[LAYER], depth), "post_norm": False}
         return fields
@@ -101,31 +88,3 @@ class PatchEncoderConfig(TransformerConfig):
         """Returns the section of ``config.json`` that ``from_hf`` reads."""
         layer = {} if self.post_norm else {LAYER: -1}
         return super().to_hf() | layer | ({} if self.keep_prefix else {STRATEGY: PATCHES})
-
-
-def feature_blocks(layer: Any, depth: int) -> int:
-    """Returns the number of blocks that run before the features are taken.
-
-    In transformers, layer 0 is the input of the first block.
-
-    Args:
-        layer: The value of ``vision_feature_layer``: a number, or a list of one.
-        depth: Number of blocks of the encoder.
-
-    Raises:
-        CheckpointError: The number is outside 1 to ``depth`` and -``depth`` to -1.
-        UnsupportedModelError: There are several numbers.
-    """
-    if isinstance(layer, (list, tuple)) and len(layer) != 1:
-        raise UnsupportedModelError(
-            f"the features of {len(layer)} vision layers are joined, which is not supported",
-            f"supported: one {LAYER}",
-        )
-    one = layer[0] if isinstance(layer, (list, tuple)) and len(layer) == 1 else layer
-    count = one + depth + 1 if isinstance(one, int) and one < 0 else one
-    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= depth:
-        raise CheckpointError(
-            f"config.json: {LAYER} must be from 1 to {depth}, or from -{depth} to -1 (counted from the last layer), "
-            f"not {layer!r:.60}"
-        )
-    return count

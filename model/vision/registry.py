@@ -149,7 +149,7 @@ def vision_encoder(model_type: Any) -> VisionEncoder:
     Raises:
         UnsupportedModelError: The ``model_type`` is not supported.
     """
-    if model_type in REFUSED:
+    if isinstance(model_type, str) and model_type in REFUSED:
         raise UnsupportedModelError(*REFUSED[model_type])
     if not isinstance(model_type, str) or model_type not in VISION_ENCODERS:
         raise UnsupportedModelError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from blip2edge.bundle.schema import BackendName
 from blip2edge.choices import Ranking, Split
 from blip2edge.errors import DataError, UsageError, option
+from blip2edge.model.checkpoint.stored.files import local_checkpoint
 from blip2edge.progress import ProgressCallback
 from blip2edge.training.data.detect import detect_data
 from blip2edge.training.data.entries import BrokenSamples, Entry, by_picture
@@ -98,11 +99,13 @@ def evaluate(
         UsageError: An option is out of range, or the model or the data do not support it.
         BundleError: ``model`` is neither a checkpoint nor a bundle.
         DataError: The data cannot be read, or more than `max_broken` samples are broken.
-        CheckpointError: The checkpoint cannot be read.
+        CheckpointError: A checkpoint is missing or cannot be read.
         BackendError: The backend is not installed, or does not run on this machine.
     """
     judges = {"clip": clip, "reader": reader}
     _check_combinations(str(data), count, metrics, judges, reader_prompt)
+    for judge in filter(None, judges.values()):
+        local_checkpoint(judge)  # one that is missing is refused before a model is loaded
     entries: tuple[list[Entry], BrokenSamples] | None = None
     if data != SCENES:
         entries = _read(str(data), images, annotations, max_broken, count, alone=clip is not None)

@@ -89,14 +89,33 @@ def joined_side_files(first: Path, other: Path) -> dict[str, Path]:
     return found
 
 
-def find_checkpoint(checkpoint: str | Path) -> Path:
-    """Returns a checkpoint's directory; a hub name (``ORG/NAME[@REVISION]``) is downloaded into the hub's cache.
+def local_checkpoint(checkpoint: str | Path) -> Path | None:
+    """Returns a checkpoint's directory, or the file if it is a ``.pth`` of LAVIS; None for a hub name. Needs no torch.
 
     Raises:
-        CheckpointError: ``checkpoint`` is neither a directory nor a hub name, or cannot be downloaded.
-        OutputError: The disk is full.
+        CheckpointError: ``checkpoint`` is neither on this machine nor a hub name.
     """
     path = Path(checkpoint)
+    if path.is_dir():
+        return path
+    if is_lavis(path):
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file", "give a .pth that LAVIS wrote")
+        return path
+    return _named_checkpoint(path, str(checkpoint))
+
+
+def is_lavis(path: Path) -> bool:
+    """Whether a path is that of a ``.pth`` of LAVIS, by its suffix."""
+    return path.suffix in (".pth", ".pt") and not path.is_dir()
+
+
+def _named_checkpoint(path: Path, name: str) -> Path | None:
+    """Returns a checkpoint's directory; None for a hub name.
+
+    Raises:
+        CheckpointError: It is neither a directory nor a hub name.
+    """
     if path.is_dir():
         return path
     if path.exists():
@@ -104,11 +123,24 @@ def find_checkpoint(checkpoint: str | Path) -> Path:
             f"{path} is a file, but a checkpoint is a directory with config.json and *.safetensors",
             "give the directory that holds it",
         )
-    name = str(checkpoint)
     if not is_hub_name(name) and (name.partition("@")[0].count("/") != 1 or name.startswith((".", "/", "~"))):
         raise CheckpointError(
             f"there is no directory {name}", "give a checkpoint directory, or a hub name as owner/name"
         )
+    return None
+
+
+def find_checkpoint(checkpoint: str | Path) -> Path:
+    """Returns a checkpoint's directory; a hub name (``ORG/NAME[@REVISION]``) is downloaded into the hub's cache.
+
+    Raises:
+        CheckpointError: ``checkpoint`` is neither a directory nor a hub name, or cannot be downloaded.
+        OutputError: The disk is full.
+    """
+    name = str(checkpoint)
+    found = _named_checkpoint(Path(checkpoint), name)
+    if found is not None:
+        return found
     hub = hub_client(name)
     what = f"{name} is no local directory and could not be fetched from the hub"
     with hub_errors(what, name, CheckpointError, Path(hub.constants.HF_HUB_CACHE)):
