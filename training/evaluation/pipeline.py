@@ -104,8 +104,9 @@ def evaluate(
     """
     judges = {"clip": clip, "reader": reader}
     _check_combinations(str(data), count, metrics, judges, reader_prompt)
-    for judge in filter(None, judges.values()):
-        local_checkpoint(judge)  # one that is missing is refused before a model is loaded
+    for judge in (clip, reader):
+        if judge is not None:
+            local_checkpoint(judge)  # one that is missing is refused before a model is loaded
     entries: tuple[list[Entry], BrokenSamples] | None = None
     if data != SCENES:
         entries = _read(str(data), images, annotations, max_broken, count, alone=clip is not None)
