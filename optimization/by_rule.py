@@ -36,7 +36,7 @@ FP16_TOLERANCE = 1e-1
 RULED_PRECISIONS = ("fp32", "fp16", "int8", "int4", "int8-weights")
 
 LARGE = 1 << 30
-"""Size in bytes from which the comparison in FP32 (step 1) is skipped for an FP16 graph.
+"""Size of an FP16 graph, in bytes, from which the comparison in FP32 (step 1 of this module) is skipped.
 
 This step needs the graph in FP32 on disk and in memory.
 """

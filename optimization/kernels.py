@@ -31,7 +31,7 @@ KERNELS, ROUNDED = "CUDA kernels", "weights in FP16 in place of FP32"
 """Names of passes in the record of the copy; the second is listed if weights in fp32 were rounded."""
 
 REGISTERS = 65536
-"""Registers of a thread block, on every GPU that kernels are compiled for."""
+"""Number of registers that a thread block can use, equal on every GPU that kernels are compiled for."""
 
 
 def compiled_decoder(task: CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, FileRecord]] | str:

@@ -79,7 +79,8 @@ class ValidationConfig(DataConfig):
     """Largest number of pictures, taken from the beginning of the data."""
     metric: Annotated[str, one_of("", *VALIDATION_METRICS)] = ""
     """The score that decides which weights are best: "exact_match" (scenes), "cider_d", "bleu_4", "rouge_l" (captions)
-    or "vqa_accuracy" (questions). Empty: exact_match, cider_d or vqa_accuracy, by the data."""
+    or "vqa_accuracy" (questions). If it is empty: exact_match for scenes, cider_d for captions, vqa_accuracy for
+    questions."""
     keep_best: bool = True
     """Whether the phase ends with the weights of its best validation, instead of those of its last step."""
     patience: Annotated[int, NOT_NEGATIVE] = 0

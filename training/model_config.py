@@ -39,9 +39,9 @@ class ModelConfig(RecipeSection):
     """
 
     checkpoint: str = ""
-    """A captioner (directory or hub name) to start from. If no other model is named and its bridge is of the kind
-    `bridge`, its bridge is used too (stage 1 also needs its text head, `draft.json`); otherwise the bridge is new. Or a
-    BLIP-2 for image-text retrieval, whose Q-Former is used; then set `language_from` too."""
+    """Checkpoint (directory or hub name) to start from: a captioner, or a BLIP-2 for image-text retrieval. The
+    captioner's bridge is used if it is of the kind `bridge` and no other model is named (stage 1 also needs the text
+    head, `draft.json`); otherwise the bridge is new. With a BLIP-2 for retrieval, set `language_from` too."""
     vision_from: str = ""
     """A checkpoint (directory or hub name) whose picture encoder and preprocessing are used: a captioner, or an encoder
     alone, such as a SigLIP or a DINO (`models.md`)."""

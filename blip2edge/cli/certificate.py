@@ -110,7 +110,7 @@ def _ipv6() -> set[str]:
 
 
 def _usable(certificate: Path, key: Path, wanted: tuple[str, ...]) -> str | None:
-    """Returns the fingerprint of a kept certificate; None if it lacks a name, expires soon, or cannot be read."""
+    """Returns the fingerprint of a cached certificate; None if it lacks a name, expires soon, or cannot be read."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
 

@@ -107,8 +107,8 @@ def _add_reuse(parser: argparse.ArgumentParser) -> None:
         "--reuse-fit",
         metavar="FILE.json",
         type=Path,
-        help="with --reuse-below auto: file that keeps the fit, so that the next start needs none; the report is "
-        "written beside it, as FILE.html",
+        help="with --reuse-below auto: file for the fitted thresholds; if the file exists, the thresholds are read and "
+        "not fitted again; a report is written beside it, as FILE.html",
     )
 
 

@@ -110,7 +110,7 @@ def bundle_shape(manifest: Manifest, path: Path) -> ModelShape:
     cache, prompt = manifest.cache, manifest.prompt
     if cache is None or prompt is None or manifest.engines_of:
         raise BundleError(
-            f"{path} has no graphs that write captions, and `plan` counts captioning models only",
+            f"{path} has no graphs that write captions, and `plan` supports captioning models only",
             "give the bundle that the engines were built from, or a captioning model",
         )
     graphs = manifest.graphs

@@ -68,11 +68,11 @@ def load_observations(path: Path, names: Sequence[str]) -> Observations | None:
         content = read_bytes(path, MAX_BYTES)
         body, digest = content[:-DIGEST], content[-DIGEST:]
         if hashlib.sha256(body).digest() != digest:
-            raise ValueError("its hash differs: it is damaged")
+            raise ValueError("the file is damaged: its hash differs")
         _check_sizes(body)
         with np.load(io.BytesIO(body), allow_pickle=False) as arrays:
             if parse_json(arrays["names"].tobytes()) != list(names):
-                raise ValueError("it belongs to another graph")
+                raise ValueError("the file belongs to another graph")
             return {name: _restored(arrays, index) for index, name in enumerate(names)}
 
 

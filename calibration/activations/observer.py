@@ -37,7 +37,7 @@ class Observation:
     largest: NDArray[np.float16] = field(default_factory=lambda: np.zeros((0, 0), np.float16))
 
     def sample(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Returns ``rows`` and ``largest`` with their original values: float32 ``[R, K]`` and ``[L, K]``."""
+        """Multiplies ``rows`` and ``largest`` by ``channel_max``, which gives the original values, in float32."""
         return self.rows * self.channel_max, self.largest * self.channel_max
 
 

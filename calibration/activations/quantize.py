@@ -65,7 +65,9 @@ def write_planned(
     plan: ActivationPlan,
     start: float,
 ) -> StagedGraph:
-    """Writes one graph by a plan to the staging directory, and compares its outputs with those of the original graph.
+    """Writes one graph as a plan describes it, and compares its outputs with those of the original graph.
+
+    The graph is written to the staging directory.
 
     Files that an earlier call wrote for this graph are overwritten.
 

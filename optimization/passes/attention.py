@@ -79,7 +79,10 @@ def find_core(softmax: ir.Node) -> Core | None:
 
 
 def _behind_groups(value: ir.Value) -> ir.Value:
-    """Returns heads ``[B, H, S, d]`` after the reshape from groups ``[B, G, H / G, S, d]``; other values unchanged."""
+    """Follows the reshape of grouped heads ``[B, G, H / G, S, d]``; returns the heads ``[B, H, S, d]``.
+
+    A value without an axis for the groups is returned unchanged.
+    """
     node = only_user(value, "Reshape")
     return node.outputs[0] if node is not None and len(dims(value)) == 5 else value
 

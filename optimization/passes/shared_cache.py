@@ -234,7 +234,7 @@ def _probe_shape(value: ir.Value, longest: int) -> list[int]:
 
 
 def _without_group(bias: ir.Value | None) -> ir.Value | None:
-    """Returns a bias as it is before it gets an axis for grouped heads."""
+    """Returns the bias of the scores without the axis for grouped heads that an Unsqueeze node added."""
     node = producer(bias, "Unsqueeze")
     return node.inputs[0] if node is not None and len(dims(bias)) == 5 else bias
 

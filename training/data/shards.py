@@ -186,7 +186,11 @@ def _text(file: ShardFile, read: Callable[[], bytes]) -> str:
 
 
 def read_shards(paths: Sequence[Path], broken: BrokenSamples) -> Iterator[Entry]:
-    """Reads the entries of several shards, one shard after the other; errors as in :func:`read_shard`."""
+    """Reads the entries of several shards, one shard after the other.
+
+    Raises:
+        DataError: A shard cannot be opened, or more samples are broken than allowed.
+    """
     for path, name in zip(paths, shard_names(paths), strict=True):
         yield from read_shard(path, broken, name)
 

@@ -286,7 +286,7 @@ def _instruction(parts: ModelParts, captions: CaptionTexts) -> Callable[[Sequenc
     if parts.qformer_texts is None:
         raise ConfigError(
             "train instruct needs a tokenizer for the Q-Former, but found none",
-            "in [model], set bert to a BERT (directory or hub name), or checkpoint to one that has qformer_tokenizer/",
+            "in [model], set bert to a BERT (directory or hub name), or checkpoint to a model with qformer_tokenizer/",
         )
     longest = parts.model.config.instruction_positions
     instructor = InstructionTokenizer(Tokenizer(parts.qformer_texts.tokenizer), longest, 1)

@@ -73,7 +73,17 @@ def has_text_side(stage: str, config: TrainingConfig, kept: Stage1Source | None 
 
 
 def build_parts(stage: str, config: TrainingConfig, base: Path) -> ModelParts:
-    """Plans and builds the captioner of a training run; arguments and errors are those of :func:`plan_parts`."""
+    """Plans and builds the captioner of a training run.
+
+    Args:
+        stage: "stage1", "stage2" or "instruct".
+        config: The recipe.
+        base: Directory of the recipe; its relative paths start there.
+
+    Raises:
+        ConfigError: The parts do not fit together.
+        CheckpointError: A checkpoint cannot be read.
+    """
     return plan_parts(stage, config, base).build()
 
 

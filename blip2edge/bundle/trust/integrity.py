@@ -173,7 +173,8 @@ class CheckedFiles:
     def check_unchanged(self) -> None:
         """Checks that no file was changed or replaced since its check; call it when all files are opened.
 
-        A file whose size, times, device or inode changed is hashed again; if :attr:`strict` is True, it is an error.
+        A file whose size, times, device or inode changed is hashed again. If :attr:`strict` is True, such a change is
+        an error even if the hash is the same.
 
         Raises:
             BundleIntegrityError: A file is not the file that was checked.

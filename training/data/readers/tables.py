@@ -75,7 +75,7 @@ def karpathy(path: Path, splits: Sequence[str]) -> Numbered:
 def _karpathy_row(image: Row, number: int) -> Row | Blip2EdgeError:
     name, folder, sentences = image.get("filename"), image.get("filepath", ""), image.get("sentences")
     if not isinstance(name, str) or not isinstance(folder, str):
-        return DataError(f"expected its filename to be a text, got {name!r:.60}")
+        return DataError(f"expected the filename to be a text, got {name!r:.60}")
     if not isinstance(sentences, list) or not all(isinstance(one, dict) for one in sentences):
         return DataError(f"expected its sentences to be a list of objects, got {sentences!r:.60}")
     image_id = image.get("cocoid", image.get("imgid", number))
