@@ -172,7 +172,11 @@ def choose_pictures(
 
 
 def _search(root: Path) -> tuple[list[tuple[Path, ShardFile | None]], dict[Path, str]]:
-    """Finds the pictures of a folder or of one shard; returns them, and why a folder cannot be read, by its path."""
+    """Finds the pictures of a folder or of one shard.
+
+    Returns:
+        The pictures, and the reason for each folder that cannot be read, by the folder's path.
+    """
     if root.is_file() and root.suffix.lower() == SHARD_SUFFIX:
         return list(_shard(root)), {}
     if not root.is_dir():

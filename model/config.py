@@ -257,7 +257,7 @@ class LanguageConfig(Section):
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """Config of the Q-Former's text head, as in ``draft.json``. All sizes that it lacks are those of the Q-Former.
+    """Config of the Q-Former's text head, as in ``draft.json``. All other sizes are those of the Q-Former.
 
     Attributes:
         vocab_size: Rows of the token embedding table, [DEC] included; the tokenizer is ``draft_tokenizer.json``.

@@ -184,7 +184,7 @@ def safetensors(path: Path, header: bytes, body: bytes = b"", length: int | None
 
 ENTRY = '"dtype":"I8","shape":[4],"data_offsets":'
 HEADERS = {
-    "too long": (b"{}", 1 << 63, "its header has 9223372036854775808 bytes"),
+    "too long": (b"{}", 1 << 63, "the header has 9223372036854775808 bytes"),
     "double": (f'{{"a":{{{ENTRY}[0,4]}},"a":{{{ENTRY}[0,4]}}}}'.encode(), None, "the key 'a' is given twice"),
     "overlapping": (f'{{"a":{{{ENTRY}[0,4]}},"b":{{{ENTRY}[2,6]}}}}'.encode(), None, "'b' overlaps"),
     "outside": (f'{{"a":{{{ENTRY}[6,10]}}}}'.encode(), None, "'a' ends at byte"),

@@ -88,7 +88,8 @@ class SafetensorsFile:
             length = int.from_bytes(self._content[:HEADER_LENGTH], "little")
             first = HEADER_LENGTH + length
             if length > MAX_HEADER or first > size:
-                raise ValueError(f"its header has {length} bytes, but the file has {size}: it is damaged or incomplete")
+                problem = f"the header has {length} bytes, but the file has {size}"
+                raise ValueError(f"{problem}: the file is damaged or incomplete")
             header = parse_json(self._content[HEADER_LENGTH:first], strict=True)
             _HEADER(header, "header")
             self.metadata: Mapping[str, str] = header.pop(METADATA, {})
@@ -135,7 +136,7 @@ def _check_layout(tensors: Mapping[str, StoredTensor], size: int) -> None:
         end = tensor.offset + tensor.nbytes
         if end > size:
             raise ValueError(
-                f"the tensor {name!r:.60} ends at byte {end}, but the file has {size}: it is damaged or incomplete"
+                f"the tensor {name!r:.60} ends at byte {end}, but the file has {size} bytes: the file is incomplete"
             )
 
 

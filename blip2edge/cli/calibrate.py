@@ -316,7 +316,7 @@ def front_table(found: FoundPoints, ms: str) -> str:
 
 
 def report_table(report: CalibrationReport) -> str:
-    """Makes a table with a line for each graph, and a line with the share of captions that are as before."""
+    """Makes a table with a line for each graph, and a line with the share of captions that did not change."""
     from blip2edge.calibration.report.files import REPORT_PAGE
 
     rows = []

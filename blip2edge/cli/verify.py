@@ -22,7 +22,8 @@ def add_arguments(parser: Parser) -> None:
         metavar="PUBLIC_KEY",
         type=Path,
         required=True,
-        help="public key of the signer in PEM format, or the certificates of the authority that issued the signer's",
+        help="public key of the signer in PEM format, or the certificates of the authority that issued the certificate "
+        "of the signer",
     )
     parser.add_argument(
         "--signature",

@@ -139,7 +139,7 @@ def vit(values: Any, defaults: Mapping[str, int], *, clip: bool = False, post_no
     if isinstance(values, Mapping) and values.get("model_type") in CONVOLUTIONAL:
         raise UnsupportedModelError(
             f"the vision encoder is of type {values['model_type']!r}, whose size is not computed from config.json",
-            "measure a bundle of it instead: blip2edge bench BUNDLE",
+            "measure a bundle of this model instead: blip2edge bench BUNDLE",
         )
     f = Sizes("vision_config", values, defaults)
     width, layers, patch = f["hidden_size"], f["num_hidden_layers"], f["patch_size"]

@@ -101,4 +101,4 @@ _STATES: Mapping[str, Callable[[Any], bool]] = {
     "add_eos_token": _adds_eos,
     "do_lower_case": _lowers,
 }
-"""Keys that are compared with the loaded tokenizer: a function that returns the tokenizer's value of the key."""
+"""For each key that is compared with the loaded tokenizer: a function that returns the tokenizer's value of the key."""

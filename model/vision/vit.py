@@ -37,7 +37,7 @@ class PatchAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: attention, then MLP; ``qkv_bias``: whether queries, keys and values have biases."""
+    """A pre-norm transformer block: attention, then MLP. ``qkv_bias`` adds biases to queries, keys and values."""
 
     def __init__(self, config: TransformerConfig, qkv_bias: bool = True) -> None:
         super().__init__()

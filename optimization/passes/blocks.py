@@ -80,10 +80,10 @@ def use_block_kernels(
 ) -> int:
     """Replaces matrix multiplications with block-quantised weights by MatMulNBits nodes.
 
-    Matrix multiplications of the same value become one node.
+    Matrix multiplications that read the same value become one node.
 
     Args:
-        model: A prepared graph.
+        model: The graph, after ``optimization.graph.prepare``.
         columns_too: Whether to replace also multiplications with int8 activations and one scale for each column. The
             kernel does not use the recorded ranges of these activations.
         accuracy: ``accuracy_level`` of the kernel; with 0, activations are not rounded.

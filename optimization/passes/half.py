@@ -2,9 +2,8 @@
 
 The passes can rewrite only graphs in FP32. So a graph in FP16 is first widened: its casts disappear. When the passes
 are done, all floating tensors become FP16, except in nodes whose values would overflow or be rounded too much. Large
-weights
-are converted one by one when they are written. A weight that was FP16 in the bundle is not converted: the bundle's own
-tensor is used.
+weights are converted one by one when they are written. A weight that was FP16 in the bundle is not converted: the
+bundle's own tensor is used.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def use_pointwise_convolutions(model: ir.Model, *, narrowing: bool = False) -> i
     """Replaces float matrix multiplications by convolutions of kernel size 1.
 
     Args:
-        model: A prepared graph.
+        model: The graph, after ``optimization.graph.prepare``.
         narrowing: Whether to replace only multiplications with fewer outputs than inputs. For other multiplications and
             hundreds of rows, ONNX Runtime's MatMul is as fast.
 

@@ -131,7 +131,10 @@ def _appended(present: ir.Value) -> ir.Value | None:
 
 NEXT = {None: ("Unsqueeze", "Transpose"), "Unsqueeze": ("Transpose",), "Transpose": ("MatMul",), "MatMul": ("Add",),
         "Add": ("Softmax",)}  # fmt: skip
-"""The next operator on the path from a layer's keys to the softmax over its scores."""
+"""For each operator on the path from a layer's keys to the softmax: the operators that may come next.
+
+``None`` stands for the keys, where the path begins.
+"""
 
 
 def _softmax_of(key: ir.Value) -> ir.Node | None:

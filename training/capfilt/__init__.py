@@ -1,1 +1,1 @@
-"""CapFilt: generates captions for a data set and keeps those that match, on one machine or many."""
+"""CapFilt: generates captions for a data set and keeps the captions that match, on one machine or many."""

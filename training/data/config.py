@@ -53,7 +53,8 @@ class DataConfig(RecipeSection):
     """Share of this set in a mixture, relative to the ratios of the other sets. If it is 0 in all sets, the square
     roots of the sets' sizes are the ratios."""
     size: Annotated[int, NOT_NEGATIVE] = 0
-    """Number of samples, for a mixture without ratios; 0: they are counted (shards and unlimited scenes cannot be)."""
+    """Number of samples, for a mixture without ratios. If it is 0, the samples are counted, which is impossible for
+    shards and unlimited scenes."""
     shots: Annotated[int, NOT_NEGATIVE] = 0
     """Examples (few-shot) before each sample, drawn from other pictures of the same set; no loss is computed on them.
     Only for bridge = "flamingo", and not for shards, Parquet files and scenes."""

@@ -108,7 +108,7 @@ class ListSource(RejectingSource):
             )
 
     def _shots(self, entry: Entry, prompt: str, position: int) -> tuple[Sample, ...]:
-        """Draws the few-shot examples before an entry, all of different pictures; not of the entry's own picture.
+        """Draws the few-shot examples before an entry. Each has a different picture, and none has the entry's picture.
 
         If the entry and the example are captions, the example gets the prompt of the entry.
         """

@@ -107,7 +107,7 @@ class Examples:
             if len(shots) == self.count:
                 return shots, images
         raise DataError(
-            f"expected {self.count} pictures besides that of {entry.sample_id} that can be opened, got {len(shots)}",
+            f"expected {self.count} readable pictures for the examples of sample {entry.sample_id}, got {len(shots)}",
             f"repair the pictures, or lower {option('shots')}",
         )
 

@@ -147,10 +147,12 @@ def open_matcher(model: Path, options: ModelOptions) -> MatchModel:
 
 
 def open_clip(model: Path, options: ModelOptions) -> MatchModel:
-    """Opens the model of the option ``clip``, which compares pictures with captions; errors are those of `open_model`.
+    """Opens the model of the option ``clip``, which compares pictures with captions.
+
+    A bundle of a captioner is refused by its ``bundle.json``, before its graphs are loaded.
 
     Raises:
-        UsageError: The model is a captioner. Of a bundle, only ``bundle.json`` is read before.
+        UsageError: The model is a captioner. Other errors are those of `open_model`.
     """
     model = find_bundle(model, public_key=options.require_signature)
     is_bundle = (model / MANIFEST).is_file()

@@ -16,7 +16,7 @@ from blip2edge.training.loading.batches import TextBatch, pad_with_mask
 
 CLS, SEP, PAD, DEC = "[CLS]", "[SEP]", "[PAD]", "[DEC]"
 MAX_LENGTH = 32
-"""Longest text in tokens, the special ones included; the value of the BLIP-2 paper."""
+"""Length of the longest text in tokens, special tokens included; the value of the BLIP-2 paper."""
 
 
 class QFormerTexts:

@@ -134,7 +134,13 @@ def run_phase(run: TrainingRun, phase: Phase, done: int, snapshot: Snapshot | No
 
 
 def _make_steps(prepared: _PreparedPhase, done: int, snapshot: Snapshot | None) -> None:
-    """Makes the optimiser steps of a phase; the arguments are those of :func:`run_phase`."""
+    """Makes the optimiser steps of a phase, with validations, log lines and snapshots.
+
+    Args:
+        prepared: The phase, prepared for this run's device and processes.
+        done: Number of steps of all phases before this one.
+        snapshot: A snapshot of this phase to resume from; None to start the phase.
+    """
     run, phase = prepared.run, prepared.phase
     first = _restore(prepared, snapshot)
     run.journal.begin(done)

@@ -20,7 +20,7 @@ WEIGHT = 2.5
 """The factor of equation 1; it brings the scores of CLIP into the range from 0 to 1."""
 
 PREFIX = "A photo depicts "
-"""Begins candidates and references, as in the paper."""
+"""Text that is put before each caption and each reference, as in the paper."""
 
 
 def clip_score(pictures: Vectors, captions: Vectors) -> NDArray[np.float64]:

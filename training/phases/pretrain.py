@@ -93,7 +93,7 @@ def dense_loss(outputs: Tensor, labels: DenseLabels, shape_weight: float = 1.0) 
         shape_weight: Weight of the shape's loss; a single patch does not show the shape.
 
     Returns:
-        A scalar. Patches without an object give loss for the role only.
+        A scalar. For a patch without an object, only the loss of the role is counted (no object, or which object).
     """
     parts = torch.split(outputs, [*CLASSES, BOX], dim=-1)
     loss = outputs.new_zeros(())

@@ -74,7 +74,7 @@ def caption_loss(language: nn.Module, visual_tokens: Tensor, batch: CaptionBatch
 
 
 def _token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Computes the cross-entropy of logits [B, K, V] with labels int64 [B, K] at the same positions."""
+    """Computes the cross-entropy of the logits [B, K, V] of K positions with the labels int64 [B, K] there."""
     total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / mean_over_ranks((labels != IGNORED).sum()).clamp(min=1)
 

@@ -49,7 +49,7 @@ QFORMER_TOKENIZER = "qformer_tokenizer/tokenizer.json"  # of InstructBLIP, in it
 
 @dataclass(frozen=True)
 class PlannedParts:
-    """The model of a run: all configs are read and checked, and no weights yet.
+    """The planned model of a run: all configs are read and checked, but no weights are read yet.
 
     Attributes:
         config: Config of the captioner.

@@ -80,7 +80,7 @@ def locked(target: Path) -> Iterator[Path]:
         target: The file or directory that will be written.
 
     Yields:
-        A directory on the file system of ``target``, empty but for the lock. It is removed at the end.
+        A directory on the file system of ``target``, which contains only the lock. It is removed at the end.
 
     Raises:
         BusyError: Another run writes ``target``.

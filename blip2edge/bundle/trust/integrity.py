@@ -249,7 +249,7 @@ def _stamp(identity: Identity, record: FileRecord) -> list[Any]:
 
 
 def _stamp_files(directory: Path) -> Iterator[Path]:
-    """Yields the possible paths of the stamps: next to the files; in the user's cache (for read-only directories)."""
+    """Yields the possible paths of the stamps: next to the files, and in the user's cache for read-only directories."""
     yield directory / STAMPS
     key = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
     try:

@@ -183,7 +183,7 @@ def test_a_broken_picture_is_no_example(tmp_path: Path) -> None:
     captioner = Watched(open_captioner(tmp_path / "checkpoint", OPTIONS))
     Examples(entries, 3).ask(captioner, entries[:1], images[:1], [None])
     assert CAPTIONS[4] not in captioner.given[0][1]
-    with pytest.raises(DataError, match="expected 4 pictures besides that of 0 that can be opened, got 3"):
+    with pytest.raises(DataError, match="expected 4 readable pictures for the examples of sample 0, got 3"):
         Examples(entries, 4).ask(captioner, entries[:1], images[:1], [None])
 
 

@@ -131,7 +131,7 @@ def delimited(path: Path) -> Numbered:
             try:
                 cells = next(table, None)
             except csv.Error as error:
-                yield number, DataError(f"its line cannot be read ({error})")
+                yield number, DataError(f"the line cannot be read ({error})")
                 number += 1
                 continue
             if cells is None:

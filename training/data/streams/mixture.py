@@ -91,8 +91,8 @@ class MixtureSource:
         """Adds a sample to the broken samples of its set.
 
         Raises:
-            DataError: That set's `max_broken` is exceeded, or a whole pass over the set had no usable sample. The
-                other sets do not replace it: the mixture would no longer have the ratios of the recipe.
+            DataError: That set's `max_broken` is exceeded, or a whole pass over the set had no usable sample. Samples
+                of the other sets are not used instead, because the mixture would no longer have the recipe's ratios.
         """
         source, own = self._own(sample)
         source.reject(own, error)
