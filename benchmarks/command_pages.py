@@ -79,7 +79,9 @@ def flags_of(parser: Parser) -> str:
 def _usage(action: argparse.Action) -> str:
     values = action.metavar if isinstance(action.metavar, str) else "|".join(map(str, action.choices or ()))
     values += {"+": "…", "*": "…"}.get(str(action.nargs), "")
-    return f"{max(action.option_strings, key=len)} {values}" if action.option_strings else values
+    if action.option_strings:
+        return f"{max(action.option_strings, key=len)} {values}"
+    return values if action.required else f"[{values}]"
 
 
 def page(name: str, parser: Parser, present: str) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from blip2edge.cli.caption import Item, check, load_captioner, open_bundle, print_captions, takes_videos
 from blip2edge.cli.flag_groups import add_batch_size, add_bundle_option, add_generation, add_limits, add_stream_or_json
+from blip2edge.cli.flag_types import any_text
 from blip2edge.cli.picture_arguments import IMAGE_HELP, find_pictures
 from blip2edge.limits import FILE_LIMITS, Limits
 
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``ask``."""
     parser.add_argument("image", metavar="IMAGE", help=IMAGE_HELP)
-    parser.add_argument("question", metavar="QUESTION", help="question about the picture, or about each picture")
+    parser.add_argument(
+        "question", metavar="QUESTION", type=any_text, help="question about the picture, or about each picture"
+    )
     add_batch_size(parser, 1)
     add_bundle_option(parser)
     add_stream_or_json(parser)

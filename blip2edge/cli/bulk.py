@@ -17,7 +17,7 @@ from blip2edge.cli.flag_groups import (
     given_generation,
     given_limits,
 )
-from blip2edge.cli.flag_types import share
+from blip2edge.cli.flag_types import any_text, share
 from blip2edge.cli.interrupt import Interrupted
 from blip2edge.cli.messages import print_note
 from blip2edge.cli.table import plural
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--column", metavar="NAME", help="column of the pictures in a table (default: image, path, url …)"
     )
     parser.add_argument(
-        "--prompt", metavar="P", help="text that the captions continue (default: the model's own prompt)"
+        "--prompt", metavar="P", type=any_text, help="text that the captions continue (default: the model's own prompt)"
     )
     add_number(
         parser,

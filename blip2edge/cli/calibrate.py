@@ -20,7 +20,7 @@ from blip2edge.cli.flag_groups import (
     add_threads,
     given_limits,
 )
-from blip2edge.cli.flag_types import non_negative_number, positive_number, share
+from blip2edge.cli.flag_types import any_text, non_negative_number, positive_number, share
 from blip2edge.cli.messages import print_note
 from blip2edge.cli.next_steps import print_next, quoted, try_command
 from blip2edge.cli.optimize import optimized
@@ -152,7 +152,7 @@ def _add_references(parser: Parser) -> None:
         help="JSON file with the answers to VQA questions (default: the file beside the questions)",
     )
     group.add_argument(
-        "--prompt", metavar="P", help="text that the captions continue (default: the model's own prompt)"
+        "--prompt", metavar="P", type=any_text, help="text that the captions continue (default: the model's own prompt)"
     )
     add_some_generation(parser, "generation", "of the captions of --references", CONFIDENT)
 

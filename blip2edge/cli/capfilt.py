@@ -19,7 +19,7 @@ from blip2edge.cli.flag_groups import (
     add_some_generation,
     given_generation,
 )
-from blip2edge.cli.flag_types import share
+from blip2edge.cli.flag_types import any_text, share
 from blip2edge.cli.table import table
 from blip2edge.progress import Progress
 
@@ -66,7 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_data_files(parser)
     parser.add_argument(
-        "--prompt", metavar="P", help="text that the generated captions continue (default: the captioner's own prompt)"
+        "--prompt",
+        metavar="P",
+        type=any_text,
+        help="text that the generated captions continue (default: the captioner's own prompt)",
     )
     add_number(parser, "--samples-per-shard", "number of pictures in a shard", 1000)
     parser.add_argument(

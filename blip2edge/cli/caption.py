@@ -23,6 +23,7 @@ from blip2edge.cli.flag_groups import (
     given_limits,
     print_unsigned,
 )
+from blip2edge.cli.flag_types import any_text
 from blip2edge.cli.messages import Failures
 from blip2edge.cli.picture_arguments import IMAGE_HELP, PictureArgument, find_pictures
 from blip2edge.errors import Blip2EdgeError, ImageError, PromptError, UsageError, option
@@ -84,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt",
         metavar="P",
+        type=any_text,
         action="append",
         help="text that the caption continues; give one prompt for all pictures, or repeat the flag for each picture; "
         "for a model that takes several pictures per prompt, write <image> at the place of each picture (default: the "

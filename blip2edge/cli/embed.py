@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from blip2edge.bundle.outputs.files import check_file, write_output
 from blip2edge.cli.flag_groups import add_batch_size, add_bundle_option, add_limits
+from blip2edge.cli.flag_types import any_text
 from blip2edge.cli.match import load_matcher
 from blip2edge.cli.messages import Failures
 from blip2edge.cli.picture_arguments import IMAGE_HELP, find_pictures
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``embed``."""
-    parser.add_argument("images", metavar="IMAGE", nargs="*", help=IMAGE_HELP)
+    parser.add_argument("images", metavar="IMAGE", nargs="*", default=[], help=IMAGE_HELP)
     parser.add_argument(
-        "--text", metavar="T", action="append", help="text to embed instead of pictures; may be repeated"
+        "--text", metavar="T", type=any_text, action="append", help="text to embed instead of pictures; may be repeated"
     )
     add_batch_size(parser, 1)
     add_bundle_option(parser)

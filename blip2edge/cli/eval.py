@@ -18,7 +18,7 @@ from blip2edge.cli.flag_groups import (
     add_some_generation,
     given_generation,
 )
-from blip2edge.cli.flag_types import non_negative_int
+from blip2edge.cli.flag_types import any_text, non_negative_int
 from blip2edge.cli.next_steps import print_next, quoted
 from blip2edge.cli.table import table
 from blip2edge.progress import Progress
@@ -62,7 +62,7 @@ def add_arguments(parser: Parser) -> None:
         help=f"one or more metrics to compute: {', '.join(METRICS)} (default: all that fit the model and the data)",
     )
     parser.add_argument(
-        "--prompt", metavar="P", help="text that the captions continue (default: the model's own prompt)"
+        "--prompt", metavar="P", type=any_text, help="text that the captions continue (default: the model's own prompt)"
     )
     _add_retrieval_flags(parser)
     parser.add_argument(

@@ -17,7 +17,7 @@ from blip2edge.cli.flag_groups import (
     add_threads,
     given_limits,
 )
-from blip2edge.cli.flag_types import non_negative_int
+from blip2edge.cli.flag_types import any_text, non_negative_int
 from blip2edge.cli.messages import Failures
 from blip2edge.cli.picture_arguments import IMAGE_HELP, find_pictures
 from blip2edge.cli.table import plural, table
@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGE", nargs="+", help=IMAGE_HELP)
     parser.add_argument("-b", "--bundle", metavar="BUNDLE", type=Path, required=True, help=BUNDLE)
     add_output(parser, "DIR", "directory for explain.html, explain.json and the PNG files")
-    parser.add_argument("--prompt", metavar="P", help="instruction, for a model whose bridge reads it (InstructBLIP)")
+    parser.add_argument(
+        "--prompt", metavar="P", type=any_text, help="instruction, for a model whose bridge reads it (InstructBLIP)"
+    )
     add_queries(parser, "of an elastic bundle (default: all)")
     add_number(
         parser,

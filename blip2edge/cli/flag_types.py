@@ -12,6 +12,11 @@ MAX_PORT = 65_535
 MAX_LATIN_1 = 255  # HTTP headers are encoded as Latin-1
 
 
+def any_text(text: str) -> str:
+    """Returns the text. The parser refuses an empty text of a flag without a type, but accepts it for this type."""
+    return text
+
+
 def number(text: str) -> float:
     """Reads a finite number."""
     try:

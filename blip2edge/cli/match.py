@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from blip2edge.cli.flag_groups import add_batch_size, add_bundle_option, add_limits, given_limits, print_unsigned
+from blip2edge.cli.flag_types import any_text
 from blip2edge.cli.messages import Failures
 from blip2edge.cli.picture_arguments import IMAGE_HELP, find_pictures
 from blip2edge.errors import Blip2EdgeError, ImageError
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text",
         metavar="T",
+        type=any_text,
         action="append",
         required=True,
         help="text to compare with each picture; may be repeated",

@@ -7,6 +7,7 @@ import os
 import sys
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from blip2edge import __version__
@@ -105,6 +106,18 @@ class Parser(argparse.ArgumentParser):
             name = word.partition("=")[0]
             if name.startswith("--") and " " not in name and name not in self._option_string_actions:
                 self.error(f"unrecognized argument: {name}{did_you_mean(name, self._option_string_actions)}")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """Refuses an empty text for a path, an address or a name.
+
+        Such a text comes from a variable of a script that is not set, and other code would take it for the current
+        directory, for all addresses, or for a flag that is not given. A flag whose text may be empty has the type
+        ``flag_types.any_text``.
+        """
+        if not arg_string and action.type in (None, Path) and action.choices is None:
+            problem = f"expected {action.metavar}, got an empty text (a variable that is not set?)"
+            raise argparse.ArgumentError(action, problem)
+        return super()._get_value(action, arg_string)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

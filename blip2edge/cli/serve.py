@@ -23,7 +23,7 @@ from blip2edge.cli.flag_groups import (
     given_limits,
     print_unsigned,
 )
-from blip2edge.cli.flag_types import port, positive_number
+from blip2edge.cli.flag_types import any_text, port, positive_number
 from blip2edge.cli.messages import print_note
 from blip2edge.errors import BackendError, OutputError, UsageError, one_line, option
 from blip2edge.limits import ConnectionLimits, Limits
@@ -54,6 +54,7 @@ def add_arguments(parser: Parser) -> None:
         "models",
         metavar="NAME=BUNDLE",
         nargs="*",
+        default=[],
         help="further bundles; the key `model` of a request chooses one by NAME (default: the directory's name)",
     )
     add_backend(parser)
@@ -73,6 +74,7 @@ def add_arguments(parser: Parser) -> None:
     access.add_argument(
         "--api-key",
         metavar="KEY",
+        type=any_text,
         default=argparse.SUPPRESS,  # a default of the environment would be shown by --help
         help="key that requests must send as Authorization: Bearer KEY (default: the environment variable "
         f"{API_KEY}, else none). Other users of this machine can see a key on the command line, so write {FORM}",

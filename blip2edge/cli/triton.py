@@ -25,9 +25,7 @@ def add_arguments(parser: Parser) -> None:
         "directory of the model repository; other models in it stay",
         force="replace the model if {} has one of its name",
     )
-    parser.add_argument(
-        "--name", metavar="NAME", default="", help="name of the model (default: that of the bundle's directory)"
-    )
+    parser.add_argument("--name", metavar="NAME", help="name of the model (default: that of the bundle's directory)")
     parser.add_argument(
         "--stream",
         action="store_true",
@@ -55,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
 
     repository: Path = options.output
     model = TritonModel(
-        name=options.name,
+        name=options.name or "",
         max_batch=options.max_batch,
         delay_us=options.max_delay,
         instances=options.instances,

@@ -12,7 +12,7 @@ from blip2edge.bundle.outputs.files import check_file, write_output
 from blip2edge.cli.caption import load_captioner, open_bundle
 from blip2edge.cli.credentials import FORM, filled_address, filled_text, has_credentials
 from blip2edge.cli.flag_groups import add_bundle_option, add_generation, add_limits, add_number, given_generation
-from blip2edge.cli.flag_types import http_header, non_negative_number, positive_number, share_or_auto
+from blip2edge.cli.flag_types import any_text, http_header, non_negative_number, positive_number, share_or_auto
 from blip2edge.cli.messages import print_note
 from blip2edge.cli.table import plural
 from blip2edge.errors import UsageError, option, shown_address
@@ -43,7 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "in it is captioned",
     )
     parser.add_argument(
-        "--prompt", metavar="P", help="text that each caption continues (default: the model's own prompt)"
+        "--prompt",
+        metavar="P",
+        type=any_text,
+        help="text that each caption continues (default: the model's own prompt)",
     )
     parser.add_argument(
         "--once",

@@ -48,6 +48,13 @@ def test_each_page_has_a_text_and_an_example_that_parses(command: str, pages: An
         assert build_parser().parse_args(shlex.split(line, comments=True)[1:]).command == command
 
 
+def test_no_entry_has_two_defaults_or_an_empty_one() -> None:
+    for path in (ROOT / "docs").rglob("*.md"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            assert line.count("(default:") <= 1, f"{path.name}: {line}"
+            assert not re.search(r"\(default: *\)", line), f"{path.name}: {line}"
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_commands_of_other_pages_parse(name: str) -> None:
     examples = commands_of((ROOT / "docs" / name).read_text(encoding="utf-8"))
