@@ -4,7 +4,8 @@
 
 The steps need the driver, ``cuda-bindings`` and ONNX Runtime for the CPU. A machine without a network gets the folder
 ``build/gpu-kernels`` with the repository: the bundles of the example checkpoint with their copies, and the kernels for
-the sizes of OPT-2.7b. Without that folder the steps make it themselves, which takes NVRTC and the packages of an export.
+the sizes of OPT-2.7b. Without that folder the steps make it themselves, which takes NVRTC and the packages of an
+export.
 """
 
 from __future__ import annotations
