@@ -51,7 +51,7 @@ The reason is that each try reads and writes the weights several times.
 """
 
 PRECISIONS = ("fp32", "int8", "int4", "int8-weights")
-"""Precisions with CPU kernels in ONNX Runtime. It has none for fp16: it casts to fp32 and computes in fp32."""
+"""Precisions with CPU kernels in ONNX Runtime. FP16 has no such kernels: its values are cast to FP32 and back."""
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,8 @@ def _checked_forms(
         large: Whether only one recipe is tried: the first that shares the bundle's weights.
 
     Returns:
-        The versions of the graph that passed the check, with their outputs; and why the last version that failed did so
-        (empty if none failed).
+        The versions of the graph that passed the check, with their outputs; and the reason why a version failed the
+        check (the last one that failed; empty if all passed).
     """
     parent, tolerance = task.parent(name)
     found: list[tuple[Form, Arrays]] = []

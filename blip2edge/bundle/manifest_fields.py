@@ -141,7 +141,7 @@ GENERATION = record(
 _COSINES = mapped(text, mapped(text, record({"mean": finite_number()})))
 _AGREEMENT = record({"same": finite_number(0, 1), "pictures": _TOKEN})
 CALIBRATION = record({"method": text, "pictures": _TOKEN, "cosine": _COSINES}, {"captions": nullable(_AGREEMENT)})
-"""The field ``calibration`` of ``bundle.json``: the values in it that the command `inspect` shows."""
+"""Checks the field ``calibration`` of ``bundle.json``, but only the values that the command `inspect` shows."""
 
 _SHARE = finite_number(0, 1)
 _MAP = record(

@@ -29,7 +29,10 @@ def number(text: str) -> float:
 
 
 def _number(what: str, allowed: Callable[[float], bool]) -> Callable[[str], float]:
-    """Makes the type of a number for which ``allowed`` is true; ``what`` describes the number in errors."""
+    """Makes a function that reads a number from a flag.
+
+    The number is refused if ``allowed`` is false for it; the error says that ``what`` was expected.
+    """
 
     def parse(text: str) -> float:
         value = number(text)

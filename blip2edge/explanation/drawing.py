@@ -1,4 +1,4 @@
-"""Draws heat maps over a picture, a sheet of them, the matrix of the queries' cosines, and the gates, with Pillow."""
+"""Draws heat maps over a picture, sheets of heat maps, the cosines of the queries, and the gates, with Pillow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Predicts the time of a format of vision encoder, bridge or language model on a board, as ``blip2edge plan`` does."""
+"""Predicts the time of vision encoder, bridge and language model in a format on a board, like ``blip2edge plan``."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class EfficientNetLiteConfig(Section):
 class SamePad(nn.Module):
     """A convolution padded as TensorFlow's "SAME": the output's side is ``ceil(side / stride)``.
 
-    The padding is larger by one pixel at the right and at the bottom if it is odd.
+    If the number of padded pixels is odd, one more pixel is added at the right and at the bottom.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, side: int, groups: int = 1) -> None:

@@ -72,7 +72,7 @@ def share_cache(model: ir.Model, cache: CacheSpec, max_positions: int) -> bool:
     """Rewrites a causal decoder without cross-attention so that the KV cache is written in place.
 
     Args:
-        model: The exported decoder, prepared.
+        model: The exported decoder, after ``optimization.graph.prepare``.
         cache: The decoder's KV cache.
         max_positions: The longest context in tokens: length of the tables of rotary angles.
 

@@ -31,7 +31,7 @@ class Sample:
             then calls `SampleSource.reject` and uses the next sample.
         text: The target text: a caption or an answer, without surrounding space.
         prompt: The text before the target, without loss: a prompt, a question in its template, or an instruction.
-        shots: Few-shot examples that come before the sample, each with picture, prompt and text; they give no loss.
+        shots: Few-shot examples before the sample, each with picture, prompt and text; no loss is computed on them.
     """
 
     sample_id: str

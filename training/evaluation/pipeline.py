@@ -74,7 +74,8 @@ def evaluate(
         prompt: Prompt of the captions; None for the model's default prompt.
         top: In retrieval, the number of nearest texts (and pictures) that the matching head ranks again. 0: none. None:
             16, or 128 with the ranking ``lavis``.
-        ranking: How the matching head ranks: ``probability``, or ``lavis``, its logit plus the cosine.
+        ranking: Score by which the matching head ranks: ``probability`` is the head's probability; ``lavis`` is the
+            head's logit plus the cosine.
         ask: Whether POPE's questions are given to the model; otherwise its captions answer them.
         clip: A bundle or checkpoint that compares pictures with texts (CLIP), for CLIPScore of the captions. With it, a
             folder of pictures without texts can be scored too.
@@ -145,15 +146,15 @@ def _check_combinations(
         reader_prompt: Prompt of the reader.
 
     Raises:
-        UsageError: ``count`` is below 2 for scenes, a metric has no judge, a judge has no metric, or ``reader_prompt``
-            is given without ``reader``.
+        UsageError: ``count`` is below 2 for scenes, a metric needs a model that is not given, a model is given without
+            its metric, or ``reader_prompt`` is given without ``reader``.
     """
     if data == SCENES and count is not None and count < 2:
         raise UsageError(f"expected {option('count')} to be at least 2 pictures, got {count}")
     for name, judge in judges.items():
         if name in metrics and judge is None:
             raise UsageError(
-                f"the metric {name} needs the model that judges, and {option(name)} is not given",
+                f"the metric {name} needs a model that scores captions, and {option(name)} is not given",
                 f"name the model: {JUDGES[name]}",
             )
         if judge is not None and metrics and name not in metrics:

@@ -204,8 +204,8 @@ class FrozenEncoder:
         vision: The picture encoder, frozen and in eval mode.
         preprocessing: Preprocessing of the pictures.
         accelerator: Device and arithmetic.
-        cache: Cache of the encoder's output; None: no cache, every picture is encoded each time.
-        autocast: True: the encoder runs in the accelerator's arithmetic. False: in the dtype of its weights.
+        cache: Cache of the encoder's output. Without a cache (None), every picture is encoded each time.
+        autocast: Whether the encoder runs in the accelerator's arithmetic; if not, it runs in the dtype of its weights.
     """
 
     def __init__(

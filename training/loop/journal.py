@@ -28,7 +28,7 @@ class Journal:
     began the phase).
 
     Args:
-        directory: Directory of `log.jsonl`; None: nothing is written (in all processes except the first).
+        directory: Directory of `log.jsonl`. It is None in all processes except the first; then nothing is written.
         trackers: Trackers that also get the values of each line; None for no trackers.
     """
 

@@ -136,7 +136,7 @@ class Validation:
         return {f"{_BEST}{name}": tensor for name, tensor in self.tensors.items()}, {FACTS: self.figures()}
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Restores the state from a snapshot; does nothing if the snapshot has no validation, or of another metric."""
+        """Restores the state from a snapshot; does nothing if the snapshot has no state for this metric."""
         facts = snapshot.facts.get(FACTS)
         if facts is None or facts["metric"] != self.metric:
             return

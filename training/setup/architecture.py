@@ -152,7 +152,7 @@ def captioner_config(
         vision: Config of the picture encoder.
         language: Config of the language model.
         extra: Number of rows to append to the language model's token embedding table.
-        text: Config of the Q-Former's text modules, which serve as draft model or for the prompt; None: none.
+        text: Config of the Q-Former's text modules (draft model, or input of the prompt); None for no text modules.
         instructed: Whether the Q-Former reads the prompt (InstructBLIP).
 
     Raises:

@@ -77,7 +77,7 @@ def _karpathy_row(image: Row, number: int) -> Row | Blip2EdgeError:
     if not isinstance(name, str) or not isinstance(folder, str):
         return DataError(f"expected the filename to be a text, got {name!r:.60}")
     if not isinstance(sentences, list) or not all(isinstance(one, dict) for one in sentences):
-        return DataError(f"expected its sentences to be a list of objects, got {sentences!r:.60}")
+        return DataError(f"expected the sentences to be a list of objects, got {sentences!r:.60}")
     image_id = image.get("cocoid", image.get("imgid", number))
     captions = [one.get("raw") for one in sentences]
     return {"id": image_id, "image_id": image_id, "file_name": str(Path(folder) / name), "captions": captions}

@@ -83,7 +83,7 @@ class MixtureSource:
         return {f"{number}/{name}": problem for number, source in numbered for name, problem in source.broken.items()}
 
     def accept(self, sample: Sample) -> None:
-        """Notes that a sample of its set was used."""
+        """Passes the sample to the source of its set, which notes that the sample was used."""
         source, own = self._own(sample)
         source.accept(own)
 
