@@ -62,7 +62,7 @@ class DecoderModule(nn.Module):
     ) -> tuple[Tensor, LayerStep]:
         """Returns the input of the first layer, and a function that runs one layer.
 
-        The arguments have the shapes of those of :meth:`forward`: ``inputs_embeds``, ``attention_mask``,
+        The arguments are these arguments of :meth:`forward`, in this order: ``inputs_embeds``, ``attention_mask``,
         ``position_ids``, ``cross`` and ``cross_attention_mask``.
         """
         raise NotImplementedError

@@ -233,7 +233,7 @@ def boards_table(plans: Sequence[DevicePlan]) -> str:
 
 
 def explanation(shape: ModelShape, plan: DevicePlan, request: PlanOptions) -> str:
-    """Writes the arithmetic of the chosen precision, line by line."""
+    """Writes the formulas, with their numbers, that give the times and the memory in the chosen precision."""
     device, precision = plan.device, plan.chosen
     held, row = held_precision(precision, device), plan.of(precision)
     frames = request.frames or shape.frames

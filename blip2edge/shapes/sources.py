@@ -203,7 +203,7 @@ def _fixed(size: Any) -> int:
 
 
 def _stack(weights: int, width: int, rows: str) -> tuple[WeightMatrix, ...]:
-    """Returns one matrix with this number of weights, in place of the matrices of all layers."""
+    """Returns one matrix with ``weights`` weights, which stands for the unknown matrices of all layers together."""
     return (WeightMatrix("layers", width, max(1, round(weights / width)), rows),)
 
 
