@@ -5,5 +5,5 @@ template arguments and pack their parameters. ``layout.py`` and ``copy_files.py`
 copy, which ``optimize --backend cuda-decoder`` makes (``optimization/kernels.py``). ``plan.py`` makes the launches of a
 run; ``session.py`` and ``greedy.py`` run them behind the interface of the in-place KV cache, one CUDA graph a token.
 ``device/`` is the GPU, over cuda-bindings; ``backend.py`` opens a bundle. The tests run whole decoders on a CPU.
-What does not exist yet: tensor cores for the prefill, sampling on the GPU, T5.
+What does not exist yet: sampling on the GPU, beams that reorder an index instead of the cache, T5.
 """

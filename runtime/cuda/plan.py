@@ -21,6 +21,7 @@ from blip2edge.runtime.cuda.steps import (
     attention_kernel,
     embed_kernel,
     heads_of_block,
+    move_kernel,
     norm_kernel,
     part_bytes,
 )
@@ -146,7 +147,8 @@ def needed_kernels(weights: DecoderWeights, rows: Sequence[int] = (1, 2, 3, 4, 5
     nowhere = CacheAddresses((0,) * len(weights.layers), (0,) * len(weights.layers))
     buffers = RunBuffers(0, 0, 0, 0, 0, 0, 0, dict.fromkeys(("query", "key", "value"), 0), 0, (0, 0))
     plans = [plan_run(weights, RunSizes(count, 1, 1, 1), buffers, nowhere, 1) for count in rows]
-    return list({launch.kernel.name: launch.kernel for plan in plans for launch in plan}.values())
+    found = {launch.kernel.name: launch.kernel for plan in plans for launch in plan}
+    return [*found.values(), move_kernel()]
 
 
 @dataclass(frozen=True)

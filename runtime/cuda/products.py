@@ -18,8 +18,8 @@ SEGMENT = 64
 MOST_ROWS = 4
 """Largest number of input rows for ``gemv.cuh``; for more rows, ``gemm.cuh`` is used."""
 
-GEMM_ROWS, GEMM_COLUMNS = 32, 64
-"""Rows and columns of a block of ``gemm.cuh``."""
+GEMM_ROWS, GEMM_COLUMNS, GEMM_PITCH = 64, 64, 40
+"""Rows and columns of a block of ``gemm.cuh``, and fp16 values between two rows of its shared memory (``PITCH``)."""
 
 MOST_MATRICES = 3
 CHUNK = 16
@@ -135,7 +135,7 @@ class RowProduct:
             sizes = (str(self.bits), str(self.rows), str(self.load))
             shared = THREADS // WARP * self.rows * self.tile * 4
             return Kernel("gemv.cuh", "gemv", (*sizes, self.scale, self.out, *kinds), GemvArguments, shared)
-        shared = CHUNK * (GEMM_ROWS + GEMM_COLUMNS) * 4
+        shared = (GEMM_ROWS + GEMM_COLUMNS) * GEMM_PITCH * 2
         return Kernel("gemm.cuh", "gemm", (str(self.bits), self.scale, self.out, *kinds), GemvArguments, shared)
 
     def launch(

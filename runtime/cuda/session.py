@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from blip2edge.bundle.dtypes import Array
 from blip2edge.runtime.backends.base import closed_graph
 from blip2edge.runtime.cuda.device.interface import KernelDevice, Run
+from blip2edge.runtime.cuda.kernel import Launch
 from blip2edge.runtime.cuda.plan import HALF, CacheAddresses, RunBuffers, RunSizes, new_buffers, plan_run
+from blip2edge.runtime.cuda.steps import CHANNELS, MoveArguments, move_kernel
 from blip2edge.runtime.cuda.weights import DecoderWeights
 from blip2edge.runtime.decoding.kv.in_place import LENGTHS, TOTAL
 
@@ -71,6 +73,7 @@ class KernelSession:
         self._buffers: dict[RunSizes, RunBuffers] = {}
         self._runs: dict[tuple[RunSizes, CacheAddresses], Run] = {}
         self._free: deque[CacheBlock] = deque()
+        self._rows = (0, 0)  # address and length of the rows of the last move
         self._closed = False
 
     def in_place(self, pairs: Mapping[str, str]) -> KernelBuffers:  # noqa: ARG002 - the names of graphs
@@ -114,6 +117,30 @@ class KernelSession:
                 self.device.free(self._free.popleft().address)
         size = 2 * len(self.weights.layers) * CacheBlock(0, shape).layer_bytes
         return CacheBlock(self.device.allocate(size), shape)
+
+    def move(self, source: CacheBlock, target: CacheBlock, rows: NDArray[np.int32], used: int) -> None:
+        """Makes row i of a KV cache a copy of row ``rows[i]`` of another one of the same shape.
+
+        Hold :attr:`lock` meanwhile: all moves share the memory of ``rows``.
+
+        Args:
+            source: The cache that is read.
+            target: The cache that is written.
+            rows: ``[B]``.
+            used: Number of first slots that are copied.
+        """
+        if len(rows) > self._rows[1]:
+            if self._rows[0]:
+                self.device.free(self._rows[0])
+            self._rows = self.device.allocate(rows.nbytes), len(rows)
+        self.device.write(self._rows[0], rows)
+        _, heads, capacity, width = source.shape
+        words = width // CHANNELS  # 16 bytes
+        arguments = MoveArguments(
+            source.address, target.address, self._rows[0], heads, capacity * words, min(used, capacity) * words
+        )
+        grid = (len(rows) * heads, 2 * len(self.weights.layers), 1)
+        self.device.run(Launch(move_kernel(), grid, arguments))
 
     def give(self, block: CacheBlock) -> None:
         """Adds a KV cache that no state uses any more to the free ones. Takes no lock: finalizers call it."""
@@ -173,10 +200,11 @@ class KernelBuffers:
         """Copies rows to their new places; see :class:`CacheBuffers`."""
         if np.array_equal(rows, np.arange(len(rows))):
             return
-        old, giving = self._block, self._back
+        old, giving, session = self._block, self._back, self._session
         self._adopt(old.shape)
-        for row in range(old.shape[0]):
-            self._copy(old, int(rows[row]) if row < len(rows) else row, row, 1, used)
+        whole = np.concatenate([rows, np.arange(len(rows), old.shape[0])]).astype(np.int32)
+        with session.lock:
+            session.move(old, self._block, whole, used)
         giving()
 
     def append(self, other: KernelBuffers, first: int, count: int, used: int) -> None:

@@ -59,6 +59,12 @@ class ChooseArguments(ctypes.Structure):
     ]
 
 
+class MoveArguments(ctypes.Structure):
+    """The C++ structure ``MoveArguments`` of ``move.cuh``."""
+
+    _fields_ = [*pointers("source", "target", "rows"), *integers("heads", "slot", "used")]
+
+
 NORMS = ("LAYER_NORM", "RMS_NORM")
 TABLES = ("FLOATS", "ROWS_OF_INTEGERS", "COLUMNS_OF_INTEGERS")
 
@@ -106,6 +112,11 @@ def heads_of_block(width: int, group: int) -> int:
 def part_bytes(width: int, group: int) -> int:
     """Returns the bytes of the partial sums of one range of slots, for one head of keys and one token."""
     return 4 * group * (width + 2)
+
+
+def move_kernel() -> Kernel:
+    """Returns the kernel that copies rows of one KV cache to another one."""
+    return Kernel("move.cuh", "move_rows", ("uint4",), MoveArguments, 0)
 
 
 def embed_kernel(value: str) -> Kernel:

@@ -214,7 +214,6 @@ __device__ __forceinline__ void attention(const AttentionArguments& a) {
         if (splits > 1 && at == 0) part[0] = largest, part[1] = total;
     }
     if (splits == 1) return;
-    __syncthreads();  // the flag lies where the parts were read
     if (!last_to_arrive(a.arrived + place, splits, reinterpret_cast<unsigned*>(shared))) return;
     for (int i = threadIdx.x; i < GROUP * WIDTH; i += THREADS) {
         join_parts<WIDTH, GROUP>(parts, splits, i / WIDTH, i % WIDTH, &largest, &total, &value);

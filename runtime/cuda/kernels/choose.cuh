@@ -95,7 +95,6 @@ __device__ __forceinline__ void choose(const ChooseArguments& a) {
     best = best_of_block(best, shared);
     Best* parts = reinterpret_cast<Best*>(a.parts) + row * cuts;
     if (threadIdx.x == 0) parts[blockIdx.x] = best;
-    __syncthreads();  // the flag lies where the warps' bests were read
     if (!last_to_arrive(a.arrived + row, cuts, reinterpret_cast<unsigned*>(shared))) return;
     for (long long cut = 0; cut < cuts; ++cut) best = cut == 0 ? parts[0] : better(best, parts[cut]);
     const bool broken = best.total != best.total;

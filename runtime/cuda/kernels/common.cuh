@@ -50,7 +50,8 @@ __device__ __forceinline__ float block_sum(float value, float* scratch) {
 }
 
 // Whether this block is the last of `count` blocks that arrive at `*arrived`. What the others wrote to global memory
-// before can then be read. The counter is 0 before and after. `flag` is a word of shared memory.
+// before can then be read. The counter is 0 before and after. `flag` is a word of shared memory; it may lie where the
+// threads have read before.
 __device__ __forceinline__ bool last_to_arrive(unsigned* arrived, unsigned count, unsigned* flag) {
     __threadfence();  // the own writes are visible before the own arrival
     __syncthreads();

@@ -148,7 +148,6 @@ __device__ __forceinline__ void gemv(const GemvArguments& a) {
         else parts[(blockIdx.y * ROWS + i / WIDTH) * a.widest + at] = sum;
     }
     if (splits == 1) return;
-    __syncthreads();  // the flag lies where the sums were read
     unsigned* arrived = a.arrived + blockIdx.z * gridDim.x + blockIdx.x;
     if (!last_to_arrive(arrived, gridDim.y, reinterpret_cast<unsigned*>(shared))) return;
     for (int i = threadIdx.x; i < ROWS * WIDTH; i += THREADS) {

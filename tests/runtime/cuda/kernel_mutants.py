@@ -34,9 +34,10 @@ SUITES: dict[str, tuple[ModuleType, ...]] = {
     "norm.cuh": (test_steps,),
     "embed.cuh": (test_steps,),
     "choose.cuh": (test_steps,),
+    "move.cuh": (test_steps,),
     "attention.cuh": (test_attention,),
 }
-"""The tests of each source: ``KERNELS`` and ``verify(shim)``."""
+"""The tests of each source: ``KERNELS`` and ``verify(shim)``. ``mma.cuh`` is PTX, which the shim replaces."""
 
 CHANGES: tuple[tuple[str, str], ...] = (
     (r"__syncthreads\(\);", ";"),
@@ -66,7 +67,7 @@ EQUIVALENT = (
     r"^#|#pragma|unroll|__launch_bounds__|static_assert",
     r"constexpr int (SEGMENT|MOST_MATRICES|THREADS|WARP|WARPS|LEAST_BLOCK)\b",  # the host's constants
     r"^enum \w+ \{.*=",
-    r"constexpr int (NEEDED|LANES|LOADED)\b",  # more lanes or words than needed change no result
+    r"constexpr int (NEEDED|LANES|LOADED|PITCH|GEMM_\w+)\b",  # more lanes or words than needed change no result
 )
 """Lines that are not changed: directives, constants that the host shares, and sizes that only decide about time."""
 
@@ -80,6 +81,11 @@ SAME: tuple[tuple[str, str], ...] = (
     (r"b\.token <= a\.token", "tokens differ"),
     (r"= broken \? 1 :", "a row with a NaN has no log-probability"),
     (r"a\.seen\[start \+ token\] = 2", "any mark counts"),
+    (r"slots - oldest \+ splits \+ 1", "longer cuts cover the slots too"),
+    (r"splits >= 1 && at == 0", "one cut is not read again"),
+    (r"first \+ cut <= slots", "equal values"),
+    (r"0 == 0 && i < GROUP \* WIDTH", "every cut writes the same zeros"),
+    (r"\[FRAGMENTS\]\[5\]", "one more value, which is not used"),
     (r"BITS == 17", "fp16 has no scales, and their address is not read"),
 )
 """Changes that change no result, with the reason; they are not counted."""

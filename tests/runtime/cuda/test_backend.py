@@ -230,6 +230,6 @@ def test_nothing_is_published_without_nvrtc_or_room(
     monkeypatch.setattr(making, "kernel_usage", lambda _: {one.name: Usage(300, 0, 0) for one in COMPILED})
     with pytest.raises(BackendError, match="to fit a GPU sm_75, found Usage"):
         optimize(bundle, "cuda-decoder")
-    with pytest.raises(Blip2EdgeError, match="expected a bundle with the graph decoder"):
+    with pytest.raises(Blip2EdgeError, match="from the graph decoder, which is not in the bundle or not selected"):
         optimize(bundle, "cuda-decoder", graphs=["vision_encoder"])
     assert not (bundle / "optimized" / "cuda-decoder").exists()

@@ -74,7 +74,7 @@ def test_prefill_takes_the_tiled_product_and_the_head_one_row() -> None:
     assert kinds == {"embed": 1, "norm": 65, "gemm": 128, "gemv": 1, "attention": 32}
     assert launches[-2].grid == (1, 1, 1)  # the last norm: the position that gets logits
     tiled = next(launch for launch in launches if launch.kernel.template == "gemm")
-    assert tiled.grid == (2560 // 64, 2, 3)
+    assert tiled.grid == (2560 // 64, 1, 3)
 
 
 def test_matrices_of_other_formats_take_launches_of_their_own() -> None:

@@ -14,9 +14,11 @@ from blip2edge.runtime.cuda.steps import (
     NORMS,
     ChooseArguments,
     EmbedArguments,
+    MoveArguments,
     NormArguments,
     choose_kernel,
     embed_kernel,
+    move_kernel,
     norm_kernel,
 )
 from tests.runtime.cuda.shimmed import ORDERS, Memory, Shim, ulps
@@ -29,7 +31,7 @@ TABLES = (
     choose_kernel("COLUMNS_OF_INTEGERS", 8, "float"),
     choose_kernel("COLUMNS_OF_INTEGERS", 4, "__half"),
 )
-KERNELS = (*map(norm_kernel, NORMS), embed_kernel("float"), embed_kernel("__half"), *TABLES)
+KERNELS = (*map(norm_kernel, NORMS), embed_kernel("float"), embed_kernel("__half"), *TABLES, move_kernel())
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,7 @@ def verify(shim: Shim) -> None:
         for cuts in (1, 3):
             compare_choice(shim, index, cuts)
     test_equal_scores_give_the_lowest_token_and_nan_gives_none(shim)
+    test_rows_of_a_cache_are_moved(shim)
 
 
 @pytest.mark.parametrize("rows", [None, (4, 1)], ids=["all", "chosen"])
@@ -187,3 +190,19 @@ def test_equal_scores_give_the_lowest_token_and_nan_gives_none(shim: Shim) -> No
             one = Choice(0, logits, cuts)
             shim.run(one.launch, order)
             assert one.tokens.tolist() == [45, -1]
+
+
+def test_rows_of_a_cache_are_moved(shim: Shim) -> None:
+    """Two layers of keys and values, three rows, two heads; more words than a block has threads."""
+    random = np.random.default_rng(6)
+    shape, used = (4, 3, 2, 170, 16), 160
+    memory = Memory()
+    source = memory.put(random.normal(0, 1, shape).astype(np.float16))
+    rows = memory.put(np.array([2, 0, 2], np.int32))
+    for order in ORDERS:
+        target = memory.empty(shape, np.float16)
+        arguments = MoveArguments(source.ctypes.data, target.ctypes.data, rows.ctypes.data, 2, 170 * 2, used * 2)
+        shim.run(Launch(move_kernel(), (3 * 2, 4, 1), arguments), order)
+        memory.check()
+        assert np.array_equal(target[:, :, :, :used], source[:, rows][:, :, :, :used])
+        assert np.isnan(target[:, :, :, used:]).all()

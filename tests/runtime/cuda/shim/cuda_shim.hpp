@@ -10,6 +10,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -35,6 +36,7 @@ inline float __half2float(__half h) { return static_cast<float>(h.value); }
 inline __half __float2half(float f) { return {static_cast<_Float16>(f)}; }
 template <class To, class From> To shim_bits(From from) { To to; std::memcpy(&to, &from, sizeof to); return to; }
 inline __half __ushort_as_half(unsigned short bits) { return shim_bits<__half>(bits); }
+inline unsigned short __half_as_ushort(__half h) { return shim_bits<unsigned short>(h); }
 inline float __uint_as_float(unsigned bits) { return shim_bits<float>(bits); }
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
     const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
@@ -71,6 +73,7 @@ inline bool records = false;
 
 inline std::vector<Fiber> fibers(1024);
 inline std::vector<uint64_t> deposits;  // [2, threads]: what lanes exchange
+inline std::vector<std::array<unsigned, 6>> fragments;  // [2, threads]: what lanes give to an mma
 inline jmp_buf scheduler;
 inline unsigned current;
 inline void (*body)();
@@ -139,6 +142,7 @@ inline Fault run_grid(std::size_t shared, int ordering) {
     if (ordering == 1) std::reverse(order.begin(), order.end()), std::reverse(blocks.begin(), blocks.end());
     if (ordering > 1) std::shuffle(blocks.begin(), blocks.end(), random);
     deposits.assign(2 * blockDim.x, ~0ull);
+    fragments.assign(2 * blockDim.x, {~0u, ~0u, ~0u, ~0u, ~0u, ~0u});
     char* memory = reinterpret_cast<char*>(shared_memory);
     for (unsigned block : blocks) {
         blockIdx = {block % gridDim.x, block / gridDim.x % gridDim.y, block / gridDim.x / gridDim.y};
@@ -163,6 +167,11 @@ template <class T> T exchange(T value, unsigned partner) {
     T received;
     std::memcpy(&received, half + from, sizeof received);
     return received;
+}
+
+// One half of a word of lane `lane` of the own warp.
+inline float part(const std::array<unsigned, 6>* warp, int lane, int word, int index) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(warp[lane][word] >> 16 * index)));
 }
 
 // Calls a kernel with its one argument, for each block and thread.
@@ -204,6 +213,21 @@ inline void __syncwarp(unsigned = ~0u) { shim::yield(shim::WAITS_WARP); }
 inline void __threadfence() {}
 template <class T> T __shfl_xor_sync(unsigned, T value, int mask) {
     return shim::exchange(value, (threadIdx.x % shim::LANES) ^ static_cast<unsigned>(mask));
+}
+// mma.m16n8k16: c [16, 8] += a [16, 16] b [16, 8]; PTX ISA, "Matrix Fragments for mma.m16n8k16".
+inline void mma(float* c, const unsigned* a, const unsigned* b) {
+    auto* half = shim::fragments.data() + (shim::fibers[shim::current].shuffles++ & 1) * blockDim.x;
+    half[shim::current] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+    shim::yield(shim::WAITS_WARP);
+    const auto* warp = half + shim::current / shim::LANES * shim::LANES;
+    const int lane = shim::current % shim::LANES;
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; ++k) {
+            const float x = shim::part(warp, row % 8 * 4 + k % 8 / 2, row / 8 + k / 8 * 2, k % 2);
+            c[i] += x * shim::part(warp, column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
+        }
+    }
 }
 inline unsigned atomicInc(unsigned* place, unsigned largest) {
     const unsigned before = *place;
