@@ -23,11 +23,10 @@ from torch.nn import functional as F
 from blip2edge.bundle.manifest import MergingRecord
 from blip2edge.bundle.schema import VISION, GraphSpec
 from blip2edge.errors import ExportError, ParityError
-from blip2edge.model.config import VisionConfig
 from blip2edge.model.models import Config, Model
 from blip2edge.model.retrieval import RetrievalModel
+from blip2edge.model.vision.registry import build_vision
 from blip2edge.model.vision.token_merging import Pairs, TokenMatching
-from blip2edge.model.vision.vit import VisionTransformer
 
 PAIRS = "merged_pairs"
 """Name of the parity result that compares which pairs of patches the graph and torch merge."""
@@ -182,15 +181,15 @@ def merging_of(config: Config, model: Model | None) -> MergingRecord | None:
     Returns:
         The record, without cosines if there is no model; None if the vision encoder merges nothing.
     """
-    vision = config.vision
-    if not isinstance(vision, VisionConfig) or not vision.merge_tokens:
+    vision: Any = config.vision
+    if not vision.merge_tokens:
         return None
     plain = replace(vision, merge_tokens=0)
     record = MergingRecord(vision.merge_tokens, vision.num_embeds, plain.num_embeds)
     if model is None:
         return record
     with torch.device("meta"):
-        other = VisionTransformer(plain).eval()
+        other = build_vision(plain).eval()
     other.load_state_dict(model.vision.state_dict(), assign=True)
     pictures = smooth_pictures(vision.image_size)
     output, merged = _comparable(model, model.vision(pictures))

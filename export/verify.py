@@ -24,7 +24,6 @@ from blip2edge.export.graphs import GRAPHS
 from blip2edge.export.precision import convert, exceptions_of
 from blip2edge.export.to_onnx import Traced, trace
 from blip2edge.export.weights import Weights, point_at, write_weights
-from blip2edge.model.config import VisionConfig
 from blip2edge.model.models import Config, Model, build_model
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 
@@ -356,8 +355,9 @@ def _one_layer_spec(name: str, config: Config) -> GraphSpec:
 
     If the graph has no list of layers, its whole spec is returned.
     """
-    if name == VISION and isinstance(config.vision, VisionConfig):
-        config = replace(config, vision=replace(config.vision, num_layers=_copies(name, config)))
+    if name == VISION and config.vision.merge_tokens:  # each layer has fewer embeddings than the one before
+        vision: Any = config.vision
+        config = replace(config, vision=replace(vision, num_layers=_copies(name, config)))
     whole = GRAPHS[name].spec(config)
     if not GRAPHS[name].stacks:
         return whole

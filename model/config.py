@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from blip2edge.bundle.schema import CrossSpec
 from blip2edge.errors import CheckpointError
-from blip2edge.model.config_json import Fields, Section, check_heads, key
+from blip2edge.model.config_json import Fields, Section, check_heads, check_patch_size, key
 from blip2edge.model.vision.token_merging import merged_counts
 
 
@@ -111,10 +111,7 @@ class VisionConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.patch_size > self.image_size:
-            raise CheckpointError(
-                f"config.json: vision_config: patch_size {self.patch_size} exceeds image_size {self.image_size}"
-            )
+        check_patch_size(self.section, self.patch_size, self.image_size)
 
     @property
     def kind(self) -> str:

@@ -193,6 +193,12 @@ class Section:
         return ({"model_type": self.model_type} if self.model_type else {}) | keys
 
 
+def check_patch_size(section: str, patch: int, image: int) -> None:
+    """Raises CheckpointError if a patch is larger than the picture; both are sides in pixels."""
+    if patch > image:
+        raise CheckpointError(f"config.json: {section}: patch_size {patch} exceeds image_size {image}")
+
+
 def check_heads(section: str, width: int, heads: int) -> None:
     """Raises CheckpointError unless ``heads`` divides ``width``."""
     if width % heads:

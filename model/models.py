@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from blip2edge.errors import UsageError, option
 from blip2edge.model.captioner import CaptionerModel
-from blip2edge.model.config import CaptionerConfig, VisionConfig
+from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.retrieval import RetrievalConfig, RetrievalModel
+from blip2edge.model.vision.registry import vision_encoder
 from blip2edge.model.vision.token_merging import most_merged
 
 Config = CaptionerConfig | RetrievalConfig
@@ -38,13 +40,14 @@ def with_merged_tokens(config: Config, tokens: int) -> Config:
     """
     if tokens == 0:
         return config
-    if not isinstance(config.vision, VisionConfig):
+    vision: Any = config.vision
+    if not vision_encoder(vision.kind).merges:
         raise UsageError(
             f"{option('merge_tokens')} {tokens} merges patches in the layers of a ViT, and the vision encoder is of "
-            f"kind {config.vision.kind}",
+            f"kind {vision.kind}",
             f"leave {option('merge_tokens')} out",
         )
-    patches, layers = config.vision.num_positions - 1, config.vision.num_layers
+    patches, layers = vision.num_positions - 1, vision.num_layers
     most = most_merged(patches, layers)
     if isinstance(config, CaptionerConfig) and config.bridge.kind in ORDERED_BRIDGES:
         raise UsageError(
@@ -58,4 +61,4 @@ def with_merged_tokens(config: Config, tokens: int) -> Config:
             f"{option('merge_tokens')} {tokens} does not fit a vision encoder of {layers} layers and {patches} patches",
             mend,
         )
-    return replace(config, vision=replace(config.vision, merge_tokens=tokens))
+    return replace(config, vision=replace(vision, merge_tokens=tokens))

@@ -92,7 +92,7 @@ def test_training_and_evaluation(folder: Path) -> None:
     entries, broken = read_folder(folder, 1)
     assert len(entries) == 2
     assert broken.problems == {"more/closed": TOLD}
-    with pytest.raises(DataError, match=r"1 samples are broken, and max_broken allows 0: more/closed"):
+    with pytest.raises(DataError, match=r"1 sample is broken, and max_broken allows 0: more/closed"):
         read_folder(folder, 0)
     for text in folder.rglob("*.txt"):
         text.unlink()

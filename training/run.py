@@ -217,7 +217,7 @@ def _run_phases(run: TrainingRun, snapshot: Snapshot | None) -> None:
         run.figures[name] = _phase_figures(run, phase, time.monotonic() - start)
         if broken:
             run.figures[name]["broken"] = {"samples": len(broken), "first": dict(list(broken.items())[:3])}
-            run.log(f"{name}: {len(broken)} samples are broken and were skipped")
+            run.log(f"{name}: {len(broken)} broken samples were skipped")
         run.changed += PHASES[name].changes(run.config)
         if number + 1 < len(names) and run.accelerator.is_main_process:
             run.snapshots.write(done + phase.config.steps, run.snapshot(phase=names[number + 1], step=0))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from blip2edge.errors import UnsupportedModelError
@@ -53,13 +53,13 @@ def read_llava(f: Fields) -> CaptionerConfig:
         CheckpointError: A key has a wrong value, or the bridge reads features of several layers.
     """
     vision = Fields("vision_config", f.values.get("vision_config") or LLAVA_VISION_DEFAULTS)
-    read_tower = TOWERS.get(str(vision.values.get("model_type")))
-    if read_tower is None:
+    row = TOWERS.get(str(vision.values.get("model_type")))
+    if row is None:
         raise UnsupportedModelError(
             f"the vision tower is of type {vision.values.get('model_type')!r}, which is not supported",
             f"supported in a LLaVA: {', '.join(TOWERS)}",
         )
-    tower = read_tower(vision.values, f.values.get(LAYER, -2), full=is_full(f.values.get(STRATEGY, PATCHES)))
+    tower = row.read(vision.values, f.values.get(LAYER, -2), full=is_full(f.values.get(STRATEGY, PATCHES)))
     text = Fields("text_config", f.values.get("text_config", {}))
     tied = f.flag("tie_word_embeddings", False) or text.flag("tie_word_embeddings", False)
     own = {"tie_word_embeddings": tied}  # as in transformers, either key ties
@@ -95,11 +95,26 @@ def _siglip_tower(values: Any, layer: Any, *, full: bool) -> VisionEncoderConfig
     return replace(tower, num_layers=feature_blocks(layer, tower.num_layers), post_norm=False, keep_first=full)
 
 
-TOWERS: dict[str, Callable[..., VisionEncoderConfig]] = {
-    CLIP_VISION: _clip_tower,
-    SiglipConfig.model_type: _siglip_tower,
+@dataclass(frozen=True)
+class Tower:
+    """How a kind of vision tower is written in the ``config.json`` of a LLaVA.
+
+    Attributes:
+        read: Function that reads its ``vision_config``.
+        full: Function that returns whether a tower returns all embeddings (the strategy ``full``).
+        fixed: Values of its ``vision_config`` that are always the same.
+    """
+
+    read: Callable[..., VisionEncoderConfig]
+    full: Callable[[Any], bool]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+TOWERS = {
+    CLIP_VISION: Tower(_clip_tower, lambda vision: vision.keep_class),
+    SiglipConfig.model_type: Tower(_siglip_tower, lambda vision: vision.keep_first, {"vision_use_head": False}),
 }
-"""Functions that read the ``vision_config`` of a vision tower, by the tower's ``model_type``."""
+"""The supported vision towers, by ``model_type``."""
 
 
 def write_llava(config: CaptionerConfig) -> dict[str, Any]:
@@ -108,18 +123,15 @@ def write_llava(config: CaptionerConfig) -> dict[str, Any]:
     Its vision encoder ends at the layer whose output is used, so ``vision_feature_layer`` is -1.
     """
     vision = {key: value for key, value in config.vision.to_hf().items() if key not in (LAYER, STRATEGY)}
-    if isinstance(config.vision, SiglipConfig):
-        whole, vision = config.vision.keep_first, vision | {"vision_use_head": False}
-    else:
-        whole = isinstance(config.vision, VisionConfig) and config.vision.keep_class
+    row = TOWERS[config.vision.kind]
     return {
         "model_type": "llava",
         "architectures": ["LlavaForConditionalGeneration"],
         "image_token_index": config.image_token_id,
         LAYER: -1,
-        STRATEGY: FULL if whole else "default",
+        STRATEGY: FULL if row.full(config.vision) else "default",
         "tie_word_embeddings": config.language.tie_embeddings,
-        "vision_config": vision,
+        "vision_config": vision | dict(row.fixed),
         "text_config": config.language.to_hf() | write_tokens(config),
         **config.bridge.to_hf(),
     }

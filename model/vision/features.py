@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from blip2edge.errors import CheckpointError
 from blip2edge.model.config import TransformerConfig
-from blip2edge.model.config_json import Fields, key
+from blip2edge.model.config_json import Fields, check_patch_size, key
 from blip2edge.shapes.features import FULL, LAYER, PATCHES, STRATEGY, feature_blocks, is_full
 
 
@@ -36,10 +35,7 @@ class PatchEncoderConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.patch_size > self.image_size:
-            raise CheckpointError(
-                f"config.json: vision_config: patch_size {self.patch_size} exceeds image_size {self.image_size}"
-            )
+        check_patch_size(self.section, self.patch_size, self.image_size)
 
     @property
     def kind(self) -> str:

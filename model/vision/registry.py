@@ -37,6 +37,8 @@ class VisionEncoder:
         within: The ``model_type`` of whole models that have this encoder, in the section ``vision_config``.
         resized: Function that makes an encoder for pictures of another size in pixels; None if this encoder cannot be
             resized.
+        merges: Whether its layers can merge patches (``token_merging.py``).
+        trains: Whether training can change its weights, with a learning rate of its own for each layer.
         image_processor: Class of the preprocessing if its file names no class, a key of ``CLASSES`` in
             ``checkpoint/image_processor.py``.
     """
@@ -51,6 +53,8 @@ class VisionEncoder:
     cut: tuple[str, ...] = ()
     within: tuple[str, ...] = ()
     resized: Callable[[VisionModule, int], VisionModule] | None = None
+    merges: bool = False
+    trains: bool = False
     image_processor: str = "Blip"
 
 
@@ -61,6 +65,8 @@ VISION_ENCODERS: dict[str, VisionEncoder] = {
         VisionConfig.from_hf,
         VisionTransformer,
         lambda config: weights.BLIP2_VISION,
+        merges=True,
+        trains=True,
     ),
     CLIP_VISION: VisionEncoder(
         "CLIP",
@@ -70,6 +76,8 @@ VISION_ENCODERS: dict[str, VisionEncoder] = {
         lambda config: weights.CLIP_VISION,
         prefix="vision_model.",
         left_out=(r"vision_model\.post_layernorm\..*",),
+        merges=True,
+        trains=True,
         image_processor="CLIP",
     ),
     EfficientNetLiteConfig.model_type: VisionEncoder(

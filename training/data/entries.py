@@ -167,10 +167,9 @@ class BrokenSamples:
 
     def check(self) -> None:
         """Raises DataError if there are more broken samples than the limit."""
-        count = len(self.problems)
-        if count > self._limit:
+        if len(self.problems) > self._limit:
             raise DataError(
-                f"{self.name}: {count} samples are broken, and max_broken allows {self._limit}: {self.named()}",
+                f"{self.name}: {self.count} broken, and max_broken allows {self._limit}: {self.named()}",
                 "repair or remove the broken samples, or raise max_broken ([data] in a recipe)",
             )
 
@@ -180,12 +179,16 @@ class BrokenSamples:
         Args:
             expected: What one sample should be, such as ``a picture with a caption``.
         """
-        count = len(self.problems)
-        reason = f"{count} samples are broken: {self.named()}" if count else "the data set is empty"
+        reason = f"{self.count} broken: {self.named()}" if self.problems else "the data set is empty"
         return DataError(
             f"{self.name}: expected at least one {expected}, got none; {reason}",
-            "give another data set" + (", or repair the broken samples" if count else ""),
+            "give another data set" + (", or repair the broken samples" if self.problems else ""),
         )
+
+    @property
+    def count(self) -> str:
+        """Returns the number of broken samples with its verb, for messages: ``1 sample is``, ``3 samples are``."""
+        return "1 sample is" if len(self.problems) == 1 else f"{len(self.problems)} samples are"
 
     def named(self) -> str:
         """Returns a text with the first three broken samples and their problems, for messages."""

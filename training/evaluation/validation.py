@@ -73,9 +73,7 @@ def open_validation(
     if not usable:
         raise broken.none_usable("picture to validate with")
     if broken.problems:
-        several = len(broken.problems) > 1
-        count = f"{len(broken.problems)} samples are" if several else "1 sample is"
-        log(f"validation: {count} broken and left out: {broken.named()}")
+        log(f"validation: {broken.count} broken and left out: {broken.named()}")
     return ValidationData(config, metric, [entry for each in shown for entry in each.entries], broken)
 
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import ConfigError
-from blip2edge.model.config import QFormerConfig
-from blip2edge.model.vision.vit import VisionTransformer
 from blip2edge.runtime.text.prompt import InstructionTokenizer
 from blip2edge.runtime.text.tokenizer import Tokenizer
 from blip2edge.training.config import TrainingConfig
@@ -76,13 +74,13 @@ def _loader(run: TrainingRun, phase: str, config: BridgePhase, texts: TextMakers
     return loader
 
 
-def _trained_vision(run: TrainingRun, phase: BridgePhase) -> VisionTransformer | None:
+def _trained_vision(run: TrainingRun, phase: BridgePhase) -> nn.Module | None:
     """Returns the picture encoder if the phase trains it, else None.
 
     The encoder is converted to float32, because an earlier phase may have used half precision.
     """
     vision = run.parts.model.vision
-    if not phase.unfreeze_vision or not isinstance(vision, VisionTransformer):
+    if not phase.unfreeze_vision:
         return None
     vision.to(run.accelerator.device, torch.float32)
     if run.config.loop.recompute_activations:
@@ -95,8 +93,10 @@ def _rates(run: TrainingRun, phase: BridgePhase) -> Callable[[str], float]:
 
     A parameter of the picture encoder has the factor of its layer; every other parameter has the factor 1.
     """
-    vision = run.parts.model.vision
-    layers = len(vision.layers) if isinstance(vision, VisionTransformer) else 0
+    if not phase.unfreeze_vision:
+        return lambda name: 1.0
+    vision: Any = run.parts.model.vision
+    layers = len(vision.layers)
     rates = layer_rates(layers, phase.layer_decay)
 
     def rate_of(name: str) -> float:
@@ -201,8 +201,7 @@ def _finish_stage1(run: TrainingRun) -> None:
     if run.stage1 is None:
         return
     run.stage1.vision = run.parts.model.vision
-    if isinstance(run.parts.model.config.bridge, QFormerConfig):
-        begin_stage2(run.stage1, run.parts.model)
+    begin_stage2(run.stage1, run.parts.model)
 
 
 def _stage2(run: TrainingRun) -> Phase:

@@ -326,10 +326,11 @@ def _like(kept: Stage1Source | None, built: CaptionerConfig) -> CaptionerConfig:
 
     If `kept` is None or the bridge is no Q-Former, `built` is returned unchanged.
     """
-    if kept is None or not isinstance(built.bridge, QFormerConfig):
+    if kept is None:
         return built
     given: Any = kept.config.text
-    return replace(built, bridge=replace(built.bridge, **qformer_sizes(given)))
+    bridge: Any = built.bridge
+    return replace(built, bridge=replace(bridge, **qformer_sizes(given)))
 
 
 def new_stage1_model(parts: ModelParts, config: TrainingConfig, base: Path) -> Stage1Model:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from blip2edge.errors import ConfigError
-from blip2edge.model.config import BLIP2_VISION, CLIP_VISION, CaptionerConfig, VisionConfig
+from blip2edge.model.config import CaptionerConfig
+from blip2edge.model.vision.registry import VISION_ENCODERS, vision_encoder
 from blip2edge.training.config import TrainingConfig
 from blip2edge.training.fields import RecipeSection
 from blip2edge.training.phases.stage1_checkpoint import Stage1Source
@@ -46,9 +47,10 @@ def check_bridge_keys(
 def check_trained_vision(given: CaptionerConfig, config: TrainingConfig) -> None:
     """Raises ConfigError if the recipe trains a picture encoder whose training is not supported."""
     trained = [each.section for each in (config.stage1, config.stage2, config.instruct) if each.unfreeze_vision]
-    if trained and not isinstance(given.vision, VisionConfig):
+    if trained and not vision_encoder(given.vision.kind).trains:
+        kinds = [name for name, row in VISION_ENCODERS.items() if row.trains]
         raise ConfigError(
-            f"[{trained[0]}] unfreeze_vision trains picture encoders of the kinds {BLIP2_VISION} (BLIP-2, BLIP) and "
-            f"{CLIP_VISION} (CLIP), and this one is of the kind {given.vision.kind!r}",
+            f"[{trained[0]}] unfreeze_vision trains picture encoders of the kinds {' and '.join(kinds)}, and this one"
+            f" is of the kind {given.vision.kind!r}",
             "set unfreeze_vision to false, or give another encoder",
         )
