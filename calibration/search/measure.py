@@ -215,7 +215,7 @@ class CaptionLoss:
 
 
 def captions_lost(work: Workload, choices: Mapping[str, PartChoice]) -> CaptionLoss:
-    """Captions the pictures with a combination of formats, and compares them with those of the original bundle."""
+    """Generates captions with a combination of formats, and compares them with those of the original bundle."""
     name = "captions-" + file_name("+".join(str(choice.form) for choice in choices.values()))
 
     def compute() -> Mapping[str, float]:

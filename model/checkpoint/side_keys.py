@@ -332,7 +332,7 @@ def check_keys(table: KeyTable, values: Mapping[str, Any], where: str) -> list[s
         where: Name of the file, for messages.
 
     Returns:
-        Warnings: one that names all keys that are not read.
+        A list with one warning, which names all keys that are not read; empty if all keys are read.
 
     Raises:
         CheckpointError: A checked key has a value that would change captions and is not supported.

@@ -43,7 +43,7 @@ REFERENCE_OUTPUTS = "reference_outputs.json"
 SCHEMA_VERSION = 1
 
 BINS = 64
-"""Number of values in a sketch."""
+"""Number of values that are recorded for an output: the size of its count sketch, a random projection."""
 
 PICTURES = 4
 """Number of pictures whose captions are among the reference outputs."""

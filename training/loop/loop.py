@@ -94,7 +94,7 @@ class _PreparedPhase:
     """A phase, with its module and optimizer prepared for this run's device and processes.
 
     Attributes:
-        run: The run of the phase.
+        run: The training run that the phase belongs to.
         phase: The phase.
         module: The phase's module as returned by `accelerator.prepare`.
         optimizer: The optimizer from `accelerator.prepare`.

@@ -36,7 +36,7 @@ ALARM = 100.0
 occurs at most once in 100 audits."""
 
 SKIP_STEPS, CAPTION_STEPS = 4, 6
-"""Number of quantiles that are tried as thresholds: of the distances of pictures, and of the distances of features."""
+"""How many quantiles of the distances between pictures, and between features, are tried as thresholds."""
 
 BLOCK = 200
 """Number of frames in a block, for the design effect. Missed changes of one block count as dependent."""
