@@ -29,6 +29,8 @@ COMMANDS = (
     "calibrate BUNDLE -o out --images nowhere",
     "calibrate BUNDLE -o out --references nowhere.json",
     "capfilt nowhere --captioner BUNDLE --matcher BUNDLE -o out",
+    "capfilt FOLDER --captioner nowhere --matcher CHECKPOINT -o out",
+    "capfilt FOLDER --captioner CHECKPOINT --matcher nowhere -o out",
     "caption nowhere.png -b BUNDLE",
     "caption FOLDER/a.png -b nowhere",
     "certify nowhere",
@@ -59,7 +61,7 @@ COMMANDS = (
     "watch FOLDER -b nowhere --once",
 )
 
-WITH_TORCH = ("train", "export", "eval")
+WITH_TORCH = ("train", "export", "eval", "capfilt")
 
 
 @pytest.fixture(scope="module")

@@ -160,6 +160,13 @@ class Manifest:
         texts = [shown.get(kind, f"{kind} ({{}})").format(", ".join(names)) for kind, names in graphs.items()]
         return f"{', '.join(texts)}, computed from {self.precision}"
 
+    @property
+    def purpose(self) -> str:
+        """What the model does, for messages: captions pictures, answers questions on them, or compares them."""
+        if self.prompt is None:
+            return "compares pictures with texts"
+        return "answers questions on pictures" if self.prompt.required else "captions pictures"
+
     def to_json(self) -> dict[str, Any]:
         """Returns the manifest as the JSON object of ``bundle.json``."""
         return {

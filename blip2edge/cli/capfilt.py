@@ -93,6 +93,10 @@ def run(options: argparse.Namespace) -> int:
     from blip2edge.training.capfilt.pipeline import REPORT_FILE, CapFiltOptions, run_capfilt, score_locally
 
     check_output(options.output, options.force, REPORT_FILE)
+    from blip2edge.model.checkpoint.stored.files import local_checkpoint
+
+    for model in (options.captioner, options.matcher):
+        local_checkpoint(model)  # a missing one is refused before the data is read and torch is imported
     from blip2edge.training.capfilt.ray_backend import score_on_ray
     from blip2edge.training.data.detect import detect_data
     from blip2edge.training.data.entries import by_picture

@@ -108,7 +108,12 @@ def bundle_shape(manifest: Manifest, path: Path) -> ModelShape:
         BundleError: The bundle's model writes no captions, or the bundle holds engines only.
     """
     cache, prompt = manifest.cache, manifest.prompt
-    if cache is None or prompt is None or manifest.engines_of:
+    if prompt is None:
+        raise BundleError(
+            f"{path} {manifest.purpose}, and `plan` supports captioning models only",
+            "measure it on this machine: blip2edge bench BUNDLE",
+        )
+    if cache is None or manifest.engines_of:
         raise BundleError(
             f"{path} has no graphs that write captions, and `plan` supports captioning models only",
             "give the bundle that the engines were built from, or a captioning model",

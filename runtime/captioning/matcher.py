@@ -58,9 +58,8 @@ class Matcher(LoadedBundle):
         manifest = bundle.manifest
         if TEXT_EMBEDS not in manifest.graphs:
             required = manifest.prompt is not None and manifest.prompt.required
-            verb = "answers questions on" if required else "captions"
             raise BundleError(
-                f"{bundle.path} {verb} pictures and cannot compare them with texts"
+                f"{bundle.path} {manifest.purpose} and cannot compare them with texts"
                 if DECODER in manifest.graphs
                 else f"{bundle.path} has no graph {TEXT_EMBEDS}",
                 f"use {'ask' if required else 'caption'}",

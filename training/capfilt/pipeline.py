@@ -26,7 +26,7 @@ from blip2edge.errors import DataError, ImageError, option
 from blip2edge.training.data.entries import AnnotatedPicture, BrokenSamples
 from blip2edge.training.data.shards import ShardWriter
 from blip2edge.training.evaluation.models import CaptionModel, MatchModel, ModelOptions
-from blip2edge.training.evaluation.open_model import open_captioner, open_matcher
+from blip2edge.training.evaluation.open_model import check_prompt, open_captioner, open_matcher
 
 REPORT_FILE = "report.json"
 _BINS = 10  # of the histogram of probabilities
@@ -117,6 +117,7 @@ def score_locally(batches: Iterable[Batch], options: CapFiltOptions) -> Iterator
         UsageError: `captioner` is not a captioner, or the matcher has no matching head.
     """
     captioner = open_captioner(options.captioner, options.captioning)
+    check_prompt(captioner, options.captioner, options.prompt)
     matcher = open_matcher(options.matcher, options.matching)
     for batch in batches:
         yield score_batch(batch, captioner, matcher, options.prompt)

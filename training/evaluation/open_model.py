@@ -125,7 +125,11 @@ def open_captioner(model: Path, options: ModelOptions) -> CaptionModel:
     """
     captioner = open_model(model, options).captioner
     if captioner is None:
-        raise UsageError(f"{model} compares pictures with texts and cannot caption them", "give a captioner")
+        raise UsageError(
+            f"expected {option('captioner')} to be a captioner, but {model} compares pictures with texts and cannot "
+            "caption them",
+            "give a captioner, such as BLIP-2",
+        )
     return captioner
 
 
@@ -139,11 +143,26 @@ def open_matcher(model: Path, options: ModelOptions) -> MatchModel:
     """
     matcher = open_model(model, options).matcher
     if matcher is None or not matcher.has_head:
+        found = "is a captioner:" if matcher is None else "compares vectors only:"
         raise UsageError(
-            f"{model} has no matching head",
-            "give the output of stage 1, or a checkpoint of BLIP or BLIP-2 for image-text matching (ITM)",
+            f"expected {option('matcher')} to have a matching head (ITM), but {model} {found} it has no matching head",
+            "give the output of stage 1, or a checkpoint of BLIP or BLIP-2 for image-text matching",
         )
     return matcher
+
+
+def check_prompt(captioner: CaptionModel, model: Path, prompt: str | None) -> None:
+    """Checks that a captioner can caption pictures with a prompt, or without one.
+
+    Raises:
+        UsageError: The model answers questions, and there is no prompt.
+    """
+    builder = getattr(captioner, "prompts", None)
+    if isinstance(builder, PromptBuilder) and builder.spec.required and prompt is None:
+        raise UsageError(
+            f"expected a model that captions pictures without a question, but {model} answers questions on pictures",
+            f"give a captioner, data with questions, or a question for all pictures with {option('prompt')}",
+        )
 
 
 def open_clip(model: Path, options: ModelOptions) -> MatchModel:

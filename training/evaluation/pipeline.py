@@ -18,7 +18,7 @@ from blip2edge.training.data.folder import read_pictures
 from blip2edge.training.data.registry import read_entries
 from blip2edge.training.evaluation.few_shots import Examples
 from blip2edge.training.evaluation.models import JUDGES, MatchModel, ModelOptions, without_captions
-from blip2edge.training.evaluation.open_model import open_clip, open_model
+from blip2edge.training.evaluation.open_model import check_prompt, open_clip, open_model
 from blip2edge.training.evaluation.reader import TEMPLATE, Reader, check_template, open_reader
 from blip2edge.training.evaluation.scoring import Figures, ScoringOptions, score_entries, score_scenes
 
@@ -113,6 +113,9 @@ def evaluate(
         entries = _read(str(data), images, annotations, max_broken, count, alone=clip is not None)
     shared = ModelOptions(backend, threads, batch_size, require_signature=require_signature)
     scored = open_model(Path(model), replace(shared, generation=dict(generation)))
+    captions = entries is None or reader is not None or not any(entry.question for entry in entries[0][:1])
+    if scored.captioner is not None and captions:
+        check_prompt(scored.captioner, Path(model), prompt)
     opened = _judges(clip, reader, reader_prompt, shared)
     if predictions and (entries is None or scored.captioner is None):
         raise UsageError(
