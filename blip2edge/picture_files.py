@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -40,6 +41,7 @@ _LONG_HEADERS = (
     tarfile.SOLARIS_XHDTYPE,
 )
 _FORM = "an uncompressed tar file"
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def printable(name: str) -> str:
@@ -51,6 +53,25 @@ def printable(name: str) -> str:
 def is_address(path: str) -> bool:
     """Whether a path is an address, such as ``s3://bucket/pictures`` or ``https://host/cat.jpg``."""
     return "://" in path
+
+
+def range_of(pattern: str) -> list[str]:
+    """Returns the paths of a pattern with a range, such as ``part-{000..127}.tar``; an empty list without a range.
+
+    Raises:
+        DataError: The range is backwards.
+    """
+    span = _RANGE.search(pattern)
+    if span is None:
+        return []
+    first, last = span.groups()
+    if int(first) > int(last):
+        raise DataError(
+            f"{pattern}: expected a range from the smaller number to the larger one, got {span[0]}",
+            f"write {{{last}..{first}}}",
+        )
+    numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    return [f"{pattern[: span.start()]}{number}{pattern[span.end() :]}" for number in numbers]
 
 
 def version_mark(described: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +29,9 @@ CHUNK = 16 << 20  # bytes read at a time
 
 MAX_DEPTH = 100
 """Most levels of lists and objects in a JSON value. More would exhaust the stack of code that walks through them."""
+
+SEPARATORS = (",", ";", "\t", "|")
+"""Separators of the columns that programs write into tables."""
 
 READ_FIX = "check the path and the file's permissions"
 
@@ -173,6 +176,19 @@ def parse_json(content: bytes | str, *, strict: bool = False) -> Any:
     if _SURROGATE.search(text):
         json.dumps(values, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
     return values
+
+
+def other_separator(head: Sequence[str], separator: str) -> str | None:
+    """Returns the separator that a table seems to have in place of ``separator``; None if there is no sign of another.
+
+    Args:
+        head: Cells of the table's first line, as read with ``separator``. A line of one cell is a sign.
+        separator: The separator that the table should have.
+    """
+    if len(head) != 1:
+        return None
+    others = [each for each in SEPARATORS if each != separator and each in head[0]]
+    return max(others, key=head[0].count, default=None)
 
 
 def refuse_constant(name: str) -> None:

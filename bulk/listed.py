@@ -15,7 +15,7 @@ from threading import Lock
 from typing import Any
 
 from blip2edge.bulk.read_errors import reading_picture, with_attempts
-from blip2edge.bulk.stores import store_of
+from blip2edge.bulk.stores import UnknownStoreError, store_of
 from blip2edge.errors import DataError, ImageError, MissingPackageError
 from blip2edge.packages import require
 from blip2edge.picture_files import PICTURE_SUFFIXES
@@ -98,10 +98,8 @@ def _read_file(path: str) -> bytes:
     with reading_picture(path):
         try:
             store = store_of(path)
-        except DataError as error:
-            if isinstance(error.__cause__, ValueError):  # no such protocol: a mistake in a table
-                raise ImageError(error.problem) from error
-            raise
+        except UnknownStoreError as error:  # a mistake in a table
+            raise ImageError(f"{path}: {error.problem}") from error
         return store.read(path)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,11 +22,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from blip2edge.bulk.listed import BROKEN, CELL, FILE, MEMBER, WEB, ListedPicture, parquet_package
-from blip2edge.bulk.stores import Store, StoredFile, folder_of, is_web, joined, store_of
+from blip2edge.bulk.stores import Store, StoredFile, UnknownStoreError, folder_of, is_web, joined, store_of
 from blip2edge.choices import BULK_SOURCES
 from blip2edge.errors import DataError, UsageError, option
-from blip2edge.picture_files import PICTURE_SUFFIXES, BrokenShardError, is_address, open_shard, printable
-from blip2edge.reading import reading
+from blip2edge.picture_files import PICTURE_SUFFIXES, BrokenShardError, is_address, open_shard, printable, range_of
+from blip2edge.reading import other_separator, reading
 
 COLUMNS = ("image", "image_path", "img", "path", "file_path", "file", "filename", "file_name", "url", "image_url")
 """Names that the column with the pictures may have, in the order in which they are tried."""
@@ -37,8 +36,6 @@ _SUFFIXES = {".tar": _SHARDS, ".parquet": _PARQUET, ".csv": _CSV, ".tsv": _CSV}
 _TEXTS = ("string", "large_string", "string_view")
 _BYTES = ("binary", "large_binary", "binary_view", "fixed_size_binary", "struct")
 """Types of pyarrow for a column of paths (``_TEXTS``) and of bytes; Hugging Face's datasets store bytes in structs."""
-
-_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 @dataclass(frozen=True)
@@ -90,18 +87,12 @@ class PictureSource:
         """Returns the shards or tables: the files of a folder, the files of a range in braces, or the single file.
 
         Raises:
-            DataError: There is no such file, or a file of the range is missing.
+            DataError: There is no such file, a file of the range is missing, or the range is backwards.
         """
         store = store_of(self.path)
         if store.is_folder(self.path):
             return [one for one in self._files_of(store) if one.name.lower().endswith(suffix)]
-        span = _BRACES.search(self.path)
-        paths = [self.path]
-        if span is not None:
-            first, last = span.groups()
-            numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-            paths = [f"{self.path[: span.start()]}{number}{self.path[span.end() :]}" for number in numbers]
-        found = [(path, store.file(path)) for path in paths]
+        found = [(path, store.file(path)) for path in range_of(self.path) or [self.path]]
         missing = [path for path, file in found if file is None]
         if missing:
             raise DataError(
@@ -224,9 +215,16 @@ def _of_csv(source: PictureSource) -> Iterator[ListedPicture]:
     for table in source.files(""):
         with reading(table.path, "a table", DataError), store_of(table.path).open(table.path) as file:
             text = io.TextIOWrapper(file, "utf-8-sig", newline="")
-            rows = csv.reader(text, delimiter="\t" if table.path.lower().endswith(".tsv") else ",")
-            head = next(rows, [])
-            place = head.index(_column(source.column, head, table.path))
+            separator = "\t" if table.path.lower().endswith(".tsv") else ","
+            rows = csv.reader(text, delimiter=separator)
+            head = next(rows, None)
+            if not head:
+                raise DataError(
+                    f"{table.path}: expected a first line with the names of the columns, got "
+                    f"{'an empty file' if head is None else 'an empty line'}",
+                    "write the names of the columns into the first line, such as path",
+                )
+            place = head.index(_column(source.column, head, table.path, other_separator(head, separator)))
             yield from _named((row[place] if place < len(row) else None for row in rows if row), table)
 
 
@@ -243,14 +241,33 @@ def _named(values: Iterator[Any], table: StoredFile) -> Iterator[ListedPicture]:
         elif is_web(path):
             yield ListedPicture(name, WEB, (path,))
         elif is_address(path):
-            yield ListedPicture(name, FILE, (path,))
+            yield _listed_address(name, path)
         else:
             file = store_of(path).file(path)
             yield ListedPicture(name, FILE, (path,), "" if file is None else file.version)
 
 
-def _column(given: str | None, names: list[str], path: str) -> str:
+def _listed_address(name: str, path: str) -> ListedPicture:
+    """Returns the item for an address in a table; a broken one if no picture can have this address.
+
+    Raises:
+        MissingPackageError: The package for this kind of address is not installed.
+    """
+    try:
+        store_of(path)
+    except UnknownStoreError as error:
+        return ListedPicture(name, BROKEN, (f"{path}: {error.problem}",))
+    return ListedPicture(name, FILE, (path,))
+
+
+def _column(given: str | None, names: list[str], path: str, separator: str | None = None) -> str:
     """Returns the name of the column with the pictures.
+
+    Args:
+        given: Name of the column; None for the first of :data:`COLUMNS` that the table has.
+        names: Names of the table's columns.
+        path: The table.
+        separator: The separator that the table seems to have in place of the expected one, else None.
 
     Raises:
         DataError: The table has no such column.
@@ -258,10 +275,16 @@ def _column(given: str | None, names: list[str], path: str) -> str:
     found = [name for name in ((given,) if given is not None else COLUMNS) if name in names]
     if not found:
         shown = ", ".join(printable(name) for name in islice(names, 20))
-        expected = given if given is not None else f"one of {', '.join(COLUMNS)}"
-        raise DataError(
-            f"{path}: expected a column {expected}, got {shown or 'no column'}", f"name it with {option('column')}"
-        )
+        if given is not None:
+            problem = f"{path}: expected a column {given}, got {shown or 'no column'}"
+        else:
+            problem = f"{path}: expected one of the columns {', '.join(COLUMNS)}, got {shown or 'no column'}"
+        fix = f"name it with {option('column')}"
+        if separator is not None:
+            comma = "a tab" if path.lower().endswith(".tsv") else "a comma"
+            problem = f"{problem}: the separator seems to be {separator!r}"
+            fix = f"write the table with {comma} between the columns"
+        raise DataError(problem, fix)
     return found[0]
 
 

@@ -6,19 +6,22 @@ the file was changed.
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
-from blip2edge.errors import DataError, MissingPackageError
+from blip2edge.errors import DataError, MissingPackageError, one_line
 from blip2edge.packages import require
 from blip2edge.picture_files import MAX_FILE_BYTES, is_address, is_broken_link, version_mark
 from blip2edge.reading import read_bytes, reading
 from blip2edge.runtime.images.download import WEB
 from blip2edge.special_files import open_file
+
+_WRAPPERS = ("generic",)  # without an error when it is made; it looks up its own protocol for ever
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class StoredFile:
     path: str
     name: str
     version: str
+
+
+class UnknownStoreError(DataError):
+    """An address names no object store: fsspec does not know it, or needs more than the address to open it."""
 
 
 class Store(Protocol):
@@ -123,23 +130,29 @@ class RemoteStore:
 
     Raises:
         MissingPackageError: fsspec, or the package for this protocol, is not installed.
-        DataError: fsspec does not know the protocol.
+        UnknownStoreError: fsspec does not know the protocol, or needs more than an address to open its file system.
     """
 
     def __init__(self, protocol: str) -> None:
         fsspec = require("fsspec", f"reading {protocol}://", MissingPackageError)
         self._protocol = protocol
         try:
-            with reading(f"{protocol}://", "an object store", DataError):
-                self._system: Any = fsspec.filesystem(protocol)
-        except DataError as error:
-            if isinstance(error.__cause__, ValueError):
-                raise DataError(
-                    f"{protocol}:// is no protocol of an object store that fsspec knows", "check the address"
-                ) from error.__cause__
-            if isinstance(error.__cause__, ImportError):
-                raise MissingPackageError(error.problem, "install the package that it names with pip") from error
-            raise
+            kind = fsspec.get_filesystem_class(protocol)
+        except ImportError as error:
+            raise MissingPackageError(
+                f"{protocol}:// cannot be read ({one_line(error)})", "install the package that it names with pip"
+            ) from error
+        except Exception as error:  # a protocol may be of another package, with errors of its own
+            raise UnknownStoreError(
+                f"{protocol}:// is no protocol of an object store that fsspec knows", "check the address"
+            ) from error
+        missing = _missing_arguments(kind, fsspec.config.apply_config(kind, {}))
+        if missing or protocol in _WRAPPERS:
+            raise _no_store(protocol, f"it also needs {', '.join(missing)}" if missing else "it has no files itself")
+        try:
+            self._system: Any = fsspec.filesystem(protocol)
+        except Exception as error:  # of any kind: each file system has its own
+            raise _no_store(protocol, one_line(error)) from error
 
     def files(self, folder: str, *, deep: bool = True) -> Iterator[StoredFile]:
         """Yields the files of a folder."""
@@ -178,6 +191,23 @@ class RemoteStore:
         if size > MAX_FILE_BYTES:
             raise ValueError(f"expected at most {MAX_FILE_BYTES} bytes, got {size}")
         return _whole(self._system.cat_file(path, start=start, end=start + size), size)
+
+
+def _missing_arguments(kind: Any, given: Collection[str]) -> list[str]:
+    """Returns the arguments that a file system of fsspec needs, such as the host of a server.
+
+    A file system is not made to find out: the one of ``ftp://`` would print a traceback when it is removed.
+    """
+    parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
+    needed = (one for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD)
+    return [one.name for one in needed if one.name not in given]
+
+
+def _no_store(protocol: str, reason: str) -> UnknownStoreError:
+    return UnknownStoreError(
+        f"{protocol}:// is no object store that can be read by an address alone ({reason})",
+        "copy the files to this machine, or to an object store such as s3://",
+    )
 
 
 def _whole(content: bytes, size: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import shutil
 import socket
@@ -173,6 +174,68 @@ def test_an_output_in_its_source_is_no_part_of_it(folder: Path) -> None:
     assert names(PictureSource(str(folder), leave_out=folder / "out.tar")) == ["a.tar:x.png"]
 
 
+NO_STORES = (
+    "ftp://h/y.png", "github://a/b", "webhdfs://h/x", "reference://x", "dir://x", "zip://x::y", "tar://x", "generic://a",
+    "filecache://x", "nowhere://x/y.png",
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error")  # also pytest's own for an exception in __del__
+def test_addresses_that_are_no_store_are_broken_rows(folder: Path) -> None:
+    pytest.importorskip("fsspec")
+    table = folder / "list.csv"
+    table.write_text("\n".join(("path", "a.png", *NO_STORES)))
+    first, *others = PictureSource(str(table)).items()
+    assert first.read() == png(2)
+    assert [item.image for item in others] == list(NO_STORES)
+    for item in others:
+        protocol = item.image.partition(":")[0]
+        for one in (item, ListedPicture("x", FILE, (item.image,))):
+            with pytest.raises(ImageError, match=rf"{protocol}:// is no (protocol of an )?object store that"):
+                one.read()
+        with pytest.raises(DataError, match=rf"^{protocol}:// is no (protocol of an )?object store that .*; "):
+            names(PictureSource(item.image))
+        gc.collect()
+    assert "(it also needs host); copy the files" in refused("ftp://h/pictures")
+
+
+def refused(path: str) -> str:
+    with pytest.raises(DataError) as raised:
+        names(PictureSource(path))
+    return str(raised.value)
+
+
+def test_a_package_for_an_address_in_a_table_is_named_before_any_picture_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec = pytest.importorskip("fsspec")
+
+    def missing(protocol: str) -> None:
+        raise ImportError(f"Install the package of {protocol}")
+
+    monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
+    (folder / "list.csv").write_text("path\na.png\nfar://b/x.png\n")
+    with pytest.raises(MissingPackageError, match=r"far:// cannot be read \(Install the package of far\); install"):
+        names(PictureSource(str(folder / "list.csv")))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("t.csv", "path;x\na.png;1\n", "got path;x: the separator seems to be ';'; write the table with a comma"),
+        ("t.csv", "path\tx\na.png\t1\n", r"the separator seems to be '\\t'; write the table with a comma"),
+        ("t.tsv", "path,x\na.png,1\n", "the separator seems to be ','; write the table with a tab"),
+        ("t.csv", "name;x,y\n", "expected one of the columns image, .*, got name;x, y; name it with column"),
+        ("t.csv", "", "expected a first line with the names of the columns, got an empty file; write"),
+        ("t.csv", "\npath\na.png\n", "expected a first line with the names of the columns, got an empty line; write"),
+    ],
+)
+def test_the_first_line_of_a_table(name: str, text: str, problem: str, folder: Path) -> None:
+    (folder / name).write_text(text)
+    with pytest.raises(DataError, match=problem):
+        names(PictureSource(str(folder / name)))
+
+
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path, problem in (
         (str(tmp_path / "nothing"), "which does not exist"),
@@ -180,6 +243,7 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (str(tmp_path / "*.jpg"), "which is a pattern; give the folder"),
         (str(tmp_path), "expected at least one picture, got none"),
         (str(tmp_path / "x.tar"), "no such file"),
+        (str(tmp_path / "p-{002..000}.tar"), r"to the larger one, got \{002\.\.000\}; write \{000\.\.002\}"),
     ):
         with pytest.raises(DataError, match=problem):
             names(PictureSource(path))
@@ -214,6 +278,8 @@ def attempts_to_read(item: ListedPicture, error: type[Exception], monkeypatch: p
         (RuntimeError("an error of the client"), StorageError),
         (FileNotFoundError("NoSuchKey"), ImageError),
         (ValueError("the file is cut off"), ImageError),
+        (TypeError("an address that the file system does not expect"), ImageError),
+        (RecursionError(), ImageError),
     ],
 )
 def test_a_storage_that_fails_is_no_broken_picture(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import glob
 import json
-import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from PIL import Image
 
 from blip2edge.bundle.outputs.disk_errors import output_error
 from blip2edge.errors import DataError, ImageError
-from blip2edge.picture_files import BrokenShardError, ShardFile, add_member, is_address, open_shard
+from blip2edge.picture_files import BrokenShardError, ShardFile, add_member, is_address, open_shard, range_of
 from blip2edge.reading import parse_json, reading
 from blip2edge.runtime.images.preprocess import load_image
 from blip2edge.training.data.entries import BrokenSamples, Entry, file_identity
@@ -37,8 +36,6 @@ MAX_TEXT_BYTES = 16 << 20
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 """Endings of the file names of shards."""
 
-_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
-
 
 class ShardPicture(ShardFile):
     """A picture inside a shard, with the interface of :class:`blip2edge.training.data.entries.StoredPicture`."""
@@ -53,16 +50,6 @@ class ShardPicture(ShardFile):
         return load_image(self.read())
 
 
-def range_of(pattern: str) -> list[str]:
-    """Returns the paths of a pattern with a range, such as `part-{000..127}.tar`; an empty list without a range."""
-    span = _BRACES.search(pattern)
-    if span is None:
-        return []
-    first, last = span.groups()
-    numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    return [pattern[: span.start()] + number + pattern[span.end() :] for number in numbers]
-
-
 def shard_paths(pattern: str | Path, suffixes: tuple[str, ...] = SHARD_SUFFIXES) -> list[Path]:
     """Finds the shards that a pattern names; returns their paths, sorted.
 
@@ -71,7 +58,8 @@ def shard_paths(pattern: str | Path, suffixes: tuple[str, ...] = SHARD_SUFFIXES)
         suffixes: Endings of the files, in lower case.
 
     Raises:
-        DataError: There is no such shard, a shard of the range is missing, or a file has another ending.
+        DataError: There is no such shard, a shard of the range is missing, the range is backwards, or a file has
+            another ending.
     """
     text = str(pattern)
     if Path(text).is_file():  # also a path that contains characters of a pattern

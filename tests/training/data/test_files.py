@@ -165,6 +165,8 @@ def test_shards_by_directory_pattern_and_range(shards: Path) -> None:
         shard_paths(shards / "x*.tar")
     with pytest.raises(DataError, match=r"1 of 4 are missing: .*000003\.tar"):
         shard_paths(str(shards / "{000000..000003}.tar"))
+    with pytest.raises(DataError, match=r"to the larger one, got \{000002\.\.000000\}; write \{000000\.\.000002\}"):
+        shard_paths(str(shards / "{000002..000000}.tar"))
     (shards / "a.tar.gz").write_bytes(b"")
     assert [path.name for path in shard_paths(shards)] == [*names, "a.tar.gz"]
     (shards / "a.zip").write_bytes(b"")

@@ -268,6 +268,14 @@ def test_columns_that_are_named_and_columns_that_are_missing(pictures: Path) -> 
     path.write_text("a dog\thttps://host.example/a.jpg\n")  # as CC3M is published
     with pytest.raises(DataError, match="expected the first line to name the columns"):
         read("table", path)
+    for name, text, found in (
+        ("rows.csv", "image;caption\n", "got 'image;caption': the separator seems to be ';'; write .* a comma between"),
+        ("rows.tsv", "image,caption\n", "got 'image,caption': the separator seems to be ','; write .* a tab between"),
+        ("rows.csv", "", "got no column; add a first line"),
+    ):
+        (pictures / name).write_text(text)
+        with pytest.raises(DataError, match=found):
+            read("table", pictures / name)
     with pytest.raises(DataError, match=r"expected one of metadata\.jsonl"):
         read("table", pictures)
     reader = RowReader(pictures, BrokenSamples("x", 9))

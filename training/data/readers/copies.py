@@ -22,11 +22,10 @@ from PIL import Image
 from blip2edge.bundle.outputs.disk_errors import output_error
 from blip2edge.errors import DataError, ImageError, MissingPackageError
 from blip2edge.packages import require
-from blip2edge.picture_files import is_address, version_mark
+from blip2edge.picture_files import is_address, range_of, version_mark
 from blip2edge.reading import CHUNK, reading
 from blip2edge.special_files import open_file
 from blip2edge.training.data.entries import BrokenSamples, Entry, StoredPicture, file_identity
-from blip2edge.training.data.shards import range_of
 
 PACKED = (".gz", ".tgz")
 
@@ -64,7 +63,7 @@ def remote_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
         suffixes: Endings of the files of a folder.
 
     Raises:
-        DataError: There is no such file, or the store cannot be read.
+        DataError: There is no such file, the range is backwards, or the store cannot be read.
         MissingPackageError: fsspec, or the package for this protocol, is not installed.
     """
     if of_range := range_of(pattern):

@@ -14,7 +14,7 @@ from typing import Any
 
 from blip2edge.errors import Blip2EdgeError, DataError, MissingPackageError
 from blip2edge.packages import require
-from blip2edge.reading import DATA_BYTES, parse_json, read_bytes, reading
+from blip2edge.reading import DATA_BYTES, other_separator, parse_json, read_bytes, reading
 from blip2edge.special_files import open_file
 from blip2edge.training.data.coco import load_json_object
 from blip2edge.training.data.readers.rows import CAPTIONS, DIALOGUES, PICTURES, Row, Rows
@@ -120,10 +120,15 @@ def delimited(path: Path) -> Numbered:
         columns = next(table, [])
         known = {*PICTURES, *CAPTIONS, *DIALOGUES, "question"}
         if len(columns) < 2 or not known & {column.strip().lower() for column in columns}:
+            other = other_separator(columns, separator)
+            seems = "" if other is None else f": the separator seems to be {other!r}"
+            comma = "a tab" if separator == "\t" else "a comma"
             raise DataError(
-                f"{path}: expected the first line to name the columns, such as image{separator!r}caption, got"
-                f" {columns!r:.80}",
-                "add a first line with the names of the columns",
+                f"{path}: expected the first line to name the columns, such as image{separator}caption, got "
+                f"{repr(separator.join(columns))[:80] if columns else 'no column'}{seems}",
+                "add a first line with the names of the columns"
+                if other is None
+                else f"write the table with {comma} between the columns",
             )
         columns = [column.strip() for column in columns]
         number = 0
