@@ -18,8 +18,12 @@ SEGMENT = 64
 MOST_ROWS = 4
 """Largest number of input rows for ``gemv.cuh``; for more rows, ``gemm.cuh`` is used."""
 
-GEMM_ROWS, GEMM_COLUMNS, GEMM_PITCH = 64, 64, 40
-"""Rows and columns of a block of ``gemm.cuh``, and fp16 values between two rows of its shared memory (``PITCH``)."""
+GEMM_ROWS, GEMM_COLUMNS, GEMM_DEPTH, GEMM_PITCH = 64, 64, 32, 40
+"""Rows and columns of a block of ``gemm.cuh``, rows of weights of a step, and fp16 values between two rows of its
+shared memory (``PITCH``)."""
+
+GEMM_STEPS = 8
+"""Smallest number of steps of a thread block of ``gemm.cuh`` along K."""
 
 MOST_MATRICES = 3
 CHUNK = 16
@@ -38,7 +42,7 @@ class GemvArguments(ctypes.Structure):
     _fields_ = [
         ("matrices", Matrix * MOST_MATRICES),
         *pointers("x", "gated", "parts", "arrived"),
-        *integers("depth", "block", "widest", "rows"),
+        *integers("depth", "block", "widest", "rows", "splits"),
     ]
 
 
@@ -111,16 +115,24 @@ class RowProduct:
         """Returns the number of thread blocks along the columns of the widest matrix."""
         return -(-max(self.widths) // self.tile)
 
+    @property
+    def row_tiles(self) -> int:
+        """Returns the number of thread blocks along the input rows."""
+        return 1 if self.few else -(-self.rows // GEMM_ROWS)
+
+    @property
+    def counters(self) -> int:
+        """Returns the number of uint32 counters for the thread blocks that have arrived: one for each tile."""
+        return self.tiles * self.row_tiles * len(self.widths)
+
     def splits(self, multiprocessors: int) -> int:
         """Returns the number of thread blocks along K: two for each multiprocessor, if K is large enough.
 
         Args:
             multiprocessors: Number of the GPU's multiprocessors.
         """
-        if not self.few:
-            return 1
-        most = -(-self.depth // (CHUNK * THREADS // self.lanes))
-        wanted = -(-2 * multiprocessors // (self.tiles * len(self.widths)))
+        most = -(-self.depth // (CHUNK * THREADS // self.lanes if self.few else GEMM_DEPTH * GEMM_STEPS))
+        wanted = -(-2 * multiprocessors // (self.tiles * self.row_tiles * len(self.widths)))
         return max(1, min(most, wanted))
 
     def parts_bytes(self, splits: int) -> int:
@@ -153,11 +165,10 @@ class RowProduct:
         """
         arguments = GemvArguments(
             x=x, gated=gated, parts=parts, arrived=arrived,
-            depth=self.depth, block=self.block, widest=max(self.widths), rows=self.rows,
+            depth=self.depth, block=self.block, widest=max(self.widths), rows=self.rows, splits=splits,
         )  # fmt: skip
         for index, (matrix, width) in enumerate(zip(matrices, self.widths, strict=True)):
             matrix.width = width
             arguments.matrices[index] = matrix
-        along = splits if self.few else -(-self.rows // GEMM_ROWS)
-        grid = (self.tiles, along, len(self.widths))
-        return Launch(self.kernel, grid, arguments, self.parts_bytes(splits), self.tiles * len(self.widths))
+        grid = (self.tiles, self.row_tiles * splits, len(self.widths))
+        return Launch(self.kernel, grid, arguments, self.parts_bytes(splits), self.counters)

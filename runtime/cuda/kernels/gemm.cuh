@@ -4,7 +4,8 @@
 // A block computes 64 rows by 64 columns; it goes through K in steps of 32 rows of weights, which lie in shared memory as
 // fp16, column by column. While it computes a step, it loads the next one into registers. Each of 8 warps computes 16 rows
 // by 32 columns with tensor cores (mma m16n8k16), which add up in fp32. Integers are exact in fp16: the sum of a block of
-// weights is multiplied by its scale in fp32. Each weight is read once for 64 rows.
+// weights is multiplied by its scale in fp32. Each weight is read once for 64 rows. The y axis is that of the rows, and of
+// the parts of K for GPUs with more multiprocessors than tiles; the last block of a tile adds the parts up, in their order.
 // Roofline: at 33 to 64 rows the weights' bytes decide on every GPU with tensor cores.
 #pragma once
 
@@ -108,7 +109,9 @@ template <int BITS, typename Scale, typename Out, int INPUT, int OUTPUT>
 __device__ __forceinline__ void gemm(const GemvArguments& a) {
     const Matrix& m = a.matrices[blockIdx.z];
     const long long first_column = static_cast<long long>(blockIdx.x) * GEMM_COLUMNS;
-    const long long first_row = static_cast<long long>(blockIdx.y) * GEMM_ROWS;
+    const long long first_row = blockIdx.y / a.splits * GEMM_ROWS, split = blockIdx.y % a.splits;
+    const long long steps = (a.depth + GEMM_DEPTH - 1) / GEMM_DEPTH, own = (steps + a.splits - 1) / a.splits * GEMM_DEPTH;
+    const long long begin = split * own, end = begin + own < a.depth ? begin + own : a.depth;
     if (first_column >= m.width) return;
     __half* inputs = reinterpret_cast<__half*>(shared_memory);
     __half* weights = inputs + GEMM_ROWS * PITCH;
@@ -119,13 +122,13 @@ __device__ __forceinline__ void gemm(const GemvArguments& a) {
     float sums[FRAGMENTS][4] = {}, totals[FRAGMENTS][4] = {};
 
     Step<BITS, INPUT> step;
-    step.load(a, m, first_row, first_column, 0);
-    for (long long first = 0; first < a.depth; first += GEMM_DEPTH) {
+    step.load(a, m, first_row, first_column, begin);
+    for (long long first = begin; first < end; first += GEMM_DEPTH) {
         __syncthreads();  // the fragments of the step before are read
         step.store(inputs, weights);
         __syncthreads();
-        if (first + GEMM_DEPTH < a.depth) step.load(a, m, first_row, first_column, first + GEMM_DEPTH);
-        for (int k = 0; used && k < GEMM_DEPTH && first + k < a.depth; k += TILE_DEPTH) {
+        if (first + GEMM_DEPTH < end) step.load(a, m, first_row, first_column, first + GEMM_DEPTH);
+        for (int k = 0; used && k < GEMM_DEPTH && first + k < end; k += TILE_DEPTH) {
             const unsigned x[4] = {pair_of(inputs, row + group, k + pair), pair_of(inputs, row + group + 8, k + pair),
                                    pair_of(inputs, row + group, k + pair + 8), pair_of(inputs, row + group + 8, k + pair + 8)};
 #pragma unroll
@@ -135,7 +138,7 @@ __device__ __forceinline__ void gemm(const GemvArguments& a) {
                 mma(sums[f], x, w);
             }
             if constexpr (BITS < 16) {
-                if ((first + k + TILE_DEPTH) % a.block != 0) continue;
+                if ((first + k + TILE_DEPTH) % a.block != 0 && first + k + TILE_DEPTH < end) continue;
 #pragma unroll
                 for (int i = 0; i < FRAGMENTS * 4; ++i) {
                     const long long n = first_column + column + i / 4 * 8 + pair + i % 2;
@@ -146,10 +149,23 @@ __device__ __forceinline__ void gemm(const GemvArguments& a) {
             }
         }
     }
+    float* parts = a.parts + blockIdx.z * a.splits * a.rows * a.widest;
 #pragma unroll
     for (int i = 0; i < FRAGMENTS * 4; ++i) {
         const long long r = first_row + row + group + i % 4 / 2 * 8, n = first_column + column + i / 4 * 8 + pair + i % 2;
         const float value = BITS < 16 ? totals[i / 4][i % 4] : sums[i / 4][i % 4];
-        if (r < a.rows && n < m.width) finish<Out, OUTPUT>(m, r, n, value);
+        if (r >= a.rows || n >= m.width) continue;
+        if (a.splits == 1) finish<Out, OUTPUT>(m, r, n, value);
+        else parts[(split * a.rows + r) * a.widest + n] = value;
+    }
+    if (a.splits == 1) return;
+    unsigned* arrived = a.arrived + (blockIdx.z * (gridDim.y / a.splits) + blockIdx.y / a.splits) * gridDim.x + blockIdx.x;
+    if (!last_to_arrive(arrived, a.splits, reinterpret_cast<unsigned*>(shared_memory))) return;
+    for (int i = threadIdx.x; i < GEMM_ROWS * GEMM_COLUMNS; i += THREADS) {
+        const long long r = first_row + i / GEMM_COLUMNS, n = first_column + i % GEMM_COLUMNS;
+        if (r >= a.rows || n >= m.width) continue;
+        float sum = 0.0f;
+        for (long long other = 0; other < a.splits; ++other) sum += parts[(other * a.rows + r) * a.widest + n];
+        finish<Out, OUTPUT>(m, r, n, sum);
     }
 }

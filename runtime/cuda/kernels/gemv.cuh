@@ -39,6 +39,7 @@ struct GemvArguments {
     long long block;      // rows that share a scale; unused in 16 bits
     long long widest;     // N of the widest matrix
     long long rows;       // M, for gemm.cuh; gemv.cuh has it as a template argument
+    long long splits;     // parts of K, for gemm.cuh; those of gemv.cuh are gridDim.y
 };
 
 enum Input { PLAIN = 0, SWIGLU = 1 };

@@ -34,7 +34,7 @@ CASES = (
     RowProduct(16, 33, 16, (8,), out="float", swiglu=True),
     RowProduct(16, 70, 104, (72,), out="float"),  # two blocks of rows; loads of 16 bytes
     RowProduct(8, 34, 64, (65,), 32),
-    RowProduct(8, 17, 192, (136,), 64, out="float"),
+    RowProduct(8, 17, 256, (136,), 64, out="float"),  # three parts of K end within blocks
     RowProduct(4, 6, 144, (96,), 16, scale="float", out="float"),
     RowProduct(4, 40, 48, (7, 66), 16, scale="float", out="float"),  # rows of weights that begin in half a byte
 )
@@ -87,7 +87,7 @@ def wanted(case: RowProduct, one: Drawn, x: np.ndarray[Any, Any], gated: np.ndar
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.kernel.name)
 def test_products(shim: Shim, case: RowProduct) -> None:
-    for splits in (1, 3) if case.few else (1,):
+    for splits in (1, 3):
         for order in ORDERS:
             compare(shim, case, splits, order)
 
@@ -96,7 +96,7 @@ def verify(shim: Shim) -> None:
     """All comparisons, for the mutants."""
     for case in CASES:
         for splits, order in ((1, FORWARD), (3, REVERSED), (3, RANDOM)):
-            compare(shim, case, splits if case.few else 1, order)
+            compare(shim, case, splits, order)
 
 
 def compare(shim: Shim, case: RowProduct, splits: int, order: int) -> None:
@@ -108,7 +108,7 @@ def compare(shim: Shim, case: RowProduct, splits: int, order: int) -> None:
     dtype = np.float32 if case.out == "float" else np.float16
     outs = [memory.empty((case.rows, width), dtype) for width in case.widths]
     parts = memory.empty((case.parts_bytes(splits),), np.uint8)
-    arrived = memory.put(np.zeros(case.tiles * len(drawn), np.uint32))
+    arrived = memory.put(np.zeros(case.counters, np.uint32))
     matrices = [
         Matrix(*(memory.put(array).ctypes.data for array in (one.stored, one.scales, one.bias, one.residual)))
         for one in drawn
@@ -136,7 +136,7 @@ def test_a_null_bias_and_residual_are_none_and_the_result_may_replace_the_residu
     memory = Memory()
     x = memory.put(random.normal(0, 1, (1, case.depth)).astype(np.float16))
     out = memory.put(one.residual)
-    arrived = memory.put(np.zeros(case.tiles, np.uint32))
+    arrived = memory.put(np.zeros(case.counters, np.uint32))
     weight = memory.put(one.stored).ctypes.data
     exact = x.astype(np.float64) @ one.exact
     matrix = Matrix(weight=weight, residual=out.ctypes.data, out=out.ctypes.data)
@@ -166,7 +166,7 @@ def test_each_weight_is_read_once_in_whole_sectors(shim: Shim, case: RowProduct,
         for weight, one, out in zip(weights, drawn, outs, strict=True)
     ]
     parts = memory.empty((case.parts_bytes(splits),), np.uint8)
-    arrived = memory.put(np.zeros(case.tiles * len(drawn), np.uint32))
+    arrived = memory.put(np.zeros(case.counters, np.uint32))
     loads = shim.loads(case.launch(matrices, x.ctypes.data, parts.ctypes.data, arrived.ctypes.data, splits))
     assert set(loads["size"].tolist()) == {case.load}
     wanted = np.concatenate([weight.ctypes.data + np.arange(0, weight.nbytes, case.load) for weight in weights])
@@ -184,6 +184,8 @@ def test_the_largest_load_that_fits_is_chosen_and_odd_widths_in_four_bits_are_re
     assert replace(opt, rows=3).load == 8
     assert RowProduct(16, 1, 2560, (50272,)).load == 16
     assert (opt.splits(16), opt.splits(132)) == (1, 3)  # three matrices of 20 tiles; K has 160 chunks for 64 threads
+    prompt = replace(opt, rows=40, widths=(2560,))
+    assert (prompt.splits(16), prompt.splits(132), replace(prompt, rows=400).splits(132)) == (1, 7, 1)
     with pytest.raises(ValueError, match="no kernel for 4 bits and widths"):
         _ = RowProduct(4, 1, 16, (9,), 16).kernel
     with pytest.raises(ValueError, match="blocks of 8 rows"):
