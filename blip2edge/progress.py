@@ -9,6 +9,8 @@ import shutil
 import sys
 import threading
 import time
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol, TextIO, TypeVar
 
 if TYPE_CHECKING:
@@ -47,6 +49,50 @@ def counted(items: Iterable[Item], total: int, progress: Callable[[int, int], No
         progress(done, total)
         yield item
     progress(total, total)
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Reports nothing."""
+
+
+_TRANSFERS: ContextVar[Callable[[], AbstractContextManager[ProgressCallback]]] = ContextVar(
+    "transfers", default=lambda: nullcontext(_silent)
+)
+
+
+@contextmanager
+def showing_transfers(make: Callable[[], AbstractContextManager[ProgressCallback]]) -> Iterator[None]:
+    """Shows the progress of downloads and uploads in the block.
+
+    A download starts inside any function that opens a bundle, so these functions have no argument ``progress`` for it.
+
+    Args:
+        make: Called at the beginning of each transfer; returns its reporter as a context manager, such as
+            :class:`Progress`.
+    """
+    token = _TRANSFERS.set(make)
+    try:
+        yield
+    finally:
+        _TRANSFERS.reset(token)
+
+
+def transfer_progress() -> AbstractContextManager[ProgressCallback]:
+    """Returns the reporter of one download or upload; it reports nothing outside :func:`showing_transfers`."""
+    return _TRANSFERS.get()()
+
+
+def report_bytes(report: ProgressCallback, what: str, done: int, total: int) -> None:
+    """Reports the progress of a transfer in kB or MB.
+
+    Args:
+        report: The reporter.
+        what: What is transferred, such as ``downloading org/name``.
+        done: Number of bytes that are transferred.
+        total: Number of bytes of the whole transfer.
+    """
+    unit, size = ("MB", 1_000_000) if total >= 10_000_000 else ("kB", 1000)
+    report(f"{what}, {unit}", done // size if done < total else -(-total // size), -(-total // size))
 
 
 class Progress:

@@ -95,7 +95,7 @@ def test_export_by_name_in_a_process_of_its_own(hub: HubServer, tmp_path: Path) 
 def test_errors_of_an_export_by_name(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, words in (
         ("nobody/nothing", "there is no repository nobody/nothing on the hub, or it is private; check the name"),
-        (f"{NAME}@v7", f"{NAME}@v7 has no such revision; give a branch, a tag or a commit"),
+        (f"{NAME}@v7", f"{NAME} has no revision v7; give a branch, a tag or a commit"),
     ):
         with pytest.raises(CheckpointError, match=f"{name} is no local directory .* from the hub: {words}"):
             find_checkpoint(name)

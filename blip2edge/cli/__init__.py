@@ -16,6 +16,7 @@ from blip2edge.cli import interrupt
 from blip2edge.cli.messages import print_error, print_note
 from blip2edge.cli.parser import build_parser
 from blip2edge.errors import Blip2EdgeError
+from blip2edge.progress import Progress, showing_transfers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         options = build_parser(words).parse_args(words)
-        status: int = options.run(options)
+        with showing_transfers(Progress):
+            status: int = options.run(options)
         return status
 
     return guarded(run, debug="--debug" in words)

@@ -39,12 +39,12 @@ def run(options: argparse.Namespace) -> int:
     """Upload a bundle with its model card, or print the card."""
     from blip2edge.bundle.bundle import Bundle
     from blip2edge.bundle.hub.card import model_card
-    from blip2edge.bundle.hub.names import MAIN
-    from blip2edge.bundle.hub.upload import push_bundle
+    from blip2edge.bundle.hub.upload import push_bundle, push_name
 
+    name = push_name(options.repository, options.revision, options.license)
     manifest = Bundle.open(options.bundle).manifest
     if options.card:
-        print(model_card(manifest, options.repository, options.revision or MAIN, options.license or ""), end="")
+        print(model_card(manifest, name.repository, name.revision, options.license or ""), end="")
         return 0
     with Progress() as progress:
         report = push_bundle(

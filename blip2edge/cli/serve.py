@@ -70,6 +70,19 @@ def add_arguments(parser: Parser) -> None:
         kind=positive_number,
         metavar="S",
     )
+    _add_access(parser)
+    parser.add_argument(
+        "--access-log",
+        metavar="FILE",
+        help="append a line of JSON for each request to this file; -: standard output. Keys, prompts and pictures are "
+        "not written",
+    )
+    add_limits(parser, Limits)
+    add_limits(parser, ConnectionLimits)
+
+
+def _add_access(parser: Parser) -> None:
+    """Adds the flags of who may use the server, and over TLS."""
     access = parser.add_argument_group("access", "who may use the server, and over TLS")
     access.add_argument(
         "--api-key",
@@ -102,14 +115,6 @@ def add_arguments(parser: Parser) -> None:
         help="serve https with a certificate that is made for the names and addresses of this machine, and kept in the "
         "user's cache; its fingerprint is printed",
     )
-    parser.add_argument(
-        "--access-log",
-        metavar="FILE",
-        help="append a line of JSON for each request to this file; -: standard output. Keys, prompts and pictures are "
-        "not written",
-    )
-    add_limits(parser, Limits)
-    add_limits(parser, ConnectionLimits)
 
 
 def _api_key(options: argparse.Namespace) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from blip2edge.bundle.hub.download import find_manifest, first_file, hub_client
 from blip2edge.bundle.hub.errors import hub_errors
+from blip2edge.bundle.hub.names import HubName, is_repository
 from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest, read_manifest
 from blip2edge.bundle.schema import BRIDGE, CROSS_KV, DECODER, EMBEDDINGS_FILE, TEXT_ENCODER, VISION
 from blip2edge.errors import BundleError, CheckpointError
@@ -85,11 +86,13 @@ def hub_config(name: str) -> Any:
         CheckpointError: The name is no name on the hub, ``huggingface_hub`` is not installed, or the hub cannot be
             reached.
     """
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or missing(["huggingface_hub"]):
+    if not is_repository(name) or missing(["huggingface_hub"]):
         raise unknown_model(name)
     try:
-        with hub_errors(f"its {CONFIG} could not be fetched", name, CheckpointError):
-            file = first_file(hub_client(name), name, CONFIG)
+        hub = hub_client(name)
+        place = Path(hub.constants.HF_HUB_CACHE)
+        with hub_errors(f"its {CONFIG} could not be fetched", HubName(name), CheckpointError, place):
+            file = first_file(hub, name, CONFIG)
     except CheckpointError as error:
         problem = unknown_model(name)
         raise CheckpointError(f"{problem.problem}; {error.problem}", f"{error.fix}; or {problem.fix}") from error

@@ -19,7 +19,7 @@ import importlib
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from blip2edge.bundle.fields import is_file_name
 from blip2edge.bundle.hub.errors import hub_errors, is_answer
@@ -30,6 +30,7 @@ from blip2edge.bundle.trust.integrity import sha256_of
 from blip2edge.bundle.trust.signature import SIGNATURE, read_signature
 from blip2edge.errors import BundleError, BundleIntegrityError, MissingPackageError, option
 from blip2edge.packages import require
+from blip2edge.progress import ProgressCallback, report_bytes, transfer_progress
 
 CONTINUES = "run the command again: it continues where this download ended"
 
@@ -81,9 +82,9 @@ def first_file(hub: Any, repository: str, file: str, revision: str = MAIN) -> Pa
 
     Without a network, the cached file is returned; if there is none, the call fails at once.
 
-    For a file that is not in its cache, the hub's client repeats a failed connection for 23 seconds. So the connection
-    is tried once here; its timeout is ``HF_HUB_ETAG_TIMEOUT`` seconds (10 by default). With ``HF_HUB_OFFLINE``, nothing
-    is sent.
+    For a file that is not in its cache, the hub's client repeats a request for 23 seconds if the connection fails or
+    the hub answers with a status such as 503. So the request is sent once here; its timeout is ``HF_HUB_ETAG_TIMEOUT``
+    seconds (10 by default). With ``HF_HUB_OFFLINE``, nothing is sent.
 
     Args:
         hub: The package, from :func:`hub_client`.
@@ -137,13 +138,20 @@ class _Download:
                 f"{self._name} contains engines, which are programs: they are used only with a checked signature",
                 f"give the public key of its author ({option('require_signature')})",
             )
-        for file, record in manifest.files.items():
+        for file in manifest.files:
             if not is_file_name(file):
                 raise BundleIntegrityError(
                     f"{MANIFEST} of {self._name} lists {file!r}, which is not the name of a file",
                     "use another repository",
                 )
-            self._get(file, record.sha256, MANIFEST)
+        wanted = {file: record for file, record in manifest.files.items() if not (self.directory / file).is_file()}
+        if not wanted:
+            return
+        with transfer_progress() as report:
+            counted = _Counted(report, f"downloading {self._name}", sum(record.size for record in wanted.values()))
+            for file, record in wanted.items():
+                self._get(file, record.sha256, MANIFEST, counted)
+                counted.complete(record.size)
 
     def signed_files(self, public_key: Path) -> None:
         """Downloads and checks the signature, then the optimized copies and engines that it lists."""
@@ -168,7 +176,7 @@ class _Download:
 
     def _errors(self, advice: str = CONTINUES) -> Any:
         place = Path(self._hub.constants.HF_HUB_CACHE)
-        return hub_errors(f"{self._name} could not be downloaded", self._name.repository, BundleError, place, advice)
+        return hub_errors(f"{self._name} could not be downloaded", self._name, BundleError, place, advice)
 
     def _no_bundle(self) -> BundleError:
         """Makes the error for a repository without ``bundle.json``."""
@@ -180,13 +188,14 @@ class _Download:
             )
         return BundleError(f"{name} is not a bundle: it has no {MANIFEST}", "check the name of the repository")
 
-    def _get(self, file: str, sha256: str, listing: str) -> None:
+    def _get(self, file: str, sha256: str, listing: str, counted: _Counted | None = None) -> None:
         """Puts one file into the bundle's directory: from the hub's cache, or downloaded.
 
         Args:
             file: Path of the file in the repository.
             sha256: The expected SHA-256 of the file.
             listing: Name of the file that lists this hash, for errors.
+            counted: Counter of the bytes of a whole download; None for no report.
         """
         target = self.directory / file
         if target.is_file():
@@ -198,21 +207,29 @@ class _Download:
                 _take(pointer.resolve(), target)
                 return
             url = hub.hf_hub_url(self._name.repository, file, revision=commit)
-            metadata = hub.get_hf_file_metadata(url)
+            try:
+                metadata = hub.get_hf_file_metadata(url)
+            except hub.errors.RemoteEntryNotFoundError as error:
+                raise BundleError(
+                    f"{self._name} is incomplete: its {listing} lists {file}, which is not in the repository",
+                    "report it to the owner of the repository, or name another revision: hub:ORG/NAME@REVISION",
+                ) from error
             lock = self._storage.parent / ".locks" / self._storage.name / f"{metadata.etag}.lock"
             lock.parent.mkdir(parents=True, exist_ok=True)
             with hub.utils.WeakFileLock(lock):  # the client's own lock: one process downloads a file
                 if not target.is_file():
                     blob = self._storage / "blobs" / metadata.etag
                     if not blob.is_file() or sha256_of(blob) != sha256:
-                        self._fetch(url, metadata.size, blob, sha256, f"{file} of {self._name}", listing)
+                        self._fetch(url, metadata.size, blob, sha256, f"{file} of {self._name}", listing, counted)
                     _take(blob, target)
             hub.hf_hub_download(self._name.repository, file, revision=commit)  # makes the link in the snapshot
 
-    def _fetch(self, url: str, size: int | None, blob: Path, sha256: str, file: str, listing: str) -> None:
+    def _fetch(
+        self, url: str, size: int | None, blob: Path, sha256: str, file: str, listing: str, counted: _Counted | None
+    ) -> None:
         """Downloads one file to ``blob``; ``size`` is its size in bytes, None if it is not known."""
         part = blob.with_name(f"{blob.name}.blip2edge.incomplete")
-        self._continue(url, part, size)
+        self._continue(url, part, size, counted)
         if sha256_of(part) != sha256:
             part.unlink()
             raise BundleIntegrityError(
@@ -222,13 +239,50 @@ class _Download:
             )
         part.replace(blob)
 
-    def _continue(self, url: str, part: Path, size: int | None) -> None:
+    def _continue(self, url: str, part: Path, size: int | None, counted: _Counted | None) -> None:
         """Downloads the rest of a partial file; ``size`` is the size of the whole file in bytes, None if not known."""
         if part.is_file() and (size is None or part.stat().st_size > size):
             part.unlink()
         headers = {**self._hub.utils.build_hf_headers(), "Accept-Encoding": "identity"}
         with part.open("ab") as file:
-            self._hub.file_download.http_get(url, file, resume_size=file.tell(), headers=headers, expected_size=size)
+            target = file if counted is None else counted.around(file)
+            self._hub.file_download.http_get(url, target, resume_size=file.tell(), headers=headers, expected_size=size)
+
+
+class _Counted:
+    """Counts the bytes of a download of several files, and reports them."""
+
+    def __init__(self, report: ProgressCallback, what: str, total: int) -> None:
+        self._report, self._what, self._total = report, what, total
+        self._done = 0  # bytes of complete files
+
+    def complete(self, size: int) -> None:
+        """Counts a whole file of ``size`` bytes, also if it was not downloaded because it is in the cache."""
+        self._done += size
+        self.show(0)
+
+    def show(self, size: int) -> None:
+        """Reports the complete files and ``size`` bytes of the file that is downloaded now."""
+        report_bytes(self._report, self._what, self._done + size, self._total)
+
+    def around(self, file: BinaryIO) -> Any:
+        """Returns a file that writes to ``file`` and reports each write."""
+        self.show(file.tell())
+        return _CountedFile(file, self)
+
+
+class _CountedFile:
+    """A file that is written by the hub's client, which uses these four methods of it."""
+
+    def __init__(self, file: BinaryIO, counted: _Counted) -> None:
+        self._file, self._counted = file, counted
+        self.tell, self.seek, self.truncate = file.tell, file.seek, file.truncate
+
+    def write(self, data: bytes) -> int:
+        """Write data, and report the size of the file."""
+        written = self._file.write(data)
+        self._counted.show(self._file.tell())
+        return written
 
 
 def _take(blob: Path, target: Path) -> None:

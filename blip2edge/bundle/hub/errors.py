@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
+from importlib import import_module
 from pathlib import Path
 
+from blip2edge.bundle.hub.names import MAIN, HubName
 from blip2edge.bundle.outputs.disk_errors import disk_is_full, output_error
 from blip2edge.errors import Blip2EdgeError, one_line
 
@@ -14,7 +18,7 @@ LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 _NETWORK = ("ConnectError", "TimeoutException", "ConnectionError", "NetworkError", "RemoteProtocolError", "ProxyError")
 _Texts = tuple[str, str]
 
-# Class of the exception -> problem and fix; the first that fits. {} is the repository.
+# Class of the exception -> problem and fix; the first that fits. The two {} are the repository and the revision.
 _BY_CLASS: tuple[tuple[str, _Texts], ...] = (
     ("GatedRepoError", ("{} is gated, and this account has no access", "ask for access on its page, and " + LOG_IN)),
     (
@@ -22,22 +26,26 @@ _BY_CLASS: tuple[tuple[str, _Texts], ...] = (
         ("there is no repository {} on the hub, or it is private", f"check the name; for a private one {LOG_IN}"),
     ),
     ("DisabledRepoError", ("the hub has disabled {}", "use another repository")),
-    ("RevisionNotFoundError", ("{} has no such revision", "give a branch, a tag or a commit of the repository")),
+    ("RevisionNotFoundError", ("{} has no revision {}", "give a branch, a tag or a commit of the repository")),
     ("HFValidationError", ("{} is not the name of a repository", "give it as ORG/NAME")),
 )
+_ADDRESS = ("UnsupportedProtocol", "InvalidURL", "LocalProtocolError")
+_LATER = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
+_FILE = re.compile(r"/resolve/[^/]+/([^?]+)")
 
 
 @contextmanager
 def hub_errors(
-    what: str, repository: str, kind: type[Blip2EdgeError], place: Path | None = None, advice: str = ""
+    what: str, name: HubName, kind: type[Blip2EdgeError], place: Path | None = None, advice: str = ""
 ) -> Iterator[None]:
     """Turns every exception that the hub's client raises in the block into an error of this project.
 
     Args:
         what: What failed; the error begins with it.
-        repository: ``ORG/NAME``.
+        name: The repository and its revision.
         kind: Class of the error.
-        place: Directory that the block writes to; the error of a full disk names it.
+        place: Directory that the block writes to, the hub's cache; None for no directory. The errors of a full disk and
+            of a directory that cannot be written name it.
         advice: What the user can do about a lost connection; empty for the usual advice.
 
     Raises:
@@ -51,57 +59,105 @@ def hub_errors(
     except Exception as error:  # the client raises its own exceptions, httpx' and those of the system
         if place is not None and disk_is_full(error):
             raise output_error(place, error) from error
-        problem, fix = _texts(error, repository, advice)
+        problem, fix = _unwritable(error, place) or _texts(error, name, advice)
         raise kind(f"{what}: {problem}", fix) from error
 
 
 @contextmanager
 def quiet_client() -> Iterator[None]:
-    """Hides the warnings of the hub's client in the block; the client warns at each new attempt to connect."""
+    """Hides the warnings and the progress bars of the hub's client in the block.
+
+    The client warns at each new attempt to connect. The environment variable ``HF_HUB_DISABLE_PROGRESS_BARS=0`` keeps
+    its bars.
+    """
+    try:
+        bars = import_module("huggingface_hub.utils")  # its import sets the level of the log
+        keep = import_module("huggingface_hub.constants").HF_HUB_DISABLE_PROGRESS_BARS is not None
+    except ImportError:
+        yield
+        return
     log = logging.getLogger("huggingface_hub")
-    level = log.level
+    level, keep = log.level, keep or bars.are_progress_bars_disabled()
     log.setLevel(logging.ERROR)
+    if not keep:
+        bars.disable_progress_bars()
     try:
         yield
     finally:
         log.setLevel(level)
+        if not keep:
+            bars.enable_progress_bars()
 
 
-def _texts(error: BaseException, repository: str, advice: str) -> _Texts:
+def _unwritable(error: BaseException, place: Path | None) -> _Texts | None:
+    """Returns the two texts for an error of the file system; None for any other exception."""
+    found = next((one for one in _causes(error) if isinstance(one, OSError) and one.errno and one.filename), None)
+    if found is None:
+        return None
+    reason = f"{found.filename}: {found.strerror}"
+    if place is None:
+        return reason, "check the path and its permissions"
+    return f"the hub's cache {place} cannot be used ({reason})", "set HF_HOME to a folder that can be written"
+
+
+def _texts(error: BaseException, name: HubName, advice: str) -> _Texts:
     """Returns two texts for an exception of the hub's client: what went wrong, and what the user can do."""
-    chain = list(_causes(error))
+    chain, repository = list(_causes(error)), name.repository
     classes = {one.__name__ for each in chain for one in type(each).__mro__}
-    for name, (problem, fix) in _BY_CLASS:
-        if name in classes:
-            return problem.format(repository), fix
+    for kind, (problem, fix) in _BY_CLASS:
+        if kind in classes:
+            return problem.format(repository, name.revision), fix
     if "OfflineModeIsEnabled" in classes:
-        return f"{repository} is not in the hub's cache, and HF_HUB_OFFLINE is set", "unset it, and run again"
-    status = next((code for each in chain if (code := _status(each))), 0)
-    if status in _BY_STATUS:
-        problem, fix = _BY_STATUS[status](repository)
-        return problem, fix
-    if status:
-        return f"the hub answered with status {status} ({one_line(error)})", "try again later"
+        revision = "" if name.revision == MAIN else f"@{name.revision}"
+        return f"{repository}{revision} is not in the hub's cache, and HF_HUB_OFFLINE is set", "unset it, and run again"
+    answer = next((each for each in chain if _status(each)), None)
+    if answer is not None:
+        return _of_status(answer, repository)
+    if classes & set(_ADDRESS):
+        reason = one_line(chain[-1])
+        return f"the address of the hub is wrong ({reason})", "set HF_ENDPOINT to an address with https://, or unset it"
     if classes & set(_NETWORK):
         reason = one_line(chain[-1])
         return f"the hub cannot be reached ({reason})", advice or "check the network, and HF_ENDPOINT if it is set"
     if "LocalEntryNotFoundError" in classes:
         return f"the hub cannot be reached ({one_line(error)})", advice or "check the network"
-    reason = one_line(error) if len(chain) == 1 else f"{one_line(error)} ({one_line(chain[-1])})"
-    return reason, advice or "try again"
+    first, last = one_line(error), one_line(chain[-1])
+    return first if first == last else f"{first} ({last})", advice or "try again"
+
+
+def _of_status(error: BaseException, repository: str) -> _Texts:
+    """Returns the two texts for an answer of the hub with an error status."""
+    status = _status(error)
+    if type(error).__name__ in ("RemoteEntryNotFoundError", "EntryNotFoundError"):
+        file = _FILE.search(str(getattr(getattr(error, "response", None), "url", "")))
+        return f"{repository} has no file {file[1] if file else 'of this name'}", "check the name of the repository"
+    if status in _BY_STATUS:
+        return _BY_STATUS[status](repository)
+    phrase = next((f" ({known.phrase})" for known in HTTPStatus if known == status), "")
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return f"the hub has a problem: it answered with status {status}{phrase}", "try again in a few minutes"
+    return f"the hub answered with status {status}{phrase}", "try again later"
 
 
 _BY_STATUS: dict[int, Callable[[str], _Texts]] = {
     401: lambda repository: (f"the hub does not accept this token for {repository}", LOG_IN),
     403: lambda repository: (f"this account has no permission for {repository}", LOG_IN + " with another account"),
-    404: lambda repository: (f"there is no repository {repository} on the hub", "check the name"),
+    404: lambda repository: (
+        f"the hub has nothing for {repository} at this address (status 404)",
+        "check the name, and HF_ENDPOINT if it is set",
+    ),
     429: lambda _: ("the hub received too many requests", "try again in a few minutes, or " + LOG_IN),
 }
 
 
 def is_answer(error: BaseException) -> bool:
-    """Whether the hub answered with an error such as status 404; False if the hub could not be reached."""
-    return any(_status(one) for one in _causes(error))
+    """Whether the hub answered with an error about the request, such as status 404.
+
+    False if the hub could not be reached, or if the same request may be answered later (status 408, 429 or 500 and
+    above).
+    """
+    status = next((code for each in _causes(error) if (code := _status(each))), 0)
+    return 0 < status < HTTPStatus.INTERNAL_SERVER_ERROR and status not in _LATER
 
 
 def _status(error: BaseException) -> int:

@@ -13,6 +13,8 @@ PREFIX = "hub:"
 MAIN = "main"
 FORM = f"{PREFIX}ORG/NAME or {PREFIX}ORG/NAME@REVISION"
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_REVISION = re.compile(r"[\w.][\w./+-]*", re.ASCII)
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+_-]*")
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,25 @@ class HubName:
     Attributes:
         repository: ``ORG/NAME``.
         revision: A branch, a tag or a commit.
+
+    Raises:
+        UsageError: The name or the revision has another form.
     """
 
     repository: str
     revision: str = MAIN
+
+    def __post_init__(self) -> None:
+        """Check the name of the repository and the revision."""
+        if not is_repository(self.repository):
+            raise UsageError(
+                f"expected the name of a repository on the hub as ORG/NAME, got {self.repository}", "check the name"
+            )
+        if not _REVISION.fullmatch(self.revision):
+            raise UsageError(
+                f"{self.revision!r} is not the name of a branch, a tag or a commit on the hub",
+                "a revision has letters, digits and . - _ / + only",
+            )
 
     def __str__(self) -> str:
         return f"{PREFIX}{self.repository}" + (f"@{self.revision}" if self.revision != MAIN else "")
@@ -41,6 +58,15 @@ class HubName:
         if not is_repository(repository) or (mark and not revision):
             raise UsageError(f"expected the name of a repository on the hub as {FORM}, got {text}", "check the name")
         return cls(repository, revision or MAIN)
+
+
+def check_license(license_id: str | None) -> None:
+    """Raises UsageError unless a text has the form of a license id on the hub; None and an empty text pass."""
+    if license_id and not _LICENSE.fullmatch(license_id):
+        raise UsageError(
+            f"{license_id!r} is not the id of a license on the hub",
+            "give an id in lower-case letters, such as mit, apache-2.0 or cc-by-nc-4.0",
+        )
 
 
 def is_repository(name: str) -> bool:

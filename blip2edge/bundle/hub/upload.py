@@ -12,16 +12,18 @@ from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.hub.card import base_model, is_edited, model_card
 from blip2edge.bundle.hub.download import hub_client
 from blip2edge.bundle.hub.errors import LOG_IN, hub_errors
-from blip2edge.bundle.hub.names import MAIN, HubName
+from blip2edge.bundle.hub.names import MAIN, PREFIX, HubName, check_license
 from blip2edge.bundle.manifest import MANIFEST
 from blip2edge.bundle.schema import DERIVED
 from blip2edge.bundle.trust.integrity import STAMPS
 from blip2edge.bundle.trust.signature import SIGNATURE
 from blip2edge.errors import BundleSignatureError, OutputError, option
-from blip2edge.progress import ProgressCallback
+from blip2edge.progress import ProgressCallback, report_bytes, transfer_progress
 from blip2edge.reading import read_json
 
 CARD = "README.md"
+ALONE = 1_000_000
+"""Size in bytes from which a file is uploaded by itself, before the commit."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +77,16 @@ def push_bundle(
         BundleSignatureError: The signature lists derived files, which are not uploaded without ``derived``.
         MissingPackageError: The package ``huggingface_hub`` is not installed.
         OutputError: The hub cannot be reached or does not accept the upload.
-        UsageError: ``repository`` has a wrong form.
+        UsageError: ``repository``, ``revision`` or ``license_id`` has a wrong form.
     """
-    name = HubName.parse(f"{repository}@{revision}" if revision else repository)
+    name = push_name(repository, revision, license_id)
     hub = hub_client(name)
     opened = Bundle.open(bundle)
     files = _files(opened, derived)
+    if hub.get_token() is None:  # known at once; to hash a large bundle takes a minute
+        raise OutputError(f"{opened.path} could not be pushed to {name}: no account is logged in", LOG_IN)
     opened.verify(progress)
-    with hub_errors(f"{opened.path} could not be pushed to {name}", name.repository, OutputError):
-        if hub.get_token() is None:
-            raise OutputError(f"{opened.path} could not be pushed to {name}: no account is logged in", LOG_IN)
+    with hub_errors(f"{opened.path} could not be pushed to {name}", name, OutputError):
         api = hub.HfApi()
         api.create_repo(name.repository, private=private or None, exist_ok=True)
         if name.revision != MAIN:
@@ -100,6 +102,7 @@ def push_bundle(
             license_id = _license(api, base_model(opened.manifest)) if license_id is None else license_id
             card = model_card(opened.manifest, name.repository, name.revision, license_id)
             operations.append(hub.CommitOperationAdd(CARD, card.encode()))
+        _upload(api, name, [one for one in operations if isinstance(one, hub.CommitOperationAdd)])
         commit = api.create_commit(
             name.repository,
             operations,
@@ -108,6 +111,38 @@ def push_bundle(
         )
     sizes = {file: path.stat().st_size for file, path in files.items()}
     return PushReport(name, str(commit.commit_url), sizes, removed, kept)
+
+
+def push_name(repository: str, revision: str | None = None, license_id: str | None = None) -> HubName:
+    """Returns the name that a bundle is pushed to.
+
+    Args:
+        repository: ``ORG/NAME``.
+        revision: A branch; None for ``main``.
+        license_id: The hub's identifier of the license, which is checked; None if it is not given.
+
+    Raises:
+        UsageError: One of them has a wrong form.
+    """
+    check_license(license_id)
+    repository, _, after = repository.removeprefix(PREFIX).partition("@")
+    return HubName(repository, revision or after or MAIN)
+
+
+def _upload(api: Any, name: HubName, additions: list[Any]) -> None:
+    """Uploads the large files of a commit one after the other, and reports the bytes that are done.
+
+    A file that the hub already has is not sent. The commit itself uploads all other files.
+    """
+    total = sum(one.upload_info.size for one in additions)
+    done = 0
+    with transfer_progress() as report:
+        report_bytes(report, f"uploading to {name}", 0, total)
+        for one in (one for one in additions if one.upload_info.size >= ALONE):
+            api.preupload_lfs_files(name.repository, [one], revision=name.revision)
+            done += one.upload_info.size
+            report_bytes(report, f"uploading to {name}", done, total)
+        report_bytes(report, f"uploading to {name}", total, total)
 
 
 def _files(bundle: Bundle, derived: bool) -> dict[str, Path]:

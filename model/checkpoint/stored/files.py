@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from blip2edge.bundle.hub.names import HubName, is_hub_name
 from blip2edge.bundle.manifest import MANIFEST
 from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE
 from blip2edge.errors import CheckpointError, UsageError
+from blip2edge.progress import ProgressCallback, report_bytes, transfer_progress
 
 SIDE_GROUPS = (
     (
@@ -141,10 +143,11 @@ def find_checkpoint(checkpoint: str | Path) -> Path:
     found = _named_checkpoint(Path(checkpoint), name)
     if found is not None:
         return found
+    parsed = HubName.parse(name)
     hub = hub_client(name)
     what = f"{name} is no local directory and could not be fetched from the hub"
-    with hub_errors(what, name, CheckpointError, Path(hub.constants.HF_HUB_CACHE)):
-        return _snapshot(HubName.parse(name))
+    with hub_errors(what, parsed, CheckpointError, Path(hub.constants.HF_HUB_CACHE)), transfer_progress() as report:
+        return _snapshot(parsed, _bars(report, f"downloading {name}"))
 
 
 def cached_checkpoint(name: str) -> Path | None:
@@ -152,12 +155,38 @@ def cached_checkpoint(name: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return _snapshot(HubName.parse(name), local_files_only=True)
+        return _snapshot(HubName.parse(name), None, local_files_only=True)
     except (UsageError, HFValidationError, LocalEntryNotFoundError):
         return None
 
 
-def _snapshot(name: HubName, local_files_only: bool = False) -> Path:
+def _bars(report: ProgressCallback, what: str) -> type:
+    """Makes a class for the progress bars of the hub's client: it draws nothing, and reports the bytes.
+
+    Args:
+        report: The reporter.
+        what: What is downloaded.
+    """
+    tqdm: Any = import_module("huggingface_hub.utils").tqdm
+
+    class Reported(tqdm):  # type: ignore[misc]
+        """A progress bar that is not drawn."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self.counts_bytes = options.get("name") == "huggingface_hub.snapshot_download"
+            self.bytes = int(options.get("initial") or 0)
+            super().__init__(*args, **{**options, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            """Report the bytes; called by the threads that download."""
+            if self.counts_bytes and self.total:
+                self.bytes += int(n or 0)
+                report_bytes(report, what, self.bytes, int(self.total))
+
+    return Reported
+
+
+def _snapshot(name: HubName, bars: type | None, local_files_only: bool = False) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = [*CHECKPOINT_FILES, MANIFEST]  # the last: so that the error can name a bundle
@@ -169,6 +198,7 @@ def _snapshot(name: HubName, local_files_only: bool = False) -> Path:
             allow_patterns=patterns,
             ignore_patterns=ignored,
             local_files_only=local_files_only,
+            tqdm_class=bars,
         )
     )
 
