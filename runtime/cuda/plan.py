@@ -66,6 +66,8 @@ class RunBuffers:
         chosen: int32 ``[B * K]``, positions that get logits, as row numbers of ``x``.
         logits: fp32 ``[B * K, V]``.
         x: The residual stream, fp32 ``[B * S, D]``.
+        parts, arrived: Scratch memory and counters of the launches; see :class:`blip2edge.runtime.cuda.kernel.Launch`.
+        scratch: Sizes of both in bytes.
     """
 
     embeddings: int
@@ -80,7 +82,28 @@ class RunBuffers:
     hidden: tuple[int, int]
     parts: int = 0
     arrived: int = 0
+    scratch: tuple[int, int] = (0, 0)
     addresses: list[int] = field(default_factory=list)
+
+    def holds(self, launches: Sequence[Launch]) -> bool:
+        """Returns whether the scratch memory is large enough for these launches."""
+        return all(have >= need for have, need in zip(self.scratch, scratch_bytes(launches), strict=True))
+
+    def enlarge(self, device: KernelDevice, launches: Sequence[Launch]) -> None:
+        """Replaces the scratch memory by memory that is large enough; the launches must be planned again."""
+        for address in (self.parts, self.arrived):
+            if address:
+                self.addresses.remove(address)
+                device.free(address)
+        needed = scratch_bytes(launches)
+        self.scratch = max(self.scratch[0], needed[0]), max(self.scratch[1], needed[1])
+        self.parts, self.arrived = (device.allocate(max(size, 1)) for size in self.scratch)
+        self.addresses += [self.parts, self.arrived]
+
+
+def scratch_bytes(launches: Sequence[Launch]) -> tuple[int, int]:
+    """Returns the bytes of scratch memory and of counters that launches of one stream share."""
+    return max(launch.parts for launch in launches), INT * max(launch.counters for launch in launches)
 
 
 def new_buffers(device: KernelDevice, weights: DecoderWeights, sizes: RunSizes) -> RunBuffers:
@@ -107,9 +130,7 @@ def new_buffers(device: KernelDevice, weights: DecoderWeights, sizes: RunSizes) 
         addresses=addresses,
     )
     nowhere = CacheAddresses((0,) * len(weights.layers), (0,) * len(weights.layers))
-    launches = plan_run(weights, sizes, buffers, nowhere, device.multiprocessors)
-    buffers.parts = take(max(launch.parts for launch in launches))
-    buffers.arrived = take(INT * max(launch.counters for launch in launches))
+    buffers.enlarge(device, plan_run(weights, sizes, buffers, nowhere, device.multiprocessors))
     return buffers
 
 

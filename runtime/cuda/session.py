@@ -20,12 +20,16 @@ from blip2edge.runtime.backends.base import closed_graph
 from blip2edge.runtime.cuda.device.interface import KernelDevice, Run
 from blip2edge.runtime.cuda.kernel import Launch
 from blip2edge.runtime.cuda.plan import HALF, CacheAddresses, RunBuffers, RunSizes, new_buffers, plan_run
+from blip2edge.runtime.cuda.products import MOST_ROWS
 from blip2edge.runtime.cuda.steps import CHANNELS, MoveArguments, move_kernel
 from blip2edge.runtime.cuda.weights import DecoderWeights
 from blip2edge.runtime.decoding.kv.in_place import LENGTHS, TOTAL
 
 KEPT_SIZES = 4
 """Number of run sizes whose buffers are kept."""
+
+SHARED_STEPS = 32
+"""Runs of more than :data:`MOST_ROWS` new tokens have buffers for a multiple of this number of tokens."""
 
 KEPT_RUNS = 16
 """Number of runs whose launches and CUDA graphs are kept."""
@@ -90,13 +94,19 @@ class KernelSession:
         """
         if self._closed:
             raise closed_graph()
-        buffers = self._sized(replace(sizes, capacity=max(sizes.capacity, self.weights.layout.max_positions)))
-        key = sizes, cache
+        room = self._room(sizes)
+        buffers, key = self._sized(room), (sizes, cache)
         run = self._runs.pop(key, None)
         if run is None:
             while len(self._runs) >= KEPT_RUNS:
                 self._runs.pop(next(iter(self._runs))).close()
-            run = Run(self.device, plan_run(self.weights, sizes, buffers, cache, self.device.multiprocessors))
+            given = self.weights, sizes, buffers, cache, self.device.multiprocessors
+            launches = plan_run(*given)
+            if not buffers.holds(launches):
+                self._forget(room)
+                buffers.enlarge(self.device, launches)
+                launches = plan_run(*given)
+            run = Run(self.device, launches)
         self._runs[key] = run  # the newest is the last
         return buffers, run
 
@@ -155,14 +165,23 @@ class KernelSession:
             self._free.clear()
             self.device.close()
 
+    def _room(self, sizes: RunSizes) -> RunSizes:
+        """Returns the sizes of a run's buffers, which prompts of similar lengths and caches of all sizes share."""
+        steps = sizes.steps if sizes.steps <= MOST_ROWS else -(-sizes.steps // SHARED_STEPS) * SHARED_STEPS
+        return replace(sizes, steps=steps, capacity=max(sizes.capacity, self.weights.layout.max_positions))
+
+    def _forget(self, room: RunSizes) -> None:
+        """Frees the CUDA graphs of the runs that use the buffers of these sizes."""
+        for key in [key for key in self._runs if self._room(key[0]) == room]:
+            self._runs.pop(key).close()
+
     def _sized(self, sizes: RunSizes) -> RunBuffers:
-        """Returns the buffers for runs of these sizes; frees the oldest ones."""
+        """Returns the buffers of these sizes; frees the oldest ones."""
         found = self._buffers.pop(sizes, None)
         if found is None:
             while len(self._buffers) >= KEPT_SIZES:
                 old = next(iter(self._buffers))
-                for key in [key for key in self._runs if replace(key[0], capacity=0) == replace(old, capacity=0)]:
-                    self._runs.pop(key).close()
+                self._forget(old)
                 for address in self._buffers.pop(old).addresses:
                     self.device.free(address)
             found = new_buffers(self.device, self.weights, sizes)

@@ -266,12 +266,15 @@ def test_a_run_is_planned_once_and_memory_is_freed(
     monkeypatch.setattr(sessions, "plan_run", planning)
     monkeypatch.setattr(sessions, "KEPT_SIZES", 2)
     pair = pair_of("opt", "fp32", (1, 2, 3, 5))
-    for length in (3, 4, 5, 3):
+    lives = []
+    for length in (3, 5, 7, 3):
         _, state = pair.kernels.prefill(pair.prompts((length,)))
         for token in (9, 10, 11):
             state.step(np.array([token]))
         del state
-    assert [sizes.steps for sizes in planned] == [3, 1, 4, 5, 3]  # of two sizes, the older one was given up
+        lives.append(set(pair.shim.memory))
+    assert [sizes.steps for sizes in planned] == [3, 1, 5, 7, 3]  # of two sizes, the older one was given up
+    assert lives[1] == lives[2]  # prompts of 5 and 7 tokens share buffers
     kept = len(pair.shim.memory)
     for _ in range(3):
         pair.kernels.prefill(pair.prompts((3,)))

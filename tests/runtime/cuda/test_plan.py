@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from blip2edge.runtime.cuda.layout import DecoderLayout, LayerLayout, Stored, StoredMatrix, StoredNorm
-from blip2edge.runtime.cuda.plan import CacheAddresses, RunBuffers, RunSizes, needed_kernels, plan_run
+from blip2edge.runtime.cuda.plan import CacheAddresses, RunBuffers, RunSizes, needed_kernels, new_buffers, plan_run
 from blip2edge.runtime.cuda.speed import step_bytes, step_launches
 from blip2edge.runtime.cuda.weights import DecoderWeights, LayerOnDevice, MatrixWeights, NormWeights
+from tests.runtime.cuda.shim_device import ShimDevice
 
 ORIN, H200 = 16, 132  # multiprocessors
 
@@ -112,3 +113,21 @@ def test_the_bytes_of_a_step_by_hand() -> None:
     weights = 4 * 64 * 64 + 2 * 64 * 128
     layer_bytes = weights // 2 + weights // 32 * 2 + 4 * (4 * 64 + 128 + 64)
     assert step_bytes(layout, 10) == 2 * layer_bytes + 2 * 64 * 300 + 2 * 2 * 2 * 4 * 16 * 10
+
+
+def test_scratch_memory_grows_with_the_launches() -> None:
+    """Attention is cut into more parts for few tokens than for many: buffers of many may be too small for fewer."""
+    device, weights = ShimDevice(ORIN), decoder("opt", 4)
+    buffers = new_buffers(device, weights, RunSizes(1, 1, 1, 64))
+    kept = len(device.memory)
+    launches = plan_run(weights, RunSizes(1, 1, 1, 2048), buffers, NOWHERE, H200)
+    assert not buffers.holds(launches)
+    old = buffers.parts
+    buffers.enlarge(device, launches)
+    assert buffers.holds(launches)
+    assert len(device.memory) == kept
+    assert old not in device.memory
+    assert set(buffers.addresses) == set(device.memory)
+    first, size = max(launch.parts for launch in launches), device.memory[buffers.parts][1]
+    assert size == buffers.scratch[0] >= first
+    device.close()
