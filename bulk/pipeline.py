@@ -26,7 +26,8 @@ from blip2edge.bulk.run_files import Plan, RunDirectory, write_list
 from blip2edge.bulk.sinks import RowFormat, copy_part, sink_of
 from blip2edge.bulk.sources import PictureSource
 from blip2edge.bundle.outputs.disk_errors import output_error
-from blip2edge.bundle.outputs.locks import NEW, check_name, locked
+from blip2edge.bundle.outputs.locks import NEW, locked
+from blip2edge.bundle.outputs.names import check_name
 from blip2edge.bundle.outputs.publishing import check_target, publish, publish_file
 from blip2edge.choices import BULK_FORMATS
 from blip2edge.cluster.ray_data import check_ray
@@ -163,7 +164,7 @@ def _check_exists(output: Output, sink: RowFormat) -> None:
     target = output.target
     if not os.path.lexists(target) or _record_of(output, sink) is not None:
         return
-    if output.single and output.force:
+    if output.single:
         raise OutputError(f"{target} exists, and was not made by bulk", "give another output")
     check_target(target, output.force, REPORT_FILE)
 

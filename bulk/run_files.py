@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from blip2edge.bulk.listed import ListedPicture
 from blip2edge.bundle.outputs.disk_errors import output_error
+from blip2edge.bundle.outputs.names import with_own_name
 from blip2edge.bundle.outputs.publishing import flush_file, flush_names
 from blip2edge.errors import DataError, OutputError, option
 from blip2edge.picture_files import printable
@@ -99,6 +100,7 @@ class RunDirectory:
     """
 
     def __init__(self, target: Path, suffix: str) -> None:
+        target = with_own_name(target)
         self.path = target.with_name(f"{target.name}{RUN_SUFFIX}")
         self._target, self._suffix = target, suffix
         self._remove = f"remove {self.path}, and run the command again"

@@ -26,8 +26,8 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from blip2edge.bundle.manifest import GraphRecord, Manifest, MergingRecord
-from blip2edge.bundle.outputs.publishing import staged
+from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest, MergingRecord
+from blip2edge.bundle.outputs.publishing import check_output, staged
 from blip2edge.bundle.schema import EMBEDDINGS_FILE, ElasticSpec, Parity
 from blip2edge.bundle.trust.integrity import FileRecord, sha256_of
 from blip2edge.choices import PRECISIONS
@@ -155,7 +155,7 @@ def export_checkpoint(
     require("onnxruntime", "the check of an export", BackendError)
     start = time.perf_counter()
     report = progress or (lambda stage, done, total: None)
-    target = Path(output)
+    target = check_output(Path(output), force, MANIFEST, checkpoint, base)
     with MemoryMeter() as meter:
         source = open_checkpoint(checkpoint, base)
         source.config = with_merged_tokens(source.config, merge_tokens)

@@ -64,6 +64,46 @@ def test_a_wrong_output_is_refused_first(words: list[str], tmp_path: Path) -> No
     assert {path.name for path in tmp_path.iterdir()} == {"exists", "pictures", "file"}
 
 
+@pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
+@pytest.mark.parametrize("name", ["file.parquet", "other", "."])
+def test_force_is_offered_only_where_it_helps(
+    name: str,
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A user who follows the hint must not get another refusal."""
+    if words[0] == "train" and name != "file.parquet":
+        pytest.skip("training replaces any directory")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("other", "pictures"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "notes").touch()
+    (tmp_path / "file.parquet").write_bytes(b"mine")
+    for force in ([], ["--force"]):
+        assert main([*words, "-o", name, *force]) == 1
+        error = capsys.readouterr().err
+        assert "or replace it with --force" not in error
+        assert "give another output" in error
+    assert (tmp_path / "file.parquet").read_bytes() == b"mine"
+
+
+def test_an_output_does_not_replace_what_it_is_made_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "bundle" / "source"
+    source.mkdir(parents=True)
+    (tmp_path / "bundle" / "bundle.json").write_text("{}")
+    (tmp_path / "bundle" / "report.json").write_text("{}")
+    for words in (["export", str(source)], ["calibrate", str(source), "--images", "x"], ["build", str(source)],
+                  ["capfilt", str(source), "--captioner", "x", "--matcher", "x"],
+                  ["train", "stage2", "-c", str(source)]):  # fmt: skip
+        for force in ([], ["--force"]):
+            assert main([*words, "-o", str(source.parent), *force]) == 1
+            assert f"would replace {source}, which it is made from; give another" in capsys.readouterr().err
+    assert source.is_dir()
+    check_output(tmp_path / "org", True, None, "org/name", None)  # a name on the hub
+
+
 @pytest.mark.parametrize(("words", "name"), FILES.values(), ids=FILES)
 def test_a_file_that_cannot_be_written_is_refused_first(words: list[str], name: str, tmp_path: Path) -> None:
     for directory in ("pictures", "exists"):

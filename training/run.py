@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from blip2edge import __version__
 from blip2edge.bundle.outputs.disk_errors import output_error
 from blip2edge.bundle.outputs.locks import NEW, locked
-from blip2edge.bundle.outputs.publishing import check_target, publish
+from blip2edge.bundle.outputs.names import with_own_name
+from blip2edge.bundle.outputs.publishing import check_not_source, check_target, publish
 from blip2edge.errors import ConfigError, OutputError, option
 from blip2edge.progress import ProgressCallback
 from blip2edge.training.config import TrainingConfig, config_hash, load_config
@@ -47,7 +48,7 @@ _AUTOCAST = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 def snapshots_of(out_dir: str | Path) -> Snapshots:
     """Returns the snapshots of the run that writes ``out_dir``; they are in ``OUT.run`` until the run has succeeded."""
-    target = Path(out_dir)
+    target = with_own_name(Path(out_dir))
     return Snapshots(target.with_name(f"{target.name}{_RUN_SUFFIX}"))
 
 
@@ -85,12 +86,13 @@ def train(
     Raises:
         ConfigError: The recipe is wrong, the snapshots belong to another recipe or stage, or accelerate's launcher
             divides the model.
-        OutputError: `out_dir` exists, or cannot be written.
+        OutputError: `out_dir` exists, contains the recipe, or cannot be written.
         DataError, CheckpointError: A loss is not finite; data or a checkpoint cannot be read.
     """
     config = load_config(config_path)
     target = Path(out_dir)
     phases_of(stage, config)  # refuses a stage without steps
+    check_not_source(target, Path(config_path))
     check_target(target, force, None)
     check_launcher()
     torch.set_num_threads(config.threads)

@@ -88,12 +88,13 @@ def add_arguments(parser: Parser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Build the engines and print a table of them."""
     from blip2edge.bundle.bundle import Bundle
+    from blip2edge.bundle.manifest import MANIFEST
     from blip2edge.bundle.outputs.files import check_file
     from blip2edge.bundle.outputs.publishing import check_output
     from blip2edge.errors import EngineError
 
     if options.output is not None:
-        check_output(options.output, options.force)
+        check_output(options.output, options.force, MANIFEST, options.bundle)
     if options.timing_cache is not None:
         check_file(options.timing_cache, "timing_cache")
     require("onnx_ir", "reading graphs", EngineError)

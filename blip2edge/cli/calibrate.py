@@ -201,11 +201,12 @@ def _add_search(parser: Parser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Calibrate a bundle and print a table of its graphs."""
     from blip2edge.bundle.bundle import Bundle
+    from blip2edge.bundle.manifest import MANIFEST
     from blip2edge.bundle.outputs.publishing import check_output
     from blip2edge.calibration.search.journal import run_directory
 
     if not (options.search and run_directory(options.output).exists()):  # else a killed search may have published it
-        check_output(options.output, options.force)
+        check_output(options.output, options.force, MANIFEST, options.bundle)
     from blip2edge.calibration.formats import INT8_ACTIVATIONS
     from blip2edge.calibration.pipeline import calibrate
     from blip2edge.training.metrics.captions import cider_d

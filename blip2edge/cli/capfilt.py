@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
     from blip2edge.bundle.outputs.publishing import check_output
     from blip2edge.training.capfilt.pipeline import REPORT_FILE, CapFiltOptions, run_capfilt, score_locally
 
-    check_output(options.output, options.force, REPORT_FILE)
+    check_output(options.output, options.force, REPORT_FILE, options.data, options.images, options.annotations)
     from blip2edge.model.checkpoint.stored.files import local_checkpoint
 
     for model in (options.captioner, options.matcher):

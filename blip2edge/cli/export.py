@@ -59,9 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Export a checkpoint and print a table of its graphs."""
     from blip2edge.bundle.bundle import Bundle
+    from blip2edge.bundle.manifest import MANIFEST
     from blip2edge.bundle.outputs.publishing import check_output
 
-    check_output(options.output, options.force)
+    check_output(options.output, options.force, MANIFEST, options.checkpoint, options.base)
     from blip2edge.model.checkpoint.stored.files import local_checkpoint
 
     for given in (options.checkpoint, *([] if options.base is None else [options.base])):

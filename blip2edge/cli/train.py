@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     from blip2edge.bundle.outputs.publishing import check_output
 
     output = options.output or Path("runs") / options.config.stem
-    check_output(output, options.force, None)
+    check_output(output, options.force, None, options.config)
     from blip2edge.training.config import load_config
 
     load_config(options.config)  # a recipe with an error is refused before torch is imported, which takes seconds

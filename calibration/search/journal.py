@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.outputs.disk_errors import output_error
+from blip2edge.bundle.outputs.names import with_own_name
 from blip2edge.bundle.outputs.publishing import flush_file, flush_names
 from blip2edge.errors import DataError, OutputError, option
 from blip2edge.reading import read_json
@@ -32,6 +33,7 @@ MADE_BY = {"made_by": "blip2edge calibrate --search"}
 
 def run_directory(target: Path) -> Path:
     """Returns the directory with the state of a search whose output is ``target``."""
+    target = with_own_name(target)
     return target.with_name(f"{target.name}{RUN_SUFFIX}")
 
 

@@ -173,10 +173,11 @@ def test_a_complete_output_is_not_made_again(run: Run, monkeypatch: pytest.Monke
     with pytest.raises(OutputError, match=re.escape("of another run: captions was 1, and is 2 now")):
         run("out.parquet", captions=2, generation={"num_beams": 2})
     (tmp_path / "other.parquet").write_bytes(b"mine")
-    with pytest.raises(OutputError, match="exists"):
-        run("other.parquet")
-    with pytest.raises(OutputError, match="was not made by bulk"):
-        run("other.parquet", force=True)
+    (tmp_path / "folder.tar").mkdir()
+    for name in ("other.parquet", "folder.tar"):
+        for force in (False, True):
+            with pytest.raises(OutputError, match="exists, and was not made by bulk; give another output"):
+                run(name, force=force)
     assert (tmp_path / "other.parquet").read_bytes() == b"mine"
 
 

@@ -175,9 +175,11 @@ def test_an_existing_output_needs_force(quick: Export, small: Drawn, out: Path) 
     assert quick(small.directory, out, force=True) == out  # an empty directory
 
 
-def test_force_replaces_nothing_but_bundles(quick: Export, copy: Path) -> None:
+def test_force_replaces_nothing_but_bundles(quick: Export, small: Drawn, copy: Path) -> None:
     before = snapshot(copy)
     with pytest.raises(OutputError, match=r"no bundle\.json, so force=True does not replace it"):
+        quick(small.directory, copy, force=True)
+    with pytest.raises(OutputError, match="would replace .*, which it is made from"):
         quick(copy, copy, force=True)
     assert snapshot(copy) == before
 

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 from blip2edge.bundle.outputs.disk_errors import output_error
-from blip2edge.bundle.outputs.locks import check_name, locked, write_file
+from blip2edge.bundle.outputs.locks import locked, write_file
+from blip2edge.bundle.outputs.names import check_name
 from blip2edge.errors import OutputError, UsageError, option
 
 

@@ -35,9 +35,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from blip2edge.bundle.hub.names import is_hub_name
 from blip2edge.bundle.outputs.disk_errors import output_error
 from blip2edge.bundle.outputs.machine import command, machine, on_network
+from blip2edge.bundle.outputs.names import check_name, with_own_name
 from blip2edge.errors import OutputError
 
 fcntl: Any = import_module("fcntl") if find_spec("fcntl") else None  # Windows has none
@@ -62,8 +62,7 @@ class LeftFilesWarning(UserWarning):
 
 def part_of(target: Path) -> Path:
     """Returns the directory ``.NAME.part`` for the files of a run that writes ``target``."""
-    if target.name in ("", ".."):  # ".", or the parent of a directory
-        target = target.resolve()
+    target = with_own_name(target)
     name = target.name
     if len(os.fsencode(name)) > LONGEST:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
@@ -94,23 +93,6 @@ def locked(target: Path) -> Iterator[Path]:
         yield part
     finally:
         _end(part, target, descriptor)
-
-
-def check_name(target: Path) -> None:
-    """Raises OutputError if no file can have this path.
-
-    The path contains a NUL, it names a bundle on the hub, or a folder in it exists as a file.
-    """
-    if "\0" in str(target):
-        raise OutputError(f"{str(target)!r} is not a usable file name: it contains a NUL", "give another name")
-    if is_hub_name(target):
-        raise OutputError(
-            f"expected an output on this machine, got {target}, the name of a bundle on the hub",
-            "give a directory or a file, and upload a bundle afterwards: blip2edge push BUNDLE ORG/NAME",
-        )
-    above = next((folder for folder in target.parents if os.path.lexists(folder)), None)
-    if above is not None and not above.is_dir():
-        raise OutputError(f"{target} cannot be written, because {above} is not a directory", "give another output")
 
 
 def recover(target: Path) -> None:

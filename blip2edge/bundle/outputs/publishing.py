@@ -18,11 +18,11 @@ from blip2edge.bundle.outputs.locks import (
     OWNER,
     SUFFIX,
     check_free,
-    check_name,
     locked,
     remove,
     target_of,
 )
+from blip2edge.bundle.outputs.names import check_name, with_own_name
 from blip2edge.errors import Blip2EdgeError, OutputError, option
 
 AT_FDCWD = -100  # linux/fcntl.h
@@ -63,23 +63,27 @@ def staged(target: Path, force: bool, marker: str | None = MANIFEST) -> Iterator
             raise
 
 
-def check_output(target: Path, force: bool, marker: str | None = MANIFEST) -> Path:
+def check_output(target: Path, force: bool, marker: str | None = MANIFEST, *sources: str | Path | None) -> Path:
     """Makes the checks of :func:`staged` that need no lock, so that a command fails before it loads a model.
 
     Args:
         target: The directory to publish, as for :func:`staged`.
         force: Whether an existing directory is replaced.
         marker: A file that an existing directory must hold to be replaced.
+        *sources: Files and directories that the output is made from; it must not replace them. None and a path
+            that does not exist are skipped.
 
     Returns:
         ``target``; a path that is ``.`` or ends with ``..`` is replaced by the path with the directory's name.
 
     Raises:
-        OutputError: The same cases as for :func:`staged`.
+        OutputError: The same cases as for :func:`staged` and :func:`check_not_source`.
     """
     check_name(target)
-    if target.name in ("", ".."):
-        target = target.resolve()
+    target = with_own_name(target)
+    for source in sources:
+        if source is not None and Path(source).exists():  # else a name on the hub
+            check_not_source(target, Path(source))
     check_target(target, force, marker)
     return target
 
@@ -105,14 +109,25 @@ def check_not_source(target: Path, source: Path) -> None:
         raise OutputError(f"{target} would replace {source}, which it is made from", "give another output directory")
 
 
+def check_not_inside(target: Path, source: Path) -> None:
+    """Checks that an output does not lie in the directory of which it holds a copy.
+
+    Raises:
+        OutputError: ``target`` lies in ``source``.
+    """
+    if source.resolve() in target.resolve().parents:
+        raise OutputError(f"{target} lies in {source}, which is copied into it", "give an output directory outside it")
+
+
 def check_target(target: Path, force: bool, marker: str | None) -> None:
-    """Raises OutputError if a directory must not be published as ``target``."""
-    if os.path.lexists(target) and not force:
-        raise _exists(target)
+    """Raises OutputError if a directory must not be published as ``target``; names ``force`` only where it helps."""
     if target.exists() and not target.is_dir():
-        raise OutputError(f"{target} is a file, but the output is a directory", "give another output directory")
+        what = "a file" if target.is_file() else "a device or a pipe"
+        raise OutputError(f"{target} is {what}, but the output is a directory", "give another output directory")
     if not _replaceable(target, marker):
         raise _not_replaced(target, marker)
+    if os.path.lexists(target) and not force:
+        raise _exists(target)
     for owner in target.glob(f"*/.*{SUFFIX}/{OWNER}") if target.is_dir() else ():  # of `optimize` or `build`
         check_free(target_of(owner.parent))
 
@@ -179,7 +194,7 @@ def publish_file(fresh: Path, target: Path, *, replace: bool) -> None:
         else:
             _rename_to_free(fresh, target)
     except FileExistsError as error:
-        raise _exists(target) from error
+        raise OutputError(f"another program made {target} meanwhile", "give another output") from error
     flush_names(target.parent)
 
 
@@ -211,8 +226,9 @@ def _exists(target: Path) -> OutputError:
 
 def _not_replaced(target: Path, marker: str | None) -> OutputError:
     return OutputError(
-        f"{target} contains files but no {marker}, so {option('force', on=True)} does not replace it",
-        "give another output directory",
+        f"{target} exists",
+        f"give another output directory: this one contains files but no {marker}, so {option('force', on=True)} does "
+        "not replace it",
     )
 
 

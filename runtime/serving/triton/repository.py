@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blip2edge.bundle.bundle import Bundle
-from blip2edge.bundle.outputs.publishing import staged
+from blip2edge.bundle.outputs.publishing import check_not_inside, check_not_source, staged
 from blip2edge.bundle.schema import DECODER, BackendName
 from blip2edge.errors import BundleError, UsageError, option
 from blip2edge.version import __version__
@@ -70,7 +70,8 @@ def write_model(bundle: str | Path, repository: Path, model: TritonModel, *, for
 
     Raises:
         BundleError: ``bundle`` is no bundle, or does not caption.
-        OutputError: The model exists and ``force`` is False, or the model cannot be written.
+        OutputError: The model exists and ``force`` is False, it lies in the bundle or the bundle in it, or it cannot be
+            written.
         UsageError: The name has characters that Triton does not allow in an address.
     """
     opened = Bundle.open(bundle)
@@ -84,6 +85,8 @@ def write_model(bundle: str | Path, repository: Path, model: TritonModel, *, for
             f"give another name with {option('name')}",
         )
     target = repository / name
+    check_not_source(target, path)
+    check_not_inside(target, path)
     with staged(target, force, CONFIG) as staging:
         version = staging / VERSION
         version.mkdir()

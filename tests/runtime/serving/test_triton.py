@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ pytest.importorskip("torch", reason="the bundle is exported here")
 pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 
 from blip2edge.cli import main
-from blip2edge.errors import BundleError, EngineFaultError
+from blip2edge.errors import BundleError, EngineFaultError, OutputError
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.encoder import Encoder
 from blip2edge.runtime.captioning.restart import Backoff
@@ -277,6 +278,25 @@ def test_a_config_that_triton_reads() -> None:
 def test_a_bundle_for_retrieval_is_refused(blip_itm: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="cannot caption"):
         write_model(blip_itm, tmp_path, TritonModel())
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_model_in_its_own_bundle_is_refused(link: bool, tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "m"
+    bundle.mkdir()
+    for path in tiny_bundle.iterdir():
+        if path.is_file():
+            shutil.copy(path, bundle)
+    before = sorted(bundle.rglob("*"))
+    for repository in (bundle, bundle / "models"):
+        with pytest.raises(
+            OutputError, match=r"m lies in .*m, which is copied into it; give an output directory outside"
+        ):
+            write_model(bundle, repository, TritonModel(link=link))
+        assert sorted(bundle.rglob("*")) == before
+    written = write_model(bundle, tmp_path / "models", TritonModel(link=link))
+    with pytest.raises(OutputError, match="which it is made from" if not link else "exists"):
+        write_model(written / "1" / "bundle", tmp_path / "models", TritonModel(name="m", link=link), force=not link)
 
 
 def test_refused(tiny_bundle: Path, tmp_path: Path, load: Load, capsys: pytest.CaptureFixture[str]) -> None:
