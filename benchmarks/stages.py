@@ -48,7 +48,7 @@ def recipe(start: Path, seed: int, stage1: int, stage2: int, itg: float) -> str:
 
 
 def run(work: Path, name: str, text: str, scenes: int) -> dict[str, Any]:
-    """Trains once; returns the scores, and the losses of stage 2, each with its step counted from the start of the run."""
+    """Trains once; returns the scores, and the losses of stage 2, each with its step in the whole run."""
     path, out = work / f"{name}.toml", work / name
     path.write_text(text)
     clock = time.process_time()

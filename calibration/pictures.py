@@ -195,7 +195,7 @@ def _search(root: Path) -> tuple[list[tuple[Path, ShardFile | None]], dict[Path,
 
 
 def _shard(path: Path) -> Iterator[tuple[Path, ShardFile | None]]:
-    """Yields (path of the shard, place in the shard) for each picture of a shard, in the order of the pictures' names."""
+    """Yields (path of the shard, place in the shard) for each picture of a shard, ordered by the pictures' names."""
     with open_shard(path) as files:
         pictures = [file for file, _ in files if file.is_picture]
     for file in sorted(pictures, key=lambda picture: picture.name):
