@@ -145,11 +145,6 @@ def _loop_conflicts(config: TrainingConfig) -> Iterator[_Conflict]:
             "[loop] fsdp does not work with autocast = 'float16', whose losses are scaled",
             "set autocast to 'bfloat16' or 'float32'",
         )
-    if loop.fsdp and validation.every:
-        yield _Conflict(
-            "[validation] every is above 0, but the parameters are sharded over processes ([loop] fsdp)",
-            "leave [validation] out, and score the result with blip2edge eval",
-        )
     for phase in (config.stage1, config.stage2, config.instruct):
         if phase.unfreeze_vision and loop.cache_features:
             yield _Conflict(

@@ -154,11 +154,33 @@ def recipes_of(root: Path) -> dict[str, Any]:
     }
 
 
+def validated(root: Path) -> dict[str, Any]:
+    """Runs with validations: of one process, of two with sharded parameters, and of two that are killed and resumed."""
+
+    def run(recipe: str, out: str, **options: Any) -> None:
+        train("stage2", root / f"{recipe}.toml", root / out, evaluation_scenes=0, **options)
+
+    ends = {"one": [wait(fork(partial(run, "validated-one", "validated-one")))]}
+    ends["two"] = pair(partial(run, "validated-two", "validated-two"))
+    ends["killed"] = pair(partial(run, "validated-two", "validated-killed", progress=killing(3)))
+    ends["resumed"] = pair(partial(run, "validated-two", "validated-killed"))
+    names = ("validated-one", "validated-two", "validated-killed")
+    records = [json.loads((root / name / "training.json").read_text())["phases"]["stage2"] for name in names]
+    weights = [load_file(root / name / "model.safetensors") for name in names]
+    return {
+        "ends": ends,
+        "scores": [[line["validation"] for line in log(root / name) if "validation" in line] for name in names],
+        "best": [record["validation"] for record in records],
+        "difference": difference(*weights[:2]),
+        "same": hashes(root / names[1]) == hashes(root / names[2]),
+    }
+
+
 def main() -> None:
     torch.set_num_threads(1)
     vars(runs)["draw_curve"] = lambda lines, path: False
     root = Path(sys.argv[1])
-    print(json.dumps({"families": families(root), "recipes": recipes_of(root)}))
+    print(json.dumps({"families": families(root), "recipes": recipes_of(root), "validated": validated(root)}))
 
 
 if __name__ == "__main__":

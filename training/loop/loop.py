@@ -180,8 +180,6 @@ def _prepare(run: TrainingRun, phase: Phase) -> _PreparedPhase:
         module, optimizer = run.accelerator.prepare(phase.module, optimizer)
     else:
         module, optimizer = phase.module, run.accelerator.prepare(optimizer)
-    if phase.validation is not None:
-        phase.validation.check(module)
     decay = run.config.loop.ema_decay
     return _PreparedPhase(run, phase, module, optimizer, Averages(phase.module, decay) if decay else None, sharding)
 

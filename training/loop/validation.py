@@ -1,7 +1,8 @@
 """Validation during a phase: scores the captioner on held-out pictures, keeps the best weights, and stops early.
 
-The first process scores; all processes get the result. Nothing here draws random numbers, so a run with validation
-makes the same steps as one without.
+The first process scores; all processes get the result. If the parameters are spread over the processes (FSDP), all
+processes generate the same captions together, because each holds a part of every layer. Nothing here draws random
+numbers, so a run with validation makes the same steps as one without.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from blip2edge.errors import ConfigError, one_line
+from blip2edge.errors import one_line
+from blip2edge.training.loop.sharding import is_sharded, usable_outside_forward, whole_tensor
 from blip2edge.training.loop.snapshots import Snapshot
 from blip2edge.training.loop_config import ValidationConfig
 
@@ -50,18 +51,6 @@ class Validation:
     steps: list[int] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
-    def check(self, module: nn.Module) -> None:
-        """Checks that a validation can run during the phase.
-
-        Raises:
-            ConfigError: The parameters are sharded over processes.
-        """
-        if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-            raise ConfigError(
-                "[validation] every is above 0, but the parameters are sharded over processes (FSDP)",
-                "leave [validation] out, and score the result with blip2edge eval",
-            )
-
     def due(self, step: int, last: int) -> bool:
         """Returns whether a validation runs after step number `step`; `last` is the number of the last step."""
         return step % self.config.every == 0 or step == last
@@ -81,7 +70,7 @@ class Validation:
         """
         found: list[Any] = [None, None]  # the numbers, and the error in one line
         failure: Exception | None = None
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process or is_sharded(module):
             try:
                 found[0] = self._scored(module)
             except Exception as error:  # noqa: BLE001 - raised below, when the other processes know
@@ -96,7 +85,9 @@ class Validation:
         if not math.isnan(value) and (self.best is None or value > self.best):
             self.best, self.best_step = value, step
             if self.config.keep_best:
-                self.tensors = {name: tensor.detach().cpu().clone() for name, tensor in _trained(module).items()}
+                self.tensors = {
+                    name: whole_tensor(tensor.detach()).cpu().clone() for name, tensor in _trained(module).items()
+                }
         return dict(values)
 
     def _scored(self, module: nn.Module) -> dict[str, float]:
@@ -104,7 +95,7 @@ class Validation:
         training = module.training
         module.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), usable_outside_forward(module):
                 figures = self.score()
         finally:
             module.train(training)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast, send_to_device
 from torch import Tensor, nn
 
 from blip2edge.bundle.user_cache import cache_directory
@@ -273,6 +273,7 @@ def _validation(run: TrainingRun) -> Validation | None:
         instructions,
         batch_size=config.batch_size,
         generation={"max_new_tokens": config.max_new_tokens, "num_beams": config.num_beams},
+        agree=broadcast if run.config.loop.fsdp else None,
     )
     return Validation(config, validation_scores(data, captioner), data.metric, run.accelerator)
 

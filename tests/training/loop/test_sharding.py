@@ -44,6 +44,29 @@ VIEW = "FSDP2-wrapped module"  # begins torch's warning of a layer that returns 
 ALL = 'frozen_dtype = "bfloat16"\nrecompute_activations = true\nema_decay = 0.9\nsnapshot_every = 2'
 
 
+VALIDATED = f"""
+weights_dtype = "float32"
+[model]
+checkpoint = "{Path(__file__).parents[3] / "examples" / "checkpoint"}"
+[loop]
+fsdp = {{fsdp}}
+ema_decay = 0.5
+snapshot_every = 2
+[validation]
+every = 2
+pictures = 12
+max_new_tokens = 20
+num_beams = 2
+metric = "cider_d"
+[stage2]
+steps = 4
+batch_size = {{rows}}
+warmup_steps = 1
+learning_rate = 4e-3
+unfreeze_vision = true
+"""
+
+
 @pytest.fixture(scope="module", name="results")
 def _results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     if not hasattr(os, "fork"):
@@ -65,6 +88,8 @@ def _results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             stage1="unfreeze_vision = true\nlayer_decay = 0.8",
             stage2="lora_rank = 4\nitg_weight = 1.0",
         )
+    for name, fsdp, rows in (("one", "false", 4), ("two", "true", 2)):
+        (root / f"validated-{name}.toml").write_text(VALIDATED.format(fsdp=fsdp, rows=rows))
     done = subprocess.run(
         [sys.executable, "-W", f"error:{VIEW}:UserWarning", "-m", "tests.training.sharded", str(root)],
         check=False,
@@ -185,6 +210,22 @@ def test_a_killed_run_ends_with_the_same_weights(results: dict[str, Any]) -> Non
     assert found["same_log"]
 
 
+@pytest.mark.slow
+def test_validations_of_sharded_parameters_have_the_scores_of_one_process(results: dict[str, Any]) -> None:
+    """With beams, averaged weights and a trained picture encoder; also if the run is killed and resumed."""
+    found = results["validated"]
+    assert found["ends"]["one"] == [0]
+    assert found["ends"]["two"] == found["ends"]["resumed"] == [0, 0]
+    assert -signal.SIGKILL in found["ends"]["killed"]
+    one, two, resumed = found["scores"]
+    assert len(one) == 2
+    assert 0 < one[0]["cider_d"] < 10, "neither nothing nor everything is right"
+    assert one == two == resumed
+    assert found["best"][0] == found["best"][1] == found["best"][2]
+    assert found["difference"] < 5e-3  # a large rate: AdamW makes whole steps of rounding
+    assert found["same"]
+
+
 def test_one_process_is_told_to_start_several(tmp_path: Path) -> None:
     path = recipes.write(tmp_path / "recipe.toml", loop="fsdp = true")
     with pytest.raises(ConfigError, match="fsdp is true, but there is only one process; start several: torchrun"):
@@ -217,7 +258,6 @@ def test_a_launcher_that_divides_the_model_is_refused(
     ("text", "said"),
     [
         ("[loop]\nfsdp = true\nautocast = 'float16'", "fsdp does not work with autocast = 'float16'"),
-        ("[loop]\nfsdp = true\n[validation]\nevery = 5", "the parameters are sharded over processes"),
     ],
 )
 def test_what_is_refused(text: str, said: str) -> None:

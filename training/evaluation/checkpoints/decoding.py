@@ -7,7 +7,7 @@ decoder whose state keeps keys and values as tensors, so that a step computes on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,10 +51,13 @@ class TorchDecoder(Decoder):
 
     Args:
         language: The language model, in eval mode.
+        agree: Function that returns the logits of the first process in all processes, if several processes decode the
+            same texts together; None for one process. All processes then make equally many steps.
     """
 
-    def __init__(self, language: DecoderModule) -> None:
+    def __init__(self, language: DecoderModule, agree: Callable[[Tensor], Tensor] | None = None) -> None:
         self.language = language
+        self.agree = agree
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +136,8 @@ class TorchState(SlotState):
         own_mask = given.pop(CROSS_MASK, self._source.mask)
         cross = {} if not self._source.key_values else {"cross": self._source.key_values, CROSS_MASK: own_mask}
         logits, self._past = self.decoder.language(**given, past=self._past, **cross)
-        found: NDArray[np.float32] = logits.float().cpu().numpy()
+        agree = self.decoder.agree
+        found: NDArray[np.float32] = (logits.float() if agree is None else agree(logits.float())).cpu().numpy()
         return found
 
     def truncate(self, lengths: NDArray[np.int64]) -> None:
@@ -152,13 +156,20 @@ class TorchLanguage(LanguageModel):
         language: The language model, in eval mode.
         config: Config of the language model.
         start: Id of the decoder's first token, for an encoder-decoder model; None for 0.
+        agree: See :class:`TorchDecoder`.
     """
 
     decoder: TorchDecoder
 
-    def __init__(self, language: DecoderModule, config: LanguageConfig, start: int | None = None) -> None:
+    def __init__(
+        self,
+        language: DecoderModule,
+        config: LanguageConfig,
+        start: int | None = None,
+        agree: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         encodes = config.is_encoder_decoder
-        super().__init__(TorchDecoder(language), (start or 0,) if encodes else ())
+        super().__init__(TorchDecoder(language, agree), (start or 0,) if encodes else ())
         self._language = language
         self._cross = config.cross
         self._encoder_inputs = language_of(config.kind).encoder_inputs if encodes else ()

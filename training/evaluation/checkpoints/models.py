@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class CheckpointCaptioner:
         defaults: Default options, as the checkpoint's bundle would have; None for greedy decoding that ends at the
             family's end token.
         generation: Fields of `GenerationOptions`, which replace the defaults.
+        agree: Function that returns the logits of the first process in all processes, if they decode together.
 
     Attributes:
         prompts: The prompt builder of the model's family.
@@ -70,6 +71,7 @@ class CheckpointCaptioner:
         batch_size: int = 16,
         defaults: Mapping[str, Any] | None = None,
         generation: Mapping[str, Any] | None = None,
+        agree: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         config = model.config
         if defaults is None:
@@ -85,7 +87,7 @@ class CheckpointCaptioner:
         self.prompts = captioner_prompts(config, tokenizer)
         self._encoder = TorchEncoder(model, preprocessing, TextParts(tokenizer, self.prompts, reader))
         self._generator = TextGenerator(
-            TorchLanguage(model.language, config.language, config.decoder_start_token_id),
+            TorchLanguage(model.language, config.language, config.decoder_start_token_id, agree),
             tokenizer,
             config.language.max_positions,
             DraftSelector(default="none"),
