@@ -31,7 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from PIL import Image
-from reporting import parser_of, write_result
+from reporting import bundle_path, parser_of, write_result
 
 from blip2edge.bulk.options import BulkOptions
 from blip2edge.bulk.pipeline import Output, run_bulk
@@ -167,7 +167,7 @@ def killed_runs(root: Path, case: Case, arguments: Any, killer: Killer, ways: li
 
 def main() -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=bundle_path)
     parser.add_argument("--pictures", type=int, default=5000)
     parser.add_argument("--share", type=float, default=0.12, help="latest time of a kill, as a share of a run's length")
     parser.add_argument("--least", type=int, default=20, help="fail if there are fewer kills than this in all")

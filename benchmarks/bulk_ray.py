@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import ray
 from bulk_kills import digest, draw
 from ray.cluster_utils import Cluster as LocalCluster
-from reporting import parser_of, write_result
+from reporting import bundle_path, parser_of, write_result
 
 from blip2edge.bulk.options import BulkOptions
 from blip2edge.bulk.pipeline import Output, run_bulk
@@ -45,7 +45,7 @@ def nodes_of_workers() -> set[str]:
 
 def main() -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=bundle_path)
     parser.add_argument("--pictures", type=int, default=2000)
     parser.add_argument("--chunk-size", type=int, default=50)
     parser.add_argument("--duplicates", type=float)

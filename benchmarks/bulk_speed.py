@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from reporting import parser_of, write_result
+from reporting import bundle_path, parser_of, write_result
 
 from blip2edge.bulk.options import BulkOptions
 from blip2edge.bulk.pipeline import Output, run_bulk
@@ -60,7 +60,7 @@ def decode(preprocessing: Preprocessing, path: Path) -> None:
 
 def main() -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=bundle_path)
     parser.add_argument("--pictures", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)

@@ -24,7 +24,18 @@ import onnx_ir as ir
 import torch
 from export_memory import INTERVAL, tree_bytes
 from random_checkpoint import SHAPE, write_checkpoint
-from reporting import CHECKPOINT, RESULTS, command, cpu_model, in_turn, median_ratio, parser_of, system, write_json
+from reporting import (
+    CHECKPOINT,
+    RESULTS,
+    bundle_path,
+    command,
+    cpu_model,
+    in_turn,
+    median_ratio,
+    parser_of,
+    system,
+    write_json,
+)
 
 from blip2edge.bundle.schema import VISION
 from blip2edge.calibration.agreement import cosine_similarity
@@ -152,8 +163,8 @@ def main() -> None:
     parser.add_argument("part", choices=("memory", "race"))
     parser.add_argument("--counts", type=int, nargs="+", default=[50, 500], help="for memory: picture counts (50 500)")
     parser.add_argument("--rounds", type=int, default=15, help="for race: number of rounds (15)")
-    parser.add_argument("--parent", type=Path, help="fp32 bundle to measure (default: export one)")
-    parser.add_argument("--bundle", type=Path, help="for race: the INT8 bundle calibrated from --parent")
+    parser.add_argument("--parent", type=bundle_path, help="fp32 bundle to measure (default: export one)")
+    parser.add_argument("--bundle", type=bundle_path, help="for race: the INT8 bundle calibrated from --parent")
     parser.add_argument("--work", type=Path, help="directory for checkpoint and bundles, about 2 GB")
     options = parser.parse_args()
     given = (options.parent, options.bundle) if options.parent and options.bundle else None

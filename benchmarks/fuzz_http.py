@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from reporting import cpu_model, parser_of, write_json
+from reporting import bundle_path, cpu_model, parser_of, write_json
 from soak import served
 
 from blip2edge.cli import run_script
@@ -24,7 +24,7 @@ CONFIG = Path(__file__).parent / "configs" / "schemathesis.toml"
 def main() -> int:
     """Runs schemathesis for the given time and writes the counts."""
     parser = parser_of(__doc__)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=bundle_path)
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from race import ONE_THREAD
-from reporting import named_path, parser_of, write_result
+from reporting import named_bundle, parser_of, write_result
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.cli import run_script
@@ -53,7 +53,7 @@ def load(bundle: Path, backend: str, interpreter: str) -> tuple[float, float]:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("bundles", type=named_path, nargs="+", metavar="NAME=DIR")
+    parser.add_argument("bundles", type=named_bundle, nargs="+", metavar="NAME=DIR")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--openvino-python", help="Python interpreter whose environment has OpenVINO and blip2edge")
     parser.add_argument("--json", type=Path)

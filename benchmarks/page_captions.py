@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from reporting import ROOT, parser_of, write_result
+from reporting import ROOT, bundle_path, parser_of, write_result
 
 sys.path.insert(0, str(ROOT))
 
@@ -78,7 +78,7 @@ def on_the_page(page: Page, files: list[Path]) -> list[str]:
 def main() -> None:
     """Compares the captions, and writes how many differ."""
     parser = parser_of(__doc__)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=bundle_path)
     parser.add_argument("--pictures", type=int, default=40)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from PIL import Image
-from reporting import ROOT, parser_of
+from reporting import ROOT, bundle_path, parser_of
 
 sys.path.insert(0, str(ROOT))
 
@@ -43,7 +43,7 @@ def save(page: Page, path: Path) -> None:
 def main() -> None:
     """Opens the page of ``serve`` in Chromium, and saves its screenshots."""
     parser = parser_of(__doc__)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=bundle_path)
     parser.add_argument("--output", type=Path, default=ROOT / "docs")
     options = parser.parse_args()
     with TemporaryDirectory() as folder:

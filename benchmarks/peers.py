@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from random_checkpoint import SHAPE, write_checkpoint
-from reporting import command, in_turn, machine, median_ratio, named_path, parser_of, python, write_json
+from reporting import command, in_turn, machine, median_ratio, named_bundle, parser_of, python, write_json
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import EMBEDDINGS_FILE, EMBEDDINGS_TENSOR
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument(
         "--keep", type=Path, required=True, help="directory of checkpoint and bundle, which are made if missing (3 GB)"
     )
-    parser.add_argument("--bundle", type=named_path, action="append", default=[], metavar="NAME=DIR")
+    parser.add_argument("--bundle", type=named_bundle, action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--batch", type=int, default=1, help="number of pictures in a batch (1)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

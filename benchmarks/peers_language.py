@@ -13,14 +13,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from race import Contestant, race, table, versions
-from reporting import named_path, parser_of, write_result
+from reporting import named_bundle, named_path, parser_of, write_result
 
 from blip2edge.cli import run_script
 
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--bundle", type=named_path, action="append", default=[], metavar="NAME=DIR")
+    parser.add_argument("--bundle", type=named_bundle, action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--gguf", type=named_path, action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--eager", metavar="DIR", help="directory of the language model, to measure transformers")
     parser.add_argument("--llama-python", help="Python interpreter whose environment has xllamacpp")

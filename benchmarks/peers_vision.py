@@ -11,15 +11,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from race import Contestant, race, table, versions
-from reporting import parser_of, write_result
+from reporting import bundle_path, parser_of, write_result
 
 from blip2edge.cli import run_script
 
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("fp32", type=Path)
-    parser.add_argument("int8", type=Path)
+    parser.add_argument("fp32", type=bundle_path)
+    parser.add_argument("int8", type=bundle_path)
     parser.add_argument("--openvino-python", help="Python interpreter whose environment has openvino")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from reporting import machine, parser_of, versions, write_json
+from reporting import bundle_path, machine, parser_of, versions, write_json
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
@@ -153,7 +153,7 @@ def summary(results: dict[str, Any]) -> dict[str, float]:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("bundle", type=Path, help="a bundle in fp32")
+    parser.add_argument("bundle", type=bundle_path, help="a bundle in fp32")
     parser.add_argument("--texts", type=Path, required=True, help="directory that benchmarks/texts.py wrote")
     parser.add_argument("--tokens", type=int, default=20480, help="smallest number of tokens of the evaluation")
     parser.add_argument("--calibration-tokens", type=int, default=16384)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from perplexity import WINDOW, windows
-from reporting import named_path, parser_of, versions, write_result
+from reporting import bundle_path, named_path, parser_of, versions, write_result
 from transformers import AutoModelForCausalLM
 
 from blip2edge.bundle.bundle import Bundle
@@ -32,7 +32,7 @@ def perplexity(model: torch.nn.Module, rows: torch.Tensor) -> float:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=bundle_path)
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--gguf", type=named_path, action="append", required=True, metavar="NAME=FILE")
     parser.add_argument("--tokens", type=int, default=20480, help="smallest number of tokens of the evaluation")

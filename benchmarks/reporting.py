@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from blip2edge.bundle.manifest import read_manifest
 from blip2edge.bundle.outputs.locks import write_file
 from blip2edge.runtime.backends.huge_pages import wait_for_huge_pages
 
@@ -76,6 +77,18 @@ def with_tables(page: str, tables: Mapping[str, Callable[[], str]], script: str)
 def parser_of(doc: str | None) -> argparse.ArgumentParser:
     """Returns an argument parser whose help is a script's docstring."""
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def bundle_path(text: str) -> Path:
+    """Parses the directory of a bundle; raises BundleError if it is none, before anything is measured."""
+    read_manifest(Path(text))
+    return Path(text)
+
+
+def named_bundle(text: str) -> tuple[str, Path]:
+    """Parses ``NAME=BUNDLE``; raises BundleError as :func:`bundle_path`."""
+    name, path = named_path(text)
+    return name, bundle_path(str(path))
 
 
 def named_path(text: str) -> tuple[str, Path]:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
-from reporting import parser_of
+from reporting import bundle_path, parser_of
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER
@@ -33,7 +33,7 @@ FLOATS = ("fp32", "fp16")
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=bundle_path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--weights", choices=WEIGHT_BITS, required=True)
     options = parser.parse_args()

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 from random_checkpoint import SHAPE, write_checkpoint
-from reporting import cpu_model, in_turn, median_ratio, parser_of, write_json
+from reporting import bundle_path, cpu_model, in_turn, median_ratio, parser_of, write_json
 
 from blip2edge.charts import element, label, svg_file
 from blip2edge.cli import run_script
@@ -193,7 +193,7 @@ def main() -> None:
     """Measures overlap and arrivals, and writes the results."""
     parser = parser_of(__doc__)
     parser.add_argument(
-        "bundle", nargs="?", type=Path, help="bundle to measure (default: export a model with random weights)"
+        "bundle", nargs="?", type=bundle_path, help="bundle to measure (default: export a model with random weights)"
     )
     parser.add_argument("--pictures", type=int, default=8)
     parser.add_argument("--arrivals", type=int, default=60)

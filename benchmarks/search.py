@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reporting import CHECKPOINT, RESULTS, command, machine, parser_of, system, write_json
+from reporting import CHECKPOINT, RESULTS, bundle_path, command, machine, parser_of, system, write_json
 
 from blip2edge.calibration.search.front import FormatPoint, FoundPoints
 from blip2edge.calibration.search.pipeline import search
@@ -77,7 +77,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("model", choices=("miniature", "smollm2"))
     parser.add_argument(
-        "--bundle", type=Path, help="an exported bundle in fp32 (default: export the example checkpoint)"
+        "--bundle", type=bundle_path, help="an exported bundle in fp32 (default: export the example checkpoint)"
     )
     parser.add_argument("--pictures", type=int, default=128, help="number of calibration pictures (128)")
     parser.add_argument("--formats", nargs="+", default=[], help="number formats to try (all); mixed is two in a graph")

@@ -39,7 +39,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
-from reporting import cpu_model, parser_of, write_json
+from reporting import bundle_path, cpu_model, parser_of, write_json
 
 from blip2edge.cli import run_script
 from blip2edge.runtime.captioning.captioner import Captioner
@@ -295,7 +295,7 @@ def main() -> int:
     """Runs the measurement of the command line, overload or endurance, and writes the results."""
     parser = parser_of(__doc__)
     parser.add_argument("kind", choices=("overload", "endurance"))
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=bundle_path)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--captions", type=int, default=100_000)
     parser.add_argument("--measured-s", type=float, default=20.0, help="seconds for which the capacity is measured")

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from reporting import command, cpu_model, median_ratio, named_path, parser_of, versions, write_json
+from reporting import command, cpu_model, median_ratio, named_bundle, parser_of, versions, write_json
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER, DRAFT, EMBEDDINGS_FILE, DraftName
@@ -132,7 +132,7 @@ def sizes(path: Path) -> dict[str, Any]:
 def main() -> int:
     """Measures the bundles named on the command line."""
     parser = parser_of(__doc__)
-    parser.add_argument("bundles", nargs="+", type=named_path, metavar="NAME=BUNDLE")
+    parser.add_argument("bundles", nargs="+", type=named_bundle, metavar="NAME=BUNDLE")
     parser.add_argument("--drafts", nargs="+", choices=get_args(Draft), default=["none", "auto", "always", "lookup"])
     parser.add_argument("--pictures", type=int, default=60)
     parser.add_argument("--warm-up", type=int, default=4)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from race import ONE_THREAD
-from reporting import parser_of, write_result
+from reporting import bundle_path, parser_of, write_result
 
 from blip2edge.cli import run_script
 from blip2edge.runtime.bench.measure import Bench
@@ -86,7 +86,7 @@ def text_starts(language: str, gguf: str, llama_python: str, starts: int) -> dic
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=bundle_path)
     parser.add_argument("picture", type=Path)
     parser.add_argument("--captions", type=int, default=10000)
     parser.add_argument("--starts", type=int, default=5)

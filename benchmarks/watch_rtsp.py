@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reporting import ROOT, parser_of, write_result
+from reporting import ROOT, bundle_path, parser_of, write_result
 
 from blip2edge.cli import run_script
 
@@ -128,7 +128,7 @@ def cut(watch: Watch, server: subprocess.Popen[bytes], port: int, kind: str, sec
 def main() -> None:
     """Kills or stops the RTSP server several times while ``watch`` runs, and writes the measured values."""
     parser = parser_of(__doc__)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=bundle_path)
     parser.add_argument(
         "--seconds", type=float, nargs="+", default=[2.0, 8.0], help="seconds for which the server is killed"
     )

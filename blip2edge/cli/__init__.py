@@ -84,6 +84,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     An error that a user can cause, such as a missing file, becomes one line as in a command. All other exceptions keep
     their traceback: they are mistakes of the script.
     """
+    import subprocess  # here, because no command needs it
+
     try:
         status = main() or 0
         sys.stdout.flush()
@@ -93,6 +95,10 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except (Blip2EdgeError, OSError) as error:
         print_error(error)
         status = error.exit_status if isinstance(error, Blip2EdgeError) else 1
+    except subprocess.CalledProcessError as error:
+        program = error.cmd if isinstance(error.cmd, str) else error.cmd[0]
+        print_note(f"error: {program} ended with exit status {error.returncode}; its own message is above")
+        status = 1
     sys.exit(status)
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +35,7 @@ Run = Callable[..., tuple[object, str]]
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs the `main` of a script; returns the exit status and standard error."""
 
-    def run(main: Callable[[], None], *given: object) -> tuple[object, str]:
+    def run(main: Callable[[], Any], *given: object) -> tuple[object, str]:
         monkeypatch.setattr(sys, "argv", ["script", *map(str, given)])
         with pytest.raises(SystemExit) as ended:
             run_script(main)
@@ -54,6 +57,25 @@ def test_a_mistake_of_the_script_keeps_its_traceback(run: Run) -> None:
 
     with pytest.raises(KeyError):
         run_script(mistaken)
+
+
+def test_a_program_that_fails_is_named(run: Run) -> None:
+    status, error = run(lambda: subprocess.run(["false", "now"], check=True))
+    assert (status, error) == (1, "error: false ended with exit status 1; its own message is above\n")
+
+
+def test_a_benchmark_refuses_what_is_no_bundle(monkeypatch: pytest.MonkeyPatch, run: Run, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    reporting = importlib.import_module("reporting")
+
+    def main() -> None:
+        parser = reporting.parser_of(None)
+        parser.add_argument("bundle", type=reporting.bundle_path)
+        parser.parse_args()
+
+    status, error = run(main, tmp_path)
+    assert (status, error.count("\n")) == (1, 1)
+    assert error.startswith(f"error: {tmp_path} is not a bundle: it has no bundle.json; ")
 
 
 def test_words_without_captions(run: Run, tmp_path: Path) -> None:
