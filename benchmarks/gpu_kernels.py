@@ -23,6 +23,7 @@ import numpy as np
 from kernel_speed import OPT_2_7B, PLAIN, kernels_of
 from reporting import ROOT, parser_of
 
+from blip2edge.cli import run_script
 from blip2edge.runtime.cuda.kernel import Kernel
 
 PREPARED = ROOT / "build" / "gpu-kernels"
@@ -182,4 +183,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

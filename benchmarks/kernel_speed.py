@@ -21,6 +21,7 @@ from reporting import ROOT, parser_of
 
 sys.path.insert(0, str(ROOT))  # the simulated GPU of the tests
 
+from blip2edge.cli import run_script
 from blip2edge.runtime.cuda.device.driver import DriverDevice, load_driver
 from blip2edge.runtime.cuda.device.interface import KernelDevice
 from blip2edge.runtime.cuda.greedy import GreedyRun
@@ -262,4 +263,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -74,21 +74,33 @@ def with_tables(page: str, tables: Mapping[str, Callable[[], str]], script: str)
     return page
 
 
-def parser_of(doc: str | None) -> argparse.ArgumentParser:
+def parser_of(doc: str | None) -> ScriptParser:
     """Returns an argument parser whose help is a script's docstring."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return ScriptParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def bundle_path(text: str) -> Path:
-    """Parses the directory of a bundle; raises BundleError if it is none, before anything is measured."""
-    read_manifest(Path(text))
+    """Parses the directory of a bundle, which :class:`ScriptParser` checks."""
     return Path(text)
 
 
 def named_bundle(text: str) -> tuple[str, Path]:
-    """Parses ``NAME=BUNDLE``; raises BundleError as :func:`bundle_path`."""
-    name, path = named_path(text)
-    return name, bundle_path(str(path))
+    """Parses ``NAME=BUNDLE``; the bundle is checked as that of :func:`bundle_path`."""
+    return named_path(text)
+
+
+class ScriptParser(argparse.ArgumentParser):
+    """An argument parser that refuses a directory that is no bundle, before anything is measured."""
+
+    def parse_args(self, *given: Any, **more: Any) -> Any:
+        """Parses the arguments; raises BundleError if the argument of a bundle names none."""
+        options = super().parse_args(*given, **more)
+        for action in self._actions:
+            value = getattr(options, action.dest, None)
+            if value is not None and action.type in (bundle_path, named_bundle):
+                for each in value if isinstance(value, list) else [value]:
+                    read_manifest(each[1] if isinstance(each, tuple) else each)
+        return options
 
 
 def named_path(text: str) -> tuple[str, Path]:
