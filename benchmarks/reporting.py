@@ -92,9 +92,9 @@ def named_bundle(text: str) -> tuple[str, Path]:
 class ScriptParser(argparse.ArgumentParser):
     """An argument parser that refuses a directory that is no bundle, before anything is measured."""
 
-    def parse_args(self, *given: Any, **more: Any) -> Any:
+    def parse_args(self, *given: Any, **more: Any) -> argparse.Namespace:  # type: ignore[override]  # all its forms
         """Parses the arguments; raises BundleError if the argument of a bundle names none."""
-        options = super().parse_args(*given, **more)
+        options: argparse.Namespace = super().parse_args(*given, **more)
         for action in self._actions:
             value = getattr(options, action.dest, None)
             if value is not None and action.type in (bundle_path, named_bundle):
