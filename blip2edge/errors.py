@@ -34,7 +34,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     Writer = Callable[[str, bool], str]
     """Writes an option: arguments are its Python name, and whether it is to be switched on."""
@@ -207,6 +207,12 @@ def one_line(error: BaseException) -> str:
     """
     text = shown_address(" ".join(_ESCAPE.sub("", hidden(str(error))).split())) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:199]}…"
+
+
+def some(names: Sequence[str], limit: int = 3) -> str:
+    """Joins the first ``limit`` names for a message, and adds how many more there are."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
 def shown_address(address: str) -> str:

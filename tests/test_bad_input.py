@@ -229,6 +229,42 @@ def test_a_file_that_cannot_grow(small: Drawn, out: Path) -> None:
     assert (done.returncode, done.stdout, os.listdir(out)) == (1, "", [])
 
 
+LOADED = """
+import sys
+from blip2edge.cli import main
+print(main(sys.argv[1:]), sorted({"torch", "transformers"} & {*sys.modules}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("export", "nothere", "-o", "new"), "there is no directory nothere"),
+        (("export", ".", "-o", "new"), "has no model.safetensors and no model.safetensors.index.json"),
+        (("export", "org/name", "-o", "new"), "is not in the hub's cache"),
+        (("export", "hub:org/name", "-o", "new"), "is not in the hub's cache"),
+        (("train", "stage2", "-c", "nope.toml", "-o", "new"), "nope.toml cannot be read"),
+        (("build", "nothere"), "nothere is not a directory"),
+    ],
+)
+def test_a_wrong_path_is_refused_before_heavy_packages_are_imported(
+    words: tuple[str, ...], told: str, tmp_path: Path
+) -> None:
+    """The import of torch takes more than a second."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, *words],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=60,
+    )
+    one_line(done.stderr, told)
+    assert done.stdout == "1 []\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_in_the_middle_of_an_export(number: signal.Signals, status: int, small: Drawn, out: Path) -> None:

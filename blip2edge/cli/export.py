@@ -63,10 +63,13 @@ def run(options: argparse.Namespace) -> int:
     from blip2edge.bundle.outputs.publishing import check_output
 
     check_output(options.output, options.force, MANIFEST, options.checkpoint, options.base)
-    from blip2edge.model.checkpoint.stored.files import local_checkpoint
+    from blip2edge.model.checkpoint.stored.files import find_checkpoint, local_checkpoint
+    from blip2edge.model.checkpoint.stored.layouts import check_layout
 
     for given in (options.checkpoint, *([] if options.base is None else [options.base])):
-        local_checkpoint(given)  # a missing one is refused before torch is imported, which takes seconds
+        path = local_checkpoint(given) or find_checkpoint(given)
+        if path.is_dir():  # a wrong one is refused before torch is imported, which takes seconds
+            check_layout(path)
     from blip2edge.export.pipeline import export_checkpoint
 
     with Progress() as progress:

@@ -27,8 +27,9 @@ from blip2edge.model.checkpoint.stored.files import (
     matching,
     read_checkpoint_json,
 )
+from blip2edge.model.checkpoint.stored.layouts import has_weights, no_weights
 from blip2edge.model.checkpoint.stored.quantized import refuse_quantized
-from blip2edge.model.checkpoint.stored.tensors import TensorFiles, has_weights, no_weights, shards
+from blip2edge.model.checkpoint.stored.tensors import TensorFiles, shards
 from blip2edge.model.checkpoint.stored.tied import add_tied_names, all_equal, repeated_names
 from blip2edge.model.config import CaptionerConfig, DraftConfig
 from blip2edge.model.families.registry import (

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from blip2edge.errors import CheckpointError, UsageError, option
+from blip2edge.errors import CheckpointError, UsageError, option, some
 from blip2edge.model.checkpoint.adapters.folder import has_adapter
 from blip2edge.model.checkpoint.directory import Checkpoint
 from blip2edge.model.checkpoint.stored.files import find_checkpoint, is_lavis, local_checkpoint
 from blip2edge.model.checkpoint.stored.pickled import Ignored, read_pickled, save_again
-from blip2edge.model.weights.rules import BUFFERS, some
+from blip2edge.model.weights.rules import BUFFERS
 from blip2edge.model.weights.ties import stored_names
 
 _VIT = r"visual_encoder\.blocks\.(\d+)\."

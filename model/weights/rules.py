@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blip2edge.errors import CheckpointError
+from blip2edge.errors import CheckpointError, some
 
 BUFFERS = (
     r"(.*\.)?position_ids",
@@ -149,9 +149,3 @@ def _compile(path: str) -> re.Pattern[str]:
 def _fill(path: str, groups: Sequence[str]) -> str:
     parts = iter(groups)
     return re.sub(r"\*", lambda _: next(parts), path)
-
-
-def some(names: Sequence[str], limit: int = 3) -> str:
-    """Joins the first ``limit`` names for a message, and adds how many more there are."""
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from blip2edge.bundle.fields import finite_number, record
-from blip2edge.errors import CheckpointError
+from blip2edge.errors import CheckpointError, some
 from blip2edge.model.bridges.qformer import QFormerBase
 from blip2edge.model.bridges.text_head import DRAFT_CONFIG, DRAFT_FILE, TEXT_HEAD_RULES, write_draft
 from blip2edge.model.captioner import CaptionerModel
@@ -27,7 +27,7 @@ from blip2edge.model.checkpoint.stored.files import find_checkpoint, read_checkp
 from blip2edge.model.checkpoint.stored.tensors import TensorFiles
 from blip2edge.model.config import CaptionerConfig, DraftConfig, QFormerConfig
 from blip2edge.model.retrieval import RetrievalConfig, RetrievalModel
-from blip2edge.model.weights.rules import Rule, WeightMap, some, under
+from blip2edge.model.weights.rules import Rule, WeightMap, under
 from blip2edge.reading import checking, reading
 from blip2edge.training.phases.stage1 import Stage1Model
 from blip2edge.training.setup.architecture import stage1_config

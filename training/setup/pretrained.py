@@ -19,7 +19,7 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from blip2edge.bundle.schema import TOKENIZER_FILE
-from blip2edge.errors import CheckpointError, ConfigError
+from blip2edge.errors import CheckpointError, ConfigError, some
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint.adapters.folder import ADAPTER_CONFIG, has_adapter
 from blip2edge.model.checkpoint.directory import load_checkpoint, load_model, read_model_config
@@ -38,7 +38,7 @@ from blip2edge.model.families.tokens import read_tokens
 from blip2edge.model.interfaces import DecoderModule, VisionModule
 from blip2edge.model.language.registry import LANGUAGES, bridged_language, language_of
 from blip2edge.model.layers import shapes_of
-from blip2edge.model.weights.rules import WeightMap, some
+from blip2edge.model.weights.rules import WeightMap
 from blip2edge.reading import read_bytes, reading
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.runtime.text.tokenizer import TOKENIZER_BYTES, parse_tokenizer

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from blip2edge.errors import CheckpointError, MissingPackageError, UnsupportedModelError, one_line, option
+from blip2edge.errors import CheckpointError, MissingPackageError, UnsupportedModelError, one_line, option, some
 from blip2edge.model.checkpoint.adapters.layers import (
     ADAPTER_NAME,
     INITS,
@@ -28,9 +28,9 @@ from blip2edge.model.checkpoint.adapters.layers import (
     replaced_tensors,
 )
 from blip2edge.model.checkpoint.stored.files import cached_checkpoint, read_checkpoint_json
+from blip2edge.model.checkpoint.stored.layouts import has_weights
 from blip2edge.model.checkpoint.stored.pickled import read_pickled
-from blip2edge.model.checkpoint.stored.tensors import TensorFiles, has_weights, open_safetensors
-from blip2edge.model.weights.rules import some
+from blip2edge.model.checkpoint.stored.tensors import TensorFiles, open_safetensors
 from blip2edge.packages import require
 from blip2edge.reading import reading
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from blip2edge.errors import CheckpointError, one_line
-from blip2edge.model.weights.rules import some
+from blip2edge.errors import CheckpointError, one_line, some
 from blip2edge.reading import reading
 
 if TYPE_CHECKING:

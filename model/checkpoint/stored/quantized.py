@@ -6,9 +6,8 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from blip2edge.errors import CheckpointError
+from blip2edge.errors import CheckpointError, some
 from blip2edge.model.checkpoint.stored.tensors import FLOAT_DTYPES, TensorFiles, dtype_name
-from blip2edge.model.weights.rules import some
 
 CONFIG_KEYS = ("quantization_config", "compression_config")
 
