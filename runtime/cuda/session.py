@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip2edge.bundle.dtypes import Array
+from blip2edge.errors import BackendError
 from blip2edge.runtime.backends.base import closed_graph
 from blip2edge.runtime.cuda.device.interface import KernelDevice, Run
 from blip2edge.runtime.cuda.kernel import Launch
@@ -126,7 +127,15 @@ class KernelSession:
             while len(self._free) > POOLED:
                 self.device.free(self._free.popleft().address)
         size = 2 * len(self.weights.layers) * CacheBlock(0, shape).layer_bytes
-        return CacheBlock(self.device.allocate(size), shape)
+        try:
+            return CacheBlock(self.device.allocate(size), shape)
+        except BackendError:
+            if not self._free:
+                raise
+            with self.lock:  # memory is short: the free caches of other sizes go
+                while self._free:
+                    self.device.free(self._free.popleft().address)
+            return CacheBlock(self.device.allocate(size), shape)
 
     def move(self, source: CacheBlock, target: CacheBlock, rows: NDArray[np.int32], used: int) -> None:
         """Makes row i of a KV cache a copy of row ``rows[i]`` of another one of the same shape.

@@ -279,6 +279,16 @@ def test_a_run_is_planned_once_and_memory_is_freed(
     for _ in range(3):
         pair.kernels.prefill(pair.prompts((3,)))
     assert len(pair.shim.memory) == kept
+    short = iter([True, False])
+
+    def allocate(size: int) -> int:
+        if next(short, False):
+            raise BackendError("cuMemAlloc failed: out of memory", "lower the batch size")
+        return ShimDevice.allocate(pair.shim, size)
+
+    monkeypatch.setattr(pair.shim, "allocate", allocate)
+    assert pair.session.take((2, 2, 8, 16)).address in pair.shim.memory  # the free caches made room
+    assert len(pair.shim.memory) <= kept
     pair.session.close()
     assert not pair.shim.memory
     with pytest.raises(BackendError, match="this graph is closed"):
