@@ -1,7 +1,8 @@
 """Makes the copy for the backend ``cuda-decoder``: the decoder's layout, and its kernels for every kind of GPU.
 
-NVRTC compiles the kernels, which needs no GPU. They are not run. What is checked here: the graph has the structure that
-the kernels compute, and every kernel fits the registers and the shared memory of each GPU.
+NVRTC compiles the kernels, which needs no GPU. What is checked: the graph has the structure that the kernels compute,
+and every kernel fits the registers and the shared memory of each GPU. The kernels are run only if this machine has a
+GPU, to time them (``kernel_race.py``).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from blip2edge.errors import BackendError, BundleError
 from blip2edge.graph_files import load_graph
 from blip2edge.optimization.checks import CopyTask
 from blip2edge.optimization.decoder_layout import read_layout
+from blip2edge.optimization.kernel_race import timed_tokens
 from blip2edge.runtime.backends.base import check_precision
 from blip2edge.runtime.backends.optimized_copy import OptimizedGraph
 from blip2edge.runtime.cuda.compilation.compiler import compile_kernels, supported_targets
@@ -69,7 +71,7 @@ def compiled_decoder(task: CopyTask, name: str) -> tuple[OptimizedGraph, dict[st
         (task.target / cubin_name(capability)).write_bytes(cubin)
         names.append(cubin_name(capability))
     passes = (KERNELS, ROUNDED) if is_rounded(layout) else (KERNELS,)
-    copy = OptimizedGraph(LAYOUT, passes, False, False, (), None, None)
+    copy = OptimizedGraph(LAYOUT, passes, False, False, (), None, timed_tokens(bundle, task.target))
     return copy, {name: FileRecord.of(task.target / name) for name in names}
 
 

@@ -36,8 +36,8 @@ from blip2edge.optimization.storage import optimize_offline, write_copy
 from blip2edge.packages import installed, require
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends.openvino import OpenVinoSession
-from blip2edge.runtime.backends.optimized_copy import KIND, OptimizedGraph, OptimizedRecord
-from blip2edge.runtime.backends.probe import exact_processor
+from blip2edge.runtime.backends.optimized_copy import GPU, KIND, OptimizedGraph, OptimizedRecord
+from blip2edge.runtime.backends.probe import exact_processor, nvidia_driver
 from blip2edge.runtime.bench.graph_inputs import Arrays
 from blip2edge.version import __version__
 
@@ -267,7 +267,9 @@ def _compiled(task: CopyTask, name: str) -> tuple[OptimizedGraph, dict[str, File
 def versions() -> dict[str, str]:
     """Returns the versions of the packages that make or run a copy, by package name."""
     packages = ("onnxruntime", "openvino", "onnx", "onnx_ir", "numpy", "nvidia-cuda-nvrtc")
-    return {"blip2edge": __version__, **{name: installed(name) for name in packages}}
+    gpus = nvidia_driver().gpus
+    gpu = {GPU: gpus[0].name} if gpus else {}
+    return {"blip2edge": __version__, **{name: installed(name) for name in packages}, **gpu}
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,9 @@ def report_table(report: OptimizedReport) -> str:
     compiled = any(graph.cosine is None for graph in graphs.values())
     if compiled:
         targets = ", ".join(sorted(Path(name).stem for name in report.record.files if name.endswith(".cubin")))
-        lines.append(f"neither run nor measured: the kernels are compiled without a GPU, for {targets}")
+        lines.append(f"the kernels are compiled for {targets}")
+        if all(graph.milliseconds is None for graph in graphs.values()):
+            lines.append("neither run nor measured: no GPU here runs them and gives the tokens of the CUDA provider")
     elif any(graph.milliseconds is None for graph in graphs.values()):
         lines.append("speed not measured: the copy is made by rule, without a GPU")
     if any(ROUNDED in graph.passes for graph in graphs.values()):

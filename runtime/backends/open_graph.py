@@ -27,7 +27,7 @@ from blip2edge.runtime.backends.base import (
     open_session,
 )
 from blip2edge.runtime.backends.engine_files import EngineSet, engine_folders, engines_backend
-from blip2edge.runtime.backends.optimized_copy import OptimizedRecord, read_copy, weights_of
+from blip2edge.runtime.backends.optimized_copy import GPU, OptimizedRecord, read_copy, weights_of
 from blip2edge.runtime.backends.probe import cores
 
 
@@ -36,7 +36,8 @@ def choose_backend(bundle: Bundle, backend: str) -> tuple[str, Any]:
 
     ``auto`` chooses the backend of the engines if the bundle has engines for this GPU; else ``cuda`` if ONNX Runtime
     can compute on this GPU; else ``cpu``. ONNX Runtime has no fused kernels for INT8 activations on a GPU. So for a
-    bundle with such activations, ``auto`` chooses ``cuda`` only if the bundle has an optimized copy for CUDA.
+    bundle with such activations, ``auto`` chooses ``cuda`` only if the bundle has an optimized copy for CUDA. In place
+    of ``cuda`` it chooses ``cuda-decoder`` if a timing on a GPU of the same name proves that the kernels are faster.
 
     Returns:
         The name of the backend, and its ``EngineOpener`` (None if the backend runs graphs).
@@ -56,7 +57,7 @@ def choose_backend(bundle: Bundle, backend: str) -> tuple[str, Any]:
         backend = next(iter(BACKENDS))
         integers = any(graph.precision == "int8" for graph in manifest.graphs.values())
         if gpus and (not integers or read_copy(bundle, "cuda") is not None) and _cuda_works(manifest.precision):
-            backend = "cuda"
+            backend = "cuda-decoder" if _kernels_are_faster(bundle, gpus[0].name) else "cuda"
     check_precision(backend, manifest.precision, engines_only=bool(manifest.engines_of))
     row = find_backend(backend)
     return backend, import_module(row.module).EngineOpener(bundle, row.engines) if row.engines else None
@@ -73,6 +74,15 @@ def _engines_that_fit(bundle: Bundle) -> tuple[str, Any] | None:
             with suppress(BackendError, EngineError):
                 return name, import_module(row.module).EngineOpener(bundle, row.engines)
     return None
+
+
+def _kernels_are_faster(bundle: Bundle, gpu: str) -> bool:
+    """Returns whether a timing on a GPU of this name proves that the bundle's CUDA kernels are faster than ``cuda``."""
+    found = read_copy(bundle, "cuda-decoder")
+    graph = found[1].graphs.get(DECODER) if found is not None else None
+    if found is None or graph is None or graph.milliseconds is None or missing(("cuda",)):
+        return False
+    return found[1].versions.get(GPU) == gpu and graph.milliseconds[1] < graph.milliseconds[0]
 
 
 def _cuda_works(precision: str) -> bool:

@@ -31,6 +31,9 @@ PACKAGES = {"cpu": "onnxruntime", "openvino": "openvino", "cuda": "", "cuda-deco
 can load the copy: ONNX Runtime optimizes a copy for CUDA again while loading it, and the driver loads compiled kernels.
 """
 
+GPU = "gpu"
+"""Key in ``versions``: the name of the GPU of the machine that made the copy."""
+
 OF_ONE_MACHINE = ("openvino",)
 """Backends whose optimized copies are compiled for one processor, and are not used on other processors."""
 

@@ -55,7 +55,8 @@ class FakeDriver:
         self.lock = threading.RLock()  # the shim runs one kernel at a time
         self.calls: list[str] = []
         self.fails = fails
-        self._kernels = {kernel.name: kernel for kernel in kernels}
+        self._given = kernels
+        self._kernels: dict[str, Kernel] = {}
         self._shim: Shim | None = None
         self._attributes = {16: multiprocessors, 75: capability[0], 76: capability[1]}
         self._next = 100
@@ -127,6 +128,7 @@ class FakeDriver:
         if not image.startswith(b"\x7fELF"):
             return (INVALID_IMAGE,)
         if self._shim is None:
+            self._kernels = {kernel.name: kernel for kernel in self._given}
             self._shim = Shim(self._kernels.values())
         return self._made("module")
 

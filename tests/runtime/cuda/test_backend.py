@@ -19,9 +19,10 @@ from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER
 from blip2edge.cli.optimize import report_table
 from blip2edge.errors import BackendError, Blip2EdgeError, BundleError, BundleIntegrityError
+from blip2edge.optimization import kernel_race, pipeline
 from blip2edge.optimization import kernels as making
 from blip2edge.optimization.pipeline import OptimizedReport, optimize
-from blip2edge.runtime.backends import onnxruntime_cuda, probe
+from blip2edge.runtime.backends import onnxruntime_cuda, open_graph, probe
 from blip2edge.runtime.backends.open_graph import GraphOpener
 from blip2edge.runtime.backends.optimized_copy import RECORD, read_copy
 from blip2edge.runtime.captioning.captioner import Captioner
@@ -114,9 +115,8 @@ def test_captions_are_those_of_the_cpu(made: OptimizedReport, gpu: Callable[...,
 
 def test_the_record_says_that_nothing_ran(made: OptimizedReport) -> None:
     table = report_table(made)
-    assert (
-        "neither run nor measured: the kernels are compiled without a GPU, for sm_100, sm_110, sm_120, sm_75" in table
-    )
+    assert "the kernels are compiled for sm_100, sm_110, sm_120, sm_75" in table
+    assert "neither run nor measured: no GPU here runs them" in table
     assert "the kernels round the weights of this bundle from FP32 to FP16" in table
     assert "vision_encoder is not optimized: ONNX Runtime runs it: make its copy with --backend cuda" in table
     assert "compiled, " in table
@@ -134,13 +134,52 @@ def test_a_bundle_without_kernels_is_refused_with_the_command(
         Captioner.load(tiny_bundle, backend="cuda-decoder")
 
 
-def test_auto_does_not_choose_it(
-    made: OptimizedReport, gpu: Callable[..., FakeDriver], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    ("times", "name", "chosen"),
+    [
+        (None, "simulated", "cuda"),
+        ([3.0, 2.0], "simulated", "cuda-decoder"),
+        ([2.0, 3.0], "simulated", "cuda"),
+        ([3.0, 2.0], "another GPU", "cuda"),
+    ],
+)
+def test_auto_needs_a_timing_on_this_gpu(
+    made: OptimizedReport, tmp_path: Path, gpu: Callable[..., FakeDriver], monkeypatch: pytest.MonkeyPatch,
+    times: list[float] | None, name: str, chosen: str,
+) -> None:  # fmt: skip
     gpu()
     works = probe.Check("CUDA", True, "")
     monkeypatch.setattr(probe, "check_provider", lambda *_: works)
-    assert GraphOpener(Bundle.open(path_of(made)), "auto").backend == "cuda"
+    monkeypatch.setattr(open_graph, "missing", lambda _: [])
+    bundle = shutil.copytree(path_of(made), tmp_path / "bundle")
+    path = bundle / "optimized" / "cuda-decoder" / RECORD
+    values = json.loads(path.read_text())
+    values["graphs"][DECODER]["milliseconds"] = times
+    values["versions"]["gpu"] = name
+    path.write_text(json.dumps(values))
+    assert GraphOpener(Bundle.open(bundle), "auto").backend == chosen
+
+
+def test_optimize_times_the_kernels_where_a_gpu_runs_them(
+    tiny_bundle: Path, tmp_path: Path, gpu: Callable[..., FakeDriver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    monkeypatch.setattr(kernel_race, "ROUNDS", 1)
+    monkeypatch.setattr(kernel_race, "TOKENS", 4)
+    monkeypatch.setattr(pipeline, "nvidia_driver", lambda: probe.nvidia_driver())
+    compiling(monkeypatch)
+    api = gpu()
+    report = optimize(bundle, "cuda-decoder")
+    times = report.record.graphs[DECODER].milliseconds
+    assert times is not None
+    assert min(times) > 0
+    assert report.record.versions["gpu"] == "simulated"
+    assert "neither run nor measured" not in report_table(report)
+    assert not api.live
+    monkeypatch.setattr(kernel_race, "_decoded", lambda decoder, _: [id(decoder)])
+    assert optimize(bundle, "cuda-decoder").record.graphs[DECODER].milliseconds is None  # other tokens prove nothing
+    gpu(fails=lambda name: 2 * (name == "cuMemAlloc"))
+    assert optimize(bundle, "cuda-decoder").record.graphs[DECODER].milliseconds is None
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from tests.runtime.cuda.shimmed import FORWARD, ORDERS, RANDOM, REVERSED, Memory
 
 WIDE = 160  # more than a tile of every format but one, and no multiple of it
 
+ROWS = RowProduct(16, 70, 104, (72,), out="float")  # two blocks of rows; loads of 16 bytes
 CASES = (
     RowProduct(16, 1, 72, (WIDE,), out="float"),
     RowProduct(16, 4, 33, (WIDE, 32, 40)),  # a chunk of one row; narrower matrices
@@ -32,7 +33,7 @@ CASES = (
     RowProduct(4, 2, 16, (10,), 16),
     RowProduct(16, 5, 37, (70, 33), relu=True),
     RowProduct(16, 33, 16, (8,), out="float", swiglu=True),
-    RowProduct(16, 70, 104, (72,), out="float"),  # two blocks of rows; loads of 16 bytes
+    ROWS,
     RowProduct(8, 34, 64, (65,), 32),
     RowProduct(8, 17, 256, (136,), 64, out="float"),  # three parts of K end within blocks
     RowProduct(4, 6, 144, (96,), 16, scale="float", out="float"),
@@ -97,6 +98,8 @@ def verify(shim: Shim) -> None:
     for case in CASES:
         for splits, order in ((1, FORWARD), (3, REVERSED), (3, RANDOM)):
             compare(shim, case, splits, order)
+    for case in (CASES[0], ROWS):
+        replace_residual(shim, case)
 
 
 def compare(shim: Shim, case: RowProduct, splits: int, order: int) -> None:
@@ -129,22 +132,33 @@ def compare(shim: Shim, case: RowProduct, splits: int, order: int) -> None:
         assert ulps(out, exact, dtype, largest if dtype == np.float32 else 0.25) <= bound
 
 
-def test_a_null_bias_and_residual_are_none_and_the_result_may_replace_the_residual(shim: Shim) -> None:
-    case = CASES[0]
+@pytest.mark.parametrize("case", [CASES[0], ROWS], ids=["few", "more"])
+def test_a_null_bias_and_residual_are_none_and_the_result_may_replace_the_residual(
+    shim: Shim, case: RowProduct
+) -> None:
+    replace_residual(shim, case)
+
+
+def replace_residual(shim: Shim, case: RowProduct) -> None:
+    """Each value gets the residual once, in every order of the blocks, also where K is cut."""
     random = np.random.default_rng(2)
-    one = draw(case, WIDE, random)
+    (width,) = case.widths
+    one = draw(case, width, random)
     memory = Memory()
-    x = memory.put(random.normal(0, 1, (1, case.depth)).astype(np.float16))
-    out = memory.put(one.residual)
+    x = memory.put(random.normal(0, 1, (case.rows, case.depth)).astype(np.float16))
     arrived = memory.put(np.zeros(case.counters, np.uint32))
-    weight = memory.put(one.stored).ctypes.data
+    weight, parts = memory.put(one.stored).ctypes.data, memory.empty((case.parts_bytes(3),), np.uint8).ctypes.data
     exact = x.astype(np.float64) @ one.exact
-    matrix = Matrix(weight=weight, residual=out.ctypes.data, out=out.ctypes.data)
-    shim.run(case.launch([matrix], x.ctypes.data, 0, arrived.ctypes.data, 1))
-    assert ulps(out, exact + one.residual, np.float32, float(np.abs(exact).max())) <= 8
-    matrix.residual = None
-    shim.run(case.launch([matrix], x.ctypes.data, 0, arrived.ctypes.data, 1))
-    assert ulps(out, exact, np.float32, float(np.abs(exact).max())) <= 8
+    largest = float(np.abs(exact).max())
+    for order in ORDERS:
+        out = memory.put(one.residual)
+        matrix = Matrix(weight=weight, residual=out.ctypes.data, out=out.ctypes.data)
+        shim.run(case.launch([matrix], x.ctypes.data, parts, arrived.ctypes.data, 3), order)
+        assert ulps(out, exact + one.residual, np.float32, largest) <= 8
+        matrix.residual = None
+        shim.run(case.launch([matrix], x.ctypes.data, parts, arrived.ctypes.data, 1), order)
+        assert ulps(out, exact, np.float32, largest) <= 8
+    memory.check()
 
 
 STREAMED = (RowProduct(4, 1, 256, (2 * WIDE, 64), 128, scale="float"), RowProduct(8, 1, 128, (WIDE,), 64),

@@ -1,0 +1,87 @@
+"""Times the kernels of ``cuda-decoder`` against ONNX Runtime's CUDA provider, where this machine has a GPU.
+
+``auto`` chooses the kernels only on a GPU of the same name, and only if they gave the same tokens in less time.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.bundle.dtypes import Array
+from blip2edge.bundle.schema import DECODER
+from blip2edge.errors import BackendError
+from blip2edge.runtime.backends import probe
+from blip2edge.runtime.backends.open_graph import GraphOpener
+from blip2edge.runtime.cuda.backend import open_decoder
+from blip2edge.runtime.decoding.language_model import decoder_of, token_table
+from blip2edge.runtime.decoding.sampling import StepScores
+from blip2edge.runtime.decoding.state import Decoder, GreedyState
+
+PROMPT, TOKENS, ROUNDS = 24, 16, 5
+
+
+def timed_tokens(bundle: Bundle, directory: Path) -> tuple[float, float] | None:
+    """Times the decoding of a text of random tokens, with ONNX Runtime and with the kernels in turn.
+
+    Args:
+        bundle: The bundle.
+        directory: Directory with the decoder's layout and its compiled kernels.
+
+    Returns:
+        Median milliseconds of a token, prompt included, of ONNX Runtime and of the kernels; None if this machine has no
+        GPU that runs both, or if the tokens differ.
+    """
+    if not probe.nvidia_driver().gpus:
+        return None
+    try:
+        with ExitStack() as stack:
+            opener = GraphOpener(bundle, "cuda")
+            stack.callback(opener.close)
+            kernels = open_decoder(bundle, directory)
+            stack.callback(kernels.close)
+            return _raced([decoder_of(bundle, opener(DECODER)), decoder_of(bundle, kernels)], _prompt(bundle))
+    except BackendError:  # one of them does not run here: nothing is measured, and `auto` does not choose the kernels
+        return None
+
+
+def _prompt(bundle: Bundle) -> Array:
+    table = token_table(bundle)
+    length = max(1, min(PROMPT, bundle.manifest.max_positions - TOKENS - 1))
+    return table.rows(np.random.default_rng(0).integers(0, table.num_rows, length))
+
+
+def _raced(decoders: list[Decoder], prompt: Array) -> tuple[float, float] | None:
+    milliseconds: list[list[float]] = [[] for _ in decoders]
+    for number in range(ROUNDS + 2):
+        tokens = []
+        for decoder, times in zip(decoders, milliseconds, strict=True):
+            start = time.perf_counter()
+            tokens.append(_decoded(decoder, prompt))
+            if number > 1:  # the first text warms up, the second one captures
+                times.append((time.perf_counter() - start) * 1e3 / TOKENS)
+        if tokens[0] != tokens[1]:
+            return None
+    first, second = (statistics.median(times) for times in milliseconds)
+    return first, second
+
+
+def _decoded(decoder: Decoder, prompt: Array) -> list[int]:
+    """Decodes :data:`TOKENS` tokens greedily; on the GPU if the decoder can."""
+    logits, state = decoder.prefill([prompt])
+    tokens = [int(logits[0].argmax())]
+    last = np.array(tokens)
+    if isinstance(state, GreedyState) and state.gives_logprobs:
+        steps = state.greedy(last, [StepScores(np.zeros(0, np.int64), 1.0)])
+        tokens += [int(next(steps)[0][0]) for _ in range(TOKENS - 1)]
+        steps.close()
+        return tokens
+    for _ in range(TOKENS - 1):
+        last = state.step(last).argmax(axis=-1)
+        tokens.append(int(last[0]))
+    return tokens
