@@ -55,6 +55,9 @@ COMMANDS = (
     "sign nowhere --key KEY",
     "sign BUNDLE --key nowhere",
     "train stage2 -c nowhere.toml",
+    "train stage2 -c FOLDER/checkpoint.toml",
+    "train stage2 -c FOLDER/data.toml",
+    "train stage2 -c FOLDER/validation.toml",
     "triton nowhere -o out",
     "verify BUNDLE --key nowhere",
     "watch nowhere -b BUNDLE",
@@ -68,6 +71,12 @@ WITH_TORCH = ("train", "export", "eval", "capfilt")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("pictures")
     draw_pictures(1)[0].save(made / "a.png")
+    parts = '[model]\ncheckpoint = "{}"\n[data]\nkind = "folder"\npath = "{}"\n'
+    validation = '[validation]\nevery = 1\nkind = "coco-captions"\npath = "nowhere.json"\n'
+    recipes = {"checkpoint": ("nowhere", "."), "data": (CHECKPOINT, "nowhere"), "validation": (CHECKPOINT, ".")}
+    for name, given in recipes.items():
+        text = f"{parts.format(*given)}{validation if name == 'validation' else ''}[stage2]\nsteps = 2\n"
+        (made / f"{name}.toml").write_text(text, encoding="utf-8")
     return made
 
 

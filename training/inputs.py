@@ -1,0 +1,59 @@
+"""Checks that the checkpoints and data files that a recipe names are there; needs no torch, so it answers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from blip2edge.errors import CheckpointError, DataError
+from blip2edge.model.checkpoint.stored.files import local_checkpoint
+from blip2edge.picture_files import is_address
+from blip2edge.training.config import TrainingConfig
+from blip2edge.training.data.config import DataConfig
+
+CHECKPOINTS = ("checkpoint", "vision_from", "language_from", "bridge_from", "bert")
+"""Keys of ``[model]`` that name checkpoints."""
+
+_PATTERN = "*?[{"  # characters of a pattern or a range of shards, whose files are found when they are opened
+
+
+def check_inputs(config: TrainingConfig, base: Path) -> None:
+    """Checks the paths of a recipe. Names on the hub, addresses and patterns are not looked up.
+
+    Args:
+        config: The recipe.
+        base: Directory of the recipe; relative paths start there.
+
+    Raises:
+        CheckpointError: A checkpoint is neither on this machine nor a hub name.
+        DataError: A file or folder of the data is missing.
+    """
+    for key in CHECKPOINTS:
+        name = getattr(config.model, key)
+        path = base / name
+        try:
+            if name:
+                local_checkpoint(path if path.exists() else name)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"[model] {key} = {name!r}: expected a checkpoint directory at {path.resolve()} (relative to the "
+                "recipe), or a hub name as owner/name",
+                "correct the path, or make that checkpoint first",
+            ) from error
+    for key, text in _places(config):
+        if not is_address(text) and not (base / text).exists() and not any(sign in text for sign in _PATTERN):
+            raise DataError(
+                f"{key} = {text!r}: there is no {(base / text).resolve()}", "relative paths start at the recipe"
+            )
+
+
+def _places(config: TrainingConfig) -> Iterator[tuple[str, str]]:
+    """Yields the paths of the data and of the validation, each after its key."""
+    named: list[tuple[str, DataConfig]] = [("data", each) for each in config.data.sets or (config.data,)]
+    if config.validation.every:
+        named.append(("validation", config.validation))
+    for section, data in named:
+        for key in ("path", "images", "annotations"):
+            text = getattr(data, key)
+            if text:
+                yield f"[{section}] {key}", text
