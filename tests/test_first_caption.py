@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -54,15 +55,17 @@ def hub(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         yield server
 
 
-def test_three_commands(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: object) -> None:
+def test_first_commands(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: object) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").mkdir()
     for number, picture in enumerate(draw_pictures(3, 4)):
         picture.save(f"pictures/{number}.png")
     draw_pictures(1, 5)[0].save("dog.jpg")
     commands = first_commands()
-    assert [words[1] for words in commands] == ["export", "calibrate", "caption"]
+    assert [words[1] for words in commands] == ["export", "caption", "calibrate", "caption"]
     assert NAME in commands[0]
+    measured = json.loads((ROOT / "benchmarks" / "results" / "first_caption.json").read_text(encoding="utf-8"))
+    assert commands[2][commands[2].index("--count") + 1] == str(measured["pictures"])  # the table has its seconds
     for words in commands:
         assert main([*words[1:], *(["--no-optimize"] if words[1] != "caption" else [])]) == 0, words
     assert not [line for line in hub.requests if "pytorch_model.bin" in line]

@@ -43,6 +43,15 @@ def loads(html: str) -> list[str]:
     return [address for address in found if re.match(r"(?:https?:)?//", address)]
 
 
+def test_every_page_is_found_from_the_first_pages() -> None:
+    """The tables of README.md and docs/index.md link to every page."""
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    table = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert pages - set(re.findall(r"\]\(([\w-]+\.md)\)", table)) == set()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Documentation")[2].partition("\n## ")[0]
+    assert pages - set(re.findall(r"\]\(docs/([\w-]+\.md)\)", readme)) == set()
+
+
 @pytest.fixture(scope="module", name="site")
 def _site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("material", reason="mkdocs-material is not installed")
