@@ -18,12 +18,11 @@ from blip2edge.model.checkpoint.image_processor import load_preprocessing
 from blip2edge.model.checkpoint.side_keys import FROM_CONFIG, PROCESSOR, check_keys, refused, unread_warning
 from blip2edge.model.checkpoint.stored.files import read_checkpoint_json
 from blip2edge.model.checkpoint.tokenizer import SerializedTokenizer, read_tokenizer
-from blip2edge.model.config import CaptionerConfig, VisionConfig
+from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.families.prompts import prompt_spec
 from blip2edge.model.families.registry import FAMILIES
 from blip2edge.model.models import Config
 from blip2edge.model.retrieval import RetrievalConfig
-from blip2edge.model.vision.siglip import SiglipConfig
 from blip2edge.runtime.images.preprocess import Preprocessing
 
 
@@ -240,11 +239,11 @@ def _check_processor(directory: Path, config: Config) -> list[str]:
         family = FAMILIES[config.family]
         if config.bridge.kind in ("qformer", "instructed-qformer"):
             accepted |= {"num_query_tokens": (config.bridge.num_visual_tokens,)}
-        vision = config.vision
-        if family.image_token and isinstance(vision, (VisionConfig, SiglipConfig)):
+        if family.image_token:
+            vision: Any = config.vision  # of these families, an encoder with patches
             accepted |= {"image_token": (family.image_token,), "patch_size": (vision.patch_size,)}
             added = values.get("num_additional_image_tokens") or 0
-            kept = int(vision.keep_class) if isinstance(vision, VisionConfig) else vision.keep_first - 1
+            kept = vision.num_embeds - (vision.image_size // vision.patch_size) ** 2  # besides the patches
             wanted = kept + (values.get("vision_feature_select_strategy") == "default")
             if config.family == "llava" and added != wanted:
                 raise refused(str(path), "num_additional_image_tokens", added, (wanted,))
