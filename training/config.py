@@ -64,7 +64,8 @@ class TrainingConfig(RecipeSection):
     threads: Annotated[int, POSITIVE] = 1
     """CPU threads of a process; only the same number reproduces the same weights."""
     weights_dtype: Annotated[str, one_of("float16", "bfloat16", "float32")] = "float16"
-    """Type of the tensors in the checkpoint: "float16", "bfloat16" or "float32"."""
+    """Type of the tensors in the checkpoint: "float16", "bfloat16" or "float32". The output of stage 1, from which
+    stage 2 starts, is always in float32."""
     bridge: Annotated[str, one_of(*_BRIDGES)] = "qformer"
     """What is trained between the frozen parts: "qformer" (BLIP-2), "projection" (after a frozen Q-Former: MiniGPT-4),
     "mlp" (LLaVA), "perceiver", "pool" (attention pool), or "flamingo" (perceiver and gated cross-attention)."""

@@ -142,6 +142,8 @@ def _train(
     announce(planned.config, config, stage, accelerator, status)
     if planned.bridge:
         status(f"bridge ({config.bridge}): {planned.bridge}")
+    if config.stage1.steps and not config.runs_stage1(stage):
+        status(f"stage1 does not run: bridge_from ({config.model.bridge_from}) is its output")
     validation = None
     if config.validation.every and stage == "stage1":
         status("stage1: [validation] is not used: stage 1 generates no captions")

@@ -223,8 +223,10 @@ def test_stage1_writes_what_transformers_loads_and_stage2_goes_on_from_it(tmp_pa
     transformers = pytest.importorskip("transformers")
     transformers.Blip2ForImageTextRetrieval.from_pretrained(tmp_path / "first")
     recipes.write(path, model='bridge_from = "first"')
-    record = train("stage2", path, tmp_path / "second", evaluation_scenes=0)
+    lines: list[str] = []
+    record = train("stage2", path, tmp_path / "second", evaluation_scenes=0, log=lines.append)
     assert list(record["phases"]) == ["vision", "language", "stage2"]
+    assert lines[0] == "stage1 does not run: bridge_from (first) is its output"
 
 
 def test_a_wrong_number_of_data_streams_names_the_right_ones(tmp_path: Path) -> None:
