@@ -30,7 +30,7 @@ from blip2edge.bundle.outputs.locks import NEW, locked
 from blip2edge.bundle.outputs.names import check_name
 from blip2edge.bundle.outputs.publishing import check_target, publish, publish_file
 from blip2edge.choices import BULK_FORMATS
-from blip2edge.cluster.ray_data import check_ray
+from blip2edge.cluster.connection import check_ray
 from blip2edge.errors import OutputError, UsageError, option
 from blip2edge.packages import installed
 from blip2edge.progress import ProgressCallback
@@ -131,9 +131,10 @@ def run_bulk(
         BundleError, BackendError, PromptError, UsageError: For the same reasons as in ``Captioner.load`` and
             ``Captioner.caption``.
         MissingPackageError: A package for this source or output is not installed.
+        ClusterError: The Ray cluster cannot be reached.
     """
     if cluster is not None:
-        check_ray()
+        check_ray(cluster.address)
     sink, start = sink_of(output.form), time.monotonic()
     _check_exists(output, sink)
     computed = 0

@@ -14,6 +14,7 @@ from blip2edge.cli.flag_groups import (
     add_number,
     add_output,
     add_some_generation,
+    check_needed,
     given_generation,
     given_limits,
 )
@@ -81,9 +82,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ray",
         metavar="ADDRESS",
-        help="run with Ray Data on the cluster at ADDRESS; local: on this machine (default: without Ray)",
+        help="run with Ray Data on the cluster at ADDRESS (HOST:PORT); auto: on the cluster that runs on this machine; "
+        "local: on this machine alone (default: without Ray)",
     )
-    add_number(parser, "--ray-workers", "with --ray: number of processes that load the bundle and run in parallel", 1)
+    add_number(
+        parser,
+        "--ray-workers",
+        "with --ray: number of processes that load the bundle and run in parallel (default: 1)",
+    )
     add_some_generation(parser, "generation", "default values are in bundle.json; --seed is 0 without it", GENERATION)
     add_limits(parser, Limits, PICTURE_LIMITS)
     parser.add_argument("--json", action="store_true", help="print the counts as one JSON object")
@@ -112,7 +118,8 @@ def run(options: argparse.Namespace) -> int:
     )
     source = PictureSource(options.source, options.source_format, options.column, options.output)
     output = Output.named(options.output, options.format, options.force)
-    cluster = None if options.ray is None else Cluster(options.ray, options.ray_workers)
+    check_needed("ray_workers", options.ray_workers, "ray", options.ray)
+    cluster = None if options.ray is None else Cluster(options.ray, options.ray_workers or 1)
     try:
         with Progress(unit="pictures") as progress:
             counts = run_bulk(source, output, chosen, cluster=cluster, progress=progress)

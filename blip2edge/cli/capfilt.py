@@ -17,6 +17,7 @@ from blip2edge.cli.flag_groups import (
     add_number,
     add_output,
     add_some_generation,
+    check_needed,
     given_generation,
 )
 from blip2edge.cli.flag_types import any_text, share
@@ -75,9 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ray",
         metavar="ADDRESS",
-        help="run with Ray Data on the cluster at ADDRESS; local: on this machine (default: without Ray)",
+        help="run with Ray Data on the cluster at ADDRESS (HOST:PORT); auto: on the cluster that runs on this machine; "
+        "local: on this machine alone (default: without Ray)",
     )
-    add_number(parser, "--workers", "with --ray: number of processes that load the models and run in parallel", 1)
+    add_number(
+        parser, "--workers", "with --ray: number of processes that load the models and run in parallel (default: 1)"
+    )
     add_batch_size(parser, 16)
     add_backend(parser)
     add_some_generation(parser, *DECODING)
@@ -92,6 +96,7 @@ def run(options: argparse.Namespace) -> int:
     from blip2edge.bundle.outputs.publishing import check_output
     from blip2edge.training.capfilt.pipeline import REPORT_FILE, CapFiltOptions, run_capfilt, score_locally
 
+    check_needed("workers", options.workers, "ray", options.ray)
     check_output(options.output, options.force, REPORT_FILE, options.data, options.images, options.annotations)
     from blip2edge.model.checkpoint.stored.files import local_checkpoint
 
@@ -105,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
 
     score_batches: Callable[..., Iterator[list[ScoredPicture]]] = score_locally
     if options.ray is not None:
-        score_batches = score_on_ray(options.ray, options.workers)
+        score_batches = score_on_ray(options.ray, options.workers or 1)
     config, base = detect_data(options.data, options.images, options.annotations, options.max_broken)
     entries, broken = read_entries(config, base=base)
     captioning = ModelOptions(

@@ -18,6 +18,7 @@ from blip2edge.cli.flag_types import (
 )
 from blip2edge.cli.messages import print_note
 from blip2edge.cli.next_steps import quoted
+from blip2edge.errors import UsageError, option
 from blip2edge.limits import ConnectionLimits, Limits
 
 if TYPE_CHECKING:
@@ -85,6 +86,14 @@ def add_number(
 ) -> None:
     """Adds an option with one number."""
     group.add_argument(flag, metavar=metavar, type=kind, default=default, help=text)
+
+
+def check_needed(name: str, value: object, needed: str, given: object) -> None:
+    """Raises UsageError if the option ``name`` has a value, but ``needed``, without which it does nothing, has none."""
+    if value is not None and given is None:
+        raise UsageError(
+            f"{option(name)} needs {option(needed)}", f"give {option(needed)}, or leave it out", field=name
+        )
 
 
 def add_queries(parser: _ActionsContainer, rest: str) -> None:

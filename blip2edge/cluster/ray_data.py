@@ -9,19 +9,10 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from blip2edge.errors import Blip2EdgeError, UsageError, option
-from blip2edge.packages import require
-
-LOCAL = "local"
-"""Value of ``address`` that starts Ray on this machine alone."""
+from blip2edge.cluster.connection import connected
+from blip2edge.errors import Blip2EdgeError
 
 MOST_BLOCKS = 10_000  # a block is the unit of work: what is lost with a machine, and what is given back at once
-
-
-def check_ray() -> None:
-    """Raises UsageError if Ray Data is not installed."""
-    require("ray", option("ray"), UsageError)
-    require("ray.data", option("ray"), UsageError, extra="ray")
 
 
 def map_on_ray(
@@ -36,7 +27,8 @@ def map_on_ray(
     If a machine is lost, its worker starts again as soon as another machine has a free CPU, and maps its rows again.
 
     Args:
-        address: Address of a Ray cluster, "auto" for the cluster of this machine, or :data:`LOCAL`.
+        address: Address of a Ray cluster (``HOST:PORT``), "auto" for the cluster of this machine, or "local" for this
+            machine alone.
         workers: Number of workers. Each uses one CPU of the cluster.
         worker: Class whose objects map one row.
         arguments: The arguments that each object is made with.
@@ -46,38 +38,32 @@ def map_on_ray(
         The mapped rows, in the order of ``rows``.
 
     Raises:
-        UsageError: Ray is not installed.
+        UsageError: Ray is not installed, or the address has another form.
+        ClusterError: The cluster cannot be reached.
         Blip2EdgeError: The error that a worker raised, if it is an error of this project.
     """
-    check_ray()
-    import ray
-    import ray.data
+    with connected(address):
+        import ray
+        import ray.data
 
-    started = not ray.is_initialized()
-    if started:
-        # A local Ray is started without its dashboard, which would open a port.
-        ray.init(address=address, include_dashboard=False if address == LOCAL else None, log_to_driver=False)
-    try:
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.WARNING)
-        data = ray.data.from_items(list(rows), override_num_blocks=max(1, min(len(rows), MOST_BLOCKS)))
-        mapped = data.map(
-            worker,
-            fn_constructor_args=tuple(arguments),
-            concurrency=workers,
-            num_cpus=1,
-        )
-        yield from mapped.iter_rows()
-    except ray.exceptions.RayError as error:
-        own = _own_error(error)
-        if own is None:
-            raise
-        raise own from error
-    finally:
-        if started:
-            ray.shutdown()
+        try:
+            data = ray.data.from_items(list(rows), override_num_blocks=max(1, min(len(rows), MOST_BLOCKS)))
+            mapped = data.map(
+                worker,
+                fn_constructor_args=tuple(arguments),
+                concurrency=workers,
+                num_cpus=1,
+            )
+            yield from mapped.iter_rows()
+        except ray.exceptions.RayError as error:
+            own = _own_error(error)
+            if own is None:
+                raise
+            raise own from error
 
 
 def _own_error(error: BaseException | None) -> Blip2EdgeError | None:

@@ -6,9 +6,13 @@ import importlib.util
 import json
 import os
 import platform
+import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,9 @@ from blip2edge.bulk.pipeline import Output, run_bulk
 from blip2edge.bulk.ray_backend import CaptionWorker, Cluster
 from blip2edge.bulk.sinks import sink_of
 from blip2edge.bulk.sources import PictureSource
+from blip2edge.cli import main
+from blip2edge.cluster import connection
+from blip2edge.cluster.connection import ClusterError, check_ray, connected
 from blip2edge.errors import BundleError, UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -95,7 +102,7 @@ def test_a_picture_that_one_pass_of_two_cannot_read(
 
     monkeypatch.setattr(CaptionWorker, "__call__", broken)
     monkeypatch.setattr(ray_backend, "map_on_ray", mapped_here)
-    monkeypatch.setattr(pipeline, "check_ray", lambda: None)
+    monkeypatch.setattr(pipeline, "check_ray", lambda _: None)
     options = BulkOptions(tiny_bundle, duplicates=0.99, chunk_size=1, threads=1, generation={"max_new_tokens": 2})
     output = Output.named(tmp_path / "out.parquet", None, False)
     run_bulk(PictureSource(str(folder)), output, options, cluster=Cluster("local"))
@@ -109,6 +116,101 @@ def test_a_picture_that_one_pass_of_two_cannot_read(
         assert first.error is None
         assert first.captions
         assert (second.error, second.captions, second.duplicate_of) == ("1.png: the file is empty", (), None)
+
+
+@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1", "127.0.0.1:x", "127.0.0.1:70000", ":1", "http://h:1", ""])
+def test_addresses_of_other_forms_are_refused(address: str, tmp_path: Path) -> None:
+    """They are refused first, also where Ray is not installed."""
+    with pytest.raises(UsageError, match=r"expected ray to be local, auto, HOST:PORT or ray://HOST:PORT, got"):
+        run_bulk(
+            PictureSource(str(tmp_path)),
+            Output.named(tmp_path / "x", None, False),
+            BulkOptions(tmp_path),
+            cluster=Cluster(address),
+        )
+    assert not any(tmp_path.iterdir())
+
+
+class FakeRay:
+    """In the place of Ray: ``init`` waits, or fails."""
+
+    def __init__(self, failure: Exception | None) -> None:
+        self.failure, self.released, self.closed = failure, threading.Event(), False
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def init(self, **_: object) -> None:
+        if self.failure is not None:
+            raise self.failure
+        self.released.wait(60)
+
+    def shutdown(self) -> None:
+        self.closed = True
+
+
+def test_a_cluster_that_does_not_answer_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+        monkeypatch.setattr(connection, "require", lambda *_, **__: None)
+        check_ray(f"127.0.0.1:{port}")
+        monkeypatch.setattr(connection, "CONNECT_S", 0.05)
+        for failure, told in (
+            (None, "no answer of Ray within 0 s"),
+            (ConnectionError("no cluster runs"), "no cluster"),
+        ):
+            ray = FakeRay(failure)
+            monkeypatch.setitem(sys.modules, "ray", ray)
+            for address in (f"127.0.0.1:{port}", "auto"):
+                with (
+                    pytest.raises(ClusterError, match=f"cluster at {address} cannot be reached .{told}"),
+                    connected(address),
+                ):
+                    pytest.fail("connected")
+            ray.released.set()
+            assert ray.closed
+    with pytest.raises(ClusterError, match=rf"127\.0\.0\.1:{port} cannot be reached .*refused.*; start it with"):
+        check_ray(f"127.0.0.1:{port}")
+
+
+def test_the_handler_of_a_signal_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray replaces it by one that exits with status 15."""
+    received: list[int] = []
+    monkeypatch.setattr(connection, "require", lambda *_, **__: None)
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    mine = signal.getsignal(signal.SIGTERM)
+    try:
+        for killed in (False, True):
+            ray = FakeRay(None)
+
+            def init(killed: bool = killed, **_: object) -> None:
+                signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+                if killed:
+                    signal.raise_signal(signal.SIGTERM)
+
+            monkeypatch.setattr(ray, "init", init)
+            monkeypatch.setitem(sys.modules, "ray", ray)
+            with pytest.raises(SystemExit) if killed else nullcontext(), connected("local"):
+                pass
+            assert signal.getsignal(signal.SIGTERM) == mine
+        assert received == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (["bulk", "pics", "-b", "bundle", "--ray-workers", "2"], "--ray-workers"),
+        (["capfilt", "data", "--captioner", "x", "--matcher", "x", "--workers", "2"], "--workers"),
+    ],
+)
+def test_a_number_of_workers_needs_ray(
+    words: list[str], flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, "-o", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"error: {flag} needs --ray; give --ray, or leave it out\n"
+    assert not any(tmp_path.iterdir())
 
 
 def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,7 +179,7 @@ def test_force_replaces_nothing_but_bundles(quick: Export, small: Drawn, copy: P
     before = snapshot(copy)
     with pytest.raises(OutputError, match=r"no bundle\.json, so force=True does not replace it"):
         quick(small.directory, copy, force=True)
-    with pytest.raises(OutputError, match="would replace .*, which it is made from"):
+    with pytest.raises(OutputError, match=r"would replace .*, which it is made from"):
         quick(copy, copy, force=True)
     assert snapshot(copy) == before
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from blip2edge.cluster.ray_data import check_ray, map_on_ray
+from blip2edge.cluster.connection import check_ray
+from blip2edge.cluster.ray_data import map_on_ray
 from blip2edge.errors import UsageError
 from blip2edge.training.capfilt.pipeline import Batch, CapFiltOptions, ScoredPicture, score_batch
 from blip2edge.training.data.entries import AnnotatedPicture, Entry, FilePicture, StoredPicture
@@ -114,9 +115,10 @@ def score_on_ray(
         workers: Number of workers. Each loads both models and uses one CPU.
 
     Raises:
-        UsageError: Ray is not installed.
+        UsageError: Ray is not installed, or the address has another form.
+        ClusterError: Nothing listens at the address.
     """
-    check_ray()
+    check_ray(address)
 
     def score_batches(batches: Iterable[Batch], options: CapFiltOptions) -> Iterator[list[ScoredPicture]]:
         rows = [{"number": number, "batch": batch_to_json(batch)} for number, batch in enumerate(batches)]

@@ -1,0 +1,133 @@
+"""Connects this process with a Ray cluster (the extra `ray`): its address is checked, and a failure is one error.
+
+Ray itself tries for minutes to reach an address at which nothing listens, and then ends the process. While it tries, in
+C++, this process handles no signals.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from blip2edge.errors import Blip2EdgeError, UsageError, one_line, option
+from blip2edge.packages import require
+
+LOCAL, AUTO = "local", "auto"
+"""Values of ``address``: start Ray on this machine alone; use the cluster that runs on this machine."""
+
+PROBE_S = 5.0
+"""Longest wait, in seconds, until something at the address accepts a connection."""
+
+CONNECT_S = 60.0
+"""Longest wait, in seconds, until Ray has connected with a cluster."""
+
+_HOST_PORT = re.compile(r"(?:ray://)?(?P<host>\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):(?P<port>\d{1,5})")
+
+
+class ClusterError(Blip2EdgeError):
+    """Raised if a Ray cluster cannot be reached."""
+
+
+def check_ray(address: str) -> None:
+    """Checks the address of a cluster, that Ray is installed, and that something listens at the address.
+
+    Raises:
+        UsageError: The address has another form, or Ray Data is not installed.
+        ClusterError: Nothing listens at the address.
+    """
+    place = _place_of(address)
+    require("ray", option("ray"), UsageError)
+    require("ray.data", option("ray"), UsageError, extra="ray")
+    if place is None:
+        return
+    try:
+        socket.create_connection(place, PROBE_S).close()
+    except OSError as error:
+        raise _unreachable(address, error) from error
+
+
+def _place_of(address: str) -> tuple[str, int] | None:
+    """Returns host and port of an address; None for :data:`LOCAL` and :data:`AUTO`. Raises UsageError as above."""
+    if address in (LOCAL, AUTO):
+        return None
+    found = _HOST_PORT.fullmatch(address)
+    if found is None or not 0 < int(found["port"]) < 1 << 16:
+        raise UsageError(
+            f"expected {option('ray')} to be {LOCAL}, {AUTO}, HOST:PORT or ray://HOST:PORT, got {address!r}",
+            f"give the address that `ray start --head` printed, or {LOCAL} for this machine alone",
+        )
+    return found["host"].strip("[]"), int(found["port"])
+
+
+@contextmanager
+def connected(address: str) -> Iterator[None]:
+    """Connects this process with a cluster for the time of a ``with`` block; an earlier connection is used and kept.
+
+    Raises:
+        UsageError, ClusterError: As :func:`check_ray`, or Ray does not connect within :data:`CONNECT_S` seconds.
+    """
+    check_ray(address)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        if address == LOCAL:
+            _start_here(ray)
+        else:
+            _connect(ray, address)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_here(ray: Any) -> None:
+    """Starts Ray on this machine, without its dashboard, which would open a port.
+
+    Ray replaces the handler of SIGTERM by one that exits with status 15. The handler of this process is put back.
+    It runs in this thread: the system ends the processes of Ray together with the thread that started them.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address=LOCAL, include_dashboard=False, log_to_driver=False)
+    except SystemExit as error:
+        if error.code == signal.SIGTERM and callable(handler):
+            handler(signal.SIGTERM, None)
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _connect(ray: Any, address: str) -> None:
+    """Connects with a running cluster in another thread, so that signals end this process meanwhile."""
+    failures: list[BaseException] = []
+
+    def connect() -> None:
+        try:
+            ray.init(address=address, log_to_driver=False)
+        except BaseException as error:  # noqa: BLE001 - raised in the other thread
+            failures.append(error)
+
+    logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns that the thread handles no signals
+    thread = threading.Thread(target=connect, name="blip2edge-ray", daemon=True)
+    thread.start()
+    thread.join(CONNECT_S)
+    if thread.is_alive():
+        raise _unreachable(address, TimeoutError(f"no answer of Ray within {CONNECT_S:.0f} s"))
+    if failures:
+        raise _unreachable(address, failures[0]) from failures[0]
+
+
+def _unreachable(address: str, error: BaseException) -> ClusterError:
+    return ClusterError(
+        f"the Ray cluster at {address} cannot be reached ({one_line(error)})",
+        f"start it with `ray start --head`, or give the address of another one with {option('ray')}",
+    )
