@@ -118,6 +118,7 @@ class Progress:
         self._state = (0, 0)  # done, total
         self._first = 0  # done when the stage began: what an earlier run did
         self._started = 0.0  # s, of the stage
+        self._completed: float | None = None  # s, when all units of the stage were done
         self._drawn = 0.0  # s, last drawing
         self._shown: tuple[int, int] | None = None  # the state last written
         self._lock = threading.RLock()
@@ -142,9 +143,11 @@ class Progress:
             fresh = stage != self._stage
             if fresh:
                 self.close()
-                self._stage, self._started, self._first = stage, now, done
+                self._stage, self._started, self._first, self._completed = stage, now, done, None
             self._state = (done, total)
             complete = 0 < total <= done
+            if complete and self._completed is None:
+                self._completed = now
             if self._shown != self._state and (fresh or complete or self._due(now)):
                 self._draw(now)
 
@@ -182,7 +185,7 @@ class Progress:
 
     def _draw(self, now: float) -> None:
         self._shown, self._drawn = self._state, now
-        text = self._text(now - self._started)
+        text = self._text((now if self._completed is None else self._completed) - self._started)
         if self._terminal:
             columns = shutil.get_terminal_size().columns
             self._stream.write(f"\r{text[: columns - 1]}\x1b[K")

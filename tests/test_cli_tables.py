@@ -19,6 +19,7 @@ from blip2edge.cli.table import difference, size, table
 from blip2edge.errors import OutputError
 from blip2edge.runtime.backends.probe import Check
 from blip2edge.runtime.bench import doctor
+from blip2edge.training.config import TrainingConfig
 from tests.test_cli import one_error_line
 
 
@@ -122,7 +123,7 @@ def test_interrupted_train_says_how_to_go_on(
     snapshots = SimpleNamespace(steps=step, directory=Path("out.run"))
     vars(module).update(train=train, snapshots_of=lambda out: snapshots)
     monkeypatch.setitem(sys.modules, "blip2edge.training.run", module)
-    monkeypatch.setattr("blip2edge.training.config.load_config", lambda path: None)  # there is no recipe
+    monkeypatch.setattr("blip2edge.training.config.load_config", lambda path: TrainingConfig())  # no such file
     assert main(["train", "stage2", "-c", "r.toml", "-o", "out", *flags]) == 130
     loss, hint, end = capsys.readouterr().err.splitlines()
     assert loss == "stage2: step 20/300 loss 1.2500 rate 8.0e-04"
@@ -145,7 +146,7 @@ def test_train_tells_the_scores(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     module = ModuleType("blip2edge.training.run")
     vars(module)["train"] = train
     monkeypatch.setitem(sys.modules, "blip2edge.training.run", module)
-    monkeypatch.setattr("blip2edge.training.config.load_config", lambda path: None)  # there is no recipe
+    monkeypatch.setattr("blip2edge.training.config.load_config", lambda path: TrainingConfig())  # no such file
     assert main(["train", "stage1", "-c", "recipe.toml", "-o", "out", "--resume"]) == 0
     output = capsys.readouterr()
     assert output.out.splitlines() == [

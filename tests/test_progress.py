@@ -124,3 +124,20 @@ def test_time_moves_while_nothing_is_reported(monkeypatch: pytest.MonkeyPatch) -
         assert stream.written.wait(60)
     assert stream.getvalue().count("decoder: trace  [........................] 0/1") >= 2
     assert stream.getvalue().count("\n") == 1
+
+
+def test_a_complete_stage_keeps_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines that are written while the next stage is prepared draw the bar again."""
+    now = [100.0]
+    monkeypatch.setattr("blip2edge.progress.time.monotonic", lambda: now[0])
+    stream = io.StringIO()
+    progress = Progress(stream, terminal=True)
+    progress("stage1", 1, 2)
+    now[0] = 103.0
+    progress("stage1", 2, 2)
+    now[0] = 150.0
+    progress.note("stage2: begins")
+    progress.close()
+    assert stream.getvalue().count("2/2  3.0 s") == 2
+    progress("stage2", 0, 2)
+    assert "0/2  0.0 s" in stream.getvalue()

@@ -165,10 +165,9 @@ def _make_steps(prepared: _PreparedPhase, done: int, snapshot: Snapshot | None) 
         if finished % loop.snapshot_every == 0 and finished < config.steps and not stops:
             _save(prepared, finished, done)
         if validation is not None and stops:
-            run.log(
-                f"{phase.name}: stops at step {finished}; the last {validation.config.patience} validations"
-                " brought no better score"
-            )
+            patience = validation.config.patience
+            last = "last validation" if patience == 1 else f"last {patience} validations"
+            run.log(f"{phase.name}: stops at step {finished}; the {last} brought no better score")
             break
 
 
