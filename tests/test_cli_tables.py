@@ -50,6 +50,7 @@ def test_export_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     module = ModuleType("blip2edge.export.pipeline")
     vars(module)["export_checkpoint"] = export_checkpoint
     monkeypatch.setitem(sys.modules, "blip2edge.export.pipeline", module)
+    monkeypatch.setattr("blip2edge.model.checkpoint.stored.files.find_checkpoint", Path)  # it is not on the hub
     manifest = SimpleNamespace(graphs={DECODER: None}, prompt=None, precision="fp16", engines_of="", calibration={})
     monkeypatch.setattr(Bundle, "open", lambda path: SimpleNamespace(path=path, manifest=manifest))
     assert (
