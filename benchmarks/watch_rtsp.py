@@ -53,12 +53,18 @@ def start_server(port: int) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(["/usr/bin/python3", "-c", SERVER, str(port), LAUNCH])
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise SystemExit(
+                f"error: the RTSP server has ended with status {process.returncode} (its message is above); it needs "
+                "gstreamer1.0-plugins-ugly gir1.2-gst-rtsp-server-1.0 python3-gi of Debian"
+            )
         try:
             socket.create_connection(("127.0.0.1", port), 1).close()
             return process
         except OSError:
             time.sleep(0.05)
-    raise SystemExit("the RTSP server does not start; see --help for its packages")
+    process.kill()
+    raise SystemExit("error: the RTSP server does not listen; see --help for its packages")
 
 
 @dataclass
@@ -70,8 +76,11 @@ class Watch:
     messages: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        threading.Thread(target=self._read_captions, daemon=True).start()
-        threading.Thread(target=self._read_messages, daemon=True).start()
+        self.readers = [
+            threading.Thread(target=read, daemon=True) for read in (self._read_captions, self._read_messages)
+        ]
+        for reader in self.readers:
+            reader.start()
 
     def _read_captions(self) -> None:
         for line in self.process.stdout or ():
@@ -83,7 +92,21 @@ class Watch:
 
     def take(self, count: int) -> list[tuple[float, dict[str, Any]]]:
         """Returns the next ``count`` captions, each with its time."""
-        return [self.captions.get(timeout=PATIENCE_S) for _ in range(count)]
+        return [self._next() for _ in range(count)]
+
+    def _next(self) -> tuple[float, dict[str, Any]]:
+        """Returns the next caption; raises SystemExit with the messages of ``watch`` if none comes."""
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            ended = self.process.poll() is not None
+            for reader in self.readers if ended else ():  # the last captions and messages
+                reader.join(PATIENCE_S)
+            try:
+                return self.captions.get(timeout=0.5)
+            except queue.Empty:
+                if ended or time.monotonic() > deadline:
+                    what = f"has ended with status {self.process.returncode}" if ended else "gives no captions"
+                    raise SystemExit("\n".join([f"error: watch {what}; its messages:", *self.messages])) from None
 
     def drain(self) -> int:
         """Removes the captions that have arrived; returns their number."""

@@ -194,12 +194,12 @@ def run(options: argparse.Namespace) -> int:
     if dropped:
         print_note(f"{dropped} frames were dropped, because they came faster than captions")
     if not frame_count and options.once:
-        print_note(f"{name}: no pictures found")
+        print_note(f"error: {name}: no pictures found")
     if frames.undecoded:
         print_note(f"{name}: {plural(frames.undecoded, 'frame')} could not be decoded")
     damaged = frames.undecoded and not frames.is_live  # a live stream begins between two key frames
     lost = sum(sink.lost for sink in sinks)
-    return 1 if (failed or lost or damaged) and options.once else 0
+    return 1 if (failed or lost or damaged or not frame_count) and options.once else 0
 
 
 def _source(given: str) -> str:

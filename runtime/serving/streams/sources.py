@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from blip2edge.errors import DataError, one_line, shown_address
-from blip2edge.picture_files import PICTURE_SUFFIXES, is_broken_link
 from blip2edge.runtime.images.preprocess import DeferredImage
 from blip2edge.runtime.images.video import VIDEO_SUFFIXES
 from blip2edge.runtime.serving.streams import gstreamer
 from blip2edge.runtime.serving.streams.decoder import Ending, decoded, pyav
 from blip2edge.runtime.serving.streams.gstreamer import CSI
+from blip2edge.runtime.serving.streams.listing import PictureVersion, pictures_in
 
 POLL_S = 0.2  # between two listings of a folder
 SETTLED_POLLS = 10  # listings that show a broken picture unchanged before its error is reported
@@ -195,7 +194,7 @@ def _reconnecting(make: Callable[[Ending], Frames], name: str, report: Report, c
         except DataError as error:
             if not any_frame:
                 raise
-            problem = re.sub(r".* cannot be read as a video \((.*)\)", r"\1", error.problem)
+            problem = re.sub(r".* cannot be (?:read as a video|reached|opened) \((.*)\)", r"\1", error.problem)
         if closed.is_set():
             return
         if not lost:
@@ -213,11 +212,11 @@ def _folder(folder: str, follow: bool, closed: Ending) -> Frames:
     :data:`SETTLED_POLLS` listings show the file unchanged.
     """
     path = Path(folder)
-    taken: set[_Version] = set()
-    before: set[_Version] = set()
-    broken: dict[_Version, int] = {}  # listings that showed each picture that was given back
+    taken: set[PictureVersion] = set()
+    before: set[PictureVersion] = set()
+    broken: dict[PictureVersion, int] = {}  # listings that showed each picture that was given back
     while not closed.is_set():
-        found = _pictures(path)
+        found = pictures_in(path)
         ready = found & before if follow else found
         for version in sorted(ready - taken):
             taken.add(version)
@@ -236,35 +235,6 @@ def _folder(folder: str, follow: bool, closed: Ending) -> Frames:
         closed.wait(POLL_S)
 
 
-class _Version(NamedTuple):
-    """A picture file in a listing of a folder, with its size and the time of its last change.
-
-    Two objects of the same file are unequal if the file was written in between.
-    """
-
-    modified_ns: int
-    name: str
-    size: int
-
-
-def _pictures(folder: Path) -> set[_Version]:
-    """Lists the pictures of a folder; files that are removed during the listing are skipped."""
-    found = set()
-    try:
-        for path in folder.iterdir():
-            if path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith("."):
-                with suppress(FileNotFoundError):
-                    broken = is_broken_link(path)  # a frame that fails, so that an error names it
-                    status = path.lstat() if broken else path.stat()
-                    if broken or stat.S_ISREG(status.st_mode):
-                        found.add(_Version(status.st_mtime_ns, path.name, status.st_size))
-    except OSError as error:
-        raise DataError(
-            f"{folder} cannot be read any more ({error.strerror or error})", "check that the folder still exists"
-        ) from error
-    return found
-
-
 def _file(path: str, follow: bool, closed: Ending) -> Frames:
     """Yields the frames of a video file; with `follow`, at the video's own speed."""
     start = time.perf_counter()
@@ -278,23 +248,44 @@ def _file(path: str, follow: bool, closed: Ending) -> Frames:
 
 def _device(source: str, _follow: bool, closed: Ending) -> Frames:
     """Yields the frames of a Video4Linux camera; ``source`` is its number or its device file."""
-    yield from _decoded(source, f"/dev/video{source}" if source.isdigit() else source, closed, format="v4l2")
+    device = f"/dev/video{source}" if source.isdigit() else source
+    yield from _decoded(source, device, closed, told=_OF_CAMERA, format="v4l2")
 
 
 def _address(source: str, _follow: bool, closed: Ending) -> Frames:
     """Yields the frames of a network stream; raises DataError if nothing comes for :data:`NETWORK_TIMEOUT_S`."""
     options = AT_ONCE if _scheme(source) in LIVE_SCHEMES else {}
     tcp = {"rtsp_transport": "tcp"} if _scheme(source).startswith("rtsp") else {}
-    yield from _decoded(source, source, closed, options={**options, **tcp}, timeout=NETWORK_TIMEOUT_S)
+    how = {"options": {**options, **tcp}, "timeout": NETWORK_TIMEOUT_S}
+    yield from _decoded(source, source, closed, told=_OF_ADDRESS, **how)
 
 
-def _decoded(source: str, file: Any, closed: Ending, **how: Any) -> Frames:
+class _Told(NamedTuple):
+    """The words of an error about a kind of source.
+
+    Attributes:
+        failed: What failed if the system or the network reports the error.
+        fix: What the user can do.
+    """
+
+    failed: str
+    fix: str
+
+
+_NO_VIDEO = "cannot be read as a video"
+_OF_FILE = _Told(_NO_VIDEO, "check the path; convert a video file to MP4")
+_OF_CAMERA = _Told("cannot be opened", "check the number or the device file, and that no other program uses the camera")
+_OF_ADDRESS = _Told("cannot be reached", "check the address, and that the camera or the server runs")
+
+
+def _decoded(source: str, file: Any, closed: Ending, *, told: _Told = _OF_FILE, **how: Any) -> Frames:
     """Yields the frames that FFmpeg decodes. A frame is converted to RGB only if it is captioned.
 
     Args:
         source: Name of the source in error messages.
         file: The address or the open file that PyAV opens.
         closed: An event that is set to end the frames.
+        told: The words of the error if the source fails.
         **how: Arguments of ``av.open``.
     """
     av = pyav()
@@ -310,10 +301,8 @@ def _decoded(source: str, file: Any, closed: Ending, **how: Any) -> Frames:
     except (av.error.FFmpegError, IndexError) as error:
         silent = isinstance(error, av.error.ExitError)  # PyAV's timeout
         reason = f"nothing came for {NETWORK_TIMEOUT_S:g} s" if silent else one_line(error)
-        raise DataError(
-            f"{shown} cannot be read as a video ({reason})",
-            "check the path, the camera or the address; convert a video file to MP4",
-        ) from error
+        failed = told.failed if silent or isinstance(error, OSError) else _NO_VIDEO
+        raise DataError(f"{shown} {failed} ({reason})", told.fix) from error
     if empty:
         raise DataError(
             f"{shown}: expected a video with frames, found none that can be decoded", "copy or record the video again"

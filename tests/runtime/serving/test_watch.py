@@ -303,6 +303,24 @@ def test_a_video_file_without_a_suffix(video: Path, tmp_path: Path) -> None:
         list(open_source(str(tmp_path / "notes"), follow=False))
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "rtsp://127.0.0.1:1/x",
+            r"^rtsp://127\.0\.0\.1:1/x cannot be reached \(.*refused.*\); check the address, and that",
+        ),
+        ("http://127.0.0.1:1/x.mp4", r"x\.mp4 cannot be reached \(.*refused.*\); check the address, and that"),
+        ("/dev/video987", r"^/dev/video987 cannot be opened \(.*No such file.*\); check the number or the device file"),
+    ],
+)
+def test_a_source_that_is_no_file_gets_no_hint_about_files(source: str, message: str) -> None:
+    pytest.importorskip("av", reason="pip install 'blip2edge[video]'")
+    with pytest.raises(DataError, match=message) as raised, closing(open_source(source)) as frames:
+        next(frames)
+    assert "convert" not in str(raised.value)
+
+
 def test_a_video_file_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"film\.mp4: no such file"):
         open_source(str(tmp_path / "film.mp4"))
@@ -348,8 +366,8 @@ def test_the_command_passes_its_draft_model_on(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["watch", str(tmp_path), "--once", "-b", str(tiny_bundle), "--threads", "1"]
-    assert main([*words, "--draft", "none"]) == 0
-    assert capsys.readouterr().err == f"{tmp_path}: no pictures found\n"
+    assert main([*words, "--draft", "none"]) == 1  # as `caption` and `bulk` of a folder without pictures
+    assert capsys.readouterr().err == f"error: {tmp_path}: no pictures found\n"
     assert main([*words, "--draft", "itg"]) == 2
     assert capsys.readouterr().err.startswith("error: --draft itg: the bundle has no draft")
 
