@@ -17,7 +17,7 @@ CHECKPOINTS = ("checkpoint", "vision_from", "language_from", "bridge_from", "ber
 _PATTERN = "*?[{"  # characters of a pattern or a range of shards, whose files are found when they are opened
 
 
-def check_inputs(config: TrainingConfig, base: Path) -> None:
+def check_recipe_files(config: TrainingConfig, base: Path) -> None:
     """Checks the paths of a recipe. Names on the hub, addresses and patterns are not looked up.
 
     Args:

@@ -50,10 +50,10 @@ def run(options: argparse.Namespace) -> int:
     output = options.output or Path("runs") / options.config.stem
     check_output(output, options.force, None, options.config)
     from blip2edge.training.config import load_config
-    from blip2edge.training.inputs import check_inputs
+    from blip2edge.training.inputs import check_recipe_files
 
     # A wrong recipe and missing files are refused before torch is imported, which takes seconds.
-    check_inputs(load_config(options.config), options.config.resolve().parent)
+    check_recipe_files(load_config(options.config), options.config.resolve().parent)
     from blip2edge.training.run import train
 
     first = not int(os.environ.get("RANK", "0"))  # of several processes, only the first prints
