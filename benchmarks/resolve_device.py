@@ -21,7 +21,7 @@ from blip2edge.cli import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
-EXTRAS = ("", "cpu", "serve", "tls", "video", "hub", "build", "sign", "mqtt")
+EXTRAS = ("", "cpu", "serve", "tls", "video", "hub", "build", "sign", "mqtt", "bulk")
 """Extras that a device may need; the empty text is the runtime alone. CUDA and TensorRT come from JetPack."""
 
 
