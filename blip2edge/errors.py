@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Self
 
     Writer = Callable[[str, bool], str]
     """Writes an option: arguments are its Python name, and whether it is to be switched on."""
@@ -100,6 +101,10 @@ class Blip2EdgeError(Exception):
     def fix(self) -> str | None:
         """What the user can do about it; None if nothing helps."""
         return None if self._fix is None else _written(self._fix, python_option)
+
+    def with_problem(self, change: Callable[[str], str]) -> Self:
+        """Returns an error of the same class, with the same advice, whose problem was changed by a function."""
+        return type(self)(change(self._problem), self._fix, field=self.field)
 
     def text(self, write: Writer = python_option) -> str:
         """Returns the whole error in one line.

@@ -35,6 +35,7 @@ SEPARATORS = (",", ";", "\t", "|")
 
 READ_FIX = "check the path and the file's permissions"
 
+CONFIG_ERROR = "config.json: "  # begins the errors of the values of a config
 _PANIC = "PanicException"  # of libraries in Rust: a BaseException, which `except Exception` does not catch
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -83,6 +84,20 @@ def reading(
         if type(found).__name__ != _PANIC:
             raise
         raise error(f"{_shown(path)} cannot be read as {form} ({one_line(found)})", fix) from found
+
+
+@contextmanager
+def naming_config(name: str) -> Iterator[None]:
+    """Writes the path or the name of a config in place of ``config.json`` at the beginning of each error of the block.
+
+    The code that reads the values of a config does not know which file they come from.
+    """
+    try:
+        yield
+    except Blip2EdgeError as error:
+        if not error.problem.startswith(CONFIG_ERROR):
+            raise
+        raise error.with_problem(lambda problem: f"{name}: {problem.removeprefix(CONFIG_ERROR)}") from error
 
 
 @contextmanager

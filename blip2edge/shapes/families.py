@@ -22,6 +22,7 @@ from blip2edge.shapes.parts import (
     LLAVA_VISION,
     PERCEIVER,
     POOL,
+    ROOT,
     Sizes,
     mlp,
     perceiver,
@@ -219,7 +220,7 @@ def shape_of(config: Any) -> ModelShape:
         UnsupportedModelError: The model is of another type, or a matching model.
         CheckpointError: A key is missing or has a wrong value.
     """
-    f = Sizes("config.json", config, {})
+    f = Sizes(ROOT, config, {})
     kind, classes = f.values.get("model_type"), f.values.get("architectures") or []
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise CheckpointError(f"config.json: architectures must be a list of class names, not {classes!r}")

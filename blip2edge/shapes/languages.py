@@ -9,7 +9,7 @@ from typing import Any
 from blip2edge.bundle.schema import CROSS_KV, DECODER, TEXT_ENCODER
 from blip2edge.errors import UnsupportedModelError
 from blip2edge.shapes.model_shape import AttentionProducts, CacheShape, ModelPart, WeightMatrix
-from blip2edge.shapes.parts import BASE, Sizes, attention, feed_forward
+from blip2edge.shapes.parts import BASE, ROOT, Sizes, attention, feed_forward
 
 OPT = {"vocab_size": 50272, "hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
        "max_position_embeddings": 2048}  # fmt: skip
@@ -193,7 +193,7 @@ def flamingo(values: Any, source: int) -> LanguageShape:
 
     ``source``: width of the states that the gated layers attend to.
     """
-    f = Sizes("config.json", values, {**LLAMA, "cross_layer_interval": 1})
+    f = Sizes(ROOT, values, {**LLAMA, "cross_layer_interval": 1})
     plain = llama({**values, "num_key_value_heads": None, "attention_bias": False, "mlp_bias": False})
     width, layers = f["hidden_size"], f["num_hidden_layers"] // f["cross_layer_interval"]
     channels, heads = plain.cache.heads * plain.cache.head_dim, plain.cache.heads

@@ -15,6 +15,12 @@ from blip2edge.errors import CheckpointError, UnsupportedModelError
 from blip2edge.shapes.model_shape import AttentionProducts, ModelPart, WeightMatrix
 
 MOST = 1 << 31
+"""Sizes in a config are smaller than this number."""
+
+ROOT = ""
+"""Name of the section that is the whole ``config.json``."""
+
+LONGEST_SHOWN = 40  # characters of a value in an error
 
 CONVOLUTIONAL = ("efficientnet_lite",)
 """Values of ``model_type`` of vision encoders that are no ViT."""
@@ -38,7 +44,7 @@ class Sizes:
     """Reads the sizes in a section of a ``config.json``.
 
     Args:
-        section: Name of the section, for errors.
+        section: Name of the section, for errors; :data:`ROOT` for the whole file.
         values: Content of the section; None for an empty one.
         defaults: Values of missing keys.
 
@@ -50,7 +56,7 @@ class Sizes:
         values = {} if values is None else values
         if not isinstance(values, Mapping):
             raise CheckpointError(
-                f"config.json: {section} must be an object, not {type(values).__name__}",
+                f"config.json: {section or 'the content'} must be an object, not {type(values).__name__}",
                 "save the checkpoint again with transformers' save_pretrained",
             )
         self.section, self.values = section, values
@@ -67,7 +73,7 @@ class Sizes:
         if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == value[1]:
             value = value[0]
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < MOST:
-            raise CheckpointError(f"config.json: {self.section}.{key} must be a positive whole number, not {value!r}")
+            raise self._wrong(key, f"must be a positive integer up to {MOST - 1}", value)
         return value
 
     def count(self, key: str) -> int:
@@ -76,8 +82,15 @@ class Sizes:
         if value is None:
             return 0
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MOST:
-            raise CheckpointError(f"config.json: {self.section}.{key} must be a whole number from 0, not {value!r}")
+            raise self._wrong(key, f"must be an integer from 0 to {MOST - 1}", value)
         return value
+
+    def _wrong(self, key: str, expected: str, value: Any) -> CheckpointError:
+        place = f"{self.section}.{key}" if self.section else key
+        shown = repr(value)
+        if len(shown) > LONGEST_SHOWN:
+            shown = f"{shown[:LONGEST_SHOWN]}… ({len(shown)} characters)"
+        return CheckpointError(f"config.json: {place} {expected}, not {shown}")
 
     def flag(self, key: str, default: bool) -> bool:
         """Reads a key whose value is true or false; returns ``default`` if the key is missing."""

@@ -17,7 +17,7 @@ from blip2edge.bundle.manifest import MANIFEST, GraphRecord, Manifest, read_mani
 from blip2edge.bundle.schema import BRIDGE, CROSS_KV, DECODER, EMBEDDINGS_FILE, TEXT_ENCODER, VISION
 from blip2edge.errors import BundleError, CheckpointError
 from blip2edge.packages import missing
-from blip2edge.reading import read_json
+from blip2edge.reading import naming_config, read_json
 from blip2edge.shapes.families import published_config, shape_of, unknown_model
 from blip2edge.shapes.model_shape import (
     WEIGHT_BYTES,
@@ -69,14 +69,16 @@ def find_shape(model: str, check: ConfigCheck | None = None) -> tuple[ModelShape
         values = read_json(file, CheckpointError, "copy the file again")
         if check is not None:
             check(values, str(file), path if path.is_dir() else None)
-        return shape_of(values), f"from {file}"
+        with naming_config(str(file)):
+            return shape_of(values), f"from {file}"
     config = published_config(model)
     if config is not None:
         return shape_of(config), "from the list of published models"
     values = hub_config(model)
     if check is not None:
         check(values, model, None)
-    return shape_of(values), f"from the {CONFIG} on the hub"
+    with naming_config(model):
+        return shape_of(values), f"from the {CONFIG} on the hub"
 
 
 def hub_config(name: str) -> Any:

@@ -44,6 +44,7 @@ from blip2edge.model.layers import shapes_of
 from blip2edge.model.models import Config, Model, build_model
 from blip2edge.model.weights.rules import WeightMap
 from blip2edge.model.weights.ties import Tie
+from blip2edge.reading import naming_config
 
 HEAD = "language.head.weight"
 
@@ -76,8 +77,10 @@ class Checkpoint:
         self.laid_over: Path | None = None
         if not (self.directory / "config.json").is_file() and not has_weights(self.directory):
             raise no_weights(self.directory)
-        values = read_checkpoint_json(self.directory / "config.json")
-        self._read = read_config(values)
+        file = self.directory / "config.json"
+        values = read_checkpoint_json(file)
+        with naming_config(str(file)):
+            self._read = read_config(values)
         rename = partial(canonical_name, self._read)
         self.files = TensorFiles(self.directory, rename)
         self.ties: tuple[Tie, ...] = ties_of(self._read)

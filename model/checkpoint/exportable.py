@@ -9,6 +9,7 @@ from blip2edge.model.checkpoint.adapters.folder import has_adapter
 from blip2edge.model.checkpoint.config_keys import check_values
 from blip2edge.model.checkpoint.directory import Checkpoint
 from blip2edge.model.families.registry import read_config
+from blip2edge.reading import naming_config
 
 
 def check_exportable(values: Any, source: str, directory: Path | None = None) -> None:
@@ -27,7 +28,8 @@ def check_exportable(values: Any, source: str, directory: Path | None = None) ->
     if directory is not None and _has_tensors(directory) and not has_adapter(directory):
         Checkpoint(directory).files.close()
     else:
-        read_config(values)
+        with naming_config(source):
+            read_config(values)
     check_values(source, values)
 
 

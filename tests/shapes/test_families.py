@@ -195,7 +195,10 @@ def test_matching_models_are_refused(name: str) -> None:
         ({"model_type": "whisper"}, "model_type is 'whisper', which is not supported; supported: blip-2"),
         ({"model_type": "blip-2", "text_config": {"model_type": "bloom"}}, "of type 'bloom'"),
         ({"model_type": "blip-2", "vision_config": []}, "vision_config must be an object, not list"),
-        ({"model_type": "blip-2", "num_query_tokens": 0}, "num_query_tokens must be a positive whole number, not 0"),
+        (
+            {"model_type": "blip-2", "num_query_tokens": 0},
+            "json: num_query_tokens must be a positive integer up to 2147483647, not 0",
+        ),
         ({"model_type": "blip-2", "vision_config": {"patch_size": "x"}}, "vision_config.patch_size"),
         ({"model_type": "llava", "vision_feature_layer": 99}, "vision_feature_layer must be from 1 to 24"),
         (
@@ -211,7 +214,7 @@ def test_matching_models_are_refused(name: str) -> None:
             "width_coefficient and depth_coefficient must be above 0 and at most 10, not 0 and 1.0",
         ),
         ({"model_type": "blip2edge", "bridge_config": {"kind": "lstm"}}, "kind 'lstm', expected one of pool"),
-        ([], "config.json must be an object"),
+        ([], "config.json: the content must be an object"),
     ],
 )
 def test_a_wrong_config(values: Any, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 
 from blip2edge.bundle.manifest import Manifest, MergingRecord, read_manifest
 from blip2edge.bundle.schema import VISION
+from blip2edge.errors import CheckpointError
+from blip2edge.shapes.families import published_config
 from blip2edge.shapes.model_shape import ModelShape
-from blip2edge.shapes.sources import bundle_shape
+from blip2edge.shapes.sources import bundle_shape, find_shape
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden" / "bundle"
 
@@ -56,3 +59,29 @@ def test_positions_of_merged_patches() -> None:
     shape = bundle_shape(manifest_of("blip-2", 224, 101, before_merging=257), GOLDEN)
     assert found(shape) == (14, 100, 101, 101)
     assert shape.prefix == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("num_query_tokens", 0, "num_query_tokens must be a positive integer up to 2147483647, not 0"),
+        (
+            "num_query_tokens",
+            10**80,
+            f"num_query_tokens must be a positive integer up to 2147483647, not {'1' + '0' * 39}… (81 characters)",
+        ),
+        (
+            "vision_config",
+            {"num_hidden_layers": 1.5},
+            "vision_config.num_hidden_layers must be a positive integer",
+        ),
+        ("vision_config", 3, "vision_config must be an object, not int"),
+    ],
+)
+def test_an_error_names_the_file_once_and_the_key(key: str, value: object, told: str, tmp_path: Path) -> None:
+    file = tmp_path / "of_a_user.json"
+    file.write_text(json.dumps({**(published_config("blip2-opt-2.7b") or {}), key: value}))
+    with pytest.raises(CheckpointError) as refused:
+        find_shape(str(file))
+    assert str(refused.value).startswith(f"{file}: {told}")
+    assert "config.json" not in str(refused.value)
