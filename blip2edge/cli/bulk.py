@@ -13,6 +13,7 @@ from blip2edge.cli.flag_groups import (
     add_limits,
     add_number,
     add_output,
+    add_ray,
     add_some_generation,
     check_needed,
     given_generation,
@@ -79,17 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_batch_size(parser, 16)
     add_number(parser, "--workers", "number of threads that read and decode pictures (default: all cores)")
-    parser.add_argument(
-        "--ray",
-        metavar="ADDRESS",
-        help="run with Ray Data on the cluster at ADDRESS (HOST:PORT); auto: on the cluster that runs on this machine; "
-        "local: on this machine alone (default: without Ray)",
-    )
-    add_number(
-        parser,
-        "--ray-workers",
-        "with --ray: number of processes that load the bundle and run in parallel (default: 1)",
-    )
+    add_ray(parser, "--ray-workers", "load the bundle")
     add_some_generation(parser, "generation", "default values are in bundle.json; --seed is 0 without it", GENERATION)
     add_limits(parser, Limits, PICTURE_LIMITS)
     parser.add_argument("--json", action="store_true", help="print the counts as one JSON object")

@@ -16,6 +16,7 @@ from blip2edge.cli.flag_groups import (
     add_data_files,
     add_number,
     add_output,
+    add_ray,
     add_some_generation,
     check_needed,
     given_generation,
@@ -73,15 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text that the generated captions continue (default: the captioner's own prompt)",
     )
     add_number(parser, "--samples-per-shard", "number of pictures in a shard", 1000)
-    parser.add_argument(
-        "--ray",
-        metavar="ADDRESS",
-        help="run with Ray Data on the cluster at ADDRESS (HOST:PORT); auto: on the cluster that runs on this machine; "
-        "local: on this machine alone (default: without Ray)",
-    )
-    add_number(
-        parser, "--workers", "with --ray: number of processes that load the models and run in parallel (default: 1)"
-    )
+    add_ray(parser, "--workers", "load the models")
     add_batch_size(parser, 16)
     add_backend(parser)
     add_some_generation(parser, *DECODING)

@@ -88,6 +88,23 @@ def add_number(
     group.add_argument(flag, metavar=metavar, type=kind, default=default, help=text)
 
 
+def add_ray(parser: ArgumentParser, workers: str, what: str) -> None:
+    """Adds ``--ray`` and the flag of the number of its workers, which has no default (:func:`check_needed`).
+
+    Args:
+        parser: The parser of the command.
+        workers: The flag of the number of workers.
+        what: What each worker does first.
+    """
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="run with Ray Data on the cluster at ADDRESS (HOST:PORT); auto: on the cluster that runs on this machine; "
+        "local: on this machine alone (default: without Ray)",
+    )
+    add_number(parser, workers, f"with --ray: number of processes that {what} and run in parallel (default: 1)")
+
+
 def check_needed(name: str, value: object, needed: str, given: object) -> None:
     """Raises UsageError if the option ``name`` has a value, but ``needed``, without which it does nothing, has none."""
     if value is not None and given is None:
