@@ -86,6 +86,7 @@ SAME: tuple[tuple[str, str], ...] = (
     (r"first \+ cut <= slots", "equal values"),
     (r"0 == 0 && i < GROUP \* WIDTH", "every cut writes the same zeros"),
     (r"\[FRAGMENTS\]\[5\]|(inputs|gates|weights)\[5\]", "one more value, which is not used"),
+    (r"steps \+ a\.splits \+ 1\) / a\.splits", "longer parts cover K too"),
     (r"GEMM_DEPTH - 1\) \* GEMM_DEPTH, own", "the first part of K is all of it"),
     (r"BITS == 17", "fp16 has no scales, and their address is not read"),
 )

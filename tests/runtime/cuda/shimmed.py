@@ -16,7 +16,10 @@ import numpy as np
 from blip2edge.runtime.cuda.kernel import KERNELS, THREADS, Kernel, Launch, module_source
 
 SHIM = Path(__file__).parent / "shim"
-FLAGS = ("-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-w")
+ALIGNED = ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
+"""A load at an address that is no multiple of its size ends the process, as it ends a kernel on a GPU."""
+
+FLAGS = ("-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-w", *ALIGNED)
 FAULTS = {1: "deadlock: not all threads reach a barrier", 2: "writes behind its shared memory", 3: "bad launch"}
 FORWARD, REVERSED, RANDOM = 0, 1, 7
 """Orders of the threads; from 2 on, the seed of a random order."""
@@ -95,7 +98,7 @@ def compiled(text: str, sources: Path) -> Path:
         import pytest  # the dry run of benchmarks/gpu.py has none
 
         pytest.skip("g++ is not installed; it compiles the kernels for the CPU")
-    key = hashlib.sha256(text.encode())
+    key = hashlib.sha256(f"{FLAGS}{text}".encode())
     for file in sorted((*sources.glob("*.cuh"), *SHIM.iterdir())):
         key.update(file.read_bytes())
     folder = Path(tempfile.gettempdir()) / "blip2edge-kernels"

@@ -31,7 +31,7 @@ CASES = (
     RowProduct(4, 3, 128, (48,), 64, out="float"),
     RowProduct(4, 4, 1088, (24,), 64),  # more chunks than threads along K
     RowProduct(4, 2, 16, (10,), 16),
-    RowProduct(16, 5, 37, (70, 33), relu=True),
+    RowProduct(16, 5, 41, (70, 33), relu=True),
     RowProduct(16, 33, 16, (8,), out="float", swiglu=True),
     ROWS,
     RowProduct(8, 34, 64, (65,), 32),
