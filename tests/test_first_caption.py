@@ -73,7 +73,9 @@ def test_first_commands(hub: HubServer, tmp_path: Path, monkeypatch: pytest.Monk
     assert manifest.calibration
     # The card of a bundle names the checkpoint, which was found by its name.
     assert main(["push", "blip-int8", "org/blip", "--card"]) == 0
-    card = capsys.readouterr().out.split("# blip\n")[0]  # type: ignore[attr-defined]
+    printed = capsys.readouterr()  # type: ignore[attr-defined]
+    assert f"downloading {NAME}, MB: " in printed.err
+    card = printed.out.split("# blip\n")[0]
     assert f'base_model: "{NAME}"' in card
     assert 'pipeline_tag: "image-to-text"' in card
     assert "int8" in card

@@ -15,7 +15,9 @@ from blip2edge.bundle.hub.names import HubName, is_hub_name
 from blip2edge.bundle.manifest import MANIFEST
 from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE
 from blip2edge.errors import CheckpointError, UsageError
-from blip2edge.progress import ProgressCallback, report_bytes, transfer_progress
+from blip2edge.progress import ProgressCallback, transfer_progress
+
+MB = 1_000_000
 
 SIDE_GROUPS = (
     (
@@ -181,7 +183,8 @@ def _bars(report: ProgressCallback, what: str) -> type:
             """Report the bytes; called by the threads that download."""
             if self.counts_bytes and self.total:
                 self.bytes += int(n or 0)
-                report_bytes(report, what, self.bytes, int(self.total))
+                # The total grows while the files are found, so the unit is always MB.
+                report(f"{what}, MB", self.bytes // MB, max(-(-int(self.total) // MB), 1))
 
     return Reported
 
