@@ -48,7 +48,7 @@ def test_pieces_must_fill_the_tensors(missing: int, tmp_path: Path) -> None:
 def test_a_cut_file_is_refused(cut: int, tmp_path: Path) -> None:
     write_safetensors(tmp_path / "t", {"a": StoredTensor("I8", (30,))}, [np.zeros(30, np.int8)])
     (tmp_path / "t").write_bytes((tmp_path / "t").read_bytes()[:-cut])
-    with pytest.raises(BundleError, match="damaged or incomplete"):
+    with pytest.raises(BundleError, match=r"the file is (damaged or )?incomplete"):
         SafetensorsFile(tmp_path / "t").array("a")
 
 
