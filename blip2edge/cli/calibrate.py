@@ -18,6 +18,7 @@ from blip2edge.cli.flag_groups import (
     add_output,
     add_some_generation,
     add_threads,
+    check_needed,
     given_limits,
 )
 from blip2edge.cli.flag_types import any_text, non_negative_number, positive_number, share
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 
 CONFIDENT = (*DECODING[2], "repetition_penalty")
 """Generation flags that ``--references`` accepts: a confidence is fitted on captions that are generated with them."""
+
+QUANTIZES = ("weights", "format", "drop_limit", "method", "int8_activations", "count")
+"""Options that have an effect only with ``--images``, without which nothing is quantised."""
 
 HEADER = (
     "graph",
@@ -76,7 +80,7 @@ def add_arguments(parser: Parser) -> None:
     )
     _add_formats(parser)
     _add_search(parser)
-    add_number(parser, "--count", "largest number of calibration pictures", 512)
+    add_number(parser, "--count", "largest number of pictures of --images (default: 512)")
     _add_references(parser)
     add_threads(parser)
     add_limits(parser, Limits, PICTURE_LIMITS)
@@ -89,9 +93,8 @@ def _add_formats(parser: Parser) -> None:
     parser.add_argument(
         "--method",
         choices=RANGE_METHODS,
-        default="smooth",
         help="how the INT8 ranges of activations are chosen: by the error of the layer's output (smooth), or by the "
-        "histogram of the activation (all others)",
+        "histogram of the activation (all others) (default: smooth)",
     )
     parser.add_argument(
         "--weights",
@@ -170,10 +173,10 @@ def _references(options: argparse.Namespace) -> References | None:
     from blip2edge.calibration.confidence.references import References
     from blip2edge.training.evaluation.references import read_references
 
-    items, rule = read_references(
+    items, rule, warnings = read_references(
         options.references, annotations=options.annotations, max_broken=MAX_BROKEN, right_at=options.right_at
     )
-    return References(items, rule, options.prompt, given)
+    return References(items, rule, options.prompt, given, warnings=warnings)
 
 
 def _add_search(parser: Parser) -> None:
@@ -211,13 +214,13 @@ def run(options: argparse.Namespace) -> int:
     from blip2edge.calibration.pipeline import calibrate
     from blip2edge.training.metrics.captions import cider_d
 
+    _check_quantized(options)
     _check_search(options)
     shared: dict[str, Any] = {
         "images": options.images,
-        "method": options.method,
         "cider": cider_d,
         "references": _references(options),
-        "count": options.count,
+        **{name: getattr(options, name) for name in ("method", "count") if getattr(options, name) is not None},
         "force": options.force,
         "anyway": options.anyway,
         "threads": options.threads,
@@ -246,6 +249,14 @@ def run(options: argparse.Namespace) -> int:
     manifest = Bundle.open(report.bundle).manifest
     print_next(try_command(report.bundle, manifest), f"blip2edge bench {quoted(report.bundle)}")
     return 0
+
+
+def _check_quantized(options: argparse.Namespace) -> None:
+    """Raises UsageError for a flag of the quantisation if only a confidence is fitted, and nothing is quantised."""
+    if options.images is None and options.references is not None:
+        for name in QUANTIZES:
+            given = getattr(options, name)
+            check_needed(name, None if given == [] else given, "images", options.images)
 
 
 def _check_search(options: argparse.Namespace) -> None:

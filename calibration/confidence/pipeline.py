@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,14 +90,15 @@ def add_confidence(
             captioner, references, prompt, lambda done, total: report("caption the references", done, total)
         ):
             if isinstance(result, ImageError):
-                broken.append(item.name)
+                broken.append(f"{item.name}: {result.problem}")
             elif isinstance(result, Blip2EdgeError):
                 raise result
             else:
                 pairs.append((features(result.token_logprobs), item.is_right(result.text), item.identity))
     if len(pairs) < LEAST:
         raise DataError(
-            f"expected at least {LEAST} pictures with references that can be read, got {len(pairs)}",
+            f"expected at least {LEAST} pictures with references that can be read, got {len(pairs)}"
+            + "".join(f"; {line}" for line in (*references.warnings, *_unreadable(broken))),
             f"give more to {option('references')}; {ADVISED} or more are advised",
         )
     rows, right = np.array([row for row, *_ in pairs]), np.array([good for _, good, _ in pairs])
@@ -118,7 +119,8 @@ def add_confidence(
     written = {**manifest.confidence, task: record}
     reports = _write_reports(directory, title, written)
     replace(manifest, confidence=written, files={**manifest.files, **reports}).write(directory)
-    return ConfidenceReport(task, len(pairs), fitted.kind, record["figures"], _warnings(right, broken))
+    warnings = (*references.warnings, *_warnings(right, broken))
+    return ConfidenceReport(task, len(pairs), fitted.kind, record["figures"], warnings)
 
 
 def copy_with_confidence(
@@ -225,7 +227,7 @@ def _about(fitted: FittedMap, right: Any, rule: str) -> dict[str, Any]:
     }
 
 
-def _warnings(right: Any, broken: list[str]) -> tuple[str, ...]:
+def _warnings(right: Any, broken: Sequence[str]) -> tuple[str, ...]:
     found = []
     if len(right) < ADVISED:
         found.append(f"at least {ADVISED} pictures with references are advised, got {len(right)}: the map is uncertain")
@@ -236,9 +238,12 @@ def _warnings(right: Any, broken: list[str]) -> tuple[str, ...]:
             f"only {least} of {len(right)} texts are {kind}: what separates them from the others is uncertain; add "
             "pictures on which the model is sometimes right and sometimes wrong, as those of the application are"
         )
-    if broken:
-        found.append(f"{len(broken)} pictures cannot be read; the first is {broken[0]}")
-    return tuple(found)
+    return (*found, *_unreadable(broken))
+
+
+def _unreadable(broken: Sequence[str]) -> tuple[str, ...]:
+    """Returns the warning about pictures that cannot be read; empty if there are none."""
+    return (f"{len(broken)} pictures cannot be read; the first is {broken[0]}",) if broken else ()
 
 
 def _write_reports(directory: Path, title: str, confidence: Mapping[str, Any]) -> dict[str, FileRecord]:

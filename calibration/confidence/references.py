@@ -46,6 +46,7 @@ class References:
         prompt: Prompt of the captions; None for the bundle's default.
         options: Fields of ``GenerationOptions``; for a missing field, the bundle's default is used.
         batch_size: Number of pictures that are captioned together.
+        warnings: What the user should know about the samples that are not among the items, one line each.
     """
 
     items: Sequence[Reference]
@@ -53,6 +54,7 @@ class References:
     prompt: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 16
+    warnings: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:

@@ -50,6 +50,8 @@ def read_folder(directory: Path, max_broken: int) -> tuple[list[Entry], BrokenSa
     lonely = texts.keys() - {path.with_suffix("") for path in pictures}
     for path in sorted(texts[stem] for stem in lonely):
         broken.add(str(path.relative_to(directory)), "there is no picture of this name")
+    if not entries and texts.keys() & {path.with_suffix("") for path in pictures}:
+        raise broken.none_usable("picture with a text in UTF-8")  # the reasons say which texts are empty or unreadable
     if not entries:
         raise DataError(
             f"{directory}: expected pictures with .txt files of the same name (dog.jpg and dog.txt), "

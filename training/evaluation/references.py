@@ -5,7 +5,8 @@ Used by ``calibrate --references``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -20,6 +21,8 @@ from blip2edge.training.metrics.vqa import answer_accuracy
 
 HALF = 0.5
 """Smallest VQA accuracy of a right answer."""
+
+_BRACKETS = frozenset(["-lrb-", "-rrb-", "-lsb-", "-rsb-", "-lcb-", "-rcb-"])  # names of brackets among the tokens
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,29 @@ class KnownText:
         """Returns whether a generated text is right."""
         if self.question:
             return answer_accuracy(text, self.texts) >= (HALF if self.right_at is None else self.right_at)
-        said, known = words(text), [words(one) for one in self.texts]
-        return said in known if self.right_at is None else rouge_l([said], [known]) >= self.right_at
+        if self.right_at is None:
+            return without_punctuation(text) in map(without_punctuation, self.texts)
+        return rouge_l([words(text)], [[words(one) for one in self.texts]]) >= self.right_at
+
+
+def without_punctuation(text: str) -> str:
+    """Returns the words of a text in lower case, without punctuation at their ends, separated by spaces.
+
+    :func:`words` drops only the punctuation that the COCO evaluation drops. It keeps ``!!``, ``?!``, brackets and the
+    full stop of an abbreviation.
+    """
+    kept = (_stripped(token) for token in words(text).split() if token not in _BRACKETS)
+    return " ".join(token for token in kept if token)
+
+
+def _stripped(token: str) -> str:
+    """Returns a token without the punctuation at its ends (Unicode categories P*)."""
+    return token.strip("".join(sign for sign in set(token) if unicodedata.category(sign).startswith("P")))
 
 
 def read_references(
     data: str, *, annotations: str | None, max_broken: int, right_at: float | None
-) -> tuple[Sequence[KnownText], str]:
+) -> tuple[Sequence[KnownText], str, tuple[str, ...]]:
     """Reads references in the formats of ``eval --data``.
 
     Args:
@@ -71,7 +90,8 @@ def read_references(
             at least :data:`HALF`.
 
     Returns:
-        The references, and the rule as a sentence.
+        The references, the rule as a sentence, and a warning if samples are left out: their number, and the first with
+        the reason.
 
     Raises:
         DataError: The data cannot be read, or has no usable sample.
@@ -88,7 +108,22 @@ def read_references(
         asked = [
             KnownText(one.sample_id, one.picture, one.answers, one.question, right_at) for one in entries if one.answers
         ]
-        return asked, f"VQA accuracy of at least {HALF if right_at is None else right_at:g}"
+        unknown = {one.sample_id: "it has no answer" for one in entries if not one.answers}
+        rule = f"VQA accuracy of at least {HALF if right_at is None else right_at:g}"
+        return asked, rule, _left_out({**broken.problems, **unknown})
     rule = "equal to a reference" if right_at is None else f"ROUGE-L of at least {right_at:g}"
-    shown = [group for group in by_picture(entries) if group.captions]
-    return [KnownText(one.image_id, one.picture, tuple(one.captions), right_at=right_at) for one in shown], rule
+    groups = by_picture(entries)
+    known = [
+        KnownText(one.image_id, one.picture, tuple(one.captions), right_at=right_at) for one in groups if one.captions
+    ]
+    unknown = {one.image_id: "it has no caption" for one in groups if not one.captions}
+    return known, rule, _left_out({**broken.problems, **unknown})
+
+
+def _left_out(problems: Mapping[str, str]) -> tuple[str, ...]:
+    """Returns the warning about samples that cannot be used, given the problem of each; empty if there are none."""
+    if not problems:
+        return ()
+    name, problem = next(iter(problems.items()))
+    count = "1 reference is" if len(problems) == 1 else f"{len(problems)} references are"
+    return (f"{count} left out; the first is {name}: {problem}",)

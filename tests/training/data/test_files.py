@@ -156,6 +156,17 @@ def test_folders_without_anything(tmp_path: Path) -> None:
         read_folder(tmp_path, 0)
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [("a dog".encode("utf-16"), r"expected UTF-8, got the byte 0xff at position 0"), (b" \n", "its text is empty")],
+)
+def test_texts_that_are_empty_or_not_utf8_are_not_called_missing(content: bytes, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(b"a picture")
+    (tmp_path / "0.txt").write_bytes(content)
+    with pytest.raises(DataError, match=rf"1 sample is broken: 0\.png \(.*{problem}"):
+        read_folder(tmp_path, 1)
+
+
 def test_shards_by_directory_pattern_and_range(shards: Path) -> None:
     names = ["000000.tar", "000001.tar", "000002.tar"]
     for pattern in (shards, shards / "*.tar", shards / "{000000..000002}.tar"):
