@@ -75,7 +75,7 @@ def prepared(dry: bool, make: Callable[[Path], None]) -> Iterator[Path]:
 
 def _simulate_nvrtc() -> None:
     """In a dry run: every cubin is empty, and the simulated driver runs the kernels that were compiled last."""
-    from blip2edge.optimization import kernels as making
+    from blip2edge.optimization.cuda_kernels import compiled as making
     from blip2edge.runtime.backends import probe
     from blip2edge.runtime.cuda import backend
     from blip2edge.runtime.cuda.compilation import compiler

@@ -16,7 +16,7 @@ from blip2edge.calibration.pictures import CalibrationPicture
 from blip2edge.errors import BundleError, option
 from blip2edge.progress import counted
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
-from blip2edge.runtime.bench.reference_outputs import default_prompt
+from blip2edge.runtime.bench.certificate.reference_outputs import default_prompt
 from blip2edge.runtime.captioning.captioner import Captioner
 
 RUNS = 32

@@ -65,7 +65,7 @@ from blip2edge.graph_files import load_graph
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.packages import require
 from blip2edge.progress import ProgressCallback
-from blip2edge.runtime.bench import reference_outputs
+from blip2edge.runtime.bench.certificate import reference_outputs
 from blip2edge.runtime.bench.memory import Notify, calibration_need, check_memory
 from blip2edge.runtime.bench.meters import MemoryMeter
 

@@ -15,7 +15,7 @@ from blip2edge.calibration.agreement import CaptionAgreement
 from blip2edge.calibration.context import CalibrationContext
 from blip2edge.calibration.pictures import PictureSet
 from blip2edge.calibration.results import CalibratedGraph, StagedGraph
-from blip2edge.runtime.bench import reference_outputs
+from blip2edge.runtime.bench.certificate import reference_outputs
 from blip2edge.version import __version__
 
 

@@ -53,7 +53,7 @@ from blip2edge.model.models import Config, build_model, with_merged_tokens
 from blip2edge.model.retrieval import RetrievalConfig
 from blip2edge.packages import require
 from blip2edge.progress import ProgressCallback
-from blip2edge.runtime.bench import reference_outputs
+from blip2edge.runtime.bench.certificate import reference_outputs
 from blip2edge.runtime.bench.memory import Notify, check_memory, export_need
 from blip2edge.runtime.bench.meters import MemoryMeter
 from blip2edge.version import __version__

@@ -28,7 +28,7 @@ from blip2edge.optimization.storage import SMALLEST, write_copy
 from blip2edge.runtime.backends.base import OptimizedFile
 from blip2edge.runtime.backends.onnxruntime_cuda import open_on_host
 from blip2edge.runtime.backends.optimized_copy import OptimizedGraph
-from blip2edge.runtime.bench.graph_inputs import Arrays
+from blip2edge.runtime.bench.certificate.graph_inputs import Arrays
 
 FP16_TOLERANCE = 1e-1
 """Largest allowed difference of a graph in FP16, as a share of the output's largest value; as for an FP16 export."""

@@ -23,7 +23,7 @@ from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends.base import OptimizedFile, Session
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.backends.open_graph import RowByRow
-from blip2edge.runtime.bench.graph_inputs import Arrays, decode, draw_cross_inputs, draw_inputs
+from blip2edge.runtime.bench.certificate.graph_inputs import Arrays, decode, draw_cross_inputs, draw_inputs
 from blip2edge.runtime.decoding.language_model import decoder_of
 
 TOLERANCE = 1e-4

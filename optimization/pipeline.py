@@ -30,7 +30,7 @@ from blip2edge.optimization import race
 from blip2edge.optimization.by_rule import RULED_PRECISIONS, ruled
 from blip2edge.optimization.checks import PROBED_GRAPHS, CopyTask, Form, agreement, fault_of, references, run_session
 from blip2edge.optimization.compiled import compile_to
-from blip2edge.optimization.kernels import compiled_decoder
+from blip2edge.optimization.cuda_kernels.compiled import compiled_decoder
 from blip2edge.optimization.recipes import PassContext, Recipe, apply_recipe, recipes_for
 from blip2edge.optimization.storage import optimize_offline, write_copy
 from blip2edge.packages import installed, require
@@ -38,7 +38,7 @@ from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends.openvino import OpenVinoSession
 from blip2edge.runtime.backends.optimized_copy import GPU, KIND, OptimizedGraph, OptimizedRecord
 from blip2edge.runtime.backends.probe import exact_processor, nvidia_driver
-from blip2edge.runtime.bench.graph_inputs import Arrays
+from blip2edge.runtime.bench.certificate.graph_inputs import Arrays
 from blip2edge.version import __version__
 
 SOONER = 0.95

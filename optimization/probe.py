@@ -8,7 +8,7 @@ import numpy as np
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.runtime.backends.base import Session
-from blip2edge.runtime.bench.graph_inputs import SEED, Arrays, for_steps
+from blip2edge.runtime.bench.certificate.graph_inputs import SEED, Arrays, for_steps
 from blip2edge.runtime.decoding.state import Decoder
 
 PROMPT, STEPS = 32, 16

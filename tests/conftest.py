@@ -48,7 +48,7 @@ def _no_races() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _no_reference_outputs() -> Iterator[None]:
     """Bundles of the tests have no reference outputs, which takes time; the tests of `certify` record them."""
-    from blip2edge.runtime.bench import reference_outputs
+    from blip2edge.runtime.bench.certificate import reference_outputs
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference_outputs, "add_reference_outputs", lambda *_, **__: None)

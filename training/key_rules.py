@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from blip2edge.training.data.config import DATA_KINDS, MIXTURE, DataConfig
 
-if TYPE_CHECKING:
-    from blip2edge.training.config import TrainingConfig
+Recipe = Any
+"""A ``TrainingConfig``; not imported, because ``config.py`` imports this module."""
 
 QFORMER_BRIDGES = ("qformer", "projection")
 _FILES = tuple(kind for kind in DATA_KINDS if kind not in ("scenes", MIXTURE))
@@ -63,13 +63,13 @@ class KeyRule:
     """
 
     keys: tuple[str, ...]
-    works: Callable[[TrainingConfig, Any], bool]
+    works: Callable[[Recipe, Any], bool]
     reason: str
     fix: str
     switches: tuple[str, ...] = ()
     but: tuple[str, ...] = ()
 
-    def without_effect(self, config: TrainingConfig, section: Any) -> list[str]:
+    def without_effect(self, config: Recipe, section: Any) -> list[str]:
         """Returns the written keys of a section that have no effect, in the order of the section's fields."""
         given = section.written
         if self.works(config, section) or any(key in given for key in self.switches):
@@ -78,7 +78,7 @@ class KeyRule:
         return [key for key in wanted if key in given]
 
 
-def _vision_trained(_: TrainingConfig, section: Any) -> bool:
+def _vision_trained(_: Recipe, section: Any) -> bool:
     return bool(section.unfreeze_vision)
 
 
@@ -218,7 +218,7 @@ RULES: Mapping[str, tuple[KeyRule, ...]] = {
 """The rules of each section, except those for the kinds of data (:data:`KINDS_OF_KEY`)."""
 
 
-def keys_without_effect(config: TrainingConfig) -> Iterator[tuple[str, str]]:
+def keys_without_effect(config: Recipe) -> Iterator[tuple[str, str]]:
     """Yields problem and correction for the keys of a recipe that have no effect."""
     for name, rules in RULES.items():
         section = getattr(config, name)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import argparse
 
     from blip2edge.cli.parser import Parser
-    from blip2edge.runtime.bench.certify import Certificate
+    from blip2edge.runtime.bench.certificate.certify import Certificate
 
 HEADER = ("graph", "outputs", "largest deviation", "of", "tolerance", "first beyond")
 
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     """
     if options.output is not None:
         check_file(options.output, "output")
-    from blip2edge.runtime.bench.certify import certify
+    from blip2edge.runtime.bench.certificate.certify import certify
 
     with Progress() as progress:
         found = certify(

@@ -50,7 +50,7 @@ def optimized(bundle: Path, backend: str = "cpu") -> OptimizedReport:
 
 def report_table(report: OptimizedReport) -> str:
     """Makes a table with a line for each optimized graph; below it, why each of the other graphs was not optimized."""
-    from blip2edge.optimization.kernels import ROUNDED
+    from blip2edge.optimization.cuda_kernels.compiled import ROUNDED
     from blip2edge.optimization.recipes import NOT_INT8
 
     rows = []

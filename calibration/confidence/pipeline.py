@@ -25,7 +25,7 @@ from blip2edge.calibration.report.files import REPORT, REPORT_PAGE, SCHEMA
 from blip2edge.errors import Blip2EdgeError, DataError, ImageError, option
 from blip2edge.progress import ProgressCallback
 from blip2edge.reading import read_json
-from blip2edge.runtime.bench.reference_outputs import default_prompt
+from blip2edge.runtime.bench.certificate.reference_outputs import default_prompt
 from blip2edge.runtime.captioning.assemble import captioning_prompt
 from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
 from blip2edge.runtime.decoding.confidence import ConfidenceMap, decoding_options, features, task_of

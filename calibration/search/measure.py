@@ -26,8 +26,8 @@ from blip2edge.calibration.targets import find_targets
 from blip2edge.graph_files import load_graph
 from blip2edge.runtime.backends.huge_pages import wait_for_huge_pages
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
+from blip2edge.runtime.bench.certificate.reference_outputs import default_prompt
 from blip2edge.runtime.bench.measure import Bench
-from blip2edge.runtime.bench.reference_outputs import default_prompt
 from blip2edge.runtime.bench.roofline import product_seconds
 from blip2edge.runtime.captioning.assemble import text_parts
 from blip2edge.runtime.captioning.captioner import STAGES, Captioner

@@ -39,7 +39,7 @@ def open_graph(
     )
 
 
-def open_decoder(bundle: Bundle, directory: Path) -> DecoderSession:
+def open_decoder(bundle: Bundle, directory: Path) -> CudaDecoderSession:
     """Loads a bundle's decoder onto the GPU.
 
     Args:
@@ -68,10 +68,10 @@ def open_decoder(bundle: Bundle, directory: Path) -> DecoderSession:
     except BaseException:
         device.close()
         raise
-    return DecoderSession(bundle, session, table)
+    return CudaDecoderSession(bundle, session, table)
 
 
-class DecoderSession:
+class CudaDecoderSession:
     """The decoder on the GPU; :meth:`decoder` makes the decoder with its KV cache.
 
     Args:

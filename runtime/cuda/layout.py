@@ -1,6 +1,6 @@
 """Describes a decoder for the kernels: sizes, norms, and the place of each weight in the bundle's files.
 
-``optimization/decoder_layout.py`` makes this description from the decoder's graph. The formula of a layer is
+``optimization/cuda_kernels/layout.py`` makes this description from the decoder's graph. The formula of a layer is
 
     x = x + out(attention(query(n), key(n), value(n)))      n = attention_norm(x)
     x = x + down(f(n))                                      n = feed_forward_norm(x)

@@ -31,8 +31,8 @@ from blip2edge.model.checkpoint.directory import load_checkpoint
 from blip2edge.model.families.registry import read_config, write_config
 from blip2edge.optimization.pipeline import optimize
 from blip2edge.runtime.backends import onnxruntime_cuda
-from blip2edge.runtime.bench.certify import certify
-from blip2edge.runtime.bench.reference_outputs import record_outputs
+from blip2edge.runtime.bench.certificate.certify import certify
+from blip2edge.runtime.bench.certificate.reference_outputs import record_outputs
 from blip2edge.runtime.captioning.request import StageClock
 from blip2edge.runtime.decoding.speculative import SpeculationCost
 from blip2edge.shapes.sources import find_shape
@@ -274,7 +274,7 @@ def test_int8_ranges_hold_for_every_number(exported: Exported, captioner: Captio
 
 
 def test_certify_replays_an_elastic_bundle(exported: Exported, tmp_path: Path) -> None:
-    from blip2edge.runtime.bench.reference_outputs import REFERENCE_OUTPUTS
+    from blip2edge.runtime.bench.certificate.reference_outputs import REFERENCE_OUTPUTS
     from tests.engine.test_trt_runtime import copied
 
     bundle = copied(exported.elastic, tmp_path / "bundle")

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from blip2edge.optimization import decoder_layout
+from blip2edge.optimization.cuda_kernels import layout
 from blip2edge.runtime.cuda.layout import Stored, StoredMatrix
 
 
@@ -37,8 +37,8 @@ def test_matrices_without_a_kernel(weight: Stored, scales: Stored | None, fault:
 def test_a_partial_rotation_is_refused() -> None:
     tables = [ir.Value(name=name, const_value=ir.tensor(np.ones((5, 4), np.float32))) for name in ("cos", "sin")]
     node = ir.node("GroupQueryAttention", [*[None] * 7, *tables], {"do_rotary": 1})
-    table = decoder_layout._rotation(node, 8)
+    table = layout._rotation(node, 8)
     assert table is not None
     assert table.shape == (5, 8)
-    with pytest.raises(decoder_layout._Unfit, match="turn 8 channels of heads 16 wide, not all of them"):
-        decoder_layout._rotation(node, 16)
+    with pytest.raises(layout._Unfit, match="turn 8 channels of heads 16 wide, not all of them"):
+        layout._rotation(node, 16)

@@ -26,9 +26,9 @@ from blip2edge.errors import BundleError, UsageError
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.optimization.pipeline import optimize
 from blip2edge.runtime.backends import onnxruntime_cuda
-from blip2edge.runtime.bench import reference_outputs
-from blip2edge.runtime.bench.certify import certify
-from blip2edge.runtime.bench.reference_outputs import (
+from blip2edge.runtime.bench.certificate import reference_outputs
+from blip2edge.runtime.bench.certificate.certify import certify
+from blip2edge.runtime.bench.certificate.reference_outputs import (
     REFERENCE_OUTPUTS,
     ReferenceOutputs,
     deviation,

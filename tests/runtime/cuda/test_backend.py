@@ -19,8 +19,9 @@ from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER
 from blip2edge.cli.optimize import report_table
 from blip2edge.errors import BackendError, Blip2EdgeError, BundleError, BundleIntegrityError
-from blip2edge.optimization import kernel_race, pipeline
-from blip2edge.optimization import kernels as making
+from blip2edge.optimization import pipeline
+from blip2edge.optimization.cuda_kernels import compiled as making
+from blip2edge.optimization.cuda_kernels import timing
 from blip2edge.optimization.pipeline import OptimizedReport, optimize
 from blip2edge.runtime.backends import onnxruntime_cuda, open_graph, probe
 from blip2edge.runtime.backends.open_graph import GraphOpener
@@ -164,8 +165,8 @@ def test_optimize_times_the_kernels_where_a_gpu_runs_them(
     tiny_bundle: Path, tmp_path: Path, gpu: Callable[..., FakeDriver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
-    monkeypatch.setattr(kernel_race, "ROUNDS", 1)
-    monkeypatch.setattr(kernel_race, "TOKENS", 4)
+    monkeypatch.setattr(timing, "ROUNDS", 1)
+    monkeypatch.setattr(timing, "TOKENS", 4)
     monkeypatch.setattr(pipeline, "nvidia_driver", lambda: probe.nvidia_driver())
     compiling(monkeypatch)
     api = gpu()
@@ -176,7 +177,7 @@ def test_optimize_times_the_kernels_where_a_gpu_runs_them(
     assert report.record.versions["gpu"] == "simulated"
     assert "neither run nor measured" not in report_table(report)
     assert not api.live
-    monkeypatch.setattr(kernel_race, "_decoded", lambda decoder, _: [id(decoder)])
+    monkeypatch.setattr(timing, "_decoded", lambda decoder, _: [id(decoder)])
     assert optimize(bundle, "cuda-decoder").record.graphs[DECODER].milliseconds is None  # other tokens prove nothing
     gpu(fails=lambda name: 2 * (name == "cuMemAlloc"))
     assert optimize(bundle, "cuda-decoder").record.graphs[DECODER].milliseconds is None

@@ -21,7 +21,7 @@ from blip2edge.calibration.pipeline import calibrate
 from blip2edge.errors import BackendError, BundleError
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.graph_files import load_graph
-from blip2edge.optimization.decoder_layout import read_layout
+from blip2edge.optimization.cuda_kernels.layout import layout_of_graph
 from blip2edge.runtime.cuda import session as sessions
 from blip2edge.runtime.cuda.device.driver import DriverDevice
 from blip2edge.runtime.cuda.device.interface import KernelDevice
@@ -99,7 +99,7 @@ class Pair:
         bundle = Bundle.open(directory)
         manifest, spec, path = bundle.manifest, bundle.graph(DECODER).spec, bundle.file(f"{DECODER}.onnx")
         assert manifest.cache is not None
-        self.layout = read_layout(load_graph(path), manifest.cache, manifest.max_positions)
+        self.layout = layout_of_graph(load_graph(path), manifest.cache, manifest.max_positions)
         table = bundle.file(EMBEDDINGS_FILE)
         kernels = needed_kernels(planned_weights(self.layout), rows)
         kernels.append(table_format(SafetensorsFile(table), EMBEDDINGS_TENSOR).kernel)
@@ -336,7 +336,7 @@ def test_other_decoders_are_refused_by_name(tiny_bundle: Path, operator: str, ot
             node.op_type = other
     assert bundle.manifest.cache is not None
     with pytest.raises(BundleError, match=message):
-        read_layout(model, bundle.manifest.cache, bundle.manifest.max_positions)
+        layout_of_graph(model, bundle.manifest.cache, bundle.manifest.max_positions)
 
 
 def test_blocks_along_another_axis_are_refused(bundle_of: Callable[[str, str], Path]) -> None:
@@ -345,4 +345,4 @@ def test_blocks_along_another_axis_are_refused(bundle_of: Callable[[str, str], P
     next(one for one in model.graph if one.op_type == "DequantizeLinear").attributes.pop("axis")  # 1 by default
     assert bundle.manifest.cache is not None
     with pytest.raises(BundleError, match="lie along axis 1, not along the input"):
-        read_layout(model, bundle.manifest.cache, bundle.manifest.max_positions)
+        layout_of_graph(model, bundle.manifest.cache, bundle.manifest.max_positions)

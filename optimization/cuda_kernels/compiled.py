@@ -2,7 +2,7 @@
 
 NVRTC compiles the kernels, which needs no GPU. What is checked: the graph has the structure that the kernels compute,
 and every kernel fits the registers and the shared memory of each GPU. The kernels are run only if this machine has a
-GPU, to time them (``kernel_race.py``).
+GPU, to time them (``timing.py``).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from blip2edge.bundle.trust.integrity import FileRecord
 from blip2edge.errors import BackendError, BundleError
 from blip2edge.graph_files import load_graph
 from blip2edge.optimization.checks import CopyTask
-from blip2edge.optimization.decoder_layout import read_layout
-from blip2edge.optimization.kernel_race import timed_tokens
+from blip2edge.optimization.cuda_kernels.layout import layout_of_graph
+from blip2edge.optimization.cuda_kernels.timing import timed_tokens
 from blip2edge.runtime.backends.base import check_precision
 from blip2edge.runtime.backends.optimized_copy import OptimizedGraph
 from blip2edge.runtime.cuda.compilation.compiler import compile_kernels, supported_targets
@@ -57,7 +57,7 @@ def compiled_decoder(task: CopyTask, name: str) -> tuple[OptimizedGraph, dict[st
     if bundle.manifest.cache is None:
         raise BundleError(f"{bundle.path} describes no KV cache in its bundle.json", "export the checkpoint again")
     graph = load_graph(bundle.file(bundle.graph(name).spec.file))
-    layout = read_layout(graph, bundle.manifest.cache, bundle.manifest.max_positions)
+    layout = layout_of_graph(graph, bundle.manifest.cache, bundle.manifest.max_positions)
     kernels = [
         *needed_kernels(planned_weights(layout)),
         table_format(SafetensorsFile(bundle.file(EMBEDDINGS_FILE)), EMBEDDINGS_TENSOR).kernel,

@@ -22,7 +22,13 @@ from blip2edge.packages import installed
 from blip2edge.progress import ProgressCallback
 from blip2edge.runtime.backends.open_graph import choose_backend
 from blip2edge.runtime.backends.probe import exact_processor
-from blip2edge.runtime.bench.reference_outputs import ReferenceOutputs, caption_drawings, deviation, run_graphs, sketch
+from blip2edge.runtime.bench.certificate.reference_outputs import (
+    ReferenceOutputs,
+    caption_drawings,
+    deviation,
+    run_graphs,
+    sketch,
+)
 from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
 from blip2edge.version import __version__
 

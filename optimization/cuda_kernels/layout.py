@@ -29,11 +29,11 @@ DTYPES = {
 NORMS = {"LayerNormalization": "LAYER_NORM", "SimplifiedLayerNormalization": "RMS_NORM"}
 
 
-class _Unfit(Exception):  # noqa: N818 - it carries a reason to read_layout, and never leaves it
+class _Unfit(Exception):  # noqa: N818 - it carries a reason to layout_of_graph, and never leaves it
     """Raised if the graph has another structure than expected; the text says where."""
 
 
-def read_layout(model: ir.Model, cache: CacheSpec, max_positions: int) -> DecoderLayout:
+def layout_of_graph(model: ir.Model, cache: CacheSpec, max_positions: int) -> DecoderLayout:
     """Reads the layout of an exported (not optimized) decoder.
 
     Args:

@@ -1,0 +1,1 @@
+"""The certificate of a bundle: recorded reference outputs, and their comparison on another machine or backend."""
