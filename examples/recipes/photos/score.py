@@ -1,6 +1,6 @@
 """Scores the captions of held-out photographs: how many name the animal. Writes some of them as a page.
 
-    blip2edge eval runs/photos/captioner-more --data runs/photos/data/test --predictions runs/photos/test.json
+    blip2edge eval runs/photos/captioner --data runs/photos/data/test --predictions runs/photos/test.json
     python examples/recipes/photos/score.py runs/photos/test.json --data runs/photos/data --html runs/photos/page.html
 
 The animal is the last word of a photograph's title: "bear" for "polar bear". A caption names the animal if the caption
