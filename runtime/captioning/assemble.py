@@ -11,7 +11,7 @@ from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import NUMPY_DTYPES
 from blip2edge.bundle.prompt_spec import PromptSpec
 from blip2edge.bundle.schema import BRIDGE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, VISION, BackendName, DraftName
-from blip2edge.errors import BundleError, UsageError, option
+from blip2edge.errors import Blip2EdgeError, BundleError, UsageError, option
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.backends.open_graph import GraphOpener
@@ -58,7 +58,11 @@ class LoadedBundle:
     def _loading(self) -> Iterator[None]:
         """Closes the graphs if the block raises an error; else checks that no file changed during the block."""
         with self.graphs.closed_on_error():
-            yield
+            try:
+                yield
+            except Blip2EdgeError:
+                self.bundle.checked.check_unchanged()  # a file that was changed meanwhile is the cause of the error
+                raise
             self.bundle.checked.check_unchanged()
 
     def close(self) -> None:
