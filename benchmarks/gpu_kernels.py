@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def _simulate_nvrtc() -> None:
 
     compiled: dict[str, Kernel] = {}
 
-    def compile_kernels(kernels: Sequence[Kernel], _: int) -> bytes:
+    def compile_kernels(kernels: Iterable[Kernel], _: int) -> bytes:
         compiled.update({kernel.name: kernel for kernel in kernels})
         return CUBIN
 
@@ -95,7 +95,8 @@ def _simulate_nvrtc() -> None:
     for name, function in simulated.items():
         setattr(making, name, function)
     compiler.supported_targets, compiler.compile_kernels = simulated["supported_targets"], compile_kernels
-    backend.load_driver = lambda: FakeDriver(list(compiled.values()))
+    simulated_driver: Any = backend
+    simulated_driver.load_driver = lambda: FakeDriver(list(compiled.values()))
     probe.nvidia_driver = lambda: probe.Driver("13.0")
 
 
@@ -120,7 +121,8 @@ def kernel_ids(dry: bool) -> dict[str, Any]:
             ours = decoder_of(bundle, session)
             theirs = decoder_of(bundle, Portable(bundle.file(f"{DECODER}.onnx")))
             table, random = token_table(bundle), np.random.default_rng(0)
-            equal, margins = 0, []
+            equal = 0
+            margins: list[float] = []
             for _ in range(1 if dry else 8):
                 lengths = random.integers(3, 20, 2 if dry else 8)
                 prompts = [table.rows(random.integers(4, table.num_rows, length)) for length in lengths]
