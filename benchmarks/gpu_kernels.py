@@ -83,7 +83,7 @@ def _simulate_nvrtc() -> None:
 
     compiled: dict[str, Kernel] = {}
 
-    def compile_kernels(kernels: Iterable[Kernel], _: int) -> bytes:
+    def compile_kernels(kernels: Iterable[Kernel], capability: int) -> bytes:
         compiled.update({kernel.name: kernel for kernel in kernels})
         return CUBIN
 
