@@ -19,6 +19,16 @@ RANGE_METHODS = ("entropy", "minmax", "percentile", "mse", "smooth")
 WEIGHT_BITS = {"int8": 8, "int4": 4}
 """Precisions of block-quantised weights, and the bits of a weight in each."""
 
+FITTED_OPTIONS = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "num_beams",
+    "length_penalty",
+    "queries",
+    "repetition_penalty",
+)
+"""Generation options for which `calibrate --references` has a flag: a confidence is fitted with their values."""
+
 COPIED_BACKENDS = ("cpu", "openvino", "cuda", "cuda-decoder")
 """Backends that have optimized copies."""
 

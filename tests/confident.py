@@ -62,3 +62,14 @@ def drawn_references(bundle: Path, count: int = PICTURES, question: str = "", **
 def fit_on_drawings(bundle: Path, output: Path, **more: Any) -> ConfidenceReport:
     """Copies a bundle and fits its confidence on drawn pictures."""
     return copy_with_confidence(bundle, output, drawn_references(bundle, **more), threads=1)[0]
+
+
+def written_references(folder: Path, bundle: Path, count: int = 24) -> Path:
+    """Pictures with their own caption, or another, beside them."""
+    folder.mkdir()
+    with Captioner.load(bundle, backend="cpu", threads=1) as captioner:
+        for at, picture in enumerate(pictures(count)):
+            text = captioner.caption(picture, max_new_tokens=NEW).text
+            picture.save(folder / f"{at:02d}.png")
+            (folder / f"{at:02d}.txt").write_text(f"{text.upper()}.\n" if at % 3 else "something else\n")
+    return folder

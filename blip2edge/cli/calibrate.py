@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip2edge.choices import RANGE_METHODS, WEIGHT_BITS
+from blip2edge.choices import FITTED_OPTIONS, RANGE_METHODS, WEIGHT_BITS
 from blip2edge.cli.flag_groups import (
     DATA,
-    DECODING,
     MAX_BROKEN,
     add_anyway,
     add_limits,
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from blip2edge.calibration.search.front import FoundPoints
     from blip2edge.cli.parser import Parser
 
-CONFIDENT = (*DECODING[2], "repetition_penalty")
+CONFIDENT = FITTED_OPTIONS
 """Generation flags that ``--references`` accepts: a confidence is fitted on captions that are generated with them."""
 
 QUANTIZES = ("weights", "format", "drop_limit", "method", "int8_activations", "count")
@@ -197,7 +196,7 @@ def _add_search(parser: Parser) -> None:
     group.add_argument(
         "--device",
         metavar="NAME",
-        help="predict the time for a board of `blip2edge plan`, such as orin-nano-8gb (default: measure it here)",
+        help="predict the time for a board of `blip2edge plan`, such as orin-nano-8gb (default: this, measured here)",
     )
 
 
@@ -206,7 +205,7 @@ def run(options: argparse.Namespace) -> int:
     from blip2edge.bundle.bundle import Bundle
     from blip2edge.bundle.manifest import MANIFEST
     from blip2edge.bundle.outputs.publishing import check_output
-    from blip2edge.calibration.search.journal import run_directory
+    from blip2edge.calibration.search.journal import run_directory, unfinished_search
 
     if not (options.search and run_directory(options.output).exists()):  # else a killed search may have published it
         check_output(options.output, options.force, MANIFEST, options.bundle)
@@ -227,6 +226,10 @@ def run(options: argparse.Namespace) -> int:
         "limits": given_limits(options, Limits),
         "notify": print_note,
     }
+    stopped = None if options.search else unfinished_search(options.output)
+    if stopped is not None:
+        note = "is of a search that did not end: to go on with it, give its flags and --search --force; else remove it"
+        print_note(f"{stopped} {note}")
     if options.search:
         report = _search(options, shared)
     else:
@@ -284,11 +287,11 @@ def _search(options: argparse.Namespace, shared: dict[str, Any]) -> CalibrationR
     from blip2edge.calibration.search.pipeline import search
     from blip2edge.calibration.search.points import SearchOptions
     from blip2edge.optimization.pipeline import optimize
-    from blip2edge.runtime.bench.devices import find_device
+    from blip2edge.runtime.bench.devices import THIS, find_device
 
     wanted = SearchOptions(
         PointLimits(options.max_drop, options.max_ms, options.max_mb),
-        None if options.device is None else find_device(options.device),
+        None if options.device in (None, THIS) else find_device(options.device),
     )
 
     def optimizer(bundle: Path, graphs: Sequence[str]) -> None:
@@ -303,7 +306,7 @@ def _search(options: argparse.Namespace, shared: dict[str, Any]) -> CalibrationR
             progress=progress,
             **shared,
         )
-    print(front_table(found, "predicted ms" if options.device else "ms"))
+    print(front_table(found, "predicted ms" if wanted.board else "ms"))
     print(f"\n{len(found.points)} combinations, {found.cpu_s / 60:.1f} CPU minutes")
     print(f"published: {found.chosen.rule}\nthe same by hand: calibrate … {found.chosen.point.flags}\n")
     return report

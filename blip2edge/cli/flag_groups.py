@@ -15,6 +15,7 @@ from blip2edge.cli.flag_types import (
     positive_int,
     positive_number,
     share,
+    share_or_zero,
 )
 from blip2edge.cli.messages import print_note
 from blip2edge.cli.next_steps import quoted
@@ -53,8 +54,8 @@ GENERATION: dict[str, tuple[str, Callable[[str], float], str]] = {
     "seed": ("S", non_negative_int, "seed of sampling"),
     "abstain_below": (
         "P",
-        share,
-        "give no text if its confidence is below P (0 to 1); the bundle needs one: `calibrate --references`",
+        share_or_zero,
+        "give no text if its confidence is below P (0 to 1; 0: never); the bundle needs one: `calibrate --references`",
     ),
     "queries": (
         "M",

@@ -136,6 +136,8 @@ def _reuse_plan(options: argparse.Namespace) -> ReusePlan | None:
             write_output(page, reuse_page(document, shown_address(options.source)), "reuse_fit")
             print_note(f"report: {page}")
 
+    if options.once:  # the source ends, so there may be no next fit
+        given["advice"] = "record a longer film, or raise --miss-rate"
     plan = ReusePlan(**given, on_fit=on_fit, report=print_note)
     if page is not None:
         check_file(page, "reuse_fit")
@@ -146,15 +148,14 @@ def _report_of(fit: Path) -> Path:
     """Returns the file of the HTML report, beside the JSON file with the fitted thresholds.
 
     Raises:
-        UsageError: The report and the JSON file would be the same file, or the path of the JSON file has no file name.
+        UsageError: The file is not named ``FILE.json``. The reports of other names could replace each other.
     """
-    page = fit.with_name(f"{fit.stem}.html") if fit.name else fit
-    if page.name.lower() == fit.name.lower() or page.resolve() == fit.resolve():
+    if fit.suffix.lower() != ".json":
         raise UsageError(
-            f"expected {option('reuse_fit')} to be a JSON file, got {str(fit)!r}, the name of the HTML report",
-            "give a name such as fit.json",
+            f"expected {option('reuse_fit')} to be a JSON file, named FILE.json, got {str(fit)!r}",
+            "give a name such as fit.json; the report is then fit.html",
         )
-    return page
+    return fit.with_suffix(".html")
 
 
 def run(options: argparse.Namespace) -> int:

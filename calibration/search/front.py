@@ -90,7 +90,7 @@ class FormatPoint:
 
     def text(self) -> str:
         """Returns the measured values and the flags in one line."""
-        drop = "" if self.drop is None else f"drop {self.drop:.1f}, "
+        drop = "" if self.drop is None else f"drop {self.drop:.1f} points, "
         return f"{drop}{self.ms:.1f} ms, {self.bytes / 1e6:.1f} MB ({self.flags})"
 
     def to_json(self) -> dict[str, Any]:

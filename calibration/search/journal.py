@@ -30,11 +30,30 @@ PLAN, SPENT = "plan.json", "spent.json"
 RUN_SUFFIX = ".run"  # added to the output's name, as for training and bulk
 MADE_BY = {"made_by": "blip2edge calibrate --search"}
 
+OPTION_OF = {
+    "board": "device",
+    "pictures": "images",
+    "optimized": "no_optimize",
+    "method": "method",
+    "threads": "threads",
+}
+"""The option that sets a value of a plan, by the value's key."""
+
 
 def run_directory(target: Path) -> Path:
     """Returns the directory with the state of a search whose output is ``target``."""
     target = with_own_name(target)
     return target.with_name(f"{target.name}{RUN_SUFFIX}")
+
+
+def unfinished_search(target: Path) -> Path | None:
+    """Returns the directory with the state of a search whose output is ``target``; None if there is no such search."""
+    path = run_directory(target)
+    try:
+        made = read_json(path / PLAN, DataError).items() >= MADE_BY.items()
+    except DataError:
+        return None
+    return path if made else None
 
 
 class SearchJournal:
@@ -80,8 +99,10 @@ class SearchJournal:
             return True
         differing = sorted(name for name in {*old, *values} if old.get(name) != values.get(name))
         if old and not force:
+            named = [option(OPTION_OF[name]) if name in OPTION_OF else name for name in differing]
             raise OutputError(
-                f"{self.path} is of a search with another plan: {', '.join(differing)} differ",
+                f"{self.path} is of a search with another plan: {', '.join(named)} "
+                f"{'differs' if len(named) == 1 else 'differ'}",
                 f"give the same flags to resume it, start again with {option('force', on=True)}, or give another "
                 "output",
             )

@@ -209,7 +209,7 @@ def find_device(name: str) -> Board:
         return DEVICES[name]
     similar = get_close_matches(name.lower(), [*DEVICES, THIS], n=1, cutoff=0.4)
     raise UsageError(
-        f"{option('device')} {name} is not one of {THIS}, {', '.join(DEVICES)}",
-        f"did you mean {similar[0]}?" if similar else f"give {THIS} to measure the machine that runs the command",
+        f"{option('device')} {name!r} is not one of {', '.join(map(repr, (THIS, *DEVICES)))}",
+        f"did you mean {similar[0]!r}?" if similar else f"give {THIS!r} to measure the machine that runs the command",
         field="device",
     )

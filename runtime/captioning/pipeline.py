@@ -191,9 +191,12 @@ class TextGenerator:
         return text.strip()
 
     def answer(self, generated: Generated, options: GenerationOptions, prompt: PromptText | None) -> TextAnswer:
-        """Returns text and confidence; the text is empty if its confidence is below ``options.abstain_below``."""
+        """Returns text and confidence; the text is empty if its confidence is below ``options.abstain_below``.
+
+        With 0, no text is replaced, also if it has no confidence because it was cut.
+        """
         confidence = self.confidence.of(generated, options, prompt)
-        if options.abstain_below is not None and (confidence is None or confidence < options.abstain_below):
+        if options.abstain_below and (confidence is None or confidence < options.abstain_below):
             return TextAnswer("", ABSTAINED, confidence)
         return TextAnswer(self.text(generated, options), generated.finish_reason, confidence)
 

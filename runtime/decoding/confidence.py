@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from blip2edge.bundle.manifest import Manifest
 from blip2edge.bundle.manifest_fields import ASK, CAPTION
 from blip2edge.bundle.prompt_spec import PromptSpec
+from blip2edge.choices import FITTED_OPTIONS
 from blip2edge.errors import UsageError, option
 from blip2edge.runtime.decoding.generated import Generated
 from blip2edge.runtime.decoding.options import GenerationOptions
@@ -146,7 +148,7 @@ class Confidence:
             return
         raise UsageError(
             f"{option('abstain_below')} needs a confidence: {self._problem(options, prompt)}",
-            "fit it on pictures with known captions: blip2edge calibrate BUNDLE -o OUT --references FILE",
+            self._fix(options, prompt),
         )
 
     def of(self, generated: Generated, options: GenerationOptions, prompt: PromptText | None) -> float | None:
@@ -176,8 +178,33 @@ class Confidence:
         if task == CAPTION and filled != fitted.prompt:
             used = "the bundle's own prompt" if fitted.prompt is None else f"the prompt {fitted.prompt!r}"
             return f"it was fitted with {used}"
-        given = decoding_options(options)
-        if given != dict(fitted.options):
-            names = sorted(name for name in {**given, **fitted.options} if given.get(name) != fitted.options.get(name))
-            return f"it was fitted with other values of {', '.join(map(option, names))}"
-        return None
+        names = _differing(options, fitted)
+        return f"it was fitted with other values of {', '.join(map(option, names))}" if names else None
+
+    def _fix(self, options: GenerationOptions, prompt: PromptText | None) -> str:
+        """Returns how to get a confidence for these options and this prompt: options to leave out, a command, or both.
+
+        The command has the flags of all options that ``calibrate`` can fit. The other options have no flag there.
+        """
+        task = CAPTION if self._spec is None else task_of(prompt, self._spec)
+        fitted = self._maps.get(task)
+        differing = () if fitted is None else _differing(options, fitted)
+        needless = [name for name in differing if name not in FITTED_OPTIONS]
+        wanted = {*decoding_options(options), *differing}
+        flags = [f"--{name.replace('_', '-')} {getattr(options, name)}" for name in FITTED_OPTIONS if name in wanted]
+        filled = self._spec.default if prompt is None and self._spec is not None else prompt
+        other_prompt = fitted is None or (task == CAPTION and filled != fitted.prompt)
+        if task == CAPTION and isinstance(prompt, str) and other_prompt:
+            flags.insert(0, f"--prompt {shlex.quote(prompt)}")
+        leave = f"leave {', '.join(map(option, needless))} out: calibrate has no flag for it" if needless else ""
+        if leave and len(needless) == len(differing) and not other_prompt:
+            return leave
+        known = "captions" if task == CAPTION else "answers"
+        command = " ".join(["blip2edge calibrate BUNDLE -o OUT --references FILE", *flags])
+        return f"{leave}{'; ' if leave else ''}fit the confidence on pictures with known {known}: {command}"
+
+
+def _differing(options: GenerationOptions, fitted: ConfidenceMap) -> list[str]:
+    """Returns the names of the options whose values are not those of a fit, sorted."""
+    given = decoding_options(options)
+    return sorted(name for name in {**given, **fitted.options} if given.get(name) != fitted.options.get(name))

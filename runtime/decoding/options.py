@@ -131,7 +131,7 @@ class GenerationOptions:
         eta_cutoff: As `epsilon_cutoff`, but the limit is lower if the entropy of the distribution is large.
         top_logprobs: Number of likeliest tokens whose log-probabilities the result has at each token, at most
             :data:`MAX_TOP_LOGPROBS`; not with beam search.
-        abstain_below: If not None, a text whose confidence is lower is replaced by an empty text (docs/confidence.md).
+        abstain_below: A text whose confidence is lower is replaced by an empty text (docs/confidence.md); 0: never.
         queries: For an elastic bundle, the number of visual tokens of each picture (from the bridge's first queries);
             None for all.
 

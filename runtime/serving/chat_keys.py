@@ -178,7 +178,10 @@ KEYS: tuple[ChatKey, ...] = (
     ChatKey("repetition_penalty", "above 1: fewer repetitions", "repetition_penalty", own=True),
     ChatKey("top_k", "sample from this many tokens; 0: from all", "top_k", own=True),
     ChatKey(
-        "abstain_below", "no text if its confidence is lower; the bundle needs a confidence", "abstain_below", own=True
+        "abstain_below",
+        "no text if its confidence is lower (0 to 1; 0: never); the bundle needs a confidence",
+        "abstain_below",
+        own=True,
     ),
     ChatKey("draft", "draft model of speculative decoding; the text stays the same", "draft", own=True),
     ChatKey("queries", "visual tokens of each picture, of an elastic bundle; default: all", "queries", own=True),

@@ -41,12 +41,11 @@ from blip2edge.errors import BundleError, DataError, UsageError
 from blip2edge.runtime.decoding.confidence import Confidence, ConfidenceMap, features
 from blip2edge.runtime.decoding.generated import Generated
 from blip2edge.runtime.decoding.options import GenerationOptions
-from blip2edge.training.data.entries import FilePicture
-from blip2edge.training.evaluation.references import KnownText
-from tests.confident import NEW, Drawn, drawn_references, fit_on_drawings, pictures
+from tests.confident import NEW, Drawn, drawn_references, fit_on_drawings, pictures, written_references
 from tests.drawing import draw_pictures
 
 RNG = np.random.default_rng(0)
+FIT = "blip2edge calibrate BUNDLE -o OUT --references FILE"
 
 
 def drawn_rows(count: int, sharpness: float = 1.0) -> tuple[Any, Any]:
@@ -208,21 +207,30 @@ def test_a_scheduler_publishes_no_text_before_it_is_sure(captioner: Captioner) -
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("options", "named", "fix"),
     [
-        ({"num_beams": 2}, "num_beams"),
-        ({"temperature": 0.7, "seed": 1}, "temperature"),
-        ({"repetition_penalty": 1.5}, "repetition_penalty"),
-        ({"prompt": "a photo of"}, "it was fitted with the bundle's own prompt"),
+        ({"num_beams": 2}, "num_beams", f"{FIT} --num-beams 2"),
+        ({"temperature": 0.7, "seed": 1}, "temperature", "; leave temperature out: calibrate has no flag for it"),
+        ({"stop": ("a",)}, "stop", "; leave stop out: calibrate has no flag for it"),
+        ({"repetition_penalty": 1.5}, "repetition_penalty", f"{FIT} --repetition-penalty 1.5"),
+        ({"prompt": "a photo of"}, "it was fitted with the bundle's own prompt", f"{FIT} --prompt 'a photo of'"),
+        (
+            {"stop": ("a",), "num_beams": 3, "length_penalty": 0.5},
+            "length_penalty, num_beams, stop",
+            f"it; fit the confidence on pictures with known captions: {FIT} --num-beams 3 --length-penalty 0.5",
+        ),
     ],
     ids=lambda value: str(value),
 )
-def test_other_options_or_prompts_have_no_confidence(captioner: Captioner, options: dict[str, Any], named: str) -> None:
+def test_other_options_or_prompts_have_no_confidence(
+    captioner: Captioner, options: dict[str, Any], named: str, fix: str
+) -> None:
     picture = draw_pictures(1)[0]
     assert captioner.caption(picture, max_new_tokens=NEW, **options).confidence is None
-    with pytest.raises(UsageError, match="calibrate BUNDLE -o OUT --references FILE") as refused:
+    with pytest.raises(UsageError) as refused:
         captioner.caption(picture, max_new_tokens=NEW, abstain_below=0.5, **options)
     assert named in str(refused.value)
+    assert fix in str(refused.value)
 
 
 def test_a_text_that_is_cut_elsewhere_has_no_confidence(captioner: Captioner) -> None:
@@ -231,6 +239,9 @@ def test_a_text_that_is_cut_elsewhere_has_no_confidence(captioner: Captioner) ->
     )
     assert result.finish_reason == "length"
     assert result.confidence is None
+    assert result.text
+    given: dict[str, Any] = {"max_new_tokens": NEW - 2, "eos_token_ids": captioner.options().eos_token_ids}
+    assert captioner.caption(draw_pictures(1)[0], abstain_below=0.0, **given).text == result.text
 
 
 def test_drafts_and_seeds_change_no_confidence(captioner: Captioner) -> None:
@@ -307,17 +318,6 @@ def test_a_map_as_json() -> None:
 # The command
 
 
-def written_references(folder: Path, bundle: Path, count: int = 24) -> Path:
-    """Pictures with their own caption, or another, beside them."""
-    folder.mkdir()
-    with Captioner.load(bundle, backend="cpu", threads=1) as captioner:
-        for at, picture in enumerate(pictures(count)):
-            text = captioner.caption(picture, max_new_tokens=NEW).text
-            picture.save(folder / f"{at:02d}.png")
-            (folder / f"{at:02d}.txt").write_text(f"{text.upper()}.\n" if at % 3 else "something else\n")
-    return folder
-
-
 def test_the_command_fits_and_caption_abstains(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -333,6 +333,8 @@ def test_the_command_fits_and_caption_abstains(
     assert main(asked) == 0
     plain = json.loads(capsys.readouterr().out)
     assert 0 < plain["confidence"] < 1
+    assert main([*asked, "--abstain-below", "0"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == plain["text"]
     assert main([*asked, "--abstain-below", "1"]) == 0
     abstained = json.loads(capsys.readouterr().out)
     assert (abstained["text"], abstained["finish_reason"]) == ("", "abstained")
@@ -353,70 +355,6 @@ def test_what_the_command_refuses(tiny_bundle: Path, tmp_path: Path, capsys: pyt
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="got neither"):
         calibrate(tiny_bundle, tmp_path / "out")
-
-
-def test_references_that_are_left_out_are_named(
-    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A row whose picture is missing, a line that is not JSON, a text in Latin-1, and a picture that is damaged."""
-    folder = written_references(tmp_path / "refs", tiny_bundle)
-    flags = ["--max-new-tokens", str(NEW), "--threads", "1", "--no-optimize"]
-    rows = [json.dumps({"image": f"{at:02d}.png", "text": "a dog"}) for at in range(24)]
-    rows[3:3] = [json.dumps({"image": "gone.png", "text": "a dog"}), "{broken"]
-    table = folder / "table.jsonl"
-    table.write_text("\n".join(rows))
-    assert main(["calibrate", str(tiny_bundle), "-o", str(tmp_path / "a"), "--references", str(table), *flags]) == 0
-    said = capsys.readouterr()
-    assert "on 24 pictures" in said.out
-    assert "warning: 2 references are left out; the first is " in said.err
-    (folder / "02.txt").write_bytes("un caf\xe9".encode("latin-1"))
-    (folder / "03.png").write_bytes(b"no picture")
-    table.unlink()
-    assert main(["calibrate", str(tiny_bundle), "-o", str(tmp_path / "b"), "--references", str(folder), *flags]) == 0
-    said = capsys.readouterr()
-    assert "on 22 pictures" in said.out
-    assert "warning: 1 reference is left out; the first is 02.png: its text cannot be read: " in said.err
-    assert "expected UTF-8, got the byte 0xe9" in said.err
-    assert "1 pictures cannot be read; the first is 03.png: " in said.err
-    for at in range(10):
-        (folder / f"{at:02d}.txt").write_text(" \n")
-    assert main(["calibrate", str(tiny_bundle), "-o", str(tmp_path / "c"), "--references", str(folder), *flags]) == 1
-    assert "got 14; 10 references are left out; the first is 00.png: its text is empty" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--weights", "int4"],
-        ["--weights", "none"],
-        ["--format", "decoder=int8"],
-        ["--drop-limit", "0"],
-        ["--method", "smooth"],
-        ["--int8-activations", "decoder"],
-        ["--count", "3"],
-    ],
-)
-def test_flags_of_the_quantisation_need_pictures(
-    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["calibrate", str(tmp_path), "-o", str(tmp_path / "out"), "--references", str(tmp_path), *flags]
-    assert main(words) == 2
-    assert f"{flags[0]} needs --images; give --images, or leave it out" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("said", "known", "right"),
-    [
-        ("a dog", "A dog!!", True),
-        ("a dog", "A dog?!", True),
-        ("a dog", "A (dog)...", True),
-        ("a dog vs. a cat", "a dog vs a cat", True),
-        ("a dog", "a dog's", False),
-        ("a dog", "dog", False),
-    ],
-)
-def test_a_right_caption_may_differ_in_case_and_punctuation(said: str, known: str, right: bool) -> None:
-    assert KnownText("0", FilePicture(Path("0.png")), ("another", known)).is_right(said) == right
 
 
 def test_unsure_words_are_underlined_on_a_terminal(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:

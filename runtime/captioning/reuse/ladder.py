@@ -84,6 +84,7 @@ class ReusePlan:
         path: JSON file in which the fit is stored for the next start; None to fit at every start.
         on_fit: Called with each fit as a JSON object (from :func:`fit_document`).
         report: Called with a sentence for the user.
+        advice: End of the sentence about a fit by which nothing is reused.
 
     Raises:
         OutputError: ``path`` cannot be written.
@@ -95,6 +96,7 @@ class ReusePlan:
     path: Path | None = None
     on_fit: Callable[[dict[str, Any]], None] = lambda document: None
     report: Callable[[str], None] = lambda sentence: None
+    advice: str = "the next fit has more frames"
 
     def __post_init__(self) -> None:
         """Checks ``rate``, ``frames`` and ``path``."""
@@ -269,7 +271,7 @@ class ReuseLadder:
         document = fit_document(fit, self._key)
         if self._plan.path is not None:
             write_output(self._plan.path, json.dumps(document, indent=2) + "\n", "reuse_fit")
-        self._plan.report(_sentence(fit, self._plan.rate))
+        self._plan.report(_sentence(fit, self._plan.rate, self._plan.advice))
         self._plan.on_fit(document)
 
     def _audited(self, missed: bool) -> None:
@@ -382,14 +384,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
-def _sentence(fit: ReuseFit, rate: float) -> str:
-    """Returns a sentence for the user about the result of a fit."""
+def _sentence(fit: ReuseFit, rate: float, advice: str) -> str:
+    """Returns a sentence for the user about the result of a fit; ``advice`` is its end if nothing is reused."""
     film = f"{fit.frames} frames, in which the caption changed {fit.changes} times"
     if fit.chosen is None:
         return (
             f"nothing is reused: on {film}, no thresholds keep missed changes below {rate:.1%} of the reused frames "
-            f"with {CONFIDENCE:.0%} confidence (at least {frames_needed(rate)} reused frames are needed); the "
-            "next fit has more frames"
+            f"with {CONFIDENCE:.0%} confidence (at least {frames_needed(rate)} reused frames are needed); {advice}"
         )
     point = fit.chosen
     return (

@@ -22,7 +22,7 @@ from blip2edge.calibration.search import measure, pipeline
 from blip2edge.calibration.search.choices import PartGraphs, presets
 from blip2edge.calibration.search.drop_limit import DropLimit
 from blip2edge.calibration.search.front import FoundPoints, PointLimits
-from blip2edge.calibration.search.journal import SearchJournal
+from blip2edge.calibration.search.journal import SearchJournal, unfinished_search
 from blip2edge.calibration.search.pipeline import search
 from blip2edge.calibration.search.points import SearchOptions
 from blip2edge.calibration.search.predicted import BoardTimer
@@ -326,14 +326,35 @@ def test_the_state_of_another_search(tiny_bundle: Path, images: Path, tmp_path: 
     state = tmp_path / "out.run"
     state.mkdir()
     (state / "plan.json").write_text(json.dumps({"made_by": "blip2edge calibrate --search", "method": "mse"}))
-    with pytest.raises(OutputError, match=r"is of a search with another plan: .*method"):
+    with pytest.raises(
+        OutputError, match=r"is of a search with another plan: .*method, no_optimize, images, .* differ;"
+    ):
         run(tiny_bundle, tmp_path / "out", images)
+    assert unfinished_search(tmp_path / "out") == state
     shutil.rmtree(state)
     state.mkdir()
     (state / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="was not made by calibrate"):
         run(tiny_bundle, tmp_path / "out", images, force=True)
     assert (state / "notes.txt").is_file()
+    assert unfinished_search(tmp_path / "out") is None
+
+
+def test_one_other_value_of_a_plan_is_named_by_its_flag(tmp_path: Path) -> None:
+    journal = SearchJournal(tmp_path / "out.run", tmp_path / "fresh")
+    journal.begin({"board": "orin-nano-8gb", "threads": 1}, force=False)
+    with pytest.raises(OutputError) as refused:
+        journal.begin({"board": None, "threads": 1}, force=False)
+    assert "another plan: --device differs; " in refused.value.text(lambda name, on: f"--{name.replace('_', '-')}")
+
+
+def test_a_plain_calibration_names_a_search_that_did_not_end(
+    tiny_bundle: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    SearchJournal(tmp_path / "out.run", tmp_path / "fresh").begin({"method": "smooth"}, force=False)
+    words = ["calibrate", str(tiny_bundle), "-o", str(tmp_path / "out"), "--images", str(images), "--count", "2"]
+    assert main([*words, "--weights", "none", "--threads", "1", "--no-optimize"]) == 0
+    assert f"{tmp_path / 'out.run'} is of a search that did not end: " in capsys.readouterr().err
 
 
 def test_a_board_is_predicted(tiny_bundle: Path) -> None:

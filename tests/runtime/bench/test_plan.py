@@ -360,9 +360,9 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--device", "orin-nano"), "--device orin-nano is not one of this, orin-nano-4gb"),
-        (("--device", "orin-nano"), "did you mean orin-nano-"),
-        (("--device", "zx81"), "give this to measure the machine that runs the command"),
+        (("--device", "orin-nano"), "--device 'orin-nano' is not one of 'this', 'orin-nano-4gb'"),
+        (("--device", "orin-nano"), "did you mean 'orin-nano-"),
+        (("--device", "zx81"), "give 'this' to measure the machine that runs the command"),
     ],
 )
 def test_unknown_boards(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -384,6 +384,7 @@ def test_reuse_auto_records_then_says_what_it_did(
     lines = [json.loads(line) for line in printed.out.splitlines()]
     assert [(one["step"], one["reused"], one["audit"]["frames"]) for one in lines] == [("fit", False, 0)] * 3
     assert "nothing is reused: on 2 frames" in printed.err
+    assert "reused frames are needed); record a longer film, or raise --miss-rate" in printed.err
     assert json.loads(kept.read_text())["frames"] == 3
     assert "no thresholds keep the rate below 5.0%" in kept.with_suffix(".html").read_text()
     assert main([*words, "--prompt", "another"]) == 2
@@ -424,7 +425,7 @@ def test_flags_of_auto_need_auto(tiny_bundle: Path, folder: Path, capsys: pytest
     words = ["watch", str(folder), "-b", str(tiny_bundle)]
     assert main([*words, "--miss-rate", "0.1"]) == 2
     assert "--miss-rate needs --reuse-below auto" in capsys.readouterr().err
-    for name in ("fit.html", "fit.HTML", "."):
+    for name in ("fit.html", "fit.HTML", ".", "fit.txt", "fit", ".json"):
         assert main([*words, "--reuse-below", "auto", "--reuse-fit", name]) == 2
         assert "expected --reuse-fit to be a JSON file" in capsys.readouterr().err
     assert main([*words, "--reuse-below", "much"]) == 2
