@@ -256,7 +256,7 @@ def elastic_draw(config: CaptionerConfig, phase: Stage2Phase, seed: int) -> Elas
     """Makes the function that draws the number of queries of each step; None if the phase always uses all queries.
 
     Raises:
-        ConfigError: The bridge has no learned queries, or fewer than `elastic_min`.
+        ConfigError: The bridge has no learned queries, or not more of them than `elastic_min`.
     """
     if not phase.elastic:
         return None
@@ -266,9 +266,10 @@ def elastic_draw(config: CaptionerConfig, phase: Stage2Phase, seed: int) -> Elas
             f"[{phase.section}] elastic is true, but the bridge of kind {kind!r} has no learned queries",
             "leave elastic out, or set bridge to qformer, projection, perceiver, pool or flamingo",
         )
-    if phase.elastic_min > most:
+    if phase.elastic_min >= most:
         raise ConfigError(
-            f"[{phase.section}] elastic_min must be at most {most}, the number of queries, not {phase.elastic_min}"
+            f"[{phase.section}] elastic_min must be below {most}, the number of queries, not {phase.elastic_min}",
+            "give a smaller elastic_min, or leave elastic out to train with all queries",
         )
     return ElasticDraw(seed, phase.elastic_min, most)
 

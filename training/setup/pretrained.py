@@ -65,6 +65,8 @@ def resolve(name: str, base: Path) -> Path:
         CheckpointError: There is no such checkpoint.
     """
     local = base / name
+    if not local.exists() and name.startswith((".", "/", "~")):  # no hub name: the error names the path that was tried
+        return find_checkpoint(local.resolve())
     return find_checkpoint(local if local.exists() else name)
 
 

@@ -18,6 +18,7 @@ from blip2edge.training import run as runs  # noqa: E402
 from blip2edge.training.config import load_config, parse_config  # noqa: E402
 from blip2edge.training.key_rules import BRIDGE_SIZES  # noqa: E402
 from blip2edge.training.run import train  # noqa: E402
+from blip2edge.training.setup import pretrained  # noqa: E402
 from blip2edge.training.setup.build import build_parts  # noqa: E402
 from tests import drawing  # noqa: E402
 from tests.families import drawing_blip, drawing_llama  # noqa: E402
@@ -166,3 +167,8 @@ def test_a_part_that_is_not_there_is_told(parts: Path) -> None:
     path = recipe(parts, "absent", 'vision_from = "blip2"\nlanguage_from = "./nowhere"')
     with pytest.raises(CheckpointError, match="nowhere"):
         train("stage2", path, parts / "never")
+
+
+def test_a_missing_checkpoint_is_named_by_the_path_that_was_tried(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"there is no directory {tmp_path / 'gone'};"):
+        pretrained.resolve("../../gone", tmp_path / "recipes" / "mine")
