@@ -245,9 +245,11 @@ def test_every_kind_of_model(name: str, tmp_path: Path) -> None:
     bundle = recorded(exported, tmp_path / "bundle")
     assert certify(bundle, backend="cpu", threads=1).faults == []
     wrong = Path(shutil.copytree(bundle, tmp_path / "wrong"))
-    for graph in Bundle.open(bundle).manifest.graphs:
+    planted = list(Bundle.open(bundle).manifest.graphs)
+    for graph in planted:
         plant(wrong, graph, 1.1)
-    missed = [one.graph for one in certify(wrong, backend="cpu", threads=1).graphs if one.first_beyond is None]
-    assert missed == []
+    found = [one.graph for one in certify(wrong, backend="cpu", threads=1).graphs if one.first_beyond is not None]
+    print(f"{name}: {len(found)} of {len(planted)} wrong graphs are found")  # docs/certify.md has the sum
+    assert found == planted
     optimize(bundle)
     assert certify(bundle, backend="cpu", threads=1).faults == []
