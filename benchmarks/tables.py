@@ -308,6 +308,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "first-caption": ("first_caption.json", first_caption),
     "captions": ("peers-cpu.json", captions),
     "captions-batch": ("peers-batch-cpu.json", captions),
+    "captions-zen5": ("peers-zen5.json", captions),
+    "captions-batch-zen5": ("peers-batch-zen5.json", captions),
     "vision": ("peers-vision-cpu.json", vision),
     "language": ("peers-language-cpu.json", language),
     "token-merging": ("token-merging.json", token_merging),

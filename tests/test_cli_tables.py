@@ -107,6 +107,8 @@ def test_merged_patches_are_told_with_what_they_change() -> None:
         ([], 40, "the snapshot of step 40 is in out.run; resume with: blip2edge train stage2 -c r.toml -o out"),
         (["--force"], 40, "resume with: blip2edge train stage2 -c r.toml -o out --force --resume"),
         ([], None, "no snapshot was written yet, so the same command starts from the beginning"),
+        (["2", "2"], 40, "resume with: torchrun --nproc-per-node 2 -m blip2edge train stage2 -c r.toml -o out"),
+        (["8", "4"], 40, "resume with: the same launcher and blip2edge train stage2 -c r.toml -o out"),
     ],
 )
 def test_interrupted_train_says_how_to_go_on(
@@ -125,6 +127,10 @@ def test_interrupted_train_says_how_to_go_on(
     vars(module).update(train=train, snapshots_of=lambda out: snapshots)
     monkeypatch.setitem(sys.modules, "blip2edge.training.run", module)
     monkeypatch.setattr("blip2edge.training.config.load_config", lambda path: TrainingConfig())  # no such file
+    if flags and flags[0].isdigit():  # processes in all, and on this machine
+        monkeypatch.setenv("WORLD_SIZE", flags[0])
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", flags[1])
+        flags = []
     assert main(["train", "stage2", "-c", "r.toml", "-o", "out", *flags]) == 130
     loss, hint, end = capsys.readouterr().err.splitlines()
     assert loss == "stage2: step 20/300 loss 1.2500 rate 8.0e-04"

@@ -99,4 +99,8 @@ def _how_to_go_on(options: argparse.Namespace, output: Path) -> str:
         return "no snapshot was written yet, so the same command starts from the beginning; see loop.snapshot_every"
     flags = " --force --resume" if options.force else " --resume" if options.resume else ""
     command = f"blip2edge train {options.stage} -c {quoted(options.config)} -o {quoted(output)}{flags}"
+    processes, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if processes > 1:
+        launcher = f"torchrun --nproc-per-node {local} -m " if processes == local else "the same launcher and "
+        command = f"{launcher}{command}"
     return f"the snapshot of step {snapshots.steps} is in {snapshots.directory}; resume with: {command}"

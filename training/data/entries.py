@@ -170,7 +170,7 @@ class BrokenSamples:
         if len(self.problems) > self._limit:
             raise DataError(
                 f"{self.name}: {self.count} broken, and max_broken allows {self._limit}: {self.named()}",
-                "repair or remove the broken samples, or raise max_broken ([data] in a recipe)",
+                "repair or remove the broken samples, or raise max_broken (in the recipe's section of this data)",
             )
 
     def none_usable(self, expected: str) -> DataError:
@@ -214,7 +214,7 @@ def missing_pictures(name: str, missing: Mapping[str, str], total: int, broken: 
         raise DataError(
             f"{name}: {len(missing)} of the {total} samples have no picture; {len(files)} files are missing:"
             f" {', '.join(files[:_NAMED])}" + (", …" if len(files) > _NAMED else ""),
-            "set images ([data] in a recipe) to the directory of the pictures, or raise max_broken",
+            "set images to the directory of the pictures, or raise max_broken (both in the recipe's section of this data)",
         )
     for sample_id, file in missing.items():
         broken.add(sample_id, f"{file} is missing")
