@@ -214,7 +214,7 @@ def missing_pictures(name: str, missing: Mapping[str, str], total: int, broken: 
         raise DataError(
             f"{name}: {len(missing)} of the {total} samples have no picture; {len(files)} files are missing:"
             f" {', '.join(files[:_NAMED])}" + (", …" if len(files) > _NAMED else ""),
-            "set images to the directory of the pictures, or raise max_broken (both in the recipe's section of this data)",
+            "set images to the pictures' directory, or raise max_broken (in the recipe's section of this data)",
         )
     for sample_id, file in missing.items():
         broken.add(sample_id, f"{file} is missing")
