@@ -30,8 +30,6 @@ from blip2edge.runtime.decoding.options import GenerationOptions, check_integer
 from blip2edge.runtime.images.video import Channels, ItemSource, in_rgb
 from blip2edge.runtime.text.prompt import PromptText
 
-THREADS = "blip2edge-"  # begin of the names of the schedulers' threads
-
 
 class Scheduler:
     """Captions submitted pictures: one thread encodes them, another thread decodes them.
@@ -83,7 +81,7 @@ class Scheduler:
         self._failure: BaseException | None = None
         self._changed = threading.Condition()
         self._threads = [
-            threading.Thread(target=self._guarded, args=(work,), name=f"{THREADS}{name}", daemon=True)
+            threading.Thread(target=self._guarded, args=(work,), name=f"blip2edge-{name}", daemon=True)
             for name, work in (("vision", self._encode), ("decode", self._decode))
         ]
         for thread in self._threads:
@@ -189,12 +187,12 @@ class Scheduler:
             }
 
     def close(self) -> None:
-        """Cancels unfinished requests and ends both threads; does not wait for them in a scheduler's own thread."""
+        """Cancels unfinished requests and ends both threads; does not wait for them if it runs in one of them."""
         with self._changed:
             self._closing = True
             self._drop(Request.cancel)
             self._changed.notify_all()
-        if not threading.current_thread().name.startswith(THREADS):  # the garbage collector may close it in any thread
+        if threading.current_thread() not in self._threads:  # the garbage collector may close it in any thread
             for thread in self._threads:
                 thread.join()
 

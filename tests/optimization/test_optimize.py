@@ -164,7 +164,7 @@ def test_a_copy_that_was_changed_is_refused(bundle: Path, tmp_path: Path) -> Non
 
 
 def test_there_is_a_copy_for_some_backends_only(bundle: Path) -> None:
-    with pytest.raises(UsageError, match="expected backend to be one of cpu, openvino, cuda, got abacus"):
+    with pytest.raises(UsageError, match="expected backend to be one of cpu, openvino, cuda, cuda-decoder, got abacus"):
         optimize(bundle, "abacus")
 
 

@@ -227,6 +227,6 @@ def test_one_of_several_pictures_that_changed_counts_alone(tmp_path: Path) -> No
 @pytest.mark.parametrize("rows", [0, 2])
 def test_only_a_row_a_call(counted: Counted, rows: int) -> None:
     encoder = counted.captioner.reusing(0.5)
-    with pytest.raises(ValueError, match=f"one row a call, not {rows}"):
+    with pytest.raises(ValueError, match=f"one item in a call of a reusing encoder, got {rows}"):
         encoder([grey(0)] * rows, [None] * rows, StageClock())
     assert counted.since()["vision"] == 0

@@ -284,7 +284,7 @@ def test_texts_between_pictures_keep_their_places_where_the_prompt_has_them() ->
 
 def test_a_question_is_one_text() -> None:
     assert read(ask=True).ask
-    assert "one text, the question" in str(refused({"role": "user", "content": [IMAGE]}, ask=True))
+    assert "one text (the question)" in str(refused({"role": "user", "content": [IMAGE]}, ask=True))
 
 
 # Data URLs
