@@ -27,8 +27,9 @@ MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # linux: include/uapi/asm-generic/mman-co
 LEAST_FILLED = 0.75
 """Memory is moved into a huge page only if at least this share of the huge page is in use; the rest is wasted."""
 
+_lock = threading.Lock()
 _threads: list[threading.Thread] = []
-"""The threads that move pages."""
+"""The threads that move pages; `_lock` guards the list."""
 
 
 def huge_page_bytes() -> int:
@@ -66,8 +67,9 @@ def on_huge_pages() -> Iterator[HugePages]:
     if pages:
         # A daemon: the process may end before all pages are moved.
         thread = threading.Thread(target=_collapse, args=(pages, size), name="huge-pages", daemon=True)
-        _threads.append(thread)
         thread.start()
+        with _lock:
+            _threads[:] = [*(one for one in _threads if one.is_alive()), thread]
 
 
 def wait_for_huge_pages() -> None:
@@ -75,9 +77,10 @@ def wait_for_huge_pages() -> None:
 
     Otherwise the background thread takes CPU time, and early runs are slower than later ones.
     """
-    while _threads:
-        _threads[0].join()
-        _threads.pop(0)
+    with _lock:
+        running = list(_threads)
+    for thread in running:
+        thread.join()
 
 
 def _collapse(pages: Sequence[int], size: int) -> None:

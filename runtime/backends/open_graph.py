@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import DECODER, GraphSpec
-from blip2edge.errors import BackendError, Blip2EdgeError, BundleError, EngineError, option
+from blip2edge.errors import BackendError, BundleError, EngineError, option
 from blip2edge.packages import missing
 from blip2edge.runtime.backends import probe
 from blip2edge.runtime.backends.base import (
@@ -136,7 +136,7 @@ class GraphOpener:
         """Returns the number of CPU threads that a running graph uses; 0 if the backend computes on a GPU."""
         return (self.threads or cores()) if self._host else 0
 
-    def open_ahead(self, graphs: Iterable[str]) -> None:
+    def open_ahead(self, graphs: Iterable[str], after: str = "") -> None:
         """Begins to load graphs in threads of their own; a later call of this object waits for its graph.
 
         Opening a graph mostly copies weights on one core, so that several cores load several graphs at once. Nothing
@@ -144,12 +144,22 @@ class GraphOpener:
 
         Args:
             graphs: Names of graphs; those that the bundle does not have are left out.
+            after: Name of a graph among them that is loaded alone, before the others: the decoder, because the memory
+                that the process allocates while it is loaded is moved to huge pages.
         """
         names = [name for name in graphs if name in self._bundle.manifest.graphs]
         if self._host and min(cores(), len(names)) > 1:
             pool = ThreadPoolExecutor(min(cores(), len(names)), thread_name_prefix="open-graph")
-            self._ahead = {name: pool.submit(self._open, name) for name in names}
+            for name in sorted(names, key=lambda name: name != after):  # stable: `after` is submitted first
+                alone = None if name == after else self._ahead.get(after)
+                self._ahead[name] = pool.submit(self._open_after, alone, name)
             pool.shutdown(wait=False)
+
+    def _open_after(self, first: Future[Session] | None, graph: str) -> Session:
+        """Loads a graph once another graph is loaded, or has failed to load."""
+        if first is not None:
+            wait([first])
+        return self._open(graph)
 
     def __call__(self, graph: str) -> Session:
         """Loads a graph by its name.
@@ -158,9 +168,10 @@ class GraphOpener:
             BundleError: The bundle has no such graph, or the backend cannot load its file.
             BackendError: The backend's package or hardware is missing.
         """
-        ahead = self._ahead.pop(graph, None)
+        ahead = self._ahead.get(graph)
         session = self._open(graph) if ahead is None else ahead.result()
         self._sessions.append(session)
+        self._ahead.pop(graph, None)
         return session
 
     @contextmanager
@@ -176,15 +187,16 @@ class GraphOpener:
         """Releases all loaded graphs and their memory. A second call does nothing."""
         self.closed = True
         for ahead in self._ahead.values():
-            with suppress(Blip2EdgeError, CancelledError):  # nobody asked for this graph, or for its error
+            with suppress(Exception, CancelledError):  # nobody asked for this graph, or its error was raised before
                 if not ahead.cancel():
                     self._sessions.append(ahead.result())
         self._ahead.clear()
-        while self._sessions:
-            self._sessions.pop().close()
-        if self._engines is not None:
-            self._engines.close()
-            self._engines = None
+        with ExitStack() as all_of_them:  # also after one of them has failed
+            if self._engines is not None:
+                all_of_them.callback(self._engines.close)
+                self._engines = None
+            while self._sessions:
+                all_of_them.callback(self._sessions.pop(0).close)
 
     def _open(self, graph: str) -> Session:
         record = self._bundle.graph(graph)

@@ -85,7 +85,7 @@ class Captioner(LoadedBundle):
     ) -> None:
         super().__init__(bundle, backend, threads)
         with self._loading():
-            self.graphs.open_ahead((DECODER, VISION, BRIDGE, TEXT_ENCODER, CROSS_KV))
+            self.graphs.open_ahead((VISION, BRIDGE, TEXT_ENCODER, CROSS_KV, DECODER), after=DECODER)
             self._queries = checked_queries(bundle, queries)
             self.encoder, self.generator = load_pipeline(
                 bundle, self.graphs, draft=draft, backend=self.graphs.backend, limits=limits

@@ -93,6 +93,8 @@ def test_the_progress_is_ours(published: HubServer, tiny_bundle: Path, monkeypat
     [
         (["noslash"], "expected the name of a repository on the hub as ORG/NAME, got noslash"),
         ([NAME, "--license", "x y"], "'x y' is not the id of a license on the hub; give an id in lower-case letters"),
+        ([f"{NAME}@"], "expected one revision, got none after the @"),
+        ([f"{NAME}@a", "--revision", "b"], "expected one revision, got a after the @"),
         ([NAME, "--revision", "a b"], "'a b' is not the name of a branch, a tag or a commit on the hub"),
     ],
 )

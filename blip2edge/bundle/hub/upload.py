@@ -17,7 +17,7 @@ from blip2edge.bundle.manifest import MANIFEST
 from blip2edge.bundle.schema import DERIVED
 from blip2edge.bundle.trust.integrity import STAMPS
 from blip2edge.bundle.trust.signature import SIGNATURE
-from blip2edge.errors import BundleSignatureError, OutputError, option
+from blip2edge.errors import BundleSignatureError, OutputError, UsageError, option
 from blip2edge.progress import ProgressCallback, report_bytes, transfer_progress
 from blip2edge.reading import read_json
 
@@ -122,11 +122,16 @@ def push_name(repository: str, revision: str | None = None, license_id: str | No
         license_id: The hub's identifier of the license, which is checked; None if it is not given.
 
     Raises:
-        UsageError: One of them has a wrong form.
+        UsageError: One of them has a wrong form, or ``ORG/NAME@REVISION`` has no revision or another one.
     """
     check_license(license_id)
-    repository, _, after = repository.removeprefix(PREFIX).partition("@")
-    return HubName(repository, revision or after or MAIN)
+    repository, mark, inside = repository.removeprefix(PREFIX).partition("@")
+    if mark and (not inside or revision not in (None, inside)):
+        raise UsageError(
+            f"expected one revision, got {inside or 'none'} after the @ of {repository} and {revision or 'none'}",
+            f"give {option('revision')}, or a branch after the @",
+        )
+    return HubName(repository, revision or inside or MAIN)
 
 
 def _upload(api: Any, name: HubName, additions: list[Any]) -> None:

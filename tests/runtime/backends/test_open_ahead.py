@@ -102,12 +102,48 @@ def test_a_captioner_opens_its_graphs_ahead(tiny_bundle: Path, monkeypatch: pyte
     asked: list[str] = []
     plain = GraphOpener.open_ahead
 
-    def recorded(self: GraphOpener, graphs: Any) -> None:
+    def recorded(self: GraphOpener, graphs: Any, after: str) -> None:
+        assert after == DECODER
         asked.extend(graphs)
-        plain(self, graphs)
+        plain(self, graphs, after)
 
     monkeypatch.setattr(open_graph, "cores", lambda: 2)
     monkeypatch.setattr(GraphOpener, "open_ahead", recorded)
     with Captioner.load(tiny_bundle, threads=1) as captioner:
         assert set(GRAPHS) <= set(asked)
         assert not captioner.graphs._ahead  # every graph that was opened is used
+
+
+def test_the_decoder_is_loaded_before_the_others(
+    tiny_bundle: Path, opened: list[Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that the process fills while the decoder is loaded is moved to huge pages."""
+    ready = threading.Event()
+
+    def open_one(self: GraphOpener, name: str) -> Any:
+        if name == DECODER:
+            ready.wait(0.2)  # the others would be opened meanwhile
+        return Graph(name, opened)
+
+    monkeypatch.setattr(GraphOpener, "_open", open_one)
+    graphs = GraphOpener(Bundle.open(tiny_bundle), "cpu", 1)
+    graphs.open_ahead(GRAPHS[::-1], after=DECODER)
+    for name in GRAPHS:
+        graphs(name)
+    assert opened[0].name == DECODER
+    assert len(opened) == 3
+
+
+def test_one_graph_that_cannot_be_closed_leaves_no_other_open(tiny_bundle: Path, opened: list[Graph]) -> None:
+    graphs = GraphOpener(Bundle.open(tiny_bundle), "cpu", 1)
+    for name in GRAPHS:
+        graphs(name)
+
+    def broken() -> None:
+        raise RuntimeError("the device is gone")
+
+    opened[1].close = broken  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        graphs.close()
+    assert opened[0].closed
+    assert opened[2].closed
