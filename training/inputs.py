@@ -17,12 +17,13 @@ CHECKPOINTS = ("checkpoint", "vision_from", "language_from", "bridge_from", "ber
 _PATTERN = "*?[{"  # characters of a pattern or a range of shards, whose files are found when they are opened
 
 
-def check_recipe_files(config: TrainingConfig, base: Path) -> None:
+def check_recipe_files(config: TrainingConfig, base: Path, stage: str) -> None:
     """Checks the paths of a recipe. Names on the hub, addresses and patterns are not looked up.
 
     Args:
         config: The recipe.
         base: Directory of the recipe; relative paths start there.
+        stage: "stage1", "stage2" or "instruct"; "stage1" does not use the data of the validation.
 
     Raises:
         CheckpointError: A checkpoint is neither on this machine nor a hub name.
@@ -40,17 +41,17 @@ def check_recipe_files(config: TrainingConfig, base: Path) -> None:
                 "recipe), or a hub name as owner/name",
                 "correct the path, or make that checkpoint first",
             ) from error
-    for key, text in _places(config):
+    for key, text in _places(config, stage):
         if not is_address(text) and not (base / text).exists() and not any(sign in text for sign in _PATTERN):
             raise DataError(
                 f"{key} = {text!r}: there is no {(base / text).resolve()}", "relative paths start at the recipe"
             )
 
 
-def _places(config: TrainingConfig) -> Iterator[tuple[str, str]]:
-    """Yields the paths of the data and of the validation, each after its key."""
-    named: list[tuple[str, DataConfig]] = [("data", each) for each in config.data.sets or (config.data,)]
-    if config.validation.every:
+def _places(config: TrainingConfig, stage: str) -> Iterator[tuple[str, str]]:
+    """Yields the paths of the data, and of the validation if the stage has one, each after its key."""
+    named: list[tuple[str, DataConfig]] = [("data", each) for each in config.data.parts]
+    if config.validation.every and stage != "stage1":
         named.append(("validation", config.validation))
     for section, data in named:
         for key in ("path", "images", "annotations"):

@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     from blip2edge.training.inputs import check_recipe_files
 
     # A wrong recipe and missing files are refused before torch is imported, which takes seconds.
-    check_recipe_files(load_config(options.config), options.config.resolve().parent)
+    check_recipe_files(load_config(options.config), options.config.resolve().parent, options.stage)
     from blip2edge.training.run import train
 
     first = not int(os.environ.get("RANK", "0"))  # of several processes, only the first prints
