@@ -209,7 +209,9 @@ RULES: Mapping[str, tuple[KeyRule, ...]] = {
         ),
         KeyRule(
             ("checkpoint",),
-            lambda _, model: not (model.vision_from and model.language_from),
+            lambda config, model: (
+                not (model.vision_from and model.language_from) or config.bridge in QFORMER_BRIDGES
+            ),  # it may give the tokenizer of the Q-Former's text side: `setup/checks.py` has the rest of this rule
             "vision_from and language_from name both of its parts",
             "leave one of them out",
         ),

@@ -54,7 +54,10 @@ FOLDER = NAMED + '[data]\nkind = "folder"\npath = "x"\n'
         ("bridge = 'pool'\n" + NAMED + "bert = 'b'", "bert has no effect: this bridge has no Q-Former"),
         ("bridge = 'mlp'\n[model]\nnum_query_tokens = 8", "num_query_tokens has no effect: bridge = 'mlp'"),
         ("bridge = 'pool'\n[model.qformer]\nnum_layers = 2", r"\[model.qformer\] num_layers has no effect: a bridge"),
-        ("[model]\ncheckpoint = 'x'\nvision_from = 'y'\nlanguage_from = 'z'", "checkpoint has no effect"),
+        (
+            "bridge = 'mlp'\n[model]\ncheckpoint = 'x'\nvision_from = 'y'\nlanguage_from = 'z'",
+            "checkpoint has no effect",
+        ),
         ("[data]\npath = 'x'", r"\[data\] path has no effect: the kind 'scenes' does not use it; set kind to coco-"),
         ("[data]\nmax_broken = 100", "max_broken has no effect"),
         ("[data]\nratio = 1.0", "ratio has no effect: it balances a mixture, and there is one data set"),
@@ -92,6 +95,7 @@ def test_a_key_without_effect_is_refused(text: str, said: str) -> None:
         "[validation]\nevery = 5\npictures = 20\nmetric = 'cider_d'\nnum_beams = 2\npatience = 2\nkeep_best = false",
         "[data]\nflip = 0.5\nflip_except = ['up']",
         "[[data]]\nsize = 3\n[[data]]\nsize = 4",
+        "[model]\ncheckpoint = 'x'\nvision_from = 'y'\nlanguage_from = 'z'",  # may give a text side its tokenizer
         "[[data]]\nratio = 3\n[[data]]\nratio = 4",
     ],
 )

@@ -11,7 +11,6 @@ import tokenizers
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from blip2edge.bundle.schema import DRAFT_TOKENIZER_FILE
 from blip2edge.errors import ConfigError
 from blip2edge.model.bridges.text_head import DRAFT_CONFIG
 from blip2edge.model.checkpoint.directory import load_checkpoint, read_model_config
@@ -25,13 +24,12 @@ from blip2edge.model.config import (
     QFormerConfig,
 )
 from blip2edge.model.config_json import Fields
-from blip2edge.model.families.registry import FAMILIES
 from blip2edge.model.retrieval import RetrievalConfig
 from blip2edge.training.config import TrainingConfig
+from blip2edge.training.key_rules import QFORMER_BRIDGES
 from blip2edge.training.loading.qformer_texts import CLS, SEP, QFormerTexts
 from blip2edge.training.phases.stage1 import Stage1Model
 from blip2edge.training.phases.stage1_checkpoint import (
-    STAGE1_FAMILY,
     Stage1Source,
     begin_stage2,
     open_stage1,
@@ -43,8 +41,7 @@ from blip2edge.training.setup.architecture import captioner_config, family_of, q
 from blip2edge.training.setup.checks import check_bridge_keys, check_trained_vision
 from blip2edge.training.setup.miniature import build_miniature, initialise
 from blip2edge.training.setup.model_parts import ModelParts
-
-QFORMER_TOKENIZER = "qformer_tokenizer/tokenizer.json"  # of InstructBLIP, in its directory
+from blip2edge.training.setup.text_side import QFORMER_TOKENIZER, has_text_side, is_retrieval, own_texts, text_tokenizer
 
 
 @dataclass(frozen=True)
@@ -60,16 +57,6 @@ class PlannedParts:
     config: CaptionerConfig
     bridge: str
     build: Callable[[], ModelParts]
-
-
-def has_text_side(stage: str, config: TrainingConfig, kept: Stage1Source | None = None) -> bool:
-    """Returns whether the Q-Former has its own text modules in this run.
-
-    `kept` is the trained stage-1 model whose Q-Former the run uses; None for a new Q-Former.
-    """
-    if config.bridge not in ("qformer", "projection"):
-        return False
-    return stage in ("stage1", "instruct") or bool(config.stage1.steps or kept or config.stage2.itg_weight)
 
 
 def build_parts(stage: str, config: TrainingConfig, base: Path) -> ModelParts:
@@ -110,8 +97,15 @@ def plan_parts(stage: str, config: TrainingConfig, base: Path) -> PlannedParts:
         planned = whole or _composed(stage, config, base, kept if has_text_side(stage, config, kept) else None)
     check_trained_vision(planned.config, config)
     if planned.bridge:
-        text = has_text_side(stage, config, kept)
-        check_bridge_keys(config, planned.config, kept, text=text, new=not (kept or whole))
+        text, own_tokenizer = has_text_side(stage, config, kept), text_tokenizer(config, base)
+        check_bridge_keys(
+            config,
+            planned.config,
+            kept,
+            text=text,
+            new=not (kept or whole),
+            tokenizer=None if own_tokenizer is None else own_tokenizer.key,
+        )
 
     def build() -> ModelParts:
         parts = planned.build()
@@ -136,19 +130,11 @@ def _kept(config: TrainingConfig, base: Path) -> Stage1Source | None:
     model = config.model
     if model.bridge_from:
         return _opened(model.bridge_from, config, base)
-    if not model.checkpoint or model.vision_from or config.bridge not in _QFORMERS:
+    if not model.checkpoint or model.vision_from or config.bridge not in QFORMER_BRIDGES:
         return None
-    if not _is_retrieval(pretrained.resolve(model.checkpoint, base)):
+    if not is_retrieval(pretrained.resolve(model.checkpoint, base)):
         return None
     return _opened(model.checkpoint, config, base)
-
-
-def _is_retrieval(directory: Path) -> bool:
-    """Returns whether a checkpoint is a BLIP-2 for image-text retrieval, the model that stage 1 trains."""
-    if not (directory / "config.json").is_file():  # an adapter
-        return False
-    named = read_checkpoint_json(directory / "config.json").get("architectures")
-    return isinstance(named, list) and any(each in FAMILIES[STAGE1_FAMILY].architectures for each in named)
 
 
 def _opened(name: str, config: TrainingConfig, base: Path) -> Stage1Source:
@@ -156,7 +142,7 @@ def _opened(name: str, config: TrainingConfig, base: Path) -> Stage1Source:
     directory = pretrained.resolve(name, base)
     draft = None
     if not (directory / DRAFT_CONFIG).is_file():
-        own, given = _own_texts(config, base), read_model_config(directory)
+        own, given = own_texts(config, base), read_model_config(directory)
         draft = own.draft_config(given.max_positions) if own and isinstance(given, RetrievalConfig) else None
     return open_stage1(directory, draft, config.stage1.embed_dim)
 
@@ -190,7 +176,7 @@ def _text_side_of_checkpoint(
         ConfigError: The run cannot train the checkpoint's bridge.
     """
     instructed = given.bridge.kind == INSTRUCTED
-    begins = config.runs_stage1(stage) or (stage == "instruct" and not instructed and config.bridge in _QFORMERS)
+    begins = config.runs_stage1(stage) or (stage == "instruct" and not instructed and config.bridge in QFORMER_BRIDGES)
     missing = ""
     if begins and (given.draft is None or instructed):
         missing = f"{'stage 1' if config.runs_stage1(stage) else 'instruct'} trains a Q-Former with its text side"
@@ -223,7 +209,9 @@ def _whole(stage: str, config: TrainingConfig, base: Path, given: CaptionerConfi
     preprocessing = load_preprocessing(directory).preprocessing
     tokenizer = pretrained.load_tokenizer(directory / "tokenizer.json")
     files = pretrained.side_files(directory)
-    own = _own_texts(config, base)
+    own = own_texts(config, base)
+    if wanted and own is not None:  # of a bert, if the checkpoint has none
+        files.setdefault(QFORMER_TOKENIZER, own.tokenizer.to_str().encode())
 
     def build() -> ModelParts:
         return ModelParts(load_checkpoint(directory), preprocessing, tokenizer, own, files, new_projection=False)
@@ -232,7 +220,6 @@ def _whole(stage: str, config: TrainingConfig, base: Path, given: CaptionerConfi
 
 
 INSTRUCTED = "instructed-qformer"
-_QFORMERS = ("qformer", "projection")
 _KINDS = {
     "qformer": ("qformer", INSTRUCTED),
     "projection": ("qformer", INSTRUCTED),
@@ -242,27 +229,6 @@ _KINDS = {
     "flamingo": ("perceiver",),
 }
 """The kinds of bridge in checkpoints for each value of the recipe's key `bridge`."""
-
-
-def _own_texts(config: TrainingConfig, base: Path) -> QFormerTexts | None:
-    """Loads the tokenizer of the Q-Former's text side, from the first of the recipe's checkpoints that has it.
-
-    Returns None if no checkpoint has such a tokenizer.
-    """
-    model = config.model
-    for name in (model.bridge_from, model.checkpoint, model.bert):
-        if not name:
-            continue
-        directory = pretrained.resolve(name, base)
-        retrieval = _is_retrieval(directory)  # its only tokenizer is the text side's
-        files = [DRAFT_TOKENIZER_FILE, QFORMER_TOKENIZER, *(["tokenizer.json"] if retrieval else [])]
-        for file in files:
-            if (directory / file).is_file():
-                tokenizer = pretrained.load_tokenizer(directory / file, alone=retrieval)
-                return QFormerTexts(tokenizer, config.stage1.max_tokens)
-        if name == model.bert:
-            return QFormerTexts(pretrained.load_tokenizer(directory / "tokenizer.json"), config.stage1.max_tokens)
-    return None
 
 
 def _composed(stage: str, config: TrainingConfig, base: Path, kept: Stage1Source | None) -> PlannedParts:
@@ -283,7 +249,7 @@ def _composed(stage: str, config: TrainingConfig, base: Path, kept: Stage1Source
     family = "instructblip" if instructed else family_of(config.bridge, vision.config)
     tokens = pretrained.picture_tokens(family)
     extra = language.with_tokens(tokens)
-    own = _own_texts(config, base) or QFormerTexts(language.tokenizer, config.stage1.max_tokens)
+    own = own_texts(config, base) or QFormerTexts(language.tokenizer, config.stage1.max_tokens)
     built = captioner_config(
         config.bridge,
         config.model,

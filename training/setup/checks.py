@@ -11,7 +11,13 @@ from blip2edge.training.phases.stage1_checkpoint import Stage1Source
 
 
 def check_bridge_keys(
-    config: TrainingConfig, planned: CaptionerConfig, kept: Stage1Source | None, *, text: bool, new: bool
+    config: TrainingConfig,
+    planned: CaptionerConfig,
+    kept: Stage1Source | None,
+    *,
+    text: bool,
+    new: bool,
+    tokenizer: str | None,
 ) -> None:
     """Raises ConfigError if the recipe has keys of a new bridge that this run would not use.
 
@@ -21,9 +27,23 @@ def check_bridge_keys(
         kept: The model of stage 1 whose Q-Former the run uses; None if there is none.
         text: Whether the Q-Former has a text side in this run.
         new: Whether the bridge is new.
+        tokenizer: The key of ``[model]`` whose checkpoint has the tokenizer of the Q-Former's text side; None if none
+            has one.
     """
     model = config.model
-    if model.bert and not (text and new) and not (kept and not kept.has_draft):
+    if model.checkpoint and model.vision_from and model.language_from and not (text and tokenizer == "checkpoint"):
+        if not text:
+            reason = "the Q-Former has no text side in this run"
+        elif tokenizer == "bridge_from":
+            reason = "bridge_from has the tokenizer of the Q-Former's text side"
+        else:
+            reason = "it has no tokenizer of a Q-Former's text side"
+        raise ConfigError(
+            f"[model] checkpoint has no effect: vision_from and language_from name both of its parts, and {reason}",
+            "leave checkpoint out, or leave vision_from or language_from out",
+        )
+    used = text and (new or tokenizer == "bert")
+    if model.bert and not used and not (kept and not kept.has_draft):
         reason = "the Q-Former has no text side in this run" if new else "the Q-Former is not new"
         raise ConfigError(
             f"[model] bert has no effect: {reason}",

@@ -19,6 +19,7 @@ from blip2edge.training.config import load_config  # noqa: E402
 from blip2edge.training.phases.stage1_checkpoint import draft_tensors, load_stage1  # noqa: E402
 from blip2edge.training.run import train  # noqa: E402
 from blip2edge.training.setup.build import build_parts, new_stage1_model, plan_parts  # noqa: E402
+from blip2edge.training.setup.text_side import text_tokenizer  # noqa: E402
 
 CHECKPOINT = Path(__file__).parents[3] / "examples" / "checkpoint"
 STILL = (
@@ -184,3 +185,36 @@ def test_a_bert_is_refused_where_the_new_qformer_has_no_text_side(tmp_path: Path
     parts = f'vision_from = "{CHECKPOINT}"\nlanguage_from = "{CHECKPOINT}"\nbert = "{CHECKPOINT}"'
     with pytest.raises(ConfigError, match=r"bert has no effect: the Q-Former has no text side .* \[stage2\] itg_w"):
         plan_parts("stage2", load_config(recipe(tmp_path, parts, "stage2")), tmp_path)
+
+
+def test_a_checkpoint_beside_both_parts_gives_the_text_side_its_tokenizer_or_is_refused(tmp_path: Path) -> None:
+    """Neither its picture encoder nor its language model is used: the tokenizer is all that it can give."""
+    both = f'vision_from = "{CHECKPOINT}"\nlanguage_from = "{CHECKPOINT}"\ncheckpoint = '
+    given = load_config(recipe(tmp_path, f'{both}"{CHECKPOINT}"', "instruct", "stage2"))
+    found = text_tokenizer(given, tmp_path)
+    assert found is not None
+    assert (found.key, found.file) == ("checkpoint", CHECKPOINT / "draft_tokenizer.json")
+    assert plan_parts("instruct", given, tmp_path).bridge == "new"
+    with pytest.raises(ConfigError, match=r"checkpoint has no effect: .* the Q-Former has no text side in this run"):
+        plan_parts("stage2", given, tmp_path)
+    without_text_head(tmp_path)
+    bare = load_config(recipe(tmp_path, f'{both}"plain"', "instruct"))
+    with pytest.raises(
+        ConfigError, match=r"checkpoint has no effect: .* it has no tokenizer of a Q-Former's text side"
+    ):
+        plan_parts("instruct", bare, tmp_path)
+    kept = load_config(recipe(tmp_path, f'{both}"plain"\nbridge_from = "{CHECKPOINT}"', "instruct"))
+    with pytest.raises(ConfigError, match=r"checkpoint has no effect: .* bridge_from has the tokenizer"):
+        plan_parts("instruct", kept, tmp_path)
+
+
+def test_a_bert_whose_tokenizer_alone_is_used_is_taken(tmp_path: Path) -> None:
+    """An InstructBLIP without `qformer_tokenizer/`: the error of `train instruct` advises to set bert."""
+    train("instruct", recipe(tmp_path, f'checkpoint = "{CHECKPOINT}"', "instruct"), tmp_path / "instructed")
+    shutil.rmtree(tmp_path / "instructed" / "qformer_tokenizer")
+    named = 'checkpoint = "instructed"'
+    with pytest.raises(ConfigError, match=r"needs a tokenizer for the Q-Former, but found none; .* set bert"):
+        train("instruct", recipe(tmp_path, named, "instruct"), tmp_path / "out")
+    path = recipe(tmp_path, f'{named}\nbert = "{CHECKPOINT}"', "instruct")
+    train("instruct", path, tmp_path / "out")
+    assert (tmp_path / "out" / "qformer_tokenizer" / "tokenizer.json").is_file()
