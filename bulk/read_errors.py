@@ -16,9 +16,12 @@ import time
 import urllib.error
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from blip2edge.errors import DataError, ImageError, one_line
 from blip2edge.reading import reading
+
+T = TypeVar("T")
 
 ATTEMPTS = 3
 """Number of attempts to read a picture from a storage or a web server that fails."""
@@ -26,12 +29,8 @@ ATTEMPTS = 3
 PAUSE_S = 1.0  # before the second attempt, twice as long before the third
 _OF_THE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 _OF_A_LOCAL_FILE = {errno.EACCES, errno.EPERM}  # in an object store: credentials
-_OF_AN_ADDRESS = (
-    ArithmeticError, AttributeError, LookupError, NotImplementedError, RecursionError, TypeError, ValueError,
-)  # fmt: skip
-"""Exceptions of a file system's code for an address or an answer that it does not expect; its storage does not fail."""
-
-_FIX = "make the storage readable, and run the same command again: the run goes on from here"
+STORAGE_FIX = "make the storage readable, and run the same command again: the run goes on from here"
+"""What the user can do about a :class:`StorageError`."""
 
 
 class StorageError(DataError):
@@ -45,8 +44,7 @@ def reading_picture(path: str, form: str = "a picture", faults: tuple[type[Excep
     Args:
         path: The file, for the error message.
         form: What the file should be, such as "a Parquet file", for the error message.
-        faults: Exceptions of a parser that mean a damaged file, besides :data:`_OF_AN_ADDRESS` and an OSError without
-            ``errno``.
+        faults: Exceptions of a parser that mean a damaged file, besides a ValueError and an OSError without ``errno``.
 
     Raises:
         ImageError: There is no such file, or the file is cut off, too large or damaged.
@@ -59,15 +57,15 @@ def reading_picture(path: str, form: str = "a picture", faults: tuple[type[Excep
             known = _OF_THE_FILE if "://" in path else _OF_THE_FILE | _OF_A_LOCAL_FILE
             broken = of_parser or isinstance(error, FileNotFoundError) or error.errno in known
         else:
-            broken = isinstance(error, (*_OF_AN_ADDRESS, *faults))
-        return None if broken else StorageError(f"{path} cannot be read ({one_line(error)})", _FIX)
+            broken = isinstance(error, (ValueError, *faults))  # not a TypeError: a client that is closed raises it too
+        return None if broken else StorageError(f"{path} cannot be read ({one_line(error)})", STORAGE_FIX)
 
     with reading(path, form, ImageError, explain=explain):
         yield
 
 
-def with_attempts(read: Callable[[], bytes]) -> bytes:
-    """Calls ``read`` and returns the bytes; calls ``read`` again if the storage fails or a web server may answer later.
+def with_attempts(read: Callable[[], T]) -> T:
+    """Calls ``read`` and returns its value; calls ``read`` again if the storage fails or a web server may answer later.
 
     Raises:
         ImageError: The picture is broken, or a web server refuses to send the picture.

@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from blip2edge.bulk.listed import BROKEN, CELL, FILE, MEMBER, WEB, ListedPicture, parquet_package
+from blip2edge.bulk.read_errors import with_attempts
 from blip2edge.bulk.stores import Store, StoredFile, UnknownStoreError, folder_of, is_web, joined, store_of
 from blip2edge.choices import BULK_SOURCES
 from blip2edge.errors import DataError, UsageError, option
@@ -252,9 +253,12 @@ def _listed_address(name: str, path: str) -> ListedPicture:
 
     Raises:
         MissingPackageError: The package for this kind of address is not installed.
+        StorageError: The object store cannot be opened, also in the last attempt.
     """
+    if not path.partition("://")[2].strip("/"):
+        return ListedPicture(name, BROKEN, (f"{path}: the address names no file",))
     try:
-        store_of(path)
+        with_attempts(lambda: store_of(path))
     except UnknownStoreError as error:
         return ListedPicture(name, BROKEN, (f"{path}: {error.problem}",))
     return ListedPicture(name, FILE, (path,))

@@ -6,6 +6,7 @@ the file was changed.
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 from collections.abc import Collection, Iterator
@@ -14,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
+from blip2edge.bulk.read_errors import STORAGE_FIX, StorageError
 from blip2edge.errors import DataError, MissingPackageError, one_line
 from blip2edge.packages import require
 from blip2edge.picture_files import MAX_FILE_BYTES, is_address, is_broken_link, version_mark
@@ -21,7 +23,10 @@ from blip2edge.reading import read_bytes, reading
 from blip2edge.runtime.images.download import WEB
 from blip2edge.special_files import open_file
 
-_WRAPPERS = ("generic",)  # without an error when it is made; it looks up its own protocol for ever
+_OTHER_STORE = ("fs", "fo", "target_protocol")
+"""Arguments of fsspec's file systems inside another file or store (``zip``, ``dir``, ``filecache``); one is needed."""
+
+_WRAPPERS = ("generic", "simplecache")  # such file systems without these arguments in their own signature
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,7 @@ class RemoteStore:
 
     Raises:
         MissingPackageError: fsspec, or the package for this protocol, is not installed.
+        StorageError: The file system cannot be made, for example because its server is down.
         UnknownStoreError: fsspec does not know the protocol, or needs more than an address to open its file system.
     """
 
@@ -138,21 +144,25 @@ class RemoteStore:
         self._protocol = protocol
         try:
             kind = fsspec.get_filesystem_class(protocol)
+            missing = _missing(protocol, kind, fsspec.config.apply_config(kind, {}))
+            if missing:
+                raise UnknownStoreError(
+                    f"{protocol}:// is no object store that can be read by an address alone ({missing})",
+                    "copy the files to this machine, or to an object store such as s3://",
+                )
+            self._system: Any = fsspec.filesystem(protocol)
+        except UnknownStoreError:
+            raise
         except ImportError as error:
             raise MissingPackageError(
                 f"{protocol}:// cannot be read ({one_line(error)})", "install the package that it names with pip"
             ) from error
-        except Exception as error:  # a protocol may be of another package, with errors of its own
-            raise UnknownStoreError(
-                f"{protocol}:// is no protocol of an object store that fsspec knows", "check the address"
-            ) from error
-        missing = _missing_arguments(kind, fsspec.config.apply_config(kind, {}))
-        if missing or protocol in _WRAPPERS:
-            raise _no_store(protocol, f"it also needs {', '.join(missing)}" if missing else "it has no files itself")
-        try:
-            self._system: Any = fsspec.filesystem(protocol)
-        except Exception as error:  # of any kind: each file system has its own
-            raise _no_store(protocol, one_line(error)) from error
+        except Exception as error:  # of any kind: each file system has its own, and some connect with their server
+            if protocol not in {*fsspec.available_protocols(), *fsspec.registry}:
+                raise UnknownStoreError(
+                    f"{protocol}:// is no protocol of an object store that fsspec knows", "check the address"
+                ) from error
+            raise StorageError(f"{protocol}:// cannot be opened ({one_line(error)})", STORAGE_FIX) from error
 
     def files(self, folder: str, *, deep: bool = True) -> Iterator[StoredFile]:
         """Yields the files of a folder."""
@@ -187,27 +197,28 @@ class RemoteStore:
     def read(self, path: str, start: int = 0, size: int | None = None) -> bytes:
         """Returns the bytes of a file, or ``size`` bytes of the file from position ``start``."""
         if size is None:
-            size = int(self._system.size(path) or 0)
+            values = self._system.info(path)
+            if values.get("type") == "directory":
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+            size = int(values.get("size") or 0)
         if size > MAX_FILE_BYTES:
             raise ValueError(f"expected at most {MAX_FILE_BYTES} bytes, got {size}")
         return _whole(self._system.cat_file(path, start=start, end=start + size), size)
 
 
-def _missing_arguments(kind: Any, given: Collection[str]) -> list[str]:
-    """Returns the arguments that a file system of fsspec needs, such as the host of a server.
+def _missing(protocol: str, kind: Any, given: Collection[str]) -> str:
+    """Returns what a file system of fsspec needs besides an address, such as the host of a server; "" if nothing.
 
     A file system is not made to find out: the one of ``ftp://`` would print a traceback when it is removed.
     """
     parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
     needed = (one for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD)
-    return [one.name for one in needed if one.name not in given]
-
-
-def _no_store(protocol: str, reason: str) -> UnknownStoreError:
-    return UnknownStoreError(
-        f"{protocol}:// is no object store that can be read by an address alone ({reason})",
-        "copy the files to this machine, or to an object store such as s3://",
-    )
+    missing = [one.name for one in needed if one.name not in given]
+    if missing:
+        return f"it also needs {', '.join(missing)}"
+    others = [one.name for one in parameters if one.name in _OTHER_STORE]
+    inside = protocol in _WRAPPERS or (others and not any(name in given for name in others))
+    return "it reads files inside another file or store" if inside else ""
 
 
 def _whole(content: bytes, size: int) -> bytes:
@@ -231,8 +242,12 @@ def is_web(path: str) -> bool:
 
 
 @cache
-def _remote(protocol: str) -> RemoteStore:
-    return RemoteStore(protocol)
+def _remote(protocol: str) -> RemoteStore | UnknownStoreError:
+    """Returns the store of a protocol, or the error of a protocol without one. Other errors are raised, not kept."""
+    try:
+        return RemoteStore(protocol)
+    except UnknownStoreError as error:
+        return error.with_traceback(None)
 
 
 _LOCAL = LocalStore()
@@ -240,7 +255,12 @@ _LOCAL = LocalStore()
 
 def store_of(path: str) -> Store:
     """Returns the store for a path or an address; raises the errors of :class:`RemoteStore`."""
-    return _remote(path.partition("://")[0].lower()) if is_address(path) else _LOCAL
+    if not is_address(path):
+        return _LOCAL
+    found = _remote(path.partition("://")[0].lower())
+    if isinstance(found, UnknownStoreError):
+        raise found.with_problem(str)  # a copy: several threads may raise it
+    return found
 
 
 def joined(folder: str, name: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from blip2edge.bulk.listed import CELL, FILE, WEB, ListedPicture
+from blip2edge.bulk.listed import BROKEN, CELL, FILE, WEB, ListedPicture
 from blip2edge.bulk.read_errors import ATTEMPTS, StorageError
 from blip2edge.bulk.sources import PictureSource
 from blip2edge.errors import DataError, ImageError, MissingPackageError, UsageError
@@ -176,7 +176,7 @@ def test_an_output_in_its_source_is_no_part_of_it(folder: Path) -> None:
 
 NO_STORES = (
     "ftp://h/y.png", "github://a/b", "webhdfs://h/x", "reference://x", "dir://x", "zip://x::y", "tar://x", "generic://a",
-    "filecache://x", "nowhere://x/y.png",
+    "filecache://x", "simplecache://x", "blockcache://x", "asyncwrapper://x", "nowhere://x/y.png",
 )  # fmt: skip
 
 
@@ -197,6 +197,18 @@ def test_addresses_that_are_no_store_are_broken_rows(folder: Path) -> None:
             names(PictureSource(item.image))
         gc.collect()
     assert "(it also needs host); copy the files" in refused("ftp://h/pictures")
+    assert "(it reads files inside another file or store); copy the files" in refused("zip://x")
+
+
+def test_addresses_of_folders_and_of_nothing_are_broken_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    fsspec.filesystem("memory").pipe("/kept/x.png", png(1))
+    (folder / "list.csv").write_text("path\nmemory://\nhf:///\nmemory://kept\ndata://x\n")
+    nothing, other, kept, data = PictureSource(str(folder / "list.csv")).items()
+    assert [nothing.kind, other.kind] == [BROKEN, BROKEN]
+    assert other.place == ("hf:///: the address names no file",)
+    for item in (kept, data):
+        assert attempts_to_read(item, ImageError, monkeypatch) == 1
 
 
 def refused(path: str) -> str:
@@ -277,9 +289,10 @@ def attempts_to_read(item: ListedPicture, error: type[Exception], monkeypatch: p
         (TimeoutError(), StorageError),
         (RuntimeError("an error of the client"), StorageError),
         (FileNotFoundError("NoSuchKey"), ImageError),
+        (AttributeError("'NoneType' object has no attribute 'get': the session is closed"), StorageError),
+        (TypeError("'NoneType' object is not subscriptable: the answer is cut off"), StorageError),
+        (RecursionError(), StorageError),
         (ValueError("the file is cut off"), ImageError),
-        (TypeError("an address that the file system does not expect"), ImageError),
-        (RecursionError(), ImageError),
     ],
 )
 def test_a_storage_that_fails_is_no_broken_picture(
@@ -293,7 +306,7 @@ def test_a_storage_that_fails_is_no_broken_picture(
 
     monkeypatch.setattr("blip2edge.reading.open_file", fail)
     monkeypatch.setattr(fsspec.filesystem("memory"), "cat_file", fail)
-    monkeypatch.setattr(fsspec.filesystem("memory"), "size", lambda _: 5)
+    monkeypatch.setattr(fsspec.filesystem("memory"), "info", lambda _: {"size": 5, "type": "file"})
     monkeypatch.setattr(fsspec.filesystem("memory"), "open", fail)
     for item in (
         ListedPicture("x", FILE, ("x.png",)),
@@ -313,7 +326,7 @@ def test_a_file_without_permission(path: str, error: type[Exception], monkeypatc
 
     monkeypatch.setattr("blip2edge.reading.open_file", fail)
     monkeypatch.setattr(fsspec.filesystem("memory"), "cat_file", fail)
-    monkeypatch.setattr(fsspec.filesystem("memory"), "size", lambda _: 5)
+    monkeypatch.setattr(fsspec.filesystem("memory"), "info", lambda _: {"size": 5, "type": "file"})
     monkeypatch.setattr(fsspec.filesystem("memory"), "open", fail)
     attempts_to_read(ListedPicture("x", FILE, (path,)), error, monkeypatch)
 
