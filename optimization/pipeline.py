@@ -9,7 +9,7 @@
 
 For OpenVINO, the copy of a graph is the compiled model, which runs as fast as the exported graph and opens sooner. For
 CUDA, the copy is made by fixed rules, without a GPU: nothing is measured (``by_rule.py``). For ``cuda-decoder``, the
-copy is a description of the decoder's layers, with compiled CUDA kernels, which are not run (``kernels.py``).
+copy is a description of the decoder's layers, with compiled CUDA kernels (``cuda_kernels``).
 """
 
 from __future__ import annotations

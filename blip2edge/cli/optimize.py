@@ -50,7 +50,7 @@ def optimized(bundle: Path, backend: str = "cpu") -> OptimizedReport:
 
 def report_table(report: OptimizedReport) -> str:
     """Makes a table with a line for each optimized graph; below it, why each of the other graphs was not optimized."""
-    from blip2edge.optimization.cuda_kernels.compiled import ROUNDED
+    from blip2edge.optimization.cuda_kernels.compiled import DIFFERENT, ROUNDED
     from blip2edge.optimization.recipes import NOT_INT8
 
     rows = []
@@ -66,8 +66,13 @@ def report_table(report: OptimizedReport) -> str:
     if compiled:
         targets = ", ".join(sorted(Path(name).stem for name in report.record.files if name.endswith(".cubin")))
         lines.append(f"the kernels are compiled for {targets}")
-        if all(graph.milliseconds is None for graph in graphs.values()):
-            lines.append("neither run nor measured: no GPU here runs them and gives the tokens of the CUDA provider")
+        if any(DIFFERENT in graph.passes for graph in graphs.values()):
+            lines.append(
+                "warning: on this GPU the kernels chose other tokens than the CUDA provider, so `auto` does not choose "
+                "them; compare their outputs: blip2edge certify BUNDLE --backend cuda-decoder"
+            )
+        elif all(graph.milliseconds is None for graph in graphs.values()):
+            lines.append("neither run nor measured: no GPU here runs the kernels and the CUDA provider")
     elif any(graph.milliseconds is None for graph in graphs.values()):
         lines.append("speed not measured: the copy is made by rule, without a GPU")
     if any(ROUNDED in graph.passes for graph in graphs.values()):

@@ -32,6 +32,9 @@ from blip2edge.runtime.cuda.weights import planned_weights
 KERNELS, ROUNDED = "CUDA kernels", "weights in FP16 in place of FP32"
 """Names of passes in the record of the copy; the second is listed if weights in fp32 were rounded."""
 
+DIFFERENT = "tokens differ from those of the CUDA provider"
+"""Listed as a pass if a GPU ran both, and they chose different tokens."""
+
 REGISTERS = 65536
 """Number of registers that a thread block can use, equal on every GPU that kernels are compiled for."""
 
@@ -70,8 +73,11 @@ def compiled_decoder(task: CopyTask, name: str) -> tuple[OptimizedGraph, dict[st
         check_usage(cubin, kernels, capability)
         (task.target / cubin_name(capability)).write_bytes(cubin)
         names.append(cubin_name(capability))
-    passes = (KERNELS, ROUNDED) if is_rounded(layout) else (KERNELS,)
-    copy = OptimizedGraph(LAYOUT, passes, False, False, (), None, timed_tokens(bundle, task.target))
+    passes: tuple[str, ...] = (KERNELS, ROUNDED) if is_rounded(layout) else (KERNELS,)
+    times = timed_tokens(bundle, task.target)
+    if times == "different":
+        passes, times = (*passes, DIFFERENT), None
+    copy = OptimizedGraph(LAYOUT, passes, False, False, (), None, times)
     return copy, {name: FileRecord.of(task.target / name) for name in names}
 
 

@@ -9,6 +9,7 @@ import statistics
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from blip2edge.runtime.decoding.state import Decoder, GreedyState
 PROMPT, TOKENS, ROUNDS = 24, 16, 5
 
 
-def timed_tokens(bundle: Bundle, directory: Path) -> tuple[float, float] | None:
+def timed_tokens(bundle: Bundle, directory: Path) -> tuple[float, float] | Literal["different"] | None:
     """Times the decoding of a text of random tokens, with ONNX Runtime and with the kernels in turn.
 
     Args:
@@ -34,8 +35,8 @@ def timed_tokens(bundle: Bundle, directory: Path) -> tuple[float, float] | None:
         directory: Directory with the decoder's layout and its compiled kernels.
 
     Returns:
-        Median milliseconds of a token, prompt included, of ONNX Runtime and of the kernels; None if this machine has no
-        GPU that runs both, or if the tokens differ.
+        Median milliseconds of a token, prompt included, of ONNX Runtime and of the kernels; ``different`` if they chose
+        different tokens; None if this machine has no GPU that runs both.
     """
     if not probe.nvidia_driver().gpus:
         return None
@@ -56,7 +57,7 @@ def _prompt(bundle: Bundle) -> Array:
     return table.rows(np.random.default_rng(0).integers(0, table.num_rows, length))
 
 
-def _raced(decoders: list[Decoder], prompt: Array) -> tuple[float, float] | None:
+def _raced(decoders: list[Decoder], prompt: Array) -> tuple[float, float] | Literal["different"]:
     milliseconds: list[list[float]] = [[] for _ in decoders]
     for number in range(ROUNDS + 2):
         tokens = []
@@ -66,7 +67,7 @@ def _raced(decoders: list[Decoder], prompt: Array) -> tuple[float, float] | None
             if number > 1:  # the first text warms up, the second one captures
                 times.append((time.perf_counter() - start) * 1e3 / TOKENS)
         if tokens[0] != tokens[1]:
-            return None
+            return "different"
     first, second = (statistics.median(times) for times in milliseconds)
     return first, second
 

@@ -117,7 +117,7 @@ def test_captions_are_those_of_the_cpu(made: OptimizedReport, gpu: Callable[...,
 def test_the_record_says_that_nothing_ran(made: OptimizedReport) -> None:
     table = report_table(made)
     assert "the kernels are compiled for sm_100, sm_110, sm_120, sm_75" in table
-    assert "neither run nor measured: no GPU here runs them" in table
+    assert "neither run nor measured: no GPU here runs the kernels" in table
     assert "the kernels round the weights of this bundle from FP32 to FP16" in table
     assert "vision_encoder is not optimized: ONNX Runtime runs it: make its copy with --backend cuda" in table
     assert "compiled, " in table
@@ -178,7 +178,9 @@ def test_optimize_times_the_kernels_where_a_gpu_runs_them(
     assert "neither run nor measured" not in report_table(report)
     assert not api.live
     monkeypatch.setattr(timing, "_decoded", lambda decoder, _: [id(decoder)])
-    assert optimize(bundle, "cuda-decoder").record.graphs[DECODER].milliseconds is None  # other tokens prove nothing
+    report = optimize(bundle, "cuda-decoder")
+    assert report.record.graphs[DECODER].milliseconds is None  # other tokens prove nothing
+    assert "warning: on this GPU the kernels chose other tokens than the CUDA provider" in report_table(report)
     gpu(fails=lambda name: 2 * (name == "cuMemAlloc"))
     assert optimize(bundle, "cuda-decoder").record.graphs[DECODER].milliseconds is None
 
