@@ -86,9 +86,9 @@ def optimize(
 
     Raises:
         UsageError: Copies are not made for this backend.
-        BundleError: The directory is not a bundle, or contains engines only.
+        BundleError: The directory is not a bundle or contains engines only, or ``cuda-decoder`` has no kernels for this
+            decoder.
         BackendError: onnxruntime, onnx or the backend's package is not installed.
-        BundleError: There are no kernels for this decoder (``cuda-decoder``).
         OutputError: The copy cannot be written.
     """
     if backend not in BACKENDS:
