@@ -17,10 +17,12 @@ pytest.importorskip("safetensors")
 from blip2edge.errors import ConfigError, DataError, OutputError  # noqa: E402
 from blip2edge.model.checkpoint.directory import load_checkpoint  # noqa: E402
 from blip2edge.training import run as runs  # noqa: E402
+from blip2edge.training.config import load_config  # noqa: E402
 from blip2edge.training.data.scenes import scenes  # noqa: E402
 from blip2edge.training.evaluation.models import ModelOptions  # noqa: E402
 from blip2edge.training.evaluation.open_model import open_captioner  # noqa: E402
 from blip2edge.training.loop import snapshots  # noqa: E402
+from blip2edge.training.phases.registry import phases_of  # noqa: E402
 from blip2edge.training.run import train  # noqa: E402
 from tests.training import recipes  # noqa: E402
 
@@ -233,3 +235,21 @@ def test_a_wrong_number_of_data_streams_names_the_right_ones(tmp_path: Path) -> 
     path = recipes.write(tmp_path / "recipe.toml", loop="data_streams = 3")
     with pytest.raises(ConfigError, match=r"the 2 rows of a batch of stage1, not 3; set data_streams to 1 or 2$"):
         train("stage2", path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("stage", "other"), [("instruct", "stage2"), ("stage2", "instruct")])
+def test_the_section_of_another_stage_is_refused_where_that_of_this_stage_is_missing(
+    stage: str, other: str, tmp_path: Path
+) -> None:
+    """Its steps would be ignored, and the defaults trained instead."""
+    path = tmp_path / "recipe.toml"
+    path.write_text(f"[{other}]\nsteps = 4\n")
+    with pytest.raises(
+        ConfigError, match=rf"train {stage} does not use \[{other}\], .* add \[{stage}\] with its steps"
+    ):
+        train(stage, path, tmp_path / "out")
+    assert phases_of(other, load_config(path))[-1] == other
+    path.write_text(f"[{other}]\nsteps = 4\n[{stage}]\nsteps = 4\n")
+    assert phases_of(stage, load_config(path))[-1] == stage
+    path.write_text("[stage1]\nsteps = 4\n")  # a phase of this run
+    assert phases_of(stage, load_config(path))[-2:] == ["stage1", stage]

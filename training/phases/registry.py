@@ -346,8 +346,14 @@ def phases_of(stage: str, config: TrainingConfig) -> list[str]:
         config: The recipe.
 
     Raises:
-        ConfigError: The stage has no steps.
+        ConfigError: Stage 1 has no steps, or the recipe has the section of another stage instead of this one's.
     """
+    for other in ("stage2", "instruct"):
+        if other != stage != "stage1" and other in config.written and stage not in config.written:
+            raise ConfigError(
+                f"train {stage} does not use [{other}], and the recipe has no section [{stage}]",
+                f"run train {other}, or add [{stage}] with its steps",
+            )
     phases = ["vision"] if config.model.is_miniature else []
     if stage == "stage1":
         if not config.stage1.steps:
