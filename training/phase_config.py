@@ -8,6 +8,7 @@ from typing import Annotated
 from blip2edge.errors import ConfigError
 from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, SHARE, RecipeSection, ValidValues, at_least, one_of
 
+_TARGET = ValidValues(lambda value: bool(value >= 2), "be at least 2, for one token of the text and the end token")
 LAYER_DECAY = ValidValues(lambda value: bool(0 < value <= 1), "be greater than 0 and at most 1")
 
 
@@ -115,7 +116,7 @@ class Stage1Phase(BridgePhase):
 class Stage2Phase(BridgePhase):
     """Generative learning: trains the bridge through the frozen language model."""
 
-    max_tokens: Annotated[int, POSITIVE] = 64
+    max_tokens: Annotated[int, _TARGET] = 64
     """Longest target text in tokens, the end token included; longer texts are cut."""
     itg_weight: Annotated[float, NOT_NEGATIVE] = 0.0
     """Weight of the captioning loss (ITG) of the Q-Former's own text head, which can then serve as draft model; 0: the

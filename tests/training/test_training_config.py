@@ -58,7 +58,11 @@ def test_an_empty_text_gives_the_defaults() -> None:
         ("[stage1]\nitc_weight = 0\nitm_weight = 0\nitg_weight = 0", "must not all be 0"),
         ("[stage1]\nmax_tokens = 2", "max_tokens must be at least 3"),
         ("[stage2]\nitg_weight = -1.0", r"\[stage2\] itg_weight must be at least 0"),
-        ("[instruct]\nmax_tokens = 0", r"\[instruct\] max_tokens must be greater than 0"),
+        (
+            "[instruct]\nmax_tokens = 0",
+            r"\[instruct\] max_tokens must be at least 2, for one token of the text and the",
+        ),
+        ("[stage2]\nmax_tokens = 1", r"\[stage2\] max_tokens must be at least 2, .* and the end token, not 1"),
         ("[stage2]\naccumulate = 0", "accumulate must be greater than 0"),
         ("[model]\ndropout = 2.0", "dropout must lie between"),
         ("[data]\nkind = 'folder'\npath = 'x'", "supports the data kind 'scenes' only"),
