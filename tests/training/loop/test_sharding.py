@@ -220,9 +220,13 @@ def test_validations_of_sharded_parameters_have_the_scores_of_one_process(result
     one, two, resumed = found["scores"]
     assert len(one) == 2
     assert 0 < one[0]["cider_d"] < 10, "neither nothing nor everything is right"
-    assert one == two == resumed
-    assert found["best"][0] == found["best"][1] == found["best"][2]
+    assert two == resumed
+    assert found["best"][1] == found["best"][2]
     assert found["difference"] < 5e-3  # a large rate: AdamW makes whole steps of rounding
+    for alone, together in zip(one, two, strict=True):  # so one of the captions may differ
+        assert together["cider_d"] == pytest.approx(alone["cider_d"], abs=10 / alone["n"])
+        assert together["rouge_l"] == pytest.approx(alone["rouge_l"], abs=1 / alone["n"])
+    assert found["best"][0]["steps"] == found["best"][1]["steps"]
     assert found["same"]
 
 
