@@ -39,7 +39,7 @@ def check_ray(address: str) -> None:
 
     Raises:
         UsageError: The address has another form, or Ray Data is not installed.
-        ClusterError: Nothing listens at the address.
+        ClusterError: Nothing listens at the address, or its host is unknown.
     """
     place = _place_of(address)
     require("ray", option("ray"), UsageError)
@@ -49,7 +49,7 @@ def check_ray(address: str) -> None:
     try:
         socket.create_connection(place, PROBE_S).close()
     except OSError as error:
-        raise _unreachable(address, error) from error
+        raise _failed(address, error) from error
 
 
 def _place_of(address: str) -> tuple[str, int] | None:
@@ -70,7 +70,8 @@ def connected(address: str) -> Iterator[None]:
     """Connects this process with a cluster for the time of a ``with`` block; an earlier connection is used and kept.
 
     Raises:
-        UsageError, ClusterError: As :func:`check_ray`, or Ray does not connect within :data:`CONNECT_S` seconds.
+        UsageError, ClusterError: As :func:`check_ray`, or Ray fails, or does not connect within :data:`CONNECT_S`
+            seconds.
     """
     check_ray(address)
     import ray
@@ -78,11 +79,11 @@ def connected(address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    if address != LOCAL:
+        _connect(ray, address)
     try:
         if address == LOCAL:
             _start_here(ray)
-        else:
-            _connect(ray, address)
         yield
     finally:
         ray.shutdown()
@@ -107,27 +108,57 @@ def _start_here(ray: Any) -> None:
 
 
 def _connect(ray: Any, address: str) -> None:
-    """Connects with a running cluster in another thread, so that signals end this process meanwhile."""
+    """Connects with a running cluster in another thread, so that signals end this process meanwhile.
+
+    If this function gives up, or Ray fails, the other thread disconnects Ray: no second thread calls Ray meanwhile.
+    """
     failures: list[BaseException] = []
+    ended = threading.Lock()  # taken by the other thread when Ray has connected, or by this one when it gives up
 
     def connect() -> None:
         try:
-            ray.init(address=address, log_to_driver=False)
+            with _quiet_worker():
+                ray.init(address=address, log_to_driver=False)
         except BaseException as error:  # noqa: BLE001 - raised in the other thread
             failures.append(error)
+        if failures or not ended.acquire(blocking=False):
+            ray.shutdown()
 
-    logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns that the thread handles no signals
     thread = threading.Thread(target=connect, name="blip2edge-ray", daemon=True)
     thread.start()
-    thread.join(CONNECT_S)
-    if thread.is_alive():
-        raise _unreachable(address, TimeoutError(f"no answer of Ray within {CONNECT_S:.0f} s"))
+    try:
+        thread.join(CONNECT_S)
+    finally:  # also after a signal
+        gave_up = ended.acquire(blocking=False)
     if failures:
-        raise _unreachable(address, failures[0]) from failures[0]
+        raise _failed(address, failures[0]) from failures[0]
+    if gave_up:
+        raise _failed(address, TimeoutError(f"no answer of Ray within {CONNECT_S:.0f} s"))
 
 
-def _unreachable(address: str, error: BaseException) -> ClusterError:
+@contextmanager
+def _quiet_worker() -> Iterator[None]:
+    """Hides warnings of Ray about this thread in the ``with`` block: that it handles no signals."""
+    logger, thread = logging.getLogger("ray._private.worker"), threading.get_ident()
+
+    def shown(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR or record.thread != thread
+
+    logger.addFilter(shown)
+    try:
+        yield
+    finally:
+        logger.removeFilter(shown)
+
+
+def _failed(address: str, error: BaseException) -> ClusterError:
+    """Returns the error for a failed connection; it advises to start a cluster only if none seems to run."""
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return ClusterError(
+            f"the Ray cluster at {address} cannot be reached ({one_line(error)})",
+            f"start it with `ray start --head`, or give the address of another one with {option('ray')}",
+        )
     return ClusterError(
-        f"the Ray cluster at {address} cannot be reached ({one_line(error)})",
-        f"start it with `ray start --head`, or give the address of another one with {option('ray')}",
+        f"connecting with the Ray cluster at {address} failed ({one_line(error)})",
+        f"correct this, or give the address of another cluster with {option('ray')}",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import platform
 import signal
@@ -132,43 +133,60 @@ def test_addresses_of_other_forms_are_refused(address: str, tmp_path: Path) -> N
 
 
 class FakeRay:
-    """In the place of Ray: ``init`` waits, or fails."""
+    """In the place of Ray: ``init`` waits, or fails; ``closer`` is the name of the thread that calls ``shutdown``."""
 
     def __init__(self, failure: Exception | None) -> None:
-        self.failure, self.released, self.closed = failure, threading.Event(), False
+        self.failure, self.released, self.closed = failure, threading.Event(), threading.Event()
 
     def is_initialized(self) -> bool:
         return False
 
     def init(self, **_: object) -> None:
+        logging.getLogger("ray._private.worker").warning("no signals")
         if self.failure is not None:
             raise self.failure
         self.released.wait(60)
 
     def shutdown(self) -> None:
-        self.closed = True
+        self.closer = threading.current_thread().name
+        self.closed.set()
 
 
-def test_a_cluster_that_does_not_answer_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_does_not_answer_is_one_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
         monkeypatch.setattr(connection, "require", lambda *_, **__: None)
         check_ray(f"127.0.0.1:{port}")
-        monkeypatch.setattr(connection, "CONNECT_S", 0.05)
-        for failure, told in (
-            (None, "no answer of Ray within 0 s"),
-            (ConnectionError("no cluster runs"), "no cluster"),
+        logger = logging.getLogger("ray._private.worker")
+        before = logger.level, list(logger.filters)
+        for failure, problem in (
+            (None, r"cannot be reached \(no answer of Ray within 0 s\); start it with"),
+            (ConnectionError("no cluster runs"), r"cannot be reached \(no cluster runs\); start it with"),
+            (RuntimeError("Version mismatch"), r"failed \(Version mismatch\); correct this"),
         ):
+            monkeypatch.setattr(connection, "CONNECT_S", 0.05 if failure is None else 60.0)
             ray = FakeRay(failure)
             monkeypatch.setitem(sys.modules, "ray", ray)
             for address in (f"127.0.0.1:{port}", "auto"):
                 with (
-                    pytest.raises(ClusterError, match=f"cluster at {address} cannot be reached .{told}"),
+                    pytest.raises(ClusterError, match=f"cluster at {address} {problem}"),
                     connected(address),
                 ):
                     pytest.fail("connected")
+                assert ray.closed.is_set() == (failure is not None), "closed while init still runs"
             ray.released.set()
-            assert ray.closed
+            assert ray.closed.wait(60)
+            assert ray.closer == "blip2edge-ray"
+            for thread in threading.enumerate():
+                if thread.name == "blip2edge-ray":
+                    thread.join(60)
+            assert (logger.level, logger.filters) == before
+            logger.warning("shown again")
+            assert caplog.messages.count("no signals") == 0
+            assert caplog.messages.count("shown again") == 1
+            caplog.clear()
     with pytest.raises(ClusterError, match=rf"127\.0\.0\.1:{port} cannot be reached .*refused.*; start it with"):
         check_ray(f"127.0.0.1:{port}")
 
