@@ -15,7 +15,7 @@ from blip2edge.cli.flag_groups import add_bundle_option, add_generation, add_lim
 from blip2edge.cli.flag_types import any_text, http_header, non_negative_number, positive_number, share_or_auto
 from blip2edge.cli.messages import print_note
 from blip2edge.cli.table import plural
-from blip2edge.errors import UsageError, option, shown_address
+from blip2edge.errors import DataError, UsageError, option, shown_address
 from blip2edge.limits import FILE_LIMITS, Limits
 
 if TYPE_CHECKING:
@@ -194,13 +194,15 @@ def run(options: argparse.Namespace) -> int:
                 sink.put(_event(name, caption, values))
     if dropped:
         print_note(f"{dropped} frames were dropped, because they came faster than captions")
-    if not frame_count and options.once:
-        print_note(f"error: {name}: no pictures found")
     if frames.undecoded:
         print_note(f"{name}: {plural(frames.undecoded, 'frame')} could not be decoded")
+    if not frame_count and options.once:
+        raise DataError(
+            f"{name}: no pictures found", f"check the path, or leave {option('once')} out to wait for pictures"
+        )
     damaged = frames.undecoded and not frames.is_live  # a live stream begins between two key frames
     lost = sum(sink.lost for sink in sinks)
-    return 1 if (failed or lost or damaged or not frame_count) and options.once else 0
+    return 1 if (failed or lost or damaged) and options.once else 0
 
 
 def _source(given: str) -> str:

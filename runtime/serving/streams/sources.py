@@ -42,6 +42,14 @@ LIVE_SCHEMES = frozenset(("rtsp", "rtsps", "rtmp", "rtmps", "rtp", "srt", "tcp",
 Report = Callable[[str], None]  # takes a sentence for the user
 
 
+class SourceError(DataError):
+    """Raised if a video, a camera or a stream cannot be read; ``reason`` is the reason without the source's name."""
+
+    def __init__(self, problem: str, fix: str | None = None, *, field: str | None = None, reason: str = "") -> None:
+        super().__init__(problem, fix, field=field)
+        self.reason = reason or self.problem
+
+
 @dataclass(frozen=True)
 class Frame:
     """A picture of a source.
@@ -177,16 +185,16 @@ def _reconnecting(make: Callable[[Ending], Frames], name: str, report: Report, c
     :data:`DAMAGE_REPORT_S` seconds for damaged frames. An error before the very first frame is raised.
     """
     wait, lost, any_frame = FIRST_WAIT_S, 0.0, False
-    told, due = 0, 0.0  # the count of damaged frames that was last reported, and when it may be reported again
+    reported, due = 0, 0.0  # the count of damaged frames that was last reported, and when it may be reported again
     while not closed.is_set():
         problem = "it ended"
         try:
             with closing(make(closed)) as frames:
                 for frame in frames:
-                    if closed.undecoded > told and time.monotonic() >= due:
-                        count = closed.undecoded - told
+                    if closed.undecoded > reported and time.monotonic() >= due:
+                        count = closed.undecoded - reported
                         report(f"{name}: {count} frame{'s' * (count > 1)} could not be decoded")
-                        told, due = closed.undecoded, time.monotonic() + DAMAGE_REPORT_S
+                        reported, due = closed.undecoded, time.monotonic() + DAMAGE_REPORT_S
                     if lost:
                         report(f"{name}: frames come again, after {time.monotonic() - lost:.1f} s")
                     wait, lost, any_frame = FIRST_WAIT_S, 0.0, True
@@ -194,7 +202,7 @@ def _reconnecting(make: Callable[[Ending], Frames], name: str, report: Report, c
         except DataError as error:
             if not any_frame:
                 raise
-            problem = re.sub(r".* cannot be (?:read as a video|reached|opened) \((.*)\)", r"\1", error.problem)
+            problem = error.reason if isinstance(error, SourceError) else error.problem
         if closed.is_set():
             return
         if not lost:
@@ -249,7 +257,7 @@ def _file(path: str, follow: bool, closed: Ending) -> Frames:
 def _device(source: str, _follow: bool, closed: Ending) -> Frames:
     """Yields the frames of a Video4Linux camera; ``source`` is its number or its device file."""
     device = f"/dev/video{source}" if source.isdigit() else source
-    yield from _decoded(source, device, closed, told=_OF_CAMERA, format="v4l2")
+    yield from _decoded(source, device, closed, words=_OF_CAMERA, format="v4l2")
 
 
 def _address(source: str, _follow: bool, closed: Ending) -> Frames:
@@ -257,10 +265,10 @@ def _address(source: str, _follow: bool, closed: Ending) -> Frames:
     options = AT_ONCE if _scheme(source) in LIVE_SCHEMES else {}
     tcp = {"rtsp_transport": "tcp"} if _scheme(source).startswith("rtsp") else {}
     how = {"options": {**options, **tcp}, "timeout": NETWORK_TIMEOUT_S}
-    yield from _decoded(source, source, closed, told=_OF_ADDRESS, **how)
+    yield from _decoded(source, source, closed, words=_OF_ADDRESS, **how)
 
 
-class _Told(NamedTuple):
+class _FailureWords(NamedTuple):
     """The words of an error about a kind of source.
 
     Attributes:
@@ -273,19 +281,21 @@ class _Told(NamedTuple):
 
 
 _NO_VIDEO = "cannot be read as a video"
-_OF_FILE = _Told(_NO_VIDEO, "check the path; convert a video file to MP4")
-_OF_CAMERA = _Told("cannot be opened", "check the number or the device file, and that no other program uses the camera")
-_OF_ADDRESS = _Told("cannot be reached", "check the address, and that the camera or the server runs")
+_OF_FILE = _FailureWords(_NO_VIDEO, "check the path; convert a video file to MP4")
+_OF_CAMERA = _FailureWords(
+    "cannot be opened", "check the number or the device file, and that no other program uses the camera"
+)
+_OF_ADDRESS = _FailureWords("cannot be reached", "check the address, and that the camera or the server runs")
 
 
-def _decoded(source: str, file: Any, closed: Ending, *, told: _Told = _OF_FILE, **how: Any) -> Frames:
+def _decoded(source: str, file: Any, closed: Ending, *, words: _FailureWords = _OF_FILE, **how: Any) -> Frames:
     """Yields the frames that FFmpeg decodes. A frame is converted to RGB only if it is captioned.
 
     Args:
         source: Name of the source in error messages.
         file: The address or the open file that PyAV opens.
         closed: An event that is set to end the frames.
-        told: The words of the error if the source fails.
+        words: The words of the error if the source fails.
         **how: Arguments of ``av.open``.
     """
     av = pyav()
@@ -301,8 +311,8 @@ def _decoded(source: str, file: Any, closed: Ending, *, told: _Told = _OF_FILE, 
     except (av.error.FFmpegError, IndexError) as error:
         silent = isinstance(error, av.error.ExitError)  # PyAV's timeout
         reason = f"nothing came for {NETWORK_TIMEOUT_S:g} s" if silent else one_line(error)
-        failed = told.failed if silent or isinstance(error, OSError) else _NO_VIDEO
-        raise DataError(f"{shown} {failed} ({reason})", told.fix) from error
+        failed = words.failed if silent or isinstance(error, OSError) else _NO_VIDEO
+        raise SourceError(f"{shown} {failed} ({reason})", words.fix, reason=reason) from error
     if empty:
         raise DataError(
             f"{shown}: expected a video with frames, found none that can be decoded", "copy or record the video again"

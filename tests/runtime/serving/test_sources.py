@@ -24,6 +24,7 @@ from blip2edge.runtime.serving.streams.sources import (
     KINDS,
     Frame,
     Frames,
+    SourceError,
     _reconnecting,
     open_source,
 )
@@ -118,7 +119,7 @@ def attempts(*parts: list[str] | None) -> Any:
             raise DataError("connection refused")
         for name in part:
             if name == "broken":
-                raise DataError("it broke off")
+                raise SourceError("cam cannot be reached (it broke off)", reason="it broke off")
             yield Frame(name, None, seconds=1.0)
 
     return make

@@ -23,7 +23,7 @@ from blip2edge.runtime.captioning.reuse.fit import CurvePoint, FrameTimes, Reuse
 from blip2edge.runtime.captioning.reuse.ladder import ReusePlan, fit_document, fit_key
 from blip2edge.runtime.serving.streams import sources
 from blip2edge.runtime.serving.streams.decoder import Ending
-from blip2edge.runtime.serving.streams.sources import Frame, Frames, Source, _folder, open_source
+from blip2edge.runtime.serving.streams.sources import Frame, Frames, Source, SourceError, _folder, open_source
 from blip2edge.runtime.serving.watch import NewestFrame, watch
 from tests.drawing import draw_pictures
 
@@ -316,8 +316,9 @@ def test_a_video_file_without_a_suffix(video: Path, tmp_path: Path) -> None:
 )
 def test_a_source_that_is_no_file_gets_no_hint_about_files(source: str, message: str) -> None:
     pytest.importorskip("av", reason="pip install 'blip2edge[video]'")
-    with pytest.raises(DataError, match=message) as raised, closing(open_source(source)) as frames:
+    with pytest.raises(SourceError, match=message) as raised, closing(open_source(source)) as frames:
         next(frames)
+    assert f" ({raised.value.reason}); " in str(raised.value)
     assert "convert" not in str(raised.value)
 
 
@@ -367,7 +368,8 @@ def test_the_command_passes_its_draft_model_on(
 ) -> None:
     words = ["watch", str(tmp_path), "--once", "-b", str(tiny_bundle), "--threads", "1"]
     assert main([*words, "--draft", "none"]) == 1  # as `caption` and `bulk` of a folder without pictures
-    assert capsys.readouterr().err == f"error: {tmp_path}: no pictures found\n"
+    error = capsys.readouterr().err
+    assert error == f"error: {tmp_path}: no pictures found; check the path, or leave --once out to wait for pictures\n"
     assert main([*words, "--draft", "itg"]) == 2
     assert capsys.readouterr().err.startswith("error: --draft itg: the bundle has no draft")
 
