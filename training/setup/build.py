@@ -39,7 +39,7 @@ from blip2edge.training.phases.stage1_checkpoint import (
 from blip2edge.training.setup import pretrained
 from blip2edge.training.setup.architecture import captioner_config, family_of, qformer_sizes, stage1_config
 from blip2edge.training.setup.checks import check_bridge_keys, check_trained_vision
-from blip2edge.training.setup.miniature import build_miniature, initialise
+from blip2edge.training.setup.miniature import build_miniature, initialise, miniature_config
 from blip2edge.training.setup.model_parts import ModelParts
 from blip2edge.training.setup.text_side import QFORMER_TOKENIZER, has_text_side, is_retrieval, own_texts, text_tokenizer
 
@@ -150,8 +150,10 @@ def _opened(name: str, config: TrainingConfig, base: Path) -> Stage1Source:
 def _miniature(stage: str, config: TrainingConfig, kept: Stage1Source | None) -> PlannedParts:
     instructed = stage == "instruct"
     text = has_text_side(stage, config, kept)
-    parts = build_miniature(config, draft=text and not instructed, instructed=instructed)
-    return PlannedParts(parts.model.config, "", lambda: parts)
+    built = miniature_config(config, draft=text and not instructed, instructed=instructed)
+    return PlannedParts(
+        built, "", lambda: build_miniature(config, draft=text and not instructed, instructed=instructed)
+    )
 
 
 def _of_checkpoint(config: TrainingConfig, base: Path) -> CaptionerConfig | None:

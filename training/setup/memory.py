@@ -37,6 +37,7 @@ from blip2edge.training.setup.model_parts import DTYPES
 GIB = 1 << 30
 _TRAINED = 4  # bytes of a value in float32
 _PROMPT = PlanOptions().prompt_tokens
+_SMALLER = "lower the sizes in [model.vision], [model.qformer] and [model.language]"
 
 
 @dataclass(frozen=True)
@@ -128,12 +129,13 @@ def announce(
 ) -> None:
     """Prints the predicted memory of stage 2 or instruction tuning, and compares it with the memory of the device.
 
-    Needs the config only: call it before the weights are read.
+    Needs the config only: call it before the weights are read, or drawn for the miniature.
 
     Args:
         config: The captioner.
-        recipe: The recipe. Nothing is printed for the miniature, which is small.
-        stage: The last stage of the run; for "stage1" only the memory for reading the checkpoints is compared.
+        recipe: The recipe. For the miniature nothing is printed but warnings, because it is small by default.
+        stage: The last stage of the run; for "stage1" only the memory for reading the checkpoints is compared, and for
+            pretraining the miniature.
         accelerator: Device and processes.
         log: Receives the lines.
 
@@ -141,28 +143,30 @@ def announce(
         ConfigError: The weights and the optimizer state alone need more than all memory of the device, or reading the
             checkpoints needs more than all memory of the machine.
     """
-    if recipe.model.is_miniature:
-        return
     processes = accelerator.num_processes
     local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # processes on this machine
+    miniature, on_gpu = recipe.model.is_miniature, accelerator.device.type == "cuda"
     with torch.device("meta"):
-        reading = local * _TRAINED * sum(each.numel() for each in CaptionerModel(config).parameters())
-    fewer = ", or start fewer processes on it" if local > 1 else ""
-    need = MemoryNeed(
-        "reading the checkpoints, which is done in float32,",
-        reading,
-        reading,
-        f"train a smaller model, or use a machine with more memory{fewer}",
-        ignorable=False,
-    )
-    on_gpu = accelerator.device.type == "cuda"
-    check_memory(need, ConfigError, notify=log if on_gpu or stage == "stage1" else None)
+        model = CaptionerModel(config)
+    reading = _reading_need(model, local, miniature=miniature)
+    check_memory(reading, ConfigError, notify=log if on_gpu or stage == "stage1" else None)
+    memory = None
+    if on_gpu:
+        free, total = torch.cuda.mem_get_info(accelerator.device)
+        memory = MachineMemory(free, total, 0, 0, None)
+    if miniature:
+        need = _pretraining_need(model, recipe, stage, local=local, processes=processes, on_gpu=on_gpu)
+        check_memory(need, ConfigError, notify=log, memory=memory)
     if stage == "stage1":
         return
     phase = recipe.instruct if stage == "instruct" else recipe.stage2
     predicted = predict(config, recipe, phase, processes)
     title = f"{stage}: predicted memory of a step of {phase.batch_size} samples with {phase.max_tokens} tokens"
-    for line in memory_table(predicted, f"{title}, for each of {processes} processes" if processes > 1 else title):
+    for line in (
+        ()
+        if miniature
+        else memory_table(predicted, f"{title}, for each of {processes} processes" if processes > 1 else title)
+    ):
         log(line)
     here = 1 if on_gpu else local  # processes that share the memory
     need = MemoryNeed(
@@ -173,11 +177,36 @@ def announce(
         " or lower batch_size and raise accumulate",
         ignorable=False,
     )
-    memory = None
-    if on_gpu:
-        free, total = torch.cuda.mem_get_info(accelerator.device)
-        memory = MachineMemory(free, total, 0, 0, None)
     check_memory(need, ConfigError, notify=log, memory=memory)
+
+
+def _reading_need(model: CaptionerModel, local: int, *, miniature: bool) -> MemoryNeed:
+    """Returns the memory for reading a model in float32, or for drawing the miniature, in `local` processes."""
+    size = local * _size(model)
+    fewer = ", or start fewer processes on it" if local > 1 else ""
+    what = "drawing the weights of the miniature" if miniature else "reading the checkpoints, which is done in float32,"
+    mend = _SMALLER if miniature else "train a smaller model"
+    return MemoryNeed(what, size, size, f"{mend}, or use a machine with more memory{fewer}", ignorable=False)
+
+
+def _pretraining_need(
+    model: CaptionerModel, recipe: TrainingConfig, stage: str, *, local: int, processes: int, on_gpu: bool
+) -> MemoryNeed:
+    """Returns the memory for pretraining the larger of the miniature's trained parts, without activations.
+
+    On a GPU only the trained part is on the device; on a CPU the `local` processes share the memory.
+    """
+    parts = [model.vision] if stage == "stage1" else [model.vision, model.language]
+    part = max(map(_size, parts))
+    own = -(-part // (processes if recipe.loop.fsdp else 1))
+    copies, others = (1, 0) if on_gpu else (local, _size(model) - part)
+    least, gradients = copies * (others + 3 * own), copies * own  # AdamW has two moments
+    return MemoryNeed("pretraining the miniature", least, least + gradients, _SMALLER, ignorable=False)
+
+
+def _size(module: nn.Module) -> int:
+    """Returns the bytes of a module's parameters in float32."""
+    return _TRAINED * sum(each.numel() for each in module.parameters())
 
 
 def _stage(config: CaptionerConfig, recipe: TrainingConfig, phase: Stage2Phase) -> tuple[GenerativeStage, nn.Module]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint.generation import MAX_NEW_TOKENS
-from blip2edge.model.config import VisionConfig
+from blip2edge.model.config import CaptionerConfig, VisionConfig
 from blip2edge.model.language.opt import OPTConfig
 from blip2edge.model.layers import RMSNorm
 from blip2edge.training.config import TrainingConfig
@@ -87,6 +87,28 @@ def initialise(model: nn.Module, seed: int) -> None:
                     parameter.normal_(0.0, std, generator=draw)
 
 
+def miniature_config(config: TrainingConfig, *, draft: bool = False, instructed: bool = False) -> CaptionerConfig:
+    """Makes the config of a miniature, without its weights. The arguments are those of :func:`build_miniature`."""
+    tokenizer = make_tokenizer(config.data.prompts)
+    texts = QFormerTexts(tokenizer, config.stage1.max_tokens)
+    sizes = config.model
+    built = captioner_config(
+        config.bridge,
+        sizes,
+        _vision(sizes),
+        _language(sizes, tokenizer),
+        text=texts.draft_config() if draft or instructed else None,
+        instructed=instructed,
+    )
+    return replace(
+        built,
+        bos_token_id=END_ID,
+        eos_token_ids=(END_ID,),
+        pad_token_id=PAD_ID,
+        image_token_id=tokenizer.token_to_id(IMAGE_TOKEN),
+    )
+
+
 def build_miniature(config: TrainingConfig, *, draft: bool = False, instructed: bool = False) -> ModelParts:
     """Builds a miniature with new weights.
 
@@ -100,24 +122,7 @@ def build_miniature(config: TrainingConfig, *, draft: bool = False, instructed: 
     """
     tokenizer = make_tokenizer(config.data.prompts)
     texts = QFormerTexts(tokenizer, config.stage1.max_tokens)
-    sizes = config.model
-    built = captioner_config(
-        config.bridge,
-        sizes,
-        _vision(sizes),
-        _language(sizes, tokenizer),
-        text=texts.draft_config() if draft or instructed else None,
-        instructed=instructed,
-    )
-    model = CaptionerModel(
-        replace(
-            built,
-            bos_token_id=END_ID,
-            eos_token_ids=(END_ID,),
-            pad_token_id=PAD_ID,
-            image_token_id=tokenizer.token_to_id(IMAGE_TOKEN),
-        )
-    )
+    model = CaptionerModel(miniature_config(config, draft=draft, instructed=instructed))
     initialise(model, config.seed)
     files = _files(model, tokenizer)
     if instructed:

@@ -23,6 +23,7 @@ from blip2edge.training.config import TrainingConfig, parse_config  # noqa: E402
 from blip2edge.training.loop.optim import recompute_activations  # noqa: E402
 from blip2edge.training.phases.stage2 import GenerativeStage  # noqa: E402
 from blip2edge.training.run import train  # noqa: E402
+from blip2edge.training.setup.build import plan_parts  # noqa: E402
 from blip2edge.training.setup.memory import GIB, StepMemory, announce, memory_table, predict  # noqa: E402
 from tests.training.phases.test_memory import step  # noqa: E402
 from tests.training.phases.test_stage2 import PROMPTS, case, draw  # noqa: E402
@@ -155,3 +156,60 @@ def test_nothing_is_printed_for_stage_1_and_for_the_miniature(monkeypatch: pytes
     announce(published(OPT), recipe(), "stage1", Accelerator(), lines.append)
     announce(published(OPT), parse_config(""), "stage2", Accelerator(), lines.append)
     assert lines == []
+
+
+HUGE = "hidden_size = 65536\nintermediate_size = 262144\nnum_layers = 96\nnum_heads = 64\n"
+
+
+@pytest.mark.parametrize(
+    ("stage", "part", "told"),
+    [
+        ("stage2", "language", "drawing the weights of the miniature"),
+        ("stage1", "language", "drawing the weights of the miniature"),
+        ("instruct", "vision", "drawing the weights of the miniature"),
+    ],
+)
+def test_a_miniature_that_cannot_fit_is_refused_before_its_weights_are_drawn(
+    stage: str, part: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All its sizes are keys of the recipe."""
+    path = tmp_path / "recipe.toml"
+    path.write_text(f"[model.{part}]\n{HUGE}[stage1]\nsteps = 1\n")
+    monkeypatch.setattr(machine, "machine_memory", lambda: machine.MachineMemory(512 * GIB, 512 * GIB))
+    with pytest.raises(ConfigError, match=rf"{told} needs at least \d+\.\d GB .* lower the sizes in \[model\.vision\]"):
+        train(stage, path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("bridge", "stage"),
+    [
+        *((bridge, "stage2") for bridge in ("qformer", "projection", "mlp", "perceiver", "pool")),
+        ("qformer", "stage1"),
+        ("qformer", "instruct"),
+    ],
+)
+def test_a_miniature_is_compared_with_the_memory_before_it_is_drawn(
+    bridge: str, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = "[stage1]\nsteps = 1\n" if stage == "stage1" else ""
+    given = parse_config(f'bridge = "{bridge}"\n{steps}[model]\nmax_positions = 40\n')
+    planned = plan_parts(stage, given, tmp_path)
+    one: Any = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+    lines: list[str] = []
+    state = torch.get_rng_state()
+    monkeypatch.setattr(machine, "machine_memory", lambda: machine.MachineMemory(4 * GIB, 4 * GIB))
+    announce(planned.config, given, stage, one, lines.append)
+    assert torch.equal(torch.get_rng_state(), state), "the weights are drawn afterwards"
+    assert lines == []
+    model = planned.build().model
+    assert model.config == planned.config
+    whole, language = (sum(4 * each.numel() for each in part.parameters()) for part in (model, model.language))
+    between = whole + (1 << 16)  # enough for the weights, and not for the optimizer too
+    monkeypatch.setattr(machine, "machine_memory", lambda: machine.MachineMemory(between, between))
+    with pytest.raises(ConfigError, match="pretraining the miniature needs at least"):
+        announce(planned.config, given, stage, one, lines.append)
+    if stage == "stage2":
+        small = whole + 2 * language + (1 << 16)
+        monkeypatch.setattr(machine, "machine_memory", lambda: machine.MachineMemory(small, 16 * small))
+        announce(planned.config, given, stage, one, lines.append)
+        assert lines[0].startswith("warning: pretraining the miniature may need about 0.0 GB")
