@@ -8,6 +8,7 @@ The parent process has written the checkpoints of families and the recipes to th
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +21,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from blip2edge.errors import DataError
 from blip2edge.training import run as runs
+from blip2edge.training.data.scenes import scenes
+from blip2edge.training.evaluation import validation as validations
 from blip2edge.training.loop.optim import recompute_activations
 from blip2edge.training.loop.sharding import clip_gradients, shard, views_allowed, whole_tensor
 from blip2edge.training.phases.stage2 import GenerativeStage
@@ -154,6 +158,12 @@ def recipes_of(root: Path) -> dict[str, Any]:
     }
 
 
+def fail_in_the_first_process(model: Any, count: int, *_: Any) -> Any:
+    """In place of `score_scenes`: generates a caption in the first process, and raises an error there."""
+    model.captioner([scene.picture for scene in scenes(count, split="heldout", seed=1)][:1])
+    raise DataError("a picture that opens in one process only")
+
+
 def validated(root: Path) -> dict[str, Any]:
     """Runs with validations: of one process, of two with sharded parameters, and of two that are killed and resumed."""
 
@@ -164,6 +174,13 @@ def validated(root: Path) -> dict[str, Any]:
     ends["two"] = pair(partial(run, "validated-two", "validated-two"))
     ends["killed"] = pair(partial(run, "validated-two", "validated-killed", progress=killing(3)))
     ends["resumed"] = pair(partial(run, "validated-two", "validated-killed"))
+
+    def failing() -> None:
+        if os.environ["RANK"] == "0":
+            vars(validations)["score_scenes"] = fail_in_the_first_process
+        run("validated-two", "validated-failed")
+
+    ends["failed"] = pair(failing)
     names = ("validated-one", "validated-two", "validated-killed")
     records = [json.loads((root / name / "training.json").read_text())["phases"]["stage2"] for name in names]
     weights = [load_file(root / name / "model.safetensors") for name in names]

@@ -143,11 +143,6 @@ def shard(accelerator: Accelerator, modules: Iterable[nn.Module]) -> Sharding:
     return sharding
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Returns whether parameters of a module are spread over the processes."""
-    return isinstance(module, FSDPModule)
-
-
 @contextmanager
 def usable_outside_forward(module: nn.Module) -> Iterator[None]:
     """Gathers, during a ``with`` block, the parameters of a spread module that belong to no layer.

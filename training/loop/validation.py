@@ -1,8 +1,8 @@
 """Validation during a phase: scores the captioner on held-out pictures, keeps the best weights, and stops early.
 
-The first process scores; all processes get the result. If the parameters are spread over the processes (FSDP), all
-processes generate the same captions together, because each holds a part of every layer. Nothing here draws random
-numbers, so a run with validation makes the same steps as one without.
+The first process reads the pictures and scores; all processes get the result. If the parameters are spread over the
+processes (FSDP), all processes generate the captions together, because each holds a part of every layer. Nothing here
+draws random numbers, so a run with validation makes the same steps as one without.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -19,12 +19,22 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from blip2edge.errors import one_line
-from blip2edge.training.loop.sharding import is_sharded, usable_outside_forward, whole_tensor
+from blip2edge.training.loop.sharding import usable_outside_forward, whole_tensor
 from blip2edge.training.loop.snapshots import Snapshot
 from blip2edge.training.loop_config import ValidationConfig
 
 _BEST = "best."  # begins the names of the best weights in a snapshot
 FACTS = "validation"  # key of a snapshot's facts
+
+
+class Together(Protocol):
+    """A captioner that the first process runs in all processes."""
+
+    def end(self) -> None:
+        """Ends the part of the other processes; called in the first process."""
+
+    def follow(self) -> None:
+        """Generates with the first process, until it ends; called in the other processes."""
 
 
 @dataclass
@@ -36,6 +46,7 @@ class Validation:
         score: Function that scores the captioner with its present weights; returns scores by name, also the metric.
         metric: Name of the score to maximise.
         accelerator: Device and processes.
+        together: The captioner, if its parameters are spread over the processes; None if `score` needs one process.
         best: Largest score so far; None before the first validation whose score is not NaN.
         best_step: Step at which the score was `best`.
         steps: Steps after which a validation ran.
@@ -46,6 +57,7 @@ class Validation:
     score: Callable[[], Mapping[str, Any]]
     metric: str
     accelerator: Accelerator
+    together: Together | None = None
     best: float | None = None
     best_step: int = 0
     steps: list[int] = field(default_factory=list)
@@ -70,10 +82,13 @@ class Validation:
         """
         found: list[Any] = [None, None]  # the numbers, and the error in one line
         failure: Exception | None = None
-        if self.accelerator.is_main_process or is_sharded(module):
+        if self.accelerator.is_main_process or self.together is not None:
             try:
                 found[0] = self._scored(module)
-            except Exception as error:  # noqa: BLE001 - raised below, when the other processes know
+            except Exception as error:
+                if not self.accelerator.is_main_process:
+                    raise  # the process ends, and its launcher ends the others
+                # raised below, when the other processes know
                 failure, found[1] = error, f"{type(error).__name__}: {one_line(error)}"
         values, problem = broadcast_object_list(found)
         if failure is not None:
@@ -91,12 +106,15 @@ class Validation:
         return dict(values)
 
     def _scored(self, module: nn.Module) -> dict[str, float]:
-        """Scores the captioner in eval mode; returns the scores that are numbers, as int or float, by name."""
+        """Scores the captioner in eval mode; returns the scores that are numbers, as int or float, by name.
+
+        The other processes, if they generate with the first, return no scores.
+        """
         training = module.training
         module.eval()
         try:
             with torch.no_grad(), usable_outside_forward(module):
-                figures = self.score()
+                figures = self._led() if self.accelerator.is_main_process else self._followed()
         finally:
             module.train(training)
         return {
@@ -104,6 +122,20 @@ class Validation:
             for name, value in figures.items()
             if not isinstance(value, bool) and isinstance(value, Real)
         }
+
+    def _led(self) -> Mapping[str, Any]:
+        """Scores the captioner, and ends the other processes' part, also after an error."""
+        try:
+            return self.score()
+        finally:
+            if self.together is not None:
+                self.together.end()
+
+    def _followed(self) -> Mapping[str, Any]:
+        """Generates what the first process generates; returns no scores."""
+        if self.together is not None:
+            self.together.follow()
+        return {}
 
     @property
     def exhausted(self) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast, send_to_device
+from accelerate.utils import broadcast, broadcast_object_list, send_to_device
 from torch import Tensor, nn
 
 from blip2edge.bundle.user_cache import cache_directory
@@ -19,6 +19,7 @@ from blip2edge.training.data.registry import open_sample_source
 from blip2edge.training.data.scenes import Scene
 from blip2edge.training.data.sources import Sample, SampleSource
 from blip2edge.training.evaluation.checkpoints.models import CheckpointCaptioner
+from blip2edge.training.evaluation.checkpoints.together import CaptionerTogether
 from blip2edge.training.evaluation.validation import validation_scores
 from blip2edge.training.key_rules import choice
 from blip2edge.training.loading.batches import KeywordTexts, SceneBatches, pixel_values
@@ -275,7 +276,11 @@ def _validation(run: TrainingRun) -> Validation | None:
         generation={"max_new_tokens": config.max_new_tokens, "num_beams": config.num_beams},
         agree=broadcast if run.config.loop.fsdp else None,
     )
-    return Validation(config, validation_scores(data, captioner), data.metric, run.accelerator)
+    if not run.config.loop.fsdp:
+        return Validation(config, validation_scores(data, captioner), data.metric, run.accelerator)
+    together = CaptionerTogether(captioner, broadcast_object_list)
+    scores = validation_scores(data, together)
+    return Validation(config, scores, data.metric, run.accelerator, together)
 
 
 def _instruction(parts: ModelParts, captions: CaptionTexts) -> Callable[[Sequence[Sample]], tuple[Tensor, Tensor]]:

@@ -217,6 +217,7 @@ def test_validations_of_sharded_parameters_have_the_scores_of_one_process(result
     assert found["ends"]["one"] == [0]
     assert found["ends"]["two"] == found["ends"]["resumed"] == [0, 0]
     assert -signal.SIGKILL in found["ends"]["killed"]
+    assert found["ends"]["failed"] == [1, 1], "an error in the first process ends both, and none waits"
     one, two, resumed = found["scores"]
     assert len(one) == 2
     assert 0 < one[0]["cider_d"] < 10, "neither nothing nor everything is right"
