@@ -27,9 +27,12 @@ MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # linux: include/uapi/asm-generic/mman-co
 LEAST_FILLED = 0.75
 """Memory is moved into a huge page only if at least this share of the huge page is in use; the rest is wasted."""
 
-_lock = threading.Lock()
+_changed = threading.Condition()
 _threads: list[threading.Thread] = []
-"""The threads that move pages; `_lock` guards the list."""
+"""The threads that move pages; `_changed` guards the list."""
+
+_loading: set[object] = set()
+"""One object for each graph that is being loaded; no page is moved meanwhile, because that makes page faults slow."""
 
 
 def huge_page_bytes() -> int:
@@ -57,18 +60,25 @@ def on_huge_pages() -> Iterator[HugePages]:
     A background thread moves the pages after the block; :func:`wait_for_huge_pages` waits for it. Only the page size
     changes: the memory still belongs to the process and is freed as before.
     """
-    size, choice = huge_page_bytes(), HugePages()
+    size, choice, mark = huge_page_bytes(), HugePages(), object()
     if not size:
         yield choice
         return
     before = filled_pages(size)
-    yield choice
+    with _changed:
+        _loading.add(mark)
+    try:
+        yield choice
+    finally:
+        with _changed:
+            _loading.remove(mark)
+            _changed.notify_all()
     pages = sorted(filled_pages(size) - before) if choice.wanted else []
     if pages:
         # A daemon: the process may end before all pages are moved.
         thread = threading.Thread(target=_collapse, args=(pages, size), name="huge-pages", daemon=True)
         thread.start()
-        with _lock:
+        with _changed:
             _threads[:] = [*(one for one in _threads if one.is_alive()), thread]
 
 
@@ -77,17 +87,19 @@ def wait_for_huge_pages() -> None:
 
     Otherwise the background thread takes CPU time, and early runs are slower than later ones.
     """
-    with _lock:
+    with _changed:
         running = list(_threads)
     for thread in running:
         thread.join()
 
 
 def _collapse(pages: Sequence[int], size: int) -> None:
-    """Asks the kernel to collapse regions of ``size`` bytes, given by address, into huge pages."""
+    """Asks the kernel to collapse regions (addresses, ``size`` bytes each) into huge pages, when no graph is loaded."""
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     for page in pages:
+        with _changed:
+            _changed.wait_for(lambda: not _loading)
         # Advice for one page at a time: a page that the kernel cannot collapse, or that was freed, stays as it is.
         madvise(page, size, MADV_HUGEPAGE)
         madvise(page, size, MADV_COLLAPSE)

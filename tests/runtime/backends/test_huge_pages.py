@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -164,3 +165,22 @@ def test_a_kernel_that_never_gives_them_is_left_alone(tmp_path: Path, monkeypatc
 def test_a_system_that_does_not_tell_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huge_pages, "PAGEMAP", tmp_path / "absent")
     assert filled_pages(SIZE) == set()
+
+
+@linux
+def test_no_page_is_moved_while_a_graph_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[str] = []
+    library = SimpleNamespace(madvise=lambda *_: moved.append("page"))
+    monkeypatch.setattr("ctypes.CDLL", lambda _: library)
+    with memory(2) as (made, first):
+        offset = first - ctypes.addressof(ctypes.c_char.from_buffer(made))
+        with on_huge_pages() as other:  # another graph, which is loaded until later
+            other.wanted = False
+            with on_huge_pages():
+                fill(made, offset, SIZE // mmap.PAGESIZE)
+            thread = huge_pages._threads[-1]
+            thread.join(0.1)
+            assert thread.is_alive()
+            assert not moved
+        wait_for_huge_pages()
+    assert moved
