@@ -11,7 +11,7 @@ import torch
 from blip2edge.errors import CheckpointError
 from blip2edge.model.checkpoint.directory import load_checkpoint
 from blip2edge.training.config import load_config
-from blip2edge.training.phases.stage1_checkpoint import begin_stage2, load_stage1
+from blip2edge.training.phases.stage1_checkpoint import begin_stage2, open_stage1
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = EXAMPLES / "recipes"
@@ -45,7 +45,7 @@ def test_a_captioners_bridge_and_text_head_are_kept() -> None:
     for part in (fresh.bridge, fresh.draft):
         for parameter in part.parameters():
             torch.nn.init.zeros_(parameter)
-    begin_stage2(load_stage1(EXAMPLES / "checkpoint"), fresh)
+    begin_stage2(open_stage1(EXAMPLES / "checkpoint").load(), fresh)
     for wanted, kept in ((given.bridge, fresh.bridge), (given.draft, fresh.draft)):
         tensors = kept.state_dict()
         projected = [tensors.pop(name) for name in list(tensors) if name.startswith("projection.")]
@@ -58,4 +58,4 @@ def test_a_captioner_without_a_text_head_is_refused(tmp_path: Path) -> None:
         if not path.name.startswith("draft"):
             shutil.copyfile(path, tmp_path / path.name)
     with pytest.raises(CheckpointError, match="or a captioner with a draft"):
-        load_stage1(tmp_path)
+        open_stage1(tmp_path).load()

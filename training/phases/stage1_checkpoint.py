@@ -255,11 +255,6 @@ def open_stage1(source: str | Path, draft: DraftConfig | None = None, embed_dim:
     return Stage1Source(directory, given, draft, has_draft)
 
 
-def load_stage1(source: str | Path, draft: DraftConfig | None = None) -> Stage1Model:
-    """Reads a stage-1 model, in eval mode and float32, from a checkpoint that :func:`open_stage1` can open."""
-    return open_stage1(source, draft).load()
-
-
 def _temperature(path: Path) -> float:
     values = read_checkpoint_json(path)
     with checking(path, "the record of stage 1", CheckpointError):

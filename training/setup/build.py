@@ -59,21 +59,6 @@ class PlannedParts:
     build: Callable[[], ModelParts]
 
 
-def build_parts(stage: str, config: TrainingConfig, base: Path) -> ModelParts:
-    """Plans and builds the captioner of a training run.
-
-    Args:
-        stage: "stage1", "stage2" or "instruct".
-        config: The recipe.
-        base: Directory of the recipe; its relative paths start there.
-
-    Raises:
-        ConfigError: The parts do not fit together.
-        CheckpointError: A checkpoint cannot be read.
-    """
-    return plan_parts(stage, config, base).build()
-
-
 def plan_parts(stage: str, config: TrainingConfig, base: Path) -> PlannedParts:
     """Plans the captioner of a training run, from the checkpoints that the recipe names or with new weights.
 

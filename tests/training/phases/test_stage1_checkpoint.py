@@ -23,7 +23,7 @@ from blip2edge.training.phases.stage1 import query_text_similarity, text_loss
 from blip2edge.training.phases.stage1_checkpoint import (
     begin_stage2,
     draw_weights,
-    load_stage1,
+    open_stage1,
     save_stage1,
     start_from_bert,
 )
@@ -70,7 +70,7 @@ def captioner(config: Any, draft: DraftConfig | None) -> CaptionerModel:
 def test_scores_of_a_converted_checkpoint_equal_transformers(tmp_path: Path) -> None:
     theirs, _ = save_blip2(tmp_path / "given", 1)
     draft = DraftConfig(BERT_WORDS, 40, 2, 3, 0)
-    model = load_stage1(tmp_path / "given", draft)
+    model = open_stage1(tmp_path / "given", draft).load()
     pixels = torch.randn(2, 3, 32, 32)
     ids = torch.tensor([[2, 7, 8, 9, 3], [2, 5, 6, 3, 0]])
     mask = (ids != 0).long()
@@ -94,7 +94,7 @@ def test_a_first_stage_is_read_as_it_was_written(tmp_path: Path) -> None:
     with torch.no_grad():
         model.temperature.fill_(0.05)
     save_stage1(model, tmp_path)
-    copy = load_stage1(tmp_path)
+    copy = open_stage1(tmp_path).load()
     assert copy.config == model.config
     assert copy.draft_config == model.draft_config
     state = model.state_dict()
@@ -188,12 +188,12 @@ def test_a_draft_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_first_stage(tmp_path: Path) -> None:
     save_checkpoint(captioner(draw_stage1().config, None), tmp_path / "captioner")
     with pytest.raises(CheckpointError, match=r"found no draft.json; give the output of stage 1"):
-        load_stage1(tmp_path / "captioner")
+        open_stage1(tmp_path / "captioner").load()
     with pytest.raises(CheckpointError, match="found the family blip-2;"):
-        load_stage1(tmp_path / "captioner", DraftConfig(19, 16, DEC, SEP, PAD))
+        open_stage1(tmp_path / "captioner", DraftConfig(19, 16, DEC, SEP, PAD)).load()
     save_blip2(tmp_path / "given", 1)
     with pytest.raises(CheckpointError, match=r"has 19 tokens, but vocab_size in config.json is 90"):
-        load_stage1(tmp_path / "given", DraftConfig(19, 16, DEC, SEP, PAD))
+        open_stage1(tmp_path / "given", DraftConfig(19, 16, DEC, SEP, PAD)).load()
 
 
 def test_texts_get_the_special_tokens_that_their_tokenizer_lacks() -> None:

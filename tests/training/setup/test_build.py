@@ -19,7 +19,7 @@ from blip2edge.training.config import load_config, parse_config  # noqa: E402
 from blip2edge.training.key_rules import BRIDGE_SIZES  # noqa: E402
 from blip2edge.training.run import train  # noqa: E402
 from blip2edge.training.setup import pretrained  # noqa: E402
-from blip2edge.training.setup.build import build_parts  # noqa: E402
+from blip2edge.training.setup.build import plan_parts  # noqa: E402
 from tests import drawing  # noqa: E402
 from tests.families import drawing_blip, drawing_llama  # noqa: E402
 from tests.training import recipes  # noqa: E402
@@ -90,7 +90,7 @@ def test_a_clip_and_an_mlp_make_a_llava(parts: Path) -> None:
 
 def test_a_clip_and_a_llama_make_a_flamingo_whose_gates_open(parts: Path) -> None:
     path = recipe(parts, "flamingo", 'vision_from = "clip"\nlanguage_from = "llama"', 'bridge = "flamingo"')
-    fresh = build_parts("stage2", load_config(path), parts).model
+    fresh = plan_parts("stage2", load_config(path), parts).build().model
     gates = [value for name, value in fresh.language.named_parameters() if name.endswith("_gate")]
     assert gates
     assert all(float(gate.detach().abs().max()) == 0.0 for gate in gates)
@@ -108,15 +108,15 @@ def test_a_language_model_is_swapped_on_a_kept_bridge(parts: Path) -> None:
     first.write_text(first.read_text() + f"[stage1]\n{STEPS}embed_dim = 8\nmax_tokens = 12\n")
     train("stage1", first, parts / "stage1")
     kept = 'vision_from = "blip2"\nlanguage_from = "llama"\nbridge_from = "stage1"'
-    texts = build_parts("stage2", load_config(recipe(parts, "kept", kept)), parts).qformer_texts
+    texts = plan_parts("stage2", load_config(recipe(parts, "kept", kept)), parts).build().qformer_texts
     assert texts is not None
     assert texts.max_length == 12, "as many places as stage 1 gave, though this recipe would take 32"
     path = recipe(parts, "swapped", kept, 'bridge = "projection"', "itg_weight = 0.5\n")
     train("stage2", path, parts / "swapped", evaluation_scenes=0)
     given = load_checkpoint(parts / "swapped")
-    from blip2edge.training.phases.stage1_checkpoint import load_stage1
+    from blip2edge.training.phases.stage1_checkpoint import open_stage1
 
-    trained: Any = load_stage1(parts / "stage1").matcher
+    trained: Any = open_stage1(parts / "stage1").load().matcher
     own = given.bridge.get_submodule("qformer").state_dict()
     assert all(torch.equal(tensor, trained.qformer.state_dict()[name]) for name, tensor in own.items())
     assert given.draft is not None

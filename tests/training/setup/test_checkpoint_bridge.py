@@ -16,9 +16,9 @@ from blip2edge.errors import CheckpointError, ConfigError, DataError  # noqa: E4
 from blip2edge.model.checkpoint.directory import load_checkpoint  # noqa: E402
 from blip2edge.training import run as runs  # noqa: E402
 from blip2edge.training.config import load_config  # noqa: E402
-from blip2edge.training.phases.stage1_checkpoint import draft_tensors, load_stage1  # noqa: E402
+from blip2edge.training.phases.stage1_checkpoint import draft_tensors, open_stage1  # noqa: E402
 from blip2edge.training.run import train  # noqa: E402
-from blip2edge.training.setup.build import build_parts, new_stage1_model, plan_parts  # noqa: E402
+from blip2edge.training.setup.build import new_stage1_model, plan_parts  # noqa: E402
 from blip2edge.training.setup.text_side import text_tokenizer  # noqa: E402
 
 CHECKPOINT = Path(__file__).parents[3] / "examples" / "checkpoint"
@@ -60,7 +60,7 @@ def assert_near(ours: dict[str, Any], wanted: dict[str, Any]) -> None:
 def test_stage_1_goes_on_with_a_captioners_qformer_and_text_head(tmp_path: Path) -> None:
     path = recipe(tmp_path, f'checkpoint = "{CHECKPOINT}"', "stage1", more="embed_dim = 24\n")
     train("stage1", path, tmp_path / "out")
-    made, given = load_stage1(tmp_path / "out"), load_checkpoint(CHECKPOINT)
+    made, given = open_stage1(tmp_path / "out").load(), load_checkpoint(CHECKPOINT)
     assert given.draft is not None
     assert_near(qformer(made.matcher), qformer(given.bridge))
     assert_near(draft_tensors(made), given.draft.state_dict())
@@ -75,8 +75,8 @@ def test_stage_1_goes_on_with_a_retrieval_model_also_without_a_text_head(tmp_pat
     named = f'checkpoint = "first"\nlanguage_from = "{CHECKPOINT}"'
     path = recipe(tmp_path, named, "stage1", more="embed_dim = 24\n")
     train("stage1", path, tmp_path / "again")
-    after = load_stage1(tmp_path / "again")
-    before = load_stage1(tmp_path / "first", after.draft_config)
+    after = open_stage1(tmp_path / "again").load()
+    before = open_stage1(tmp_path / "first", after.draft_config).load()
     assert_near(after.matcher.state_dict(), before.matcher.state_dict())
     kept = load_config(path)
     assert plan_parts("stage2", kept, tmp_path).bridge.startswith("the Q-Former of")
@@ -87,13 +87,13 @@ def test_stage_1_goes_on_with_a_retrieval_model_also_without_a_text_head(tmp_pat
 def test_stage_1_goes_on_with_bridge_from(tmp_path: Path) -> None:
     named = f'vision_from = "{CHECKPOINT}"\nlanguage_from = "{CHECKPOINT}"\nbridge_from = "{CHECKPOINT}"'
     config = load_config(recipe(tmp_path, named, "stage1"))
-    made = new_stage1_model(build_parts("stage1", config, tmp_path), config, tmp_path)
+    made = new_stage1_model(plan_parts("stage1", config, tmp_path).build(), config, tmp_path)
     assert_near(qformer(made.matcher), qformer(load_checkpoint(CHECKPOINT).bridge))
 
 
 def test_instruct_goes_on_with_a_captioners_qformer_and_text_head(tmp_path: Path) -> None:
     config = load_config(recipe(tmp_path, f'checkpoint = "{CHECKPOINT}"', "instruct"))
-    made, given = build_parts("instruct", config, tmp_path).model, load_checkpoint(CHECKPOINT)
+    made, given = plan_parts("instruct", config, tmp_path).build().model, load_checkpoint(CHECKPOINT)
     assert made.config.family == "instructblip"
     assert_near(qformer(made.bridge), qformer(given.bridge))
     assert given.draft is not None
