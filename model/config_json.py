@@ -194,7 +194,7 @@ class Section:
 
 
 def check_patch_size(section: str, patch: int, image: int) -> None:
-    """Raises CheckpointError if a patch is larger than the picture; both are sides in pixels."""
+    """Raises CheckpointError if the side of a patch is longer than the side of the picture (pixels)."""
     if patch > image:
         raise CheckpointError(f"config.json: {section}: patch_size {patch} exceeds image_size {image}")
 

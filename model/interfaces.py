@@ -51,7 +51,7 @@ class DecoderModule(nn.Module):
         raise NotImplementedError
 
     def cross_key_values(self, source: Tensor) -> list[KeyValue]:
-        """Computes keys and values ``[B, H, E, d]`` of each layer with cross-attention, from ``source [B, E, Ds]``.
+        """Computes keys and values ``[B, H, E, d]`` of each layer with cross-attention, from E states ``[B, E, Ds]``.
 
         Only models with cross-attention implement this method.
         """
@@ -68,7 +68,7 @@ class DecoderModule(nn.Module):
         raise NotImplementedError
 
     def logits(self, x: Tensor) -> Tensor:
-        """Maps the last layer's output ``[B, K, D]`` to logits ``[B, K, V]``."""
+        """Maps the last layer's output at K slots, ``[B, K, D]``, to logits ``[B, K, V]`` over V tokens."""
         raise NotImplementedError
 
     def forward(

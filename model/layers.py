@@ -257,7 +257,7 @@ def chosen_queries(queries: Tensor, query_ids: Tensor | None) -> Tensor:
 
 
 def gather_positions(x: Tensor, indices: Tensor | None) -> Tensor:
-    """Selects slots of ``x [B, S, D]`` by ``indices``, int64 ``[B, K]``; returns ``[B, K, D]``.
+    """Selects K of the S slots of ``x [B, S, D]`` by ``indices``, int64 ``[B, K]``; returns ``[B, K, D]``.
 
     If ``indices`` is None, all slots are returned.
     """

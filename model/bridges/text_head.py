@@ -48,7 +48,10 @@ class WordHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        """Maps states ``x [B, K, D]`` to logits ``[B, K, V]``, with the token table ``[V, D]`` as output matrix."""
+        """Maps the states of K tokens, ``[B, K, D]``, to logits ``[B, K, V]``.
+
+        The output matrix is the token table ``[V, D]``.
+        """
         x = self.norm(self.activation(self.dense(x)))
         return x @ table.t() + self.bias
 

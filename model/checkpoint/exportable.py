@@ -34,6 +34,9 @@ def check_exportable(values: Any, source: str, directory: Path | None = None) ->
 
 
 def _has_tensors(directory: Path) -> bool:
-    """Whether a directory has files of weights, and none of them is empty, as in an unfinished download."""
+    """Returns whether a directory has safetensors files and none of these is empty.
+
+    An unfinished download can leave an empty file.
+    """
     sizes = [path.stat().st_size for path in directory.glob("*.safetensors")]
     return bool(sizes) and all(sizes)

@@ -50,7 +50,10 @@ NO_EFFECT: Mapping[str, Any] = {
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
 }
-"""For some keys, the value that has no effect. A key with this value is not written to the manifest."""
+"""For some keys of ``generation_config.json``: the value that has no effect.
+
+A key with this value is not written to the bundle's manifest.
+"""
 
 TRANSFORMERS_LENGTH = 20
 """transformers' default of ``max_length``."""

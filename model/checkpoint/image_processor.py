@@ -58,8 +58,8 @@ class ImageProcessorClass:
         do_crop: Whether the class crops by default.
         resample: Pillow's number of the resampling filter.
         mean, std: One value for each channel, R, G, B.
-        square: Whether a single number as ``size`` is the length of both edges; if not, it is that of the shortest
-            edge.
+        square: Whether a single number as ``size`` is the length of both edges; if not, the number is the length of
+            the shortest edge.
         rescale_first: Whether the class rescales before it resizes, unlike the other classes.
     """
 

@@ -61,9 +61,9 @@ UNUSED = (
     r"Qformer\.bert\.embeddings\..+",
     _LAYER + r"(intermediate|output)\..+",
 )
-"""Tensors of stage 1 or of the Q-Former's text layers (regular expressions).
+"""Tensors of BLIP-2's first training stage (ITC, ITM) and of the Q-Former's text layers (regular expressions).
 
-They are ignored if the directory's model does not have them.
+Such a tensor of a ``.pth`` is ignored if the model of the base directory does not have it.
 """
 
 PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (

@@ -1,4 +1,4 @@
-"""Finds the keys of a tokenizer's files that have no effect, also not in transformers, and names them in warnings.
+"""Finds the keys of a tokenizer's files that have no effect here and in transformers, and names them in warnings.
 
 A tokenizer of transformers stores every key of its ``tokenizer_config.json``, also an unknown key. Here a key has an
 effect if it is in :data:`~blip2edge.model.checkpoint.side_keys.TOKENIZER`, an argument of the tokenizer's class, or an

@@ -1,8 +1,8 @@
 """BERT with attention to a picture: BLIP's text models (Li et al., arXiv 2201.12086, section 3.1).
 
 Post-norm layers as in BERT (arXiv 1810.04805), each with cross-attention between self-attention and
-feed-forward. The same layer serves three models: the encoder of questions and captions and the decoder of captions,
-which attend to patches, and the decoder of answers, which attends to the encoder's states.
+feed-forward. Three models use the same layer. The encoder of questions and captions attends to patches, and so does
+the decoder of captions. The decoder of answers attends to the states of the encoder.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class BertHead(nn.Linear):
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps states ``[B, K, D]`` to logits ``[B, K, V]``."""
+        """Maps the states of K tokens, ``[B, K, D]``, to logits ``[B, K, V]`` over V tokens."""
         return super().forward(self.norm(self.activation(self.dense(x))))
 
 
@@ -194,7 +194,7 @@ class BertDecoder(DecoderModule):
         return self.encoder(input_ids, attention_mask, image_embeds)
 
     def cross_key_values(self, source: Tensor) -> list[KeyValue]:
-        """Computes keys and values ``[B, H, E, d]`` of each layer's cross-attention, from ``source [B, E, C]``."""
+        """Computes keys and values ``[B, H, E, d]`` of each cross-attention, from E patches or states ``[B, E, C]``."""
         return [layer.cross_attention.key_value(source) for layer in self.layers]
 
     def start(
@@ -207,5 +207,5 @@ class BertDecoder(DecoderModule):
         return x, lambda index, x, past: self.layers[index](x, bias, past, cross[index], cross_bias)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Maps the last layer's output ``[B, K, D]`` to logits ``[B, K, V]``."""
+        """Maps the last layer's output at K slots, ``[B, K, D]``, to logits ``[B, K, V]`` over V tokens."""
         return self.head(x)

@@ -143,7 +143,7 @@ class GatedLayer(nn.Module):
         return x + torch.tanh(self.feed_forward_gate) * self.feed_forward(self.feed_forward_norm(x))
 
     def key_value(self, source: Tensor) -> KeyValue:
-        """Computes keys and values ``[B, H, E, d]`` of the pictures, from ``source [B, E, Ds]``."""
+        """Computes keys and values ``[B, H, E, d]`` from the E embeddings of the pictures, ``source [B, E, Ds]``."""
         return self.attention.key_value(source)
 
 
@@ -158,7 +158,7 @@ class Flamingo(LlamaDecoder):
         self.cross_layers = stack(GatedLayer(config) for _ in range(count))
 
     def cross_key_values(self, source: Tensor) -> list[KeyValue]:
-        """Computes keys and values ``[B, H, E, d]`` of each gated layer, from ``source [B, E, Ds]``."""
+        """Computes each gated layer's keys and values ``[B, H, E, d]`` from E picture embeddings ``[B, E, Ds]``."""
         return [layer.key_value(source) for layer in self.cross_layers]
 
     def start(

@@ -140,9 +140,10 @@ class LlamaLayer(nn.Module):
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor, past: KeyValue | None
     ) -> tuple[Tensor, KeyValue]:
-        """Maps ``x [B, S, D]`` to ``[B, S, D]``, and to this layer's keys and values ``[B, Hkv, P + S, d]``.
+        """Runs the layer on S new slots after P cached slots; takes the arguments of :meth:`LlamaAttention.forward`.
 
-        The arguments are those of :meth:`LlamaAttention.forward`.
+        Returns:
+            States ``[B, S, D]``, and this layer's keys and values ``[B, Hkv, P + S, d]``.
         """
         out, present = self.attention(self.attention_norm(x), rotation, bias, past)
         x = x + out
@@ -179,5 +180,5 @@ class LlamaDecoder(DecoderModule):
         return x, step
 
     def logits(self, x: Tensor) -> Tensor:
-        """Maps the last layer's output ``[B, K, D]`` to logits ``[B, K, V]``."""
+        """Maps the last layer's output at K slots, ``[B, K, D]``, to logits ``[B, K, V]`` over V tokens."""
         return self.head(self.final_norm(x))

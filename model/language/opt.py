@@ -128,7 +128,7 @@ class OPTDecoder(DecoderModule):
         return x, lambda index, x, past: self.layers[index](x, bias, past)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Maps the last layer's output ``[B, K, D]`` to logits ``[B, K, V]``."""
+        """Maps the last layer's output at K slots, ``[B, K, D]``, to logits ``[B, K, V]`` over V tokens."""
         if self.final_norm is not None:
             x = self.final_norm(x)
         if self.project_out is not None:

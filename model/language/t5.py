@@ -32,7 +32,7 @@ from blip2edge.model.layers import (
 )
 
 T5_MAX_POSITIONS = 2048
-"""Longest context in tokens of TensorRT engines and checks. The relative positions themselves have no limit."""
+"""Longest context in tokens. T5's relative positions have no limit, but bundles and TensorRT engines need one."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class RelativeBias(nn.Module):
         self.table = nn.Embedding(config.num_buckets, config.num_heads)
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Computes the bias ``[B, H, S, T]`` from positions int64: of queries ``[B, S]``, and of keys ``[B, T]``."""
+        """Computes the bias ``[B, H, S, T]`` from the positions of queries ``[B, S]`` and keys ``[B, T]``, int64."""
         relative = keys[:, None, :] - queries[:, :, None]  # [B, S, T]
         distance = relative.abs() if self.bidirectional else (-relative).clamp(min=0)
         bucket = torch.zeros_like(distance)
@@ -179,7 +179,7 @@ class T5Layer(nn.Module):
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), present
 
     def cross_key_value(self, states: Tensor) -> KeyValue:
-        """Computes this decoder layer's keys and values ``[B, H, E, d]`` from the encoder's states ``[B, E, D]``."""
+        """Computes this decoder layer's keys and values ``[B, H, E, d]`` from the encoder's E states ``[B, E, D]``."""
         return self.cross_attention.key_value(states)
 
 
@@ -226,11 +226,11 @@ class T5(DecoderModule):
             self.head.weight = self.embed_tokens.weight
 
     def encode(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        """Maps embeddings ``[B, E, D]`` and their mask int64 ``[B, E]`` to states ``[B, E, D]``."""
+        """Maps the embeddings of E tokens, ``[B, E, D]``, and their mask, int64 ``[B, E]``, to states ``[B, E, D]``."""
         return self.encoder(inputs_embeds, attention_mask)
 
     def cross_key_values(self, states: Tensor) -> list[KeyValue]:
-        """Computes keys and values ``[B, H, E, d]`` of each layer's cross-attention, from ``states [B, E, D]``."""
+        """Computes each layer's keys and values ``[B, H, E, d]`` from the encoder's E states ``[B, E, D]``."""
         return [layer.cross_key_value(states) for layer in self.layers]
 
     def start(
@@ -247,7 +247,7 @@ class T5(DecoderModule):
         return x, lambda index, x, past: self.layers[index](x, bias, past, cross[index], cross_bias)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Maps the last layer's output ``[B, K, D]`` to logits ``[B, K, V]``."""
+        """Maps the last layer's output at K slots, ``[B, K, D]``, to logits ``[B, K, V]`` over V tokens."""
         x = self.dropout(self.final_norm(x))
         if self.config.scale_outputs:
             x = x * self.config.hidden_size**-0.5

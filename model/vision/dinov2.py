@@ -32,8 +32,8 @@ class Dinov2Config(PatchEncoderConfig):
     Attributes:
         mlp_ratio: Width inside the feed-forward divided by ``hidden_size``.
         qkv_bias: Whether queries, keys and values have biases.
-        gated: Whether the feed-forward is gated. The width inside a gated feed-forward is two thirds of the width
-            above, rounded up to a multiple of 8.
+        gated: Whether the feed-forward is gated. The width inside a gated feed-forward is two thirds of
+            ``mlp_ratio * hidden_size``, rounded up to a multiple of 8.
         registers: Number of registers.
     """
 

@@ -1,4 +1,8 @@
-"""Config of a ViT that returns one embedding for each patch; which embeddings, see ``blip2edge/shapes/features.py``."""
+"""Config of a ViT that returns one embedding for each patch.
+
+Two keys of the config choose the embeddings: the block that they come from, and whether the class token and the
+registers are among them (``blip2edge/shapes/features.py``).
+"""
 
 from __future__ import annotations
 

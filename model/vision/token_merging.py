@@ -1,8 +1,9 @@
 """Token merging: in every layer of a ViT, between attention and MLP, the most similar patches are merged.
 
-Bolya et al., "Token Merging: Your ViT But Faster", arXiv 2210.09461, section 3 and appendix D. Patches go to
-two sets in turn. Each patch of the first set is paired with the patch of the second whose key (mean over the heads) is
-most similar by cosine. The ``r`` most similar pairs become their mean, weighted by how many patches each represents.
+Bolya et al., "Token Merging: Your ViT But Faster", arXiv 2210.09461, section 3 and appendix D. The patches are
+assigned to two sets alternately. Each patch of the first set is paired with the patch of the second whose key (mean
+over the heads) is most similar by cosine. The ``r`` most similar pairs become their mean, weighted by how many patches
+each represents.
 In later layers a key that represents ``s`` patches counts ``s`` times: ``log s`` is added to its score (proportional
 attention, equation 1). The class token is never merged.
 

@@ -47,7 +47,7 @@ class Block(nn.Module):
         self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_size, config.activation)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Maps ``[B, P, D]`` to the same shape; ``bias`` hides keys."""
+        """Maps ``[B, P, D]`` to the same shape; ``bias`` is added to the scores ``[B, H, P, P]`` (broadcast)."""
         x = x + self.attention(self.norm1(x), bias)
         return x + self.mlp(self.norm2(x))
 
@@ -61,7 +61,7 @@ class Block(nn.Module):
             sizes: ``[B, n]``, number of patches that each slot represents.
             matching: Chooses the pairs of patches to merge.
             count: Number of patches to merge away.
-            bias: Bias of the attention scores from the sizes; None if all sizes are 1.
+            bias: Added to the attention scores, computed from `sizes`; None if all sizes are 1.
 
         Returns:
             States ``[B, 1 + n - count, D]``, and the pairs with the sizes of the remaining patches.

@@ -112,7 +112,7 @@ class AdaptedLayer:
 
     @contextmanager
     def _filled(self) -> Iterator[nn.Module]:
-        """Yields the layer below the adapter, with its weights loaded; removes the weights afterwards."""
+        """Loads weights into the layer that the adapter changes; yields the layer; removes the weights at the end."""
         base: nn.Module = self.layer.get_base_layer()
         before = {name: base._parameters[name] for name in self.readers}
         try:

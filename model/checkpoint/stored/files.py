@@ -163,16 +163,16 @@ def cached_checkpoint(name: str) -> Path | None:
 
 
 def _bars(report: ProgressCallback, what: str) -> type:
-    """Makes a class for the progress bars of the hub's client: it draws nothing, and reports the bytes.
+    """Makes a class for the progress bars of the hub's client; its bars draw nothing, but report the downloaded bytes.
 
     Args:
-        report: The reporter.
+        report: Function that is called with a name, the downloaded MB, and the MB of all files found so far.
         what: What is downloaded.
     """
     tqdm: Any = import_module("huggingface_hub.utils").tqdm
 
     class Reported(tqdm):  # type: ignore[misc]
-        """A progress bar that is not drawn."""
+        """A progress bar of the hub's client that draws nothing, but reports the downloaded bytes."""
 
         def __init__(self, *args: Any, **options: Any) -> None:
             self.counts_bytes = options.get("name") == "huggingface_hub.snapshot_download"
@@ -180,7 +180,7 @@ def _bars(report: ProgressCallback, what: str) -> type:
             super().__init__(*args, **{**options, "disable": True})
 
         def update(self, n: float | None = 1) -> None:
-            """Report the bytes; called by the threads that download."""
+            """Reports ``n`` more downloaded bytes; the threads that download call this method."""
             if self.counts_bytes and self.total:
                 self.bytes += int(n or 0)
                 # The total grows while the files are found, so the unit is always MB.

@@ -22,7 +22,7 @@ _GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 
 class Ignored:
-    """Replaces an object in a pickled file that is no tensor; the content of the object is dropped."""
+    """Stands for an object of a pickled file, if the object is no tensor; the content of the object is dropped."""
 
     def __new__(cls, *_: Any) -> Self:
         """Creates the object; the arguments of the replaced class are ignored."""
@@ -81,7 +81,7 @@ def _check_zip(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         packed = [file for file in archive.infolist() if file.compress_type != zipfile.ZIP_STORED]
     if packed:
-        raise ValueError(f"{packed[0].filename!r:.60} in it is compressed, which torch.save does not do")
+        raise ValueError(f"its entry {packed[0].filename!r:.60} is compressed, which torch.save does not do")
 
 
 def save_again(path: Path) -> str:

@@ -28,10 +28,10 @@ def repeated_names(files: TensorFiles, ties: Sequence[Tie], used: Collection[str
         files: The checkpoint's tensors.
         ties: Pairs of tied names.
         used: Names of the tensors that the model's parameters are read from.
-        names: The weight map, with the names of tensors that are left out anyway.
+        names: The weight map; the tensors that it leaves out are not in the result.
 
     Raises:
-        CheckpointError: Such a tensor has other values than the tensor that it is tied to.
+        CheckpointError: An unused tensor has other values than the tensor that it is tied to.
     """
     found = set()
     for target, source in ties:
