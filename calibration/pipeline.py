@@ -114,7 +114,7 @@ def calibrate(
     """Makes an INT8 or INT4 bundle from a floating-point bundle (the original bundle), fits a confidence, or does both.
 
     Args:
-        bundle: The directory of the original bundle, in fp32 or fp16; without ``images``, in any precision.
+        bundle: The directory of the original bundle, in fp32 or fp16. If ``images`` is None, any precision is accepted.
         output: The directory of the new bundle.
         images: A folder of pictures or ``.tar`` shards; None to quantize nothing, and to fit a confidence only.
         method: How activation ranges are chosen, one of :data:`blip2edge.choices.RANGE_METHODS`.
@@ -127,8 +127,8 @@ def calibrate(
         drop_limit: Largest share of the captions that may differ from those of the original bundle, in percentage
             points: the most sensitive layers are kept in floating point until the captions are within the limit. None
             for no limit.
-        cider: Scores captions. If it is given and every picture has a ``.txt`` of references, the limit is on the drop
-            of CIDEr.
+        cider: Function that computes the CIDEr score of captions. If it is given and every picture has a ``.txt`` of
+            references, ``drop_limit`` limits the drop of this score.
         references: Pictures with known captions, on which the confidence of the new bundle is fitted; None for no
             confidence.
         count: Largest number of pictures.

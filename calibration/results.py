@@ -25,8 +25,8 @@ class MatrixSummary:
         bits: Bits of an integer, 4 or 8.
         block: Number of rows that share a scale.
         shape: K and N, number of inputs and outputs.
-        error: Relative change of the matrix's output by rounding, on the recorded activations; None if no activations
-            were recorded.
+        error: Relative change of the matrix's output that rounding causes, on the recorded activations; None if no
+            activations were recorded.
         plain_error: The same relative change if the matrix is rounded to nearest, as a baseline.
     """
 

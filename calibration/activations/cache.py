@@ -94,7 +94,7 @@ def _check_sizes(body: bytes) -> None:
                     raise ValueError(f"expected arrays in version 1.0 of npy, got {version}")
                 shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             if math.prod(shape) * dtype.itemsize > info.file_size:
-                raise ValueError(f"{info.filename!r:.60} of shape {shape} is longer than its {info.file_size} bytes")
+                raise ValueError(f"{info.filename!r:.60} of shape {shape} needs more than its {info.file_size} bytes")
 
 
 def save_observations(path: Path, observations: Observations) -> None:
@@ -125,11 +125,11 @@ def _restored(arrays: Any, index: int) -> Observation:
         raise ValueError(f"expected a histogram of {BINS} bins, got {counts.dtype} {list(counts.shape)}")
     scale = arrays[f"{index}.scale"]
     if scale.shape != (2,) or scale.dtype.kind not in "if":
-        raise ValueError(f"expected a width and a maximum, got {scale.dtype} {list(scale.shape)}")
+        raise ValueError(f"expected a bin width and a maximum, got {scale.dtype} {list(scale.shape)}")
     histogram.counts = counts
     histogram.width, histogram.maximum = map(float, scale)
     channel_max, rows, largest = (arrays[f"{index}.{name}"] for name in ("channel_max", "rows", "largest"))
     dtypes, widths = (channel_max.dtype, rows.dtype, largest.dtype), {rows.shape[1:], largest.shape[1:]}
     if dtypes != (np.float32, np.float16, np.float16) or widths != {channel_max.shape} or channel_max.ndim != 1:
-        raise ValueError(f"expected channels and rows of one width, got {widths} and {channel_max.shape}")
+        raise ValueError(f"expected tokens as wide as the channels, got {widths} and {channel_max.shape}")
     return Observation(histogram, channel_max, rows, largest)

@@ -35,13 +35,14 @@ COLUMNS = 384
 """Number of columns of a layer's weights on which the candidates are compared."""
 
 LIMIT = 0.01
-"""Largest accepted error of a layer's output, as a share of its power (10 % in amplitude)."""
+"""Largest accepted power of the error of a layer's output, divided by the power of the output (10 % in amplitude)."""
 
 NODE_ABOVE = 1e-3
 """A division of channels that needs its own node is tried only if the error without it is above this value."""
 
 NODE_GAIN = 0.5
-"""A division of channels that needs its own node is used only if it reduces the error to less than this share."""
+"""A division of channels that needs its own node is used only if its error is less than this share of the error
+without division."""
 
 ALWAYS_ZERO = "its input is always zero"
 
@@ -117,8 +118,8 @@ def choose_ranges(
 def choose_range(observation: Observation, weights: Sequence[Array], folds: bool, shared: bool = False) -> RangeChoice:
     """Chooses the range of one activation: the candidate with the least error.
 
-    A division of the channels is used only if it reduces the error. If the division needs a node of its own, it must
-    reduce the error to less than the share :data:`NODE_GAIN`.
+    A division of the channels is used only if it reduces the error. If the division needs a node of its own, its error
+    must be less than the error without division times :data:`NODE_GAIN`.
 
     Args:
         observation: The observation of the activation.

@@ -101,9 +101,9 @@ def activation_details(plan: ActivationPlan, observations: Observations) -> list
     Returns:
         One object per activation: ``activation``, ``products`` (the weights that it is multiplied with), ``maximum``
         and ``threshold`` of |x| (of the divided values if smoothing divides the channels), ``change`` (power of
-        the rounding error over that of the outputs), ``division`` (``none``, ``folded`` into the layer before, or
-        ``node``), ``largest_channel`` and ``median_channel`` of |x| without division, and ``histogram``: counts of
-        |x| in :data:`REPORT_BINS` equal bins up to ``histogram_end``.
+        the rounding error divided by the power of the outputs), ``division`` (``none``, ``folded`` into the layer
+        before, or ``node``), ``largest_channel`` and ``median_channel`` of |x| without division, and ``histogram``:
+        counts of |x| in :data:`REPORT_BINS` equal bins up to ``histogram_end``.
     """
     return [_detail(activation, observations[activation.name]) for activation in plan.activations]
 

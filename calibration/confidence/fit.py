@@ -48,8 +48,8 @@ class FittedMap:
         kind: Name of the chosen candidate, a key of :data:`CANDIDATES`.
         score: The candidate, fitted on all texts.
         bounds: Lowest and highest probability: 0.5 / (N + 1) and 1 - 0.5 / (N + 1) for N texts.
-        held_out: Probability of each text, computed by the fit that leaves out the text's tenth, ``[N]``.
-        brier: Brier score of each candidate on held-out tenths, by the candidate's name.
+        held_out: Probability of each text in ten-fold cross-validation: the fit does not contain the text, ``[N]``.
+        brier: Brier score of each candidate in ten-fold cross-validation, by the candidate's name.
     """
 
     kind: str
@@ -60,7 +60,7 @@ class FittedMap:
 
 
 def fit_map(rows: Rows, right: Right, pictures: Sequence[Hashable] | None = None) -> FittedMap:
-    """Fits all candidates and chooses the one with the lowest Brier score on held-out tenths.
+    """Fits all candidates and chooses the one with the lowest Brier score in ten-fold cross-validation.
 
     Args:
         rows: Features of N texts, ``[N, 3]``.

@@ -47,7 +47,7 @@ class ConfidenceReport:
         task: ``caption`` or ``ask``.
         pictures: Number of references of the fit (pictures, or questions about pictures).
         kind: Name of the chosen map, for example ``isotonic, sum``.
-        figures: Values measured on held-out tenths of the references, as ``figures`` returns them.
+        figures: Values measured in ten-fold cross-validation on the references, as ``figures`` returns them.
         warnings: Warnings, one line each.
     """
 

@@ -68,9 +68,10 @@ def write_reports(
 def report_document(record: Mapping[str, Any], graphs: Mapping[str, StagedGraph]) -> dict[str, Any]:
     """Makes the object of ``report.json``, without the entries that need files.
 
-    :func:`write_reports` adds ``captions`` (``picture``, ``parent`` and ``ours`` of each), ``token_table`` (``bytes``
-    and ``parent_bytes``), ``decode`` (bytes that are read for one token; null if nothing is generated) and, after a
-    search, ``search`` (:func:`blip2edge.calibration.search.pipeline.search_json`).
+    :func:`write_reports` adds ``captions`` (for each picture: its name ``picture``, the original bundle's caption
+    ``parent``, and the new bundle's caption ``ours``), ``token_table`` (``bytes`` and ``parent_bytes``), ``decode``
+    (bytes that are read for one token; null if nothing is generated) and, after a search, ``search``
+    (:func:`blip2edge.calibration.search.pipeline.search_json`).
 
     Args:
         record: The manifest's ``calibration`` object.

@@ -27,7 +27,8 @@ BANDWIDTHS = {"Jetson Orin Nano": 68, "Orin Nano Super, Orin NX": 102, "AGX Orin
 """Memory bandwidth in GB/s, by NVIDIA's data sheets; it limits the speed of decoding."""
 
 FITS_CACHE = 32 << 20
-"""Bytes per token below which the memory bandwidth may not limit decoding, because a CPU cache can hold them."""
+"""If decoding a token reads fewer bytes, a CPU cache may hold all of them, and memory bandwidth may not be the limit.
+"""
 
 WEIGHT = re.compile(r"^(?P<path>.*?\.)(?P<layer>\d+)\.(?P<kind>.*?)(\.weight)?(\.T)?$")
 """Splits the name of a layer's initializer into path, number of the layer, and kind of matrix."""

@@ -54,7 +54,7 @@ class DropLimit:
 
     Attributes:
         points: Largest loss, in percentage points.
-        cider: Scores captions against references; None to count captions that differ.
+        cider: Function that computes the CIDEr score of captions; None to count captions that differ.
     """
 
     points: float
@@ -94,7 +94,7 @@ class KeptLayers:
     count: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Returns limit, losses and layers as a JSON object, ``sensitivity`` in the calibration record."""
+        """Returns limit, losses and layers as a JSON object: ``sensitivity`` in ``calibration`` of the manifest."""
         return {
             "limit": self.limit.points,
             "measure": self.limit.measure,

@@ -126,10 +126,10 @@ def allowed(points: Sequence[FormatPoint], limits: PointLimits) -> list[FormatPo
 def to_measure(points: Sequence[FormatPoint], limits: PointLimits, most: int) -> list[FormatPoint]:
     """Chooses the combinations of formats whose captions will be compared with those of the original bundle.
 
-    The candidates are on the predicted Pareto front: no other combination is better in time, size and loss. First, the
-    combinations with the least time, the least size and the least loss are chosen, on the front and among the
-    combinations that may be published. After that, the combination with the largest distance from the chosen
-    combinations is added repeatedly. The distance is computed from the logarithms of time, size and loss.
+    First, up to six combinations are chosen: the combinations with the least time, the least size and the least loss,
+    once on the predicted Pareto front and once among the combinations that may be published. After that, the
+    combination of the front with the largest distance from the chosen combinations is added repeatedly. The distance is
+    computed from the logarithms of time, size and loss.
 
     Args:
         points: All combinations, with predicted loss.
@@ -212,7 +212,7 @@ def choose_point(points: Sequence[FormatPoint], limits: PointLimits) -> ChosenPo
     raise BundleError(
         f"no combination of formats is within {given.words()}{'' if beyond else ' and proven faster'}; "
         f"the nearest is {nearest.text()}{why}",
-        "give other limits: the measurements are stored, so the search only chooses again",
+        "give other limits and run the command again; it reuses the stored measurements",
     )
 
 

@@ -191,5 +191,5 @@ class SearchJournal:
         except OSError as error:
             problem = output_error(self.path, error)
             raise OutputError(
-                problem.problem, "correct this and run the command again: it goes on from here"
+                problem.problem, "correct this and run the command again: it resumes the search"
             ) from error

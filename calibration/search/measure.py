@@ -103,15 +103,15 @@ class StageTimer:
 
     Attributes:
         work: The pictures, and the graphs in all formats.
-        found: The least milliseconds of each stage, by the name of the part that runs in the stage and the part's
-            format.
+        found: The least milliseconds of each stage. The keys are the part of the model that runs in the stage (such as
+            the bridge) and the part's format.
     """
 
     work: Workload
     found: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
 
     def time(self, combinations: Sequence[Mapping[str, PartChoice]]) -> None:
-        """Measures the bundles of some combinations of formats in turn, and adds the results to :attr:`found`.
+        """Times the bundle of each combination of formats, in turn, and adds the results to :attr:`found`.
 
         Args:
             combinations: For each combination, the format of each part.

@@ -5,9 +5,10 @@
 2. Measure: for each part and format alone, the time of its stages here (``measure``) or on a board (``predicted``), the
    bytes, and the change of the next token.
 3. Combine: times and bytes of the parts are added, and the change of the next token is predicted as the sum.
-4. Compare captions: for the combinations on the Pareto front of the predicted values, and for those that ``calibrate``
-   makes without a search (``front``).
-5. Publish: the chosen combination is published as ``calibrate`` with its flags would do it.
+4. Compare captions: the captions of some combinations are compared with those of the original bundle: combinations on
+   the Pareto front of the predicted values, and those that ``calibrate`` makes without a search (``front``).
+5. Publish: the chosen combination becomes the new bundle, the same as ``calibrate`` makes with the flags of this
+   combination.
 
 The result of each finished step is stored (``journal``), so that a killed search can be resumed.
 """
@@ -64,7 +65,7 @@ from blip2edge.version import __version__
 PUBLISHED = "published"
 """Name of a stored result of the search, written just before the bundle is published.
 
-It holds the hash of the references, and the hash of the old bundle's manifest at the output.
+It holds the hash of the references, and the hash of the manifest that the output directory had before.
 """
 
 
@@ -96,8 +97,8 @@ def search(
         optimizer: Makes the optimized copies that the runtime would use. None to time the exported (not optimized)
             graphs.
         method: How activation ranges are chosen.
-        cider: Scores captions. If it is given and every picture has a ``.txt`` of references, the loss is the drop of
-            CIDEr.
+        cider: Function that computes the CIDEr score of captions. If it is given and every picture has a ``.txt`` of
+            references, the loss is the drop of this score.
         references: Pictures with known captions, to fit the confidence of the published bundle; None for no confidence.
         count: Largest number of pictures.
         force: Whether to replace an existing bundle, and the state of a search with another plan.

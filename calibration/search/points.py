@@ -51,12 +51,13 @@ The combinations that ``calibrate`` makes without a search are compared in addit
 MIXED = "mixed"
 
 MORE = 4
-"""Largest number of further combinations whose captions are compared, as long as none is within the limits."""
+"""Largest number of further combinations whose captions are compared if no compared combination is within the limits.
+"""
 
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """Limits, board and size of a search.
+    """The limits of a search, the board for which it searches, and the number of measurements.
 
     Attributes:
         limits: The limits on loss, time and size.
@@ -81,8 +82,10 @@ class FormatSearch:
         work: The pictures, and the graphs of all formats.
         options: Limits, board and size of the search.
         choices: The formats that are tried for each part (vision encoder, bridge, language model), by the part's name.
-        combinations: For each combination, the format of each part; by the flags that make the combination.
-        losses: Measured loss of the captions in percentage points and change of the next token in nats, by the flags.
+        combinations: The combinations: the format of each part. The keys are the flags with which ``calibrate`` makes
+            the combination.
+        losses: Measured loss of the captions in percentage points and change of the next token in nats. The keys are
+            those of ``combinations``.
     """
 
     work: Workload
@@ -197,7 +200,7 @@ class FormatSearch:
         return sum(self._ms(part, choice).values()) < FASTER * sum(self._ms(part, parent).values())
 
     def _bytes(self, part: str, choice: PartChoice) -> int:
-        """Returns the bytes of the graphs of a part; those of the language model include the token embedding table."""
+        """Returns the bytes of a part's graphs (such as the bridge); the language model includes the token table."""
         if choice not in self._sizes:
             graphs = [
                 self.work.variants.made(graph, self._parts.form_of(graph, choice)) for graph in self._parts.graphs[part]

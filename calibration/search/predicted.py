@@ -16,7 +16,7 @@ from blip2edge.shapes.model_shape import HeldWeights, ModelPart, ModelShape
 from blip2edge.shapes.sources import bundle_shape
 
 KINDS = {"int8": "int8-weights", "int4": "int4", W8A8: "int8"}
-"""Weight format of ``shapes/model_shape.py`` by the kind of a number format.
+"""Name of each kind of number format in the time estimates of ``shapes/model_shape.py``.
 
 For kinds that are not listed (``float``, ``fp16``), the board computes in the original format.
 """

@@ -147,11 +147,14 @@ class Variants:
         return self.journal.folder(f"{graph}-{file_name(str(form))}", fill)
 
     def made(self, graph: str, form: GraphFormat) -> StagedGraph:
-        """Returns a graph in a format, with its records and results; the graph is made at the first call."""
+        """Returns the manifest's record and the results of a graph in a format; the graph is made at the first call."""
         return staged_from_json(graph, read_json(self.graph(graph, form) / GRAPH_JSON, DataError))
 
     def headroom(self, graph: str) -> dict[str, Any] | None:
-        """Returns the FP16 headroom of the original graph, measured at the first call; None without recorded inputs."""
+        """Returns the FP16 headroom of the original graph (65504 / largest value, of each tensor) for the report.
+
+        The headroom is measured at the first call. It is None if no inputs of the graph were recorded.
+        """
         record = self.context.parent.graph(graph)
         found: dict[str, Any] | None = self.journal.value(
             f"headroom-{graph}", lambda: graph_headroom(self.context, record)
@@ -191,7 +194,7 @@ class Variants:
         return folder
 
     def _add_copies(self, folder: Path, choices: Mapping[str, PartChoice], optimizer: Optimizer) -> None:
-        """Adds the optimized copies of all graphs to a bundle for measurements, which is not changed afterwards."""
+        """Adds the optimized copies of all graphs to a bundle that is only measured, not published."""
         made = self.journal.folder(
             f"copy-of-{folder.name}",
             partial(self._fill_copy, choices=choices, bundle=folder, optimizer=optimizer, link=True),
@@ -214,7 +217,7 @@ class Variants:
         *,
         link: bool = False,
     ) -> None:
-        """Joins the optimized copies of vision encoder, bridge and language model to one copy, in ``place``."""
+        """Joins the optimized copies of vision encoder, bridge and language model into one, in the folder ``place``."""
         copies = [self._copy(part, choice, optimizer) for part, choice in choices.items()]
         records = [OptimizedRecord.from_json(read_json(copy / DERIVED[KIND], DataError)) for copy in copies]
         for copy in copies:

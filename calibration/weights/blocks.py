@@ -20,7 +20,7 @@ Integers = NDArray[np.int8]
 BLOCKS = {4: (128, 64, 32, 16), 8: (64, 32, 16)}
 """Block sizes (rows that share a scale) by the number of bits, the preferred first.
 
-TensorRT documents 64 and 128 for INT4; 16 and 32 are for widths that neither divides. A block must divide the width,
+TensorRT documents 64 and 128 for INT4; 16 and 32 are for widths that 64 does not divide. A block must divide the width,
 because TensorRT's parser takes no partial blocks (it derives ``block_size`` from the shape of the scales). ONNX Runtime
 fuses powers of two from 16 on. Only ONNX Runtime and TensorRT-RTX run 8-bit blocks; 64 is the fastest there.
 """

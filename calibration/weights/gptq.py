@@ -25,7 +25,7 @@ from blip2edge.calibration.weights.blocks import (
 from blip2edge.errors import BundleError, option
 
 DAMPING = 0.01
-"""This share of the mean of H's diagonal is added to the diagonal of ``H = XᵀX`` (arXiv 2210.17323, section 3.3)."""
+"""Damping of ``H = XᵀX``: this number times the mean of the diagonal is added to the diagonal (arXiv 2210.17323)."""
 
 LAZY = 128
 """Number of inputs whose corrections are collected before the rest of the matrix is updated."""
@@ -99,7 +99,7 @@ class GptqRounder:
         return integers, scales
 
     def error(self, weight: Floats, integers: Integers, scales: Floats, form: BlockFormat) -> float:
-        """Computes the relative change of a matrix's output by rounding, ``|X(W - Ŵ)| / |XW|``.
+        """Computes how much rounding changes a matrix's output, as a relative change: ``|X(W - Ŵ)| / |XW|``.
 
         X are the activations, W is ``weight``, and Ŵ the matrix that ``integers`` and ``scales`` represent.
         """

@@ -35,7 +35,7 @@ from blip2edge.calibration.weights.weight_only import (
 from blip2edge.graph_files import load_graph
 
 PRECISIONS = {4: "int4", 8: "int8-weights"}
-"""Precision of a graph in the manifest, by the fewest bits of its matrices."""
+"""The precision that the manifest names for a graph, by the bits of the graph's narrowest integer matrix."""
 
 RUNS = 128
 """Largest number of runs whose recorded inputs are used for rounding: 128, as in GPTQ (arXiv 2210.17323, section 4)."""
@@ -125,9 +125,9 @@ def _staged(
     seal: FileRecord,
     start: float,
 ) -> StagedGraph:
-    """Writes the graph; its weights are written already.
+    """Writes a graph whose weights are already in their files.
 
-    If the decoder's head is also the token embedding table, its integers are in the table's file.
+    If the decoder's head is also the token embedding table, the head's integers are in the table's file.
     """
     data = {f"{record.spec.name}.onnx.data": seal}
     if any(matrix.integers.location == EMBEDDINGS_FILE for matrix in matrices.values()):

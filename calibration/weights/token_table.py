@@ -26,7 +26,7 @@ from blip2edge.calibration.weights.gptq import nearest
 BITS = 8
 """Bits of a token embedding table that shares no weights with the head, for every value of ``--weights``.
 
-A decode step reads only one row of it, so more bits cost no time.
+A decode step reads only one row of the table, so more bits cost no time.
 """
 
 CHUNK = 4096  # rows that are compared or rounded at a time
@@ -48,7 +48,7 @@ def write_rows(table: TokenTable, path: Path, progress: Callable[[int, int], Non
     """
     form = BlockFormat.for_width(table.width, BITS)
     if form is None:
-        raise ValueError(f"no block divides rows of {table.width}")
+        raise ValueError(f"no block size divides the {table.width} values of a row")
     total = table.num_rows
     shapes = (total, table.width * form.bits // 8), (total, table.width // form.block)
 
@@ -82,7 +82,7 @@ def write_shared(
         name: Name of the head's initializer.
 
     Returns:
-        Integers and scales, as the decoder's graph refers to them.
+        Two tensors for the decoder's graph, which refer to the integers and to the scales in the file.
     """
     tensors = _stored(form, integers.shape, scales.shape, scales=scales.dtype)
     write_safetensors(path, tensors, (packed(integers, form.bits), scales), _metadata(form, COLUMNS))

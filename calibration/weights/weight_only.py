@@ -56,8 +56,8 @@ class BlockMatrix:
         form: The integer format.
         integers: Integers ``[K, N]``.
         scales: Scales ``[K / block, N]``.
-        error: Relative change of the matrix's output by rounding, on the recorded activations; None if no activations
-            were recorded.
+        error: Relative change of the matrix's output that rounding causes, on the recorded activations; None if no
+            activations were recorded.
         plain_error: The same relative change if the matrix is rounded to nearest with plain scales, as a baseline.
     """
 
@@ -114,8 +114,8 @@ def quantize_matrices(
     """Rounds the matrices of a graph, writes every weight to a new file and changes the graph.
 
     Args:
-        model: The original graph, its initializers external; changed in place. One matrix is in memory at a time,
-            and the outputs of one segment of the graph for all feeds.
+        model: The original graph, its initializers external; changed in place. At a time, only one matrix and the
+            outputs of one segment of the graph (for all ``feeds``) are in memory.
         products: The graph's matrix multiplications (``find_targets``).
         data: The new file of the weights.
         formats: Integer format of each matrix, by the initializer's name; other matrices are kept in floating point.
