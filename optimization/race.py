@@ -20,8 +20,8 @@ A race ends when this CPU time is used and the smallest number of rounds is done
 FEWEST_LONG, LONG_SECONDS = 3, 10.0
 """Number of rounds, and seconds of wall time, of a long race.
 
-A race that has taken this time ends after this number of rounds, if the ratios of its rounds differ by less than
-:data:`CLEARLY_SLOWER`. If they differ more, the race has at least :data:`FEWEST` rounds.
+A race that has taken ``LONG_SECONDS`` ends after ``FEWEST_LONG`` rounds, if the ratios of its rounds differ by less
+than :data:`CLEARLY_SLOWER`. If they differ more, the race has at least :data:`FEWEST` rounds.
 """
 
 CLEARLY_SLOWER = 1.05

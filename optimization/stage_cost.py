@@ -39,9 +39,9 @@ def graph_cost(path: Path, spec: GraphSpec, sizes: Mapping[str, int], asked: int
 
 
 def decode_cost(bundle: Bundle, past: int) -> StageCost:
-    """Counts the cost of one decode step for one row.
+    """Counts the operations and bytes of one decode step for one row.
 
-    The KV cache is read too, with ``past`` tokens.
+    The bytes include the keys and values of ``past`` tokens, which are read from the KV cache.
     """
     spec, cache = bundle.graph(DECODER).spec, bundle.manifest.cache
     cost = graph_cost(bundle.file(spec.file), spec, {"batch": 1, "past": past, "steps": 1})

@@ -30,10 +30,10 @@ from blip2edge.runtime.cuda.token_table import table_format
 from blip2edge.runtime.cuda.weights import planned_weights
 
 KERNELS, ROUNDED = "CUDA kernels", "weights in FP16 in place of FP32"
-"""Names of passes in the record of the copy; the second is listed if weights in fp32 were rounded."""
+"""Names of passes in the record of the copy; the second is listed if weights in fp32 were rounded to fp16."""
 
 DIFFERENT = "tokens differ from those of the CUDA provider"
-"""Listed as a pass if a GPU ran both, and they chose different tokens."""
+"""Listed as a pass if a GPU ran the kernels and ONNX Runtime's CUDA provider, and they chose different tokens."""
 
 REGISTERS = 65536
 """Number of registers that a thread block can use, equal on every GPU that kernels are compiled for."""

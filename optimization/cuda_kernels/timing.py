@@ -35,8 +35,8 @@ def timed_tokens(bundle: Bundle, directory: Path) -> tuple[float, float] | Liter
         directory: Directory with the decoder's layout and its compiled kernels.
 
     Returns:
-        Median milliseconds of a token, prompt included, of ONNX Runtime and of the kernels; ``different`` if they chose
-        different tokens; None if this machine has no GPU that runs both.
+        Median of (time of prefill and decode steps / number of tokens) in milliseconds, for ONNX Runtime and for the
+        kernels; ``different`` if they chose different tokens; None if this machine has no GPU that runs both.
     """
     if not probe.nvidia_driver().gpus:
         return None
@@ -73,7 +73,7 @@ def _raced(decoders: list[Decoder], prompt: Array) -> tuple[float, float] | Lite
 
 
 def _decoded(decoder: Decoder, prompt: Array) -> list[int]:
-    """Decodes :data:`TOKENS` tokens greedily; on the GPU if the decoder can."""
+    """Decodes :data:`TOKENS` tokens greedily; if the decoder can choose tokens on the GPU, they are chosen there."""
     logits, state = decoder.prefill([prompt])
     tokens = [int(logits[0].argmax())]
     last = np.array(tokens)

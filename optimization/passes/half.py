@@ -126,7 +126,7 @@ def dequantize(model: ir.Model) -> int:
 
 
 def _dequantized(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> ir.Value:
-    """Adds an initializer for the floating values of an integer weight, computed when the graph is written."""
+    """Adds an initializer for the floating values of an integer weight; they are computed when the graph is written."""
     value = ir.Value(name=f"{weight.name}.{node.outputs[0].name}", shape=weight.shape, type=ir.TensorType(FP32))
     value.const_value = converted(value, lambda: _restored(node), FP32)
     graph.register_initializer(value)

@@ -28,7 +28,10 @@ from blip2edge.optimization.graph import (
 )
 
 CHANNELS = 16
-"""Channels of the largest block; a weight ``[K, N]`` is rewritten only if K and N are multiples of this number."""
+"""Channels of the largest block in ONNX Runtime's layout of convolution weights.
+
+A weight ``[K, N]`` is rewritten only if K and N are multiples of this number.
+"""
 
 TO_CHANNELS, TO_ROWS = (0, 3, 1, 2), (0, 2, 3, 1)
 

@@ -243,7 +243,7 @@ def _without_group(bias: ir.Value | None) -> ir.Value | None:
 
 
 def _causal(mask: Array, window: int) -> Array:
-    """Returns which slots the last :data:`PROBED` slots attend to in a causal mask: bool ``[B, S, T]``."""
+    """Returns which of T slots the last S = :data:`PROBED` slots attend to in a causal mask: bool ``[B, S, T]``."""
     total = mask.shape[1]
     slots, queries = np.arange(total), np.arange(total - PROBED, total)[:, None]
     near = (slots <= queries) & (slots > queries - window)
