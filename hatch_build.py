@@ -17,13 +17,13 @@ A zip archive has no symlinks: clone the repository, or install without -e.
 
 
 class CheckLinks(BuildHookInterface[Any]):
-    """The build hook that `[tool.hatch.build.targets.wheel]` names."""
+    """Hatchling's build hook, which `pyproject.toml` names: checks the symlinks of the package."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
-        """Check the links before an editable wheel is made.
+        """Checks the links before an editable wheel is made.
 
         Raises:
-            SystemExit: A link is missing, or it is a text file.
+            SystemExit: A link is missing, or git made a text file instead of a link.
         """
         package = Path(self.root) / "blip2edge"
         folders = self.metadata.config["tool"]["hatch"]["build"]["targets"]["wheel"]["sources"]

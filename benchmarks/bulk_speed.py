@@ -66,7 +66,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--size", type=int, nargs=2, default=(640, 480))
     parser.add_argument(
-        "--least", type=float, default=1.3, help="fail if the speed of bulk, divided by the loop's, is below this"
+        "--least", type=float, default=1.3, help="fail if the speed of bulk, divided by that of the loop, is below this"
     )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

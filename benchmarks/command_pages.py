@@ -3,7 +3,8 @@
     python benchmarks/command_pages.py --write | --check
 
 The flags come from the parsers. The text above the mark of each page is written by hand and is kept. A command without
-a page gets one that has a title only; ``tests/benchmarks/test_command_pages.py`` asks for its text and example.
+a page gets a page with only a title; ``tests/benchmarks/test_command_pages.py`` fails until it has a text and an
+example.
 """
 
 from __future__ import annotations

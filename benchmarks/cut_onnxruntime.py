@@ -108,7 +108,7 @@ def cut_library(library: bytes, architectures: set[int]) -> bytes:
 
 
 def cut(wheel: Path, architectures: set[int], output: Path, piece_mib: float) -> dict[str, float]:
-    """Removes the code for other GPUs from a wheel, compresses its files as one stream, and writes this in pieces.
+    """Removes the code for other GPUs from a wheel, and writes its files as one compressed stream, in pieces.
 
     Returns the size of each piece in MiB, by file name.
     """

@@ -70,7 +70,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "text_config": {"model_type": "opt"},
     },
 }
-"""Configurations of two video models: the example checkpoint's, but with a context of 1,024 tokens, and BLIP-2 with
+"""Configurations of two video models.
+
+``miniature`` has the sizes of the example checkpoint, except a context of 1,024 tokens; ``blip-2`` is a BLIP-2 with
 ViT-B/16 and OPT-125m.
 """
 

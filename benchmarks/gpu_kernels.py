@@ -3,9 +3,9 @@
     python benchmarks/gpu_kernels.py --sm 90       # on a machine with NVRTC: writes build/gpu-kernels
 
 The steps need the driver, ``cuda-bindings`` and ONNX Runtime for the CPU. A machine without a network gets the folder
-``build/gpu-kernels`` with the repository: the bundles of the example checkpoint with their copies, and the kernels for
-the sizes of OPT-2.7b. Without that folder the steps make it themselves, which takes NVRTC and the packages of an
-export.
+``build/gpu-kernels`` with the repository: the bundles of the example checkpoint with their compiled kernels, and the
+kernels for the sizes of OPT-2.7b. Without that folder the steps make these files themselves, which needs NVRTC and the
+packages of an export.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def prepare_cubins(folder: Path) -> None:
 
 @contextmanager
 def prepared(dry: bool, make: Callable[[Path], None]) -> Iterator[Path]:
-    """Yields the folder that :func:`main` wrote; if there is none, a temporary one that ``make`` fills."""
+    """Yields the folder that :func:`main` wrote; if there is none, yields a temporary folder that ``make`` fills."""
     if PREPARED.is_dir() and not dry:
         yield PREPARED
         return
@@ -74,7 +74,10 @@ def prepared(dry: bool, make: Callable[[Path], None]) -> Iterator[Path]:
 
 
 def _simulate_nvrtc() -> None:
-    """In a dry run: every cubin is empty, and the simulated driver runs the kernels that were compiled last."""
+    """Replaces NVRTC and the CUDA driver by simulated ones, for a dry run.
+
+    Every compiled file (cubin) is then empty, and the simulated driver runs the kernels that were compiled last.
+    """
     from blip2edge.optimization.cuda_kernels import compiled as making
     from blip2edge.runtime.backends import probe
     from blip2edge.runtime.cuda import backend
@@ -135,7 +138,11 @@ def kernel_ids(dry: bool) -> dict[str, Any]:
 
 
 def _compared(ours: Any, theirs: Any, steps: int) -> tuple[int, list[float]]:
-    """Returns how many tokens are equal, and the margins of the others."""
+    """Returns how many tokens are equal, and, for each other token, how far apart the graph's two logits are.
+
+    This distance is the difference between the logits of the graph's token and the kernels' token, as a share of the
+    largest logit.
+    """
     (first, state), (logits, oracle) = ours, theirs
     rows = len(first)
     tokens = first.argmax(axis=-1)
@@ -170,9 +177,9 @@ def kernel_speed(dry: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Makes the folder that travels."""
+    """Makes the folder ``build/gpu-kernels``, which is copied to a machine without a network."""
     parser = parser_of(__doc__)
-    parser.add_argument("--sm", type=int, nargs="+", help="compute capabilities times ten (default: all)")
+    parser.add_argument("--sm", type=int, nargs="+", help="kinds of GPU, such as 90 for 9.0 (default: all)")
     options = parser.parse_args()
     from blip2edge.runtime.cuda.compilation import compiler
 

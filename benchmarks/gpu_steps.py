@@ -1,4 +1,4 @@
-"""Lists the steps of ``gpu.py``. ``python benchmarks/gpu_steps.py machine`` prints one's result as JSON."""
+"""Lists the steps of ``gpu.py``. ``python benchmarks/gpu_steps.py STEP`` runs one of them and prints its result."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ PLAIN = [StepScores(np.zeros(0, np.int64), 1.0)]
 
 @dataclass(frozen=True)
 class Size:
-    """A decoder of the OPT kind."""
+    """The sizes of a decoder like OPT: numbers of layers, heads and tokens, widths of layer and feed-forward."""
 
     layers: int
     width: int
@@ -59,7 +59,7 @@ class Size:
     vocabulary: int
 
     def layout(self, bits: Literal[4, 8, 16]) -> DecoderLayout:
-        """Describes the decoder with weights of this format; the places in files are not used."""
+        """Describes the decoder with weights of ``bits`` bits, without files: names and offsets of files are empty."""
         width, inner, dtype = self.width, self.inner, {16: "float16", 8: "int8", 4: "int4"}[bits]
 
         def matrix(depth: int, columns: int) -> StoredMatrix:
@@ -91,9 +91,9 @@ def kernels_of(size: Size) -> list[Kernel]:
 def measure(cubins: Path, dry: bool) -> dict[str, Any]:
     """Times a decode step in each format, against the GPU's measured bandwidth.
 
-    Random weights, one row. ``queued``: all steps are launched before the host waits. ``paced``: the host reads each
-    token while the next one is computed, as `caption` does. The first format also gives the time from the start of the
-    process to the first token, without the weights.
+    The weights are random, and the batch has one row. ``queued``: all steps are launched before the host waits.
+    ``paced``: the host reads each token while the next one is computed, as `caption` does. With the first format, the
+    time from the start of the process to the first token is measured too, without the reading of weights.
 
     Args:
         cubins: Folder with the compiled kernels.

@@ -28,7 +28,7 @@ def slot_name(slot: int) -> str:
 
 
 def draw() -> str:
-    """Returns an SVG picture of the masks."""
+    """Returns an SVG picture of the three attention masks of stage 1."""
     text = torch.ones(1, TOKENS, dtype=torch.int64)
     text[0, TOKENS - PADDED :] = 0
     slots = QUERIES + TOKENS

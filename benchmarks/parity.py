@@ -1,4 +1,6 @@
-"""Checks which precisions keep parity, for each model family: ``python benchmarks/parity.py``.
+"""Checks in which precisions the exported graphs agree with torch, for each model family.
+
+    python benchmarks/parity.py
 
 Shrinks every configuration of ``blip2edge/shapes/published``, gives it random weights (matrices of gain 2, so that
 signals keep their magnitude), exports it in every precision with full verification, and writes the largest relative

@@ -118,7 +118,7 @@ def rounded_plainly(bundle: Bundle, bits: int, folder: Path) -> None:
 
 
 def measure(bundle: Bundle, variant: str, calibration: Array, evaluation: Array) -> dict[str, Any]:
-    """Quantizes one variant and returns its perplexity, sizes and errors."""
+    """Quantizes the bundle's weights as one variant; returns perplexity, file size and rounding errors."""
     start = time.process_time()
     with tempfile.TemporaryDirectory() as name:
         folder, found = Path(name), {}

@@ -4,7 +4,7 @@
     python benchmarks/perplexity_gguf.py BUNDLE --texts TEXTS --gguf Q8_0=GGUF/Q8_0.gguf --gguf Q4_0=GGUF/Q4_0.gguf
 
 transformers reads each file (``pip install gguf``) and computes in float32 with the rounded weights. llama.cpp also
-rounds activations, so its own result is not better than this one. The tokenizer is the bundle's.
+rounds activations, so the perplexity in llama.cpp itself is not lower. The tokenizer is the bundle's.
 """
 
 from __future__ import annotations

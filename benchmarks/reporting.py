@@ -80,12 +80,12 @@ def parser_of(doc: str | None) -> ScriptParser:
 
 
 def bundle_path(text: str) -> Path:
-    """Parses the directory of a bundle, which :class:`ScriptParser` checks."""
+    """Parses the directory of a bundle; :class:`ScriptParser` checks that it is one."""
     return Path(text)
 
 
 def named_bundle(text: str) -> tuple[str, Path]:
-    """Parses ``NAME=BUNDLE``; the bundle is checked as that of :func:`bundle_path`."""
+    """Parses ``NAME=BUNDLE``; :class:`ScriptParser` checks that the directory is a bundle."""
     return named_path(text)
 
 
@@ -93,7 +93,7 @@ class ScriptParser(argparse.ArgumentParser):
     """An argument parser that refuses a directory that is no bundle, before anything is measured."""
 
     def parse_args(self, *given: Any, **more: Any) -> argparse.Namespace:  # type: ignore[override]  # all its forms
-        """Parses the arguments; raises BundleError if the argument of a bundle names none."""
+        """Parses the arguments; raises BundleError if the argument for a bundle names a directory that is no bundle."""
         options: argparse.Namespace = super().parse_args(*given, **more)
         for action in self._actions:
             value = getattr(options, action.dest, None)

@@ -88,8 +88,8 @@ def joined(recordings: Sequence[Recording]) -> Recording:
 def timed(captioner: Captioner, pictures: Film, **options: Any) -> dict[str, Any]:
     """Captions a film frame by frame.
 
-    Returns the captions, the step of each frame (what was reused), the last audit of the thresholds, and the CPU
-    milliseconds per frame.
+    Returns the captions, the step of each frame (what was reused), the result of the last check of the thresholds
+    (audit), and the CPU milliseconds per frame.
     """
     start = time.process_time()
     results = list(watch(captioner, frames_of(pictures), every=True, **options))

@@ -47,15 +47,18 @@ def optimize_graphs(bundle: Path, graphs: Sequence[str]) -> None:
 
 
 def row(point: FormatPoint, front: Sequence[FormatPoint]) -> dict[str, Any]:
-    """Returns the row of one measured combination, with the flags of all combinations on the front that beat it."""
+    """Returns the result row of one measured combination.
+
+    The row has the flags of all combinations on the Pareto front that are better than this combination.
+    """
     beaten = [other.flags for other in front if other.beats(point)]
     return {**point.to_json(), "on_the_front": point in front, "beaten_by": beaten}
 
 
 def rows(found: FoundPoints) -> dict[str, Any]:
-    """Returns the results of a search: the combinations on the front, and those that need no search (presets).
+    """Returns the results of a search: the combinations on the Pareto front, and the presets, which need no search.
 
-    Also returns how often a preset beats a combination on the front.
+    Also returns how often a preset is better than a combination on the front.
     """
     measured = [point for point in found.points if point.drop is not None]
     presets = [point for point in measured if point.preset]
@@ -80,8 +83,8 @@ def main() -> None:
         "--bundle", type=bundle_path, help="an exported bundle in fp32 (default: export the example checkpoint)"
     )
     parser.add_argument("--pictures", type=int, default=128, help="number of calibration pictures (128)")
-    parser.add_argument("--formats", nargs="+", default=[], help="number formats to try (all); mixed is two in a graph")
-    parser.add_argument("--measured", type=int, default=MEASURED, help=f"combinations to measure ({MEASURED})")
+    parser.add_argument("--formats", nargs="+", default=[], help="number formats to try (all); mixed: two in a graph")
+    parser.add_argument("--measured", type=int, default=MEASURED, help=f"number of combinations ({MEASURED})")
     parser.add_argument(
         "--folder", type=Path, help="folder of pictures, state and result, so that a killed run goes on"
     )

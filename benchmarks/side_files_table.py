@@ -21,7 +21,7 @@ TABLES = ("IMAGE_PROCESSOR", "PROCESSOR", "TOKENIZER", "GENERATION", "CONFIG")
 
 
 def table(keys: KeyTable) -> str:
-    """Returns the table of a file's keys: honoured keys, then checked keys, then keys without effect."""
+    """Returns the table of a file's keys: keys that are used, then checked keys, then keys that change no caption."""
     lines = ["| keys | what happens |", "|---|---|"]
     if keys.honoured:
         lines.append(f"| {listed(keys.honoured)} | honoured |")

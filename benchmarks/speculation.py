@@ -41,7 +41,7 @@ class Always(SpeculationCost):
 
 
 class Contestant:
-    """One value of `--draft` that is compared. All values use the same captioner, and so the same weights in memory."""
+    """One of the compared values of `--draft`. All values use one captioner, so the weights are in memory once."""
 
     def __init__(self, captioner: Captioner, draft: Draft) -> None:
         self.captioner = captioner
@@ -50,7 +50,7 @@ class Contestant:
         self.cost = Always(clock) if draft == "always" else SpeculationCost(clock)
 
     def caption(self, picture: Any, tokens: int) -> CaptionResult:
-        """Captions a picture; `self.cost` decides when drafts are made, from the times of this way's own runs."""
+        """Captions a picture; `self.cost` decides when drafts are made, from the times with this value of `--draft`."""
         costs = self.captioner.generator.drafts.costs
         costs.update(dict.fromkeys(costs, self.cost))
         return self.captioner.caption(picture, max_new_tokens=tokens, draft=self.draft)

@@ -213,7 +213,7 @@ def kept_rows(path: Path | None) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def main() -> None:
-    """Predicts and measures all combinations of options for both models."""
+    """Predicts and measures all combinations of options, for each published model and its smaller version."""
     parser = parser_of(__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "CHOICE"), help="measure one combination in this process")

@@ -1,4 +1,4 @@
-"""Captions pictures through a real Triton Inference Server, and compares the answers with the bundle's own.
+"""Captions pictures through a real Triton Inference Server, and compares the answers with those of `Captioner`.
 
 The server comes from the package nvidia-pytriton. Install this package with --no-deps in a virtual environment of its
 own, with onnxruntime, pillow, tokenizers, and numpy below 2 (Triton's stub for Python requires it). Run this script
@@ -102,7 +102,7 @@ def wait_ready(client: Client, process: subprocess.Popen[bytes], log: Path) -> f
 
 
 def measured(client: Client, captioner: Captioner, pictures: list[bytes], count: int) -> dict[str, Any]:
-    """Sends all kinds of requests, and counts the equal answers."""
+    """Sends all kinds of requests; counts the answers that equal the captioner's captions."""
     files = [pictures[at % len(pictures)] for at in range(count)]
     wanted = [captioner.caption(file, prompt="a", max_new_tokens=12) for file in files]
 

@@ -156,7 +156,7 @@ def main() -> None:
         "--seconds", type=float, nargs="+", default=[2.0, 8.0], help="seconds for which the server is killed"
     )
     parser.add_argument(
-        "--stall", type=float, default=14.0, help="seconds for which the server is stopped; above two timeouts of 5 s"
+        "--stall", type=float, default=14.0, help="seconds for which the server is stopped; over two timeouts of 5 s"
     )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
