@@ -58,7 +58,7 @@ class BuildReport:
         directory: The folder with the engines.
         fingerprint: The GPU, the TensorRT version and so on for which the engines were built.
         engines: The built engines, by graph name.
-        memory_mib: Estimated memory for building the engine that needs most, in MiB.
+        memory_mib: The largest of the estimates of the memory for building each engine, in MiB.
         bundle: The new bundle that holds only engines; None without the argument ``output``.
         cache: Kind of the decoder's KV cache, one of ``DECODER_CACHES`` except ``auto``; empty without a decoder.
         cache_reason: Why ``--decoder auto`` did not choose the KV cache that is updated in place; empty if it did, or

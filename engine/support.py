@@ -21,8 +21,8 @@ class Finding:
     """Something in a graph that a TensorRT version does not support: a node, an input, or the opset.
 
     Attributes:
-        node: Name of the node, of its first output if the node has no name, or of the graph's input; ``graph`` for the
-            opset.
+        node: Name of the node (of the node's first output if the node has no name) or of the graph's input; ``graph``
+            if the opset is not supported.
         operator: The node's operator, ``input`` or ``opset``.
         problem: What is not supported.
         fix: How to export a graph without this problem.

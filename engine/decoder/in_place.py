@@ -168,7 +168,7 @@ class _Rewriter:
         self._drop_row_axes(queries)
 
     def _drop_row_axes(self, queries: ir.Value) -> None:
-        """Removes the ``Unsqueeze`` nodes that add the axis of the rows: after the rewrite the values already have it.
+        """Removes the ``Unsqueeze`` nodes that add the axis of the rows, because the values already have this axis.
 
         Args:
             queries: Slot numbers of the new tokens, int64 ``[B, S, 1]``.
@@ -262,12 +262,15 @@ class _Rewriter:
         return self._masks[hidden]
 
     def _through_cast(self, value: ir.Value, operator: str) -> ir.Node:
-        """Returns the only node with this operator whose input is ``value`` or the output of the only Cast of it."""
+        """Returns the only node ``operator`` that has ``value`` as an input.
+
+        If exactly one Cast node reads ``value``, the node must have the output of this Cast as an input instead.
+        """
         casts = [node.outputs[0] for node, _ in value.uses() if node.op_type == "Cast"]
         return self._only(casts[0] if len(casts) == 1 else value, operator)
 
     def _only(self, value: ir.Value, operator: str) -> ir.Node:
-        """Returns the only node with this operator that has ``value`` as an input.
+        """Returns the only node with the operator ``operator`` that has ``value`` as an input.
 
         Raises:
             EngineError: There is no such node, or there are several.
