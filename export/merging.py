@@ -66,7 +66,7 @@ def with_choices(graph: Path, spec: GraphSpec) -> Iterator[tuple[Path, tuple[str
     partners = [node.outputs[0] for node in model.graph if node.op_type == "ArgMax"]
     orders = [node.outputs[1] for node in model.graph if node.op_type == "TopK" and _ranks_scores(node)]
     if len(partners) != len(orders):
-        raise ExportError(f"{spec.name} ranks patches in {len(orders)} layers, but pairs them in {len(partners)}")
+        raise ExportError(f"{spec.name} sorts patches in {len(orders)} layers, but merges them in {len(partners)}")
     chosen = [value for pair in zip(orders, partners, strict=True) for value in pair]
     if not chosen:
         yield graph, ()

@@ -136,8 +136,8 @@ def export_checkpoint(
         checkpoint: A directory in transformers' format, a hub name, a PEFT adapter, or a ``.pth`` of LAVIS.
         output: Directory of the new bundle.
         precision: ``fp32``, ``fp16`` or ``bf16``.
-        verify: ``full`` compares the whole model with torch; ``sample`` compares single layers with the written
-            weights, and needs the memory of one layer. None chooses by the checkpoint's size.
+        verify: ``full`` compares whole graphs with torch. ``sample`` compares a few layers with torch, one at a time,
+            so it needs the memory of one layer. With None, the checkpoint's size decides.
         base: The directory or hub name with the frozen weights for a ``.pth``, or with the base of an adapter.
         merge_tokens: Patches that are merged in each layer of the vision encoder (``model/vision/token_merging.py``).
         force: Replace an existing bundle.

@@ -2,9 +2,9 @@
 
 Each graph has a spec of its inputs and outputs, and a torch module to trace:
 
-    image_embeds [B,P,Dv]                                → image_features [B,K,F], of length 1
-    input_ids, attention_mask [B,S]                      → text_embeds [B,F], of length 1
-    image_embeds, input_ids, attention_mask              → probability [B], match_logits [B,2]: no match, match
+    image_embeds [B,P,Dv]                     → image_features [B,K,F], K unit vectors for each picture
+    input_ids, attention_mask [B,S]           → text_embeds [B,F], a unit vector for each text
+    image_embeds, input_ids, attention_mask   → probability [B] of a match, match_logits [B,2] (no match, match)
 
 The cosine of a picture and a text is the largest dot product of ``text_embeds`` with the K ``image_features``.
 """

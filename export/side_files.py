@@ -107,7 +107,7 @@ class SideFiles:
         return cls(preprocessing, prompt, generation, content, flags, instruction, draft, tuple(warnings))
 
     def write(self, bundle: Path) -> None:
-        """Writes the tokenizers to a bundle. The other settings are written with its manifest."""
+        """Writes the tokenizers to a bundle. The other settings are not written here, but with the manifest."""
         (bundle / TOKENIZER_FILE).write_bytes(self.tokenizer)
         if self.qformer_tokenizer is not None:
             (bundle / QFORMER_TOKENIZER_FILE).write_bytes(self.qformer_tokenizer)
