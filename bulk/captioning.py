@@ -121,7 +121,10 @@ class ChunkCaptioner:
         """Returns the options of the generation. Raises an error if the options, the prompt or the model do not fit."""
         options, prompts = self._options, self.captioner.prompts
         if prompts.spec.frames > 1:
-            raise UsageError(f"expected a model for pictures, but {options.bundle} captions videos", "use caption")
+            raise UsageError(
+                f"expected a model for pictures, but {options.bundle} captions videos",
+                "caption videos with `blip2edge caption`",
+            )
         prompts(prompts.with_default(options.prompt))
         given = self.captioner.options(**options.generation)
         generation = replace(given, seed=DEFAULT_SEED) if given.sampling and given.seed is None else given
@@ -159,7 +162,7 @@ class ChunkCaptioner:
 
         Args:
             chunks: The parts of the output.
-            find: Finds duplicates; None to look for none.
+            find: Finds duplicates; if None, duplicates are not searched.
         """
         for _, group in groupby(self._decoded(chunks), key=lambda one: one[0]):
             yield self._chunk((decoded for _, decoded in group), find)

@@ -34,7 +34,7 @@ class Embedder:
         self._matrix: NDArray[np.float32] | None = None
 
     def __call__(self, pictures: Mapping[str, Array]) -> Embeddings:
-        """Returns the embeddings of B pictures, float16 ``[B, 256]``, each of length 1.
+        """Returns the embeddings of B pictures, float16 ``[B, 256]``; each row is a unit vector.
 
         Args:
             pictures: Outputs of the graphs by name: ``visual_tokens`` or ``image_embeds``, first axis B.

@@ -40,7 +40,7 @@ REPORT_FILE = "_bulk.json"
 """File with the plan and the counts, in an output that is a directory. Readers of Parquet skip names with ``_``."""
 
 VERSIONED = ("numpy", "pillow", "onnxruntime", "openvino", "pyarrow")
-"""Packages whose version is in the plan. Another version may give other bytes."""
+"""Packages whose version is in the plan of a run, because another version may write other bytes."""
 
 COUNTS = ("pictures", "broken", "duplicates", "parts")
 

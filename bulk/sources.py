@@ -36,7 +36,10 @@ _FOLDER, _SHARDS, _PARQUET, _CSV = BULK_SOURCES
 _SUFFIXES = {".tar": _SHARDS, ".parquet": _PARQUET, ".csv": _CSV, ".tsv": _CSV}
 _TEXTS = ("string", "large_string", "string_view")
 _BYTES = ("binary", "large_binary", "binary_view", "fixed_size_binary", "struct")
-"""Types of pyarrow for a column of paths (``_TEXTS``) and of bytes; Hugging Face's datasets store bytes in structs."""
+"""Types of pyarrow for a column of paths (``_TEXTS``) and for a column of bytes (``_BYTES``).
+
+Hugging Face's datasets store the bytes in structs.
+"""
 
 
 @dataclass(frozen=True)
@@ -249,11 +252,11 @@ def _named(values: Iterator[Any], table: StoredFile) -> Iterator[ListedPicture]:
 
 
 def _listed_address(name: str, path: str) -> ListedPicture:
-    """Returns the item for an address in a table; a broken one if no picture can have this address.
+    """Returns the item for an address in a table; a broken item if no picture can have this address.
 
     Raises:
         MissingPackageError: The package for this kind of address is not installed.
-        StorageError: The object store cannot be opened, also in the last attempt.
+        StorageError: The object store cannot be opened, not even in the last attempt.
     """
     if not path.partition("://")[2].strip("/"):
         return ListedPicture(name, BROKEN, (f"{path}: the address names no file",))

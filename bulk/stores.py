@@ -24,7 +24,7 @@ from blip2edge.runtime.images.download import WEB
 from blip2edge.special_files import open_file
 
 _OTHER_STORE = ("fs", "fo", "target_protocol")
-"""Arguments of fsspec's file systems inside another file or store (``zip``, ``dir``, ``filecache``); one is needed."""
+"""Arguments that name another file or store. Such a file system (``zip``, ``dir``, ``filecache``) needs one of them."""
 
 _WRAPPERS = ("generic", "simplecache")  # such file systems without these arguments in their own signature
 
@@ -45,7 +45,7 @@ class StoredFile:
 
 
 class UnknownStoreError(DataError):
-    """An address names no object store: fsspec does not know it, or needs more than the address to open it."""
+    """An address names no object store: fsspec does not know the protocol, or needs more than the address."""
 
 
 class Store(Protocol):
@@ -155,7 +155,7 @@ class RemoteStore:
             raise
         except ImportError as error:
             raise MissingPackageError(
-                f"{protocol}:// cannot be read ({one_line(error)})", "install the package that it names with pip"
+                f"{protocol}:// cannot be read ({one_line(error)})", "install the package named here with pip"
             ) from error
         except Exception as error:  # of any kind: each file system has its own, and some connect with their server
             if protocol not in {*fsspec.available_protocols(), *fsspec.registry}:
@@ -209,7 +209,8 @@ class RemoteStore:
 def _missing(protocol: str, kind: Any, given: Collection[str]) -> str:
     """Returns what a file system of fsspec needs besides an address, such as the host of a server; "" if nothing.
 
-    A file system is not made to find out: the one of ``ftp://`` would print a traceback when it is removed.
+    The constructor's parameters are read, and no file system is created: a file system of ``ftp://`` that failed would
+    print a traceback when Python deletes it.
     """
     parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
     needed = (one for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD)
@@ -243,7 +244,10 @@ def is_web(path: str) -> bool:
 
 @cache
 def _remote(protocol: str) -> RemoteStore | UnknownStoreError:
-    """Returns the store of a protocol, or the error of a protocol without one. Other errors are raised, not kept."""
+    """Returns the store of a protocol. If the protocol has no store, the error is returned and cached.
+
+    All other errors are raised, and the next call tries again.
+    """
     try:
         return RemoteStore(protocol)
     except UnknownStoreError as error:
