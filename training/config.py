@@ -82,7 +82,7 @@ class TrainingConfig(RecipeSection):
     section = ""
 
     def runs_stage1(self, stage: str) -> bool:
-        """Returns whether `blip2edge train STAGE` runs stage 1: not if the recipe names a finished stage 1."""
+        """Returns whether `blip2edge train STAGE` runs stage 1; false if the recipe names the output of a stage 1."""
         return self.stage1.steps > 0 and (stage == "stage1" or not self.model.bridge_from)
 
     def __post_init__(self) -> None:

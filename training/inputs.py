@@ -44,12 +44,13 @@ def check_recipe_files(config: TrainingConfig, base: Path, stage: str) -> None:
     for key, text in _places(config, stage):
         if not is_address(text) and not (base / text).exists() and not any(sign in text for sign in _PATTERN):
             raise DataError(
-                f"{key} = {text!r}: there is no {(base / text).resolve()}", "relative paths start at the recipe"
+                f"{key} = {text!r}: there is no {(base / text).resolve()}",
+                "correct the path; a relative path starts from the directory of the recipe",
             )
 
 
 def _places(config: TrainingConfig, stage: str) -> Iterator[tuple[str, str]]:
-    """Yields the paths of the data, and of the validation if the stage has one, each after its key."""
+    """Yields (key, path) for each path in `[data]`, and in `[validation]` if the stage has a validation."""
     named: list[tuple[str, DataConfig]] = [("data", each) for each in config.data.parts]
     if config.validation.every and stage != "stage1":
         named.append(("validation", config.validation))

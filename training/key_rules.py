@@ -46,7 +46,7 @@ BRIDGE_SIZES: Mapping[str, tuple[str, ...]] = {
     "pool": ("hidden_size", "num_heads"),
     "flamingo": ("hidden_size", "num_layers", "num_heads"),
 }
-"""The keys of `[model.qformer]` that a new bridge has."""
+"""By the value of the key `bridge`: the keys of `[model.qformer]` that set the sizes of a new bridge."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class KeyRule:
     Attributes:
         keys: The keys; empty for all keys of the section but `but`.
         works: Function of the recipe and the section that returns whether the keys have an effect.
-        reason: Why they have none, for the error.
-        fix: What gives them an effect, for the error.
+        reason: Why the keys have no effect, for the error.
+        fix: What to change so that the keys have an effect, for the error.
         switches: Keys that turn the others on or off; the rule is not applied if one of them is written.
         but: Keys to which the rule does not apply.
     """
@@ -260,6 +260,6 @@ def choice(names: Sequence[str]) -> str:
 
 
 def _refusal(section: str, keys: Sequence[str], reason: str, fix: str) -> tuple[str, str]:
-    """Returns problem and correction for written keys without effect."""
+    """Returns problem and correction of the error for keys that the recipe has, but that have no effect."""
     names, several = ", ".join(keys), len(keys) > 1
     return f"[{section}] {names} {'have' if several else 'has'} no effect: {reason}", f"{fix}, or leave {names} out"

@@ -63,7 +63,7 @@ class DataConfig(RecipeSection):
     flip: Annotated[float, SHARE] = 0.0
     """Share of pictures that are mirrored. A picture whose texts contain a word of `flip_except` is never mirrored."""
     flip_except: tuple[str, ...] = LEFT_RIGHT
-    """Words of texts that a mirrored picture would make wrong."""
+    """Words, such as "left", with which a text is wrong for the mirrored picture."""
     count: Annotated[int, NOT_NEGATIVE] = 0
     """Number of generated scenes, shown pass after pass, so that features can be cached; 0: every scene is new."""
     series: Annotated[int, NOT_NEGATIVE] = 0

@@ -79,7 +79,7 @@ class SceneObject:
 
     @property
     def kind(self) -> Kind:
-        """Returns colour and shape; pairs of these decide whether a scene is a training or a held-out scene."""
+        """Returns (colour, shape); the kinds of its two objects decide whether a scene is for training or held out."""
         return (self.colour, self.shape)
 
     @property

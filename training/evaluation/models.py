@@ -22,7 +22,7 @@ JUDGES = {
     "clip": f"{option('clip')} BUNDLE, a bundle or checkpoint that compares pictures with texts (CLIP)",
     "reader": f"{option('reader')} BUNDLE, a bundle or checkpoint with a language model, on data with questions",
 }
-"""For each metric that needs no captions: the option that selects the metric, with its value."""
+"""For each metric that needs no captions in the data: the option that selects the metric, with the option's value."""
 
 Vectors = NDArray[np.float32]
 Prompts = Sequence[str | None]

@@ -145,7 +145,8 @@ def _check_combinations(
         data: Name or path of the data.
         count: Number of pictures.
         metrics: Names of metrics; empty for all.
-        judges: The models of the options ``clip`` and ``reader``, by their option, which is also their metric's name.
+        judges: The models that score captions, by the name of their option (``clip``, ``reader``); a metric has the
+            same name.
         reader_prompt: Prompt of the reader.
 
     Raises:

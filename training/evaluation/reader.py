@@ -30,7 +30,7 @@ TEMPLATE = "Picture: {caption}\nQuestion: {question}\nShort answer:"
 FIELDS = ("{caption}", "{question}")
 
 MAX_ANSWER_TOKENS = 10
-"""Longest answer; the limit of LAVIS in VQA."""
+"""Largest number of tokens of an answer; the limit of LAVIS in VQA."""
 
 STOP = "\n"
 """The text that ends an answer."""

@@ -28,13 +28,13 @@ FACTS = "validation"  # key of a snapshot's facts
 
 
 class Together(Protocol):
-    """A captioner that the first process runs in all processes."""
+    """A captioner that generates in all processes at once, because its parameters are spread over them."""
 
     def end(self) -> None:
-        """Ends the part of the other processes; called in the first process."""
+        """Ends :meth:`follow` in the other processes; called in the first process."""
 
     def follow(self) -> None:
-        """Generates with the first process, until it ends; called in the other processes."""
+        """Generates what the first process generates, until that calls :meth:`end`; called in the other processes."""
 
 
 @dataclass
@@ -124,7 +124,7 @@ class Validation:
         }
 
     def _led(self) -> Mapping[str, Any]:
-        """Scores the captioner, and ends the other processes' part, also after an error."""
+        """Scores the captioner in the first process; then (also after an error) ends `follow` in all others."""
         try:
             return self.score()
         finally:

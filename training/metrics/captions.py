@@ -34,7 +34,7 @@ def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tupl
 
     The count of an n-gram is limited to its largest count in one reference. Counts are summed over the set before the
     division. The reference length of a caption is the length of that reference whose length is nearest to the
-    caption's; if two are equally near, the shorter.
+    caption's; if two are equally near, the shorter one counts.
 
     Args:
         candidates: N captions, tokenised.

@@ -1,10 +1,10 @@
 """Splits captions into words like the COCO caption evaluation, without Java.
 
 The evaluation server runs Stanford's PTBTokenizer (CoreNLP 3.4.1) and then drops punctuation. These rules follow the
-Penn Treebank as that tokenizer applies it to English captions: clitics are split off ("it 's", "is n't"), hyphens and
-slashes inside a word are not, an abbreviation keeps its full stop, brackets get names. The rules were derived by
+Penn Treebank as that tokenizer applies it to English captions: clitics are split off ("it 's", "is n't"), words with
+hyphens or slashes are not split, an abbreviation keeps its full stop, brackets get names. The rules were derived by
 comparison with that tokenizer's output on COCO's captions; the tests contain some of these captions. As in a lexer, the
-longest match of all rules is used; of equally long matches, the match of the first rule. Characters outside English
+longest match of all rules is used; if several matches are equally long, the first rule wins. Characters outside English
 (emoji, combining marks, new scripts) follow the tables of ``characters.py``, which were made with that tokenizer.
 """
 

@@ -351,7 +351,7 @@ def phases_of(stage: str, config: TrainingConfig) -> list[str]:
         config: The recipe.
 
     Raises:
-        ConfigError: Stage 1 has no steps, or the recipe has the section of another stage instead of this one's.
+        ConfigError: Stage 1 has no steps, or the recipe has the section of another stage instead of that of this stage.
     """
     for other in ("stage2", "instruct"):
         if other != stage != "stage1" and other in config.written and stage not in config.written:

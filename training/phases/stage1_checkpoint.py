@@ -61,8 +61,8 @@ BERT_RULES = (
 )
 """Maps parameter names of :class:`Stage1Model` to tensor names of BERT.
 
-BERT's feed-forward is copied to the text's feed-forward and to the queries'. Parameters without a rule are drawn at
-random.
+BERT's feed-forward is copied to the feed-forward of the text and to that of the queries. Parameters without a rule are
+drawn at random.
 """
 
 _DRAWN = ("query_tokens", "cross_attention", "projection", "match_head", "temperature", "vision.")
@@ -134,7 +134,7 @@ def start_from_bert(model: Stage1Model, source: str | Path, generator: torch.Gen
 
 
 def _take(parameter: Tensor, given: Tensor, name: str, directory: Path) -> None:
-    """Copies a tensor into a parameter; if :func:`_may_grow` allows it, the parameter may have more rows."""
+    """Copies a tensor into a parameter, which may have more rows than the tensor if :func:`_may_grow` allows it."""
     rows = len(given)
     if given.shape[1:] != parameter.shape[1:] or rows > len(parameter) or not _may_grow(name, given, parameter):
         raise CheckpointError(

@@ -225,7 +225,7 @@ class GenerativeStage(nn.Module):
         return {"lm": loss, "itg": own, "loss": loss + self.itg_weight * own}
 
     def gauges(self) -> dict[str, float]:
-        """Returns values for the log: the last step's number of queries (elastic); mean |tanh| of the gates."""
+        """Returns values for the log: the last step's number of queries, if it varies, and mean |tanh| of each gate."""
         found = {"queries": float(self._queries)} if self._queries else {}
         for name, parameter in self.language.named_parameters():
             if name.endswith("_gate"):

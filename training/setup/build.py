@@ -123,7 +123,7 @@ def _kept(config: TrainingConfig, base: Path) -> Stage1Source | None:
 
 
 def _opened(name: str, config: TrainingConfig, base: Path) -> Stage1Source:
-    """Opens a stage-1 model. If it has no text head, it gets a new text head, with a tokenizer of the recipe."""
+    """Opens a stage-1 model. If it has no text head, a new one is added, with a tokenizer that the recipe names."""
     directory = pretrained.resolve(name, base)
     draft = None
     if not (directory / DRAFT_CONFIG).is_file():
@@ -265,7 +265,10 @@ def _composed(stage: str, config: TrainingConfig, base: Path, kept: Stage1Source
 
 
 def _text_config(own: QFormerTexts, config: TrainingConfig, base: Path, kept: Stage1Source | None) -> DraftConfig:
-    """Makes the config of the Q-Former's text side; the positions are those of the model that initialises it."""
+    """Makes the config of the Q-Former's text side.
+
+    The number of positions is that of the model that initialises the text side: a stage-1 model, or a BERT.
+    """
     if kept is not None:
         return kept.draft
     if not config.model.bert:

@@ -27,8 +27,8 @@ def check_bridge_keys(
         kept: The model of stage 1 whose Q-Former the run uses; None if there is none.
         text: Whether the Q-Former has a text side in this run.
         new: Whether the bridge is new.
-        tokenizer: The key of ``[model]`` whose checkpoint has the tokenizer of the Q-Former's text side; None if none
-            has one.
+        tokenizer: The key of ``[model]`` whose checkpoint has the tokenizer of the Q-Former's text side; None if no
+            checkpoint has it.
     """
     model = config.model
     if model.checkpoint and model.vision_from and model.language_from and not (text and tokenizer == "checkpoint"):

@@ -134,8 +134,8 @@ def announce(
     Args:
         config: The captioner.
         recipe: The recipe. For the miniature nothing is printed but warnings, because it is small by default.
-        stage: The last stage of the run; for "stage1" only the memory for reading the checkpoints is compared, and for
-            pretraining the miniature.
+        stage: The last stage of the run. For "stage1", only the memory for reading the checkpoints and for pretraining
+            the miniature is compared.
         accelerator: Device and processes.
         log: Receives the lines.
 
@@ -181,7 +181,10 @@ def announce(
 
 
 def _reading_need(model: CaptionerModel, local: int, *, miniature: bool) -> MemoryNeed:
-    """Returns the memory for reading a model in float32, or for drawing the miniature, in `local` processes."""
+    """Returns the memory for reading a model in float32, or for drawing the weights of the miniature.
+
+    `local` is the number of processes on this machine, each of which holds the whole model.
+    """
     size = local * _size(model)
     fewer = ", or start fewer processes on it" if local > 1 else ""
     what = "drawing the weights of the miniature" if miniature else "reading the checkpoints, which is done in float32,"
@@ -194,7 +197,7 @@ def _pretraining_need(
 ) -> MemoryNeed:
     """Returns the memory for pretraining the larger of the miniature's trained parts, without activations.
 
-    On a GPU only the trained part is on the device; on a CPU the `local` processes share the memory.
+    On a GPU, only the trained part is on the device. On a CPU, the `local` processes on this machine share its memory.
     """
     parts = [model.vision] if stage == "stage1" else [model.vision, model.language]
     part = max(map(_size, parts))

@@ -130,7 +130,7 @@ class TorchState(SlotState):
             self._past = [(key[:, :, unused:], value[:, :, unused:]) for key, value in self._past or ()]
 
     def run_graph(self, inputs: dict[str, Array]) -> NDArray[np.float32]:
-        """Runs the language model and keeps the new keys and values; returns logits ``[B, K, V]``."""
+        """Runs the language model and keeps the new keys and values; returns logits ``[B, K, V]`` of K tokens."""
         device = self.decoder.device
         given = {name: torch.as_tensor(value, device=device) for name, value in inputs.items()}
         own_mask = given.pop(CROSS_MASK, self._source.mask)
@@ -156,7 +156,8 @@ class TorchLanguage(LanguageModel):
         language: The language model, in eval mode.
         config: Config of the language model.
         start: Id of the decoder's first token, for an encoder-decoder model; None for 0.
-        agree: See :class:`TorchDecoder`.
+        agree: Function that returns the logits of the first process in all processes, if several processes decode the
+            same texts together; None for one process.
     """
 
     decoder: TorchDecoder

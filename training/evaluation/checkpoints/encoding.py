@@ -92,5 +92,8 @@ class TorchEncoder(Encoder):
 
 
 def _packed(tensor: Tensor, counts: Sequence[int]) -> Tensor:
-    """Concatenates the pictures of each row: ``[N, Q, D]`` to ``[B, max(counts) * Q, D]``, with zeros at the end."""
+    """Concatenates the visual tokens of each row's pictures, with zeros at the end.
+
+    Maps ``[N, Q, D]``, all N pictures, to ``[B, max(counts) * Q, D]``; ``counts`` are the pictures of each row.
+    """
     return pad_sequence(list(torch.split(tensor, list(counts))), batch_first=True).flatten(1, 2)

@@ -49,7 +49,7 @@ class CaptionerTogether:
         self._send([None])
 
     def follow(self) -> None:
-        """Generates the same texts as the first process, until it ends; called in the other processes."""
+        """Generates the same texts as the first process, until that calls :meth:`end`; called in all others."""
         while (given := self._send([None])[0]) is not None:
             try:
                 self._captioner(*given)
