@@ -74,8 +74,8 @@ def element(tag: str, content: str = "", **attributes: str | float) -> str:
     Args:
         tag: Name of the element.
         content: Content of the element, already escaped.
-        **attributes: Its attributes. In their names, a final ``_`` is removed and any other becomes ``-``. Numbers are
-            rounded to 0.1.
+        **attributes: Attributes of the element. In their names, a final ``_`` is removed, and every other ``_`` becomes
+            ``-``. Numbers are rounded to 0.1.
     """
     written = "".join(
         f' {name.rstrip("_").replace("_", "-")}="{escape(value) if isinstance(value, str) else f"{value:.1f}"}"'

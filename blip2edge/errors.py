@@ -99,7 +99,7 @@ class Blip2EdgeError(Exception):
 
     @property
     def fix(self) -> str | None:
-        """What the user can do about it; None if nothing helps."""
+        """What the user can do about the error; None if nothing helps."""
         return None if self._fix is None else _written(self._fix, python_option)
 
     def with_problem(self, change: Callable[[str], str]) -> Self:

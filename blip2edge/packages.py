@@ -52,10 +52,10 @@ It is a clone of the repository if it contains ``hatch_build.py``, else a direct
 def pip_command(extra: str = "", upgrade: bool = False) -> str:
     """Returns the command that installs blip2edge from where it was installed, with an extra such as ``serve``.
 
-    If blip2edge runs from a clone, the command is ``pip install -e 'CLONE[serve]'``. If it was installed from git, the
-    command is ``pip install 'blip2edge[serve] @ git+URL'``. Otherwise, also if it was installed from a wheel file that
-    was removed since, it is ``pip install 'blip2edge[serve]'``. If the shell's ``pip`` belongs to another environment
-    than this Python, the command begins with the path of this Python.
+    If blip2edge runs from a clone, the command is ``pip install -e 'CLONE[serve]'``. If blip2edge was installed from
+    git, the command is ``pip install 'blip2edge[serve] @ git+URL'``. In all other cases, for example if the wheel file
+    of the installation was removed, the command is ``pip install 'blip2edge[serve]'``. If the shell's ``pip`` belongs
+    to another environment than this Python, the command begins with the path of this Python.
 
     Args:
         extra: One extra, several joined by commas, or none.

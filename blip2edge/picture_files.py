@@ -77,8 +77,10 @@ def range_of(pattern: str) -> list[str]:
 def version_mark(described: Mapping[str, Any]) -> str:
     """Returns a text that changes when a file in an object store changes: its version, or its time of modification.
 
+    The text is empty if the object store gives neither a version nor a time of modification.
+
     Args:
-        described: What the object store says about the file. The result is empty if it names neither of the two.
+        described: The object store's information about the file.
     """
     return next((str(described[key]) for key in _VERSION_KEYS if described.get(key)), "")
 
@@ -184,7 +186,11 @@ class ShardFile:
             return self.read_from(file)
 
     def read_from(self, file: BinaryIO) -> bytes:
-        """Reads the content of the file from the opened shard; raises ImageError as :meth:`read`."""
+        """Reads the content of the file from the opened shard.
+
+        Raises:
+            ImageError: The shard is truncated, or the file is sparse or too large.
+        """
         where = f"{self.shard}: {printable(self.name)}"
         if self.sparse:
             raise ImageError(f"{where} is a sparse file, which is not read", "pack the files again without sparse ones")

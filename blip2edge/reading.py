@@ -251,10 +251,10 @@ def read_json(
         path: The file.
         error: Class of the error.
         fix: What the user can do about a broken file.
-        missing: See :func:`reading`.
-        explain: See :func:`reading`.
+        missing: The error for a file that does not exist; None for an error with the system's reason.
+        explain: Function that makes a better error for some exceptions, and returns None for all other exceptions.
         limit: Largest size of the file in bytes.
-        strict: See :func:`parse_json`.
+        strict: Whether NaN, Infinity and a repeated key in an object are errors.
 
     Raises:
         Blip2EdgeError: The class ``error``: the file cannot be opened, is too large, is not JSON, or holds another

@@ -278,8 +278,8 @@ def load_whole(
         signature: The signature file; None for the usual places, see :meth:`Bundle.open`.
 
     Raises:
-        BundleError, BundleVersionError, BundleIntegrityError, UsageError: As :meth:`Bundle.open`; and the errors of
-            ``load``.
+        BundleError, BundleVersionError, BundleIntegrityError, UsageError: For the same reasons as in
+            :meth:`Bundle.open`. The errors of ``load`` are raised too.
     """
     _check_path(path)
     directory = find_bundle(path, public_key=require_signature)

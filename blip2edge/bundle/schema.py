@@ -223,7 +223,7 @@ class CacheSpec:
         return self.names("present")
 
     def names(self, prefix: str) -> list[str]:
-        """Names of the KV cache tensors with this prefix, in the order of :meth:`past_names`."""
+        """Returns ``PREFIX.{i}.key`` and ``PREFIX.{i}.value`` of each layer i: names of the KV cache tensors."""
         return [f"{prefix}.{i}.{kind}" for i in range(self.num_layers) for kind in ("key", "value")]
 
 

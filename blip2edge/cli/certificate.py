@@ -20,7 +20,7 @@ DAYS = 365
 """Validity of a certificate; browsers refuse server certificates of more than 398 days."""
 
 RENEW_DAYS = 7
-"""A certificate that ends in fewer days is made again."""
+"""If the certificate in the cache expires in fewer days, a new certificate is made."""
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 

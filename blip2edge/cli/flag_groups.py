@@ -90,12 +90,14 @@ def add_number(
 
 
 def add_ray(parser: ArgumentParser, workers: str, what: str) -> None:
-    """Adds ``--ray`` and the flag of the number of its workers, which has no default (:func:`check_needed`).
+    """Adds ``--ray`` and the flag with the number of its workers.
+
+    The second flag has no default, so that :func:`check_needed` can refuse it without ``--ray``.
 
     Args:
         parser: The parser of the command.
         workers: The flag of the number of workers.
-        what: What each worker does first.
+        what: What each worker does first, such as ``load the bundle``; for the help.
     """
     parser.add_argument(
         "--ray",

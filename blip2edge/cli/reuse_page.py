@@ -56,7 +56,7 @@ def reuse_page(document: Mapping[str, Any], source: str) -> str:
 
 
 def _front(points: Sequence[Point], key: str) -> list[Point]:
-    """Returns the threshold pairs that no other pair beats in both values: larger ``saved`` and smaller ``key``.
+    """Returns the threshold pairs for which no other pair has more saved work and a smaller value of ``key``.
 
     The pairs are sorted by ``saved``, the smallest value first.
     """

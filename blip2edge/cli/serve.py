@@ -82,7 +82,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def _add_access(parser: Parser) -> None:
-    """Adds the flags of who may use the server, and over TLS."""
+    """Adds the flags for the API key, the allowed hosts and origins, and TLS."""
     access = parser.add_argument_group("access", "who may use the server, and over TLS")
     access.add_argument(
         "--api-key",

@@ -19,7 +19,7 @@ from blip2edge.errors import Blip2EdgeError, UsageError, one_line, option
 from blip2edge.packages import require
 
 LOCAL, AUTO = "local", "auto"
-"""Values of ``address``: start Ray on this machine alone; use the cluster that runs on this machine."""
+"""Values of ``address``: ``local`` starts Ray on this machine alone, ``auto`` uses the cluster that runs here."""
 
 PROBE_S = 5.0
 """Longest wait, in seconds, until something at the address accepts a connection."""
@@ -38,7 +38,7 @@ def check_ray(address: str) -> None:
     """Checks the address of a cluster, that Ray is installed, and that something listens at the address.
 
     Raises:
-        UsageError: The address has another form, or Ray Data is not installed.
+        UsageError: The address is not ``local``, ``auto`` or ``HOST:PORT``, or Ray Data is not installed.
         ClusterError: Nothing listens at the address, or its host is unknown.
     """
     place = _place_of(address)
@@ -53,7 +53,11 @@ def check_ray(address: str) -> None:
 
 
 def _place_of(address: str) -> tuple[str, int] | None:
-    """Returns host and port of an address; None for :data:`LOCAL` and :data:`AUTO`. Raises UsageError as above."""
+    """Returns host and port of an address; None for :data:`LOCAL` and :data:`AUTO`.
+
+    Raises:
+        UsageError: The address is not one of these two and has no host and port.
+    """
     if address in (LOCAL, AUTO):
         return None
     found = _HOST_PORT.fullmatch(address)
@@ -70,8 +74,8 @@ def connected(address: str) -> Iterator[None]:
     """Connects this process with a cluster for the time of a ``with`` block; an earlier connection is used and kept.
 
     Raises:
-        UsageError, ClusterError: As :func:`check_ray`, or Ray fails, or does not connect within :data:`CONNECT_S`
-            seconds.
+        UsageError: The address is not ``local``, ``auto`` or ``HOST:PORT``, or Ray Data is not installed.
+        ClusterError: The cluster cannot be reached, or Ray does not connect within :data:`CONNECT_S` seconds.
     """
     check_ray(address)
     import ray
@@ -93,7 +97,8 @@ def _start_here(ray: Any) -> None:
     """Starts Ray on this machine, without its dashboard, which would open a port.
 
     Ray replaces the handler of SIGTERM by one that exits with status 15. The handler of this process is put back.
-    It runs in this thread: the system ends the processes of Ray together with the thread that started them.
+    Ray is started in this thread and not in another one: when a thread ends, the system also ends the processes that
+    the thread started.
     """
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -110,7 +115,8 @@ def _start_here(ray: Any) -> None:
 def _connect(ray: Any, address: str) -> None:
     """Connects with a running cluster in another thread, so that signals end this process meanwhile.
 
-    If this function gives up, or Ray fails, the other thread disconnects Ray: no second thread calls Ray meanwhile.
+    If this function gives up, or Ray fails, the other thread also disconnects Ray, so that two threads never call Ray
+    at the same time.
     """
     failures: list[BaseException] = []
     ended = threading.Lock()  # taken by the other thread when Ray has connected, or by this one when it gives up
@@ -138,7 +144,7 @@ def _connect(ray: Any, address: str) -> None:
 
 @contextmanager
 def _quiet_worker() -> Iterator[None]:
-    """Hides warnings of Ray about this thread in the ``with`` block: that it handles no signals."""
+    """Hides, in the ``with`` block, Ray's warnings that this thread does not handle signals."""
     logger, thread = logging.getLogger("ray._private.worker"), threading.get_ident()
 
     def shown(record: logging.LogRecord) -> bool:

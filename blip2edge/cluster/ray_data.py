@@ -38,7 +38,7 @@ def map_on_ray(
         The mapped rows, in the order of ``rows``.
 
     Raises:
-        UsageError: Ray is not installed, or the address has another form.
+        UsageError: Ray is not installed, or the address is not ``local``, ``auto`` or ``HOST:PORT``.
         ClusterError: The cluster cannot be reached.
         Blip2EdgeError: The error that a worker raised, if it is an error of this project.
     """

@@ -90,7 +90,9 @@ def attention_layers(graph: ir.Model) -> list[AttentionLayer]:
 
 
 def layer_weights(layer: AttentionLayer, weights: Array, embeds: int, rows: int, columns: int) -> LayerWeights:
-    """Averages the attention weights of one picture over the heads, and splits them: patches, tokens before, queries.
+    """Averages the attention weights of one picture over the heads, and splits them by their keys.
+
+    The keys are the patches, the tokens before the patches, and (in a perceiver) the queries.
 
     Args:
         layer: The layer.

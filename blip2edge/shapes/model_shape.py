@@ -335,7 +335,7 @@ class ModelShape:
         return {"vision": vision, "bridge": bridge, "language": language, "total": vision + bridge + language}
 
     def table_bytes(self, precision: str) -> float:
-        """Bytes of the file of the token embedding table; 0 if the head is tied and both have 8-bit weights."""
+        """Bytes of the file of the token embedding table; 0 if the table is tied to the head, and both are in int8."""
         table = FORMATS[precision]["table"]
         if self.tied and table == FORMATS[precision]["language"] == "int8-weights":
             return 0.0

@@ -36,7 +36,11 @@ LATENT_SHARE = 0.12
 
 
 ConfigCheck = Callable[[Any, str, "Path | None"], None]
-"""Refuses a config: content of the ``config.json``, its path or name, and the checkpoint directory (None for none)."""
+"""Type of a function that raises an error if a config must be refused.
+
+Its arguments are the content of the ``config.json``, the path or name of the config, and the checkpoint directory (None
+if there is no such directory).
+"""
 
 
 def find_shape(model: str, check: ConfigCheck | None = None) -> tuple[ModelShape, str]:

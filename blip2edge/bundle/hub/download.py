@@ -64,7 +64,7 @@ def find_manifest(name: str | Path) -> Path:
     """Returns a directory with the ``bundle.json`` of a bundle. For a bundle on the hub, only this file is downloaded.
 
     Raises:
-        BundleError, MissingPackageError, OutputError, UsageError: As :func:`find_bundle`.
+        BundleError, MissingPackageError, OutputError, UsageError: For the same reasons as in :func:`find_bundle`.
     """
     return _Download(HubName.parse(os.fspath(name))).snapshot if is_hub_name(name) else Path(name)
 
@@ -272,7 +272,7 @@ class _Counted:
 
 
 class _CountedFile:
-    """A file that is written by the hub's client, which uses these four methods of it."""
+    """A file that the hub's client writes; the client calls only ``tell``, ``seek``, ``truncate`` and ``write``."""
 
     def __init__(self, file: BinaryIO, counted: _Counted) -> None:
         self._file, self._counted = file, counted

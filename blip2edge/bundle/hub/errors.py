@@ -90,7 +90,10 @@ def quiet_client() -> Iterator[None]:
 
 
 def _unwritable(error: BaseException, place: Path | None) -> _Texts | None:
-    """Returns the two texts for an error of the file system; None for any other exception."""
+    """Returns two texts for an error of the file system: what went wrong, and what the user can do.
+
+    The result is None for any other exception.
+    """
     found = next((one for one in _causes(error) if isinstance(one, OSError) and one.errno and one.filename), None)
     if found is None:
         return None
@@ -126,7 +129,7 @@ def _texts(error: BaseException, name: HubName, advice: str) -> _Texts:
 
 
 def _of_status(error: BaseException, repository: str) -> _Texts:
-    """Returns the two texts for an answer of the hub with an error status."""
+    """Returns two texts for an error status of the hub: what went wrong, and what the user can do."""
     status = _status(error)
     if type(error).__name__ in ("RemoteEntryNotFoundError", "EntryNotFoundError"):
         file = _FILE.search(str(getattr(getattr(error, "response", None), "url", "")))

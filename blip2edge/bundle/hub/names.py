@@ -26,7 +26,7 @@ class HubName:
         revision: A branch, a tag or a commit.
 
     Raises:
-        UsageError: The name or the revision has another form.
+        UsageError: The name is not ``ORG/NAME``, or the revision has characters that the hub does not allow.
     """
 
     repository: str
@@ -49,10 +49,10 @@ class HubName:
 
     @classmethod
     def parse(cls, text: str) -> HubName:
-        """Reads ``[hub:]ORG/NAME[@REVISION]``.
+        """Reads a name in the form ``[hub:]ORG/NAME[@REVISION]``.
 
         Raises:
-            UsageError: The text has another form.
+            UsageError: The text does not have this form.
         """
         repository, mark, revision = text.removeprefix(PREFIX).partition("@")
         if not is_repository(repository) or (mark and not revision):

@@ -122,7 +122,8 @@ def push_name(repository: str, revision: str | None = None, license_id: str | No
         license_id: The hub's identifier of the license, which is checked; None if it is not given.
 
     Raises:
-        UsageError: One of them has a wrong form, or ``ORG/NAME@REVISION`` has no revision or another one.
+        UsageError: An argument has a wrong form. Or ``repository`` is ``ORG/NAME@REVISION``, with an empty REVISION or
+            one that differs from ``revision``.
     """
     check_license(license_id)
     repository, mark, inside = repository.removeprefix(PREFIX).partition("@")

@@ -324,7 +324,7 @@ def _rename_twice(fresh: Path, target: Path) -> bool:
 
 
 def _give_back(replaced: Path, target: Path, fresh: Path) -> None:
-    """Gives a directory that must not be replaced its name back; raises OutputError if this fails."""
+    """Renames a directory that must not be replaced back to its old name; raises OutputError if this fails."""
     try:
         if replaced == fresh:
             exchanged = _renameat2(fresh, target, RENAME_EXCHANGE)

@@ -26,7 +26,10 @@ MESSAGES: Mapping[str, Mapping[int, str]] = {
     "sparse": {1: TENSOR, 2: TENSOR},
     TENSOR: {13: ENTRY},
 }
-"""For each protobuf message that can contain a tensor: the numbers of its fields to follow, and their messages."""
+"""For each kind of protobuf message that can contain a tensor: the fields in which a tensor may be found.
+
+Each field is given as its number, with the kind of message that it holds.
+"""
 
 
 def external_locations(path: Path) -> set[str]:

@@ -5,7 +5,7 @@ or in the user's cache if the directory is read-only. A stamp stores the checked
 file: size, times of modification and of status change, device and inode. A file with the same values is not hashed
 again. A copy has another inode. A change of the bytes changes the time of status change, which no program can set.
 
-The same values, compared after the files were opened, show that what was opened is what was hashed
+After all files are opened, the same values are compared again. If they are equal, the opened files are the hashed files
 (:meth:`CheckedFiles.check_unchanged`).
 """
 
