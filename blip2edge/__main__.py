@@ -7,7 +7,7 @@ import sys
 from typing import NoReturn
 
 from blip2edge.cli import interrupt, main
-from blip2edge.cli.messages import print_note, show_left_files
+from blip2edge.cli.messages import print_note, show_warnings
 
 
 def run() -> NoReturn:
@@ -15,7 +15,7 @@ def run() -> NoReturn:
     _use_utf8()
     interrupt.install()
     _open_standard_streams()
-    show_left_files()
+    show_warnings()
     if sys.stdout is None:
         print_note("error: standard output is closed; redirect it to a file or to /dev/null")
         sys.exit(1)

@@ -120,6 +120,10 @@ def _written(text: str, write: Writer) -> str:
     return _OPTION.sub(lambda found: write(found[1], found[2] is not None), text)
 
 
+class Blip2EdgeWarning(UserWarning):
+    """Root of the warnings that blip2edge gives on purpose; the command line prints them as notes."""
+
+
 class UsageError(Blip2EdgeError):
     """An option or argument is outside its range."""
 

@@ -227,7 +227,8 @@ _OPTIMIZED_GRAPH = record(
         "parity": list_of(PARITY),
         "cosine": nullable(finite_number()),
         "milliseconds": nullable(list_of(finite_number(0), 2, 2)),
-    }
+    },
+    {"timed_with": mapped(text, text)},
 )
 OPTIMIZED_FIELDS = record(
     {

@@ -7,8 +7,7 @@ import sys
 import warnings
 from typing import Any
 
-from blip2edge.bundle.outputs.locks import LeftFilesWarning
-from blip2edge.errors import Blip2EdgeError, hidden
+from blip2edge.errors import Blip2EdgeError, Blip2EdgeWarning, hidden
 from blip2edge.packages import EXTRAS, install_command
 
 # Options whose flag has another name.
@@ -50,12 +49,12 @@ def print_note(line: str) -> None:
     sys.stderr.flush()
 
 
-def show_left_files() -> None:
-    """Prints the warnings about files of other runs as notes, without the line of code that Python would add."""
+def show_warnings() -> None:
+    """Prints the warnings of blip2edge as notes, without the line of code that Python would add."""
     show = warnings.showwarning
 
     def note(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-        if issubclass(category, LeftFilesWarning):
+        if issubclass(category, Blip2EdgeWarning):
             print_note(f"warning: {message}")
         else:
             show(message, category, *rest, **more)

@@ -18,7 +18,7 @@ from blip2edge.optimization.checks import CopyTask
 from blip2edge.optimization.cuda_kernels.layout import layout_of_graph
 from blip2edge.optimization.cuda_kernels.timing import timed_tokens
 from blip2edge.runtime.backends.base import check_precision
-from blip2edge.runtime.backends.optimized_copy import OptimizedGraph
+from blip2edge.runtime.backends.optimized_copy import OptimizedGraph, timing_conditions
 from blip2edge.runtime.cuda.compilation.compiler import compile_kernels, supported_targets
 from blip2edge.runtime.cuda.compilation.cubin import kernel_usage
 from blip2edge.runtime.cuda.copy_files import LAYOUT, NAME, cubin_name, write_layout
@@ -77,7 +77,8 @@ def compiled_decoder(task: CopyTask, name: str) -> tuple[OptimizedGraph, dict[st
     times = timed_tokens(bundle, task.target)
     if times == "different":
         passes, times = (*passes, DIFFERENT), None
-    copy = OptimizedGraph(LAYOUT, passes, False, False, (), None, times)
+    timed_with = timing_conditions(bundle) if times is not None else {}
+    copy = OptimizedGraph(LAYOUT, passes, False, False, (), None, times, timed_with)
     return copy, {name: FileRecord.of(task.target / name) for name in names}
 
 

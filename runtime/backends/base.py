@@ -2,6 +2,7 @@
 
 A backend is a module with the function ``open_graph(path, threads, optimized)``, which returns a ``Session``. The
 module is imported only when the backend is chosen, so that the packages of the other backends need not be installed.
+A backend that runs engines or compiled kernels instead of graphs has no such function; see :attr:`Backend.made_by`.
 """
 
 from __future__ import annotations
@@ -247,6 +248,7 @@ class Backend:
     Attributes:
         module: Module with ``open_graph(path, threads, optimized)``.
         function: Name of the function that opens graphs; not ``open_graph`` if the module serves several backends.
+        made_by: Empty, or, if the backend opens no graphs, the command that makes from them what it runs.
         copy: Name of the optimized copy that the backend can run, a folder in ``optimized/``; empty if it runs none.
         others: Empty, or, if the copy contains a compiled decoder and no graphs, the name of the backend that runs the
             other graphs. The copy must then exist, and the module also has ``open_decoder(bundle, directory)``.
@@ -260,6 +262,7 @@ class Backend:
 
     module: str
     function: str = "open_graph"
+    made_by: str = ""
     copy: str = ""
     others: str = ""
     engines: str = ""
@@ -274,9 +277,20 @@ BACKENDS = {
     ),
     "openvino": Backend("blip2edge.runtime.backends.openvino", copy="openvino", host=True, refuses={}),
     "cuda": Backend("blip2edge.runtime.backends.onnxruntime_cuda", copy="cuda"),
-    "cuda-decoder": Backend("blip2edge.runtime.cuda.backend", copy="cuda-decoder", others="cuda"),
-    "tensorrt": Backend("blip2edge.runtime.tensorrt.backend", engines="tensorrt"),
-    "rtx": Backend("blip2edge.runtime.tensorrt.backend", engines="rtx"),
+    "cuda-decoder": Backend(
+        "blip2edge.runtime.cuda.backend",
+        made_by=f"blip2edge optimize {{}} {option('backend')} cuda-decoder",
+        copy="cuda-decoder",
+        others="cuda",
+    ),
+    "tensorrt": Backend(
+        "blip2edge.runtime.tensorrt.backend",
+        made_by=f"blip2edge build {{}} {option('target')} tensorrt",
+        engines="tensorrt",
+    ),
+    "rtx": Backend(
+        "blip2edge.runtime.tensorrt.backend", made_by=f"blip2edge build {{}} {option('target')} rtx", engines="rtx"
+    ),
     "ort-tensorrt": Backend(
         "blip2edge.runtime.backends.onnxruntime_cuda", function="open_graph_with_tensorrt", profiled=True
     ),
@@ -352,10 +366,16 @@ def open_session(
         precisions: Precision of the bundle and precision of the graph, for backends that build an engine.
 
     Raises:
-        BackendError: There is no backend of that name, or its package or hardware is missing.
+        BackendError: There is no backend of that name, it runs no graphs, or its package or hardware is missing.
         BundleError: The backend cannot load the file.
     """
     row = find_backend(backend)
+    if row.made_by:
+        raise BackendError(
+            f"expected a backend that runs graphs for {path.name}, got {option('backend')} {backend}, which runs what "
+            "is made from them",
+            f"make it: {row.made_by.format(path.parent)}",
+        )
     more = {"spec": spec, "precisions": precisions} if row.profiled else {}
     session: Session = getattr(import_module(row.module), row.function)(path, threads, **more)
     return session

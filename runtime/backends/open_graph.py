@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
@@ -14,7 +15,7 @@ import numpy as np
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import DECODER, GraphSpec
-from blip2edge.errors import BackendError, BundleError, EngineError, option
+from blip2edge.errors import BackendError, Blip2EdgeWarning, BundleError, EngineError, option
 from blip2edge.packages import missing
 from blip2edge.runtime.backends import probe
 from blip2edge.runtime.backends.base import (
@@ -27,7 +28,7 @@ from blip2edge.runtime.backends.base import (
     open_session,
 )
 from blip2edge.runtime.backends.engine_files import EngineSet, engine_folders, engines_backend
-from blip2edge.runtime.backends.optimized_copy import GPU, OptimizedRecord, read_copy, weights_of
+from blip2edge.runtime.backends.optimized_copy import OptimizedRecord, changed_conditions, read_copy, weights_of
 from blip2edge.runtime.backends.probe import cores
 
 
@@ -37,7 +38,9 @@ def choose_backend(bundle: Bundle, backend: str) -> tuple[str, Any]:
     ``auto`` chooses the backend of the engines if the bundle has engines for this GPU; else ``cuda`` if ONNX Runtime
     can compute on this GPU; else ``cpu``. ONNX Runtime has no fused kernels for INT8 activations on a GPU. So for a
     bundle with such activations, ``auto`` chooses ``cuda`` only if the bundle has an optimized copy for CUDA. In place
-    of ``cuda`` it chooses ``cuda-decoder`` if a timing on a GPU of the same name proves that the kernels are faster.
+    of ``cuda`` it chooses ``cuda-decoder`` if a timing proves that the kernels are faster. If the timing was made on
+    another GPU, with another version of the driver or of ONNX Runtime, or against another copy for ``cuda``, it proves
+    nothing: ``auto`` then chooses ``cuda``, and a :class:`StaleTimingWarning` says what has changed.
 
     Returns:
         The name of the backend, and its ``EngineOpener`` (None if the backend runs graphs).
@@ -57,7 +60,7 @@ def choose_backend(bundle: Bundle, backend: str) -> tuple[str, Any]:
         backend = next(iter(BACKENDS))
         integers = any(graph.precision == "int8" for graph in manifest.graphs.values())
         if gpus and (not integers or read_copy(bundle, "cuda") is not None) and _cuda_works(manifest.precision):
-            backend = "cuda-decoder" if _kernels_are_faster(bundle, gpus[0].name) else "cuda"
+            backend = "cuda-decoder" if _kernels_are_faster(bundle) else "cuda"
     check_precision(backend, manifest.precision, engines_only=bool(manifest.engines_of))
     row = find_backend(backend)
     return backend, import_module(row.module).EngineOpener(bundle, row.engines) if row.engines else None
@@ -76,13 +79,27 @@ def _engines_that_fit(bundle: Bundle) -> tuple[str, Any] | None:
     return None
 
 
-def _kernels_are_faster(bundle: Bundle, gpu: str) -> bool:
-    """Returns whether a timing on a GPU of this name proves that the bundle's CUDA kernels are faster than ``cuda``."""
+class StaleTimingWarning(Blip2EdgeWarning):
+    """The timing by which ``auto`` would choose ``cuda-decoder`` was made under other conditions."""
+
+
+def _kernels_are_faster(bundle: Bundle) -> bool:
+    """Returns whether a timing that holds here proves that the bundle's CUDA kernels are faster than ``cuda``."""
     found = read_copy(bundle, "cuda-decoder")
     graph = found[1].graphs.get(DECODER) if found is not None else None
-    if found is None or graph is None or graph.milliseconds is None or missing(("cuda",)):
+    if graph is None or graph.milliseconds is None or graph.milliseconds[1] >= graph.milliseconds[0]:
         return False
-    return found[1].versions.get(GPU) == gpu and graph.milliseconds[1] < graph.milliseconds[0]
+    if missing(("cuda",)):
+        return False
+    changes = changed_conditions(bundle, graph)
+    if changes:
+        warnings.warn(
+            f"auto chooses cuda, not cuda-decoder, whose timing no longer holds: {', '.join(changes)}; time it again: "
+            f"blip2edge optimize {bundle.path} --backend cuda-decoder",
+            StaleTimingWarning,
+            stacklevel=2,
+        )
+    return not changes
 
 
 def _cuda_works(precision: str) -> bool:
@@ -180,7 +197,8 @@ class GraphOpener:
         try:
             yield
         except BaseException:
-            self.close()
+            with suppress(Exception):  # the first error says what is wrong
+                self.close()
             raise
 
     def close(self) -> None:

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.manifest_fields import OPTIMIZED_FIELDS
 from blip2edge.bundle.schema import DERIVED, Parity
-from blip2edge.bundle.trust.integrity import FileRecord, Listing, check_unlisted
+from blip2edge.bundle.trust.integrity import FileRecord, Listing, check_unlisted, sha256_of
 from blip2edge.errors import BundleError, BundleIntegrityError
 from blip2edge.packages import installed
 from blip2edge.reading import checking, read_json
+from blip2edge.runtime.backends import probe
 from blip2edge.runtime.backends.probe import exact_processor
 
 KIND = "optimized"
@@ -33,6 +34,14 @@ can load the copy: ONNX Runtime optimizes a copy for CUDA again while loading it
 
 GPU = "gpu"
 """Key in ``versions``: the name of the GPU of the machine that made the copy."""
+
+CONDITIONS = {
+    GPU: "GPU",
+    "driver": "CUDA version of the driver",
+    "onnxruntime": "version of ONNX Runtime",
+    "cuda_copy": "copy for the backend cuda",
+}
+"""Keys of :func:`timing_conditions`, each with its meaning."""
 
 OF_ONE_MACHINE = ("openvino",)
 """Backends whose optimized copies are compiled for one processor, and are not used on other processors."""
@@ -53,6 +62,8 @@ class OptimizedGraph:
             compiled kernels, which are not run where they are made.
         milliseconds: CPU time of the portable graph and of this graph, on the machine that made the copy. It is the
             time of one run or, for a compiled graph, the time to open its file. None if nothing was measured.
+        timed_with: What the time of compiled kernels was compared with and on which GPU, see
+            :func:`timing_conditions`; empty for other graphs.
     """
 
     file: str
@@ -62,6 +73,7 @@ class OptimizedGraph:
     parity: tuple[Parity, ...]
     cosine: float | None
     milliseconds: tuple[float, float] | None
+    timed_with: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the graph's record as a JSON object for ``optimized.json``."""
@@ -76,6 +88,7 @@ class OptimizedGraph:
             str(values["file"]), tuple(values["passes"]), bool(values["one_by_one"]), bool(values["layout"]), parity,
             None if values["cosine"] is None else float(values["cosine"]),
             None if times is None else (float(times[0]), float(times[1])),
+            values.get("timed_with", {}),
         )  # fmt: skip
 
 
@@ -200,3 +213,33 @@ def _weights(bundle: Bundle, directory: Path, record: OptimizedRecord) -> set[st
 def weights_of(bundle: Bundle, directory: Path) -> Path:
     """Returns the directory of a copy's external weights: the bundle if it contains the copy, else the copy itself."""
     return bundle.path if directory.is_relative_to(bundle.path) else directory
+
+
+def timing_conditions(bundle: Bundle) -> dict[str, str]:
+    """Returns what the time of a token in the backend ``cuda`` depends on here, by the keys of :data:`CONDITIONS`.
+
+    A timing of compiled kernels against ``cuda`` holds as long as these values are equal. ``cuda_copy`` is the hash of
+    the record of the bundle's copy for ``cuda``, which has the hash of each of its files; empty without such a copy.
+    """
+    driver = probe.nvidia_driver()
+    copy = read_copy(bundle, "cuda")
+    return {
+        GPU: driver.gpus[0].name if driver.gpus else "",
+        "driver": driver.version,
+        "onnxruntime": installed("onnxruntime"),
+        "cuda_copy": sha256_of(copy[0] / RECORD) if copy is not None else "",
+    }
+
+
+def changed_conditions(bundle: Bundle, graph: OptimizedGraph) -> list[str]:
+    """Returns which of the conditions of a graph's timing have changed since, as texts; empty if none has."""
+    if not graph.timed_with:
+        return ["the record does not say what the kernels were compared with"]
+    here = timing_conditions(bundle)
+    return [
+        f"another {meaning} ({graph.timed_with.get(key) or 'none'} then, {here[key] or 'none'} now)"
+        if key != "cuda_copy"
+        else f"another {meaning}"
+        for key, meaning in CONDITIONS.items()
+        if graph.timed_with.get(key) != here[key]
+    ]

@@ -6,6 +6,7 @@ Not run on a GPU yet: the tests run it with a simulated driver, whose kernels ru
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from blip2edge.bundle.bundle import Bundle
@@ -14,29 +15,13 @@ from blip2edge.bundle.schema import DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.errors import BackendError, BundleError, option
 from blip2edge.runtime.backends import probe
-from blip2edge.runtime.backends.base import OptimizedFile, Session, closed_graph
+from blip2edge.runtime.backends.base import closed_graph
 from blip2edge.runtime.cuda.copy_files import find_cubin, read_layout
 from blip2edge.runtime.cuda.device.driver import DriverDevice, load_driver
 from blip2edge.runtime.cuda.greedy import KernelDecoder
 from blip2edge.runtime.cuda.session import KernelSession
 from blip2edge.runtime.cuda.token_table import TableOnDevice, load_table
 from blip2edge.runtime.cuda.weights import load_weights
-
-
-def open_graph(
-    path: Path,
-    threads: int | None = None,  # noqa: ARG001 - one signature for all backends
-    optimized: OptimizedFile | None = None,  # noqa: ARG001 - as above
-) -> Session:
-    """Always raises an error: this backend runs kernels, not graphs.
-
-    Raises:
-        BackendError: Always.
-    """
-    raise BackendError(
-        f"expected a decoder compiled to kernels, got the ONNX graph {path.name}",
-        f"compile the kernels: blip2edge optimize {path.parent} {option('backend')} cuda-decoder",
-    )
 
 
 def open_decoder(bundle: Bundle, directory: Path) -> CudaDecoderSession:
@@ -66,7 +51,8 @@ def open_decoder(bundle: Bundle, directory: Path) -> CudaDecoderSession:
         session = KernelSession(load_weights(layout, bundle.path, device), device)
         table = load_table(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, device)
     except BaseException:
-        device.close()
+        with suppress(BackendError):  # the first error says what is wrong
+            device.close()
         raise
     return CudaDecoderSession(bundle, session, table)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from blip2edge.bundle.dtypes import Array
 from blip2edge.bundle.schema import CacheSpec, GraphSpec
 from blip2edge.bundle.token_table import TokenTable
+from blip2edge.errors import BackendError
 from blip2edge.runtime.backends.base import closed_graph
 from blip2edge.runtime.cuda.device.interface import Run
 from blip2edge.runtime.cuda.kernel import THREADS, Launch
@@ -133,6 +135,11 @@ class KernelState(InPlaceState):
                     raise broken_logits()
                 self.lengths = start + given
                 yield tokens, logprobs
+        except Exception:
+            while launched:
+                with suppress(BackendError):  # the first error says what is wrong
+                    launched.popleft()()
+            raise
         finally:
             while launched:  # the buffers and the cache are free when all steps are done
                 launched.popleft()()

@@ -15,7 +15,7 @@ from blip2edge.bundle.token_table import TokenTable
 from blip2edge.bundle.user_cache import cache_directory
 from blip2edge.errors import BackendError, option
 from blip2edge.runtime.backends import probe
-from blip2edge.runtime.backends.base import OptimizedFile, Session, closed_graph
+from blip2edge.runtime.backends.base import Session, closed_graph
 from blip2edge.runtime.backends.engine_files import (
     STEP,
     EngineRecord,
@@ -29,22 +29,6 @@ from blip2edge.runtime.tensorrt.cuda import Cuda, load_cuda
 from blip2edge.runtime.tensorrt.kv_cache import DeviceDecoder
 from blip2edge.runtime.tensorrt.session import Device, TrtSession, load_tensorrt
 from blip2edge.runtime.tensorrt.workspace import Engines
-
-
-def open_graph(
-    path: Path,
-    threads: int | None = None,  # noqa: ARG001 - one signature for all backends
-    optimized: OptimizedFile | None = None,  # noqa: ARG001 - as above
-) -> Session:
-    """Always raises an error: this backend runs engines, not graphs.
-
-    Raises:
-        BackendError: Always.
-    """
-    raise BackendError(
-        f"TensorRT runs engines, but {path.name} is an ONNX graph", f"build the engines: blip2edge build {path.parent}"
-    )
-
 
 KERNELS = "kernels"
 """Folder in the user's cache for the kernels that TensorRT for RTX compiles. They are machine code whose hash is not

@@ -38,7 +38,7 @@ from typing import Any
 from blip2edge.bundle.outputs.disk_errors import output_error
 from blip2edge.bundle.outputs.machine import command, machine, on_network
 from blip2edge.bundle.outputs.names import check_name, with_own_name
-from blip2edge.errors import OutputError
+from blip2edge.errors import Blip2EdgeWarning, OutputError
 
 fcntl: Any = import_module("fcntl") if find_spec("fcntl") else None  # Windows has none
 
@@ -56,7 +56,7 @@ class BusyError(OutputError):
     """Another run writes the output."""
 
 
-class LeftFilesWarning(UserWarning):
+class LeftFilesWarning(Blip2EdgeWarning):
     """Files of another run were not removed, because it is not known whether that run has ended."""
 
 

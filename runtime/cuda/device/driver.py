@@ -86,13 +86,18 @@ class DriverDevice:
         )
         self.capability = 10 * major + minor
         self._context = self._call(api.cuDevicePrimaryCtxRetain, self._device)
+        self._streams: list[Any] = []
         try:
             with self._current():
-                flags = api.CUstream_flags.CU_STREAM_NON_BLOCKING
-                self._stream, self._capturing = (self._call(api.cuStreamCreate, int(flags)) for _ in range(2))
+                flags = int(api.CUstream_flags.CU_STREAM_NON_BLOCKING)
+                for _ in range(2):
+                    self._streams.append(self._call(api.cuStreamCreate, flags))
         except BackendError:
-            self._call(api.cuDevicePrimaryCtxRelease, self._device)
+            for stream in self._streams:
+                self._tried((api.cuStreamDestroy, stream))
+            self._tried((api.cuDevicePrimaryCtxRelease, self._device))
             raise
+        self._stream, self._capturing = self._streams
 
     def load(self, cubin: bytes) -> None:
         """Loads a cubin, whose kernels can then be launched.
@@ -116,9 +121,9 @@ class DriverDevice:
         if self._closed:
             return
         with self._current():
-            self._memory.discard(address)
             self._call(self._api.cuStreamSynchronize, self._stream)
             self._call(self._api.cuMemFree, address)
+            self._memory.discard(address)
 
     def write(self, address: int, values: Array) -> None:
         """Copies an array to the GPU; see :class:`KernelDevice`."""
@@ -187,8 +192,10 @@ class DriverDevice:
             graph = self._call(api.cuStreamEndCapture, self._capturing)
             try:
                 made = self._call(api.cuGraphInstantiate, graph, 0)
-            finally:
-                self._call(api.cuGraphDestroy, graph)
+            except BackendError:
+                self._tried((api.cuGraphDestroy, graph))
+                raise
+            self._call(api.cuGraphDestroy, graph)
             self._last_graph += 1
             self._graphs[self._last_graph] = made
             return self._last_graph
@@ -207,28 +214,50 @@ class DriverDevice:
             self._call(self._api.cuGraphExecDestroy, self._graphs.pop(graph))
 
     def close(self) -> None:
-        """Frees everything; see :class:`KernelDevice`. The context is left to the other users of the GPU."""
-        api = self._api
+        """Frees everything; see :class:`KernelDevice`. The context is left to the other users of the GPU.
+
+        A call that fails does not stop the others. After an error of a kernel, for example, every call of its context
+        fails.
+
+        Raises:
+            BackendError: A call failed: the first error, after all calls.
+        """
         with self._lock:
             if self._closed:
                 return
-            with self._current():
-                self._closed = True
-                self._call(api.cuStreamSynchronize, self._stream)
-                for graph in self._graphs.values():
-                    self._call(api.cuGraphExecDestroy, graph)
-                for place in self._pinned:
-                    self._call(api.cuEventDestroy, place.event)
-                    self._call(api.cuMemFreeHost, place.address)
-                for address in self._memory:
-                    self._call(api.cuMemFree, address)
-                for module in self._modules:
-                    self._call(api.cuModuleUnload, module)
-                for stream in (self._capturing, self._stream):
-                    self._call(api.cuStreamDestroy, stream)
+            self._closed = True
+            failed = [error for error in map(self._tried, self._releases()) if error is not None]
             for kept in (self._graphs, self._pinned, self._idle, self._memory, self._modules, self._functions):
                 kept.clear()
-            self._call(api.cuDevicePrimaryCtxRelease, self._device)
+        if failed:
+            more = f" (and {len(failed) - 1} more of the calls that free the GPU's memory)" if failed[1:] else ""
+            raise failed[0].with_problem(lambda problem: f"{problem}{more}")
+
+    def _releases(self) -> list[tuple[Any, ...]]:
+        """Returns the calls that free everything, in their order: function and arguments."""
+        api = self._api
+        return [
+            (api.cuCtxSetCurrent, self._context),
+            (api.cuStreamSynchronize, self._stream),
+            *((api.cuGraphExecDestroy, graph) for graph in self._graphs.values()),
+            *((api.cuEventDestroy, place.event) for place in self._pinned),
+            *((api.cuMemFreeHost, place.address) for place in self._pinned),
+            *((api.cuMemFree, address) for address in self._memory),
+            *((api.cuModuleUnload, module) for module in self._modules),
+            *((api.cuStreamDestroy, stream) for stream in self._streams),
+            (api.cuDevicePrimaryCtxRelease, self._device),
+        ]
+
+    def _tried(self, call: tuple[Any, ...]) -> BackendError | None:
+        """Calls a function of the driver that frees something; returns the error if it fails.
+
+        An error while something is freed must not replace an earlier error, which says what is wrong.
+        """
+        try:
+            self._call(*call)
+        except BackendError as error:
+            return error
+        return None
 
     def _launch(self, launch: Launch, stream: Any) -> None:
         kernel = launch.kernel
@@ -254,7 +283,12 @@ class DriverDevice:
                     return place
             address = int(self._call(self._api.cuMemAllocHost, size))
             flags = self._api.CUevent_flags.CU_EVENT_DISABLE_TIMING
-            place = _Pinned(address, size, self._call(self._api.cuEventCreate, int(flags)))
+            try:
+                event = self._call(self._api.cuEventCreate, int(flags))
+            except BackendError:
+                self._tried((self._api.cuMemFreeHost, address))
+                raise
+            place = _Pinned(address, size, event)
             self._pinned.append(place)
             return place
 

@@ -17,6 +17,7 @@ pytest.importorskip("onnxscript", reason="the bundles are exported here")
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER
+from blip2edge.bundle.trust.integrity import sha256_of
 from blip2edge.cli.optimize import report_table
 from blip2edge.errors import BackendError, Blip2EdgeError, BundleError, BundleIntegrityError
 from blip2edge.optimization import pipeline
@@ -24,8 +25,9 @@ from blip2edge.optimization.cuda_kernels import compiled as making
 from blip2edge.optimization.cuda_kernels import timing
 from blip2edge.optimization.pipeline import OptimizedReport, optimize
 from blip2edge.runtime.backends import onnxruntime_cuda, open_graph, probe
-from blip2edge.runtime.backends.open_graph import GraphOpener
-from blip2edge.runtime.backends.optimized_copy import RECORD, read_copy
+from blip2edge.runtime.backends.base import BACKENDS, open_session
+from blip2edge.runtime.backends.open_graph import GraphOpener, StaleTimingWarning
+from blip2edge.runtime.backends.optimized_copy import CONDITIONS, RECORD, read_copy, timing_conditions
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.cuda import backend
 from blip2edge.runtime.cuda.compilation import compiler
@@ -135,30 +137,98 @@ def test_a_bundle_without_kernels_is_refused_with_the_command(
         Captioner.load(tiny_bundle, backend="cuda-decoder")
 
 
-@pytest.mark.parametrize(
-    ("times", "name", "chosen"),
-    [
-        (None, "simulated", "cuda"),
-        ([3.0, 2.0], "simulated", "cuda-decoder"),
-        ([2.0, 3.0], "simulated", "cuda"),
-        ([3.0, 2.0], "another GPU", "cuda"),
-    ],
-)
-def test_auto_needs_a_timing_on_this_gpu(
-    made: OptimizedReport, tmp_path: Path, gpu: Callable[..., FakeDriver], monkeypatch: pytest.MonkeyPatch,
-    times: list[float] | None, name: str, chosen: str,
-) -> None:  # fmt: skip
+@pytest.fixture
+def timed(
+    made: OptimizedReport, tmp_path: Path, gpu: Callable[..., FakeDriver], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Bundle]:
+    """Makes a bundle whose kernels were timed, on this machine unless another condition is given."""
     gpu()
     works = probe.Check("CUDA", True, "")
     monkeypatch.setattr(probe, "check_provider", lambda *_: works)
     monkeypatch.setattr(open_graph, "missing", lambda _: [])
-    bundle = shutil.copytree(path_of(made), tmp_path / "bundle")
-    path = bundle / "optimized" / "cuda-decoder" / RECORD
+
+    def make(times: list[float] | None, **conditions: str) -> Bundle:
+        bundle = shutil.copytree(path_of(made), tmp_path / "bundle")
+        path = bundle / "optimized" / "cuda-decoder" / RECORD
+        values = json.loads(path.read_text())
+        here = timing_conditions(Bundle.open(bundle))
+        assert here.keys() == CONDITIONS.keys() >= conditions.keys()
+        values["graphs"][DECODER] |= {"milliseconds": times, "timed_with": {**here, **conditions} if times else {}}
+        path.write_text(json.dumps(values))
+        return Bundle.open(bundle)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("times", "chosen"), [(None, "cuda"), ([3.0, 2.0], "cuda-decoder"), ([2.0, 3.0], "cuda"), ([2.0, 2.0], "cuda")]
+)
+def test_auto_needs_a_timing(timed: Callable[..., Bundle], times: list[float] | None, chosen: str) -> None:
+    assert GraphOpener(timed(times), "auto").backend == chosen
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"gpu": "NVIDIA L4"}, r"another GPU \(NVIDIA L4 then, simulated now\)"),
+        ({"driver": "12.6"}, r"another CUDA version of the driver \(12\.6 then, 13\.0 now\)"),
+        ({"onnxruntime": ""}, r"another version of ONNX Runtime \(none then, "),
+        ({"cuda_copy": "0" * 64}, "another copy for the backend cuda;"),
+        ({"gpu": "A", "driver": "B"}, "another GPU .*, another CUDA version"),
+    ],
+)
+def test_a_timing_under_other_conditions_is_stale(
+    timed: Callable[..., Bundle], change: dict[str, str], reason: str
+) -> None:
+    bundle = timed([3.0, 2.0], **change)
+    with pytest.warns(StaleTimingWarning, match=f"auto chooses cuda, not cuda-decoder, .*: {reason}.* optimize "):
+        assert GraphOpener(bundle, "auto").backend == "cuda"
+    assert GraphOpener(bundle, "cuda-decoder").backend == "cuda-decoder"  # without a warning
+
+
+def test_a_new_copy_for_cuda_makes_a_timing_stale(timed: Callable[..., Bundle]) -> None:
+    """A record of an earlier version names no conditions."""
+    bundle = timed([3.0, 2.0])
+    optimize(bundle.path, "cuda", graphs=[DECODER])
+    with pytest.warns(StaleTimingWarning, match="another copy for the backend cuda"):
+        assert GraphOpener(Bundle.open(bundle.path), "auto").backend == "cuda"
+    path = bundle.path / "optimized" / "cuda-decoder" / RECORD
     values = json.loads(path.read_text())
-    values["graphs"][DECODER]["milliseconds"] = times
-    values["versions"]["gpu"] = name
+    values["graphs"][DECODER]["timed_with"]["cuda_copy"] = sha256_of(bundle.path / "optimized" / "cuda" / RECORD)
     path.write_text(json.dumps(values))
-    assert GraphOpener(Bundle.open(bundle), "auto").backend == chosen
+    assert GraphOpener(Bundle.open(bundle.path), "auto").backend == "cuda-decoder"
+    del values["graphs"][DECODER]["timed_with"]
+    path.write_text(json.dumps(values))
+    with pytest.warns(StaleTimingWarning, match="does not say what the kernels were compared with"):
+        assert GraphOpener(Bundle.open(bundle.path), "auto").backend == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("cuda-decoder", "blip2edge optimize .* cuda-decoder$"),
+        ("tensorrt", "blip2edge build .* tensorrt$"),
+        ("rtx", "blip2edge build .* rtx$"),
+    ],
+)
+def test_a_backend_that_runs_no_graphs_says_what_to_make(tiny_bundle: Path, name: str, command: str) -> None:
+    with pytest.raises(
+        BackendError, match=f"got backend {name}, which runs what is made from them; make it: {command}"
+    ):
+        open_session(tiny_bundle / "decoder.onnx", name)
+    assert {one for one, row in BACKENDS.items() if row.made_by} == {"cuda-decoder", "tensorrt", "rtx"}
+
+
+def test_an_error_while_closing_does_not_replace_the_first_one(
+    made: OptimizedReport, gpu: Callable[..., FakeDriver]
+) -> None:
+    """No memory for the weights, and then nothing can be freed either."""
+    failing = {"cuMemAlloc": 2, "cuModuleUnload": 1}
+    api = gpu(fails=lambda name: failing.get(name, 0))
+    with pytest.raises(BackendError, match="cuMemAlloc failed: out of memory"):
+        Captioner.load(path_of(made), backend="cuda-decoder")
+    assert set(api.live.values()) == {"module"}
+    assert api.retained == 0
 
 
 def test_optimize_times_the_kernels_where_a_gpu_runs_them(
@@ -175,11 +245,13 @@ def test_optimize_times_the_kernels_where_a_gpu_runs_them(
     assert times is not None
     assert min(times) > 0
     assert report.record.versions["gpu"] == "simulated"
+    assert report.record.graphs[DECODER].timed_with == timing_conditions(Bundle.open(bundle))
     assert "neither run nor measured" not in report_table(report)
     assert not api.live
     monkeypatch.setattr(timing, "_decoded", lambda decoder, _: [id(decoder)])
     report = optimize(bundle, "cuda-decoder")
     assert report.record.graphs[DECODER].milliseconds is None  # other tokens prove nothing
+    assert not report.record.graphs[DECODER].timed_with
     assert "warning: on this GPU the kernels chose other tokens than the CUDA provider" in report_table(report)
     gpu(fails=lambda name: 2 * (name == "cuMemAlloc"))
     assert optimize(bundle, "cuda-decoder").record.graphs[DECODER].milliseconds is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,10 @@ def test_a_capture_ends_after_an_error_and_the_stream_can_be_used_again() -> Non
     with pytest.raises(BackendError, match="cuGraphInstantiate failed"):
         device.capture([launch])
     assert "graph" not in api.live.values()
+    failing["cuGraphDestroy"] = 1
+    with pytest.raises(BackendError, match="cuGraphInstantiate failed"):  # not cuGraphDestroy
+        device.capture([launch])
+    failing.clear()
     device.close()
 
 
@@ -158,6 +163,80 @@ def test_close_frees_everything_and_only_once() -> None:
     assert len(api.calls) == calls
     with pytest.raises(BackendError, match="this graph is closed"):
         device.run(launch)
+
+
+FREEING = {
+    "cuCtxSetCurrent": 1, "cuStreamSynchronize": 1, "cuGraphExecDestroy": 1, "cuEventDestroy": 1, "cuMemFreeHost": 1,
+    "cuMemFree": 3, "cuModuleUnload": 1, "cuStreamDestroy": 2, "cuDevicePrimaryCtxRelease": 1,
+}  # fmt: skip
+"""The calls of closing, with how often each is called."""
+
+
+def closing(*failing: str) -> tuple[FakeDriver, BackendError, list[str]]:
+    """Closes a device while these calls fail; returns the error and the calls."""
+    broken: set[str] = set()
+    api, device = opened(fails=lambda name: name in broken)
+    launch, target = embedding(device, VALUES)
+    device.capture([launch])
+    device.fetch(target, VALUES.shape, np.float32)()
+    broken.update(failing)
+    del api.calls[:]
+    with pytest.raises(BackendError) as caught:
+        device.close()
+    calls = list(api.calls)
+    device.close()  # nothing is left to do
+    assert api.calls == calls
+    return api, caught.value, calls
+
+
+@pytest.mark.parametrize("name", list(FREEING))
+def test_close_goes_on_after_a_call_that_fails_and_reports_it(name: str) -> None:
+    api, error, calls = closing(name)
+    assert Counter(calls) == FREEING
+    more = f" (and {FREEING[name] - 1} more of the calls that free the GPU's memory)" if FREEING[name] > 1 else ""
+    assert error.problem == f"{name} failed: invalid argument{more}"
+    left = {"cuMemFree": 3, "cuMemFreeHost": 1, "cuDevicePrimaryCtxRelease": 1}
+    assert len(api.memory) + len(api.pinned) + api.retained == left.get(name, 0)
+    kinds = {"cuGraphExecDestroy": 1, "cuEventDestroy": 1, "cuModuleUnload": 1, "cuStreamDestroy": 2}
+    assert len(api.live) == kinds.get(name, 0)
+
+
+def test_close_reports_the_first_of_several_errors() -> None:
+    _, error, _ = closing("cuStreamSynchronize", "cuMemFree")
+    assert error.problem.startswith("cuStreamSynchronize failed: invalid argument (and 3 more of the calls")
+
+
+@pytest.mark.parametrize("failing", [2, 3])
+def test_an_error_while_something_is_freed_does_not_replace_the_first_one(failing: int) -> None:
+    """A stream that cannot be made, and then nothing can be freed; the first stream goes if it can."""
+    calls: Counter[str] = Counter()
+
+    def fails(name: str) -> int:
+        calls[name] += 1
+        if name == "cuStreamCreate":
+            return OUT_OF_MEMORY * (calls[name] == 2)
+        return int(failing == 2 and name in ("cuStreamDestroy", "cuDevicePrimaryCtxRelease"))
+
+    api = FakeDriver([KERNEL], fails=fails)
+    with pytest.raises(BackendError, match="cuStreamCreate failed: out of memory"):
+        DriverDevice(api)
+    assert calls["cuStreamDestroy"] == calls["cuDevicePrimaryCtxRelease"] == 1
+    assert bool(api.live) == bool(api.retained) == (failing == 2)
+
+
+def test_a_copy_without_an_event_keeps_no_memory() -> None:
+    failing = {"cuEventCreate": OUT_OF_MEMORY}
+    api, device = opened(fails=lambda name: failing.get(name, 0))
+    target = device.allocate(64)
+    with pytest.raises(BackendError, match="cuEventCreate failed: out of memory"):
+        device.fetch(target, (16,), np.float32)
+    assert not api.pinned
+    failing["cuMemFree"] = 1
+    with pytest.raises(BackendError, match="cuMemFree failed"):
+        device.free(target)
+    failing.clear()
+    device.close()  # frees what could not be freed before
+    assert not api.memory
 
 
 @pytest.mark.parametrize(
