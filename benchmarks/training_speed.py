@@ -116,6 +116,9 @@ class Pictures:
     def accept(self, sample: Sample) -> None:
         del sample
 
+    def check_usable(self, use: Any) -> None:
+        """Does nothing: every picture is drawn here."""
+
     def reject(self, sample: Sample, error: Exception) -> None:
         raise SystemExit(f"{sample.sample_id}: {error}")
 

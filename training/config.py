@@ -11,13 +11,14 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import tomllib
 
-from blip2edge.errors import ConfigError, one_line
+from blip2edge.errors import CheckpointError, ConfigError, DataError, one_line
 from blip2edge.reading import parse_json, read_text, reading
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, RecipeSection, one_of, read_section
@@ -48,6 +49,7 @@ __all__ = [
     "VisionPhase",
     "config_hash",
     "given_values",
+    "in_recipe",
     "load_config",
     "parse_config",
 ]
@@ -203,10 +205,17 @@ def load_config(path: str | Path) -> TrainingConfig:
         ConfigError: The file cannot be read, or its contents are wrong (see `parse_config`); the error names the file.
     """
     text = read_text(Path(path), ConfigError)
-    try:
+    with in_recipe(path):
         return parse_config(text, is_json=Path(path).suffix == ".json")
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error.problem}", error.fix) from error
+
+
+@contextmanager
+def in_recipe(path: str | Path) -> Iterator[None]:
+    """Adds the path of a recipe to the errors about its keys, data and checkpoints that a ``with`` block raises."""
+    try:
+        yield
+    except (ConfigError, DataError, CheckpointError) as error:
+        raise error.with_problem(lambda problem: f"{path}: {problem}") from error
 
 
 def given_values(config: Any) -> dict[str, Any]:

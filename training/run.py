@@ -26,11 +26,10 @@ from blip2edge.bundle.outputs.names import with_own_name
 from blip2edge.bundle.outputs.publishing import check_not_source, check_target, publish
 from blip2edge.errors import ConfigError, OutputError, option
 from blip2edge.progress import ProgressCallback
-from blip2edge.training.config import TrainingConfig, config_hash, load_config
+from blip2edge.training.config import TrainingConfig, config_hash, in_recipe, load_config
 from blip2edge.training.evaluation.models import ModelOptions
 from blip2edge.training.evaluation.open_model import open_captioner
 from blip2edge.training.evaluation.scene_scores import evaluate_scenes
-from blip2edge.training.evaluation.validation import open_validation
 from blip2edge.training.loop.journal import CURVE, LOG, Journal, draw_curve
 from blip2edge.training.loop.loop import Phase, run_phase
 from blip2edge.training.loop.sharding import check_launcher, check_sharding
@@ -38,8 +37,8 @@ from blip2edge.training.loop.snapshots import Snapshot, Snapshots
 from blip2edge.training.loop.trackers import BOARD, TrackedRun, Trackers, check_trackers, recipe_values, run_identity
 from blip2edge.training.loop.training_run import TrainingRun
 from blip2edge.training.phases.registry import PHASES, phases_of
-from blip2edge.training.setup.build import plan_parts, write_stage1
-from blip2edge.training.setup.memory import announce
+from blip2edge.training.setup.build import write_stage1
+from blip2edge.training.setup.planning import plan_run
 
 RECORD_FILE = "training.json"  # in the checkpoint: the record of the training
 _RUN_SUFFIX = ".run"  # added to the output's name: the directory of log and snapshots during the run
@@ -91,14 +90,17 @@ def train(
     """
     config = load_config(config_path)
     target = Path(out_dir)
-    phases_of(stage, config)  # refuses a stage without steps
+    with in_recipe(config_path):
+        phases_of(stage, config)  # refuses a stage without steps
+        check_trackers(config.loop.tracker_names)
     check_not_source(target, Path(config_path))
     check_target(target, force, None)
     check_launcher()
     torch.set_num_threads(config.threads)
-    accelerator = _accelerator(config)
-    if config.loop.fsdp:
-        check_sharding(accelerator)
+    with in_recipe(config_path):
+        accelerator = _accelerator(config)
+        if config.loop.fsdp:
+            check_sharding(accelerator)
     first = accelerator.is_main_process
     with locked(target) if first else contextlib.nullcontext(target) as part:
         check_target(target, force, None)
@@ -131,29 +133,19 @@ def _train(
 ) -> dict[str, Any]:
     """Runs the phases and publishes the checkpoint; returns the record of the run."""
     first, target, config_path = accelerator.is_main_process, options.target, options.config_path
-    check_trackers(config.loop.tracker_names)
     snapshots = snapshots_of(target)
     snapshot = _snapshot_to_resume(snapshots, stage, config, resume=options.resume, force=options.force, first=first)
     accelerator.wait_for_everyone()
     status = (log if first else None) or (lambda _: None)
     base = Path(config_path).resolve().parent
     torch.manual_seed(config.seed)
-    planned = plan_parts(stage, config, base)
-    announce(planned.config, config, stage, accelerator, status)
-    if planned.bridge:
-        status(f"bridge ({config.bridge}): {planned.bridge}")
-    if config.stage1.steps and not config.runs_stage1(stage):
-        status(f"stage1 does not run: bridge_from ({config.model.bridge_from}) is its output")
-    validation = None
-    if config.validation.every and stage == "stage1":
-        status("stage1: [validation] is not used: stage 1 generates no captions")
-    elif config.validation.every:
-        validation = open_validation(config.validation, base, status)
-    parts = planned.build()
+    with in_recipe(config_path):
+        planned = plan_run(stage, config, base, accelerator, phases_of(stage, config), status)
+    parts = planned.parts.build()
     # The trackers begin last: a recipe that is refused leaves no run open in them.
     journal = _journal(config, target, snapshots, status, resumed=snapshot is not None) if first else Journal(None)
     run = TrainingRun(stage, config, base, accelerator, parts, journal, snapshots, status, progress if first else None)
-    run.validation = validation
+    run.validation = planned.validation
     with contextlib.closing(run), contextlib.closing(journal):
         if snapshot is not None:
             run.log(f"resumes from the snapshot of step {snapshots.steps} in {snapshots.directory}")

@@ -49,11 +49,13 @@ def run(options: argparse.Namespace) -> int:
 
     output = options.output or Path("runs") / options.config.stem
     check_output(output, options.force, None, options.config)
-    from blip2edge.training.config import load_config
+    from blip2edge.training.config import in_recipe, load_config
     from blip2edge.training.inputs import check_recipe_files
 
     # A wrong recipe and missing files are refused before torch is imported, which takes seconds.
-    check_recipe_files(load_config(options.config), options.config.resolve().parent, options.stage)
+    config = load_config(options.config)
+    with in_recipe(options.config):
+        check_recipe_files(config, options.config.resolve().parent, options.stage)
     from blip2edge.training.run import train
 
     first = not int(os.environ.get("RANK", "0"))  # of several processes, only the first prints

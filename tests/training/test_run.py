@@ -134,8 +134,8 @@ def test_a_loss_that_is_not_finite_names_the_samples_and_keeps_the_snapshot(tmp_
         train("stage2", path, tmp_path / "out")
     lines: list[str] = []
     train("stage2", path, tmp_path / "out", resume=True, log=lines.append, evaluation_scenes=0)
-    assert lines[0] == f"resumes from the snapshot of step {recipes.STEPS} in {tmp_path / 'out.run'}"
-    assert lines[1].startswith("language: step 1/4")
+    assert lines[1] == f"resumes from the snapshot of step {recipes.STEPS} in {tmp_path / 'out.run'}"
+    assert lines[2].startswith("language: step 1/4")
 
 
 def test_a_directory_that_appears_during_the_run_is_not_replaced(path: Path, tmp_path: Path) -> None:
@@ -228,7 +228,10 @@ def test_stage1_writes_what_transformers_loads_and_stage2_goes_on_from_it(tmp_pa
     lines: list[str] = []
     record = train("stage2", path, tmp_path / "second", evaluation_scenes=0, log=lines.append)
     assert list(record["phases"]) == ["vision", "language", "stage2"]
-    assert lines[0] == "stage1 does not run: bridge_from (first) is its output"
+    assert lines[:2] == [
+        "[model] names no trained parts: the miniature is trained from scratch, on generated scenes",
+        "stage1 does not run: bridge_from (first) is its output",
+    ]
 
 
 def test_a_wrong_number_of_data_streams_names_the_right_ones(tmp_path: Path) -> None:

@@ -16,6 +16,11 @@ LEFT_RIGHT = ("left", "right", "leftmost", "rightmost", "clockwise", "counterclo
 _CROP = ValidValues(lambda value: bool(0 < value <= 1), "be greater than 0 and at most 1")
 
 
+def set_title(section: str, number: int) -> str:
+    """Returns the title of a data set of a mixture in messages: ``[[data]] set 1`` for the number 0."""
+    return f"[[{section}]] set {number + 1}"
+
+
 @dataclass(frozen=True)
 class DataConfig(RecipeSection):
     """The training data. If a recipe has several tables `[[data]]`, their data sets are mixed."""

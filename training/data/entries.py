@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from blip2edge.errors import Blip2EdgeError, DataError, ImageError
 from blip2edge.picture_files import MAX_FILE_BYTES
 from blip2edge.reading import read_bytes, reading
 from blip2edge.runtime.images.preprocess import load_image
-from blip2edge.training.data.sources import Sample
+from blip2edge.training.data.sources import UNUSABLE, Sample
 
 _NAMED = 3  # broken samples that a message names
 
@@ -154,6 +155,10 @@ class BrokenSamples:
         self._limit = limit
         self.problems: dict[str, str] = {}
 
+    def empty(self) -> BrokenSamples:
+        """Returns a collection of the same name and limit, without broken samples."""
+        return BrokenSamples(self.name, self._limit)
+
     def add(self, sample_id: str, problem: str) -> None:
         """Adds a broken sample. A sample that is added twice counts once.
 
@@ -282,7 +287,7 @@ def opened_pictures(
         raise broken.none_usable("picture that opens")
 
 
-class RejectingSource:
+class RejectingSource(ABC):
     """Base of sample sources that skip samples which cannot be used.
 
     A source whose samples are all broken would be read for ever, pass after pass, if it has fewer samples than
@@ -319,3 +324,28 @@ class RejectingSource:
         # Each pass has its own order: only 2 N - 1 samples in a row are sure to contain a whole pass of N samples.
         if self._pass_size is not None and self._rejected >= 2 * self._pass_size - 1:
             raise self._broken.none_usable("usable sample")
+
+    def check_usable(self, use: Callable[[Sample], object]) -> None:
+        """Checks that at least one sample can be used; the position stays (see `SampleSource.check_usable`)."""
+        state, found = self.state_dict(), self._broken.empty()
+        for number, sample in enumerate(self, 1):
+            try:
+                use(sample)
+                break
+            except UNUSABLE as error:
+                found.add(sample.sample_id, error.problem)
+            if self._pass_size is not None and number >= self._pass_size:
+                raise found.none_usable("usable sample")
+        self.load_state_dict(state)
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Sample]:
+        """Yields the samples from the current position on, without end."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the position of the next sample."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues at the position that `state_dict` returned."""

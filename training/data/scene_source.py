@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,9 @@ class SceneSource:
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
         """Always raises DataError: a generated scene can be used, so the error is in another part of the program."""
         raise DataError(f"{self.name}: {sample.sample_id} cannot be used: {error.problem}") from error
+
+    def check_usable(self, use: Callable[[Sample], object]) -> None:
+        """Does nothing: every generated scene can be used."""
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position in the stream, and series and number of the scenes."""

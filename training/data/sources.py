@@ -13,8 +13,11 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from blip2edge.errors import Blip2EdgeError
+from blip2edge.errors import Blip2EdgeError, DataError, ImageError, PromptError
 from blip2edge.training.data.config import DataConfig
+
+UNUSABLE = (ImageError, DataError, PromptError)
+"""Errors of a single sample, which is then replaced by the next one."""
 
 _ORDER = 1  # random stream of orders; sources draw prompts and answers from others
 
@@ -102,6 +105,18 @@ class SampleSource(Protocol):
         Raises:
             DataError: More samples are broken than allowed, or a whole pass over the data had no usable sample. The
                 error names their number and the first three.
+        """
+
+    def check_usable(self, use: Callable[[Sample], object]) -> None:
+        """Checks that at least one sample can be used; in a mixture, one sample of each set. The position stays.
+
+        A short run draws few samples, so the rule of :meth:`reject` would not find a set without a usable sample.
+
+        Args:
+            use: Raises one of :data:`UNUSABLE` if a sample cannot be used.
+
+        Raises:
+            DataError: More samples than allowed are broken before the first usable one, or there is none in a pass.
         """
 
     def state_dict(self) -> dict[str, Any]:

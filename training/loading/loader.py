@@ -25,16 +25,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from blip2edge.errors import Blip2EdgeError, DataError, ImageError, PromptError
-from blip2edge.training.data.sources import Sample, SampleSource
+from blip2edge.errors import Blip2EdgeError, DataError, ImageError
+from blip2edge.training.data.sources import UNUSABLE, Sample, SampleSource
 from blip2edge.training.loading.batches import CaptionBatch, TextBatch
 from blip2edge.training.loading.features import FrozenEncoder, PictureReader
 
 Pixels = NDArray[np.float32] | None
 Opened = list[Pixels]
 """Pixels of the pictures of one sample."""
-BROKEN = (ImageError, DataError, PromptError)
-"""Errors of a single sample, which is then replaced."""
 
 
 class PictureBatch(NamedTuple):
@@ -182,7 +180,7 @@ class Loader:
         try:
             self._texts.check(sample)
             return [self._encoder.open(picture) for picture in sample.pictures]
-        except BROKEN as error:
+        except UNUSABLE as error:
             return error
 
     def _replace_broken(

@@ -15,13 +15,11 @@ from blip2edge.errors import ConfigError
 from blip2edge.runtime.text.prompt import InstructionTokenizer
 from blip2edge.runtime.text.tokenizer import Tokenizer
 from blip2edge.training.config import TrainingConfig
-from blip2edge.training.data.registry import open_sample_source
 from blip2edge.training.data.scenes import Scene
-from blip2edge.training.data.sources import Sample, SampleSource
+from blip2edge.training.data.sources import Sample
 from blip2edge.training.evaluation.checkpoints.models import CheckpointCaptioner
 from blip2edge.training.evaluation.checkpoints.together import CaptionerTogether
 from blip2edge.training.evaluation.validation import validation_scores
-from blip2edge.training.key_rules import choice
 from blip2edge.training.loading.batches import KeywordTexts, SceneBatches, pixel_values
 from blip2edge.training.loading.caption_texts import CaptionTexts
 from blip2edge.training.loading.features import FeatureCache, FrozenEncoder, PictureReader, encoder_hash
@@ -41,8 +39,10 @@ from blip2edge.training.phases.stage1 import RepresentationStage
 from blip2edge.training.phases.stage1_checkpoint import begin_stage2
 from blip2edge.training.phases.stage2 import TRAINED, GenerativeStage, elastic_draw, match_scale
 from blip2edge.training.setup.build import new_stage1_model
+from blip2edge.training.setup.checks import no_instruction_tokenizer
 from blip2edge.training.setup.lora import add_lora, merge_lora
 from blip2edge.training.setup.model_parts import DTYPES, ModelParts
+from blip2edge.training.setup.run_data import check_usable, open_sources
 
 MakeSceneBatch = Callable[[list[Scene], list[str]], Any]
 """A function that makes a batch from scenes and their names."""
@@ -69,8 +69,9 @@ def _loader(run: TrainingRun, phase: str, config: BridgePhase, texts: TextMakers
         encoder: FrozenEncoder | PictureReader = PictureReader(run.parts.preprocessing, run.accelerator)
     else:
         encoder = _frozen_encoder(run)
-    rows = config.batch_size
-    loader = Loader(_sources(run, phase, rows), rows, encoder, texts, run.accelerator, run.config.loop.workers)
+    sources = open_sources(run.config, run.base, run.accelerator, _seed(run, phase))
+    check_usable(sources, texts.check)
+    loader = Loader(sources, config.batch_size, encoder, texts, run.accelerator, run.config.loop.workers)
     run.loaders.append(loader)
     return loader
 
@@ -128,29 +129,6 @@ def _frozen_encoder(run: TrainingRun) -> FrozenEncoder:
         shape = (vision.config.num_embeds, vision.config.hidden_size)
         cache = FeatureCache(cache_directory() / "features" / name, shape, loop.features_dtype)
     return FrozenEncoder(vision, preprocessing, run.accelerator, cache, autocast=loop.encoder_autocast)
-
-
-def _sources(run: TrainingRun, phase: str, rows: int) -> SampleSource | list[SampleSource]:
-    """Returns the source of a phase's samples; with several data streams, the sources of this process' streams.
-
-    Raises:
-        ConfigError: The streams cannot be divided equally among the processes, or the rows of a batch cannot be divided
-            equally among the streams.
-    """
-    streams, size = run.config.loop.data_streams, run.accelerator.num_processes
-    seed, each = _seed(run, phase), streams // size
-    if streams == 1:
-        return open_sample_source(run.config.data, seed=seed, base=run.base)
-    batch = rows * size
-    if streams % size or batch % streams:
-        valid = sorted({1, *(number for number in range(size, batch + 1, size) if batch % number == 0)})
-        raise ConfigError(
-            f"[loop] data_streams must be a multiple of the number of processes ({size}), and divide the {batch} rows"
-            f" of a batch of {phase}, not {streams}",
-            f"set data_streams to {choice([str(number) for number in valid])}",
-        )
-    own = range(each * run.accelerator.process_index, each * (run.accelerator.process_index + 1))
-    return [open_sample_source(run.config.data, seed=seed, base=run.base, part=(number, streams)) for number in own]
 
 
 def _vision(run: TrainingRun) -> Phase:
@@ -289,10 +267,7 @@ def _instruction(parts: ModelParts, captions: CaptionTexts) -> Callable[[Sequenc
     The function uses the runtime's tokenization, so training and inference give the same ids.
     """
     if parts.qformer_texts is None:
-        raise ConfigError(
-            "train instruct needs a tokenizer for the Q-Former, but found none",
-            "in [model], set bert to a BERT (directory or hub name), or checkpoint to a model with qformer_tokenizer/",
-        )
+        raise no_instruction_tokenizer()
     longest = parts.model.config.instruction_positions
     instructor = InstructionTokenizer(Tokenizer(parts.qformer_texts.tokenizer), longest, 1)
 

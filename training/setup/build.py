@@ -18,7 +18,6 @@ from blip2edge.model.checkpoint.image_processor import load_preprocessing
 from blip2edge.model.checkpoint.stored.files import read_checkpoint_json
 from blip2edge.model.config import (
     BLIP2_VISION,
-    CLIP_VISION,
     CaptionerConfig,
     DraftConfig,
     QFormerConfig,
@@ -38,7 +37,12 @@ from blip2edge.training.phases.stage1_checkpoint import (
 )
 from blip2edge.training.setup import pretrained
 from blip2edge.training.setup.architecture import captioner_config, family_of, qformer_sizes, stage1_config
-from blip2edge.training.setup.checks import check_bridge_keys, check_trained_vision
+from blip2edge.training.setup.checks import (
+    check_bridge_keys,
+    check_stage1_vision,
+    check_trained_vision,
+    no_instruction_tokenizer,
+)
 from blip2edge.training.setup.miniature import build_miniature, initialise, miniature_config
 from blip2edge.training.setup.model_parts import ModelParts
 from blip2edge.training.setup.text_side import QFORMER_TOKENIZER, has_text_side, is_retrieval, own_texts, text_tokenizer
@@ -197,6 +201,8 @@ def _whole(stage: str, config: TrainingConfig, base: Path, given: CaptionerConfi
     tokenizer = pretrained.load_tokenizer(directory / "tokenizer.json")
     files = pretrained.side_files(directory)
     own = own_texts(config, base)
+    if given.instruction_positions and own is None:
+        raise no_instruction_tokenizer()
     if wanted and own is not None:  # of a bert, if the checkpoint has none
         files.setdefault(QFORMER_TOKENIZER, own.tokenizer.to_str().encode())
 
@@ -299,11 +305,7 @@ def new_stage1_model(parts: ModelParts, config: TrainingConfig, base: Path) -> S
     bridge, texts = parts.model.config.bridge, parts.qformer_texts
     if not isinstance(bridge, QFormerConfig) or texts is None:
         raise ConfigError(f"stage1 trains a Q-Former, and bridge is {config.bridge!r}", "set bridge to 'qformer'")
-    if parts.model.config.vision.kind == CLIP_VISION:
-        raise ConfigError(
-            "stage1 does not support the picture encoder of a CLIP, and model.vision_from is one",
-            "set model.vision_from to another encoder, such as a BLIP-2's, or run stage2",
-        )
+    check_stage1_vision(parts.model.config.vision)
     if parts.stage1 is not None:
         torch.manual_seed(config.seed)  # for what the checkpoint does not have
         return parts.stage1()

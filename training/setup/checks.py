@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from blip2edge.errors import ConfigError
-from blip2edge.model.config import CaptionerConfig
+from blip2edge.model.config import CLIP_VISION, CaptionerConfig, VisionEncoderConfig
 from blip2edge.model.vision.registry import VISION_ENCODERS, vision_encoder
 from blip2edge.training.config import TrainingConfig
 from blip2edge.training.fields import RecipeSection
 from blip2edge.training.phases.stage1_checkpoint import Stage1Source
+from blip2edge.training.phases.stage2 import elastic_draw
 
 
 def check_bridge_keys(
@@ -74,3 +77,35 @@ def check_trained_vision(given: CaptionerConfig, config: TrainingConfig) -> None
             f" is of the kind {given.vision.kind!r}",
             "set unfreeze_vision to false, or give another encoder",
         )
+
+
+def check_phases(config: TrainingConfig, planned: CaptionerConfig, phases: Sequence[str]) -> None:
+    """Raises ConfigError if a phase of the run cannot train the captioner.
+
+    Args:
+        config: The recipe.
+        planned: Config of the captioner of the run.
+        phases: Names of the phases of the run.
+    """
+    for name in phases:
+        if name == "stage1":
+            check_stage1_vision(planned.vision)
+        if name in ("stage2", "instruct"):
+            elastic_draw(planned, getattr(config, name), seed=0)
+
+
+def check_stage1_vision(vision: VisionEncoderConfig) -> None:
+    """Raises ConfigError if stage 1 does not support a picture encoder."""
+    if vision.kind == CLIP_VISION:
+        raise ConfigError(
+            "stage1 does not support the picture encoder of a CLIP, and model.vision_from is one",
+            "set model.vision_from to another encoder, such as a BLIP-2's, or run stage2",
+        )
+
+
+def no_instruction_tokenizer() -> ConfigError:
+    """Returns the error for a Q-Former that reads the prompt, without a tokenizer; the caller raises the error."""
+    return ConfigError(
+        "train instruct needs a tokenizer for the Q-Former, but found none",
+        "in [model], set bert to a BERT (directory or hub name), or checkpoint to a model with qformer_tokenizer/",
+    )

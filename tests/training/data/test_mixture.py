@@ -48,6 +48,9 @@ class Numbers:
     def accept(self, sample: Sample) -> None:
         raise AssertionError
 
+    def check_usable(self, use: Any) -> None:
+        """Every sample can be used."""
+
     def reject(self, sample: Sample, error: Any) -> None:
         raise AssertionError
 

@@ -23,6 +23,7 @@ from blip2edge.training.data.sources import Sample
 from blip2edge.training.loading.batches import PREPROCESSING
 from blip2edge.training.loading.features import PictureReader
 from blip2edge.training.loading.loader import Loader, TextMakers
+from blip2edge.training.setup.run_data import open_pictures
 
 COUNT = 3
 MOST = 40  # samples that a test may read before it fails instead of running for ever
@@ -148,6 +149,31 @@ def test_a_set_of_a_mixture_that_is_wholly_broken_ends_the_run(write: Write, tmp
     with pytest.raises(DataError, match="got none; 3 samples are broken") as said:
         [next(batches) for _ in range(20)]
     assert "caption" not in str(said.value)
+
+
+@pytest.mark.parametrize("write", KINDS)
+def test_a_set_without_a_usable_sample_is_found_without_drawing_from_it(write: Write, tmp_path: Path) -> None:
+    """A short run may draw no sample of a set, or too few to know that all are broken."""
+    bad, good = write(tmp_path, {0, 1, 2}), DataConfig(count=2)
+    mixed = DataConfig.of_tables([replace(good, ratio=1000.0), replace(bad, ratio=0.001)])
+    source = open_sample_source(mixed, seed=0, base=tmp_path)
+    before = source.state_dict()
+    with pytest.raises(DataError, match=r"expected at least one usable sample, got none; 3 samples are broken") as said:
+        source.check_usable(open_pictures)
+    assert bad.path in str(said.value)
+    usable = open_sample_source(replace(mixed, sets=(mixed.sets[0],) * 2), seed=0, base=tmp_path)
+    usable.check_usable(open_pictures)
+    assert source.state_dict()["position"] == before["position"] == 0
+
+
+@pytest.mark.parametrize("write", KINDS)
+def test_the_check_of_a_set_changes_no_draw(write: Write, tmp_path: Path) -> None:
+    config = write(tmp_path, {0, 2})
+    plain, checked = (open_sample_source(config, seed=0, base=tmp_path) for _ in range(2))
+    checked.check_usable(open_pictures)
+    assert checked.state_dict() == plain.state_dict()
+    drawn = [[sample.sample_id for sample in itertools.islice(source, 7)] for source in (plain, checked)]
+    assert drawn[0] == drawn[1]
 
 
 def test_a_stream_that_is_wholly_broken_ends_the_run(tmp_path: Path) -> None:

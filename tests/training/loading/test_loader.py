@@ -62,6 +62,9 @@ class Faulty:
     def accept(self, sample: Sample) -> None:
         """Nothing to note."""
 
+    def check_usable(self, use: Any) -> None:
+        """Every sample can be used."""
+
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
         self.rejected.append(sample.sample_id)
         if len(self.rejected) > self._most:

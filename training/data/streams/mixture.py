@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,6 +96,11 @@ class MixtureSource:
         """
         source, own = self._own(sample)
         source.reject(own, error)
+
+    def check_usable(self, use: Callable[[Sample], object]) -> None:
+        """Checks that at least one sample of each set can be used; the position stays."""
+        for source in self._sources:
+            source.check_usable(use)
 
     def _own(self, sample: Sample) -> tuple[SampleSource, Sample]:
         """Returns the source of a sample, and the sample under the id that it has in this source."""

@@ -1,0 +1,106 @@
+"""Errors in a recipe come before the model is built, and name the recipe and the key."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("accelerate", reason="training needs accelerate")
+
+from blip2edge.errors import Blip2EdgeError, ConfigError, DataError
+from blip2edge.training.data.scenes import scenes
+from blip2edge.training.run import train
+from blip2edge.training.setup import build, pretrained
+
+CHECKPOINT = Path(__file__).parents[3] / "examples" / "checkpoint"
+PARTS = f'[model]\nvision_from = "{CHECKPOINT}"\nlanguage_from = "{CHECKPOINT}"\n'
+STEPS = "[stage2]\nsteps = 2\nbatch_size = 2\nwarmup_steps = 0\n"
+FOLDER = '[data]\nkind = "folder"\npath = "photos"\n'
+EMPTY = '[[data]]\nkind = "folder"\npath = "photos"\nratio = 1\n[[data]]\nkind = "folder"\npath = "empty"\nratio = 1\n'
+BROKEN = EMPTY.replace("empty", "broken")
+
+CASES: dict[str, tuple[str, type[Blip2EdgeError], str]] = {
+    "metric": (
+        f'{PARTS}{STEPS}{FOLDER}[validation]\nevery = 1\nkind = "folder"\npath = "photos"\nmetric = "vqa_accuracy"\n',
+        ConfigError,
+        r"\[validation\] metric = 'vqa_accuracy' cannot be computed on captions",
+    ),
+    "validation": (
+        f'{PARTS}{STEPS}{FOLDER}[validation]\nevery = 1\nkind = "folder"\npath = "empty"\n',
+        DataError,
+        r"\[validation\] path = 'empty': \S*empty: expected pictures",
+    ),
+    "streams": (f"{PARTS}{STEPS}{FOLDER}[loop]\ndata_streams = 3\n", ConfigError, r"\[loop\] data_streams must be"),
+    "streams of few samples": (
+        f"{PARTS}{STEPS}{FOLDER}[loop]\ndata_streams = 4\n".replace("batch_size = 2", "batch_size = 4"),
+        ConfigError,
+        r"expected at least 4 samples for the 4 data streams, got 3",
+    ),
+    "elastic": (f"bridge = 'mlp'\n{PARTS}{STEPS}elastic = true\n", ConfigError, r"\[stage2\] elastic is true, but"),
+    "elastic_min": (
+        f"{PARTS}num_query_tokens = 4\n{STEPS}elastic = true\nelastic_min = 4\n",
+        ConfigError,
+        r"\[stage2\] elastic_min must be below 4",
+    ),
+    "empty": (
+        FOLDER.replace("photos", "empty") + PARTS + STEPS,
+        DataError,
+        r"\[data\] path = 'empty': \S*empty: expected pictures",
+    ),
+    "empty set": (EMPTY + PARTS + STEPS, DataError, r"\[\[data\]\] set 2 path = 'empty': \S*empty: expected pictures"),
+    "broken set": (
+        BROKEN + PARTS + STEPS,
+        DataError,
+        r"\[\[data\]\] set 2 path = 'broken': \S*broken: expected at least one usable sample, got none; 3 samples are",
+    ),
+    "sizes": (
+        f"[[data]]\n{FOLDER[7:]}[[data]]\n{PARTS}{STEPS}",
+        ConfigError,
+        r"\[\[data\]\] the number of samples is not known for scenes",
+    ),
+    "tracker": (f"{PARTS}{STEPS}[loop]\ntrackers = ['nobody']\n", ConfigError, r"\[loop\] trackers: 'nobody'"),
+    "path": (FOLDER.replace("photos", "nowhere") + PARTS + STEPS, DataError, r"\[data\] path = 'nowhere'"),
+}
+
+
+@pytest.fixture(scope="module", name="root")
+def _root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of three pictures with texts: readable ones, broken ones, and a folder without pictures."""
+    root = tmp_path_factory.mktemp("recipes")
+    for name in ("photos", "broken", "empty"):
+        (root / name).mkdir()
+    for number, scene in enumerate(scenes(3)):
+        scene.picture.save(root / "photos" / f"{number}.png")
+        (root / "broken" / f"{number}.png").write_bytes(b"no picture")
+        for name in ("photos", "broken"):
+            (root / name / f"{number}.txt").write_text(scene.caption)
+    return root
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_an_error_comes_before_the_model_is_built(
+    case: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, kind, message = CASES[case]
+    path = root / f"{case.replace(' ', '-')}.toml"
+    path.write_text(text)
+
+    def built(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the model is built")
+
+    monkeypatch.setattr(pretrained, "assemble_captioner", built)
+    monkeypatch.setattr(build, "load_checkpoint", built)
+    with pytest.raises(kind, match=rf"^{re.escape(str(path))}: .*{message}"):
+        train("stage2", path, tmp_path / "out", evaluation_scenes=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_recipe_without_an_error_builds_the_model(root: Path, tmp_path: Path) -> None:
+    """The cases above differ from it by one value, or they would be refused for another reason."""
+    path = root / "right.toml"
+    path.write_text(FOLDER + PARTS + STEPS)
+    record = train("stage2", path, tmp_path / "out", evaluation_scenes=0)
+    assert record["phases"]["stage2"]["steps"] == 2
