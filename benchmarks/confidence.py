@@ -38,7 +38,7 @@ from blip2edge.calibration.confidence.figures import accuracy_at, calibration_er
 from blip2edge.cli import main as command_line
 from blip2edge.cli import run_script
 from blip2edge.runtime.decoding.confidence import ConfidenceMap, features
-from blip2edge.runtime.decoding.sampling import log_probability
+from blip2edge.runtime.decoding.generate import log_probability
 from blip2edge.training.data.scenes import PICTURE_SIZE, scenes
 
 FIT_SEED, TEST_SEED, EMPTY_SEED, RANGES_SEED = 71, 80, 10, 11

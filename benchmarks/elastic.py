@@ -32,7 +32,7 @@ from reporting import CHECKPOINT, ROOT, command, machine, median_ratio, parser_o
 from blip2edge.cli import run_script
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.request import StageClock
+from blip2edge.runtime.captioning.encoder import StageClock
 from blip2edge.runtime.decoding.generate import argmax
 from blip2edge.training.evaluation.scene_scores import evaluate_scenes
 from blip2edge.training.run import train

@@ -20,7 +20,7 @@ def ours(path: str) -> str:
     from blip2edge.bundle.bundle import Bundle
     from blip2edge.bundle.schema import DECODER
     from blip2edge.runtime.backends.open_graph import GraphOpener
-    from blip2edge.runtime.decoding.language_model import decoder_of
+    from blip2edge.runtime.decoding.decoder import decoder_of
     from blip2edge.runtime.text.tokenizer import Tokenizer
 
     bundle = Bundle.open(path)

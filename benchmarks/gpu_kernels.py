@@ -113,7 +113,7 @@ def kernel_ids(dry: bool) -> dict[str, Any]:
     from blip2edge.bundle.bundle import Bundle
     from blip2edge.bundle.schema import DECODER
     from blip2edge.runtime.cuda.backend import open_decoder
-    from blip2edge.runtime.decoding.language_model import decoder_of, token_table
+    from blip2edge.runtime.decoding.decoder import decoder_of, token_table
     from tests.runtime.cuda.portable import Portable
 
     found: dict[str, Any] = {}

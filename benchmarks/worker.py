@@ -96,7 +96,7 @@ class Ours:
         from blip2edge.bundle.bundle import Bundle
         from blip2edge.bundle.schema import DECODER
         from blip2edge.runtime.backends.open_graph import GraphOpener
-        from blip2edge.runtime.decoding.language_model import decoder_of
+        from blip2edge.runtime.decoding.decoder import decoder_of
 
         path, _, portable = path.partition(":")
         bundle = Bundle.open(path)

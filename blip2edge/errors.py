@@ -31,7 +31,7 @@ An error's text names options with :func:`option`. Each interface then writes th
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -247,3 +247,11 @@ def hidden(text: str) -> str:
     for secret in sorted(_HIDDEN, key=len, reverse=True):
         text = text.replace(secret, "***")
     return text
+
+
+def shown(value: Any) -> str:
+    """Formats a value for an error message, with at most 80 characters."""
+    if isinstance(value, int) and abs(value) >= 10**40:  # Python itself refuses to write very long ones
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -31,8 +31,7 @@ from blip2edge.bulk.run_files import Chunk
 from blip2edge.errors import ImageError, UsageError
 from blip2edge.picture_files import printable
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.encoder import EncodedBatch
-from blip2edge.runtime.captioning.request import StageClock
+from blip2edge.runtime.captioning.encoder import EncodedBatch, StageClock
 from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.images.preprocess import DeferredImage, load_image
 

@@ -23,8 +23,8 @@ from blip2edge.progress import counted
 from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.bench.certificate.reference_outputs import default_prompt
-from blip2edge.runtime.captioning.assemble import image_parts, text_parts
-from blip2edge.runtime.decoding.language_model import EncoderDecoder, load_language_model
+from blip2edge.runtime.captioning.assemble import image_parts, load_language_model, text_parts
+from blip2edge.runtime.captioning.pipeline import EncoderDecoder
 from blip2edge.runtime.images.video import pictures_of
 from blip2edge.runtime.text.prompt import Prompt, pack_images
 

@@ -24,7 +24,7 @@ from blip2edge.runtime.backends.base import OptimizedFile, Session
 from blip2edge.runtime.backends.onnxruntime_cpu import OnnxRuntimeSession
 from blip2edge.runtime.backends.open_graph import RowByRow
 from blip2edge.runtime.bench.certificate.graph_inputs import Arrays, decode, draw_cross_inputs, draw_inputs
-from blip2edge.runtime.decoding.language_model import decoder_of
+from blip2edge.runtime.decoding.decoder import decoder_of
 
 TOLERANCE = 1e-4
 """Largest allowed difference from the exported graph in fp32, as a share of the output's largest value."""

@@ -20,7 +20,7 @@ from blip2edge.errors import BackendError
 from blip2edge.runtime.backends import probe
 from blip2edge.runtime.backends.open_graph import GraphOpener
 from blip2edge.runtime.cuda.backend import open_decoder
-from blip2edge.runtime.decoding.language_model import decoder_of, token_table
+from blip2edge.runtime.decoding.decoder import decoder_of, token_table
 from blip2edge.runtime.decoding.sampling import StepScores
 from blip2edge.runtime.decoding.state import Decoder, GreedyState
 

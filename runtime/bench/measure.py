@@ -25,8 +25,7 @@ from blip2edge.runtime.backends.probe import processor
 from blip2edge.runtime.bench.meters import CpuClock, EnergyMeter, MemoryMeter, resident_bytes
 from blip2edge.runtime.bench.roofline import PICTURE, measure_available
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.encoder import EncodedBatch
-from blip2edge.runtime.captioning.request import STAGES
+from blip2edge.runtime.captioning.encoder import STAGES, EncodedBatch
 from blip2edge.runtime.decoding.generate import argmax
 from blip2edge.runtime.decoding.options import CaptionOptions
 from blip2edge.shapes.cost import Roofline, StageCost

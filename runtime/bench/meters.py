@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from blip2edge.runtime.captioning.request import STAGES, StageClock
+from blip2edge.runtime.captioning.encoder import STAGES, StageClock
 
 HWMON = Path("/sys/class/hwmon")
 RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")

@@ -10,17 +10,26 @@ from typing import TYPE_CHECKING, Any
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.dtypes import NUMPY_DTYPES
 from blip2edge.bundle.prompt_spec import PromptSpec
-from blip2edge.bundle.schema import BRIDGE, QFORMER_TOKENIZER_FILE, TOKENIZER_FILE, VISION, BackendName, DraftName
-from blip2edge.errors import Blip2EdgeError, BundleError, UsageError, option
+from blip2edge.bundle.schema import (
+    BRIDGE,
+    CROSS_KV,
+    DECODER,
+    QFORMER_TOKENIZER_FILE,
+    TEXT_ENCODER,
+    TOKENIZER_FILE,
+    VISION,
+    BackendName,
+    DraftName,
+)
+from blip2edge.errors import Blip2EdgeError, BundleError, UsageError, option, shown
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.backends.base import Session
 from blip2edge.runtime.backends.open_graph import GraphOpener
 from blip2edge.runtime.captioning.encoder import Encoder, ImageParts, TextParts
-from blip2edge.runtime.captioning.pipeline import TextGenerator
+from blip2edge.runtime.captioning.pipeline import DecoderOnly, EncoderDecoder, LanguageModel, TextGenerator
 from blip2edge.runtime.decoding.confidence import Confidence
+from blip2edge.runtime.decoding.decoder import decoder_of, token_table
 from blip2edge.runtime.decoding.draft_model import DraftSelector
-from blip2edge.runtime.decoding.language_model import load_language_model, token_table
-from blip2edge.runtime.decoding.options import shown
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.runtime.text.prompt import InstructionTokenizer, PromptBuilder
 from blip2edge.runtime.text.tokenizer import Tokenizer
@@ -137,6 +146,24 @@ def text_parts(bundle: Bundle) -> TextParts:
         reader = Tokenizer.from_file(bundle.file(QFORMER_TOKENIZER_FILE))
         instructions = InstructionTokenizer(reader, spec.instruction_positions, spec.frames)
     return TextParts(tokenizer, prompts, instructions)
+
+
+def load_language_model(bundle: Bundle, open_graph: Callable[[str], Session]) -> LanguageModel:
+    """Loads a bundle's language model.
+
+    Args:
+        bundle: An opened bundle.
+        open_graph: Loads a graph by name.
+    """
+    manifest = bundle.manifest
+    decoder = decoder_of(bundle, open_graph(DECODER))
+    cross_kv = open_graph(CROSS_KV) if CROSS_KV in manifest.graphs else None
+    if TEXT_ENCODER not in manifest.graphs or cross_kv is None:
+        source = bundle.graph(CROSS_KV).spec.inputs[0].name if cross_kv is not None else ""
+        return DecoderOnly(decoder, cross_kv, source)
+    start = manifest.generation["decoder_start_token_id"]
+    takes = tuple(tensor.name for tensor in bundle.graph(TEXT_ENCODER).spec.inputs)
+    return EncoderDecoder(decoder, open_graph(TEXT_ENCODER), takes, cross_kv, start)
 
 
 def load_pipeline(

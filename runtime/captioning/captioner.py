@@ -25,19 +25,10 @@ from blip2edge.errors import Blip2EdgeError, UsageError, option
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.captioning.assemble import LoadedBundle, load_pipeline
-from blip2edge.runtime.captioning.encoder import EncodeBatch, checked_queries
+from blip2edge.runtime.captioning.encoder import STAGES, EncodeBatch, StageClock, checked_queries
 from blip2edge.runtime.captioning.engine_check import KnownGoodRequest
 from blip2edge.runtime.captioning.fair_lock import FairLock
-from blip2edge.runtime.captioning.request import (
-    STAGES,
-    CaptionResult,
-    Request,
-    Span,
-    StageClock,
-    check_text,
-    listed,
-    raising,
-)
+from blip2edge.runtime.captioning.request import CaptionResult, Request, Span, check_text, listed, raising
 from blip2edge.runtime.captioning.reuse.frames import ReusingEncoder
 from blip2edge.runtime.captioning.scheduler import Scheduler
 from blip2edge.runtime.decoding.generated import TextPiece, Word, words_of
@@ -170,7 +161,13 @@ class Captioner(LoadedBundle):
             PromptError: The prompt is too long, contains tokens that the model does not accept, or is needed but empty.
             UsageError: An argument is of the wrong type, or an option is outside its range.
         """
-        return next(self.caption_many([image], prompts=[prompt], channels=channels, **options))
+        if self.graphs.closed:
+            self._check_open()
+        picture = image if channels == "rgb" else in_rgb(image, channels)
+        result = next(self._batch(range(1), [picture], [prompt], self._checked([prompt], options)))
+        if isinstance(result, Blip2EdgeError):
+            raise result
+        return result
 
     def ask(
         self, image: ItemSource, question: str, *, channels: Channels = "rgb", **options: Unpack[CaptionOptions]
@@ -250,11 +247,7 @@ class Captioner(LoadedBundle):
                 field="prompts",
             )
         check_integer("batch_size", batch_size, 1)
-        generation = self.options(**options)
-        for text in texts:
-            if text is not None:
-                check_text("prompt", text)
-            self.generator.confidence.check(generation, text)
+        generation = self._checked(texts, options)
         compute = self._scheduled if len(pictures) > batch_size and (os.cpu_count() or 1) > 1 else self._in_turn
         results = self._while_open(compute(pictures, texts, generation, batch_size))
         return results if return_exceptions else raising(results)
@@ -274,9 +267,7 @@ class Captioner(LoadedBundle):
         ``abstain_below``, a text cannot be streamed (UsageError).
         """
         self._check_open()
-        if prompt is not None:
-            check_text("prompt", prompt)
-        generation = self.options(**options)
+        generation = self._checked([prompt], options)
         generation.check_stream()
         batch = self.encoder([in_rgb(image, channels)], [prompt], StageClock(), generation.queries)
         return self._while_open(self.generator.pieces(batch, generation))
@@ -343,11 +334,22 @@ class Captioner(LoadedBundle):
         manifest = self.bundle.manifest
         defaults = {**manifest.generation, "draft": self.generator.drafts.default, "queries": self._queries}
         chosen = GenerationOptions(**merged(defaults, options))
-        check_ids(chosen, manifest.vocab_size)
-        check_prompt_ids(chosen, given=self.prompts.spec.gives_ids)
+        if chosen.processed:
+            check_ids(chosen, manifest.vocab_size)
+            check_prompt_ids(chosen, given=self.prompts.spec.gives_ids)
         if chosen.draft == "itg":
             self.generator.drafts.check(chosen)
         return replace(chosen, queries=checked_queries(self.bundle, chosen.queries))
+
+    def _checked(self, prompts: Sequence[str | None], options: CaptionOptions) -> GenerationOptions:
+        """Checks the prompts and the options of a call; returns the options with the bundle's defaults."""
+        generation = self.options(**options)
+        for prompt in prompts:
+            if prompt is not None:
+                check_text("prompt", prompt)
+            if generation.abstain_below is not None:
+                self.generator.confidence.check(generation, prompt)
+        return generation
 
     def _while_open(self, items: Generator[Item, None, None]) -> Generator[Item, None, None]:
         """Yields the items; raises UsageError if the captioner was closed before the next item is asked for."""
@@ -381,8 +383,7 @@ class Captioner(LoadedBundle):
             return
         generated = self.generator.complete(batch, options, rows, clock)
         stage_ms = clock.share(len(rows))
-        for row, text in zip(rows, generated, strict=True):
-            prompt = batch.prompts[row - rows.start]
+        for row, prompt, text in zip(rows, batch.prompts, generated, strict=True):
             yield self.generator.result(images[row], texts[row], prompt.length, text, options, stage_ms)
 
     def _scheduled(

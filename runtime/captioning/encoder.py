@@ -5,7 +5,9 @@ images, prompts --preprocess--> pixel_values, token ids --vision, bridge--> Enco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +19,48 @@ from blip2edge.bundle.schema import QUERY_IDS, ElasticSpec
 from blip2edge.errors import UsageError, option
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.backends.base import Session
-from blip2edge.runtime.captioning.request import StageClock
 from blip2edge.runtime.decoding.options import check_integer
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.runtime.images.video import ItemSource, images_of_each, pictures_of
 from blip2edge.runtime.text.prompt import InstructionTokenizer, Prompt, PromptBuilder, PromptText, pack_images
 from blip2edge.runtime.text.tokenizer import Tokenizer
+
+STAGES = ("preprocess", "vision", "bridge", "prefill", "decode")
+"""The stages of a caption, in order."""
+
+
+class StageClock:
+    """Measures the wall time of each stage.
+
+    Args:
+        lock: Acquired while a stage runs a graph, if graphs must run one at a time; waiting for the lock does not
+            count.
+
+    Attributes:
+        ms: Milliseconds by stage.
+        spans: Name, start and end (``time.perf_counter`` seconds) of each measured block.
+    """
+
+    def __init__(self, lock: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        self.ms = dict.fromkeys(STAGES, 0.0)
+        self.spans: list[tuple[str, float, float]] = []
+        self._lock = lock
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Adds the time of the ``with`` block to a stage."""
+        with nullcontext() if stage == "preprocess" else self._lock():
+            start = time.perf_counter()
+            try:
+                yield
+            finally:
+                end = time.perf_counter()
+                self.ms[stage] += (end - start) * 1e3
+                self.spans.append((stage, start, end))
+
+    def share(self, pictures: int) -> dict[str, float]:
+        """Returns the milliseconds of each stage divided by ``pictures``, the number of pictures in the batch."""
+        return {stage: ms / pictures for stage, ms in self.ms.items()}
 
 
 @dataclass(frozen=True)

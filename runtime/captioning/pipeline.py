@@ -1,8 +1,8 @@
-"""Generates texts from encoded pictures and prompts, which ``encoder.py`` makes.
+"""The language model of a bundle, and the generation of texts from encoded pictures and prompts.
 
     EncodedBatch --prefill--> logits, KV cache --decode--> token ids
 
-A :class:`StageClock` (``request.py``) measures each stage.
+``encoder.py`` makes the encoded batches. A :class:`StageClock` measures each stage.
 """
 
 from __future__ import annotations
@@ -14,19 +14,143 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.runtime.captioning.encoder import EncodedBatch
-from blip2edge.runtime.captioning.request import ABSTAINED, CaptionResult, StageClock, TextAnswer
+from blip2edge.bundle.dtypes import Array
+from blip2edge.bundle.schema import CROSS_MASK
+from blip2edge.bundle.token_table import TokenTable
+from blip2edge.runtime.backends.base import Session
+from blip2edge.runtime.captioning.encoder import EncodedBatch, StageClock
+from blip2edge.runtime.captioning.request import ABSTAINED, CaptionResult, TextAnswer
 from blip2edge.runtime.decoding.beam_search import beam_search
 from blip2edge.runtime.decoding.confidence import Confidence
 from blip2edge.runtime.decoding.draft_model import DraftSelector
 from blip2edge.runtime.decoding.generate import Generation, GenerationBatch, generate
 from blip2edge.runtime.decoding.generated import Generated, TextPiece, TextTokens
-from blip2edge.runtime.decoding.language_model import LanguageModel
 from blip2edge.runtime.decoding.options import GenerationOptions
-from blip2edge.runtime.decoding.state import RowState
+from blip2edge.runtime.decoding.state import Decoder, RowState
 from blip2edge.runtime.images.video import ItemSource
-from blip2edge.runtime.text.prompt import Prompt, PromptText
+from blip2edge.runtime.text.prompt import Prompt, PromptText, cross_attention_mask
 from blip2edge.runtime.text.tokenizer import TextPieces, Tokenizer
+
+
+class LanguageModel:
+    """A language model: the decoder, and the graphs that compute its inputs from prompts and pictures.
+
+    Args:
+        decoder: The decoder graph with its KV cache.
+        initial: Ids that every text begins with (encoder-decoder models); empty if a text continues its prompt.
+    """
+
+    def __init__(self, decoder: Decoder, initial: tuple[int, ...] = ()) -> None:
+        self.decoder = decoder
+        self.initial = initial
+
+    def context(self, pictures: Mapping[str, Array]) -> dict[str, Array]:
+        """Computes the keys and values of cross-attention to the pictures, by name; empty without cross-attention.
+
+        They do not depend on the prompts. If they are passed to :meth:`prefill` in ``pictures``, they are not computed
+        again.
+        """
+        del pictures
+        return {}
+
+    def prefill(self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]) -> tuple[NDArray[np.float32], RowState]:
+        """Runs the prompts of a batch.
+
+        Args:
+            prompts: The prompt of each row.
+            pictures: Outputs of vision encoder and bridge by name: ``image_embeds [B, P, Dv]``, and
+                ``visual_tokens [B, Q, D]`` if there is a bridge; optionally with the tensors of :meth:`context`.
+
+        Returns:
+            Logits ``[B, V]`` of the first token, and the decoder's state.
+        """
+        raise NotImplementedError
+
+
+class DecoderOnly(LanguageModel):
+    """A language model that continues its prompt; in BLIP and Flamingo it reads the pictures by cross-attention.
+
+    Args:
+        decoder: The decoder.
+        cross_kv: The loaded ``cross_kv`` graph; None without cross-attention.
+        source: Name of the input of the ``cross_kv`` graph: ``image_embeds`` or ``visual_tokens``.
+    """
+
+    def __init__(self, decoder: Decoder, cross_kv: Session | None, source: str) -> None:
+        super().__init__(decoder)
+        self.cross_kv = cross_kv
+        self.source = source
+
+    def context(self, pictures: Mapping[str, Array]) -> dict[str, Array]:
+        """Computes the cross-attention keys and values; see :class:`LanguageModel`."""
+        if self.cross_kv is None:
+            return {}
+        names = self.cross_kv.output_names
+        if all(name in pictures for name in names):
+            return {name: pictures[name] for name in names}
+        return self.cross_kv.run({self.source: pictures[self.source]})
+
+    def prefill(self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]) -> tuple[NDArray[np.float32], RowState]:
+        """Runs the prompts; returns logits ``[B, V]`` and the decoder's state; see :class:`LanguageModel`."""
+        context = self.context(pictures)
+        if prompts[0].attends_to:
+            most = max(prompt.images for prompt in prompts)
+            keys = pictures[self.source].shape[1]
+            context[CROSS_MASK] = cross_attention_mask([prompt.attends_to for prompt in prompts], most, keys)
+        return self.decoder.prefill(_embedded(self.decoder.table, prompts, pictures), context)
+
+
+class EncoderDecoder(LanguageModel):
+    """A text encoder and a decoder (T5): the prompt is the encoder's input, and the decoder starts a new text.
+
+    Args:
+        decoder: The decoder; it cross-attends to the text encoder's outputs.
+        encoder: The loaded ``text_encoder`` graph.
+        takes: Names of the encoder's inputs: ``inputs_embeds``, or ``input_ids`` if the graph has its own token
+            embeddings; also ``image_embeds`` if the encoder cross-attends to the picture.
+        cross_kv: The loaded ``cross_kv`` graph.
+        start_token_id: First id of every text.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        encoder: Session,
+        takes: Sequence[str],
+        cross_kv: Session,
+        start_token_id: int,
+    ) -> None:
+        super().__init__(decoder, (start_token_id,))
+        self.encoder = encoder
+        self.takes = takes
+        self.cross_kv = cross_kv
+
+    def prefill(self, prompts: Sequence[Prompt], pictures: Mapping[str, Array]) -> tuple[NDArray[np.float32], RowState]:
+        """Runs the text encoder on the prompts, and the decoder on the start token; see :class:`LanguageModel`."""
+        batch = len(prompts)
+        rows = (
+            [np.array(prompt.ids, np.int64) for prompt in prompts]
+            if "input_ids" in self.takes
+            else _embedded(self.decoder.table, prompts, pictures)
+        )
+        longest = max(map(len, rows))
+        dtype = np.dtype(np.int64) if "input_ids" in self.takes else self.decoder.embeds_dtype
+        padded = np.zeros((batch, longest, *rows[0].shape[1:]), dtype)
+        mask = np.zeros((batch, longest), np.int64)
+        for row, values in enumerate(rows):  # padded on the right: the encoder's slots are positions
+            padded[row, : len(values)] = values
+            mask[row, : len(values)] = 1
+        given = {"inputs_embeds": padded, "input_ids": padded, "attention_mask": mask, **pictures}
+        states = self.encoder.run({name: given[name] for name in self.takes})["encoder_states"]
+        context = {**self.cross_kv.run({"encoder_states": states}), "cross_attention_mask": mask}
+        start = self.decoder.table.rows(self.initial)
+        return self.decoder.prefill([start] * batch, context)
+
+
+def _embedded(table: TokenTable, prompts: Sequence[Prompt], pictures: Mapping[str, Array]) -> list[Array]:
+    """Returns the embedded prompt of each row ``[S_i, D]``; visual tokens replace the placeholders of the picture."""
+    visual = pictures.get("visual_tokens")
+    return [prompt.embed(table, None if visual is None else visual[row]) for row, prompt in enumerate(prompts)]
 
 
 class TextGenerator:
@@ -90,7 +214,9 @@ class TextGenerator:
             vocabulary: V, the number of logits.
             number: Number of the text's random stream: the same seed and number give the same random numbers.
         """
-        prompt = batch.prompts[row]
+        prompt, speculator = batch.prompts[row], None
+        if options.draft != "none":
+            speculator = self.drafts.speculator(options, prompt.ids, batch.pictures, row)
         return Generation(
             self._prompt_ids(prompt),
             self.limited(prompt, options),
@@ -98,7 +224,7 @@ class TextGenerator:
             initial=self.language.initial,
             stopped=self._stopped(options),
             number=number,
-            speculator=self.drafts.speculator(options, prompt.ids, batch.pictures, row),
+            speculator=speculator,
         )
 
     def complete(
@@ -195,7 +321,7 @@ class TextGenerator:
 
         With 0, no text is replaced, also if it has no confidence because it was cut.
         """
-        confidence = self.confidence.of(generated, options, prompt)
+        confidence = self.confidence.of(generated, options, prompt) if self.confidence.maps else None
         if options.abstain_below and (confidence is None or confidence < options.abstain_below):
             return TextAnswer("", ABSTAINED, confidence)
         return TextAnswer(self.text(generated, options), generated.finish_reason, confidence)

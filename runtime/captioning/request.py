@@ -1,4 +1,4 @@
-"""Requests that can be cancelled and have a deadline, their results, and the clock that measures their stages."""
+"""Requests that can be cancelled and have a deadline, and their results."""
 
 from __future__ import annotations
 
@@ -9,24 +9,21 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from blip2edge.errors import Blip2EdgeError, DeadlineError, UsageError, option
+from blip2edge.errors import Blip2EdgeError, DeadlineError, UsageError, option, shown
+from blip2edge.runtime.captioning.encoder import STAGES
 from blip2edge.runtime.decoding.generate import Generation
 from blip2edge.runtime.decoding.generated import Likeliest
-from blip2edge.runtime.decoding.options import GenerationOptions, check_integer, check_number, shown
+from blip2edge.runtime.decoding.options import GenerationOptions, check_integer, check_number
 from blip2edge.runtime.images.video import ItemSource
 from blip2edge.runtime.text.prompt import PromptText
 from blip2edge.runtime.text.tokenizer import TextPieces, Tokenizer
-
-STAGES = ("preprocess", "vision", "bridge", "prefill", "decode")
-"""The stages of a caption, in order."""
-
 
 NOT_IN_JSON = ("tokens_per_pass", "prompt_tokens", "new_tokens", "token_logprobs", "likeliest")
 """Attributes of a result that are left out of its JSON, or that are written in another way (``token_logprobs``)."""
@@ -129,40 +126,6 @@ class Span:
     start: float
     end: float
     requests: tuple[int, ...]
-
-
-class StageClock:
-    """Measures the wall time of each stage.
-
-    Args:
-        lock: Acquired while a stage runs a graph, if graphs must run one at a time; waiting for the lock does not
-            count.
-
-    Attributes:
-        ms: Milliseconds by stage.
-        spans: Name, start and end (``time.perf_counter`` seconds) of each measured block.
-    """
-
-    def __init__(self, lock: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
-        self.ms = dict.fromkeys(STAGES, 0.0)
-        self.spans: list[tuple[str, float, float]] = []
-        self._lock = lock
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Adds the time of the ``with`` block to a stage."""
-        with nullcontext() if stage == "preprocess" else self._lock():
-            start = time.perf_counter()
-            try:
-                yield
-            finally:
-                end = time.perf_counter()
-                self.ms[stage] += (end - start) * 1e3
-                self.spans.append((stage, start, end))
-
-    def share(self, pictures: int) -> dict[str, float]:
-        """Returns the milliseconds of each stage divided by ``pictures``, the number of pictures in the batch."""
-        return {stage: ms / pictures for stage, ms in self.ms.items()}
 
 
 LONGEST_DEADLINE = 1e6

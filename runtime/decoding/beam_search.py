@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.runtime.decoding.generated import Generated, Stopped, finish_reason
+from blip2edge.runtime.decoding.generate import LOWEST, Stopped, finish_reason
+from blip2edge.runtime.decoding.generated import Generated
 from blip2edge.runtime.decoding.logits_processors import LogitsProcessors
 from blip2edge.runtime.decoding.options import GenerationOptions
-from blip2edge.runtime.decoding.sampling import LOWEST, log_softmax, top_k_indices
+from blip2edge.runtime.decoding.sampling import log_softmax, top_k_indices
 from blip2edge.runtime.decoding.state import DecodeState
 
 _Finished = tuple[tuple[int, ...], str, tuple[float, ...]]

@@ -127,16 +127,19 @@ class Confidence:
     Args:
         manifest: The bundle's manifest. A map is ignored if its precisions are not those of the graphs. None for a
             checkpoint, which has no maps.
+
+    Attributes:
+        maps: The map of each task; empty if no map was fitted.
     """
 
     def __init__(self, manifest: Manifest | None) -> None:
-        self._maps: dict[str, ConfidenceMap] = {}
+        self.maps: dict[str, ConfidenceMap] = {}
         self._spec = None if manifest is None else manifest.prompt
         if manifest is None:
             return
         precisions = {name: graph.precision for name, graph in manifest.graphs.items()}
         maps = [ConfidenceMap.from_json(values) for values in manifest.confidence.values()]
-        self._maps = {one.task: one for one in maps if dict(one.precisions) == precisions}
+        self.maps = {one.task: one for one in maps if dict(one.precisions) == precisions}
 
     def check(self, options: GenerationOptions, prompt: PromptText | None) -> None:
         """Checks that ``abstain_below`` can be used.
@@ -161,17 +164,17 @@ class Confidence:
         """
         if self._problem(options, prompt) is not None or self._spec is None:
             return None
-        fitted = self._maps[task_of(prompt, self._spec)]
+        fitted = self.maps[task_of(prompt, self._spec)]
         if generated.finish_reason == "length" and options.max_new_tokens != fitted.max_new_tokens:
             return None  # the text was cut at another length than those of the fit
         return round(fitted.confidence(generated.token_logprobs), 4)
 
     def _problem(self, options: GenerationOptions, prompt: PromptText | None) -> str | None:
         """Returns why no confidence can be given for these options and this prompt; None if it can be given."""
-        if self._spec is None or not self._maps:
+        if self._spec is None or not self.maps:
             return "the bundle has no fitted confidence"
         task = task_of(prompt, self._spec)
-        fitted = self._maps.get(task)
+        fitted = self.maps.get(task)
         if fitted is None:
             return f"the bundle has no fitted confidence for {task}"
         filled = self._spec.default if prompt is None else prompt
@@ -187,7 +190,7 @@ class Confidence:
         The command has the flags of all options that ``calibrate`` can fit. The other options have no flag there.
         """
         task = CAPTION if self._spec is None else task_of(prompt, self._spec)
-        fitted = self._maps.get(task)
+        fitted = self.maps.get(task)
         differing = () if fitted is None else _differing(options, fitted)
         needless = [name for name in differing if name not in FITTED_OPTIONS]
         wanted = {*decoding_options(options), *differing}

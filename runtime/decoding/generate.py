@@ -7,25 +7,30 @@ prompt.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import math
+from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.runtime.decoding.generated import Generated, Likeliest, Stopped, finish_reason
-from blip2edge.runtime.decoding.logits_processors import LogitsProcessors, sampling_filters
+from blip2edge.runtime.decoding.generated import Generated, Likeliest
+from blip2edge.runtime.decoding.logits_processors import LogitsProcessors
 from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.decoding.sampling import (
-    LOWEST,
     StepScores,
     broken_logits,
     draw,
-    likeliest_tokens,
-    log_probability,
     row_stream,
+    sampling_filters,
+    top_k_indices,
 )
 from blip2edge.runtime.decoding.speculative import Speculator
 from blip2edge.runtime.decoding.state import DecodeState, GreedyState, GreedyStep, RowState
+
+Stopped = Callable[[Sequence[int]], bool]
+
+LOWEST = -9999.0
+"""Log-probability of a token whose logit is minus infinity or NaN, as in OpenAI's chat format; JSON has no infinity."""
 
 
 def generate(first_logits: NDArray[np.float32], state: DecodeState, rows: Sequence[Generation]) -> list[Generated]:
@@ -89,8 +94,8 @@ class Generation:
         self.finish_reason: str | None = None
         self._stopped = stopped
         self._random = row_stream(options.seed, number) if options.sampling else None
-        self._processors = LogitsProcessors([*prompt_ids, *initial], options, vocabulary)
-        self._filters = sampling_filters(options)
+        self._processors = LogitsProcessors([*prompt_ids, *initial], options, vocabulary) if options.processed else None
+        self._filters = sampling_filters(options) if options.sampling else []
 
     def result(self) -> Generated:
         """Returns the generated tokens and why the text ended; call it when the text is finished."""
@@ -111,7 +116,7 @@ class Generation:
 
     def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Applies the logits processors to a copy of logits ``[V]``, and returns the scores ``[V]``."""
-        if not self._processors.act(len(self.generated)):
+        if self._processors is None or not self._processors.act(len(self.generated)):
             return logits
         scores = np.array(logits, np.float32)
         self._processors(scores, np.array(self.generated, np.int64))
@@ -140,11 +145,12 @@ class Generation:
     def is_chosen_on_device(self) -> bool:
         """Returns whether the GPU can choose the next token itself (:class:`GreedyState`), without the host."""
         plain = self._random is None and self.speculator is None and not self.options.top_logprobs
-        return plain and self._processors.fit_device(len(self.generated))
+        return plain and (self._processors is None or self._processors.fit_device(len(self.generated)))
 
     def step_scores(self) -> StepScores:
         """Describes how the GPU (:class:`GreedyState`) must change the logits of the next steps."""
-        return self._processors.step_scores(self.generated)
+        nothing = StepScores(np.zeros(0, np.int64))
+        return nothing if self._processors is None else self._processors.step_scores(self.generated)
 
     def accept(self, token: int) -> None:
         """Appends a token to the text; sets ``finish_reason`` if the token finishes the text."""
@@ -281,3 +287,37 @@ def argmax(logits: NDArray[np.float32]) -> NDArray[np.int64]:
     if np.isnan(logits[np.arange(len(tokens)), tokens]).any():
         raise broken_logits()
     return tokens
+
+
+def finish_reason(
+    generated: Sequence[int], length: int, options: GenerationOptions, stopped: Stopped | None
+) -> str | None:
+    """Returns why a text of `length` generated tokens is finished: "eos", "stop" or "length"; None if it is not."""
+    if generated[-1] in options.eos_token_ids:
+        return "eos"
+    if stopped is not None and stopped(generated):
+        return "stop"
+    return "length" if length >= options.max_new_tokens else None
+
+
+def log_probability(logits: NDArray[np.float32], token: int) -> float:
+    """Computes the log-probability of a token from logits ``[V]``; :data:`LOWEST` if it is not finite."""
+    largest, value = float(logits.max()), float(logits[token])
+    if not (math.isfinite(largest) and math.isfinite(value)):
+        return 0.0 if value == largest == math.inf else LOWEST
+    weights = np.subtract(logits, np.float32(largest))
+    np.exp(weights, out=weights)  # in place: new memory for the result would double the time
+    return value - largest - math.log(float(weights.sum()))
+
+
+def likeliest_tokens(logits: NDArray[np.float32], count: int) -> tuple[tuple[int, float], ...]:
+    """Returns the ``count`` likeliest tokens of logits ``[V]`` with their log-probabilities, likeliest first.
+
+    The list is empty if the logits contain NaN.
+    """
+    if np.isnan(logits.max()):
+        return ()
+    tokens = top_k_indices(np.asarray(logits, np.float32), min(count, len(logits))).tolist()
+    highest = log_probability(logits, tokens[0])
+    shift = highest - float(logits[tokens[0]])
+    return tuple((token, max(LOWEST, float(logits[token]) + shift)) for token in tokens)

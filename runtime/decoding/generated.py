@@ -1,15 +1,12 @@
-"""Results of generation: a text's tokens and words with their log-probabilities, and the reason why the text ended."""
+"""Results of generation: a text's tokens and words with their log-probabilities."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.text.tokenizer import TextStream, Tokenizer
-
-Stopped = Callable[[Sequence[int]], bool]
 
 Likeliest = tuple[tuple[int, float], ...]
 """The likeliest tokens at one position of a text, each with its log-probability, likeliest first."""
@@ -42,17 +39,6 @@ class Generated:
     def logprob(self) -> float:
         """Returns the log-probability of the text: the sum over its tokens."""
         return math.fsum(self.token_logprobs)
-
-
-def finish_reason(
-    generated: Sequence[int], length: int, options: GenerationOptions, stopped: Stopped | None
-) -> str | None:
-    """Returns why a text of `length` generated tokens is finished: "eos", "stop" or "length"; None if it is not."""
-    if generated[-1] in options.eos_token_ids:
-        return "eos"
-    if stopped is not None and stopped(generated):
-        return "stop"
-    return "length" if length >= options.max_new_tokens else None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Changes the scores of the next token: penalties, suppressed and forced tokens, biases, and filters of sampling.
+"""Changes the scores of the next token: penalties, suppressed and forced tokens, biases.
 
-The tables `PROCESSORS` and `FILTERS` have a function for each option, in the order of `_get_logits_processor` of
-transformers 5.23. `PROCESSORS` acts in greedy decoding, sampling and beam search, where scores are log-probabilities.
-`FILTERS` acts in sampling alone, after temperature, top-k and top-p.
+The table `PROCESSORS` has a function for each option. The order in which they act (`options.PROCESSED`) is that of
+`_get_logits_processor` in transformers 5.23. They act in greedy decoding, in sampling, and in beam search, where scores
+are log-probabilities. `sampling.py` has the filters that act in sampling alone.
 
 A processor gets the ids that transformers has in `input_ids`: the ids of the prompt with its image placeholders (of an
 encoder-decoder model: its start ids), then the generated ids.
@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from blip2edge.errors import UsageError, option
-from blip2edge.runtime.decoding.options import MAX_TOKENS, GenerationOptions, end_ids
-from blip2edge.runtime.decoding.sampling import Filter, StepScores, log_softmax, penalize_repetition
+from blip2edge.runtime.decoding.options import MAX_TOKENS, GenerationOptions
+from blip2edge.runtime.decoding.sampling import StepScores, log_softmax, penalize_repetition
 
 Scores = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -80,11 +79,7 @@ class LogitsProcessors:
     def __init__(self, prompt: Sequence[int], options: GenerationOptions, vocabulary: int) -> None:
         self._prompt = np.array(prompt, np.int64)
         self._start = TextStart(self._prompt, options, vocabulary)
-        self._processors = {
-            name: make(value, self._start)
-            for name, make in PROCESSORS.items()
-            if (value := getattr(options, name)) != _OFF[name]
-        }
+        self._processors = {name: PROCESSORS[name](getattr(options, name), self._start) for name in options.processed}
 
     def act(self, count: int) -> bool:
         """Returns whether a processor acts on the scores of the next token, after ``count`` generated tokens."""
@@ -253,9 +248,14 @@ def _finite(_: bool, start: TextStart) -> LogitsProcessor:  # noqa: ARG001 - the
     return LogitsProcessor(apply)
 
 
+def _end_ids(options: GenerationOptions, vocabulary: int) -> Ids:
+    """Returns the ids of the end tokens that the model can generate (below ``vocabulary``), int64."""
+    return np.array([token for token in options.eos_token_ids if token < vocabulary], np.int64)
+
+
 def _growing_end(value: tuple[int, float], start: TextStart) -> LogitsProcessor:
     first, factor = value
-    ends, before = end_ids(start.options, start.vocabulary), len(start.prompt)
+    ends, before = _end_ids(start.options, start.vocabulary), len(start.prompt)
 
     def apply(scores: Scores, ids: Ids) -> None:
         late = len(ids) - before - first
@@ -295,70 +295,10 @@ PROCESSORS: Mapping[str, Callable[[Any, TextStart], LogitsProcessor]] = {
     "begin_suppress_tokens": _suppressed_first,
     "renormalize_logits": _renormalized,
 }
-"""For each option, the function that makes its logits processor; in the order in which the processors act."""
+"""For each option of `options.PROCESSED`, the function that makes its logits processor."""
 
 _HOLDING_END = ("min_length", "min_new_tokens")
 """Options that suppress the end tokens in the first steps."""
-
-_OFF = {field.name: field.default for field in fields(GenerationOptions)}
-
-
-def _probabilities(scores: Scores) -> Scores:
-    weights = np.exp((scores - scores.max()).astype(np.float64))
-    probabilities: Scores = (weights / weights.sum()).astype(np.float32)
-    return probabilities
-
-
-def _entropy(probabilities: Scores) -> np.float32:
-    positive = probabilities[probabilities > 0]
-    return np.float32(-(positive * np.log(positive)).sum(dtype=np.float64))
-
-
-def _min_p(share: float, scores: Scores) -> Mask:
-    probabilities = _probabilities(scores)
-    kept: Mask = probabilities >= np.float32(share) * probabilities.max()
-    return kept
-
-
-def _typical(mass: float, scores: Scores) -> Mask:
-    """Keeps the most typical tokens: locally typical sampling (Meister et al., arXiv 2202.00666)."""
-    log_probs = log_softmax(scores)
-    unusual = np.abs(-log_probs - _entropy(np.exp(log_probs)))
-    order = np.argsort(unusual, kind="stable")
-    total = np.cumsum(_probabilities(scores)[order], dtype=np.float64).astype(np.float32)
-    last = min(int(np.count_nonzero(total < np.float32(mass))), len(scores) - 1)
-    kept: Mask = unusual <= unusual[order[last]]
-    return kept
-
-
-def _epsilon(least: float, scores: Scores) -> Mask:
-    """Keeps tokens of at least a given probability: truncation sampling (Hewitt et al., arXiv 2210.15191)."""
-    kept: Mask = (_probabilities(scores) >= np.float32(least)) | (scores >= scores.max())
-    return kept
-
-
-def _eta(epsilon: float, scores: Scores) -> Mask:
-    """Keeps tokens of at least a given probability (as `_epsilon`), which is lower if the entropy is large."""
-    probabilities = _probabilities(scores)
-    return _epsilon(min(epsilon, math.sqrt(epsilon) * math.exp(-_entropy(probabilities))), scores)
-
-
-FILTERS: Mapping[str, tuple[Callable[[float, Scores], Mask], float]] = {
-    "min_p": (_min_p, 0.0),
-    "typical_p": (_typical, 1.0),
-    "epsilon_cutoff": (_epsilon, 0.0),
-    "eta_cutoff": (_eta, 0.0),
-}
-"""For each option, the function that chooses the tokens to keep, and the value with which it keeps all tokens."""
-
-
-def sampling_filters(options: GenerationOptions) -> list[Filter]:
-    """Returns the filters of sampling besides top-k and top-p, in the order in which they act."""
-    return [
-        partial(keeps, value)
-        for name, (keeps, neutral) in FILTERS.items()
-        if (value := getattr(options, name)) is not None and value != neutral
-    ]
 
 
 def check_ids(options: GenerationOptions, vocabulary: int) -> None:
@@ -392,7 +332,7 @@ def check_prompt_ids(options: GenerationOptions, *, given: bool) -> None:
         UsageError: One of these options is set, but would have no effect.
     """
     for name in ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size"):
-        if not given and getattr(options, name) != _OFF[name]:
+        if not given and name in options.processed:
             raise UsageError(
                 f"{option(name)} does not act on this model: its language model gets embeddings and no ids",
                 "leave it out",

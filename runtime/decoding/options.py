@@ -9,10 +9,9 @@ from functools import partial
 from typing import Any, Literal, TypedDict
 
 import numpy as np
-from numpy.typing import NDArray
 
 from blip2edge.bundle.schema import DRAFTS, DraftName
-from blip2edge.errors import UsageError, option
+from blip2edge.errors import UsageError, option, shown
 
 MAX_BEAMS = 256
 """Largest number of beams; it limits the memory, because each beam has its own KV cache."""
@@ -45,6 +44,14 @@ MAX_TOP_LOGPROBS = 20
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Options that have an effect only in sampling."""
+
+PROCESSED = (
+    "sequence_bias", "encoder_repetition_penalty", "repetition_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "min_length", "min_new_tokens", "forced_bos_token_id",
+    "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
+    "begin_suppress_tokens", "renormalize_logits",
+)  # fmt: skip
+"""Options that change the scores of the next token (`logits_processors.py`), in the order in which they act."""
 
 _SAMPLING = f"{option('temperature')}, {option('top_p')} or {option('top_k')}"
 
@@ -217,6 +224,11 @@ class GenerationOptions:
         check_stream(self.num_beams, self.abstain_below)
 
     @property
+    def processed(self) -> tuple[str, ...]:
+        """Returns the names of the options in :data:`PROCESSED` that are set."""
+        return tuple(name for name in PROCESSED if getattr(self, name) != _DEFAULTS[name])
+
+    @property
     def sampling(self) -> bool:
         """Returns whether tokens are drawn at random."""
         return _samples(vars(self))
@@ -332,26 +344,16 @@ def _decay(name: str, value: Any) -> tuple[int, float]:
     return check_integer(name, value[0], 0), check_number(name, value[1], 0.0, PENALTIES[1], above=True)
 
 
-def _switch(name: str, value: Any) -> bool:
+def _switch(name: str, value: Any, expected: str = "true or false") -> bool:
     if not isinstance(value, (bool, np.bool_)):
-        raise UsageError(f"expected {option(name)} to be true or false, got {shown(value)}")
+        raise UsageError(f"expected {option(name)} to be {expected}, got {shown(value)}")
     return bool(value)
 
 
 def _early_stopping(name: str, value: Any) -> bool | Literal["never"]:
     if isinstance(value, str) and value == "never":
         return "never"
-    if not isinstance(value, (bool, np.bool_)):
-        raise UsageError(f'expected {option(name)} to be true, false or "never", got {shown(value)}')
-    return bool(value)
-
-
-def shown(value: Any) -> str:
-    """Formats a value for an error message, with at most 80 characters."""
-    if isinstance(value, int) and abs(value) >= 10**40:  # Python itself refuses to write very long ones
-        return f"a number of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return _switch(name, value, 'true, false or "never"')
 
 
 _DEFAULTS = {field.name: field.default for field in fields(GenerationOptions)}
@@ -393,8 +395,3 @@ _CHECKED: Mapping[str, Callable[[str, Any], Any]] = {
 """For each field of the options, the function that checks a value and returns the value to store."""
 
 _NONE_IS_OFF = tuple(_CHECKED)[tuple(_CHECKED).index("min_length") :]
-
-
-def end_ids(options: GenerationOptions, vocabulary: int) -> NDArray[np.int64]:
-    """Returns the ids of the end tokens that the model can generate (below ``vocabulary``), int64."""
-    return np.array([token for token in options.eos_token_ids if token < vocabulary], np.int64)

@@ -1,7 +1,7 @@
 """Chooses the next token of one row from its scores: filters the scores, then draws a token at random.
 
 The order and the arithmetic (float32) are those of transformers 5.23: temperature, top-k, top-p, then the filters of
-`logits_processors.FILTERS` (`generation/logits_process.py`). For speed, nothing here loops over the vocabulary in
+`FILTERS` (`generation/logits_process.py`). For speed, nothing here loops over the vocabulary in
 Python. The whole vocabulary is sorted only if sorting a few candidates is not enough.
 """
 
@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blip2edge.errors import BackendError, option
+from blip2edge.runtime.decoding.options import GenerationOptions
+
+Scores = NDArray[np.float32]
+Mask = NDArray[np.bool_]
 
 Filter = Callable[[NDArray[np.float32]], NDArray[np.bool_]]
 """Type of a function that returns, for finite scores [N], which of the N tokens to keep; it keeps at least one."""
@@ -188,33 +193,6 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return shifted
 
 
-LOWEST = -9999.0
-"""Log-probability of a token whose logit is minus infinity or NaN, as in OpenAI's chat format; JSON has no infinity."""
-
-
-def log_probability(logits: NDArray[np.float32], token: int) -> float:
-    """Computes the log-probability of a token from logits ``[V]``; :data:`LOWEST` if it is not finite."""
-    largest, value = float(logits.max()), float(logits[token])
-    if not (math.isfinite(largest) and math.isfinite(value)):
-        return 0.0 if value == largest == math.inf else LOWEST
-    weights = np.subtract(logits, np.float32(largest))
-    np.exp(weights, out=weights)  # in place: new memory for the result would double the time
-    return value - largest - math.log(float(weights.sum()))
-
-
-def likeliest_tokens(logits: NDArray[np.float32], count: int) -> tuple[tuple[int, float], ...]:
-    """Returns the ``count`` likeliest tokens of logits ``[V]`` with their log-probabilities, likeliest first.
-
-    The list is empty if the logits contain NaN.
-    """
-    if np.isnan(logits.max()):
-        return ()
-    tokens = top_k_indices(np.asarray(logits, np.float32), min(count, len(logits))).tolist()
-    highest = log_probability(logits, tokens[0])
-    shift = highest - float(logits[tokens[0]])
-    return tuple((token, max(LOWEST, float(logits[token]) + shift)) for token in tokens)
-
-
 def broken_logits() -> BackendError:
     """Returns the error for a decoder whose logits are not finite."""
     return BackendError(
@@ -229,3 +207,61 @@ def row_stream(seed: int | None, number: int) -> np.random.Generator:
     Without a seed, the generator gives other numbers at each call.
     """
     return np.random.default_rng([secrets.randbits(128) if seed is None else int(seed), number])
+
+
+def _probabilities(scores: Scores) -> Scores:
+    weights = np.exp((scores - scores.max()).astype(np.float64))
+    probabilities: Scores = (weights / weights.sum()).astype(np.float32)
+    return probabilities
+
+
+def _entropy(probabilities: Scores) -> np.float32:
+    positive = probabilities[probabilities > 0]
+    return np.float32(-(positive * np.log(positive)).sum(dtype=np.float64))
+
+
+def _min_p(share: float, scores: Scores) -> Mask:
+    probabilities = _probabilities(scores)
+    kept: Mask = probabilities >= np.float32(share) * probabilities.max()
+    return kept
+
+
+def _typical(mass: float, scores: Scores) -> Mask:
+    """Keeps the most typical tokens: locally typical sampling (Meister et al., arXiv 2202.00666)."""
+    log_probs = log_softmax(scores)
+    unusual = np.abs(-log_probs - _entropy(np.exp(log_probs)))
+    order = np.argsort(unusual, kind="stable")
+    total = np.cumsum(_probabilities(scores)[order], dtype=np.float64).astype(np.float32)
+    last = min(int(np.count_nonzero(total < np.float32(mass))), len(scores) - 1)
+    kept: Mask = unusual <= unusual[order[last]]
+    return kept
+
+
+def _epsilon(least: float, scores: Scores) -> Mask:
+    """Keeps tokens of at least a given probability: truncation sampling (Hewitt et al., arXiv 2210.15191)."""
+    kept: Mask = (_probabilities(scores) >= np.float32(least)) | (scores >= scores.max())
+    return kept
+
+
+def _eta(epsilon: float, scores: Scores) -> Mask:
+    """Keeps tokens of at least a given probability (as `_epsilon`), which is lower if the entropy is large."""
+    probabilities = _probabilities(scores)
+    return _epsilon(min(epsilon, math.sqrt(epsilon) * math.exp(-_entropy(probabilities))), scores)
+
+
+FILTERS: Mapping[str, tuple[Callable[[float, Scores], Mask], float]] = {
+    "min_p": (_min_p, 0.0),
+    "typical_p": (_typical, 1.0),
+    "epsilon_cutoff": (_epsilon, 0.0),
+    "eta_cutoff": (_eta, 0.0),
+}
+"""For each option, the function that chooses the tokens to keep, and the value with which it keeps all tokens."""
+
+
+def sampling_filters(options: GenerationOptions) -> list[Filter]:
+    """Returns the filters of sampling besides top-k and top-p, in the order in which they act."""
+    return [
+        partial(keeps, value)
+        for name, (keeps, neutral) in FILTERS.items()
+        if (value := getattr(options, name)) is not None and value != neutral
+    ]

@@ -64,8 +64,6 @@ def blend_on_white(image: Image.Image) -> Image.Image:
 
     transformers' image processors do the same with an image that did not pass `load_image`.
     """
-    if image.mode == "RGB" and image.info.get("transparency") is None:
-        return image
     grey16 = Grey16.of(image, "the picture passed in")
     if grey16 is not None:
         return grey16.in_8_bits(image).convert("RGB")

@@ -317,8 +317,9 @@ class Preprocessing:
         if not isinstance(image, Image.Image):
             image = load_image(image, limits)
         check_pixels(image.width, image.height, "the picture passed in", limits)
+        is_plain = image.mode == "RGB" and image.info.get("transparency") is None
         try:
-            return self._pixels(blend_on_white(image))
+            return self._pixels(image if is_plain else blend_on_white(image))
         except MemoryError as error:
             raise ImageError(
                 f"the picture passed in: memory ran out for {image.width}×{image.height} pixels",

@@ -15,8 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope
 
-from blip2edge.errors import UsageError, option
-from blip2edge.runtime.decoding.options import shown
+from blip2edge.errors import UsageError, option, shown
 from blip2edge.runtime.serving.chat_keys import RequestError, error_json
 
 Send = Callable[[Any], Awaitable[None]]

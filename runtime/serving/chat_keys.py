@@ -21,8 +21,9 @@ from blip2edge.errors import (
     PromptError,
     UsageError,
     python_option,
+    shown,
 )
-from blip2edge.runtime.decoding.options import GenerationOptions, shown
+from blip2edge.runtime.decoding.options import GenerationOptions
 
 
 class RequestError(UsageError):

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from blip2edge.errors import one_line
+from blip2edge.errors import one_line, shown
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.reading import refuse_constant, unique_keys
 from blip2edge.runtime.captioning.request import ABSTAINED, DIGITS, CaptionResult
 from blip2edge.runtime.decoding.generated import TextToken
-from blip2edge.runtime.decoding.options import shown
 from blip2edge.runtime.serving.chat_keys import RequestError
 
 _WHITE = re.compile(r"[\t\n\f\r ]+")

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from blip2edge.bundle.prompt_spec import INTERLEAVED, MARKERS, PromptSpec
+from blip2edge.errors import shown
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.captioning.request import ABSTAINED, CaptionResult
 from blip2edge.runtime.decoding.generate import Generation
 from blip2edge.runtime.decoding.generated import TextTokens
-from blip2edge.runtime.decoding.options import shown
 from blip2edge.runtime.serving.chat_keys import (
     RequestError,
     check_chat_keys,

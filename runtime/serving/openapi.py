@@ -12,7 +12,8 @@ from typing import Any
 
 from blip2edge.bundle.schema import DRAFTS
 from blip2edge.limits import Limits
-from blip2edge.runtime.captioning.request import ABSTAINED, LONGEST_DEADLINE, STAGES
+from blip2edge.runtime.captioning.encoder import STAGES
+from blip2edge.runtime.captioning.request import ABSTAINED, LONGEST_DEADLINE
 from blip2edge.runtime.decoding.options import MAX_SEED, MAX_STOPS, MAX_TEMPERATURE, MAX_TOP_LOGPROBS, PENALTIES
 from blip2edge.runtime.serving.access import OPEN
 from blip2edge.runtime.serving.chat_keys import ANY_TEXT, EMBEDDING_KEYS, FORM_OPTIONS, KEYS, MIN_SEED, ChatKey

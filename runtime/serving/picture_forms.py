@@ -17,8 +17,8 @@ from typing import Any
 from starlette.datastructures import FormData, Headers, QueryParams, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from blip2edge.errors import shown
 from blip2edge.limits import DEFAULT_LIMITS, Limits
-from blip2edge.runtime.decoding.options import shown
 from blip2edge.runtime.serving.chat_keys import FORM_OPTIONS, RequestError, check_seconds, check_type
 from blip2edge.runtime.serving.json_bodies import check_structure, json_object, picture_bytes
 

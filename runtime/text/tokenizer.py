@@ -185,8 +185,11 @@ class Tokenizer:
     def decode_raw(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Converts token ids to text, without the clean-up of spaces; raises BundleError if the decoder is broken."""
         kept = [int(token_id) for token_id in ids if token_id >= 0]
-        with reading("the tokens", "a text", BundleError, "export the checkpoint again"):
+        try:
             return self._backend.decode(kept, skip_special_tokens=skip_special_tokens)
+        except BaseException:
+            with reading("the tokens", "a text", BundleError, "export the checkpoint again"):
+                raise
 
 
 def reserved_texts(spec: PromptSpec, tokenizer: Tokenizer) -> tuple[str, ...]:

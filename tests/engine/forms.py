@@ -16,9 +16,9 @@ from blip2edge.engine.decoder.cache_forms import FORMS
 from blip2edge.engine.profiles import LONGEST_DRAFT
 from blip2edge.runtime.backends.base import OptimizedFile
 from blip2edge.runtime.backends.onnxruntime_cpu import open_graph
+from blip2edge.runtime.captioning.assemble import load_language_model
 from blip2edge.runtime.decoding.kv.fixed import FixedDecoder
 from blip2edge.runtime.decoding.kv.growing import GrowingDecoder
-from blip2edge.runtime.decoding.language_model import load_language_model
 from tests.engine.host_cache import HostCache
 
 CAPACITY = 40

@@ -25,7 +25,7 @@ from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.checkpoint.directory import Checkpoint
 from blip2edge.model.masks import attention_mask, mask_bias
 from blip2edge.model.models import build_model
-from blip2edge.runtime.captioning.request import StageClock
+from blip2edge.runtime.captioning.encoder import StageClock
 from blip2edge.runtime.decoding.draft_model import TextHeadDraft
 from blip2edge.runtime.decoding.speculative import SpeculationCost
 from tests.drafted import LENGTH, add_draft

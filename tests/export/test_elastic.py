@@ -33,7 +33,7 @@ from blip2edge.optimization.pipeline import optimize
 from blip2edge.runtime.backends import onnxruntime_cuda
 from blip2edge.runtime.bench.certificate.certify import certify
 from blip2edge.runtime.bench.certificate.reference_outputs import record_outputs
-from blip2edge.runtime.captioning.request import StageClock
+from blip2edge.runtime.captioning.encoder import StageClock
 from blip2edge.runtime.decoding.speculative import SpeculationCost
 from blip2edge.shapes.sources import find_shape
 from tests.drafted import add_draft

@@ -21,8 +21,8 @@ from blip2edge.optimization.pipeline import OptimizedReport, optimize
 from blip2edge.optimization.recipes import Recipe
 from blip2edge.runtime.backends.optimized_copy import RECORD, read_copy
 from blip2edge.runtime.captioning.captioner import Captioner
+from blip2edge.runtime.captioning.pipeline import DecoderOnly
 from blip2edge.runtime.decoding.kv.in_place import InPlaceDecoder, InPlaceState
-from blip2edge.runtime.decoding.language_model import DecoderOnly
 from tests.drawing import draw_pictures
 from tests.engine.conftest import BundleOf
 from tests.runtime.decoding.test_growing import TAIL, TEXTS, alone, close

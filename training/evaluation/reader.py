@@ -17,9 +17,8 @@ from blip2edge.bundle.schema import CROSS_KV, TEXT_ENCODER
 from blip2edge.errors import PromptError, UsageError, option
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.encoder import EncodedBatch
+from blip2edge.runtime.captioning.encoder import EncodedBatch, StageClock
 from blip2edge.runtime.captioning.pipeline import TextGenerator
-from blip2edge.runtime.captioning.request import StageClock
 from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.text.prompt import Prompt
 from blip2edge.training.evaluation.models import ModelOptions, compares_only, needs_picture, unsigned_checkpoint

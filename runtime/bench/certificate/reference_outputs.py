@@ -33,7 +33,7 @@ from blip2edge.runtime.backends.open_graph import GraphOpener
 from blip2edge.runtime.backends.probe import exact_processor
 from blip2edge.runtime.bench.certificate.graph_inputs import decode, draw_cross_inputs, draw_inputs
 from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
-from blip2edge.runtime.decoding.language_model import HasDecoder, decoder_of
+from blip2edge.runtime.decoding.decoder import HasDecoder, decoder_of
 from blip2edge.runtime.text.prompt import PromptBuilder
 from blip2edge.version import __version__
 

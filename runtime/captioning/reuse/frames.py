@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import UsageError, option
-from blip2edge.runtime.captioning.encoder import EncodedBatch, Encoder, PreparedBatch
-from blip2edge.runtime.captioning.request import StageClock
+from blip2edge.runtime.captioning.encoder import EncodedBatch, Encoder, PreparedBatch, StageClock
 from blip2edge.runtime.images.video import ItemSource
 from blip2edge.runtime.text.prompt import PromptText
 

@@ -28,9 +28,9 @@ from blip2edge.bundle.outputs.files import check_file, write_output
 from blip2edge.errors import DataError, UsageError, option
 from blip2edge.reading import checking, read_json
 from blip2edge.runtime.backends.probe import processor
-from blip2edge.runtime.captioning.encoder import Encoder, PreparedBatch
+from blip2edge.runtime.captioning.encoder import Encoder, PreparedBatch, StageClock
 from blip2edge.runtime.captioning.pipeline import TextGenerator
-from blip2edge.runtime.captioning.request import CaptionResult, StageClock
+from blip2edge.runtime.captioning.request import CaptionResult
 from blip2edge.runtime.captioning.reuse.fit import (
     CONFIDENCE,
     AuditClock,

@@ -114,7 +114,7 @@ class InPlaceState:
         If both B and k are larger than 1, the graph runs once for each row, as the kernel requires.
         """
         batch, steps = token_ids.shape
-        embeds = self._decoder.embed(token_ids)
+        embeds = self._decoder.table.rows(token_ids)
         self._make_room(batch, int(self.lengths.max()) + steps)
         indices = np.arange(steps)[None]
         if steps == 1 or batch == 1:

@@ -21,10 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip2edge.bundle.schema import IMAGE_FEATURES
-from blip2edge.errors import Blip2EdgeError, PromptError
+from blip2edge.errors import Blip2EdgeError, PromptError, shown
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.captioning.matcher import Matcher
-from blip2edge.runtime.decoding.options import shown
 from blip2edge.runtime.serving.chat_keys import (
     EMBEDDING_KEYS,
     RequestError,

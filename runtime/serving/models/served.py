@@ -9,7 +9,7 @@ from typing import Any
 
 from blip2edge.bundle.bundle import Bundle, load_whole
 from blip2edge.bundle.schema import TEXT_EMBEDS, BackendName
-from blip2edge.errors import PromptError, UsageError, option
+from blip2edge.errors import PromptError, UsageError, option, shown
 from blip2edge.limits import Limits
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.backends.probe import cores
@@ -18,7 +18,7 @@ from blip2edge.runtime.captioning.fair_lock import FairLock
 from blip2edge.runtime.captioning.matcher import Matcher
 from blip2edge.runtime.captioning.request import Pending, Request
 from blip2edge.runtime.captioning.restart import Backoff, RestartingCaptioner
-from blip2edge.runtime.decoding.options import GenerationOptions, shown
+from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.serving.chat_keys import RequestError
 from blip2edge.runtime.serving.metrics import Metrics, ModelMetrics
 from blip2edge.runtime.serving.models.match_queue import MatchCall, MatchQueue, Steps

@@ -18,7 +18,7 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 from blip2edge.errors import UsageError
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.request import StageClock
+from blip2edge.runtime.captioning.encoder import StageClock
 from blip2edge.runtime.captioning.reuse.frames import CELLS, cells_of
 from blip2edge.runtime.serving.streams.sources import Frame
 from blip2edge.runtime.serving.watch import WatchResult, watch

@@ -18,8 +18,8 @@ pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 
 from blip2edge.errors import BackendError, DeadlineError, ImageError, OverloadError, PromptError, UsageError
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.encoder import EncodedBatch
-from blip2edge.runtime.captioning.request import Span, StageClock
+from blip2edge.runtime.captioning.encoder import EncodedBatch, StageClock
+from blip2edge.runtime.captioning.request import Span
 from blip2edge.runtime.captioning.scheduler import Scheduler
 from blip2edge.runtime.decoding import generate as generate_module
 from blip2edge.runtime.images.video import ItemSource

@@ -11,8 +11,8 @@ pytest.importorskip("torch", reason="the bundle is exported here")
 pytest.importorskip("onnxruntime", reason="the cpu backend needs onnxruntime")
 
 from blip2edge.runtime.captioning.captioner import Captioner
+from blip2edge.runtime.captioning.pipeline import DecoderOnly
 from blip2edge.runtime.decoding.kv.growing import GrowingDecoder, GrowingState
-from blip2edge.runtime.decoding.language_model import DecoderOnly
 from blip2edge.runtime.decoding.state import Decoder
 
 TEXTS = ((5, 9, 11, 7), (6, 8), (10, 12, 5))  # prompts of different lengths

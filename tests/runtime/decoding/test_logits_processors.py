@@ -15,9 +15,16 @@ from numpy.typing import NDArray
 
 from blip2edge import Captioner
 from blip2edge.errors import UsageError
-from blip2edge.runtime.decoding.logits_processors import FILTERS, PROCESSORS, LogitsProcessors, sampling_filters
-from blip2edge.runtime.decoding.options import SAMPLING, GenerationOptions, merged
-from blip2edge.runtime.decoding.sampling import StepScores, filter_scores, log_softmax, penalize_repetition
+from blip2edge.runtime.decoding.logits_processors import PROCESSORS, LogitsProcessors
+from blip2edge.runtime.decoding.options import PROCESSED, SAMPLING, GenerationOptions, merged
+from blip2edge.runtime.decoding.sampling import (
+    FILTERS,
+    StepScores,
+    filter_scores,
+    log_softmax,
+    penalize_repetition,
+    sampling_filters,
+)
 from blip2edge.runtime.decoding.state import GreedyStep
 from tests.runtime.conftest import generation_arguments
 from tests.runtime.decoding.generating import generate
@@ -58,6 +65,7 @@ VALUES: dict[str, Sequence[Any]] = {
 
 def test_every_option_has_values() -> None:
     assert {*PROCESSORS, *SAMPLING} == VALUES.keys()
+    assert {*PROCESSORS} == {*PROCESSED}
     assert set(SAMPLING) >= FILTERS.keys()
 
 

@@ -23,7 +23,7 @@ from blip2edge.model.config import LanguageConfig
 from blip2edge.model.interfaces import DecoderModule
 from blip2edge.model.language.registry import language_of
 from blip2edge.model.layers import KeyValue
-from blip2edge.runtime.decoding.language_model import LanguageModel
+from blip2edge.runtime.captioning.pipeline import LanguageModel
 from blip2edge.runtime.decoding.state import Decoder, RowState, SlotState
 from blip2edge.runtime.text.prompt import Prompt, cross_attention_mask
 

@@ -12,8 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from blip2edge.bundle.schema import QUERY_IDS, ElasticSpec
 from blip2edge.model.captioner import CaptionerModel
-from blip2edge.runtime.captioning.encoder import EncodedBatch, Encoder, ImageParts, TextParts
-from blip2edge.runtime.captioning.request import StageClock
+from blip2edge.runtime.captioning.encoder import EncodedBatch, Encoder, ImageParts, StageClock, TextParts
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.runtime.images.video import ItemSource
 from blip2edge.runtime.text.prompt import PromptText

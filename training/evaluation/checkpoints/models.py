@@ -19,9 +19,8 @@ from blip2edge.model.checkpoint.tokenizer import read_tokenizer
 from blip2edge.model.config import CaptionerConfig
 from blip2edge.model.families.registry import FAMILIES
 from blip2edge.model.retrieval import RetrievalModel
-from blip2edge.runtime.captioning.encoder import TextParts
+from blip2edge.runtime.captioning.encoder import StageClock, TextParts
 from blip2edge.runtime.captioning.pipeline import TextGenerator
-from blip2edge.runtime.captioning.request import StageClock
 from blip2edge.runtime.decoding.confidence import Confidence
 from blip2edge.runtime.decoding.draft_model import DraftSelector
 from blip2edge.runtime.decoding.generated import Generated
