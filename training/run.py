@@ -38,7 +38,7 @@ from blip2edge.training.loop.trackers import BOARD, TrackedRun, Trackers, check_
 from blip2edge.training.loop.training_run import TrainingRun
 from blip2edge.training.phases.registry import PHASES, phases_of
 from blip2edge.training.setup.build import write_stage1
-from blip2edge.training.setup.planning import plan_run
+from blip2edge.training.setup.planning import plan_training
 
 RECORD_FILE = "training.json"  # in the checkpoint: the record of the training
 _RUN_SUFFIX = ".run"  # added to the output's name: the directory of log and snapshots during the run
@@ -140,7 +140,7 @@ def _train(
     base = Path(config_path).resolve().parent
     torch.manual_seed(config.seed)
     with in_recipe(config_path):
-        planned = plan_run(stage, config, base, accelerator, phases_of(stage, config), status)
+        planned = plan_training(stage, config, base, accelerator, phases_of(stage, config), status)
     parts = planned.parts.build()
     # The trackers begin last: a recipe that is refused leaves no run open in them.
     journal = _journal(config, target, snapshots, status, resumed=snapshot is not None) if first else Journal(None)

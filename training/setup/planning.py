@@ -29,7 +29,7 @@ class PlannedRun(NamedTuple):
     validation: ValidationData | None
 
 
-def plan_run(
+def plan_training(
     stage: str,
     config: TrainingConfig,
     base: Path,
