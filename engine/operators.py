@@ -1,9 +1,8 @@
 """Lists the operators that TensorRT's ONNX parser supports, by version.
 
-Sources: onnx-tensorrt, docs/operators.md of the releases 10.1 and 10.15, and docs/Changelog.md up to 10.15 for the
-versions between. The documents of 10.3, 10.13, 10.16 and 11.4 were not available. For each of these versions, the table
-of the nearest earlier release is used, with the changes of the changelog; so operators of later releases are not
-listed.
+Sources in onnx-tensorrt: docs/operators.md of the releases 10.1 and 10.15, and docs/Changelog.md up to 10.15. The
+tables of 10.3 and 10.13 are the table of 10.1 with the changes that the changelog names. For 10.16 and 11.4 no document
+was available: they have the table of 10.15, and operators that were added after 10.15 are missing.
 
 The tables list only operators that exported graphs use or could use; all others count as not supported.
 """

@@ -20,8 +20,8 @@ TEXT_EMBEDS = "text_embeds"
 MATCH = "match"
 DRAFT = "draft"
 QUERIES = "queries"
-"""Prefix of the bridge's outputs that the draft model starts from: the keys and values of its query tokens,
-``queries.{i}.{key,value}``, ``[B, H, Q, d]``."""
+"""First part of the names ``queries.{i}.{key,value}``: outputs of the bridge with the keys and values of the query
+tokens in layer i, ``[B, H, Q, d]``. The KV cache of the draft model begins with them."""
 
 INSTRUCTION = ("instruction_ids", "instruction_mask")
 """Inputs of a bridge that reads an instruction: int64 ``[B, T]``, padded on the right."""

@@ -63,7 +63,8 @@ UNUSED = (
 )
 """Tensors of BLIP-2's first training stage (ITC, ITM) and of the Q-Former's text layers (regular expressions).
 
-Such a tensor of a ``.pth`` is ignored if the model of the base directory does not have it.
+A ``.pth`` of LAVIS is read together with a directory in transformers' format, the base. A tensor of this list is
+ignored if the model in the base directory does not have it.
 """
 
 PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
