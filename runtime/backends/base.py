@@ -248,10 +248,11 @@ class Backend:
     Attributes:
         module: Module with ``open_graph(path, threads, optimized)``.
         function: Name of the function that opens graphs; not ``open_graph`` if the module serves several backends.
-        made_by: Empty, or, if the backend opens no graphs, the command that makes from them what it runs.
+        made_by: If the backend runs engines or compiled kernels, the command that makes them from the bundle's graphs.
+            Empty if the backend runs graphs.
         copy: Name of the optimized copy that the backend can run, a folder in ``optimized/``; empty if it runs none.
-        others: Empty, or, if the copy contains a compiled decoder and no graphs, the name of the backend that runs the
-            other graphs. The copy must then exist, and the module also has ``open_decoder(bundle, directory)``.
+        others: If the copy contains a compiled decoder and no graphs, the name of the backend that runs the other
+            graphs; then the copy must exist, and the module also has ``open_decoder(bundle, directory)``. Else empty.
         engines: ``tensorrt`` or ``rtx`` if the backend runs engines of this target instead of graphs; else empty. The
             module of such a backend also has a class ``EngineOpener(bundle, target)``.
         host: Whether the backend computes on the CPU.
@@ -372,9 +373,9 @@ def open_session(
     row = find_backend(backend)
     if row.made_by:
         raise BackendError(
-            f"expected a backend that runs graphs for {path.name}, got {option('backend')} {backend}, which runs what "
-            "is made from them",
-            f"make it: {row.made_by.format(path.parent)}",
+            f"expected a backend that runs graphs for {path.name}, got {option('backend')} {backend}, which runs "
+            "engines or kernels that are made from graphs",
+            f"make them: {row.made_by.format(path.parent)}",
         )
     more = {"spec": spec, "precisions": precisions} if row.profiled else {}
     session: Session = getattr(import_module(row.module), row.function)(path, threads, **more)

@@ -1,9 +1,8 @@
 """Moves the memory of a loaded graph to huge pages, in a thread of its own.
 
 With pages of 4 KiB, a core that reads half a gigabyte for each token spends as much time on address translation (TLB
-misses) as on reading. The kernel needs 1 to 7 ms to collapse 2 MiB of small pages into a huge page, the longer time
-where free memory is fragmented: up to 2 s for half a gigabyte. The graph can run at once; it becomes faster as pages
-are moved.
+misses) as on reading. The kernel needs 1 ms to collapse 2 MiB of small pages into a huge page, and up to 7 ms if free
+memory is fragmented; half a gigabyte takes up to 2 s. The graph can run at once; it becomes faster as pages are moved.
 """
 
 from __future__ import annotations

@@ -37,10 +37,12 @@ def choose_backend(bundle: Bundle, backend: str) -> tuple[str, Any]:
 
     ``auto`` chooses the backend of the engines if the bundle has engines for this GPU; else ``cuda`` if ONNX Runtime
     can compute on this GPU; else ``cpu``. ONNX Runtime has no fused kernels for INT8 activations on a GPU. So for a
-    bundle with such activations, ``auto`` chooses ``cuda`` only if the bundle has an optimized copy for CUDA. In place
-    of ``cuda`` it chooses ``cuda-decoder`` if a timing proves that the kernels are faster. If the timing was made on
-    another GPU, with another version of the driver or of ONNX Runtime, or against another copy for ``cuda``, it proves
-    nothing: ``auto`` then chooses ``cuda``, and a :class:`StaleTimingWarning` says what has changed.
+    bundle with such activations, ``auto`` chooses ``cuda`` only if the bundle has an optimized copy for CUDA.
+
+    In place of ``cuda``, ``auto`` chooses ``cuda-decoder`` (this project's CUDA kernels) if a timing in the bundle says
+    that these kernels are faster. The timing is valid for the same GPU, the same versions of driver and ONNX Runtime,
+    and the same copy for ``cuda``. If one of them has changed, ``auto`` chooses ``cuda``, and a
+    :class:`StaleTimingWarning` says what has changed.
 
     Returns:
         The name of the backend, and its ``EngineOpener`` (None if the backend runs graphs).
@@ -80,11 +82,11 @@ def _engines_that_fit(bundle: Bundle) -> tuple[str, Any] | None:
 
 
 class StaleTimingWarning(Blip2EdgeWarning):
-    """The timing by which ``auto`` would choose ``cuda-decoder`` was made under other conditions."""
+    """Warns that ``auto`` ignores a timing of ``cuda-decoder`` that was made with another GPU or other versions."""
 
 
 def _kernels_are_faster(bundle: Bundle) -> bool:
-    """Returns whether a timing that holds here proves that the bundle's CUDA kernels are faster than ``cuda``."""
+    """Returns whether a timing that is valid on this machine says that the bundle's CUDA kernels beat ``cuda``."""
     found = read_copy(bundle, "cuda-decoder")
     graph = found[1].graphs.get(DECODER) if found is not None else None
     if graph is None or graph.milliseconds is None or graph.milliseconds[1] >= graph.milliseconds[0]:

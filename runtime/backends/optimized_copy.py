@@ -28,12 +28,12 @@ KIND = "optimized"
 RECORD = DERIVED[KIND]
 SCHEMA_VERSION = 2
 PACKAGES = {"cpu": "onnxruntime", "openvino": "openvino", "cuda": "", "cuda-decoder": ""}
-"""For each backend, the package that must have the same version as when the copy was made. It is empty if every version
-can load the copy: ONNX Runtime optimizes a copy for CUDA again while loading it, and the driver loads compiled kernels.
-"""
+"""For each backend, the package that must have the same version as when the copy was made. The name is empty if any
+version can load the copy: ONNX Runtime optimizes a copy for CUDA again while loading it, and the driver loads compiled
+kernels."""
 
 GPU = "gpu"
-"""Key in ``versions``: the name of the GPU of the machine that made the copy."""
+"""Key in ``versions``; its value is the name of the GPU in the machine that made the copy."""
 
 CONDITIONS = {
     GPU: "GPU",
@@ -52,7 +52,8 @@ class OptimizedGraph:
     """What ``optimized.json`` records about one graph of an optimized copy.
 
     Attributes:
-        file: Name of the graph's file in the copy's directory; for ``cuda-decoder``, of the decoder's layout.
+        file: Name of the graph's file in the copy's directory. For ``cuda-decoder``, it is the file that describes the
+            decoder for the kernels.
         passes: Names of the optimization passes that rewrote the graph.
         one_by_one: Whether to run the rows of a batch separately, because rows in one batch would change each other.
         layout: Whether ONNX Runtime prepacks the weights for the processor when it loads the file.
@@ -216,10 +217,10 @@ def weights_of(bundle: Bundle, directory: Path) -> Path:
 
 
 def timing_conditions(bundle: Bundle) -> dict[str, str]:
-    """Returns what the time of a token in the backend ``cuda`` depends on here, by the keys of :data:`CONDITIONS`.
+    """Returns the conditions on this machine for a timing of compiled kernels, by the keys of :data:`CONDITIONS`.
 
-    A timing of compiled kernels against ``cuda`` holds as long as these values are equal. ``cuda_copy`` is the hash of
-    the record of the bundle's copy for ``cuda``, which has the hash of each of its files; empty without such a copy.
+    The timing compares the kernels with the backend ``cuda``; it is valid as long as these values stay equal.
+    ``cuda_copy`` is the hash of the ``optimized.json`` of the bundle's copy for ``cuda``; empty without such a copy.
     """
     driver = probe.nvidia_driver()
     copy = read_copy(bundle, "cuda")
@@ -232,7 +233,7 @@ def timing_conditions(bundle: Bundle) -> dict[str, str]:
 
 
 def changed_conditions(bundle: Bundle, graph: OptimizedGraph) -> list[str]:
-    """Returns which of the conditions of a graph's timing have changed since, as texts; empty if none has."""
+    """Returns the conditions that have changed since a graph was timed, each as a text; empty if none has changed."""
     if not graph.timed_with:
         return ["the record does not say what the kernels were compared with"]
     here = timing_conditions(bundle)

@@ -38,7 +38,7 @@ TensorType = tuple[str, Sequence[int | str]]
 """dtype and shape of a tensor. A dimension is a number, or a name if its length can vary."""
 
 Node = tuple[str, Sequence[str], str]
-"""Operator, names of its inputs, name of its output. All attributes have their defaults."""
+"""A node of a small ONNX model: operator, names of the inputs, name of the output. Attributes have their defaults."""
 
 
 def onnx_model(

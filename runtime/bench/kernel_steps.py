@@ -1,4 +1,4 @@
-"""Predicts a decode step of ``cuda-decoder``: bytes, launches, and the time that reading the bytes takes."""
+"""Predicts a decode step of ``cuda-decoder``: bytes read, kernel launches, and the time to read the bytes."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class KernelStep:
 
 
 def kernel_steps(shape: ModelShape, device: Board, options: PlanOptions) -> tuple[KernelStep, ...]:
-    """Predicts a step in each precision; empty for a CPU, and for decoders without kernels.
+    """Predicts a decode step in each precision; empty for a CPU, and for decoders that the CUDA kernels cannot run.
 
     Args:
-        shape: The model.
+        shape: Sizes of the model's layers.
         device: The board.
-        options: The request.
+        options: Lengths of the prompt and of the caption.
     """
     if device.is_cpu or not shape.decoder.kernels:
         return ()

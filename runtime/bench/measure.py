@@ -184,7 +184,8 @@ class Bench:
     def prompt_length(self, prompt: str | None = None, *, decoder: bool = True) -> int:
         """Returns the number of tokens of a prompt, visual tokens included; without ``prompt``, of the default prompt.
 
-        ``decoder``: count the tokens that the decoder processes: in an encoder-decoder model, the start token only.
+        ``decoder``: whether to count only the tokens that the decoder processes. In an encoder-decoder model, this is
+        the start token.
         """
         text = self.captioner.prompts.with_default(self.prompt if prompt is None else prompt)
         initial = self.captioner.generator.language.initial if decoder else []
@@ -211,7 +212,7 @@ class Bench:
         return rows
 
     def sweep_prompts(self, words: Sequence[int]) -> list[dict[str, float]]:
-        """Measures the CPU time of the prefill in milliseconds, for each length of the prompt in ``words``."""
+        """Measures the CPU time of the prefill in milliseconds; ``words``: the number of words of each prompt."""
         rows = []
         for count in words:
             text = "a " * count

@@ -48,12 +48,12 @@ class MachineMemory:
 
     @property
     def free(self) -> int:
-        """Returns memory and swap that no program uses, at most the container's limit."""
+        """Returns the bytes of memory and swap that no program uses; at most the container's limit."""
         return self._limited(self.available + self.swap_free)
 
     @property
     def total(self) -> int:
-        """Returns all memory and swap, at most the container's limit."""
+        """Returns the bytes of memory and swap of this machine; at most the container's limit."""
         return self._limited(self.ram + self.swap)
 
     def _limited(self, size: int) -> int:

@@ -47,7 +47,7 @@ class EnergyMeter:
 
 
 Counter = Callable[[], float]
-"""Type of a function that returns the joules used since a fixed time."""
+"""Type of a function that returns the energy in joules that was used since a fixed time."""
 
 
 def _nvml() -> Counter | None:

@@ -27,8 +27,8 @@ STAGE_OF = {VISION: "vision", BRIDGE: "bridge"}
 """Stage to which the time of a graph is added; the time of all other graphs is added to the prefill."""
 
 CONVOLUTION_OPERATORS, CONVOLVED_BYTES = 3, 32 << 20
-"""An optimized copy computes matrix multiplications as convolutions if a decoder's weights have more bytes than the
-second number; the first number is the number of additional operators for each convolution."""
+"""If a floating-point decoder's weights have more than ``CONVOLVED_BYTES``, an optimized copy for the CPU computes its
+matrix multiplications as convolutions. Each convolution needs ``CONVOLUTION_OPERATORS`` more operators."""
 
 CACHED_BYTES = 8 << 20
 """Bytes of weights that stay in a CPU's largest cache between two runs of a graph."""
@@ -112,7 +112,7 @@ class BridgeRow:
     Attributes:
         kind: ``qformer``, ``mlp``, ``perceiver`` or ``pool``.
         parameters: Number of parameters of the bridge.
-        tokens_per_picture, tokens: Number of visual tokens of a picture, and of the whole item.
+        tokens_per_picture, tokens: Number of visual tokens of one picture, and of the whole item (picture or video).
         fits_context: Whether the visual tokens fit the context together with prompt and caption.
         ms: Predicted milliseconds of the bridge and the prefill together.
         total_ms: Predicted milliseconds of a caption.
@@ -198,7 +198,8 @@ def effective(device: Board, kind: str, size: float) -> Roofline:
     Args:
         device: The device.
         kind: The format of the weights.
-        size: Bytes of weights that one run of the graph reads; few bytes stay in the cache of a CPU.
+        size: Bytes of weights that one run of the graph reads. At most :data:`CACHED_BYTES` stay in a CPU's cache, from
+            which they are read faster than from memory.
     """
     share = device.efficiency
     floating = kind in ("fp32", "fp16")
@@ -225,7 +226,7 @@ def part_seconds(
 ) -> float:
     """Predicts the seconds of one run of a graph (``part``).
 
-    They are the seconds of its matrix multiplications and other operators, and the overhead of each call.
+    The time is the sum of the graph's matrix multiplications, its other operators, and the overhead of each call.
     """
     share = device.efficiency
     between = times * part.elements(tokens) * share.element_s + operators(part, weights, device) * share.call_s

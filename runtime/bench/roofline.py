@@ -73,7 +73,7 @@ def this_device(threads: int | None = None, image_size: int = 224) -> Board:
 
     Args:
         threads: CPU threads; None for all cores.
-        image_size: Pixels of a side of the vision encoder's input, for preprocessing.
+        image_size: Height and width of the vision encoder's input in pixels; preprocessing resizes a picture to it.
 
     Raises:
         BackendError: Neither ONNX Runtime nor OpenVINO is installed.
@@ -121,7 +121,7 @@ def this_device(threads: int | None = None, image_size: int = 224) -> Board:
 
 
 def reference_seconds(size: int) -> float:
-    """Returns the seconds that the reference processor needs to preprocess one picture to ``size`` pixels."""
+    """Returns the seconds in which the reference processor preprocesses a picture to ``size`` × ``size`` pixels."""
     return PICTURE[0] * PICTURE[1] * INPUT_PIXEL_S + size * size * OUTPUT_PIXEL_S
 
 
@@ -203,7 +203,10 @@ def _operator_seconds(backend: str, nodes: int, elements: int) -> float:
 
 
 def preprocess_seconds(picture: tuple[int, int], size: int) -> float:
-    """Measures the CPU seconds of preprocessing a picture of ``picture`` rows and columns to ``size`` pixels."""
+    """Measures the CPU seconds of preprocessing one picture.
+
+    ``picture``: rows and columns of the picture; ``size``: height and width after preprocessing.
+    """
     pixels = np.random.default_rng(0).integers(0, 256, (*picture, 3), dtype=np.uint8)
     preprocessing = Preprocessing(size={"height": size, "width": size})
     return _least(lambda: preprocessing.batch([pixels]))

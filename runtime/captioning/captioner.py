@@ -104,7 +104,7 @@ class Captioner(LoadedBundle):
             draft: The draft model of speculative decoding for calls that do not set the option ``draft``; one of
                 :data:`blip2edge.bundle.schema.DRAFTS`.
             limits: The largest picture or video that is decoded; of its fields, ``FILE_LIMITS`` are used.
-            require_signature: A public key that the bundle must be signed for; see :meth:`Bundle.open`.
+            require_signature: A public key; the bundle must have a signature that fits it. See :meth:`Bundle.open`.
 
         Raises:
             BundleError: The directory is not a bundle, a newer version wrote it, its files were changed, or it lacks
@@ -148,10 +148,10 @@ class Captioner(LoadedBundle):
             image: A path, a Pillow picture or an array ``[H, W, 3]`` uint8. For a model of videos: a list of
                 pictures, an array ``[F, H, W, 3]``, a folder of frames or a video file. For a model that reads
                 several pictures (Flamingo): one picture, or a list.
-            prompt: The beginning of the caption, which the model continues; for models of instructions (InstructBLIP,
-                LLaVA) the instruction. None for the bundle's default. With several pictures, write ``<image>`` in the
-                place of each, as in ``"<image>A cat.<image>A"``; without any ``<image>``, all pictures come before
-                the text.
+            prompt: The beginning of the caption, which the model continues; for models that follow instructions
+                (InstructBLIP, LLaVA) the instruction. None for the bundle's default. With several pictures, write
+                ``<image>`` in the place of each picture, as in ``"<image>A cat.<image>A"``; without any
+                ``<image>``, all pictures come before the text.
             channels: Order of the channels in arrays: ``"rgb"``, or ``"bgr"`` for frames of OpenCV. Files and Pillow
                 pictures are not affected.
             **options: Fields of :class:`GenerationOptions`; the bundle's defaults replace missing ones.

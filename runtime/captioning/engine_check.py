@@ -77,9 +77,10 @@ class EngineCheck:
             self._test.future.add_done_callback(self._judge)
 
     def _judge(self, done: Future[CaptionResult]) -> None:
-        """Ends the requests that wait for the test request; it has ended, and ``done`` has its result.
+        """Ends the failed requests that were kept open, according to the result of the test request (``done``).
 
-        If the test request worked, each request fails with its own error; else all fail because the engine is broken.
+        If the test request worked, each failed request gets its own error. If not, the engine is broken, and all
+        failed requests get an EngineFaultError.
         """
         with self._lock:
             held, self._held, self._test = self._held, [], None

@@ -89,7 +89,7 @@ class Matcher(LoadedBundle):
                 :meth:`Bundle.open`.
             backend: Name of the backend that runs the graphs; ``auto`` for the default.
             threads: CPU threads that one operator uses; None for as many as there are cores.
-            require_signature: A public key that the bundle must be signed for; see :meth:`Bundle.open`.
+            require_signature: A public key; the bundle must have a signature that fits it. See :meth:`Bundle.open`.
             limits: The largest picture that is decoded; of its fields, ``PICTURE_LIMITS`` are used.
 
         Raises:

@@ -36,7 +36,7 @@ class Backoff:
     Attributes:
         first_s: Seconds before the first attempt; the wait doubles with each further attempt.
         most_s: Longest wait in seconds.
-        attempts: Number of attempts to load the bundle. The count begins again when the engine has made a result.
+        attempts: Number of attempts to load the bundle. After the first result of a loaded engine, the count restarts.
     """
 
     first_s: float = 1.0

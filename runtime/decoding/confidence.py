@@ -34,7 +34,8 @@ FLOOR = 1e-4
 """Number that is added to the absolute value of a log-probability, so that the logarithm of the sum is finite."""
 
 FREE_OPTIONS = ("max_new_tokens", "seed", "draft", "top_logprobs", "abstain_below")
-"""Options for which a map stays valid if they change: they do not change a text that ends before the length limit."""
+"""Options that may differ from those with which a confidence map was fitted: they do not change a text that ends before
+the length limit."""
 
 Scores = NDArray[np.float64]
 
@@ -109,27 +110,27 @@ class ConfidenceMap:
         return float(self.probabilities(features(token_logprobs)[None])[0])
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the map as a JSON object."""
+        """Returns the confidence map as a JSON object."""
         return {**vars(self), "weights": list(self.weights), "knots": [list(side) for side in self.knots],
                 "bounds": list(self.bounds)}  # fmt: skip
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ConfidenceMap:
-        """Reads a map from the object that :meth:`to_json` made; other keys are ignored."""
+        """Reads a confidence map from the object that :meth:`to_json` made; other keys are ignored."""
         known = {name: values[name] for name in cls.__dataclass_fields__}
         lists = {"weights": tuple(known["weights"]), "bounds": tuple(known["bounds"])}
         return cls(**{**known, **lists, "knots": tuple(map(tuple, known["knots"]))})
 
 
 class Confidence:
-    """The maps of a bundle, one for each task.
+    """The confidence maps of a bundle: one :class:`ConfidenceMap` for captions, and one for answers to questions.
 
     Args:
-        manifest: The bundle's manifest. A map is ignored if its precisions are not those of the graphs. None for a
-            checkpoint, which has no maps.
+        manifest: The bundle's manifest. A confidence map is ignored if it was fitted with graphs of other precisions.
+            None for a checkpoint, which has no confidence maps.
 
     Attributes:
-        maps: The map of each task; empty if no map was fitted.
+        maps: The confidence map of each task (:data:`CAPTION`, :data:`ASK`); empty if none was fitted.
     """
 
     def __init__(self, manifest: Manifest | None) -> None:
@@ -145,7 +146,7 @@ class Confidence:
         """Checks that ``abstain_below`` can be used.
 
         Raises:
-            UsageError: ``abstain_below`` is given, but the bundle has no map for these options and this prompt.
+            UsageError: ``abstain_below`` is given, but the bundle has no confidence map for these options and prompt.
         """
         if options.abstain_below is None or self._problem(options, prompt) is None:
             return
@@ -155,7 +156,7 @@ class Confidence:
         )
 
     def of(self, generated: Generated, options: GenerationOptions, prompt: PromptText | None) -> float | None:
-        """Returns the confidence of a text; None if the bundle has no map for these options and this prompt.
+        """Returns the confidence of a text; None if the bundle has no confidence map for these options and this prompt.
 
         Args:
             generated: The generated text.
@@ -208,6 +209,6 @@ class Confidence:
 
 
 def _differing(options: GenerationOptions, fitted: ConfidenceMap) -> list[str]:
-    """Returns the names of the options whose values are not those of a fit, sorted."""
+    """Returns the sorted names of the options whose values differ from those with which a map was fitted."""
     given = decoding_options(options)
     return sorted(name for name in {**given, **fitted.options} if given.get(name) != fitted.options.get(name))

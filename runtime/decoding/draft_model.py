@@ -77,8 +77,9 @@ class TextHeadDraft:
     """Proposes tokens of one text with the text head; implements :class:`DraftModel`.
 
     Args:
-        head: The graph and the tokenizers.
-        queries: Keys and values of the query tokens by name, ``[1, H, Q, d]``, with which the KV cache begins.
+        head: The text head's graph and the tokenizers.
+        queries: Keys and values of the bridge's query tokens, ``[1, H, Q, d]`` by name. They are the first entries of
+            the text head's KV cache, through which the text head attends to the picture.
     """
 
     def __init__(self, head: TextHeadGraph, queries: Mapping[str, Array]) -> None:

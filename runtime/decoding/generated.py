@@ -70,7 +70,7 @@ class TextPiece(str):
     tokens: tuple[TextToken, ...]
 
     def __new__(cls, text: str, tokens: Sequence[TextToken]) -> TextPiece:  # noqa: PYI034 - typing.Self is of Python 3.11
-        """Makes a piece from its text and the tokens that it completes."""
+        """Makes a piece from its text and the tokens that end in this text."""
         piece = super().__new__(cls, text)
         piece.tokens = tuple(tokens)
         return piece
@@ -80,7 +80,7 @@ class TextTokens:
     """Finds the tokens of each piece of a streamed text (the pieces are made by ``text.tokenizer.TextPieces``).
 
     A token belongs to the piece with the token's last character. The texts of all returned tokens, joined, are the
-    streamed text; tokens after its end, such as the end token, are left out.
+    streamed text. Tokens after the end of the text, such as the end token, are left out.
 
     Args:
         tokenizer: Decodes the tokens.
@@ -99,7 +99,7 @@ class TextTokens:
         """Adds a piece of the text; returns the tokens that end in this piece.
 
         Args:
-            ids: All token ids so far; they may be ahead of the pieces.
+            ids: All token ids so far. The text of the last ids may not be in a piece yet.
             logprobs: The log-probability of each token.
             likeliest: The likeliest tokens at the position of each token; may be empty.
             piece: The next piece.
@@ -161,7 +161,7 @@ def words_of(tokenizer: Tokenizer, tokens: Sequence[int], logprobs: Sequence[flo
         tokenizer: Decodes the tokens.
         tokens: The generated ids.
         logprobs: The log-probability of each generated id.
-        text: The text that the user got; tokens after its end, such as those of a stop string, are left out.
+        text: The text that the user got. Tokens after the end of this text, such as a stop string's, are left out.
     """
     found: list[Word] = []
     begins = True

@@ -220,7 +220,7 @@ class GenerationOptions:
             )
 
     def check_stream(self) -> None:
-        """Raises UsageError if a text with these options cannot be streamed; see :func:`check_stream`."""
+        """Raises UsageError if the options contain beam search or ``abstain_below``, whose text cannot be streamed."""
         check_stream(self.num_beams, self.abstain_below)
 
     @property

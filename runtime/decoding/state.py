@@ -62,7 +62,7 @@ class GreedyState(Protocol):
 
 @runtime_checkable
 class RowState(DecodeState, Protocol):
-    """A state that can also append several tokens in one pass, and drop tokens."""
+    """A decoding state to which several tokens can be appended in one pass, and from which tokens can be removed."""
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -111,7 +111,7 @@ class Decoder:
         Args:
             prompts: One embedded prompt ``[S_i, D]`` for each row; lengths may differ.
             context: Inputs that stay the same from step to step: cross-attention keys and values and their mask.
-                If the mask is ``[B, S, E]``, later steps use the values of the last slot S.
+                If the mask is ``[B, S, E]`` (one row for each of S prompt tokens), later steps use its last row.
 
         Returns:
             The logits ``[B, V]`` after each prompt, and the decoder's state.

@@ -372,7 +372,7 @@ class Preprocessing:
 
     @cached_property
     def _table(self) -> NDArray[np.float32]:
-        """Computes the pixel value for each channel and each 8-bit value, float32 [3,256], as transformers rounds."""
+        """Computes the pixel value for each channel and 8-bit value, float32 [3,256]; rounded as in transformers."""
         values = np.arange(256, dtype=np.float64)
         if self.do_rescale:
             values = values * self.rescale_factor

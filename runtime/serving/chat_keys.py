@@ -189,7 +189,7 @@ KEYS: tuple[ChatKey, ...] = (
     ChatKey("ask", "true: the text is a question for the bundle's question template", is_read=True, own=True),
     ChatKey("deadline_s", "seconds for the answer; later it is answered with 504", is_read=True, own=True),
 )
-"""All keys: those of OpenAI's schema first, then our own."""
+"""All keys: first those of OpenAI's schema, then those that only this server has."""
 
 NAMES = {**{key.option: key.name for key in reversed(KEYS) if key.option}, "deadline": "deadline_s"}
 """For each option of the library, the key of the request that an error message names."""

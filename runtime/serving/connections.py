@@ -82,7 +82,7 @@ class ConnectionTable:
         self.ending.pop(connection, None)
 
     def end(self, connection: GuardedProtocol) -> None:
-        """Moves a connection to those that are closed but have unsent data; aborts the oldest if there are too many."""
+        """Lists a connection as closed with unsent data; if too many are listed, aborts the oldest."""
         self.refused.discard(connection)
         if connection not in self.open:
             self.ending[connection] = None
@@ -261,7 +261,7 @@ class GentleTransport:
         return getattr(self._connection.transport, name)
 
     def close(self) -> None:
-        """Closes the connection after an answer, gently if the body was not all read."""
+        """Closes the connection after an answer, with ``close_gently`` if the body was not read to its end."""
         if self._connection.conn.their_state is h11.SEND_BODY:
             self._connection.close_gently()
         else:

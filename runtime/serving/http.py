@@ -133,17 +133,17 @@ class Server:
 
     @property
     def engine(self) -> RestartingCaptioner:
-        """Returns the captioner with its scheduler, for the first bundle that captions."""
+        """Returns the captioner with its scheduler, for the first bundle that can caption pictures."""
         return self.models.captioner(None).engine
 
     @property
     def captioner(self) -> Captioner:
-        """Returns the present captioner of the first bundle that captions."""
+        """Returns the captioner in use, for the first bundle that can caption pictures."""
         return self.engine.captioner
 
     @property
     def scheduler(self) -> Scheduler:
-        """Returns the present scheduler of the first bundle that captions."""
+        """Returns the scheduler in use, for the first bundle that can caption pictures."""
         return self.engine.scheduler
 
     @property

@@ -243,7 +243,10 @@ def _wrong(problem: str, fix: str | None = None, code: str = "invalid_value") ->
 
 
 def _arranged(messages: list[Message], spec: PromptSpec | None) -> tuple[tuple[bytes, ...], str | Dialog | None]:
-    """Returns the pictures and the prompt of a request; raises RequestError if the bundle's prompt has no place."""
+    """Returns the pictures and the prompt of a request.
+
+    Raises RequestError if there is no picture, or if the bundle's prompt template has no place for the messages.
+    """
     roles = [message.role for message in messages]
     if "user" not in roles:
         raise _wrong("expected a message of the role user, got none")
@@ -267,7 +270,7 @@ def _arranged(messages: list[Message], spec: PromptSpec | None) -> tuple[tuple[b
 
 
 def _check_places(roles: list[str], turns: Mapping[str, str]) -> None:
-    """Raises RequestError if the prompt has no place for a message."""
+    """Raises RequestError if the bundle's prompt template (``turns``) has no place for one of the messages."""
     if "system" in roles and "system" not in turns:
         raise _wrong(
             "this bundle's prompt has no place for a message of the role system or developer",
@@ -290,7 +293,7 @@ def _check_places(roles: list[str], turns: Mapping[str, str]) -> None:
 
 
 def _in_order(message: Message, spec: PromptSpec | None) -> str:
-    """Returns the text of a single message.
+    """Returns the prompt from a request with a single message.
 
     If the bundle's prompt is interleaved, a marker stands for each picture, so that texts keep their places.
     """
@@ -366,7 +369,7 @@ class Answer:
         return self._chunk([choice], None)
 
     def last_chunk(self, result: CaptionResult) -> dict[str, Any]:
-        """Makes the chunk after all text: the finish reason, the keys of :func:`about`, and the remaining tokens."""
+        """Makes the chunk after all text: finish reason, keys of :func:`about`, and ``logprobs`` of the last tokens."""
         reason = _REASONS[result.finish_reason]
         choice = {"index": 0, "delta": {}, "logprobs": self._logprobs(result, ""), "finish_reason": reason}
         return {**self._chunk([choice], None), **about(result)}

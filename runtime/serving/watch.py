@@ -204,7 +204,7 @@ def _by_scheduler(
     on_piece: Callable[[str | None], None] | None,
     opened: ExitStack,
 ) -> CaptionFrame:
-    """Returns a function that captions a frame with a scheduler, which is closed when ``opened`` is closed."""
+    """Returns a function that captions a frame with a scheduler; the exit stack ``opened`` closes the scheduler."""
     encoder = captioner.reusing(reuse_below) if reuse_below else None
     scheduler = opened.enter_context(captioner.scheduler(max_batch=1, max_waiting=1, encoder=encoder))
 

@@ -234,7 +234,7 @@ class Mirror:
             self._cuda.copy(self.address, self._pinned, values.size * self.dtype.itemsize, stream)
 
     def fetch(self, shape: Sequence[int], stream: int) -> Array:
-        """Starts a copy from the GPU to the host; the returned array has the values after the stream did this copy."""
+        """Starts a copy from the GPU to the host; the returned array is valid when the stream has finished the copy."""
         if self._device is not None:
             size = math.prod(shape) * self.dtype.itemsize
             self._cuda.copy(self._pinned, self.address, size, stream)

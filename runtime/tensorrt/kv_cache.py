@@ -35,7 +35,7 @@ from blip2edge.runtime.tensorrt.workspace import TOKENS_IN_FLIGHT, WIDE, Engines
 
 NEXT = "next_"
 GREEDY = ("inputs_embeds", "position_ids", CACHE_POSITION, "seen", "held_steps")
-"""Inputs of a decode step that the ``step`` engine computes in the step before."""
+"""Inputs of a decode step that the ``step`` engine computed in the previous step."""
 
 
 class DeviceCache:
@@ -301,7 +301,11 @@ class _RowScores:
             np.put_along_axis(self._seen, tokens[:, None], 1, axis=1)
 
     def arrays(self) -> dict[str, Array]:
-        """Returns the inputs by name: ``seen``, ``held`` float32 ``[B, V]``; ``penalty``, ``held_steps`` ``[B, 1]``."""
+        """Returns the ``step`` engine's inputs by name.
+
+        ``seen`` (tokens with the repetition penalty) and ``held`` (tokens not to choose) are float32 ``[B, V]``;
+        ``penalty`` and ``held_steps`` (for how many steps ``held`` applies) are ``[B, 1]``.
+        """
         return {"seen": self._seen, "penalty": self._penalty, "held": self._held, "held_steps": self._held_steps}
 
 

@@ -135,7 +135,9 @@ class Lane:
 
 
 class Device:
-    """What all engines of a bundle share: TensorRT, CUDA, and two lanes, so that a picture is encoded during decoding.
+    """What all engines of a bundle share: TensorRT, CUDA, and two lanes (CUDA streams with scratch memory).
+
+    Because of the two lanes, a picture can be encoded while another picture's caption is decoded.
 
     Args:
         trt: TensorRT's Python module.
@@ -144,7 +146,7 @@ class Device:
             not stored.
 
     Attributes:
-        encoding: The lane of all other engines.
+        encoding: The lane of all engines that do not use ``decoding``.
         decoding: The lane of the decoder and of the engine that chooses tokens.
     """
 
@@ -201,7 +203,7 @@ class Device:
         return engine.create_execution_context(runtime_config)
 
     def close(self) -> None:
-        """Waits until the work in both lanes is done, frees them, and writes the compiled kernels to a file."""
+        """Waits until the work in both lanes is done, frees the lanes, and writes the compiled kernels to a file."""
         for lane in (self.encoding, self.decoding):
             lane.close()
         if self._compiled is not None and self._kernels is not None:

@@ -17,7 +17,8 @@ TOKENS_IN_FLIGHT = 4
 """Number of buffers into which chosen tokens are copied from the GPU to the host, used in turn, one for each step."""
 
 MOST_IDLE = 4
-"""Largest number of idle workspaces. Each contains a KV cache; one for every batch size would need too much memory."""
+"""Largest number of idle workspaces. A workspace contains a KV cache, so workspaces for all batch sizes would need too
+much memory."""
 
 LARGE = ("logits", "seen", "held")
 """Tensors that have an element for each token of the vocabulary; their buffers are in the GPU's own memory."""

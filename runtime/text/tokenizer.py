@@ -80,7 +80,7 @@ def parse_tokenizer(
     with reading(path, "a tokenizer.json", error, fix):
         parsed = tokenizers.Tokenizer.from_str(content.decode())
         if parsed.get_vocab_size(with_added_tokens=True) < 1:
-            raise ValueError("it has no token")
+            raise ValueError("the vocabulary has no token")
     return parsed
 
 

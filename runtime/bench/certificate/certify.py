@@ -1,8 +1,8 @@
 """Compares a bundle's outputs on this machine and backend with the reference outputs in the bundle (`certify`).
 
 Each graph gets its own seeded inputs, not the outputs of other graphs. So a deviation shows which graph is wrong, and
-which of its outputs is the first wrong one. Then drawn pictures are captioned: this shows whether the deviations change
-texts, and how fast each stage is.
+which of its outputs is the first wrong one. Then generated test pictures are captioned: this shows whether the
+deviations change texts, and how fast each stage is.
 """
 
 from __future__ import annotations

@@ -49,10 +49,10 @@ PICTURES = 4
 """Number of pictures whose captions are among the reference outputs."""
 
 TOKENS = 16
-"""Largest length of these captions in tokens."""
+"""Largest length, in tokens, of the captions among the reference outputs."""
 
 SIZE = (96, 128)
-"""Rows and columns of a drawn picture."""
+"""Rows and columns of a test picture from :func:`draw_pictures`."""
 
 QUESTION = "What is in the picture?"
 """Question for models that cannot caption without a question."""
@@ -64,7 +64,7 @@ _LAYER = re.compile(r"\.\d+\.")  # in the name of an output of one layer: presen
 
 @dataclass(frozen=True)
 class ReferenceOutputs:
-    """The recorded outputs of a bundle, as sketches of 64 numbers.
+    """The recorded outputs of a bundle. Each output is recorded as a sketch: a random projection to 64 numbers.
 
     Attributes:
         inputs: Sketches of the graphs' inputs, by ``graph/input``. They show whether NumPy still makes the same random
@@ -72,7 +72,7 @@ class ReferenceOutputs:
         outputs: Sketches of the graphs' outputs, by ``graph/output``, in the order in which the graphs compute them.
             The sketches of the decoder's keys and values show which layers differ.
         prompt: The prompt of every picture; None for the bundle's default.
-        tokens: The caption of each drawn picture as token ids; empty for a model that compares pictures with texts.
+        tokens: The caption of each test picture as token ids; empty for a model that compares pictures with texts.
         made_with: Versions of the packages and the processor with which the outputs were recorded.
     """
 
@@ -103,7 +103,7 @@ class ReferenceOutputs:
         with checking(path, "reference outputs", BundleError, fix):
             _FIELDS(values, "")
             if (values["schema_version"], values["bins"]) != (SCHEMA_VERSION, BINS):
-                raise ValueError(f"expected version {SCHEMA_VERSION} with {BINS} bins")
+                raise ValueError(f"expected schema version {SCHEMA_VERSION} with {BINS} numbers for each output")
             inputs, outputs = (
                 {key: _decoded(sketch) for key, sketch in values[name].items()} for name in ("inputs", "outputs")
             )
@@ -181,9 +181,9 @@ def run_graphs(
         progress: Called with a stage's name, steps done and steps in all.
 
     Yields:
-        The name of a graph, its inputs by name, and its outputs by name, those of single layers first. For a decoder,
-        the logits of :func:`decode` follow. If the backend's decoder has other inputs than the exported one, there are
-        only these logits.
+        For each graph: its name, its inputs by name, and its outputs by name. Outputs of single layers (such as the
+        keys of layer 3) come before all other outputs. For a decoder, the last outputs are the logits of
+        :func:`decode`; they are the only outputs if the backend's decoder has other inputs than the exported decoder.
     """
     report = progress or (lambda stage, done, total: None)
     graphs = bundle.manifest.graphs
@@ -256,9 +256,9 @@ def deviation(got: Sketch, wanted: Sketch) -> float:
 
 @lru_cache(maxsize=64)
 def _places(size: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Returns, for each element of an array of ``size`` elements, the number of its sum (bin) and its sign, 1 or -1.
+    """Returns, for each of ``size`` elements, the index of the sum to which it is added, and its sign there, 1 or -1.
 
-    Both are computed from the element's index by SplitMix64 (Steele, Lea and Flood, 2014).
+    Index and sign are computed from the element's index by SplitMix64 (Steele, Lea and Flood, 2014).
     """
     mixed = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):

@@ -53,7 +53,7 @@ EQUAL = 0.02
 the one with the lowest upper bound of the rate of missed changes is chosen."""
 
 LARGEST_SHARE = 0.75
-"""The largest quantile of the distances in the recording that is tried as a threshold."""
+"""Thresholds are chosen among quantiles of the recorded distances; this is the largest quantile that is tried."""
 
 
 class Thresholds(NamedTuple):
@@ -189,7 +189,10 @@ def upper_bound(missed: float, frames: float, level: float) -> float:
 
 
 def frames_needed(rate: float) -> int:
-    """Returns how many reused frames, none of them wrong, the first fit needs to show that ``rate`` is kept."""
+    """Returns how many reused frames without a missed change prove that the rate of missed changes is at most ``rate``.
+
+    The number is that of the first fit; later fits need more frames.
+    """
     points = 4 * SKIP_STEPS * CAPTION_STEPS - 1  # zero, the quantiles and the means between them
     return math.ceil(LEAST_EFFECT * math.log(_level(1, points)) / math.log1p(-rate))
 
@@ -346,10 +349,10 @@ class _Replay:
         self.missed: list[int] = []  # of each block of frames
 
     def run(self, near: tuple[list[list[float]], list[list[float]]], texts: Sequence[int]) -> _Replay:
-        """Counts the reused frames, the audits and the missed changes in the recording; returns this object.
+        """Counts the reused frames, the audits and the missed changes in the recording; returns this object itself.
 
         Args:
-            near: The distances between frames, from :func:`_band`: of pictures, and of features.
+            near: Two tables of distances between frames, from :func:`_band`: between pictures, and between features.
             texts: A number for the caption of each frame; equal captions have equal numbers.
         """
         skip, caption = self.thresholds

@@ -84,7 +84,7 @@ class ReusePlan:
         path: JSON file in which the fit is stored for the next start; None to fit at every start.
         on_fit: Called with each fit as a JSON object (from :func:`fit_document`).
         report: Called with a sentence for the user.
-        advice: End of the sentence about a fit by which nothing is reused.
+        advice: What the user can do if a fit found no thresholds; the last words of the sentence about this fit.
 
     Raises:
         OutputError: ``path`` cannot be written.
@@ -385,7 +385,7 @@ def _short(value: Any) -> str:
 
 
 def _sentence(fit: ReuseFit, rate: float, advice: str) -> str:
-    """Returns a sentence for the user about the result of a fit; ``advice`` is its end if nothing is reused."""
+    """Returns a sentence for the user about the result of a fit; ``advice`` ends the sentence if nothing is reused."""
     film = f"{fit.frames} frames, in which the caption changed {fit.changes} times"
     if fit.chosen is None:
         return (

@@ -132,8 +132,8 @@ class FixedState(SlotState):
     def _shift(self, row: int, by: int) -> None:
         """Moves a row's keys, values and mask ``by`` slots to the right (to the left if negative).
 
-        ``self.slot`` must be the slot after the row's last token: for a move to the right, the slot after the token's
-        new place; for a move to the left, the slot after its old place.
+        For a move to the right, ``self.slot`` must already be the slot after the row's last token in its new place. For
+        a move to the left, it must still be the slot after the last token in its old place.
         """
         length = self.slot - max(by, 0)
         self.cache.shift(row, by, length)

@@ -201,7 +201,8 @@ class InPlaceState:
 
 
 POOLED = 4
-"""Number of free buffers that are kept for later batches; a CUDA graph works only with the buffers of its capture."""
+"""Number of unused KV caches that are kept for later batches. They are kept because a captured CUDA graph runs only on
+the buffers with which it was captured."""
 
 KEPT_RUNS = 8
 """Number of prepared runs (:class:`_BoundRun`) that are kept for a buffer; each shape of inputs needs its own run."""
@@ -243,13 +244,13 @@ class _DeviceMemory:
         self.runs: dict[Any, _BoundRun] = {}
 
     def part(self, name: str, value: Any, first: int, rows: int) -> tuple[Any, ...]:
-        """Returns the arguments of ``bind_input`` for some rows: device, its number, dtype, shape and address."""
+        """Returns ``bind_input``'s arguments for some rows: name and number of the device, dtype, shape, address."""
         dtype = self.session.dtypes[name]
         row = int(np.prod(self.shape[1:])) * dtype.itemsize
         return (*self.session.device, dtype.type, [rows, *self.shape[1:]], value.data_ptr() + first * row)
 
     def keep(self, key: Any, run: _BoundRun) -> None:
-        """Stores a prepared run for later use; removes the oldest if there would be more than :data:`KEPT_RUNS`."""
+        """Stores a prepared run for later use; removes the oldest run if :data:`KEPT_RUNS` are stored."""
         while len(self.runs) >= KEPT_RUNS:
             self.session.release_graph(self.runs.pop(next(iter(self.runs))).graph)
         self.runs[key] = run
@@ -280,7 +281,7 @@ class DevicePool:
         return _DeviceMemory(self.session, list(self.pairs.values()), shape)
 
     def give(self, memory: _DeviceMemory) -> None:
-        """Takes back memory that no batch uses any more; frees the oldest if there are more than :data:`POOLED`."""
+        """Stores memory that no batch uses any more; if more than :data:`POOLED` are stored, frees the oldest."""
         with self._lock:
             self._free.append(memory)
             old = self._free.pop(0) if len(self._free) > POOLED else None

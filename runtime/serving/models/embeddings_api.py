@@ -223,8 +223,8 @@ def check_vectors(model: str, wanted: EmbeddingRequest, matcher: Matcher) -> Non
     vectors = vectors_per_image(matcher)
     if vectors > 1 and not wanted.multivector and any(isinstance(one, bytes) for one in wanted.inputs):
         raise RequestError(
-            f"the model {model!r} gives a picture {vectors} vectors, and embedding has a place for one",
-            "send return_multivector: true; the cosine of a picture is the largest of its vectors",
+            f"the model {model!r} makes {vectors} vectors for a picture, but the key embedding holds only one vector",
+            "send return_multivector: true to get all of them; the largest of their cosines with a text counts",
             field="return_multivector",
             code="multivector_required",
         )

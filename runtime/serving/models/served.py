@@ -365,11 +365,10 @@ class ServedModels:
 
 
 def shared_lock(loaded: Sequence[Loaded]) -> FairLock | None:
-    """Returns a lock for the graphs of all bundles if, all at once, they would use more threads than there are cores.
+    """Returns one lock for all bundles if their graphs, running together, would use more threads than there are cores.
 
-    Otherwise returns None.
-
-    A captioner runs up to two graphs at once (encoding and decoding threads); a matcher runs one graph.
+    If there are enough cores, returns None. A captioner runs up to two graphs at once (in its encoding and decoding
+    threads); a matcher runs one graph at a time.
     """
     threads = sum(one.graphs.host_threads * (2 if isinstance(one, Captioner) else 1) for one in loaded)
     return FairLock() if threads > cores() else None

@@ -269,7 +269,7 @@ def _address(source: str, _follow: bool, closed: Ending) -> Frames:
 
 
 class _FailureWords(NamedTuple):
-    """The words of an error about a kind of source.
+    """Texts for the error messages about one kind of source.
 
     Attributes:
         failed: What failed if the system or the network reports the error.

@@ -70,8 +70,8 @@ def write_model(bundle: str | Path, repository: Path, model: TritonModel, *, for
 
     Raises:
         BundleError: ``bundle`` is no bundle, or does not caption.
-        OutputError: The model exists and ``force`` is False, it lies in the bundle or the bundle in it, or it cannot be
-            written.
+        OutputError: The model exists and ``force`` is False, or it cannot be written; or one of the directories of
+            model and bundle is inside the other directory.
         UsageError: The name has characters that Triton does not allow in an address.
     """
     opened = Bundle.open(bundle)

@@ -212,9 +212,8 @@ def test_a_new_copy_for_cuda_makes_a_timing_stale(timed: Callable[..., Bundle]) 
     ],
 )
 def test_a_backend_that_runs_no_graphs_says_what_to_make(tiny_bundle: Path, name: str, command: str) -> None:
-    with pytest.raises(
-        BackendError, match=f"got backend {name}, which runs what is made from them; make it: {command}"
-    ):
+    runs = "which runs engines or kernels that are made from graphs"
+    with pytest.raises(BackendError, match=f"got backend {name}, {runs}; make them: {command}"):
         open_session(tiny_bundle / "decoder.onnx", name)
     assert {one for one, row in BACKENDS.items() if row.made_by} == {"cuda-decoder", "tensorrt", "rtx"}
 
