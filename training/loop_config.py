@@ -69,8 +69,9 @@ class LoopConfig(RecipeSection):
 class ValidationConfig(DataConfig):
     """Validation while `stage2` or `instruct` trains: captions of held-out pictures are scored.
 
-    The keys of `[data]` name the pictures; those that change or shuffle samples, or make their prompts, are refused.
-    With `kind = "scenes"` they are scenes with pairs of objects that training never shows.
+    The keys of `[data]` can be used here to name the pictures. Keys of `[data]` that change or shuffle samples, or make
+    their prompts, are refused. With `kind = "scenes"`, the pictures are scenes with pairs of objects that training
+    never shows.
     """
 
     every: Annotated[int, NOT_NEGATIVE] = 0

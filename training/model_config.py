@@ -39,9 +39,10 @@ class ModelConfig(RecipeSection):
     """
 
     checkpoint: str = ""
-    """Checkpoint (directory or hub name) to start from: a captioner, or a BLIP-2 for image-text retrieval. The
-    captioner's bridge is used if it is of the kind `bridge` and no other model is named (stage 1 also needs the text
-    head, `draft.json`); otherwise the bridge is new. With a BLIP-2 for retrieval, set `language_from` too."""
+    """Checkpoint (directory or hub name) to start from: a captioner, or a BLIP-2 for image-text retrieval. The bridge
+    of a captioner is used if its kind is that of the key `bridge`, and if `vision_from`, `language_from` and
+    `bridge_from` are not set; otherwise the bridge is new or from `bridge_from`. Stage 1 also needs the captioner's
+    text head (`draft.json`). With a BLIP-2 for retrieval, set `language_from` too."""
     vision_from: str = ""
     """A checkpoint (directory or hub name) whose picture encoder and preprocessing are used: a captioner, or an encoder
     alone, such as a SigLIP or a DINO (`models.md`)."""

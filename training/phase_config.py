@@ -51,7 +51,8 @@ class VisionPhase(OptimizerConfig):
     """Pretraining of the miniature's picture encoder: each patch predicts the object that covers it."""
 
     shape_weight: Annotated[float, POSITIVE] = 1.0
-    """Weight of the shape's loss. A single patch does not show the shape, so the shape is learned last."""
+    """Weight of the loss for the shape of the object that covers a patch. A single patch does not show the whole
+    object, so the shape is learned last."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,9 @@ class LanguagePhase(OptimizerConfig):
     prefix_share: Annotated[float, SHARE] = 0.75
     """Share of captions that follow embeddings of their keywords; the others follow noise."""
     prefix_noise: Annotated[float, NOT_NEGATIVE] = 0.3
-    """Noise added to the embeddings of the keywords, relative to their length. Visual tokens are not exactly equal to
-    embeddings of words, so the language model must work without exact embeddings."""
+    """Standard deviation of the noise that is added to the embeddings of the keywords, relative to the root mean square
+    of the embeddings. Visual tokens are not exactly equal to embeddings of words, so the language model must work
+    without exact embeddings."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class Stage2Phase(BridgePhase):
     elastic_min: Annotated[int, POSITIVE] = 1
     """Smallest m that is drawn; the largest is M, the number of all queries."""
     unfreeze_language: bool = False
-    """Train the language model too, as a baseline."""
+    """Train the language model too, to compare with a run in which it is frozen."""
     lora_rank: Annotated[int, NOT_NEGATIVE] = 0
     """Rank of the low-rank matrices (LoRA) that are trained in the frozen language model and then added to its weights;
     0: none. Needs the package peft."""

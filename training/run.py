@@ -46,7 +46,10 @@ _AUTOCAST = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def snapshots_of(out_dir: str | Path) -> Snapshots:
-    """Returns the snapshots of the run that writes ``out_dir``; they are in ``OUT.run`` until the run has succeeded."""
+    """Returns the snapshots of the run that writes ``out_dir``.
+
+    They are in the directory ``OUT.run`` beside the checkpoint directory ``OUT``, until the run has succeeded.
+    """
     target = with_own_name(Path(out_dir))
     return Snapshots(target.with_name(f"{target.name}{_RUN_SUFFIX}"))
 
@@ -220,7 +223,10 @@ def _run_phases(run: TrainingRun, snapshot: Snapshot | None) -> None:
 
 
 def _phase_figures(run: TrainingRun, phase: Phase, seconds: float) -> dict[str, Any]:
-    """Returns losses and seconds of a phase for the record; a loss is the mean over the last twentieth of its log."""
+    """Returns the losses and the seconds of a phase, for ``training.json``.
+
+    A loss is the mean over the last twentieth of the phase's lines in the log.
+    """
     lines = [line for line in run.journal.lines if line["phase"] == phase.name]
     last = lines[-max(1, len(lines) // 20) :]
     validated = {} if phase.validation is None else {"validation": phase.validation.figures()}

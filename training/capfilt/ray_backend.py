@@ -115,7 +115,7 @@ def score_on_ray(
         workers: Number of workers. Each loads both models and uses one CPU.
 
     Raises:
-        UsageError: Ray is not installed, or the address has another form.
+        UsageError: Ray is not installed, or ``address`` is none of these.
         ClusterError: Nothing listens at the address.
     """
     check_ray(address)

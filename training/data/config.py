@@ -30,8 +30,9 @@ class DataConfig(RecipeSection):
     "table": rows of JSON lists (LAVIS, LLaVA), JSONL, CSV, TSV or an imagefolder; "folder": pictures, each with a text
     file of the same name; "shards": WebDataset's tar files; "parquet": Parquet files; "mixture": set by `[[data]]`."""
     path: str = ""
-    """The JSON file (for VQA, of the questions), the table, the folder, or the shards: `part-*.tar`,
-    `part-{000..127}.tar` or a directory of them, also of an object store (`s3://…`). Relative to the recipe."""
+    """Path of the data, relative to the recipe: a JSON file (for VQA the file with the questions), a table, a folder,
+    or shards. Shards are given as `part-*.tar`, as `part-{000..127}.tar` or by their directory; they may be in an
+    object store (`s3://…`)."""
     images: str = ""
     """Directory of the pictures of a JSON file or a table. If it is empty, the pictures are searched in the directory
     of the file and in COCO's usual folders next to it."""
@@ -40,9 +41,9 @@ class DataConfig(RecipeSection):
     splits: tuple[str, ...] = ("train", "restval")
     """Splits of Karpathy's file that are read."""
     image_column: str = ""
-    """Column of a table's pictures; if it is empty, the first column with a value, of those in docs/data.md."""
+    """Column of a table that has the pictures. If it is empty, the columns named in docs/data.md are tried in order."""
     text_column: str = ""
-    """Column of a table's captions; if it is empty, the first column with a value, of those in docs/data.md."""
+    """Column of a table that has the captions. If it is empty, the columns named in docs/data.md are tried in order."""
     question: str = "Question: {} Short answer:"
     """Template of a question; the braces are replaced by the question."""
     more_questions: tuple[str, ...] = ()
@@ -51,7 +52,7 @@ class DataConfig(RecipeSection):
     """Largest number of samples with a missing or broken picture or text. They are skipped and reported; one more is
     an error."""
     shuffle_buffer: Annotated[int, POSITIVE] = 1000
-    """Samples in a block of shards that are shuffled together."""
+    """Number of samples in a block. Shards are read block by block, and the samples of a block are shuffled."""
     copies_gib: Annotated[int, POSITIVE] = 64
     """Largest size in GiB of the local copies of packed shards and of an object store's files, in the user's cache."""
     ratio: Annotated[float, NOT_NEGATIVE] = 0.0
@@ -68,14 +69,14 @@ class DataConfig(RecipeSection):
     flip: Annotated[float, SHARE] = 0.0
     """Share of pictures that are mirrored. A picture whose texts contain a word of `flip_except` is never mirrored."""
     flip_except: tuple[str, ...] = LEFT_RIGHT
-    """Words, such as "left", with which a text is wrong for the mirrored picture."""
+    """Words such as "left". A picture whose texts contain one of them is not mirrored: the text would become wrong."""
     count: Annotated[int, NOT_NEGATIVE] = 0
     """Number of generated scenes, shown pass after pass, so that features can be cached; 0: every scene is new."""
     series: Annotated[int, NOT_NEGATIVE] = 0
     """Seed of the scenes if `count` is above 0. If `count` is 0, their seed is made from the recipe's seed and the
     phase."""
     prompts: tuple[str, ...] = ("a photo of", "a picture of")
-    """Short prompts, or instructions; some captions are trained as their continuation."""
+    """Short prompts, or instructions. In training, some captions follow one of these prompts (`prompt_share`)."""
     prompt_share: Annotated[float, SHARE] = 0.2
     """Share of captions that follow one of the prompts; the others follow the empty prompt."""
     sets: tuple[DataConfig, ...] = ()

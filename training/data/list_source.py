@@ -102,8 +102,8 @@ class ListSource(RejectingSource):
         pictures = len({entry.picture.identity for entry in self._entries}) if self._config.shots else 1
         if pictures <= self._config.shots:
             raise DataError(
-                f"{self._name}: expected more than {self._config.shots} pictures, to draw as many few-shot examples,"
-                f" got {pictures}",
+                f"{self._name}: expected more than {self._config.shots} pictures to draw {self._config.shots} few-shot"
+                f" examples from, got {pictures}",
                 "lower shots",
             )
 

@@ -27,7 +27,7 @@ from blip2edge.training.data.streams.mixture import MixtureSource, set_probabili
 _GIB = 1 << 30
 
 Part = tuple[int, int]
-"""(Number of a stream from 0, number of all streams) if the data is split into several streams."""
+"""The stream that is read, if the data is split into several: (number of the stream, from 0; number of all streams)."""
 WHOLE: Part = (0, 1)
 
 
@@ -108,7 +108,10 @@ SHARD_FORMATS = {
     "shards": ShardFormat(SHARD_SUFFIXES, lambda config, base: read_shard),
     "parquet": ShardFormat((".parquet",), _parquet_reader, parquet_rows),
 }
-"""Formats by the kind of data. Such data is read in blocks, so that only one block of samples is in memory."""
+"""The formats of data in many files, by the kind of data.
+
+These files are read in blocks of samples, so that only one block is in memory.
+"""
 
 
 def _files(config: DataConfig, base: Path) -> list[Path | str]:
@@ -168,8 +171,9 @@ SOURCE_MAKERS: dict[str, Callable[[DataConfig, int, Path, Part], tuple[SampleSou
 }
 """By the kind of data: the function that makes a source of samples.
 
-Its arguments are the section `[data]`, the seed of the order, the directory that relative paths start from, and the
-stream (:data:`Part`). It returns the source, and the number of samples in one pass (None if not known).
+The arguments of the function are the section `[data]`, the seed of the order, the directory that relative paths start
+from, and which stream of the data is read (:data:`Part`). The function returns the source, and the number of samples in
+one pass (None if not known).
 """
 
 
@@ -200,8 +204,8 @@ def read_entries(config: DataConfig, *, base: Path) -> tuple[Iterable[Entry], Br
         base: Directory that relative paths start from.
 
     Returns:
-        The entries and the broken samples. Shards are read during the iteration, so their broken samples are complete
-        at its end.
+        The entries and the broken samples. Shards are read while the entries are iterated; then the list of broken
+        samples is complete only after the last entry.
 
     Raises:
         DataError: A file is missing or cannot be parsed, or a list has no usable sample.

@@ -61,14 +61,14 @@ class SceneSource:
         """Does nothing: every generated scene can be used."""
 
     def reject(self, sample: Sample, error: Blip2EdgeError) -> None:
-        """Always raises DataError: a generated scene can be used, so the error is in another part of the program."""
+        """Raises DataError with the problem; no sample is skipped, because a generated scene is never broken."""
         raise DataError(f"{self.name}: {sample.sample_id} cannot be used: {error.problem}") from error
 
     def check_usable(self, use: Callable[[Sample], object]) -> None:
         """Does nothing: every generated scene can be used."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the position in the stream, and series and number of the scenes."""
+        """Returns the position in the stream, and the recipe's values that determine the scenes (series and count)."""
         return {"position": self._position, "series": self._series, "count": self._config.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -79,7 +79,10 @@ class SceneObject:
 
     @property
     def kind(self) -> Kind:
-        """Returns (colour, shape); the kinds of its two objects decide whether a scene is for training or held out."""
+        """Returns (colour, shape) of the object.
+
+        A scene belongs to the split "train" or "heldout" by the kinds of its two objects.
+        """
         return (self.colour, self.shape)
 
     @property

@@ -60,7 +60,7 @@ class Examples:
         pictures = len({entry.picture.identity for entry in self.entries})
         if pictures <= self.count:
             raise DataError(
-                f"expected more than {self.count} pictures, to draw as many few-shot examples, got {pictures}",
+                f"expected more than {self.count} pictures to draw {self.count} few-shot examples from, got {pictures}",
                 f"lower {option('shots')}",
             )
 

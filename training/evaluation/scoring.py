@@ -270,7 +270,10 @@ def _captioned(
 def _asked(
     captioner: CaptionModel, entries: Sequence[Entry], broken: BrokenSamples, options: ScoringOptions
 ) -> Figures:
-    """Returns the scores on questions: of the captioner's own answers, and of a reader's answers from its captions."""
+    """Returns the scores on questions.
+
+    The captioner's own answers are scored, and the answers that a reader gives from the captioner's captions.
+    """
     metrics = options.chosen(("vqa",), questions=True)
     if "reader" in metrics and options.examples is not None:
         raise no_examples("captions for a reader")

@@ -82,7 +82,7 @@ def validation_scores(data: ValidationData, captioner: CaptionModel) -> Callable
 
     Args:
         data: The data.
-        captioner: The captioner; each validation uses the weights that it has at that time.
+        captioner: The captioner. Its weights change between two validations; each validation uses the current weights.
     """
     model, config, broken = EvaluatedModel(captioner=captioner), data.config, data.broken
     if broken is None:

@@ -58,7 +58,10 @@ class Averages:
             self.exchange()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Returns tensors and facts for a snapshot. Every process must call this method, which gathers the shards."""
+        """Returns what a snapshot stores: the averages by name, and the number of updates as a JSON value.
+
+        Every process must call this method, because it gathers the shards of all processes.
+        """
         tensors = {}
         for name, parameter in self._trained.items():
             average = self._averages[name]

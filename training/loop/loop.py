@@ -209,7 +209,11 @@ def _validate(prepared: _PreparedPhase, finished: int) -> dict[str, float]:
 
 
 def _finish(prepared: _PreparedPhase) -> None:
-    """Ends a phase: puts the weights of the checkpoint (averaged, gathered, best) into its module, on all processes."""
+    """Ends a phase: puts the weights that the checkpoint gets into the phase's module, on all processes.
+
+    They are the averaged weights or those of the best validation, if the recipe says so, else those of the last step.
+    Shards are gathered.
+    """
     phase, accelerator = prepared.phase, prepared.run.accelerator
     if prepared.averages is not None and prepared.averaged("checkpoint"):
         prepared.averages.exchange()

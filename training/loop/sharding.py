@@ -80,7 +80,7 @@ def check_sharding(accelerator: Accelerator) -> None:
 
 @dataclass
 class Sharding:
-    """The modules of a phase whose parameters are spread, and the state of these modules before.
+    """The modules of a phase whose parameters are spread, and what is needed to undo the spreading.
 
     Attributes:
         modules: The outermost modules.

@@ -2,7 +2,7 @@
 
 The trackers get the values of every line of the log: losses, learning rate, gauges and scores of validations. A value
 is named ``PHASE/NAME``. Steps are counted over all phases: a phase begins at the sum of the ``steps`` of the earlier
-phases. Only the last phase has validations and can end early (``patience``), so there is no gap. A resumed run
+phases. No steps are missing between two phases, because only the last phase can end early (``patience``). A resumed run
 continues at the step of its snapshot.
 
 A tracker that fails while the run trains does not end the run: the log in the directory of the run has all values.
@@ -65,7 +65,10 @@ def _wandb(run: TrackedRun) -> dict[str, Any]:
 
 
 STARTS: Mapping[str, Callable[[TrackedRun], dict[str, Any]]] = {"tensorboard": _tensorboard, "wandb": _wandb}
-"""Arguments of accelerate's tracker class besides the project, by the name of a tracker that can continue a run."""
+"""For each tracker that can continue a resumed run: a function that makes the arguments of accelerate's tracker class.
+
+The name of the project is not among these arguments.
+"""
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -124,7 +127,12 @@ class Trackers:
                 ) from error
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Records values by name, at a step that counts over all phases. A tracker that fails is called again later."""
+        """Sends values by name to every tracker. A tracker that failed before still gets the new values.
+
+        Args:
+            values: The values.
+            step: Number of the step, counted over all phases.
+        """
         for name, tracker in self._open.items():
             with self._guarded(name):
                 tracker.log(dict(values), step=step)

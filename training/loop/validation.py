@@ -34,7 +34,10 @@ class Together(Protocol):
         """Ends :meth:`follow` in the other processes; called in the first process."""
 
     def follow(self) -> None:
-        """Generates what the first process generates, until that calls :meth:`end`; called in the other processes."""
+        """Generates the same texts as the first process, until the first process calls :meth:`end`.
+
+        Called in all processes except the first.
+        """
 
 
 @dataclass
@@ -151,11 +154,17 @@ class Validation:
                 trained[name].copy_(tensor)
 
     def figures(self) -> dict[str, Any]:
-        """Returns the entry about validation for ``training.json``: metric, best score and its step, all steps."""
+        """Returns the entry about validation for ``training.json``.
+
+        The entry has the metric, the best score with its step, and all steps after which a validation ran.
+        """
         return {"metric": self.metric, "best": self.best, "best_step": self.best_step, "steps": list(self.steps)}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Returns the tensors and the facts about the validation for a snapshot."""
+        """Returns what a snapshot stores about the validation.
+
+        These are the best weights by name, and the values of :meth:`figures`.
+        """
         return {f"{_BEST}{name}": tensor for name, tensor in self.tensors.items()}, {FACTS: self.figures()}
 
     def restore(self, snapshot: Snapshot) -> None:

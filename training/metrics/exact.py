@@ -29,8 +29,8 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
 def shuffled_match(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Computes the share of captions that equal the next picture's reference, as a control.
 
-    If the captions do not depend on the pictures, this score is about the exact match. If the captions depend on the
-    pictures, this score is almost 0, apart from neighbours with equal captions.
+    If the captions do not depend on the pictures, this score is about as high as the exact match. If they do, this
+    score is almost 0, because neighbouring pictures seldom have equal references.
 
     Args:
         predictions: Generated captions.

@@ -85,9 +85,10 @@ def match_pairs(
 
 
 def _order(scores: Scores, top: int, matched: Mapping[tuple[int, int], float]) -> list[list[int]]:
-    """Returns the column numbers of each row, best first: ordered by the cosine, the first `top` by the matching head.
+    """Returns the candidates (column numbers) of each row of `scores`, best first.
 
-    Only candidates with a score in `matched` are ordered again.
+    They are ordered by the cosine. Then those among the first `top` that have a score in `matched` are put first, in
+    the order of these scores of the matching head.
     """
     rows: list[list[int]] = top_columns(scores, max(top, *RANKS)).tolist()
     for row, columns in enumerate(rows):

@@ -90,7 +90,7 @@ def dense_loss(outputs: Tensor, labels: DenseLabels, shape_weight: float = 1.0) 
     Args:
         outputs: float32 [B, N, sum(CLASSES) + BOX], the output of a linear head for every patch.
         labels: The labels.
-        shape_weight: Weight of the shape's loss; a single patch does not show the shape.
+        shape_weight: Weight of the loss for the object's shape, which a single patch does not show.
 
     Returns:
         A scalar. For a patch without an object, only the loss of the role is counted (no object, or which object).
@@ -130,7 +130,7 @@ class VisionPretraining(nn.Module):
 
     Args:
         vision: The picture encoder, trained in place.
-        phase: Section [vision] of the recipe, with the factor of the loss for the shape of the object in a patch.
+        phase: Section [vision] of the recipe, with the weight of the loss for the shape (``shape_weight``).
     """
 
     def __init__(self, vision: VisionTransformer, phase: VisionPhase) -> None:

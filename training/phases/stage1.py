@@ -177,8 +177,8 @@ class Stage1Model(RetrievalModel):
     ) -> dict[str, Tensor]:
         """Computes the three losses of stage 1 for captioned pictures.
 
-        Call the module itself, not its submodules: only then does DistributedDataParallel synchronise gradients. B must
-        be equal on every rank.
+        Call the module itself, not its submodules: otherwise DistributedDataParallel does not synchronise gradients.
+        B must be equal on every rank.
 
         Args:
             image_embeds: ``[B, P, Dv]``, output of ``model.vision(pixel_values)``, computed or cached.

@@ -301,7 +301,7 @@ def begin_stage2(stage1: Stage1Model, captioner: CaptionerModel) -> None:
     if not isinstance(qformer, QFormerBase):
         raise CheckpointError(
             f"a bridge of kind {captioner.config.bridge.kind} has no Q-Former that could be initialized from stage 1",
-            "set bridge to qformer, or set stage1.steps to 0 and bridge_from to empty",
+            "set bridge to qformer, or set stage1.steps to 0 and leave bridge_from out",
         )
     trained: Any = stage1.matcher.qformer
     _copy(qformer, trained.state_dict(), "the Q-Former")

@@ -256,7 +256,7 @@ def elastic_draw(config: CaptionerConfig, phase: Stage2Phase, seed: int) -> Elas
     """Makes the function that draws the number of queries of each step; None if the phase always uses all queries.
 
     Raises:
-        ConfigError: The bridge has no learned queries, or not more of them than `elastic_min`.
+        ConfigError: The bridge has no learned queries, or its number of queries is not above `elastic_min`.
     """
     if not phase.elastic:
         return None
@@ -277,9 +277,10 @@ def elastic_draw(config: CaptionerConfig, phase: Stage2Phase, seed: int) -> Elas
 def match_scale(model: CaptionerModel) -> None:
     """Scales a new projection so that visual tokens are as large as token embeddings.
 
-    The Q-Former ends in a LayerNorm, so a new projection gives values of size 1, while token embeddings have a few
-    hundredths. Visual tokens then hide the position embeddings, and a frozen language model cannot distinguish them.
-    On the scenes, after 600 steps, the loss is 0.05 with this scaling and 0.4 without.
+    The Q-Former ends in a LayerNorm, so the outputs of a new projection have values of about 1. The values of token
+    embeddings are a few hundredths. Without this scaling, the position embeddings are too small beside the visual
+    tokens, and a frozen language model cannot tell the positions of the visual tokens apart. On the scenes, after 600
+    steps, the loss is 0.05 with this scaling and 0.4 without.
 
     Args:
         model: A captioner whose projection was drawn with N(0, 1/fan_in); changed in place.

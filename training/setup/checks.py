@@ -40,9 +40,10 @@ def check_bridge_keys(
         elif tokenizer == "bridge_from":
             reason = "bridge_from has the tokenizer of the Q-Former's text side"
         else:
-            reason = "it has no tokenizer of a Q-Former's text side"
+            reason = "the checkpoint has no tokenizer of a Q-Former's text side"
         raise ConfigError(
-            f"[model] checkpoint has no effect: vision_from and language_from name both of its parts, and {reason}",
+            "[model] checkpoint has no effect: the picture encoder comes from vision_from, the language model from"
+            f" language_from, and {reason}",
             "leave checkpoint out, or leave vision_from or language_from out",
         )
     used = text and (new or tokenizer == "bert")

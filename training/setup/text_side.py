@@ -39,9 +39,9 @@ class TextTokenizer(NamedTuple):
     """A tokenizer of the Q-Former's text side.
 
     Attributes:
-        key: The key of ``[model]`` whose checkpoint has it.
-        file: The file.
-        alone: Whether it is the only tokenizer of its directory.
+        key: The key of ``[model]`` that names the checkpoint with this tokenizer.
+        file: The file of the tokenizer.
+        alone: Whether the directory has no other tokenizer.
     """
 
     key: str

@@ -180,7 +180,7 @@ def test_examples_are_of_other_pictures_and_the_same_after_a_resume(tmp_path: Pa
     plain = iter(source(tmp_path, 0))
     parts = [(each.sample_id, each.text, each.prompt) for each in first]
     assert parts == [(each.sample_id, each.text, each.prompt) for each in (next(plain) for _ in range(30))]
-    message = "expected more than 6 pictures, to draw as many few-shot examples, got 6; lower shots"
+    message = "expected more than 6 pictures to draw 6 few-shot examples from, got 6; lower shots"
     with pytest.raises(DataError, match=message):
         source(tmp_path, 6)
 

@@ -200,7 +200,7 @@ def test_a_checkpoint_beside_both_parts_gives_the_text_side_its_tokenizer_or_is_
     without_text_head(tmp_path)
     bare = load_config(recipe(tmp_path, f'{both}"plain"', "instruct"))
     with pytest.raises(
-        ConfigError, match=r"checkpoint has no effect: .* it has no tokenizer of a Q-Former's text side"
+        ConfigError, match=r"checkpoint has no effect: .* the checkpoint has no tokenizer of a Q-Former's text side"
     ):
         plan_parts("instruct", bare, tmp_path)
     kept = load_config(recipe(tmp_path, f'{both}"plain"\nbridge_from = "{CHECKPOINT}"', "instruct"))

@@ -216,7 +216,10 @@ class CopiedPicture:
 
     @property
     def identity(self) -> str:
-        """Returns a key made of the copy's name, which depends on the source's version, and the picture's offset."""
+        """Returns the key of the picture's cached features: the name of the copy, and the picture's offset in it.
+
+        The name of a copy depends on the version of its source.
+        """
         offset = getattr(self.picture, "offset", None)
         return self.picture.identity if offset is None else f"{self.copy.name}|{offset}"
 

@@ -1,4 +1,4 @@
-"""A captioner whose parameters are spread over several processes: the first leads, and the others follow."""
+"""Generates captions in several processes at once, for a captioner whose parameters are spread over them (FSDP)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ class CaptionerTogether:
         self._send([None])
 
     def follow(self) -> None:
-        """Generates the same texts as the first process, until that calls :meth:`end`; called in all others."""
+        """Generates the same texts as the first process, until the first process calls :meth:`end`.
+
+        Called in all processes except the first.
+        """
         while (given := self._send([None])[0]) is not None:
             try:
                 self._captioner(*given)
