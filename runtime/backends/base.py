@@ -58,7 +58,9 @@ class Session(Protocol):
 
 
 class CacheBuffers(Protocol):
-    """The KV cache ``[B, H, C, d]`` of one decoder state; :meth:`run` runs the decoder and writes new keys and values.
+    """The KV cache of one decoder state; :meth:`run` runs the decoder, which writes new keys and values.
+
+    Keys and values of a layer are ``[B, H, C, d]``: B rows, H heads of width d, C slots.
 
     One thread at a time may use the buffers.
 
@@ -165,14 +167,14 @@ class BindingSession(Protocol):
 
 
 POSITION_AXIS = 2
-"""Index of the axis P (positions) in ``[B, H, P, d]``."""
+"""Index of the positions' axis in keys or values ``[rows, heads, positions, head width]``."""
 
 RunModel = Callable[[bytes, Mapping[str, Any]], Any]
 """Type of a function that runs a small ONNX model on the device, and returns its output ``y`` as an ``OrtValue``."""
 
 
 class DeviceArray:
-    """Keys or values ``[B, H, P, d]`` in device memory, float32 or float16.
+    """Keys or values ``[B, H, P, d]`` (H heads of width d, P positions) in device memory, float32 or float16.
 
     Args:
         value: ONNX Runtime's ``OrtValue``.

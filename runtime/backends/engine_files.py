@@ -33,7 +33,8 @@ TOKEN_LOGPROBS = "token_logprobs"
 """Name of the ``step`` engine's output with the tokens' log-probabilities; engines of version 0.1 do not have it."""
 
 CONSTANT, IN_PLACE = "constant", "in-place"
-"""Kinds of KV cache in engines. ``constant``: ``past`` and ``present`` are two tensors. ``in-place``: one tensor."""
+"""Kinds of KV cache in engines. ``constant``: ``past`` and ``present`` are two tensors. ``in-place``: they are
+the same tensor."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class EngineRecord:
         profiles: Names of the optimization profiles, in the order of their numbers in TensorRT.
         seconds: Duration of the build.
         warnings: Warnings of the TensorRT builder.
-        asked: Number of matrix multiplications in the graph, by precision.
-        landed: Number of layers in the built engine, by precision; None if the engine was built without a driver and
-            could not be inspected.
+        asked: Number of matrix multiplications, by the precision in which the graph computes them.
+        landed: Number of layers in the built engine, by the precision that TensorRT chose; None if the engine was built
+            without a driver and could not be inspected.
         cache: Kind of the decoder's KV cache, one of ``DECODER_CACHES``; empty if the engine has no KV cache.
     """
 

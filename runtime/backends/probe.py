@@ -137,7 +137,7 @@ NUMBERS = (
     *("cpu family", "model", "stepping"),
     *("CPU implementer", "CPU variant", "CPU part", "CPU revision"),
 )
-"""Keys of ``/proc/cpuinfo`` in which processors of the same name can differ: those of x86, then those of Arm."""
+"""Keys of ``/proc/cpuinfo`` whose values can differ between processors of the same name: first x86, then Arm."""
 
 
 def cores() -> int:

@@ -26,7 +26,7 @@ class Efficiency:
             (``fp32``, ``int4``, ...).
         bytes: Share of the memory bandwidth that is reached while weights are read, by format of the weights.
         overlaps: Whether weights are read while the device computes. If true, the longer of both times counts. If
-            false, their sum counts; then a multiplication of one row costs no time besides that for the weights.
+            false, their sum counts; then, for a multiplication of one row, only the time to read the weights counts.
         extra_rows: Number of rows that is added to every matrix multiplication of several rows, because small
             multiplications are slower.
         cache_passes: Number of times that a decode step reads or copies all keys and values.

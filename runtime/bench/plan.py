@@ -246,7 +246,7 @@ def operators(part: ModelPart, weights: HeldWeights, device: Board) -> int:
 
 
 def step_cost(shape: ModelShape, weights: HeldWeights, element: float, device: Board, tokens: TokenCounts) -> StageCost:
-    """Counts operations and bytes of one decode step; the bytes are those of the decoder's weights and the KV cache.
+    """Counts the operations of one decode step, and the bytes of the decoder's weights and KV cache that it reads.
 
     Args:
         shape: Sizes of the model's layers.

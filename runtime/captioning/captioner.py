@@ -220,7 +220,7 @@ class Captioner(LoadedBundle):
         return_exceptions: bool = False,
         **options: Unpack[CaptionOptions],
     ) -> Generator[CaptionResult | Blip2EdgeError, None, None]:
-        """Captions pictures in order, encoding later ones while earlier ones are decoded; see :meth:`scheduler`.
+        """Captions pictures in order; encodes later pictures while earlier pictures are decoded (:meth:`scheduler`).
 
         Args:
             images: As in :meth:`caption`.

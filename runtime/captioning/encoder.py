@@ -69,9 +69,9 @@ class EncodedBatch:
 
     Attributes:
         prompts: The prompt of each row.
-        pictures: Outputs of vision encoder and bridge by name: ``image_embeds [B, P, Dv]``, and
-            ``visual_tokens [B, Q, D]`` if there is a bridge. If a row has several pictures, they are concatenated along
-            axis 1.
+        pictures: Outputs of vision encoder and bridge by name: ``image_embeds [B, P, Dv]`` at P positions and, if there
+            is a bridge, Q visual tokens ``visual_tokens [B, Q, D]``. If a row has several pictures, their outputs are
+            concatenated along axis 1.
         counts: Number of pictures of each row.
     """
 

@@ -1,7 +1,7 @@
 """The matcher: image-text matching (ITM), cosine similarity (ITC, CLIP), and the vectors of pictures and texts.
 
-    picture --preprocess--> pixel_values --vision--> image_embeds --image_features--> K vectors of length 1
-    text    --tokenize---> input_ids    -----------------------------text_embeds--> one vector of length 1
+    picture --preprocess--> pixel_values --vision--> image_embeds --image_features--> K vectors of norm 1
+    text    --tokenize---> input_ids    -----------------------------text_embeds--> one vector of norm 1
     image_embeds, input_ids ------------------------------------------------match--> probability
 
 The cosine of a picture and a text is the largest dot product of the text's vector with the picture's K vectors.
@@ -241,9 +241,10 @@ class Matcher(LoadedBundle):
         return found
 
     def embed_image(self, image: ImageSource, *, channels: Channels = "rgb") -> Vectors:
-        """Computes a picture's vector, float32 ``[F]`` of length 1; arguments and errors are those of :meth:`match`.
+        """Computes a picture's vector: F numbers with norm 1, float32 ``[F]``.
 
-        BLIP-2 returns K vectors, ``[K, F]``, one for each query; the largest of their cosines with a text counts.
+        BLIP-2 makes K vectors, ``[K, F]``, one for each of its K queries. The cosine of such a picture with a text is
+        the largest cosine of its vectors. Arguments and errors are those of :meth:`match`.
         """
         vectors: Vectors = self.embed_images([image], channels=channels)[0]
         return vectors
@@ -251,7 +252,10 @@ class Matcher(LoadedBundle):
     def embed_images(
         self, images: Iterable[ImageSource], *, batch_size: int = 1, channels: Channels = "rgb"
     ) -> Vectors:
-        """Computes the vectors of N pictures, float32 ``[N, F]`` or ``[N, K, F]``; see :meth:`embed_image`."""
+        """Computes the vectors of N pictures: float32 ``[N, F]``, or ``[N, K, F]`` with K vectors for each picture.
+
+        See :meth:`embed_image`.
+        """
         vectors = list(self.embed_images_iter(images, batch_size=batch_size, channels=channels))
         if not vectors:
             raise UsageError("expected at least one picture, got none")
@@ -292,12 +296,15 @@ class Matcher(LoadedBundle):
         return results if return_exceptions else raising(results)
 
     def embed_text(self, text: str) -> Vectors:
-        """Computes a text's vector, float32 ``[F]`` of length 1, to compare with the vectors of pictures."""
+        """Computes a text's vector: F numbers with norm 1, float32 ``[F]``, to compare with the vectors of pictures."""
         vectors: Vectors = self.embed_texts([text])[0]
         return vectors
 
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 1, cut: bool = False) -> Vectors:
-        """Computes the vectors of N texts, ``[N, F]``; ``cut``: whether to shorten texts that are too long."""
+        """Computes the vectors of N texts, each of F numbers, ``[N, F]``.
+
+        ``cut``: whether to shorten texts that are too long; if False, such a text is an error.
+        """
         self._check_open()
         ids = [self.token_ids(text, cut=cut) for text in listed("texts", texts)]
         parts = [self._embed(ids[at : at + batch_size]) for at in starts(len(ids), batch_size)]
@@ -330,22 +337,22 @@ class Matcher(LoadedBundle):
         ]
 
     def _embed_pictures(self, pictures: list[ImageSource]) -> list[Vectors]:
-        """Computes the vectors of the pictures of one batch, each ``[F]`` or ``[K, F]``."""
+        """Computes, for each picture of a batch, its vector ``[F]``, or its K vectors ``[K, F]``."""
         vectors = self._features(self._image_embeds(pictures))
         return list(vectors[:, 0] if vectors.shape[1] == 1 else vectors)
 
     def _image_embeds(self, pictures: list[ImageSource]) -> Array:
-        """Runs the vision encoder; returns ``image_embeds [B, P, Dv]``."""
+        """Runs the vision encoder; returns its outputs ``image_embeds [B, P, Dv]`` at P positions."""
         images = self.images
         pixels = images.preprocessing.batch(pictures, images.limits).astype(images.pixels_dtype, copy=False)
         return images.vision.run({"pixel_values": pixels})["image_embeds"]
 
     def _features(self, image_embeds: Array) -> Vectors:
-        """Computes the vectors of pictures, ``[B, K, F]``."""
+        """Computes the K vectors of each picture, ``[B, K, F]``."""
         return self.features.run({"image_embeds": image_embeds})["image_features"].astype(np.float32)
 
     def _embed(self, ids: list[list[int]]) -> Vectors:
-        """Computes the vectors of texts, ``[B, F]``."""
+        """Computes the vectors of B texts, each of F numbers, ``[B, F]``."""
         return self.texts.run(_padded(ids))["text_embeds"].astype(np.float32)
 
     def _probabilities(self, image_embeds: Array, ids: list[int]) -> Vectors | None:

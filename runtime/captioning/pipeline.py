@@ -47,8 +47,8 @@ class LanguageModel:
     def context(self, pictures: Mapping[str, Array]) -> dict[str, Array]:
         """Computes the keys and values of cross-attention to the pictures, by name; empty without cross-attention.
 
-        They do not depend on the prompts. If they are passed to :meth:`prefill` in ``pictures``, they are not computed
-        again.
+        Keys and values do not depend on the prompts. If they are passed to :meth:`prefill` in ``pictures``, they
+        are not computed again.
         """
         del pictures
         return {}
@@ -58,8 +58,9 @@ class LanguageModel:
 
         Args:
             prompts: The prompt of each row.
-            pictures: Outputs of vision encoder and bridge by name: ``image_embeds [B, P, Dv]``, and
-                ``visual_tokens [B, Q, D]`` if there is a bridge; optionally with the tensors of :meth:`context`.
+            pictures: Outputs of vision encoder and bridge by name: ``image_embeds [B, P, Dv]`` at P positions and, if
+                there is a bridge, Q visual tokens ``visual_tokens [B, Q, D]``. The tensors of :meth:`context` may be
+                added, so that they are not computed again.
 
         Returns:
             Logits ``[B, V]`` of the first token, and the decoder's state.
@@ -148,7 +149,7 @@ class EncoderDecoder(LanguageModel):
 
 
 def _embedded(table: TokenTable, prompts: Sequence[Prompt], pictures: Mapping[str, Array]) -> list[Array]:
-    """Returns the embedded prompt of each row ``[S_i, D]``; visual tokens replace the placeholders of the picture."""
+    """Returns each row's embedded prompt: S_i vectors ``[S_i, D]``, in which visual tokens replace the placeholders."""
     visual = pictures.get("visual_tokens")
     return [prompt.embed(table, None if visual is None else visual[row]) for row, prompt in enumerate(prompts)]
 

@@ -1,4 +1,4 @@
-"""Continuous batching: encodes the next pictures while earlier ones are decoded; a free row is used again at once.
+"""Continuous batching: encodes the next pictures while earlier pictures are decoded; a free row is used again at once.
 
     submit --> waiting --(encoder's thread)--> ready --(decoder's thread: prefill)--> a running row --> result
 

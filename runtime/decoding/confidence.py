@@ -181,9 +181,10 @@ class Confidence:
         filled = self._spec.default if prompt is None else prompt
         if task == CAPTION and filled != fitted.prompt:
             used = "the bundle's own prompt" if fitted.prompt is None else f"the prompt {fitted.prompt!r}"
-            return f"it was fitted with {used}"
+            return f"the bundle's confidence was fitted with {used}"
         names = _differing(options, fitted)
-        return f"it was fitted with other values of {', '.join(map(option, names))}" if names else None
+        others = ", ".join(map(option, names))
+        return f"the bundle's confidence was fitted with other values of {others}" if names else None
 
     def _fix(self, options: GenerationOptions, prompt: PromptText | None) -> str:
         """Returns how to get a confidence for these options and this prompt: options to leave out, a command, or both.

@@ -93,7 +93,7 @@ class TextHeadDraft:
     def propose(self, generated: Sequence[int], most: int) -> list[int]:
         """Proposes tokens that continue the text of the language model; see :class:`DraftModel`.
 
-        If the draft text does not begin with the text of the language model, the latter replaces the draft text.
+        If the draft text does not begin with the text of the language model, it is first replaced by that text.
         """
         written = self._head.language.decode(generated)
         prefix = self._head.tokenizer.encode(written.strip(), add_special_tokens=False)

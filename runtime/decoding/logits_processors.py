@@ -52,7 +52,7 @@ class TextStart:
     """The values from which the logits processors of one text are made.
 
     Attributes:
-        prompt: int64 [P], the ids before the first generated one.
+        prompt: int64 [P], the P ids before the first generated id.
         options: How to generate.
         vocabulary: Number of logits V.
     """
@@ -109,7 +109,7 @@ class LogitsProcessors:
 
         Args:
             scores: float32 logits, or log-probabilities in beam search.
-            generated: int64 [n], the generated ids.
+            generated: int64 [n], the n ids that were generated so far.
         """
         ids = np.concatenate((self._prompt, generated))
         for processor in self._processors.values():

@@ -258,7 +258,7 @@ def merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     """Returns a bundle's default options, with the options of the caller in place of the defaults.
 
     If the caller selects sampling, beam search in the defaults is switched off, and the other way round. If a length
-    limit in the defaults contradicts a length limit of the caller, the former is adjusted.
+    limit in the defaults contradicts a length limit of the caller, the limit in the defaults is adjusted.
 
     Args:
         defaults: The manifest's `generation`; keys that are no options are ignored.

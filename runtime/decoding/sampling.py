@@ -238,13 +238,13 @@ def _typical(mass: float, scores: Scores) -> Mask:
 
 
 def _epsilon(least: float, scores: Scores) -> Mask:
-    """Keeps tokens of at least a given probability: truncation sampling (Hewitt et al., arXiv 2210.15191)."""
+    """Keeps tokens whose probability is at least a limit: truncation sampling (Hewitt et al., arXiv 2210.15191)."""
     kept: Mask = (_probabilities(scores) >= np.float32(least)) | (scores >= scores.max())
     return kept
 
 
 def _eta(epsilon: float, scores: Scores) -> Mask:
-    """Keeps tokens of at least a given probability (as `_epsilon`), which is lower if the entropy is large."""
+    """Keeps tokens whose probability is at least a limit, as `_epsilon`; a large entropy lowers the limit."""
     probabilities = _probabilities(scores)
     return _epsilon(min(epsilon, math.sqrt(epsilon) * math.exp(-_entropy(probabilities))), scores)
 

@@ -100,7 +100,7 @@ class Decoder:
         self.embeds_dtype = self.dtypes["inputs_embeds"]
 
     def embed(self, token_ids: NDArray[np.int64]) -> Array:
-        """Returns the embeddings ``[B, k, D]`` of tokens ``[B, k]``, from the token embedding table."""
+        """Returns the embeddings ``[B, k, D]`` of k tokens of each row ``[B, k]``, from the token embedding table."""
         return self.table.rows(token_ids).astype(self.embeds_dtype, copy=False)
 
     def prefill(
@@ -109,7 +109,7 @@ class Decoder:
         """Runs whole prompts and fills the KV cache.
 
         Args:
-            prompts: One embedded prompt ``[S_i, D]`` for each row; lengths may differ.
+            prompts: One embedded prompt ``[S_i, D]`` for each row i; its length S_i may differ.
             context: Inputs that stay the same from step to step: cross-attention keys and values and their mask.
                 If the mask is ``[B, S, E]`` (one row for each of S prompt tokens), later steps use its last row.
 
@@ -123,10 +123,10 @@ class SlotState(RowState):
     """A state in which all rows write the next token to the same slot; shorter rows have masked slots on the left.
 
     Attributes:
-        mask: int64 ``[B, T]``, 1 if a slot has a token.
+        mask: int64 ``[B, T]`` for T slots, 1 if a slot has a token.
         positions: int64 ``[B]``, the position of each row's last token.
-        cross_mask: int64 ``[B, S, E]``, 1 for each cross-attention key that a new token attends to; None if all tokens
-            attend to the same keys.
+        cross_mask: int64 ``[B, S, E]`` for S new tokens and E cross-attention keys, 1 if the token attends to the key;
+            None if all tokens attend to the same keys.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class SlotState(RowState):
         """Runs the graph on ``inputs`` and the KV cache, and keeps the new cache.
 
         Returns:
-            Logits ``[B, K, V]``: K is the number of positions for which ``inputs`` asks logits.
+            Logits ``[B, K, V]``, where K is the number of columns of ``logits_indices`` in ``inputs``.
         """
         raise NotImplementedError
 
@@ -220,8 +220,8 @@ def split_context(context: Mapping[str, Array] | None) -> tuple[dict[str, Array]
     """Divides the cross-attention inputs into those that are equal in all steps, and a mask that depends on the token.
 
     Returns:
-        The inputs that are equal in all steps, by name; and the mask ``[B, S, E]`` with one row for each of S tokens,
-        or None if all tokens have the same mask.
+        The inputs that are equal in all steps, by name; and the mask ``[B, S, E]``, which says for each of S tokens to
+        which of E keys it attends, or None if all tokens have the same mask.
     """
     shared = dict(context or {})
     own = CROSS_MASK in shared and shared[CROSS_MASK].ndim == 3
@@ -253,7 +253,7 @@ def stacked(name: str, first: Array, second: Array) -> Array:
     """Concatenates the rows of a cross-attention input of two batches; the shorter input is padded with masked keys.
 
     Args:
-        name: Name of the input: keys or values ``[B, H, E, d]``, or their mask ``[B, E]`` or ``[B, S, E]``.
+        name: Name of the input: E keys or values ``[B, H, E, d]``, or their mask ``[B, E]`` or ``[B, S, E]``.
         first: Values for the first rows.
         second: Values for the rows after them.
     """

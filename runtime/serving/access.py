@@ -119,7 +119,7 @@ class AccessControl:
         if self._access.hosts and host and host_name(host) not in self._access.hosts:
             return RequestError(
                 f"expected a Host header with a name of this server, got {host_name(host) or shown(host)}",
-                "start the server with --allowed-host and this name, or use one of its own names",
+                "start the server with --allowed-host and this name, or use a name that the server allows",
                 code="host_not_allowed",
                 status=421,
             )

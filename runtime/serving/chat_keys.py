@@ -222,7 +222,7 @@ EMBEDDING_KEYS: tuple[ChatKey, ...] = (
     ),
     ChatKey("deadline_s", "seconds for the answer; later it is answered with 504", is_read=True, own=True),
 )
-"""The keys of ``POST /v1/embeddings``; OpenAI's are those of ``openai.types.EmbeddingCreateParams``."""
+"""The keys of ``POST /v1/embeddings``; OpenAI's keys are the fields of ``openai.types.EmbeddingCreateParams``."""
 
 
 def check_chat_keys(values: Mapping[str, Any], keys: Sequence[ChatKey] = KEYS) -> None:

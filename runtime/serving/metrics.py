@@ -148,7 +148,7 @@ class Metrics(Collector):
         self._registry.register(self)
 
     def text(self, accept: str) -> tuple[bytes, str]:
-        """Returns the metrics as text in the format that an ``Accept`` header asks for, and the content type."""
+        """Returns the metrics as text in the format that an ``Accept`` header names, and their content type."""
         encode, kind = choose_encoder(accept)
         return encode(self._registry), kind
 

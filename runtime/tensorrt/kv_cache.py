@@ -63,7 +63,7 @@ class DeviceCache:
             inputs: All inputs except the KV cache, by name.
 
         Returns:
-            The logits, float32 ``[B, K, V]``: K is the number of positions for which ``inputs`` asks logits.
+            The logits, float32 ``[B, K, V]``, where K is the number of columns of ``logits_indices`` in ``inputs``.
         """
         lane, space = self.lane, self.workspace
         steps, asked = inputs["inputs_embeds"].shape[1], inputs["logits_indices"].shape[1]
@@ -310,7 +310,7 @@ class _RowScores:
 
 
 def _marked(ids: Sequence[NDArray[np.int64]], vocabulary: int) -> NDArray[np.float32]:
-    """Returns an array ``[B, V]`` that is 1 where the id is in the row's list, else 0."""
+    """Returns an array ``[B, V]`` that is 1 at the token ids in the list of each row, else 0."""
     marks = np.zeros((len(ids), vocabulary), np.float32)
     for row, chosen in zip(marks, ids, strict=True):
         row[chosen] = 1

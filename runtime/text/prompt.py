@@ -60,11 +60,11 @@ class Prompt:
         return ids
 
     def embed(self, table: TokenTable, visual_tokens: Array | None) -> Array:
-        """Makes the decoder's input ``[S, D]``: token embeddings, with visual tokens in the places of the images.
+        """Makes the decoder's input ``[S, D]`` for S slots: token embeddings, and visual tokens in place of images.
 
         Args:
             table: The token embedding table.
-            visual_tokens: Visual tokens ``[Q, D]`` to put between the segments; None if images take no slots.
+            visual_tokens: Q visual tokens ``[Q, D]`` to put between the segments; None if images take no slots.
         """
         parts = [table.rows(self.segments[0])]
         for segment in self.segments[1:]:
@@ -257,8 +257,8 @@ class InstructionTokenizer:
             texts: B instructions.
 
         Returns:
-            ``instruction_ids`` and ``instruction_mask`` int64 ``[B * frames, T]``, padded on the right, so that the
-            positions of an instruction do not depend on the batch.
+            ``instruction_ids`` and ``instruction_mask`` int64 ``[B * frames, T]``, padded on the right to the longest
+            instruction (T tokens), so that the positions of an instruction do not depend on the batch.
 
         Raises:
             PromptError: An instruction is missing, contains a special token of the Q-Former, or is longer than the
@@ -345,7 +345,7 @@ def pack_images(array: Array, counts: Sequence[int]) -> Array:
     """Concatenates the visual tokens of each item's images, so that each item is one row.
 
     Args:
-        array: ``[N, Q, D]``, the visual tokens of all images, item by item.
+        array: ``[N, Q, D]``, the Q visual tokens of each of N images, item by item.
         counts: Number of images of each of the B items; their sum is N.
 
     Returns:
@@ -369,7 +369,8 @@ def cross_attention_mask(attends_to: Sequence[Sequence[int]], images: int, keys:
         keys: E, number of visual tokens in a row with this number of images.
 
     Returns:
-        int64 ``[B, S, E]``, 1 where a token attends to a visual token; padded on the left as the prompts are.
+        int64 ``[B, S, E]`` for the S slots of each prompt: 1 where a token attends to a visual token; padded on the
+        left like the prompts.
     """
     longest = max(map(len, attends_to))
     owner = np.arange(keys) // (keys // images)  # the image that a key belongs to
@@ -385,11 +386,12 @@ def left_padded(
     """Joins embedded prompts into one batch, padded on the left, so that all rows continue in the same slot.
 
     Args:
-        prompts: One embedded prompt ``[S_i, D]`` for each row.
+        prompts: One embedded prompt ``[S_i, D]`` for each row i.
         dtype: dtype of the returned batch.
 
     Returns:
-        The batch ``[B, S, D]``; the mask ``[B, S]``, 1 if a slot is valid; and the positions ``[B, S]`` of the slots.
+        The batch ``[B, S, D]``, where S is the longest S_i; the mask ``[B, S]``, 1 if a slot has a token; and the
+        position of each slot's token, ``[B, S]``.
     """
     longest = max(len(prompt) for prompt in prompts)
     embeds = np.zeros((len(prompts), longest, prompts[0].shape[1]), dtype)

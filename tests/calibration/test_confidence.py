@@ -213,7 +213,7 @@ def test_a_scheduler_publishes_no_text_before_it_is_sure(captioner: Captioner) -
         ({"temperature": 0.7, "seed": 1}, "temperature", "; leave temperature out: calibrate has no flag for it"),
         ({"stop": ("a",)}, "stop", "; leave stop out: calibrate has no flag for it"),
         ({"repetition_penalty": 1.5}, "repetition_penalty", f"{FIT} --repetition-penalty 1.5"),
-        ({"prompt": "a photo of"}, "it was fitted with the bundle's own prompt", f"{FIT} --prompt 'a photo of'"),
+        ({"prompt": "a photo of"}, "was fitted with the bundle's own prompt", f"{FIT} --prompt 'a photo of'"),
         (
             {"stop": ("a",), "num_beams": 3, "length_penalty": 0.5},
             "length_penalty, num_beams, stop",

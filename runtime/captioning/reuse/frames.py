@@ -214,7 +214,7 @@ def features_of(tokens: Array) -> Floats:
     squared distances on average).
 
     Args:
-        tokens: Visual tokens ``[N, T, D]``.
+        tokens: Visual tokens ``[N, T, D]``: T tokens of D numbers for each of N pictures.
 
     Returns:
         float32 ``[N * min(T, ROWS), WIDTH]``.

@@ -162,8 +162,8 @@ class ReuseLadder:
     ) -> None:
         if options.sampling and options.seed is None:
             raise UsageError(
-                f"{option('reuse_below')} auto needs texts that are the same for the same picture, and sampling draws "
-                "another one each time",
+                f"{option('reuse_below')} auto needs the same text for the same picture, but sampling draws a new "
+                "text each time",
                 f"leave {option('temperature')}, {option('top_p')} and {option('top_k')} out, or give {option('seed')}",
             )
         self._encoder, self._generator, self._options = encoder, generator, options

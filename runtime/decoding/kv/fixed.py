@@ -26,15 +26,15 @@ CACHE_POSITION = "cache_position"
 class FixedCache(Protocol):
     """The KV cache of a batch, and the graph that reads and writes it.
 
-    For each layer, keys and values are ``[B, H, C, d]`` with a fixed number C of slots. The cache also contains the
-    cross-attention keys and values.
+    For each layer, keys and values are ``[B, H, C, d]``: H heads of width d, and a fixed number C of slots. The cache
+    also contains the cross-attention keys and values.
     """
 
     def run(self, inputs: Mapping[str, Array]) -> NDArray[np.float32]:
         """Runs the graph on the cache and on its other ``inputs`` (by name).
 
         Returns:
-            Logits ``[B, K, V]``: K is the number of positions for which ``inputs`` asks logits.
+            Logits ``[B, K, V]``, where K is the number of columns of ``logits_indices`` in ``inputs``.
         """
         ...
 
@@ -123,7 +123,7 @@ class FixedState(SlotState):
         """Runs the graph and keeps the new keys and values; see :class:`SlotState`.
 
         Returns:
-            Logits ``[B, K, V]``: K is the number of positions for which ``inputs`` asks logits.
+            Logits ``[B, K, V]``, where K is the number of columns of ``logits_indices`` in ``inputs``.
         """
         inputs[CACHE_POSITION] = self.decoder.cache_position(self.slot, self.batch_size)
         self.slot += inputs["position_ids"].shape[1]

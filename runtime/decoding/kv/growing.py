@@ -68,7 +68,7 @@ class GrowingState(SlotState):
         """Runs the graph and keeps the new keys and values; see :class:`SlotState`.
 
         Returns:
-            Logits ``[B, K, V]``: K is the number of positions for which ``inputs`` asks logits.
+            Logits ``[B, K, V]``, where K is the number of columns of ``logits_indices`` in ``inputs``.
         """
         outputs = self.decoder.session.run({**inputs, **self._past, **self._context})
         self._past = {past: outputs[present] for past, present in self.decoder.present_of.items()}

@@ -148,7 +148,7 @@ class InPlaceState:
         """Runs the prompts of all rows, and fills the KV cache.
 
         Args:
-            embeds: Embedded prompts ``[B, S, D]``.
+            embeds: Embedded prompts ``[B, S, D]``, padded to S slots.
             lengths: Number of valid tokens of each row, ``[B]``.
 
         Returns:
@@ -169,10 +169,10 @@ class InPlaceState:
         """Runs the graph on S new slots of some rows.
 
         Args:
-            embeds: ``[B, S, D]``.
+            embeds: Embeddings of the S new tokens of B rows, ``[B, S, D]``.
             before: Number of tokens that each row has in the cache.
             row: Index of the first row to run.
-            indices: ``[B, K]``, which of the S new tokens need logits.
+            indices: ``[B, K]``, the indices of the K new tokens of each row that need logits.
             new: Number of valid new tokens of each row; None if all S tokens are valid.
         """
         batch, steps, _ = embeds.shape

@@ -64,7 +64,12 @@ class EmbeddingRequest:
 
 @dataclass(frozen=True)
 class Embedded:
-    """The result for one input: its vectors, float32 ``[F]`` or ``[K, F]``, and its number of tokens (picture: 0)."""
+    """The result for one input of a request, a text or a picture.
+
+    Attributes:
+        vectors: Its vector, float32 ``[F]``, or K vectors ``[K, F]``.
+        tokens: Its number of tokens; 0 for a picture.
+    """
 
     vectors: NDArray[np.float32]
     tokens: int

@@ -24,7 +24,7 @@ class CaptionEvent:
     """What a sink gets for each caption.
 
     Attributes:
-        values: The JSON object to send: that of ``watch --json``, with the keys ``source`` and ``time`` in addition.
+        values: The JSON object to send: the object of ``watch --json``, with two more keys: ``source`` and ``time``.
         image: The captioned picture.
         seconds: Time of the frame in the video, or since the start.
     """

@@ -1,4 +1,4 @@
-"""Lists the sinks of ``blip2edge watch``: to where captions are sent, besides standard output."""
+"""Lists the sinks of ``blip2edge watch``: the receivers of captions besides standard output."""
 
 from __future__ import annotations
 

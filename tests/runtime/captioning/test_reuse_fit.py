@@ -386,7 +386,7 @@ def test_no_kept_file_is_no_fit(tmp_path: Path) -> None:
 
 
 def test_random_texts_are_refused() -> None:
-    with pytest.raises(UsageError, match="sampling draws another one each time"):
+    with pytest.raises(UsageError, match="sampling draws a new text each time"):
         ladder_of(ReusePlan(), GenerationOptions(temperature=1.0))
     assert ladder_of(ReusePlan(), GenerationOptions(temperature=1.0, seed=3)).is_fitting
 
