@@ -3,7 +3,7 @@
     python benchmarks/bulk_ray.py BUNDLE --json benchmarks/results/bulk-ray.json
 
 The nodes are processes on this machine (`ray.cluster_utils.Cluster`), each with two CPUs, beside a head without CPUs.
-Each of the two nodes runs one worker. When a quarter of the parts is written, the node of one worker is killed; the
+Each of the two nodes runs one worker. When a quarter of the output is written, the node of one worker is killed; the
 worker starts again on the other node. Expected: the output has the bytes of a run without Ray. Needs the extra `ray`.
 
 Exit status 1 if one of the expectations is not met.

@@ -29,7 +29,7 @@ def placed(page: str) -> str:
 
 
 def main() -> None:
-    """Writes the tables into a page."""
+    """Writes the tables of request keys and limits into docs/serving.md."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--write", type=Path, metavar="FILE", required=True, help="write the tables into the page FILE")
     path: Path = parser.parse_args().write

@@ -123,7 +123,7 @@ def documents() -> dict[Path, str]:
 
 
 def main() -> None:
-    """Writes the pages, or compares them with the existing pages."""
+    """Writes the pages of all commands, or compares them with the existing files."""
     parser = parser_of(__doc__)
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--write", action="store_true", help="write the pages")

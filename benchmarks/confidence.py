@@ -1,4 +1,4 @@
-"""Checks fitted confidences of the example checkpoint in fp32 and INT8: calibration error, coverage and rejection.
+"""Checks how well a fitted confidence predicts whether a caption is right, on the example checkpoint in fp32 and INT8.
 
     python benchmarks/confidence.py --work DIR --write benchmarks/results/confidence.json
     python benchmarks/confidence.py --page docs/confidence.md          # the tables, from the written results
@@ -12,10 +12,14 @@ its confidence, on pictures that no test uses:
 - ``noise``: on noisy scenes alone. Blur, occlusion and JPEG are then kinds of disturbance that the fit did not have.
 - ``mixed``: on all five kinds in equal parts.
 
-Each map is tested on further scenes. Measured are the calibration error on the kinds of the fit, on each kind alone,
-and with stronger noise than in the fit (``strong noise``); the share of right captions in the half with the higher
-confidence; and the confidence for pictures without content (grey, noise, gradients), which have no right caption. A
-caption is right if it equals the scene's only caption.
+Each map is tested on scenes that the fit did not use. The script measures:
+
+- the calibration error: on the kinds of disturbance in the fit, on each kind alone, and with stronger noise than in the
+  fit (``strong noise``);
+- the share of right captions in that half of the pictures which has the higher confidence;
+- the confidence for pictures without content (grey, noise, gradients), which have no right caption.
+
+A caption is right if it equals the scene's only caption.
 """
 
 from __future__ import annotations
@@ -224,7 +228,7 @@ def measure(bundle: Path, precision: str, options: argparse.Namespace) -> dict[s
 
 
 def cost(vocabulary: int, runs: int = 300) -> float:
-    """Returns the least time, in milliseconds, that the log-probability of one token takes."""
+    """Returns the least measured time to compute the log-probability of one token, in milliseconds."""
     logits = np.random.default_rng(0).normal(0, 3, vocabulary).astype(np.float32)
     least = float("inf")
     for _ in range(runs):

@@ -90,10 +90,10 @@ def codes_of(library: bytes | bytearray) -> Iterator[Code]:
 
 
 def cut_library(library: bytes, architectures: set[int]) -> bytes:
-    """Returns the library with zeros in place of the code for other GPUs.
+    """Returns the library with zeros in place of the code for all GPUs except ``architectures``.
 
     Raises:
-        ValueError: The library has no code for one of the architectures.
+        ValueError: The library has no code for one of ``architectures``.
     """
     codes = list(codes_of(library))
     absent = architectures - {code.architecture for code in codes}
@@ -108,7 +108,10 @@ def cut_library(library: bytes, architectures: set[int]) -> bytes:
 
 
 def cut(wheel: Path, architectures: set[int], output: Path, piece_mib: float) -> dict[str, float]:
-    """Removes the code for other GPUs from a wheel, and writes its files as one compressed stream, in pieces.
+    """Removes the code for all GPUs except ``architectures`` from a wheel.
+
+    The files of the wheel are written as one compressed stream, which is split into pieces.
+
 
     Returns the size of each piece in MiB, by file name.
     """

@@ -53,7 +53,7 @@ def difference(one: Image.Image, other: Image.Image) -> float:
 
 
 def main() -> None:
-    """Writes the pictures and the page, or compares them with the existing files."""
+    """Writes docs/explain.md and its pictures, or compares them with the existing files."""
     parser = parser_of(__doc__)
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--write", action="store_true", help="write the pictures and the numbers of the page")

@@ -51,7 +51,7 @@ def run_step(step: Step, dry: bool, limit_s: float) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Runs the steps of a part, and writes their results."""
+    """Runs the steps that the command line chooses, and writes their results."""
     parser = parser_of(__doc__)
     parts = "1: CUDA and transformers; 2: ONNX Runtime with CUDA; 3: the decoder in CUDA kernels"
     parser.add_argument("--part", type=int, choices=(1, 2, 3), help=parts)

@@ -34,7 +34,7 @@ LEAST_SHARE = {"16 bits": 0.85, "4 bits": 0.70}
 
 
 def prepare_bundles(folder: Path) -> None:
-    """Exports the example checkpoint in :data:`PRECISIONS`, and compiles its kernels."""
+    """Exports the example checkpoint in each of :data:`PRECISIONS`, and compiles the kernels of these bundles."""
     from blip2edge.calibration.pipeline import calibrate
     from blip2edge.export.pipeline import export_checkpoint
     from blip2edge.optimization.pipeline import optimize
@@ -164,7 +164,10 @@ def _compared(ours: Any, theirs: Any, steps: int) -> tuple[int, list[float]]:
 
 
 def kernel_speed(dry: bool) -> dict[str, Any]:
-    """Runs ``kernel_speed.py``, which describes the result, in a process of its own."""
+    """Runs ``kernel_speed.py`` in a process of its own; returns its result.
+
+    In ``ok``, the result says whether each step reaches its share of the bandwidth (:data:`LEAST_SHARE`).
+    """
     with prepared(dry, prepare_cubins) as folder:
         script = Path(__file__).with_name("kernel_speed.py")
         words = [sys.executable, str(script), str(folder), *(["--dry-run"] if dry else [])]

@@ -89,7 +89,7 @@ def kernels_of(size: Size) -> list[Kernel]:
 
 
 def measure(cubins: Path, dry: bool) -> dict[str, Any]:
-    """Times a decode step in each format, against the GPU's measured bandwidth.
+    """Times a decode step in each format, and compares the time with the GPU's measured bandwidth.
 
     The weights are random, and the batch has one row. ``queued``: all steps are launched before the host waits.
     ``paced``: the host reads each token while the next one is computed, as `caption` does. With the first format, the

@@ -232,7 +232,7 @@ PICTURES: Mapping[str, Callable[[], str]] = {
 
 
 def main() -> None:
-    """Writes the pictures, or compares them with the existing files."""
+    """Writes the pictures of docs/mathematics.md, or compares them with the existing files."""
     parser = parser_of(__doc__)
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--write", action="store_true", help="write the pictures")

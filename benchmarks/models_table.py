@@ -190,7 +190,7 @@ measured on the same architecture with a few small random layers (`python benchm
 
 
 def document() -> str:
-    """Returns the whole page."""
+    """Returns the text of docs/models.md."""
     bridges = ", ".join(code(name) for name in BRIDGE_BUILDERS if name != "none")
     models = ", ".join(code(name) for name in bridged_languages())
     bounds = ", ".join(f"{bound:.0e} ({precision})" for precision, bound in TOLERANCES.items())
@@ -211,7 +211,7 @@ def document() -> str:
 
 
 def main() -> None:
-    """Writes the page, prints the page, or compares it with the existing page."""
+    """Writes docs/models.md, prints its text, or compares the text with the existing file."""
     parser = parser_of(__doc__)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--write", type=Path, metavar="FILE", help="write the page to FILE")

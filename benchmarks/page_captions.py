@@ -3,7 +3,8 @@
     python benchmarks/page_captions.py BUNDLE --json benchmarks/results/page-captions.json
 
 The files are generated scenes in several sizes and formats (JPEG, turned JPEG, PNG with a palette, GIF, WebP). For
-comparison, the same pictures are also sent as JPEG of at most 640 pixels, like a page that draws them on a canvas.
+comparison, the script also captions the same pictures as JPEG of at most 640 pixels. A page that draws the pictures on
+a canvas first would send them in this form.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def rows_of(ids: np.ndarray | torch.Tensor) -> list[list[int]]:
 
 
 def transformers_contestants(checkpoint: Path, pixels: np.ndarray, tokens: int, compiled: bool) -> list[Contestant]:
-    """Returns eager transformers; if `compiled` is true, also transformers with torch.compile as another program."""
+    """Returns the compared programs of transformers: eager, and with torch.compile if `compiled` is true."""
     from transformers import Blip2ForConditionalGeneration
 
     model = Blip2ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
@@ -76,7 +76,7 @@ def transformers_contestants(checkpoint: Path, pixels: np.ndarray, tokens: int, 
 
 
 def plain_runtime(bundle: Path, pixels: np.ndarray, tokens: int) -> Contestant:
-    """Returns plain ONNX Runtime: with default options, and the KV cache is copied to NumPy in each step."""
+    """Returns the program that runs ONNX Runtime with default options; each step copies the KV cache to NumPy."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -118,7 +118,7 @@ def plain_runtime(bundle: Path, pixels: np.ndarray, tokens: int) -> Contestant:
 def ours(
     name: str, bundle: Path, picture: np.ndarray, tokens: int, batch: int, stages: list[dict[str, float]]
 ) -> Contestant:
-    """Returns blip2edge with one bundle; each caption appends the milliseconds of its stages to `stages`."""
+    """Returns the program that runs a bundle in blip2edge; each call appends its times to `stages`."""
     captioner = Captioner.load(bundle, threads=1)
 
     def caption() -> list[list[int]]:

@@ -91,7 +91,7 @@ def perplexity(bundle: Bundle, folder: Path, rows: Array) -> tuple[float, int]:
 
 
 def calibrated(bundle: Bundle, bits: int, rows: Array, folder: Path) -> dict[str, Any]:
-    """Writes the decoder with integer weights, like `calibrate --weights`; returns the errors of its matrices."""
+    """Writes the decoder with integer weights, like `calibrate --weights`; returns the mean error of the matrices."""
     feeds = Feeds(folder / "feeds")
     table = TokenTable(bundle.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, "float32")
     for given in inputs(bundle, table, rows):

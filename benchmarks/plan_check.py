@@ -13,7 +13,7 @@ For these models, the comparison only shows how good the fit is. ``--independent
 All weights are random, except the miniature's. Each model is exported, calibrated (for INT8 and INT4) and optimized,
 and captions a picture of 480 x 640. The bundles stay in ``--work`` and are used again. The least CPU time of
 a stage (for the decoding: of a step) is compared, so that the load of other programs has little effect. The machine's
-rates are measured in the same way. Medians and wall times are recorded too.
+speed (operations and bytes per second) is measured in the same way. Medians and wall times are recorded too.
 """
 
 from __future__ import annotations

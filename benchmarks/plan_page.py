@@ -100,7 +100,7 @@ def placed(page: str) -> str:
 
 
 def main() -> None:
-    """Writes the tables into a page."""
+    """Writes the tables into docs/plan.md."""
     parser = parser_of(__doc__)
     parser.add_argument("--write", type=Path, metavar="FILE", required=True, help="write the tables into the page FILE")
     path: Path = parser.parse_args().write

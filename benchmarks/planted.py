@@ -40,8 +40,8 @@ def plant(source: Path, target: Path, pictures: Sequence[Image.Image], seed: int
     Args:
         source: The checkpoint's directory.
         target: Directory of the copy.
-        pictures: Pictures like those of the training. For the class token and the first patch, a direction is computed
-            from these pictures that separates the token from all others.
+        pictures: Pictures like those of the training. They give one direction for the class token and one for the first
+            patch; the direction separates the token from all other tokens.
         seed: Seed of the choice of channels.
     """
     shutil.copytree(source, target)

@@ -69,7 +69,7 @@ def table(kind: type, without: type | None = None) -> str:
 
 
 def document() -> str:
-    """Returns all tables as Markdown."""
+    """Returns the tables of all recipe keys as Markdown."""
     types = {
         field.name: type(getattr(recipes.TrainingConfig(), field.name))
         for field in dataclasses.fields(recipes.TrainingConfig)
@@ -108,7 +108,7 @@ def placed(page: str) -> str:
 
 
 def main() -> None:
-    """Writes the tables into a page, or compares them with the tables of the page."""
+    """Writes the tables of recipe keys into docs/training.md, or compares them with the tables in that file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--write", type=Path, metavar="FILE", help="write the tables into the page FILE")

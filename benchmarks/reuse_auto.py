@@ -1,4 +1,4 @@
-"""Measures the missed changes and the time saved by ``watch --reuse-below auto``.
+"""Measures ``watch --reuse-below auto``: how many changes in a film it misses, and how much time it saves.
 
     python benchmarks/reuse_auto.py --json FILE
 
@@ -55,9 +55,10 @@ def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def recorded(captioner: Captioner, kind: str, frames: int, folder: Path) -> Recording:
-    """Returns the recording of films of one kind, in which every frame is encoded.
+    """Captions films of one kind, and returns the recording from which the thresholds are fitted.
 
-    The recording is stored in files in ``folder``, and read from them in a later run.
+    Every frame of these films is encoded. The recording is stored in files in ``folder``, and a later run reads it from
+    there.
     """
     parts = []
     for seed, start in product(FIT_SEEDS, range(0, frames, PART)):

@@ -1,9 +1,9 @@
-"""Writes a bundle with the decoder's weights rounded to nearest in blocks, without pictures, to measure speed alone.
+"""Writes a bundle whose decoder has integer weights, to measure its speed; needs no calibration pictures.
 
     python benchmarks/rounded.py BUNDLE --out BUNDLE4 --weights int4
 
-Size and kernels are the same as after ``blip2edge calibrate --weights``. The quality is lower, which does not matter
-for random weights. The other graphs are copied.
+The weights are rounded to nearest, in blocks. Size and kernels are the same as after ``blip2edge calibrate --weights``.
+The quality is lower, which does not matter for random weights. The other graphs are copied unchanged.
 """
 
 from __future__ import annotations

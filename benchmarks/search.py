@@ -83,10 +83,14 @@ def main() -> None:
         "--bundle", type=bundle_path, help="an exported bundle in fp32 (default: export the example checkpoint)"
     )
     parser.add_argument("--pictures", type=int, default=128, help="number of calibration pictures (128)")
-    parser.add_argument("--formats", nargs="+", default=[], help="number formats to try (all); mixed: two in a graph")
-    parser.add_argument("--measured", type=int, default=MEASURED, help=f"number of combinations ({MEASURED})")
     parser.add_argument(
-        "--folder", type=Path, help="folder of pictures, state and result, so that a killed run goes on"
+        "--formats", nargs="+", default=[], help="number formats to try (default: all); mixed: two formats in a graph"
+    )
+    parser.add_argument(
+        "--measured", type=int, default=MEASURED, help=f"number of combinations to measure ({MEASURED})"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="folder for pictures, state and result; a killed run continues from it"
     )
     options = parser.parse_args()
     if options.model == "smollm2" and options.bundle is None:

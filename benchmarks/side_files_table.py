@@ -38,7 +38,7 @@ def listed(names: tuple[str, ...]) -> str:
 
 
 def page() -> str:
-    """Returns the whole page."""
+    """Returns the text of docs/checkpoints.md."""
     text = NOTES.read_text(encoding="utf-8")
     for name in TABLES:
         text = text.replace(f"{{{name}}}", table(getattr(side_keys, name)))
@@ -46,7 +46,7 @@ def page() -> str:
 
 
 def main() -> None:
-    """Writes the page, or compares it with the existing page."""
+    """Writes docs/checkpoints.md, or compares the generated text with the existing file."""
     parser = parser_of(__doc__)
     parser.add_argument("--write", type=Path)
     parser.add_argument("--check", type=Path)

@@ -75,7 +75,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, required=True, help="the directory to write; must not exist")
     parser.add_argument(
-        "--prompt", default="What is the capital of France?", help="question to the new model at the end, as a check"
+        "--prompt",
+        default="What is the capital of France?",
+        help="question that the new model answers at the end, as a check",
     )
     options = parser.parse_args()
     check_new(options.out)

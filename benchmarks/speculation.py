@@ -50,7 +50,10 @@ class Contestant:
         self.cost = Always(clock) if draft == "always" else SpeculationCost(clock)
 
     def caption(self, picture: Any, tokens: int) -> CaptionResult:
-        """Captions a picture; `self.cost` decides when drafts are made, from the times with this value of `--draft`."""
+        """Captions a picture with this value of `--draft`.
+
+        `self.cost` decides when the draft model runs; it uses only the times measured with this value.
+        """
         costs = self.captioner.generator.drafts.costs
         costs.update(dict.fromkeys(costs, self.cost))
         return self.captioner.caption(picture, max_new_tokens=tokens, draft=self.draft)

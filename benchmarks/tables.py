@@ -61,7 +61,7 @@ def language(document: dict[str, Any]) -> list[str]:
 
 
 def first_caption(document: dict[str, Any]) -> list[str]:
-    """Returns the table of the first commands of README.md (`first_caption.py`)."""
+    """Returns the table of seconds, memory and bytes of the first commands in README.md (`first_caption.py`)."""
     head = ["| | seconds | peak memory | bundle |", "|---|---:|---:|---:|"]
     rows = [
         f"| {step['command']} | {step['seconds']:.0f} | {step['peak_bytes'] / 1e9:.1f} GB | "
@@ -105,7 +105,7 @@ def reuse(document: dict[str, Any]) -> list[str]:
 
 
 def reuse_auto(document: dict[str, Any]) -> list[str]:
-    """Returns the table of the missed changes and the time saved by ``watch --reuse-below auto``."""
+    """Returns the table of ``watch --reuse-below auto``: the changes that it misses, and the time that it saves."""
     head = [
         "| film | fitted on | stated | missed / reused | of all | overlooked | no vision | no decoding | CPU ms |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -159,7 +159,7 @@ def token_merging(document: dict[str, Any]) -> list[str]:
 
 
 def elastic_scenes(document: dict[str, Any]) -> list[str]:
-    """Returns the table of the captions that are right at each number of queries."""
+    """Returns the table of the share of right captions at each number of queries."""
     found = document["scenes"]
     rows = [f"| {row['queries']} | {row['exact_match']:.1%} |" for row in found["exact_match"]]
     rows.append(f"| the shipped miniature, all 8 | {found['shipped_exact_match']:.1%} |")
@@ -291,7 +291,7 @@ def training_memory(document: dict[str, Any]) -> list[str]:
 
 
 def _measured(row: dict[str, Any], first: dict[str, Any]) -> str:
-    """Returns two cells: the measured peak, and the largest relative difference of the losses from the first row."""
+    """Returns two cells: the measured peak, and how far the losses are from those of the first row (relative)."""
     run, plain = row["measured"], first["measured"]
     if run is None or plain is None:
         return "not measured | "

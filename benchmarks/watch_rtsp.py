@@ -153,10 +153,14 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("bundle", type=bundle_path)
     parser.add_argument(
-        "--seconds", type=float, nargs="+", default=[2.0, 8.0], help="seconds for which the server is killed"
+        "--seconds",
+        type=float,
+        nargs="+",
+        default=[2.0, 8.0],
+        help="seconds from each kill of the server to its new start",
     )
     parser.add_argument(
-        "--stall", type=float, default=14.0, help="seconds for which the server is stopped; over two timeouts of 5 s"
+        "--stall", type=float, default=14.0, help="seconds for which the server is stopped; above two timeouts of 5 s"
     )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

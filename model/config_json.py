@@ -25,8 +25,8 @@ MAX_NUMBER = 1e300  # NaN, and integers that are no float, are above it
 def layered(*layers: Mapping[str, Any]) -> Mapping[str, Any]:
     """Combines several JSON objects into one: a key has the value of the first object that has the key.
 
-    The objects are not copied. So an object that records the reading of its keys still records it
-    (``checkpoint/config_keys.py``).
+    The objects are not copied. So if an object records which of its keys are read (``checkpoint/config_keys.py``), it
+    also records the keys that are read through the combined object.
     """
     return ChainMap(*layers)  # type: ignore[arg-type]  # only read
 
@@ -180,7 +180,7 @@ class Section:
 
     @classmethod
     def from_hf(cls, values: Any, **given: Any) -> Self:
-        """Makes the config from a section of ``config.json``; ``given`` are fields that are not in the section.
+        """Makes the config from a section of ``config.json``; ``given`` are values of fields that the section lacks.
 
         Raises:
             CheckpointError: A value has a wrong type, or the values do not fit together.

@@ -109,7 +109,7 @@ def _unread_keys(where: str, section: RecordedObject) -> list[str]:
 
 
 def _check_section(where: str, section: RecordedObject, whole: Any, without: Any) -> list[str]:
-    """Checks the keys that were not read, of a section and of the sections inside it; returns warnings.
+    """Checks the keys of a section, and of the sections inside it, that this project did not read; returns warnings.
 
     Args:
         where: Name of the section, for messages.

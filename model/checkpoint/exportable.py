@@ -1,4 +1,4 @@
-"""Refuses a config or a checkpoint as `export` does, in the same words, before any weight is read."""
+"""Checks whether `export` accepts a config or a checkpoint, with the same errors, before any weight is read."""
 
 from __future__ import annotations
 

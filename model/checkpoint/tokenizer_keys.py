@@ -1,13 +1,13 @@
-"""Finds the keys of a tokenizer's files that have no effect here and in transformers, and names them in warnings.
+"""Finds the keys of a tokenizer's files that neither this project nor transformers uses, and names them in warnings.
 
-A tokenizer of transformers stores every key of its ``tokenizer_config.json``, also an unknown key. Here a key has an
-effect if it is in :data:`~blip2edge.model.checkpoint.side_keys.TOKENIZER`, an argument of the tokenizer's class, or an
-attribute that the class sets.
+transformers stores every key of a ``tokenizer_config.json``, even an unknown one, so what it stores does not show which
+keys it uses. This module counts a key as used if it is in :data:`~blip2edge.model.checkpoint.side_keys.TOKENIZER`, an
+argument of the tokenizer's class, or an attribute that the class sets.
 
-The keys for tokens and their ids, ``add_bos_token``, ``add_eos_token`` and ``do_lower_case`` have an effect if the
-loaded tokenizer has their value. This comparison is needed because transformers ignores some of these keys: it ignores
-``special_tokens_map.json`` and ``added_tokens.json`` if ``tokenizer_config.json`` has ``added_tokens_decoder``, and it
-ignores ``add_bos_token`` if there is a ``tokenizer.json``.
+Some keys count as used only if the loaded tokenizer has their value: the keys for special tokens, the ids of added
+tokens, and the flags ``add_bos_token``, ``add_eos_token`` and ``do_lower_case``. The reason is that transformers
+ignores some of them: it ignores ``special_tokens_map.json`` and ``added_tokens.json`` if ``tokenizer_config.json`` has
+``added_tokens_decoder``, and it ignores ``add_bos_token`` if there is a ``tokenizer.json``.
 """
 
 from __future__ import annotations

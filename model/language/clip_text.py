@@ -39,7 +39,7 @@ class ClipTextConfig(TransformerConfig):
 
     @classmethod
     def from_hf(cls, values: Any, **given: Any) -> ClipTextConfig:
-        """Reads the ``text_config`` of a CLIP ``config.json``; ``given`` has the fields that are not in it."""
+        """Reads the ``text_config`` of a CLIP ``config.json``; ``given`` are values of fields that it lacks."""
         eos = Fields(cls.section, values).token_id("eos_token_id", CLIP_EOS)
         return super().from_hf(values, eos_token_id=CLIP_EOS if eos is None else eos, **given)
 

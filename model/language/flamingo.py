@@ -78,7 +78,7 @@ class FlamingoConfig(LlamaConfig):
     def from_hf(cls, values: Any, **given: Any) -> FlamingoConfig:
         """Reads the language model's keys, at the top level of an Idefics ``config.json``.
 
-        ``given`` are the fields that are not in the file.
+        ``given`` are values of fields that the file lacks.
         """
         f = Fields(cls.section, values)
         own = Fields("vision_config", f.values.get("vision_config") or {})

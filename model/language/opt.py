@@ -58,7 +58,7 @@ class OPTConfig(LanguageConfig):
 
     @classmethod
     def from_hf(cls, values: Any, **given: Any) -> OPTConfig:
-        """Reads an OPT ``config.json`` or ``text_config``; ``given`` has the fields that are not in it."""
+        """Reads an OPT ``config.json`` or ``text_config``; ``given`` are values of fields that it lacks."""
         f, found = Fields(cls.section, values), cls.read(values)
         return cls(
             **found,

@@ -66,7 +66,7 @@ class T5Config(LanguageConfig):
 
     @classmethod
     def from_hf(cls, values: Any, **given: Any) -> T5Config:
-        """Reads a T5 ``config.json`` or ``text_config``; ``given`` has the fields that are not in it."""
+        """Reads a T5 ``config.json`` or ``text_config``; ``given`` are values of fields that it lacks."""
         f, found = Fields(cls.section, values), cls.read(values)
         kind = f.values.get("feed_forward_proj", "relu")
         gated, _, activation = str(kind).rpartition("-")

@@ -62,7 +62,10 @@ class Dinov2Config(PatchEncoderConfig):
 
     @classmethod
     def from_hf(cls, values: Any, **given: Any) -> Dinov2Config:
-        """Reads the ``vision_config`` of a DINOv2 without registers; ``given`` has fields that are not in it.
+        """Reads the ``vision_config`` of a DINOv2 without registers.
+
+        ``given`` are values of fields that the section lacks.
+
 
         Raises:
             CheckpointError: A key has a wrong value.

@@ -68,7 +68,7 @@ class Dinov3Config(PatchEncoderConfig):
 
     @classmethod
     def from_hf(cls, values: Any, **given: Any) -> Dinov3Config:
-        """Reads the ``vision_config`` of a DINOv3 ViT; ``given`` has fields that are not in it.
+        """Reads the ``vision_config`` of a DINOv3 ViT; ``given`` are values of fields that the section lacks.
 
         Raises:
             CheckpointError: A key has a wrong value.

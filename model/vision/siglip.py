@@ -40,7 +40,7 @@ class SiglipConfig(PatchEncoderConfig):
 
     @classmethod
     def from_hf(cls, values: Any, **given: Any) -> SiglipConfig:
-        """Reads a SigLIP ``vision_config``; ``given`` has fields that are not in the section.
+        """Reads a SigLIP ``vision_config``; ``given`` are values of fields that the section lacks.
 
         Raises:
             CheckpointError: A key has a wrong value.

@@ -36,7 +36,10 @@ def merged_counts(patches: int, layers: int, tokens: int) -> list[int]:
 
 
 def most_merged(patches: int, layers: int) -> int:
-    """Returns the largest r that leaves at least one patch, without the limit of half the patches per layer."""
+    """Returns the largest number of patches per layer that can be merged so that at least one patch remains.
+
+    The limit that a layer merges at most half of its patches is not applied here.
+    """
     return (patches - 1) // layers
 
 

@@ -64,7 +64,7 @@ class Block(nn.Module):
             bias: Added to the attention scores, computed from `sizes`; None if all sizes are 1.
 
         Returns:
-            States ``[B, 1 + n - count, D]``, and the pairs with the sizes of the remaining patches.
+            States ``[B, 1 + n - count, D]``, and the merged pairs, which include the new `sizes` of the slots.
         """
         attended, keys = self.attention.with_keys(self.norm1(x), bias)
         pairs: Pairs = matching(keys, sizes, count)

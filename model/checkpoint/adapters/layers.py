@@ -188,7 +188,10 @@ def _plain(full: str, rename: Callable[[str], str]) -> str:
 
 
 def check_each_kind(layers: Sequence[AdaptedLayer], path: Path) -> None:
-    """Merges one layer of each kind and compares its outputs before and after, so that errors come before any output.
+    """Merges one layer of each kind, and compares the layer's outputs before and after the merge.
+
+    So an adapter that cannot be merged is refused before any file is written.
+
 
     Raises:
         CheckpointError: A layer cannot be merged.

@@ -81,7 +81,7 @@ def _check_zip(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         packed = [file for file in archive.infolist() if file.compress_type != zipfile.ZIP_STORED]
     if packed:
-        raise ValueError(f"its entry {packed[0].filename!r:.60} is compressed, which torch.save does not do")
+        raise ValueError(f"{packed[0].filename!r:.60} in the archive is compressed, which torch.save does not do")
 
 
 def save_again(path: Path) -> str:

@@ -37,7 +37,7 @@ class TensorFiles:
         dtypes: dtypes by name, as safetensors writes them: ``F32``, ``BF16``, ``I8``.
 
     Raises:
-        CheckpointError: There are no weights, a shard is missing, a file is truncated, or two tensors have one name.
+        CheckpointError: There are no weights, a shard is missing, a file is truncated, or a name occurs twice.
     """
 
     def __init__(self, directory: Path, rename: Callable[[str], str] = str) -> None:
@@ -53,7 +53,7 @@ class TensorFiles:
         """Maps a further file into memory, and adds its tensors under their new names.
 
         Raises:
-            CheckpointError: The file is missing or truncated, or two of its tensors have one name.
+            CheckpointError: The file is missing or truncated, or two of its tensors get the same name.
         """
         file = self._files.enter_context(open_safetensors(path))
         stored_as: dict[str, str] = {}
