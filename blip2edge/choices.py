@@ -1,4 +1,4 @@
-"""The allowed values of options with a few names: one list for the code, the command line and its help.
+"""The allowed values of options that accept only a few names, for the code, the command line and the help.
 
 Only the standard library is imported, because `--help` imports this module.
 """
@@ -44,8 +44,10 @@ METRICS = ("exact", "captions", "chair", "pope", "vqa", "retrieval", "clip", "re
 
 Ranking = Literal["probability", "lavis"]
 RANKINGS: tuple[Ranking, ...] = get_args(Ranking)
-"""Score by which the matching head ranks candidates in retrieval: the match ``probability``, or as in ``lavis`` (the
-original code of BLIP-2) the logit plus the cosine."""
+"""Score by which the matching head ranks candidates in retrieval.
+
+``probability``: the match probability. ``lavis``: the match logit plus the cosine, as in BLIP-2's original code.
+"""
 
 Split = Literal["heldout", "train"]
 SPLITS: tuple[Split, ...] = get_args(Split)

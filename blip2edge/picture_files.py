@@ -1,4 +1,4 @@
-"""Endings of picture files, and pictures in WebDataset shards, which are uncompressed tar files.
+"""Finds picture files in folders, and reads and writes the pictures of WebDataset shards (uncompressed tar files).
 
 Only the headers of a shard are read to list its files. A picture is read later, from its offset in the shard.
 """

@@ -98,8 +98,8 @@ def report_bytes(report: ProgressCallback, what: str, done: int, total: int) -> 
 class Progress:
     """Shows progress on a text stream, by default standard error.
 
-    A new stage name ends the line of the previous stage. Use it as a context manager: then the last line is ended after
-    an error too, and the time of a stage moves while nothing is reported, such as during the tracing of a graph:
+    A new stage name ends the line of the previous stage. Use this class as a context manager: then the last line is
+    ended after an error too, and the displayed time goes on while nothing is reported, such as while a graph is traced:
 
         with Progress() as progress:
             export_checkpoint(source, target, progress=progress)

@@ -194,10 +194,12 @@ def parse_json(content: bytes | str, *, strict: bool = False) -> Any:
 
 
 def other_separator(head: Sequence[str], separator: str) -> str | None:
-    """Returns the separator that a table seems to have in place of ``separator``; None if there is no sign of another.
+    """Returns the separator that a table seems to have in place of ``separator``; None if ``separator`` seems right.
+
+    Another separator is assumed if the first line has only one cell, and this cell contains the other separator.
 
     Args:
-        head: Cells of the table's first line, as read with ``separator``. A line of one cell is a sign.
+        head: Cells of the table's first line, as read with ``separator``.
         separator: The separator that the table should have.
     """
     if len(head) != 1:

@@ -70,7 +70,12 @@ class Output:
 
     @classmethod
     def named(cls, target: Path, form: str | None, force: bool) -> Output:
-        """Makes the output of a path: one file for ``NAME.parquet`` or ``NAME.tar``, a directory for other names.
+        """Returns the output for a path: one file for ``NAME.parquet`` or ``NAME.tar``, a directory for other names.
+
+        Args:
+            target: Path of the output.
+            form: The value of ``--format``; None if it is not given.
+            force: Whether to replace an earlier output.
 
         Raises:
             UsageError: The output is an address or a file of another type, the format does not fit the name, or the

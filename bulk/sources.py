@@ -50,7 +50,8 @@ class PictureSource:
         path: A path or an address.
         kind: Kind of the source, one of ``BULK_SOURCES``; ``auto`` chooses by the suffix of a file and by the files
             in a folder.
-        column: Column of a table with the pictures; None for the first of :data:`COLUMNS` that the table has.
+        column: Name of the column that has the pictures, if the source is a table; None for the first of
+            :data:`COLUMNS` that the table has.
         leave_out: Path of the output. Its files are not listed, even if the output is inside the source's folder.
     """
 

@@ -24,7 +24,10 @@ from blip2edge.runtime.images.download import WEB
 from blip2edge.special_files import open_file
 
 _OTHER_STORE = ("fs", "fo", "target_protocol")
-"""Arguments that name another file or store. Such a file system (``zip``, ``dir``, ``filecache``) needs one of them."""
+"""Arguments of fsspec's file systems that read inside another file or store, such as ``zip``, ``dir``, ``filecache``.
+
+Such a file system needs one of these arguments, which names the other file or store.
+"""
 
 _WRAPPERS = ("generic", "simplecache")  # such file systems without these arguments in their own signature
 

@@ -108,8 +108,8 @@ def compare_graphs(
         progress: Called with runs done and runs in all.
 
     Returns:
-        The cosine of each floating output, by name. Outputs of the KV cache are not compared: their error reaches the
-        logits.
+        The cosine of each floating output, by name. The keys and values that the decoder adds to its KV cache are not
+        compared: an error in them also shows in the logits.
 
     Raises:
         BundleError: The quantized graph gives values that are not finite.

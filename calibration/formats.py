@@ -160,10 +160,10 @@ def choose_graph_formats(
 
 
 def check_matches(rules: Iterable[FormatRule], weights_of: Callable[[str], Sequence[str]]) -> None:
-    """Checks that the pattern of each rule matches a matrix.
+    """Checks that the pattern of each ``--format`` flag matches a matrix.
 
     Args:
-        rules: The rules.
+        rules: The values of the flags.
         weights_of: Returns the names of the matrices of a graph.
 
     Raises:
@@ -181,17 +181,19 @@ def check_matches(rules: Iterable[FormatRule], weights_of: Callable[[str], Seque
 
 
 def check_inputs(rules: Iterable[FormatRule], recorded: Callable[[str], object]) -> None:
-    """Raises UsageError if a rule needs the recorded inputs of a graph that does not run while pictures are captioned.
+    """Raises UsageError if a ``--format`` flag needs the recorded inputs of a graph, but none were recorded.
+
+    Inputs are recorded only for graphs that run while pictures are captioned.
 
     Args:
-        rules: The rules.
-        recorded: Returns a true value if inputs of the graph were recorded.
+        rules: The values of the flags.
+        recorded: Returns a true value if inputs of the graph with this name were recorded.
     """
     for rule in rules:
         if rule.form.kind in (W8A8, "int4") and not recorded(rule.graph):
             raise UsageError(
-                f"{option('format')}: the graph {rule.graph} does not run while pictures are captioned, so it has no "
-                f"inputs to round to {rule.form} with",
+                f"{option('format')}: {rule.form} needs recorded inputs of the graph {rule.graph}, which does not run "
+                "while pictures are captioned",
                 f"give {rule.graph} the format int8, fp16 or float",
                 field="format",
             )

@@ -22,7 +22,7 @@ class TensorStore(Protocol):
     """Stores the initializers of a changed graph."""
 
     def add(self, name: str, array: NDArray[Any], dtype: ir.DataType | None = None) -> ir.TensorProtocol:
-        """Stores a new tensor; returns the tensor to which the graph refers.
+        """Stores a new tensor; returns the tensor for the changed graph.
 
         Args:
             name: Name of the initializer.
@@ -32,7 +32,7 @@ class TensorStore(Protocol):
         ...
 
     def copy(self, name: str, tensor: ir.ExternalTensor) -> ir.TensorProtocol:
-        """Stores an unchanged tensor of the original graph; returns the tensor to which the graph refers."""
+        """Stores an unchanged tensor of the original graph; returns the tensor for the changed graph."""
         ...
 
 

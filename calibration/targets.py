@@ -1,4 +1,4 @@
-"""Finds the matrix multiplications of a graph that can be quantized, and why others are kept in floating point."""
+"""Finds the matrix multiplications of a graph that can be quantized, and the reason for each one that cannot."""
 
 from __future__ import annotations
 

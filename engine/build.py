@@ -58,7 +58,7 @@ class BuildReport:
         directory: The folder with the engines.
         fingerprint: The GPU, the TensorRT version and so on for which the engines were built.
         engines: The built engines, by graph name.
-        memory_mib: The largest of the estimates of the memory for building each engine, in MiB.
+        memory_mib: The estimated memory for building an engine, in MiB: that of the engine that needs most.
         bundle: The new bundle that holds only engines; None without the argument ``output``.
         cache: Kind of the decoder's KV cache, one of ``DECODER_CACHES`` except ``auto``; empty without a decoder.
         cache_reason: Why ``--decoder auto`` did not choose the KV cache that is updated in place; empty if it did, or
@@ -141,7 +141,7 @@ def _task(bundle: Bundle, options: BuildOptions) -> _BuildTask:
     least = prompt_of(bundle.manifest) - PROMPT_TEXT + LEAST_TEXT
     if options.capacity is not None and options.capacity < least:
         raise UsageError(
-            f"{option('capacity')} must be at least {least}, the visual tokens and a few tokens of text, not "
+            f"expected {option('capacity')} of at least {least} (for the visual tokens and a few tokens of text), got "
             f"{options.capacity}"
         )
     check_precision(options.target, bundle.manifest.precision)

@@ -41,7 +41,8 @@ class EnginePlan:
 
     Attributes:
         name: Name of the graph, and of the engine's file.
-        path: The ``.onnx`` file. The step graph has no file; its path only names the folder of its weights.
+        path: The ``.onnx`` file. The step graph (the graph that runs between two decode steps) has no file; its path
+            only names the folder of its weights.
         spec: The engine's inputs and outputs.
         cache: The KV cache of a decoder; None for other graphs.
         form: Kind of that cache, one of ``DECODER_CACHES`` except ``auto``; empty for other graphs.

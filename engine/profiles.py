@@ -1,4 +1,4 @@
-"""Makes TensorRT's optimization profiles: for which shapes of its inputs an engine is built."""
+"""Makes TensorRT's optimization profiles, which say for which shapes of the inputs an engine is built."""
 
 from __future__ import annotations
 

@@ -29,7 +29,11 @@ TRIALS: tuple[tuple[Turn, ...], ...] = (
     (("user", "b"), ("assistant", "c"), ("picture", "d")),
     (("picture", "b"), ("assistant", "c"), ("user", "d"), ("assistant", "e"), ("user", "f")),
 )
-"""Test conversations: the texts found for each kind of message must reproduce the rendering of these conversations."""
+"""Test conversations.
+
+The templates of the messages, which :func:`conversation_texts` finds, are joined for each of them. The result must be
+the text that the checkpoint's chat template gives.
+"""
 
 
 @dataclass(frozen=True)
@@ -176,9 +180,10 @@ def _attempt(make: Callable[[], dict[str, str]]) -> dict[str, str]:
 
 
 def _exchanges(render: Render) -> dict[str, str]:
-    """Returns the text of each kind of message except ``system``.
+    """Returns the template of each kind of message except ``system``, by the kind.
 
-    The result is empty if joining these texts does not reproduce the test conversations (:data:`TRIALS`).
+    The result is empty if the joined templates give another text for a test conversation (:data:`TRIALS`) than the
+    chat template.
     """
     picture, user, assistant = (("picture", "{prompt}"), ("user", "{prompt}"), ("assistant", "{prompt}"))
 
@@ -197,9 +202,10 @@ def _exchanges(render: Render) -> dict[str, str]:
 
 
 def _with_system(render: Render, turns: dict[str, str]) -> dict[str, str]:
-    """Returns ``turns`` with the text of a system message added.
+    """Returns ``turns`` and the template of a system message.
 
-    The result is empty if joining these texts does not reproduce the test conversations with a system message.
+    The result is empty if the joined templates give another text for a test conversation with a system message than
+    the chat template.
     """
     whole = render([("system", "{prompt}"), ("picture", "{prompt}")], False)
     more = turns | {"system": whole.removesuffix(turns["picture"])}

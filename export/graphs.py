@@ -140,8 +140,8 @@ class DecoderGraph(nn.Module):
             attention_mask: int64 ``[B, P + S]``.
             position_ids: int64 ``[B, S]``.
             logits_indices: int64 ``[B, K]``.
-            *rest: The KV cache. If the model has cross-attention: then the keys and values of the cross-attention, and
-            ``cross_attention_mask`` if the decoder has this input.
+            *rest: The KV cache. If the model has cross-attention, the keys and values of the cross-attention follow,
+                and after them ``cross_attention_mask`` if the decoder has this input.
         """
         split = 2 * len(self.language.layers)
         past, more = _pairs(rest[:split]), rest[split:]

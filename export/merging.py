@@ -157,7 +157,11 @@ class GuidedMatching(TokenMatching):
 
 @contextmanager
 def guided(module: nn.Module, choices: Sequence[NDArray[Any]]) -> Iterator[GuidedMatching | None]:
-    """Makes the vision encoder of a module merge the same pairs as a graph; yields None if the graph merges nothing."""
+    """Makes the vision encoder of a module merge the same pairs as a graph.
+
+    Yields:
+        The object that chooses the pairs; None if the graph merges nothing.
+    """
     if not choices:
         yield None
         return

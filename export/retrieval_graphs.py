@@ -53,7 +53,13 @@ class MatchGraph(nn.Module):
         self.matcher = model.matcher
 
     def forward(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps pictures ``[B, P, Dv]``, ids, mask (int64 ``[B, S]``) to probability ``[B]`` and logits ``[B, 2]``."""
+        """Returns the match probability ``[B]`` and the logits ``[B, 2]`` of pairs of picture and text.
+
+        Args:
+            image_embeds: ``[B, P, Dv]``.
+            input_ids: Token ids of the texts, int64 ``[B, S]``.
+            attention_mask: int64 ``[B, S]``.
+        """
         logits = self.matcher.match(image_embeds, input_ids, attention_mask)
         return logits.softmax(dim=-1)[:, 1], logits
 

@@ -138,10 +138,10 @@ def _cross_inputs(task: CopyTask) -> dict[str, Array]:
 
 
 def references(task: CopyTask, name: str) -> tuple[Arrays, Arrays]:
-    """Runs the exported graph, and the exported graph without rounded activations, on the same inputs.
+    """Runs the exported graph twice on the same inputs: as it is, and with activations that are not rounded.
 
     Returns:
-        The outputs of both. If the graph rounds no activations, the same outputs twice.
+        The outputs of both runs, by name. If the graph rounds no activations, both are the same.
     """
     parent, _ = task.parent(name)
     portable = run_session(task, name, Form(parent).open())

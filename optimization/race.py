@@ -12,7 +12,7 @@ from blip2edge.optimization.checks import CopyTask, Form, timed_run
 from blip2edge.runtime.backends.huge_pages import wait_for_huge_pages
 
 FEWEST, MOST, ENOUGH_SECONDS = 5, 15, 1.5
-"""Smallest and largest number of rounds of a race, and its CPU time in seconds.
+"""Limits of a race: smallest number of rounds, largest number of rounds, and seconds of CPU time.
 
 A race ends when this CPU time is used and the smallest number of rounds is done, or after the largest number of rounds.
 """

@@ -27,7 +27,8 @@ INSTRUCTION = ("instruction_ids", "instruction_mask")
 """Inputs of a bridge that reads an instruction: int64 ``[B, T]``, padded on the right."""
 
 QUERY_IDS = "query_ids"
-"""Input of an elastic bridge, which works with several numbers Q of queries: 0 to Q - 1, int64 ``[B, Q]``."""
+"""Input of an elastic bridge, whose number of queries can be chosen: the numbers 0 to Q - 1 in each row, for Q queries,
+int64 ``[B, Q]``."""
 
 EMBEDDINGS_FILE = "embed_tokens.safetensors"
 EMBEDDINGS_TENSOR = "embed_tokens"
@@ -173,7 +174,7 @@ class GraphSpec:
         return found
 
     def lengths(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """Returns the lengths of the elementary axes by name, from the shapes of the inputs by name.
+        """Returns the length of each elementary axis (an axis that is no sum), from the shapes of the inputs.
 
         Raises:
             ValueError: A shape has more or fewer dimensions than its input.

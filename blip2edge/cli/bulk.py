@@ -36,8 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="pictures: a folder, tar shards (a file, a folder, or part-{000..127}.tar), a .parquet, .csv or .tsv file "
-        "with a column of paths or addresses (.parquet: or of bytes); on the disk, or s3://, gs:// and the like",
+        help="pictures: a folder, tar shards (a file, a folder, or part-{000..127}.tar), or a .parquet, .csv or .tsv "
+        "file with a column of paths or addresses (in a .parquet file also of bytes); on the disk, or in an object "
+        "store (s3://, gs:// and so on)",
     )
     add_output(
         parser,

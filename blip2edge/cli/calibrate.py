@@ -137,8 +137,8 @@ def _add_references(parser: Parser) -> None:
     group.add_argument(
         "--references",
         metavar="FILE",
-        help="fit the confidence of the new bundle on pictures with known captions or answers, which the model was not "
-        f"trained on, like those of the application: {DATA}",
+        help="pictures with known captions or answers, to fit the confidence of the new bundle: pictures like those of "
+        f"the application, on which the model was not trained. FILE is {DATA}",
     )
     add_number(
         group,

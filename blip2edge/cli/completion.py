@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
 def _known_values() -> dict[tuple[str, str], tuple[str, ...]]:
     """Returns suggested values (names of boards and models) of some arguments; other values are allowed too.
 
-    The key is the command, and the argument's flag or placeholder.
+    The keys are pairs: the name of the command, and the flag or placeholder of the argument.
     """
     from blip2edge.runtime.bench.devices import DEVICES, THIS
     from blip2edge.shapes.families import PUBLISHED

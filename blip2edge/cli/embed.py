@@ -102,7 +102,7 @@ def _write(output: Path, kind: str, names: Sequence[str], vectors: Iterable[Any]
 def _nothing_written(output: Path) -> Iterator[None]:
     """Adds a sentence to an ImageError in the block: the output file was not written.
 
-    Each row of its array belongs to one picture, so a file without the broken picture would have wrong rows.
+    Row N of the array in the file belongs to picture N, so the file cannot leave out a broken picture.
     """
     try:
         yield

@@ -50,7 +50,7 @@ def add_arguments(parser: Parser) -> None:
         "--split",
         choices=SPLITS,
         default="heldout",
-        help="with --data scenes: heldout: pictures with pairs of objects that no training picture has; train: "
+        help="pictures of --data scenes. heldout: pictures with pairs of objects that no training picture has; train: "
         "pictures with the other pairs",
     )
     add_number(parser, "--count", "largest number of pictures (default: 1000 scenes, or all pictures of a data set)")
@@ -111,8 +111,8 @@ def _add_judges(parser: Parser) -> None:
         "--clip",
         metavar="MODEL",
         type=Path,
-        help="compute CLIPScore of the captions with this bundle or checkpoint of CLIP, or of another model that "
-        "compares pictures with texts; a folder of pictures then needs no texts",
+        help="bundle or checkpoint of CLIP, or of another model that compares pictures with texts, to compute the "
+        "CLIPScore of the captions; this score needs no reference captions, so --data may be a folder of pictures only",
     )
     parser.add_argument(
         "--reader",
@@ -124,7 +124,7 @@ def _add_judges(parser: Parser) -> None:
     parser.add_argument(
         "--reader-prompt",
         metavar="P",
-        help="prompt of the reader, with {caption} and {question} (default: "
+        help="prompt of the model of --reader, with {caption} and {question} (default: "
         "'Picture: {caption}\\nQuestion: {question}\\nShort answer:')",
     )
 
@@ -214,7 +214,10 @@ def _figure(value: Any) -> str:
 
 
 def _table_of(name: str, rows: Mapping[str, Any]) -> str:
-    """Formats a group of scores as a table: one column for single numbers, else a column for each key of a row."""
+    """Formats a group of scores as a table with a line for each score.
+
+    A score that is a number has one column. A score that consists of several numbers has a column for each of them.
+    """
     nested = {key: row for key, row in rows.items() if isinstance(row, dict)}
     if not nested:
         return table((name, ""), [(key, _figure(value)) for key, value in rows.items()], right=(1,))

@@ -109,10 +109,15 @@ def add_ray(parser: ArgumentParser, workers: str, what: str) -> None:
 
 
 def check_needed(name: str, value: object, needed: str, given: object) -> None:
-    """Raises UsageError if the option ``name`` has a value, but ``needed``, without which it does nothing, has none."""
+    """Raises UsageError if the option ``name`` is given without the option ``needed``.
+
+    ``name`` has no effect without ``needed``. ``value`` and ``given`` are the values of both options; None: not given.
+    """
     if value is not None and given is None:
         raise UsageError(
-            f"{option(name)} needs {option(needed)}", f"give {option(needed)}, or leave it out", field=name
+            f"{option(name)} needs {option(needed)}",
+            f"give {option(needed)}, or leave {option(name)} out",
+            field=name,
         )
 
 

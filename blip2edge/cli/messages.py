@@ -74,7 +74,7 @@ class Failures:
         self._count = 0
 
     def add(self, error: Blip2EdgeError) -> None:
-        """Prints and counts an error of one of the kinds; raises any other error."""
+        """Prints and counts an error whose class is in ``kinds``; raises any other error."""
         if not isinstance(error, self._kinds):
             raise error
         print_error(error)

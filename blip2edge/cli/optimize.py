@@ -28,7 +28,8 @@ def add_arguments(parser: Parser) -> None:
         choices=COPIED_BACKENDS,
         default="cpu",
         help="backend that the copy of the graphs is optimized for; run this command on the machine "
-        "that runs the bundle; cuda-decoder: CUDA kernels for the decoder, compiled without a GPU for every GPU",
+        "that runs the bundle; cuda-decoder: CUDA kernels for the decoder, compiled for every kind of GPU; compiling "
+        "needs no GPU",
     )
 
 

@@ -44,7 +44,7 @@ def million(count: int) -> str:
 
 
 def head(model: str, origin: str, shape: ModelShape, request: PlanOptions) -> str:
-    """Writes the parameters of vision encoder, bridge and language model, and the tokens compared with the context."""
+    """Writes the parameters of the model's parts, and the tokens that a caption needs of the longest context."""
     count, budget = shape.parameters(), token_budget(shape, request)
     side = f"; {million(count['bridge'] + shape.text_side)} with its text side" if shape.text_side else ""
     unused = f"; {million(shape.unused)} of the checkpoint are not deployed" if shape.unused else ""

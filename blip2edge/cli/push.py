@@ -27,7 +27,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--derived",
         action="store_true",
-        help="also upload the optimized copies and engines in BUNDLE; from the hub they are used only if signed",
+        help="also upload the optimized copies and engines in BUNDLE; whoever downloads them uses them only if the "
+        "bundle is signed",
     )
     parser.add_argument(
         "--license", metavar="ID", help="license in the model card, such as mit (default: that of the checkpoint)"

@@ -56,9 +56,10 @@ def reuse_page(document: Mapping[str, Any], source: str) -> str:
 
 
 def _front(points: Sequence[Point], key: str) -> list[Point]:
-    """Returns the threshold pairs for which no other pair has more saved work and a smaller value of ``key``.
+    """Returns the threshold pairs for which no other pair saves more work and also misses fewer changes.
 
-    The pairs are sorted by ``saved``, the smallest value first.
+    ``key`` is the measure of the missed changes: ``rate``, or its upper bound ``upper``. The pairs are sorted by
+    ``saved``, the smallest value first.
     """
     found: list[Point] = []
     for point in sorted(points, key=lambda one: (-one["saved"], one[key])):
@@ -83,7 +84,7 @@ def _cells(point: Point) -> tuple[str, ...]:
 def _chart(points: Sequence[Point], chosen: Point | None, rate: float) -> str:
     """Draws the rate of missed changes over the saved work.
 
-    ``rate``, the largest allowed rate (``--miss-rate``), is a horizontal line; the vertical axis ends at four times it.
+    A horizontal line shows the largest allowed rate (``--miss-rate``); the vertical axis ends at four times this rate.
     """
     most = 4 * rate
 

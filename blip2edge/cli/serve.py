@@ -43,7 +43,7 @@ SWITCH_S = 0.0005
 """Python's switch interval while the server runs, in seconds: the longest time for which a thread blocks another one.
 
 The thread of the event loop may wait this long after each system call, because the scheduler's threads run meanwhile.
-With Python's default of 5 ms, it would be too slow to refuse requests at overload.
+With Python's default of 5 ms, this thread would be too slow to refuse requests at overload.
 """
 
 
@@ -199,7 +199,7 @@ def _bundles(options: argparse.Namespace) -> list[tuple[str, Path]]:
     names = [name or bundle_name(path) for name, path in bundles]
     for name in names:
         if names.count(name) > 1:  # found here, before any bundle is loaded
-            raise UsageError(f"two bundles have the name {name!r}", f"name a further one as in: {name}-2=BUNDLE")
+            raise UsageError(f"two bundles have the name {name!r}", f"give one of them another name: {name}-2=BUNDLE")
     return bundles
 
 

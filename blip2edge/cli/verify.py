@@ -22,8 +22,8 @@ def add_arguments(parser: Parser) -> None:
         metavar="PUBLIC_KEY",
         type=Path,
         required=True,
-        help="public key of the signer in PEM format, or the certificates of the authority that issued the certificate "
-        "of the signer",
+        help="public key of the signer in PEM format; or the certificates, in PEM format, of the authority that issued "
+        "the signer's certificate",
     )
     parser.add_argument(
         "--signature",

@@ -148,7 +148,7 @@ def _report_of(fit: Path) -> Path:
     """Returns the file of the HTML report, beside the JSON file with the fitted thresholds.
 
     Raises:
-        UsageError: The file is not named ``FILE.json``. The reports of other names could replace each other.
+        UsageError: The file is not named ``FILE.json``. With other suffixes, two files could have the same report.
     """
     if fit.suffix.lower() != ".json":
         raise UsageError(

@@ -1,7 +1,7 @@
-"""Connects this process with a Ray cluster (the extra `ray`): its address is checked, and a failure is one error.
+"""Connects this process with a Ray cluster (the extra `ray`), or raises an error within a minute.
 
 Ray itself tries for minutes to reach an address at which nothing listens, and then ends the process. While it tries, in
-C++, this process handles no signals.
+C++, this process handles no signals. So the address is checked before Ray gets it.
 """
 
 from __future__ import annotations

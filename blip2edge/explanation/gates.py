@@ -14,7 +14,7 @@ GATE = re.compile(r"^language\.cross_layers\.(?P<number>\d+)\.(?P<part>attention
 
 @dataclass(frozen=True)
 class Gate:
-    """The gates of one gated layer, ``tanh(alpha)``: the factors of the output that the layer adds.
+    """The gates of one gated layer: ``tanh(alpha)``, by which the layer's output is multiplied before it is added.
 
     A layer has one gate, or one gate for each channel. In the second case, the values here are the means of the
     absolute values of the gates.

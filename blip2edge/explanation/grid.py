@@ -25,8 +25,8 @@ class PatchGrid:
         rows: Rows of patches.
         columns: Columns of patches.
         before: Number of embeddings before the patches: the class token, registers.
-        stride: Height and width of a patch in pixels of the model's input. The patches begin at its upper left corner;
-            a rest at its right and lower edges belongs to no patch.
+        stride: Height and width of a patch in pixels of the model's input. The patches begin at the upper left corner
+            of the input; a rest at the right and lower edges belongs to no patch.
     """
 
     rows: int
@@ -70,7 +70,7 @@ class View:
         return np.where((numbers >= 0) & (numbers < count), numbers, -1)
 
     def rectangle(self, row: int, column: int) -> tuple[float, float, float, float]:
-        """Returns left, top, right and bottom of a patch in pixels of the upright picture, cut at its borders."""
+        """Returns left, top, right and bottom of a patch in pixels of the upright picture, limited to the picture."""
         sides = []
         for axis, number in enumerate((column, row)):
             for edge in (number, number + 1):
@@ -99,8 +99,9 @@ def view_of(preprocessing: Preprocessing, width: int, height: int, grid: PatchGr
 def patch_grid(vision: ir.Model, spec: GraphSpec) -> PatchGrid:
     """Finds the rows and columns of a vision encoder's patches.
 
-    They follow from the stride of the patch embedding, the convolution whose input is the pixels. If the first
-    convolution is no patch embedding, the grid is the largest one with the input's proportions that fits.
+    The stride of the patch embedding (the convolution whose input is the pixels) gives both numbers. If the first
+    convolution is no patch embedding, the grid has the proportions of the input, and as many patches as possible, but
+    not more than there are embeddings.
 
     Args:
         vision: The vision encoder's graph.

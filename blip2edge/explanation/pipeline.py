@@ -84,8 +84,8 @@ def explain(
             similarity of the queries.
         force: Whether an existing directory with an ``explain.json`` is replaced.
         threads: CPU threads; None for all cores.
-        require_signature: A public key; the bundle must have a signature that was made with its private key. None: no
-            signature is required.
+        require_signature: A public key; the bundle must have a signature that fits this key. None: no signature is
+            required.
         limits: The largest picture that is decoded.
         progress: Called with a stage's name, steps done and steps in all.
 

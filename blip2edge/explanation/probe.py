@@ -63,7 +63,7 @@ class Probe:
         """Runs the graphs on an upright RGB picture.
 
         Returns:
-            The weights of each layer, the visual tokens ``[Q, D]``, and the number of heads.
+            The attention weights of each layer, the visual tokens ``[Q, D]``, and the number of heads.
         """
         pixels = self.preprocessing.batch([picture]).astype(self._dtype, copy=False)
         embeds = self._vision.run({"pixel_values": pixels})["image_embeds"]

@@ -77,7 +77,7 @@ class QueryComparison:
         self._pictures += 1
 
     def result(self) -> Similarity:
-        """Returns the similarity over all pictures so far, at least one.
+        """Returns the similarity over all pictures that were added; there must be at least one.
 
         The mean over pairs of pictures comes from the sum s of the N unit vectors of a query:
         ``(|s|² - N) / (N (N - 1))``.

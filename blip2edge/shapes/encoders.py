@@ -106,7 +106,8 @@ def siglip(values: Mapping[str, Any]) -> EncoderShape:
 def dinov2(values: Mapping[str, Any], defaults: Mapping[str, int] = DINOV2) -> EncoderShape:
     """Returns the sizes of a DINOv2 encoder: class token, position embeddings, two vectors of scales in each layer.
 
-    The encoder has registers if ``defaults`` has the key ``num_register_tokens``, their default number.
+    ``defaults``: values of missing keys. The encoder has registers only if this mapping has the key
+    ``num_register_tokens``.
     """
     f = Sizes("vision_config", values, defaults)
     (layers, norm), width = _depth(f), f["hidden_size"]

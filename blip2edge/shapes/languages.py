@@ -144,7 +144,8 @@ def bert_layers(
 ) -> tuple[tuple[WeightMatrix, ...], tuple[AttentionProducts, ...], int]:
     """Returns the matrices, the attentions, and the number of norm parameters of BLIP's text layers.
 
-    ``cross``: width and name (see :data:`TokenCounts`) of the states that the layers cross-attend to.
+    ``cross`` describes the states that the layers cross-attend to: their width, and the key of their number in
+    :data:`TokenCounts`.
     """
     context = "context" if rows == "steps" else rows
     matrices = (

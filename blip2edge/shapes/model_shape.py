@@ -159,8 +159,9 @@ class ModelPart:
         matrices: Weight matrices of the graph.
         attentions: Matrix multiplications without weights (attention scores and weighted sums).
         vectors: Number of all other parameters: norms, positions, learned queries.
-        operators: Number of operators in the CPU's optimized graph for each matrix multiplication with weights, without
-            convolutions; :data:`FUSED_OPERATORS` if attention, norms and activations are fused.
+        operators: Number of operators in the CPU's optimized graph, divided by the number of matrix multiplications
+            with weights; convolutions are not counted. It is :data:`FUSED_OPERATORS` if attention, norms and
+            activations are fused.
         kernels: Whether the backend ``cuda-decoder`` has kernels for this graph.
     """
 
@@ -262,7 +263,7 @@ class ModelShape:
         least_queries: Smallest number of query tokens that the bridge works with: ``queries`` for a bundle that needs
             all; 1 for a checkpoint.
         slots: Number of text positions for a picture's visual tokens; 0 if the decoder cross-attends to the picture.
-        frames: Pictures of an item.
+        frames: Number of pictures for one caption: 1, or the frames of a video.
         max_positions: Longest context in tokens.
         table, tied: Rows and width of the token table, and whether the head is the transposed table.
         cache: Sizes of the KV cache.
@@ -366,12 +367,13 @@ class ModelShape:
         return {**counts, "source": source, "steps": steps, "context": steps}
 
     def with_bridge(self, kind: str, bridge: ModelPart, queries: int) -> ModelShape:
-        """Returns the sizes of the same model with another bridge, whose visual tokens take positions of the text.
+        """Returns the sizes of the same model with another bridge, whose visual tokens are a part of the prompt.
 
         Args:
             kind: Kind of the bridge.
             bridge: Sizes of the bridge's graph.
-            queries: Number of the bridge's query tokens; 0 for one visual token for each embedding.
+            queries: Number of the bridge's query tokens; 0 if the bridge makes one visual token from each embedding of
+                the vision encoder.
         """
         parts = tuple(bridge if part.name == BRIDGE else part for part in self.parts)
         return replace(

@@ -15,7 +15,7 @@ from blip2edge.errors import CheckpointError, UnsupportedModelError
 from blip2edge.shapes.model_shape import AttentionProducts, ModelPart, WeightMatrix
 
 MOST = 1 << 31
-"""Sizes in a config are smaller than this number."""
+"""Sizes in a config must be smaller than this number."""
 
 ROOT = ""
 """Name of the section that is the whole ``config.json``."""
@@ -66,7 +66,10 @@ class Sizes:
         return self.get(key, None)
 
     def get(self, key: str, default: int | None) -> int:
-        """Reads a positive whole number; ``default`` is used for a missing key that is not in ``defaults``."""
+        """Reads a positive whole number.
+
+        For a missing key, the value in ``defaults`` is used; if ``defaults`` has no such key either, ``default``.
+        """
         value = self._known.get(key)
         if value is None:
             value = self._known.maps[1].get(key, default)
@@ -117,7 +120,7 @@ def attention(
         inner: Heads times width of a head.
         rows: Name of the tokens that attend.
         keys: Width and name of the tokens that are attended to; None if they are the tokens that attend.
-        kv: Width of keys and values together with all their heads; None for ``inner``.
+        kv: Width of the keys over all heads, which is also the width of the values; None for ``inner``.
         bias: Whether queries, keys and values have biases.
         out_bias: Whether the output matrix has a bias; None for ``bias``.
     """
@@ -220,7 +223,7 @@ def mlp(encoder: int, output: int, *, bias: bool = True) -> ModelPart:
 
 
 def perceiver(values: Any, width: int, output: int = 0) -> ModelPart:
-    """Returns the sizes of a perceiver resampler for embeddings of this width.
+    """Returns the sizes of a perceiver resampler for embeddings of ``width`` channels.
 
     ``output``: output channels of the projection after the resampler; 0 for no projection.
     """

@@ -86,7 +86,7 @@ def find_shape(model: str, check: ConfigCheck | None = None) -> tuple[ModelShape
 
 
 def hub_config(name: str) -> Any:
-    """Reads the ``config.json`` of a model on the hub, from its cache or by the network.
+    """Reads the ``config.json`` of a model on the hub: from the hub's cache on this machine, or by the network.
 
     Raises:
         CheckpointError: The name is no name on the hub, ``huggingface_hub`` is not installed, or the hub cannot be

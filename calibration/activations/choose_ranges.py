@@ -32,7 +32,7 @@ SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.15)
 """Thresholds that are tried, as shares of the largest value."""
 
 COLUMNS = 384
-"""Number of columns of a layer's weights on which the candidates are compared."""
+"""Number of columns of a layer's weights for which the error of each candidate (division and threshold) is computed."""
 
 LIMIT = 0.01
 """Largest accepted power of the error of a layer's output, divided by the power of the output (10 % in amplitude)."""
@@ -118,8 +118,8 @@ def choose_ranges(
 def choose_range(observation: Observation, weights: Sequence[Array], folds: bool, shared: bool = False) -> RangeChoice:
     """Chooses the range of one activation: the candidate with the least error.
 
-    A division of the channels is used only if it reduces the error. If the division needs a node of its own, its error
-    must be less than the error without division times :data:`NODE_GAIN`.
+    A division of the channels is used only if it reduces the error. If the division needs a node of its own, it is
+    used only if the error becomes less than :data:`NODE_GAIN` times the error without division.
 
     Args:
         observation: The observation of the activation.
@@ -207,6 +207,6 @@ class _Division:
         return max(errors)
 
     def best(self) -> RangeChoice:
-        """Returns the range with the least error; the thresholds are :data:`SHARES` of the largest value."""
+        """Returns the range with the least error; thresholds of :data:`SHARES` times the largest value are tried."""
         tried = [(self.output_error(self.maximum * share), self.maximum * share) for share in SHARES]
         return RangeChoice(*min(tried), self.divisor)

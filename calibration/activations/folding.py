@@ -1,4 +1,4 @@
-"""Folds the division of an activation's channels into earlier weights, so that the graph needs no extra node.
+"""Folds SmoothQuant's division of an activation's channels into earlier weights, so that no node has to divide.
 
 If a norm computes the activation, the norm's gain and bias are divided. If an attention computes the activation, the
 columns and the bias of the value projection are divided. Between the value projection and the output projection there
@@ -14,7 +14,7 @@ import onnx_ir as ir
 from blip2edge.calibration.targets import Product
 
 Fold = tuple[tuple[str, slice], ...]
-"""Names of initializers, each with the part of its last axis that is divided."""
+"""Names of initializers, each with the slice of the last axis that is divided."""
 
 EVERYTHING = slice(None)
 
@@ -27,7 +27,7 @@ def find_fold(model: ir.Model, products: Sequence[Product]) -> Fold:
         products: All matrix multiplications (MatMul nodes) that read the activation.
 
     Returns:
-        Names of the initializers, each with the slice of its last axis that is divided; empty if there are none.
+        Names of the initializers, each with the slice of the last axis that is divided; empty if there are none.
     """
     readers = {product.node for product in products}
     node = next(node for node in model.graph if node.name in readers)
@@ -141,7 +141,10 @@ def _split_part(split: ir.Node, head: ir.Value, width: int) -> slice:
 
 
 def _columns(node: ir.Node | None, part: slice, width: int) -> Fold:
-    """Finds the weight of a MatMul, or the bias and the weight of a MatMul followed by an Add, that may be divided."""
+    """Returns the weight of a linear layer, and its bias if there is one, to divide them.
+
+    ``node`` is the MatMul, or the Add of the bias after it. The result is empty if they cannot be divided.
+    """
     found: list[tuple[str, slice]] = []
     size = width if part == EVERYTHING else None
     if node is not None and node.op_type == "Add":

@@ -43,8 +43,8 @@ class QuantizedActivation:
         threshold: Values beyond ±threshold saturate.
         divisor: Divisor of each channel before rounding, ``[K]`` (SmoothQuant, arXiv 2211.10438, eq. 3); None for no
             division.
-        fold: Initializers of the layer before that are divided instead, each with the slice of its last axis. Empty if
-            a Mul node divides.
+        fold: Initializers of the previous layer, which are divided in place of the activation, each with the slice of
+            the last axis that is divided. Empty if a Mul node divides the activation.
         output_error: Power of the rounding error of the outputs of ``products``, divided by the power of these outputs.
     """
 

@@ -87,7 +87,7 @@ def fit_map(rows: Rows, right: Right, pictures: Sequence[Hashable] | None = None
 
 
 def probabilities(score: Score, rows: Rows, bounds: tuple[float, float]) -> Rows:
-    """Returns the probabilities ``[N]`` of rows of features ``[N, 3]``, as the runtime computes them."""
+    """Returns the confidence of each of N texts from its three features (``rows``), as the runtime computes it."""
     found = ConfidenceMap("", None, {}, {}, 0, score.offset, score.weights, score.knots, bounds)
     return found.probabilities(rows)
 

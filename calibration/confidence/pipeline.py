@@ -1,4 +1,8 @@
-"""Adds a confidence to a bundle: captions the references, fits a map, and writes it to the manifest and the reports."""
+"""Adds a confidence to a bundle: a function, fitted on references, that gives the probability that a caption is right.
+
+References are pictures with known captions or answers. The bundle's model captions them, and the fit is written to the
+manifest and the reports.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,7 @@ LEAST, ADVISED = 20, 500
 """Smallest number of pictures for a fit, and the number below which a fit gives a warning."""
 
 ADVISED_EACH = 20
-"""A fit with fewer right texts, or with fewer wrong texts, gives a warning."""
+"""A fit gives a warning if fewer generated texts than this are right, or if fewer than this are wrong."""
 
 Progress = Callable[[int, int], None]
 
@@ -46,7 +50,7 @@ class ConfidenceReport:
     Attributes:
         task: ``caption`` or ``ask``.
         pictures: Number of references of the fit (pictures, or questions about pictures).
-        kind: Name of the chosen map, for example ``isotonic, sum``.
+        kind: Name of the chosen function from log-probabilities to confidence, for example ``isotonic, sum``.
         figures: Values measured in ten-fold cross-validation on the references, as ``figures`` returns them.
         warnings: Warnings, one line each.
     """
@@ -97,7 +101,7 @@ def add_confidence(
                 pairs.append((features(result.token_logprobs), item.is_right(result.text), item.identity))
     if len(pairs) < LEAST:
         raise DataError(
-            f"expected at least {LEAST} pictures with references that can be read, got {len(pairs)}"
+            f"expected at least {LEAST} readable pictures with references, got {len(pairs)}"
             + "".join(f"; {line}" for line in (*references.warnings, *_unreadable(broken))),
             f"give more to {option('references')}; {ADVISED} or more are advised",
         )
@@ -183,7 +187,7 @@ def _check(references: References) -> bool:
     """Returns whether the references have questions; raises DataError if only some of them have a question."""
     asked = {bool(item.question) for item in references.items}
     if len(asked) > 1:
-        raise DataError("expected captions or questions as references, got both", "fit them one after the other")
+        raise DataError("expected captions or questions as references, got both", "run the command once for each")
     return True in asked
 
 

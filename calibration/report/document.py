@@ -115,7 +115,7 @@ def _captions(pictures: Sequence[CalibrationPicture], captions: CaptionAgreement
 def _decode(context: CalibrationContext, graphs: Mapping[str, StagedGraph]) -> dict[str, int] | None:
     """Counts the bytes that the decoder reads from memory to generate one token.
 
-    The position is the last position of the first recorded run of the decoder.
+    The KV cache is counted as full as after the first recorded run of the decoder (a prompt and its caption).
 
     Returns:
         Bytes of the weights and the KV cache, of this bundle and of the original bundle; None if no inputs of the

@@ -9,7 +9,10 @@ from typing import Any
 from blip2edge.charts import Mark, html_table, scatter
 
 MOST_ROWS = 60
-"""Largest number of rows: all measured combinations, then the predicted combinations with the least loss."""
+"""Largest number of combinations of formats in the table, unless more were measured.
+
+All measured combinations are shown, then the predicted combinations with the least loss.
+"""
 
 HEADER = ("", "loss", "nats a token", "ms", "MB", "loss is", "vision", "bridge", "language", "flags of calibrate")
 

@@ -94,7 +94,7 @@ class KeptLayers:
     count: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Returns limit, losses and layers as a JSON object: ``sensitivity`` in ``calibration`` of the manifest."""
+        """Returns limit, losses and layers as a JSON object, for ``calibration.sensitivity`` in the manifest."""
         return {
             "limit": self.limit.points,
             "measure": self.limit.measure,

@@ -42,12 +42,12 @@ class PointLimits:
         )
 
     def words(self, name_of: Callable[[str], str] = option) -> str:
-        """Returns the given limits in one line; ``name_of`` writes the option name of each limit."""
+        """Returns the limits that are set in one line; ``name_of`` writes the option name of each limit."""
         given = ((name_of(f"max_{name}"), value) for name, value in vars(self).items() if value is not None)
         return ", ".join(f"{name} {value:g}" for name, value in given)
 
     def flags(self) -> str:
-        """Returns the given limits as flags, in one line."""
+        """Returns the limits that are set as flags, in one line."""
         return self.words(lambda name: f"--{name.replace('_', '-')}")
 
 
@@ -65,7 +65,8 @@ class FormatPoint:
             it is measured for the combination, it is the sum of the changes by each part alone.
         drop: Loss of the captions in percentage points; None until it is measured.
         proven: Whether each part with a new format was measured to be faster than in its original format.
-        preset: The flags without a search that make the same formats; empty if there are none.
+        preset: ``--weights`` with its value if these formats need no ``--format``, or the words "the original bundle";
+            empty for all other combinations.
     """
 
     names: Mapping[str, str]
@@ -84,7 +85,7 @@ class FormatPoint:
         return (0.0 if self.drop is None else self.drop, self.nats)
 
     def beats(self, other: FormatPoint) -> bool:
-        """Returns whether this combination is no worse than ``other`` in loss, time and size, and better in one."""
+        """Returns whether this combination is better than ``other`` in loss, time or size, and worse in none."""
         no_worse = self.loss <= other.loss and self.ms <= other.ms and self.bytes <= other.bytes
         return no_worse and (self.loss, self.ms, self.bytes) != (other.loss, other.ms, other.bytes)
 

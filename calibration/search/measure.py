@@ -1,4 +1,4 @@
-"""Measures formats in a search: milliseconds by stage, the change of the next token, and captions that differ."""
+"""Measures combinations of formats for a search: time of each stage, loss of the captions, change of the next token."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Workload:
 
     @cached_property
     def meter(self) -> DivergenceMeter:
-        """Measures the change of the next token. Created at the first use, because this runs the original graphs."""
+        """Measures the change of the next token; made at the first use, because making it runs the original graphs."""
         texts = [caption.tokens for caption in self.captions[:PICTURES]]
         return DivergenceMeter(self.context.parent, self.pictures[:PICTURES], texts, self.context.threads)
 
@@ -160,7 +160,7 @@ def measured_ms(bundle: Path, picture: CalibrationPicture, tokens: int) -> Stage
 
 
 def part_nats(work: Workload, choices: Mapping[str, PartChoice]) -> float:
-    """Measures the change of the next token if some parts (such as the bridge) have another format than before.
+    """Measures how much the next token changes if parts of the model, such as the bridge, get other formats.
 
     Args:
         work: The pictures, and the graphs in all formats.
@@ -240,7 +240,8 @@ def slower_kinds(context: CalibrationContext, graph: str, journal: SearchJournal
     many rows as in the graph.
 
     Returns:
-        Name patterns of the matrices of the found kinds; empty if all kinds were found.
+        Name patterns of the matrices of the found kinds. The list is empty if no kind was found. It is also empty if
+        all kinds were found, because then no matrix would become INT8.
     """
     model = load_graph(context.parent.file(context.parent.graph(graph).spec.file))
     sizes: dict[str, tuple[int, int, int]] = {}

@@ -37,7 +37,7 @@ def mixed_choices(work: Workload, base: PartChoice, wide: NumberFormat) -> list[
 
 
 def _ranking(work: Workload, base: PartChoice) -> list[QuantizedLayer]:
-    """Orders the decoder's layers by the change of the next token if only this layer is in the format ``base``.
+    """Measures how much the next token changes if only one layer of the decoder is in the format ``base``.
 
     Returns:
         The layers, the one with the largest change first.

@@ -207,7 +207,10 @@ def _manifest_sha256(target: Path) -> str:
 
 
 def _is_published(target: Path, work: Workload, found: FoundPoints, references: References | None) -> bool:
-    """Returns whether a killed run of this search has published the chosen combination with the same references."""
+    """Returns whether an earlier run of this search was killed just after it had published the chosen formats.
+
+    It is False if the earlier run fitted the confidence on other references.
+    """
     marker = work.journal.stored(PUBLISHED)
     if marker is None or not (target / MANIFEST).is_file():
         return False

@@ -1,4 +1,4 @@
-"""Makes and measures the formats of vision encoder, bridge and language model, and combines them."""
+"""Makes vision encoder, bridge and language model in several formats, measures them, and combines the formats."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ The combinations that ``calibrate`` makes without a search are compared in addit
 MIXED = "mixed"
 
 MORE = 4
-"""Largest number of further combinations whose captions are compared if no compared combination is within the limits.
+"""Largest number of further combinations to compare, if no combination that was compared is within the limits.
+
+The captions of a combination (of formats) are compared with those of the original bundle.
 """
 
 
@@ -200,7 +202,10 @@ class FormatSearch:
         return sum(self._ms(part, choice).values()) < FASTER * sum(self._ms(part, parent).values())
 
     def _bytes(self, part: str, choice: PartChoice) -> int:
-        """Returns the bytes of a part's graphs (such as the bridge); the language model includes the token table."""
+        """Returns the size in bytes of a part of the model, such as the bridge.
+
+        The size of the language model includes the token table.
+        """
         if choice not in self._sizes:
             graphs = [
                 self.work.variants.made(graph, self._parts.form_of(graph, choice)) for graph in self._parts.graphs[part]

@@ -22,7 +22,8 @@ BLOCKS = {4: (128, 64, 32, 16), 8: (64, 32, 16)}
 
 TensorRT documents 64 and 128 for INT4; 16 and 32 are for widths that 64 does not divide. A block must divide the width,
 because TensorRT's parser takes no partial blocks (it derives ``block_size`` from the shape of the scales). ONNX Runtime
-fuses powers of two from 16 on. Only ONNX Runtime and TensorRT-RTX run 8-bit blocks; 64 is the fastest there.
+has a fused kernel for blocks whose size is a power of two from 16 on. Only ONNX Runtime and TensorRT-RTX run 8-bit
+blocks; 64 is the fastest there.
 """
 
 SHRINKS = tuple(np.linspace(1.0, 0.5, 26))

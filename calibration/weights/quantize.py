@@ -157,8 +157,8 @@ def _write_table(
     """Writes the token embedding table as integers, unless the decoder's head has the same values and eight bits.
 
     Returns:
-        If the head has the same values and eight bits: the function that writes it to the table's file, by the name of
-        the head's initializer. Otherwise an empty dict.
+        If the head has the same values and eight bits: a dict with the name of the head's initializer, and a function
+        that writes the head into the table's file. Otherwise an empty dict.
     """
     spec = context.parent.graph(DECODER).spec
     table = TokenTable(context.parent.file(EMBEDDINGS_FILE), EMBEDDINGS_TENSOR, spec.inputs[0].dtype)

@@ -45,11 +45,11 @@ class Segment:
 
 
 def cut_graph(graph: onnx.GraphProto, products: Sequence[Product]) -> list[Segment]:
-    """Cuts a graph into segments, with one cut before the first MatMul that reads an activation.
+    """Cuts a graph into segments at the matrix multiplications whose weights are rounded.
 
-    Only MatMuls whose second input is a weight of ``products`` count. If several of these MatMuls read one activation,
-    there is one cut. The segment before a cut computes this activation; the weights of the MatMuls are then rounded
-    with it. The nodes after the last cut are in no segment, because no rounding needs their outputs.
+    Each activation that these MatMuls read gives one cut, before the first MatMul that reads it. The segment before a
+    cut computes the activation; the weights of the MatMuls that read it are then rounded with it. The nodes after the
+    last cut are in no segment, because no rounding needs their outputs.
 
     Args:
         graph: The graph, its nodes in the order in which they run.

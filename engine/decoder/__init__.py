@@ -1,1 +1,1 @@
-"""Gives the exported decoder a KV cache of constant capacity, and makes the graph that runs between two steps."""
+"""Gives the exported decoder a KV cache of constant capacity, and makes the graph between two decode steps."""

@@ -35,7 +35,7 @@ from blip2edge.runtime.backends.engine_files import STEP, TOKEN_LOGPROBS
 from blip2edge.runtime.decoding.kv.fixed import CACHE_POSITION
 
 NEXT = "next_"
-"""Prefix of the outputs that are inputs of the next step."""
+"""The name of an output that becomes an input of the next step is this text and the name of the input."""
 
 OPSET = 18
 CHUNK = 4096  # rows of a quantised table written out at a time

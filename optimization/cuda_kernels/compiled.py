@@ -47,7 +47,7 @@ def compiled_decoder(task: CopyTask, name: str) -> tuple[OptimizedGraph, dict[st
         name: The graph's name.
 
     Returns:
-        The copy's record and files; the reason, as text, why a graph other than the decoder has no copy.
+        The copy's record and files. For a graph other than the decoder: a text that says why it has no copy.
 
     Raises:
         BundleError: There are no kernels for this decoder.
@@ -88,7 +88,7 @@ def is_rounded(layout: DecoderLayout) -> bool:
 
 
 def check_usage(cubin: bytes, kernels: Sequence[Kernel], capability: int) -> None:
-    """Checks that a cubin has every kernel, within the registers and the shared memory of a thread block.
+    """Checks that a cubin has every kernel, and that a thread block has enough registers and shared memory for each.
 
     Raises:
         BackendError: A kernel is missing, or needs more than a GPU has.

@@ -1,6 +1,7 @@
-"""Times the kernels of ``cuda-decoder`` against ONNX Runtime's CUDA provider, where this machine has a GPU.
+"""Times the kernels of ``cuda-decoder`` against ONNX Runtime's CUDA provider, if this machine has a GPU.
 
-``auto`` chooses the kernels only on a GPU of the same name, and only if they gave the same tokens in less time.
+``--backend auto`` chooses the kernels only on a GPU of the same name, and only if they gave the same tokens in less
+time.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> bool:
 
 
 def _read_once(value: ir.Value) -> bool:
-    """Returns whether only one node uses the tensor of the heads, both before and after its split into heads."""
+    """Returns whether a tensor has only one user after its split into heads, and only the split as user before it."""
     node = value.producer()
     split = node.inputs[0] if node is not None else None
     return len(users(value)) == 1 and split is not None and len(users(split)) == 1

@@ -1,7 +1,7 @@
 """Turns matrix multiplications with block-quantised weights into MatMulNBits nodes of ONNX Runtime.
 
-Several multiplications of the same value become one node. Decoding reads every weight once for each token, so fewer
-bytes take less time. The kernel rounds activations to int8 with a scale for each row and block, so the result of a row
+Several multiplications of the same value become one node. Decoding reads every weight once for each token, so small
+weights save time. The kernel rounds activations to int8 with a scale for each row and block, so the result of a row
 does not depend on the other rows of the batch.
 """
 

@@ -102,9 +102,10 @@ def _replace(graph: ir.Graph, product: _Product) -> None:
 
 
 def _channels(graph: ir.Graph, product: _Product, inner: int) -> ir.Value:
-    """Returns the input of a multiplication as ``[1, K, 1, rows]``.
+    """Returns the input of a multiplication as ``[1, K, 1, rows]``, the shape that a convolution reads.
 
-    If another convolution and a ReLU compute the input, it is not reshaped twice.
+    If the input is the ReLU of the result of such a convolution, the shape before the reshape back is used, so that
+    nothing is reshaped.
     """
     relu = producer(product.source, "Relu")
     before = producer(relu.inputs[0], "Reshape") if relu is not None else None

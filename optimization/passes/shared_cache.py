@@ -38,7 +38,7 @@ from blip2edge.optimization.graph import (
 from blip2edge.optimization.passes.attention import Core, find_core
 
 MASKED = -1.0e4
-"""A key with a lower score in the bias is masked."""
+"""A key is masked if the bias that is added to its score is below this number."""
 
 PROBED = 3
 """Number of new tokens in the run with which the mask is examined."""
@@ -53,7 +53,7 @@ class Layer:
     """The values of the attention of one decoder layer.
 
     Attributes:
-        core: The attention around its softmax.
+        core: Inputs of the attention computation (scores, softmax, weighted sum), and the last node of it.
         query: Queries ``[B, S, H d]``, before they are split into heads and rotated.
         key: Keys ``[B, S, Hkv d]``, before they are split into heads and rotated.
         value: Values ``[B, S, Hkv d]``, before they are split into heads.
@@ -148,7 +148,7 @@ def _softmax_of(key: ir.Value) -> ir.Node | None:
 
 
 def _is_heads_of(value: ir.Value, present: ir.Value) -> bool:
-    """Returns whether the values of an attention are the cached values ``present``; an axis for groups is ignored."""
+    """Returns whether ``value`` is the cache output ``present``, directly or after an Unsqueeze for grouped heads."""
     node = producer(value, "Unsqueeze")
     return (node.inputs[0] if node is not None else value) is present
 
@@ -231,7 +231,7 @@ def _window(model: ir.Model, layers: Sequence[Layer], longest: int) -> int | Non
 
 
 def _probe_shape(value: ir.Value, longest: int) -> list[int]:
-    """Returns the shape of an input for two rows with :data:`PROBED` new slots, over the longest context."""
+    """Returns the shape of a graph input in the test run: two rows, the longest context, :data:`PROBED` new tokens."""
     free = {"batch": 2, "steps": PROBED, "past": longest - PROBED}
     return [size if isinstance(size, int) else free[size] for size in dims(value)]
 

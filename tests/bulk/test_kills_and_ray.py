@@ -227,7 +227,7 @@ def test_a_number_of_workers_needs_ray(
     words: list[str], flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*words, "-o", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == f"error: {flag} needs --ray; give --ray, or leave it out\n"
+    assert capsys.readouterr().err == f"error: {flag} needs --ray; give --ray, or leave {flag} out\n"
     assert not any(tmp_path.iterdir())
 
 

@@ -62,7 +62,7 @@ def test_flags_of_the_quantisation_need_pictures(
 ) -> None:
     words = ["calibrate", str(tmp_path), "-o", str(tmp_path / "out"), "--references", str(tmp_path), *flags]
     assert main(words) == 2
-    assert f"{flags[0]} needs --images; give --images, or leave it out" in capsys.readouterr().err
+    assert f"{flags[0]} needs --images; give --images, or leave {flags[0]} out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from blip2edge.reading import read_json
 
 CARD = "README.md"
 ALONE = 1_000_000
-"""Size in bytes from which a file is uploaded by itself, before the commit."""
+"""Files of at least this size, in bytes, are uploaded one by one before the commit; smaller files with the commit."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,9 @@ def push_name(repository: str, revision: str | None = None, license_id: str | No
     repository, mark, inside = repository.removeprefix(PREFIX).partition("@")
     if mark and (not inside or revision not in (None, inside)):
         raise UsageError(
-            f"expected one revision, got {inside or 'none'} after the @ of {repository} and {revision or 'none'}",
-            f"give {option('revision')}, or a branch after the @",
+            f"expected one revision, got {inside or 'none'} after the @ of {repository}, and {revision or 'none'} as "
+            f"{option('revision')}",
+            f"give {option('revision')}, or a branch after the @, but not both",
         )
     return HubName(repository, revision or inside or MAIN)
 

@@ -1,4 +1,4 @@
-"""Output files: checked before the work whose result they will contain, and written after it."""
+"""Checks, before a command begins its work, that its output file can be written; writes the file afterwards."""
 
 from __future__ import annotations
 

@@ -304,7 +304,10 @@ def _without_lock(target: Path, part: Path) -> Path:
 
 
 def _clean(part: Path, target: Path, keep: tuple[str, ...]) -> None:
-    """Removes a run's files, the lock file last. If ``target`` does not exist, the lock file and ``old`` stay."""
+    """Removes a run's files, the lock file last.
+
+    If ``target`` does not exist, the lock file and ``old`` (what ``target`` was before) stay.
+    """
     if is_kept(part):
         return
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Paths of outputs: names that no output can have, and paths that do not end with the output's name."""
+"""Checks the path of an output: refuses names that no output can have, and resolves ``.`` and ``..``."""
 
 from __future__ import annotations
 

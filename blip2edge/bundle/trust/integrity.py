@@ -1,4 +1,4 @@
-"""Checks files against the hashes in their manifest: a bundle's, an optimized copy's, an engine folder's.
+"""Compares the files of a bundle, an optimized copy or an engine folder with the hashes in its manifest.
 
 Hashing gigabytes at every start is slow. So a check that passes leaves stamps, in ``.verified.json`` next to the files,
 or in the user's cache if the directory is read-only. A stamp stores the checked hash and these values of the
@@ -226,7 +226,7 @@ def check_unlisted(listing: Listing) -> None:
 
 
 def _check_external_data(listing: Listing, path: Path) -> None:
-    """Raises BundleIntegrityError if a graph's external data is not a listed file."""
+    """Raises BundleIntegrityError if a graph names external data that the manifest does not list."""
     listed = listing.files if listing.weights is None else listing.weights
     try:
         locations = external_locations(path)

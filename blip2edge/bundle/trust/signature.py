@@ -37,7 +37,7 @@ MAKE_KEYS = (
 
 
 def how_to_sign(bundle: Path) -> str:
-    """Returns the advice for a bundle without a signature; a bundle in the hub's cache must not be changed."""
+    """Returns the advice for a bundle without a signature: the user signs it, or for a bundle of the hub its author."""
     if is_downloaded(bundle):
         return "its author signs it with `blip2edge sign`, and pushes it again"
     return f"sign it: blip2edge sign {bundle} --key KEY"
@@ -64,7 +64,7 @@ class Signature:
             files: SHA-256 in hexadecimal by the path in the bundle.
 
         Raises:
-            BundleSignatureError: A file is not signed, or with another hash.
+            BundleSignatureError: A file is not signed, or is signed with another hash.
         """
         for name, sha256 in files.items():
             signed = self.files.get(name)
