@@ -21,7 +21,7 @@ import tomllib
 from blip2edge.errors import CheckpointError, ConfigError, DataError, one_line
 from blip2edge.reading import parse_json, read_text, reading
 from blip2edge.training.data.config import DataConfig
-from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, RecipeSection, one_of, read_section
+from blip2edge.training.fields import NOT_NEGATIVE, OBJECTS, POSITIVE, RecipeSection, one_of, read_section, up_to
 from blip2edge.training.key_rules import QFORMER_BRIDGES, keys_without_effect
 from blip2edge.training.loop_config import VALIDATION_METRICS, LoopConfig, ValidationConfig
 from blip2edge.training.model_config import BlockSizes, ModelConfig
@@ -54,6 +54,7 @@ __all__ = [
     "parse_config",
 ]
 
+_MOST_SEED = up_to(1 << 48)  # torch takes 64 bits, and each phase and process makes its own seed from it
 _BRIDGES = ("qformer", "projection", "mlp", "perceiver", "pool", "flamingo")
 
 
@@ -61,9 +62,9 @@ _BRIDGES = ("qformer", "projection", "mlp", "perceiver", "pool", "flamingo")
 class TrainingConfig(RecipeSection):
     """The whole recipe: the contents of a training configuration file."""
 
-    seed: Annotated[int, NOT_NEGATIVE] = 0
+    seed: Annotated[int, NOT_NEGATIVE, _MOST_SEED] = 0
     """Seed of the initial weights, the order of the data and all random draws."""
-    threads: Annotated[int, POSITIVE] = 1
+    threads: Annotated[int, POSITIVE, OBJECTS] = 1
     """CPU threads of a process; only the same number reproduces the same weights."""
     weights_dtype: Annotated[str, one_of("float16", "bfloat16", "float32")] = "float16"
     """Type of the tensors in the checkpoint: "float16", "bfloat16" or "float32". The output of stage 1, from which

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import sys
 import typing
 from collections.abc import Callable, Mapping
@@ -43,16 +44,29 @@ def at_least(least: int) -> ValidValues:
     return ValidValues(lambda value: bool(value >= least), f"be at least {least}")
 
 
+def up_to(most: int) -> ValidValues:
+    """Returns the rule that a number must be at most `most`."""
+    return ValidValues(lambda value: bool(value <= most), f"be at most {most}")
+
+
 def one_of(*choices: str) -> ValidValues:
     """Returns the rule that a text must be one of `choices`."""
     shown = ", ".join(choice or '""' for choice in choices)
     return ValidValues(lambda value: value in choices, f"be one of {shown}", choices)
 
 
+_TABLE_OF_SEVERAL = re.compile(r"(\w+)\[(\d+)\]")
 _WRITTEN = "_written"  # attribute of a section with the keys that the recipe has
 
 NOT_NEGATIVE = at_least(0)
 POSITIVE = ValidValues(lambda value: bool(value > 0), "be greater than 0")
+EXACT = 1 << 53
+"""Largest whole number that JSON and a float hold exactly; the upper limit of keys without a lower one."""
+SIZES = up_to(1 << 20)
+"""Upper limit of widths, positions, tokens and rows. With larger values torch cannot compute the shapes of tensors, and
+so the memory cannot be predicted."""
+OBJECTS = up_to(1 << 10)
+"""Upper limit of layers, heads, threads and other counts of objects that are made one by one."""
 SHARE = ValidValues(lambda value: bool(0 <= value <= 1), "lie between 0 and 1")
 
 
@@ -113,6 +127,8 @@ def _value(path: str, kind: Any, value: Any) -> Any:
     if type(value) is not kind:
         names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
         raise ConfigError(f"{path} must be {names[kind]}, not {value!r}")
+    if type(value) is int and abs(value) > EXACT:
+        raise ConfigError(f"{path} must be a whole number of at most {EXACT}, not {value}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{path} must be a finite number, not {value}")
     _check_characters(path, value)
@@ -122,6 +138,12 @@ def _value(path: str, kind: Any, value: Any) -> Any:
 def _check_characters(path: str, value: object) -> None:
     if isinstance(value, str) and "\0" in value:
         raise ConfigError(f"{path} contains a NUL character: {value!r}", "remove it: no file name contains one")
+
+
+def table_title(path: str) -> str:
+    """Returns the title of a table in messages: ``[model.vision]``; ``[[data]] set 2`` for the path ``data[1]``."""
+    found = _TABLE_OF_SEVERAL.fullmatch(path)
+    return f"[[{found[1]}]] set {int(found[2]) + 1}" if found else f"[{path}]"
 
 
 def read_section(path: str, kind: type[Kind], table: Mapping[str, Any]) -> Kind:
@@ -148,6 +170,12 @@ def read_section(path: str, kind: type[Kind], table: Mapping[str, Any]) -> Kind:
             hint = f"did you mean {near[0]!r}?" if near else f"the keys here are {', '.join(known)}"
             raise ConfigError(f"unknown key {where!r}", hint)
         values[key] = _value(where, types[key], value)
-    made = kind(**values)
+    try:
+        made = kind(**values)
+    except ConfigError as error:
+        if not path:
+            raise
+        # `[model]` and `[data]` are the sections of the class; the table of the recipe may be one of several
+        raise error.with_problem(lambda problem: re.sub(r"^\[+\w+\]+ ", f"{table_title(path)} ", problem)) from error
     object.__setattr__(made, _WRITTEN, tuple(key for key in known if key in values))  # frozen, like its fields
     return made

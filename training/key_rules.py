@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from blip2edge.training.data.config import DATA_KINDS, MIXTURE, DataConfig
+from blip2edge.training.fields import table_title
 
 Recipe = Any
 """A ``TrainingConfig``; not imported, because ``config.py`` imports this module."""
@@ -229,8 +230,9 @@ def keys_without_effect(config: Recipe) -> Iterator[tuple[str, str]]:
             if found:
                 yield _refusal(name, found, rule.reason, rule.fix)
     for name, data in (("data", config.data), ("validation", config.validation)):
-        for part in data.parts:
-            yield from _unread(name, part, mixed=len(data.parts) > 1)
+        mixed = len(data.parts) > 1
+        for number, part in enumerate(data.parts):
+            yield from _unread(name, f"{name}[{number}]" if mixed else name, part, mixed=mixed)
     sizes = config.model.qformer
     unused = [key for key in sizes.key_names() if key in sizes.written and key not in BRIDGE_SIZES[config.bridge]]
     if "qformer" in config.model.written and unused:
@@ -239,19 +241,19 @@ def keys_without_effect(config: Recipe) -> Iterator[tuple[str, str]]:
         )
 
 
-def _unread(name: str, part: DataConfig, *, mixed: bool) -> Iterator[tuple[str, str]]:
+def _unread(name: str, path: str, part: DataConfig, *, mixed: bool) -> Iterator[tuple[str, str]]:
     """Yields problem and correction for the keys of a data set that its reader does not use."""
     for key in part.written:
         kinds = KINDS_OF_KEY.get(key, DATA_KINDS)
         if part.kind not in kinds:
-            yield _refusal(name, [key], f"the kind {part.kind!r} does not use it", f"set kind to {choice(kinds)}")
+            yield _refusal(path, [key], f"the kind {part.kind!r} does not use it", f"set kind to {choice(kinds)}")
     single = [key for key in ("ratio", "size") if key in part.written]
     if single and not mixed:
         yield _refusal(name, single, "it balances a mixture, and there is one data set", f"write several [[{name}]]")
     if mixed and part.ratio and "size" in part.written:
-        yield _refusal(name, ["size"], "the ratios decide the shares of the mixture", "leave all ratios out")
+        yield _refusal(path, ["size"], "the ratios decide the shares of the mixture", "leave all ratios out")
     if "flip_except" in part.written and not part.flip and "flip" not in part.written:
-        yield _refusal(name, ["flip_except"], "flip is 0, so no picture is mirrored", "set flip")
+        yield _refusal(path, ["flip_except"], "flip is 0, so no picture is mirrored", "set flip")
 
 
 def choice(names: Sequence[str]) -> str:
@@ -262,4 +264,7 @@ def choice(names: Sequence[str]) -> str:
 def _refusal(section: str, keys: Sequence[str], reason: str, fix: str) -> tuple[str, str]:
     """Returns problem and correction of the error for keys that the recipe has, but that have no effect."""
     names, several = ", ".join(keys), len(keys) > 1
-    return f"[{section}] {names} {'have' if several else 'has'} no effect: {reason}", f"{fix}, or leave {names} out"
+    return (
+        f"{table_title(section)} {names} {'have' if several else 'has'} no effect: {reason}",
+        f"{fix}, or leave {names} out",
+    )

@@ -7,7 +7,16 @@ from typing import Annotated
 
 from blip2edge.runtime.decoding.options import MAX_BEAMS
 from blip2edge.training.data.config import DataConfig
-from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, RecipeSection, ValidValues, at_least, one_of
+from blip2edge.training.fields import (
+    NOT_NEGATIVE,
+    OBJECTS,
+    POSITIVE,
+    SIZES,
+    RecipeSection,
+    ValidValues,
+    at_least,
+    one_of,
+)
 
 EMA_DECAY = ValidValues(lambda value: bool(0 <= value < 1), "be at least 0 and less than 1")
 BEAMS = ValidValues(lambda value: bool(1 <= value <= MAX_BEAMS), f"be from 1 to {MAX_BEAMS}")
@@ -46,9 +55,9 @@ class LoopConfig(RecipeSection):
     that phases and runs with different values of `autocast` share the cached features."""
     features_dtype: Annotated[str, one_of("float32", "float16")] = "float32"
     """Type of the cached output: "float32" or "float16"."""
-    workers: Annotated[int, NOT_NEGATIVE] = 0
+    workers: Annotated[int, NOT_NEGATIVE, OBJECTS] = 0
     """Threads that open the pictures of the next batch during the current step; 0: none."""
-    data_streams: Annotated[int, POSITIVE] = 1
+    data_streams: Annotated[int, POSITIVE, SIZES] = 1
     """Number of parts that the data is split into; each gives an equal share of a batch's rows. 1: every process reads
     all texts. A multiple of the number of processes: a process reads only the parts of its own rows."""
     trackers: tuple[str, ...] = ()
@@ -86,9 +95,9 @@ class ValidationConfig(DataConfig):
     """Whether the phase ends with the weights of its best validation, instead of those of its last step."""
     patience: Annotated[int, NOT_NEGATIVE] = 0
     """Stop the phase after this many validations in a row without a better score; 0: never."""
-    batch_size: Annotated[int, POSITIVE] = 16
+    batch_size: Annotated[int, POSITIVE, SIZES] = 16
     """Pictures that are captioned together."""
-    max_new_tokens: Annotated[int, POSITIVE] = 30
+    max_new_tokens: Annotated[int, POSITIVE, SIZES] = 30
     """Longest generated text in tokens."""
     num_beams: Annotated[int, BEAMS] = 1
     """Beams of the search for each text; 1: greedy decoding."""

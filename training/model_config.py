@@ -6,20 +6,20 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from blip2edge.errors import ConfigError
-from blip2edge.training.fields import POSITIVE, SHARE, RecipeSection, at_least
+from blip2edge.training.fields import OBJECTS, POSITIVE, SHARE, SIZES, RecipeSection, at_least
 
 
 @dataclass(frozen=True)
 class BlockSizes(RecipeSection):
     """Sizes of one transformer of the model: widths, layers and heads."""
 
-    hidden_size: Annotated[int, POSITIVE] = 128
+    hidden_size: Annotated[int, POSITIVE, SIZES] = 128
     """Width of the hidden states."""
-    intermediate_size: Annotated[int, POSITIVE] = 512
+    intermediate_size: Annotated[int, POSITIVE, SIZES] = 512
     """Width inside the feed-forward layers."""
-    num_layers: Annotated[int, POSITIVE] = 3
+    num_layers: Annotated[int, POSITIVE, OBJECTS] = 3
     """Number of layers."""
-    num_heads: Annotated[int, POSITIVE] = 4
+    num_heads: Annotated[int, POSITIVE, OBJECTS] = 4
     """Attention heads; must divide hidden_size."""
 
     section = "model"
@@ -54,9 +54,9 @@ class ModelConfig(RecipeSection):
     """A BERT (directory or hub name) that initializes a new Q-Former, with its tokenizer."""
     patch_size: int = 8
     """Side of a patch in pixels; must divide 64."""
-    num_query_tokens: Annotated[int, POSITIVE] = 8
+    num_query_tokens: Annotated[int, POSITIVE, SIZES] = 8
     """Visual tokens of a picture; at least seven in the miniature, whose captions have seven keywords."""
-    max_positions: Annotated[int, at_least(40)] = 128
+    max_positions: Annotated[int, at_least(40), SIZES] = 128
     """Context length of the miniature's language model: visual tokens, prompt and caption."""
     dropout: Annotated[float, SHARE] = 0.1
     """Dropout of a new Q-Former. The miniature has no dropout, because its data never repeats."""

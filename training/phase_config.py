@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from blip2edge.errors import ConfigError
-from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, SHARE, RecipeSection, ValidValues, at_least, one_of
+from blip2edge.training.fields import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    SIZES,
+    RecipeSection,
+    ValidValues,
+    at_least,
+    one_of,
+)
 
 _TARGET = ValidValues(lambda value: bool(value >= 2), "be at least 2, for one token of the text and the end token")
 LAYER_DECAY = ValidValues(lambda value: bool(0 < value <= 1), "be greater than 0 and at most 1")
@@ -18,9 +27,9 @@ class OptimizerConfig(RecipeSection):
 
     steps: Annotated[int, at_least(1)] = 1000
     """Optimizer steps."""
-    batch_size: Annotated[int, POSITIVE] = 32
+    batch_size: Annotated[int, POSITIVE, SIZES] = 32
     """Samples of one forward pass on one process; a step uses batch_size × accumulate × processes samples."""
-    accumulate: Annotated[int, POSITIVE] = 1
+    accumulate: Annotated[int, POSITIVE, SIZES] = 1
     """Forward passes whose gradients are accumulated for one step. In stage 1, negatives come from one pass alone."""
     learning_rate: Annotated[float, POSITIVE] = 1e-3
     """Peak learning rate, reached after the warm-up."""
@@ -97,9 +106,9 @@ class Stage1Phase(BridgePhase):
 
     steps: Annotated[int, NOT_NEGATIVE] = 0
     """Optimizer steps; with 0, `train stage2` starts with a new bridge."""
-    embed_dim: Annotated[int, POSITIVE] = 256
+    embed_dim: Annotated[int, POSITIVE, SIZES] = 256
     """Dimension of the vectors in which pictures and texts are compared."""
-    max_tokens: Annotated[int, at_least(3)] = 32
+    max_tokens: Annotated[int, at_least(3), SIZES] = 32
     """Longest text in tokens; longer texts are cut."""
     itc_weight: Annotated[float, NOT_NEGATIVE] = 1.0
     """Weight of the contrastive loss (ITC)."""
@@ -118,7 +127,7 @@ class Stage1Phase(BridgePhase):
 class Stage2Phase(BridgePhase):
     """Generative learning: trains the bridge through the frozen language model."""
 
-    max_tokens: Annotated[int, _TARGET] = 64
+    max_tokens: Annotated[int, _TARGET, SIZES] = 64
     """Longest target text in tokens, the end token included; longer texts are cut."""
     itg_weight: Annotated[float, NOT_NEGATIVE] = 0.0
     """Weight of the captioning loss (ITG) of the Q-Former's own text head, which can then serve as draft model; 0: the
@@ -130,7 +139,7 @@ class Stage2Phase(BridgePhase):
     """Smallest m that is drawn; the largest is M, the number of all queries."""
     unfreeze_language: bool = False
     """Train the language model too, to compare with a run in which it is frozen."""
-    lora_rank: Annotated[int, NOT_NEGATIVE] = 0
+    lora_rank: Annotated[int, NOT_NEGATIVE, SIZES] = 0
     """Rank of the low-rank matrices (LoRA) that are trained in the frozen language model and then added to its weights;
     0: none. Needs the package peft."""
     lora_alpha: Annotated[float, POSITIVE] = 16.0

@@ -6,19 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from blip2edge.errors import ConfigError
-from blip2edge.training.fields import NOT_NEGATIVE, POSITIVE, SHARE, RecipeSection, ValidValues, one_of
+from blip2edge.errors import ConfigError, some
+from blip2edge.training.fields import (
+    NOT_NEGATIVE,
+    OBJECTS,
+    POSITIVE,
+    SHARE,
+    RecipeSection,
+    ValidValues,
+    one_of,
+    up_to,
+)
 
 MIXTURE = "mixture"
 DATA_KINDS = ("scenes", "coco-captions", "coco-vqa", "karpathy", "table", "folder", "shards", "parquet", MIXTURE)
 WITHOUT_SHOTS = ("scenes", "shards", "parquet", MIXTURE)
 LEFT_RIGHT = ("left", "right", "leftmost", "rightmost", "clockwise", "counterclockwise", "anticlockwise")
+_MOST_SCENES = up_to(100_000_000)  # the order of a pass is a list in memory
+_MOST_BUFFERED = up_to(100_000_000)
 _CROP = ValidValues(lambda value: bool(0 < value <= 1), "be greater than 0 and at most 1")
-
-
-def set_title(section: str, number: int) -> str:
-    """Returns the title of a data set of a mixture in messages: ``[[data]] set 1`` for the number 0."""
-    return f"[[{section}]] set {number + 1}"
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class DataConfig(RecipeSection):
     max_broken: Annotated[int, NOT_NEGATIVE] = 100
     """Largest number of samples with a missing or broken picture or text. They are skipped and reported; one more is
     an error."""
-    shuffle_buffer: Annotated[int, POSITIVE] = 1000
+    shuffle_buffer: Annotated[int, POSITIVE, _MOST_BUFFERED] = 1000
     """Number of samples in a block. Shards are read block by block, and the samples of a block are shuffled."""
     copies_gib: Annotated[int, POSITIVE] = 64
     """Largest size in GiB of the local copies of packed shards and of an object store's files, in the user's cache."""
@@ -61,7 +67,7 @@ class DataConfig(RecipeSection):
     size: Annotated[int, NOT_NEGATIVE] = 0
     """Number of samples, for a mixture without ratios. If it is 0, the samples are counted, which is impossible for
     shards and unlimited scenes."""
-    shots: Annotated[int, NOT_NEGATIVE] = 0
+    shots: Annotated[int, NOT_NEGATIVE, OBJECTS] = 0
     """Examples (few-shot) before each sample, drawn from other pictures of the same set; no loss is computed on them.
     Only for bridge = "flamingo", and not for shards, Parquet files and scenes."""
     crop: Annotated[float, _CROP] = 1.0
@@ -70,7 +76,7 @@ class DataConfig(RecipeSection):
     """Share of pictures that are mirrored. A picture whose texts contain a word of `flip_except` is never mirrored."""
     flip_except: tuple[str, ...] = LEFT_RIGHT
     """Words such as "left". A picture whose texts contain one of them is not mirrored: the text would become wrong."""
-    count: Annotated[int, NOT_NEGATIVE] = 0
+    count: Annotated[int, NOT_NEGATIVE, _MOST_SCENES] = 0
     """Number of generated scenes, shown pass after pass, so that features can be cached; 0: every scene is new."""
     series: Annotated[int, NOT_NEGATIVE] = 0
     """Seed of the scenes if `count` is above 0. If `count` is 0, their seed is made from the recipe's seed and the
@@ -110,16 +116,18 @@ class DataConfig(RecipeSection):
 
     def _check_mixture(self) -> None:
         if len(self.sets) < 2:
+            why = "ratio balances a mixture: " if self.sets else ""
             raise ConfigError(
-                f"[[{self.section}]] expected at least two data sets to mix, got {len(self.sets)}",
-                f"write [{self.section}] for one data set",
+                f"[[{self.section}]] {why}expected at least two data sets to mix, got {len(self.sets)}",
+                f"leave ratio out, or write [[{self.section}]] for each data set",
             )
         if any(each.kind == MIXTURE for each in self.sets):
             raise ConfigError(f"[[{self.section}]] a set of a mixture cannot be a mixture itself")
-        given = [each.ratio > 0 for each in self.sets]
-        if any(given) and not all(given):
+        missing = [f"{at} ({each.path or each.kind})" for at, each in enumerate(self.sets, 1) if not each.ratio]
+        if 0 < len(missing) < len(self.sets):
             raise ConfigError(
-                f"[[{self.section}]] expected a ratio in every set or in none, got {sum(given)} in {len(given)} sets",
+                f"[[{self.section}]] expected a ratio above 0 in every set or in none, got none in set"
+                f" {some(missing)} of {len(self.sets)} sets",
                 "set ratio in every set, or in none to mix by the square roots of the sizes",
             )
 

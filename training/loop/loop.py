@@ -9,8 +9,8 @@ started. A run with one process needs no process group.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from blip2edge.errors import DataError, option
+from blip2edge.errors import ConfigError, DataError, one_line, option
 from blip2edge.training.loop import phase_state
 from blip2edge.training.loop.averaging import Averages
 from blip2edge.training.loop.journal import LINES
@@ -125,12 +125,28 @@ def run_phase(run: TrainingRun, phase: Phase, done: int, snapshot: Snapshot | No
 
     Raises:
         DataError: A loss is not finite. The error names step and samples; the last snapshot is kept.
+        ConfigError: The memory of the device is too small for a step.
         OutputError: A snapshot or the log cannot be written.
     """
-    prepared = _prepare(run, phase)
-    with views_allowed() if prepared.sharding is not None else nullcontext():
-        _make_steps(prepared, done, snapshot)
-    _finish(prepared)
+    with _memory_told(run, phase):
+        prepared = _prepare(run, phase)
+        with views_allowed() if prepared.sharding is not None else nullcontext():
+            _make_steps(prepared, done, snapshot)
+        _finish(prepared)
+
+
+@contextmanager
+def _memory_told(run: TrainingRun, phase: Phase) -> Iterator[None]:
+    """Turns the errors of a failed allocation in a ``with`` block into a ConfigError that names the recipe's keys."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)):
+            raise
+        raise ConfigError(
+            f"{phase.name}: memory ran out ({one_line(error)}); [{phase.name}] batch_size is {phase.config.batch_size}",
+            f"lower batch_size and raise accumulate{_continue(run)}",
+        ) from error
 
 
 def _make_steps(prepared: _PreparedPhase, done: int, snapshot: Snapshot | None) -> None:
@@ -299,10 +315,15 @@ def _not_finite(run: TrainingRun, phase: Phase, batches: Sequence[PhaseBatch], s
     names = [name for batch in batches for name in batch.sample_ids]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     samples = f" on the samples {', '.join(names[:_NAMED])}{more}" if names else ""
-    fix = "lower the learning rate of this phase, or raise its warmup_steps"
-    if run.snapshots.steps is not None:
-        fix += f", and continue from {run.snapshots.directory} with {option('resume', on=True)}"
+    fix = f"lower the learning rate of this phase, or raise its warmup_steps{_continue(run)}"
     return DataError(f"{phase.name}: at step {step}{samples} the {what}, expected a finite number", fix)
+
+
+def _continue(run: TrainingRun) -> str:
+    """Returns the end of an advice to change the recipe: how the run continues; empty if there is no snapshot."""
+    if run.snapshots.steps is None:
+        return ""
+    return f", and continue from {run.snapshots.directory} with {option('resume', on=True)}"
 
 
 def _save(prepared: _PreparedPhase, step: int, done: int) -> None:

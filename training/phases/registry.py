@@ -24,6 +24,7 @@ from blip2edge.training.loading.batches import KeywordTexts, SceneBatches, pixel
 from blip2edge.training.loading.caption_texts import CaptionTexts
 from blip2edge.training.loading.features import FeatureCache, FrozenEncoder, PictureReader, encoder_hash
 from blip2edge.training.loading.loader import Loader, TextMakers
+from blip2edge.training.loading.run_data import check_usable, open_sources
 from blip2edge.training.loop.loop import Phase
 from blip2edge.training.loop.optim import freeze, layer_number, layer_rates, recompute_activations
 from blip2edge.training.loop.training_run import TrainingRun
@@ -42,7 +43,6 @@ from blip2edge.training.setup.build import new_stage1_model
 from blip2edge.training.setup.checks import no_instruction_tokenizer
 from blip2edge.training.setup.lora import add_lora, merge_lora
 from blip2edge.training.setup.model_parts import DTYPES, ModelParts
-from blip2edge.training.setup.run_data import check_usable, open_sources
 
 MakeSceneBatch = Callable[[list[Scene], list[str]], Any]
 """A function that makes a batch from scenes and their names."""

@@ -47,6 +47,8 @@ from blip2edge.training.setup.miniature import build_miniature, initialise, mini
 from blip2edge.training.setup.model_parts import ModelParts
 from blip2edge.training.setup.text_side import QFORMER_TOKENIZER, has_text_side, is_retrieval, own_texts, text_tokenizer
 
+_NEW = "new"  # status of a bridge with new weights
+
 
 @dataclass(frozen=True)
 class PlannedParts:
@@ -61,6 +63,11 @@ class PlannedParts:
     config: CaptionerConfig
     bridge: str
     build: Callable[[], ModelParts]
+
+    @property
+    def new_bridge(self) -> bool:
+        """Returns whether the bridge gets new weights, and the other parts those of checkpoints."""
+        return self.bridge == _NEW
 
 
 def plan_parts(stage: str, config: TrainingConfig, base: Path) -> PlannedParts:
@@ -267,7 +274,7 @@ def _composed(stage: str, config: TrainingConfig, base: Path, kept: Stage1Source
             begin_stage2(new_stage1_model(parts, config, base), captioner)
         return parts
 
-    return PlannedParts(built, "new" if kept is None else f"the Q-Former of {kept.directory}", build)
+    return PlannedParts(built, _NEW if kept is None else f"the Q-Former of {kept.directory}", build)
 
 
 def _text_config(own: QFormerTexts, config: TrainingConfig, base: Path, kept: Stage1Source | None) -> DraftConfig:

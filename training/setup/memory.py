@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from blip2edge.errors import ConfigError
 from blip2edge.model.captioner import CaptionerModel
 from blip2edge.model.config import CaptionerConfig
+from blip2edge.runtime.bench.devices import GB
 from blip2edge.runtime.bench.memory import MachineMemory, MemoryNeed, check_memory
 from blip2edge.runtime.bench.plan import PlanOptions
 from blip2edge.training.config import TrainingConfig
@@ -37,6 +38,7 @@ from blip2edge.training.setup.model_parts import DTYPES
 GIB = 1 << 30
 _TRAINED = 4  # bytes of a value in float32
 _PROMPT = PlanOptions().prompt_tokens
+_SMALLER_BRIDGE = "lower the sizes in [model.qformer], or [model] num_query_tokens"
 _SMALLER = "lower the sizes in [model.vision], [model.qformer] and [model.language]"
 
 
@@ -125,7 +127,13 @@ def memory_table(predicted: StepMemory, title: str) -> list[str]:
 
 
 def announce(
-    config: CaptionerConfig, recipe: TrainingConfig, stage: str, accelerator: Accelerator, log: Callable[[str], None]
+    config: CaptionerConfig,
+    recipe: TrainingConfig,
+    stage: str,
+    accelerator: Accelerator,
+    log: Callable[[str], None],
+    *,
+    new_bridge: bool = False,
 ) -> None:
     """Prints the predicted memory of stage 2 or instruction tuning, and compares it with the memory of the device.
 
@@ -138,17 +146,47 @@ def announce(
             the miniature is compared.
         accelerator: Device and processes.
         log: Receives the lines.
+        new_bridge: Whether the bridge gets new weights, and the other parts those of checkpoints.
 
     Raises:
-        ConfigError: The weights and the optimizer state alone need more than all memory of the device, or reading the
-            checkpoints needs more than all memory of the machine.
+        ConfigError: The weights and the optimizer state alone need more than all memory of the device, reading the
+            checkpoints needs more than all memory of the machine, or a tensor has more bytes than torch can count.
     """
+    with _countable(recipe, stage):
+        _announce(config, recipe, stage, accelerator, log, new_bridge=new_bridge)
+
+
+@contextmanager
+def _countable(recipe: TrainingConfig, stage: str) -> Iterator[None]:
+    """Turns torch's error about a tensor of more than 2^63 bytes in a ``with`` block into a ConfigError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        phase = getattr(recipe, stage)
+        raise ConfigError(
+            f"a tensor of this recipe would have more than 2^63 bytes: [{stage}] batch_size = {phase.batch_size} and"
+            f" max_tokens = {phase.max_tokens}, [model] num_query_tokens = {recipe.model.num_query_tokens}",
+            f"lower batch_size and raise accumulate, or {_SMALLER}",
+        ) from error
+
+
+def _announce(
+    config: CaptionerConfig,
+    recipe: TrainingConfig,
+    stage: str,
+    accelerator: Accelerator,
+    log: Callable[[str], None],
+    *,
+    new_bridge: bool,
+) -> None:
     processes = accelerator.num_processes
     local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # processes on this machine
     miniature, on_gpu = recipe.model.is_miniature, accelerator.device.type == "cuda"
     with torch.device("meta"):
         model = CaptionerModel(config)
-    reading = _reading_need(model, local, miniature=miniature)
+    reading = _reading_need(model, local, miniature=miniature, new_bridge=new_bridge)
     check_memory(reading, ConfigError, notify=log if on_gpu or stage == "stage1" else None)
     memory = None
     if on_gpu:
@@ -157,6 +195,9 @@ def announce(
     if miniature:
         need = _pretraining_need(model, recipe, stage, local=local, processes=processes, on_gpu=on_gpu)
         check_memory(need, ConfigError, notify=log, memory=memory)
+    here = 1 if on_gpu else local  # processes that share the memory
+    for name in ("stage1", stage) if recipe.runs_stage1(stage) else (stage,):
+        check_memory(_batch_need(config, recipe, name, local), ConfigError)
     if stage == "stage1":
         return
     phase = recipe.instruct if stage == "instruct" else recipe.stage2
@@ -168,7 +209,6 @@ def announce(
         else memory_table(predicted, f"{title}, for each of {processes} processes" if processes > 1 else title)
     ):
         log(line)
-    here = 1 if on_gpu else local  # processes that share the memory
     need = MemoryNeed(
         "the training",
         here * (predicted.frozen + predicted.trained + predicted.optimizer),
@@ -180,16 +220,32 @@ def announce(
     check_memory(need, ConfigError, notify=log, memory=memory)
 
 
-def _reading_need(model: CaptionerModel, local: int, *, miniature: bool) -> MemoryNeed:
-    """Returns the memory for reading a model in float32, or for drawing the weights of the miniature.
+def _reading_need(model: CaptionerModel, local: int, *, miniature: bool, new_bridge: bool) -> MemoryNeed:
+    """Returns the memory for a model in float32, whose weights are read from checkpoints or drawn.
 
     `local` is the number of processes on this machine, each of which holds the whole model.
     """
-    size = local * _size(model)
+    size, bridge = local * _size(model), local * _size(model.bridge)
     fewer = ", or start fewer processes on it" if local > 1 else ""
-    what = "drawing the weights of the miniature" if miniature else "reading the checkpoints, which is done in float32,"
-    mend = _SMALLER if miniature else "train a smaller model"
+    what, mend = "reading the checkpoints, which is done in float32,", "train a smaller model"
+    if miniature:
+        what, mend = "drawing the weights of the miniature", _SMALLER
+    elif new_bridge:
+        what = f"reading the checkpoints and drawing a new bridge of {bridge / GB:.1f} GB, both in float32,"
+        mend = _SMALLER_BRIDGE if 2 * bridge > size else mend
     return MemoryNeed(what, size, size, f"{mend}, or use a machine with more memory{fewer}", ignorable=False)
+
+
+def _batch_need(config: CaptionerConfig, recipe: TrainingConfig, name: str, local: int) -> MemoryNeed:
+    """Returns the memory for the pictures of one batch in `local` processes: pixels, or cached features.
+
+    A step needs several times as much. So only a batch that is much too large is refused, before it is read.
+    """
+    vision, rows = config.vision, getattr(recipe, name).batch_size
+    pixels, features = 3 * vision.image_size**2, vision.num_embeds * vision.hidden_size
+    size = local * _TRAINED * rows * (features if recipe.loop.cache_features else pixels)
+    what = f"a batch of [{name}] batch_size = {rows} pictures"
+    return MemoryNeed(what, size, size, "lower batch_size and raise accumulate", ignorable=False)
 
 
 def _pretraining_need(

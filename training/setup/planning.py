@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from blip2edge.training.config import TrainingConfig
 from blip2edge.training.evaluation.validation import ValidationData, open_validation
 from blip2edge.training.inputs import check_recipe_files
+from blip2edge.training.loading.run_data import check_data, of_data
 from blip2edge.training.setup.build import PlannedParts, plan_parts
 from blip2edge.training.setup.checks import check_phases
 from blip2edge.training.setup.memory import announce
-from blip2edge.training.setup.run_data import check_data, of_data
 
 
 class PlannedRun(NamedTuple):
@@ -55,7 +55,7 @@ def plan_training(
     check_recipe_files(config, base, stage)
     parts = plan_parts(stage, config, base)
     check_phases(config, parts.config, phases)
-    announce(parts.config, config, stage, accelerator, log)
+    announce(parts.config, config, stage, accelerator, log, new_bridge=parts.new_bridge)
     if config.model.is_miniature:
         log("[model] names no trained parts: the miniature is trained from scratch, on generated scenes")
     if parts.bridge:

@@ -144,7 +144,7 @@ def test_recipes_with_several_sets(tmp_path: Path) -> None:
     assert parse_config("[[data]]\ncount = 4").data == parse_config("[data]\ncount = 4").data
     assert config_hash(parse_config("[[data]]\ncount = 4")) != config_hash(TrainingConfig(data=several))
     for text, message in (
-        ("[[data]]\nratio = 1\n[[data]]\n", "expected a ratio in every set or in none, got 1 in 2 sets"),
+        ("[[data]]\nratio = 1\n[[data]]\n", "expected a ratio above 0 in every set or in none, got none in set 2"),
         ("[[data]]\nratio = 1\n", "at least two data sets"),
         ("[data]\nkind = 'mixture'\n", "at least two data sets"),
         ("[[data]]\ncuont = 3\n[[data]]\n", "unknown key 'data\\[0\\].cuont'"),

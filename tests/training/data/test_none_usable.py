@@ -23,7 +23,7 @@ from blip2edge.training.data.sources import Sample
 from blip2edge.training.loading.batches import PREPROCESSING
 from blip2edge.training.loading.features import PictureReader
 from blip2edge.training.loading.loader import Loader, TextMakers
-from blip2edge.training.setup.run_data import open_pictures
+from blip2edge.training.loading.run_data import open_pictures
 
 COUNT = 3
 MOST = 40  # samples that a test may read before it fails instead of running for ever

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,11 +21,13 @@ from blip2edge.model.families.registry import read_config  # noqa: E402
 from blip2edge.runtime.bench import memory as machine  # noqa: E402
 from blip2edge.shapes.families import published_config, shape_of  # noqa: E402
 from blip2edge.training.config import TrainingConfig, parse_config  # noqa: E402
+from blip2edge.training.loop import loop  # noqa: E402
 from blip2edge.training.loop.optim import recompute_activations  # noqa: E402
 from blip2edge.training.phases.stage2 import GenerativeStage  # noqa: E402
 from blip2edge.training.run import train  # noqa: E402
 from blip2edge.training.setup.build import plan_parts  # noqa: E402
 from blip2edge.training.setup.memory import GIB, StepMemory, announce, memory_table, predict  # noqa: E402
+from tests.training import recipes  # noqa: E402
 from tests.training.phases.test_memory import step  # noqa: E402
 from tests.training.phases.test_stage2 import PROMPTS, case, draw  # noqa: E402
 
@@ -213,3 +216,30 @@ def test_a_miniature_is_compared_with_the_memory_before_it_is_drawn(
         monkeypatch.setattr(machine, "machine_memory", lambda: machine.MachineMemory(small, 16 * small))
         announce(planned.config, given, stage, one, lines.append)
         assert lines[0].startswith("warning: pretraining the miniature may need about 0.0 GB")
+
+
+def test_a_new_bridge_is_not_called_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    one: Any = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+    monkeypatch.setattr(machine, "machine_memory", lambda: machine.MachineMemory(8 * GIB, 64 * GIB))
+    announce(published(OPT), recipe(), "stage1", one, lines.append, new_bridge=True)
+    assert re.search(
+        r"reading the checkpoints and drawing a new bridge of \d\.\d GB, both in float32, may need", lines[0]
+    )
+    announce(published(OPT), recipe(), "stage1", one, lines.append)
+    assert "warning: reading the checkpoints, which is done in float32, may need" in lines[1]
+
+
+def test_a_step_without_memory_names_the_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the prediction lets pass may still fail, on a GPU or beside other programs."""
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipes.recipe())
+
+    def allocate(*_: object) -> None:
+        torch.empty(1 << 55)
+
+    monkeypatch.setattr(loop, "_step", allocate)
+    with pytest.raises(
+        ConfigError, match=r"vision: memory ran out \(.*\); \[vision\] batch_size is 2; lower batch_size"
+    ):
+        train("stage2", path, tmp_path / "out")

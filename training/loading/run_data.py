@@ -11,10 +11,11 @@ from accelerate import Accelerator
 
 from blip2edge.errors import ConfigError, DataError
 from blip2edge.training.config import TrainingConfig
-from blip2edge.training.data.config import DataConfig, set_title
+from blip2edge.training.data.config import DataConfig
 from blip2edge.training.data.registry import SOURCE_MAKERS, open_sample_source
 from blip2edge.training.data.sources import Sample, SampleSource
 from blip2edge.training.data.streams.mixture import set_probabilities
+from blip2edge.training.fields import table_title
 from blip2edge.training.key_rules import choice
 
 
@@ -64,7 +65,7 @@ def check_data(config: TrainingConfig, base: Path, accelerator: Accelerator, pha
     part = (_own_streams(loop.data_streams, accelerator)[0], loop.data_streams)
     sizes = []
     for number, each in enumerate(data.parts):
-        title = set_title("data", number) if data.sets else "[data]"
+        title = table_title(f"data[{number}]" if data.sets else "data")
         with of_data(title, each):
             source, size = SOURCE_MAKERS[each.kind](each, config.seed, base, part)
             check_usable(source, open_pictures)
