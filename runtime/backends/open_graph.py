@@ -163,8 +163,8 @@ class GraphOpener:
 
         Args:
             graphs: Names of graphs; those that the bundle does not have are left out.
-            after: Name of a graph among them that is loaded alone, before the others: the decoder, because the memory
-                that the process allocates while it is loaded is moved to huge pages.
+            after: Name of the graph that is loaded first and alone. This must be the decoder: while it is loaded, all
+                memory that the process allocates is moved to huge pages, and no other graph needs huge pages.
         """
         names = [name for name in graphs if name in self._bundle.manifest.graphs]
         if self._host and min(cores(), len(names)) > 1:

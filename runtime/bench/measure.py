@@ -241,7 +241,8 @@ class Bench:
 
 
 CostOf = Callable[[int, int], Mapping[str, StageCost]]
-"""Type of a function that returns operations and bytes of each stage, given the tokens of prompt and of caption."""
+"""Type of a function that counts operations and bytes of each stage, given the tokens of the prompt and of the caption.
+"""
 
 
 def bench(

@@ -320,7 +320,8 @@ class TextGenerator:
     def answer(self, generated: Generated, options: GenerationOptions, prompt: PromptText | None) -> TextAnswer:
         """Returns text and confidence; the text is empty if its confidence is below ``options.abstain_below``.
 
-        With 0, no text is replaced, also if it has no confidence because it was cut.
+        A text that was cut at the length limit may have no confidence; it then becomes empty too. If ``abstain_below``
+        is 0 or None, no text becomes empty.
         """
         confidence = self.confidence.of(generated, options, prompt) if self.confidence.maps else None
         if options.abstain_below and (confidence is None or confidence < options.abstain_below):

@@ -187,7 +187,7 @@ class Scheduler:
             }
 
     def close(self) -> None:
-        """Cancels unfinished requests and ends both threads; does not wait for them if it runs in one of them."""
+        """Cancels unfinished requests and ends both threads; waits for them, unless one of them calls this method."""
         with self._changed:
             self._closing = True
             self._drop(Request.cancel)

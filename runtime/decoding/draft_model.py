@@ -34,7 +34,8 @@ from blip2edge.runtime.decoding.speculative import (
 from blip2edge.runtime.text.tokenizer import Tokenizer
 
 SPARE = 2
-"""Number of additional tokens that a draft model generates: the last word of a draft is removed if incomplete."""
+"""Number of tokens that a draft model generates in addition, because the last word of a draft is removed if it is
+incomplete."""
 
 CLOCKS: Mapping[str, Callable[[], float]] = {"auto": time.thread_time, "cpu": time.thread_time}
 """Clocks by backend, which measure if speculative decoding saves time. ONNX Runtime on the CPU also computes in the

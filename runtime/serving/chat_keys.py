@@ -128,10 +128,12 @@ KEYS: tuple[ChatKey, ...] = (
     ChatKey("messages", "the picture and the texts, see below", is_read=True),
     ChatKey("model", "the bundle that answers; a server of one bundle accepts any text", is_read=True),
     ChatKey("max_completion_tokens", "length of the answer in tokens, the end token included", "max_new_tokens"),
-    ChatKey("max_tokens", "the same under its older name; if both are given, they must be equal", "max_new_tokens"),
+    ChatKey(
+        "max_tokens", "older name of `max_completion_tokens`; if both are sent, they must be equal", "max_new_tokens"
+    ),
     ChatKey("temperature", "from 0 (greedy) to 1000; the default is greedy decoding, not 1", "temperature"),
     ChatKey("top_p", "from 0 to 1; 1 keeps all tokens and changes nothing", "top_p"),
-    ChatKey("seed", "the same request with the same seed gets the same text; negative numbers too", "seed"),
+    ChatKey("seed", "the same request with the same seed gets the same text; may be negative", "seed"),
     ChatKey("stop", "a text or up to 64 texts that end the answer, besides those of the bundle's template", "stop"),
     ChatKey("stream", "server-sent events; beam search sends its text at the end, in one piece", is_read=True),
     ChatKey(
@@ -142,7 +144,7 @@ KEYS: tuple[ChatKey, ...] = (
     ChatKey("n", "one answer", values=(1,)),
     ChatKey("logprobs", "log-probability of each token of the answer, before penalties and temperature", is_read=True),
     ChatKey(
-        "top_logprobs", "with `logprobs`: the 0 to 20 likeliest tokens at each place; no beam search", is_read=True
+        "top_logprobs", "with `logprobs`: the 0 to 20 likeliest tokens at each position; no beam search", is_read=True
     ),
     ChatKey("logit_bias", "", values=({},)),
     ChatKey("frequency_penalty", "use `repetition_penalty`", values=(0,)),
@@ -185,9 +187,9 @@ KEYS: tuple[ChatKey, ...] = (
         own=True,
     ),
     ChatKey("draft", "draft model of speculative decoding; the text stays the same", "draft", own=True),
-    ChatKey("queries", "visual tokens of each picture, of an elastic bundle; default: all", "queries", own=True),
+    ChatKey("queries", "visual tokens per picture, for an elastic bundle; default: all", "queries", own=True),
     ChatKey("ask", "true: the text is a question for the bundle's question template", is_read=True, own=True),
-    ChatKey("deadline_s", "seconds for the answer; later it is answered with 504", is_read=True, own=True),
+    ChatKey("deadline_s", "time limit in seconds; a later answer is an error with status 504", is_read=True, own=True),
 )
 """All keys: first those of OpenAI's schema, then those that only this server has."""
 
@@ -220,7 +222,7 @@ EMBEDDING_KEYS: tuple[ChatKey, ...] = (
         is_read=True,
         own=True,
     ),
-    ChatKey("deadline_s", "seconds for the answer; later it is answered with 504", is_read=True, own=True),
+    ChatKey("deadline_s", "time limit in seconds; a later answer is an error with status 504", is_read=True, own=True),
 )
 """The keys of ``POST /v1/embeddings``; OpenAI's keys are the fields of ``openai.types.EmbeddingCreateParams``."""
 

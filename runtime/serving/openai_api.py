@@ -253,7 +253,7 @@ def _arranged(messages: list[Message], spec: PromptSpec | None) -> tuple[tuple[b
     if roles[-1] != "user":
         raise _wrong(
             f"expected the last message to be of the role user, got {roles[-1]}",
-            "an answer that is begun cannot be continued",
+            "end with a message of the role user: the model cannot continue an answer",
             code="unsupported_value",
         )
     pictures = tuple(picture for message in messages for picture in message.pictures)
@@ -274,7 +274,7 @@ def _check_places(roles: list[str], turns: Mapping[str, str]) -> None:
     if "system" in roles and "system" not in turns:
         raise _wrong(
             "this bundle's prompt has no place for a message of the role system or developer",
-            "write it into the text beside the picture",
+            "write its text into the user's message, beside the picture",
             code="unsupported_value",
         )
     if len(roles) - roles.count("system") > 1 and "assistant" not in turns:

@@ -130,7 +130,7 @@ class Certificate:
         ]
         equal, count = self.tokens
         if equal < self.min_equal * count:
-            found.append(f"{equal} of {count} tokens are equal, and {self.min_equal:.1%} are asked for")
+            found.append(f"{equal} of {count} tokens are equal, and {self.min_equal:.1%} are required")
         return found
 
     def to_json(self) -> dict[str, Any]:

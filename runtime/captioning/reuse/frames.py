@@ -51,7 +51,7 @@ class EncodedFrame:
     pictures: dict[str, Array]
 
     def is_like(self, prepared: PreparedBatch, cells: Floats) -> bool:
-        """Returns whether another frame has as many pictures of the same size, so that both can be compared."""
+        """Returns whether another frame has the same number of pictures, of the same size, and so can be compared."""
         return self.counts == prepared.counts and self.cells.shape == cells.shape
 
 
@@ -152,7 +152,7 @@ def encode_frame(
 def encode_again(
     encoder: Encoder, context: Context, prepared: PreparedBatch, last: EncodedFrame, clock: StageClock
 ) -> EncodedFrame:
-    """Returns ``last``; if the bridge's instruction or queries differ from those of ``last``, runs the bridge again."""
+    """Returns the frame ``last``, with new bridge outputs if the new frame has another instruction or other queries."""
     if _same(prepared.bridge_inputs, last.bridge_inputs):
         return last
     return encode_frame(encoder, context, prepared, last.cells, clock, last.vision)

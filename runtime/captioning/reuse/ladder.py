@@ -280,8 +280,8 @@ class ReuseLadder:
         if audits.is_raised:
             self.fit = None
             self._plan.report(
-                f"{audits.missed} of {audits.frames} audited frames had another caption, more than the stated rate of "
-                f"{self._plan.rate:.1%} allows: every frame is encoded, and the thresholds are fitted again"
+                f"{audits.missed} of {audits.frames} audited frames had another caption, more than the allowed rate of "
+                f"{self._plan.rate:.1%}: every frame is encoded, and the thresholds are fitted again"
             )
 
 
@@ -395,5 +395,6 @@ def _sentence(fit: ReuseFit, rate: float, advice: str) -> str:
     point = fit.chosen
     return (
         f"thresholds fitted on {film}: {point.skipped:.0%} are skipped, {point.captions:.0%} keep their caption; "
-        f"{point.rate:.1%} of these had changed, and at most {point.upper:.1%} with {CONFIDENCE:.0%} confidence"
+        f"for {point.rate:.1%} of these frames the caption had changed, at most {point.upper:.1%} with "
+        f"{CONFIDENCE:.0%} confidence"
     )

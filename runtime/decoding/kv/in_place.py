@@ -111,7 +111,8 @@ class InPlaceState:
     def extend(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Appends tokens ``[B, k]`` to each row; returns logits ``[B, k, V]``; see :class:`RowState`.
 
-        If both B and k are larger than 1, the graph runs once for each row, as the kernel requires.
+        If both B and k are larger than 1, the graph runs once for each row: its attention kernel can only do
+        one of both.
         """
         batch, steps = token_ids.shape
         embeds = self._decoder.table.rows(token_ids)
@@ -378,7 +379,7 @@ class DeviceBuffers:
         return _BoundRun(binding, values, result, next(self._pool.numbers))
 
     def _copy(self, source: _DeviceMemory, rows: int, first: int) -> None:
-        """Copies the first ``rows`` rows of ``source``, which has at most as many slots, to row ``first`` and on."""
+        """Copies the first ``rows`` rows of ``source`` (at most as many slots) to the rows from ``first`` on."""
         memory = self._memory
         if memory is None:
             return

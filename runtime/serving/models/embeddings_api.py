@@ -215,7 +215,7 @@ def vectors_per_image(matcher: Matcher) -> int:
 
 
 def check_vectors(model: str, wanted: EmbeddingRequest, matcher: Matcher) -> None:
-    """Checks that a request whose pictures have several vectors each asks for all of them.
+    """Checks that a request with pictures sets ``return_multivector`` if the model makes several vectors for a picture.
 
     Args:
         model: Name of the bundle.

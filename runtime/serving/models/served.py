@@ -103,7 +103,7 @@ class ServedModel:
 
     Attributes:
         name: Name of the model in requests.
-        engine: The loaded bundle with its queue of requests; loads the bundle again if it is broken.
+        engine: The loaded bundle with its queue of requests; if the bundle fails, it is loaded again.
         metrics: The metrics of this bundle.
         captions: Whether the bundle captions pictures.
     """

@@ -52,7 +52,7 @@ class AnnotatedVideo(Sink):
         try:
             picture = load_image(event.image)
         except ImageError as error:  # the file of a folder may be gone by now
-            self._report(f"{self._path}: a picture is missing in it; {error}")
+            self._report(f"{self._path}: a picture is missing in the video; {error}")
             return
         try:
             stream = self._stream or self._open(picture.size)

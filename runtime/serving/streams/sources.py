@@ -295,7 +295,7 @@ def _decoded(source: str, file: Any, closed: Ending, *, words: _FailureWords = _
         source: Name of the source in error messages.
         file: The address or the open file that PyAV opens.
         closed: An event that is set to end the frames.
-        words: The words of the error if the source fails.
+        words: The texts of the error message if the source fails.
         **how: Arguments of ``av.open``.
     """
     av = pyav()

@@ -429,7 +429,7 @@ def test_annotated_video(open_sink: Callable[..., Sink], reports: list[str], tmp
     for number, seconds in enumerate((0.0, 0.5, 0.5, 2.0)):  # two frames of one time
         sink.put(event(number, red if number < 3 else Image.new("RGB", (50, 40), "blue"), seconds))
     sink.put(event(4, tmp_path / "gone.png", 3.0))
-    assert "a picture is missing in it" in reports[0]
+    assert "a picture is missing in the video" in reports[0]
     sink.close()
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
