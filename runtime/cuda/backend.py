@@ -58,7 +58,7 @@ def open_decoder(bundle: Bundle, directory: Path) -> CudaDecoderSession:
 
 
 class CudaDecoderSession:
-    """The decoder on the GPU; :meth:`decoder` makes the decoder with its KV cache.
+    """A decoder whose kernels and weights are on the GPU; :meth:`decoder` adds the KV cache.
 
     Args:
         bundle: The bundle.
@@ -80,7 +80,8 @@ class CudaDecoderSession:
             BackendError: Always.
         """
         raise BackendError(
-            "expected the decoder's own steps, got inputs of its graph", f"use {option('backend')} cuda for the graph"
+            "the backend cuda-decoder runs decode steps only, and cannot run the decoder's graph",
+            f"use {option('backend')} cuda for the graph",
         )
 
     def decoder(self, table: TokenTable) -> KernelDecoder:

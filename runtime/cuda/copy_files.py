@@ -45,8 +45,8 @@ LAYOUT, ROTATION = "decoder.json", "rotation.bin"
 SCHEMA_VERSION = 1
 
 TEGRA = (72, 87, 88, 101, 110)
-"""Compute capabilities of Jetson boards. A cubin for another GPU of the same major version does not run on them, and
-theirs do not run elsewhere; CUDA C++ Programming Guide, "Binary Compatibility"."""
+"""Compute capabilities of Jetson boards. Such a board runs no cubin for another GPU of the same major version, and no
+other GPU runs the board's cubins; CUDA C++ Programming Guide, "Binary Compatibility"."""
 
 _STORED = record(
     {
@@ -132,8 +132,8 @@ def read_layout(bundle: Bundle, directory: Path) -> DecoderLayout:
 def find_cubin(directory: Path, capability: int) -> Path:
     """Returns the file with the kernels that a GPU can run.
 
-    It is that of its compute capability, else that of the next lower one of the same major version, which such GPUs run
-    as well.
+    The file for the GPU's own compute capability is preferred. If there is none, the file for the next lower compute
+    capability of the same major version is used, because GPUs (except Jetson boards) run such kernels as well.
 
     Args:
         directory: The copy's directory.

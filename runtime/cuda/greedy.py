@@ -1,7 +1,7 @@
 """Greedy decoding on the GPU: each step chooses a token and copies the token's embedding for the next step.
 
 So the kernel launches have the same parameters in every step, and a step is one CUDA graph. No kernel waits for the
-host: a step is launched before the token of the step before is read.
+host: a step is launched before the host has read the token of the previous step.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ from blip2edge.runtime.decoding.state import GreedyStep
 LOGITS_OF_A_THREAD = 4
 
 AHEAD = 2
-"""Number of launched steps whose tokens are not read yet: the GPU runs the second while the host reads the first."""
+"""Largest number of launched steps whose tokens the host has not read yet: the GPU runs one step while the host reads
+the tokens of the step before it."""
 
 KEPT_STEPS = 4
-"""Number of batch sizes whose buffers and CUDA graphs are kept between texts."""
+"""Largest number of unused :class:`GreedyRun` objects that are kept for later texts."""
 
 
 class KernelDecoder(InPlaceDecoder):
@@ -67,7 +68,7 @@ class KernelDecoder(InPlaceDecoder):
         self._lock = threading.Lock()
 
     def take(self, rows: int) -> GreedyRun:
-        """Returns buffers for greedy decoding of this many rows: free ones, or new ones."""
+        """Returns buffers for greedy decoding of this many rows: unused buffers, or else new buffers."""
         with self._lock:
             for run in tuple(self._free):
                 if run.rows == rows:
@@ -78,7 +79,7 @@ class KernelDecoder(InPlaceDecoder):
         return GreedyRun(self.kernels, self.stored, rows)
 
     def give(self, run: GreedyRun) -> None:
-        """Keeps buffers that are not used any more for later texts. Takes no lock: finalizers call it."""
+        """Stores unused buffers for later texts. Acquires no lock, because finalizers call this method."""
         self._free.append(run)
 
     def _new_state(self, rows: int, slots: int) -> KernelState:
@@ -99,8 +100,8 @@ class KernelState(InPlaceState):
     def greedy(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[GreedyStep, None, None]:
         """Yields the likeliest next tokens ``[B]`` and their log-probabilities ``[B]`` step by step.
 
-        While the caller uses a token, the next step already runs on the GPU. Its keys and values are behind the
-        state's lengths, and are overwritten by later tokens.
+        While the caller uses a token, the next step already runs on the GPU. The keys and values of that
+        step are in slots after the state's lengths; later tokens overwrite them.
 
         Args:
             token_ids: The last token of each row, ``[B]``.
@@ -271,7 +272,7 @@ class GreedyRun:
 
 
 def choice_cuts(vocabulary: int, multiprocessors: int) -> int:
-    """Returns the number of thread blocks along the vocabulary that choose a row's token."""
+    """Returns the number of thread blocks among which a row's vocabulary is divided to choose the row's token."""
     return max(1, min(-(-vocabulary // (THREADS * LOGITS_OF_A_THREAD)), 2 * multiprocessors))
 
 
@@ -286,7 +287,7 @@ def choice_launch(
         buffers: Buffers of the step.
         marks: Buffers for choosing tokens.
         rows: B, the number of rows.
-        cuts: Number of thread blocks along the vocabulary, from :func:`choice_cuts`.
+        cuts: Number of thread blocks for each row, from :func:`choice_cuts`.
     """
     layout = weights.layout
     arguments = ChooseArguments(

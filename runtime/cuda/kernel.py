@@ -1,4 +1,4 @@
-"""A kernel as data: the template's arguments, the size of a thread block, and the structure that is its parameter.
+"""Describes a kernel: its template's arguments, the size of a thread block, and the structure that is its parameter.
 
 Kernels are templates (``kernels/*.cuh``). :func:`module_source` makes a CUDA C++ module that instantiates the templates
 for one decoder; each instance has a plain (not mangled) name.
@@ -61,7 +61,7 @@ class Launch:
         kernel: The kernel.
         grid: Blocks along x, y and z.
         arguments: The kernel's structure; its addresses are GPU addresses.
-        parts: Bytes that the kernel needs at ``arguments.parts``; launches of a stream may share them.
+        parts: Bytes of scratch memory that the kernel needs at ``arguments.parts``; launches of a stream may share it.
         counters: Number of uint32 counters that the kernel needs at ``arguments.arrived``; they are zero before and
             after the launch.
     """
@@ -82,10 +82,10 @@ def module_source(kernels: Iterable[Kernel]) -> str:
 
 
 def pointers(*names: str) -> list[tuple[str, Any]]:
-    """Makes the fields of a structure that are addresses."""
+    """Makes a field of a C++ structure for each name; its type is an address."""
     return [(name, ctypes.c_void_p) for name in names]
 
 
 def integers(*names: str) -> list[tuple[str, Any]]:
-    """Makes the fields of a structure that are ``long long``."""
+    """Makes a field of a C++ structure for each name; its type is ``long long``."""
     return [(name, ctypes.c_longlong) for name in names]

@@ -44,7 +44,7 @@ class Stored:
 
     @property
     def bytes(self) -> int:
-        """Returns the size of the tensor in the file."""
+        """Returns the size of the tensor in the file, in bytes."""
         count = math.prod(self.shape)
         return (count + 1) // 2 if self.dtype == "int4" else count * np.dtype(NUMPY[self.dtype]).itemsize
 
@@ -57,7 +57,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A weight matrix ``[K, N]``. Integer weights have a scale for each block of rows and each column.
+    """A weight matrix ``[K, N]``. Integer weights have a scale for each block of rows in each column.
 
     Attributes:
         weight: The values.
@@ -76,7 +76,7 @@ class StoredMatrix:
 
     @property
     def fault(self) -> str:
-        """Says why no kernel multiplies by this matrix; empty if there is a kernel."""
+        """Returns why no kernel can multiply by this matrix; empty if a kernel can."""
         shape, dtype, scales = self.weight.shape, self.weight.dtype, self.scales
         if len(shape) != 2:
             return f"has the shape {list(shape)}, not that of a matrix"
@@ -126,13 +126,13 @@ class DecoderLayout:
         kv_heads: G, heads of keys and values.
         head_dim: d, width of a head.
         scale: Factor on the attention scores.
-        window: Number of last slots that a token attends to, its own slot included; 0 for all slots up to it.
+        window: Number of last slots that a token attends to, its own slot included; 0 for no limit.
         positions: Table of learned positions ``[P, D]``; None for rotary positions.
         position_offset: Number of unused rows at the start of ``positions``.
         rotation: float32 ``[positions, d]``, d / 2 cosines and d / 2 sines; None for learned positions.
         layers: The layers.
         final_norm: The norm before the head.
-        head: The matrix ``[D, V]``.
+        head: The matrix ``[D, V]`` that computes the logits of V tokens.
     """
 
     width: int
@@ -177,22 +177,23 @@ class DecoderLayout:
         """Checks that the sizes fit each other and the kernels.
 
         Raises:
-            ValueError: They do not; the message says which.
+            ValueError: A size does not fit the other sizes or the kernels; the message names the tensor.
         """
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads do not share {self.kv_heads} heads of keys evenly")
         for matrix, depth, width in self.matrices():
             if matrix.weight.shape != (depth, width) or matrix.fault:
-                raise ValueError(f"a matrix [{depth}, {width}] {matrix.fault or list(matrix.weight.shape)}")
+                fault = matrix.fault or f"has the shape {list(matrix.weight.shape)}"
+                raise ValueError(f"expected a matrix [{depth}, {width}], got a matrix that {fault}")
             if matrix.bias is not None and matrix.bias.shape != (width,):
-                raise ValueError(f"a bias of {width} values has the shape {list(matrix.bias.shape)}")
+                raise ValueError(f"expected a bias of {width} values, got the shape {list(matrix.bias.shape)}")
         for norm in (self.final_norm, *(n for one in self.layers for n in (one.attention_norm, one.feed_forward_norm))):
             if any(one is not None and one.shape != (self.width,) for one in (norm.weight, norm.bias)):
-                raise ValueError(f"a norm has other than {self.width} values")
+                raise ValueError(f"expected weight and bias of each norm to have {self.width} values")
         if self.rotation is not None and self.rotation.shape[1:] != (self.head_dim,):
-            raise ValueError(f"rotary positions have the shape {list(self.rotation.shape)}")
+            raise ValueError(f"expected rotary positions [P, {self.head_dim}], got {list(self.rotation.shape)}")
         if self.positions is not None and self.positions.shape[1:] != (self.width,):
-            raise ValueError(f"learned positions have the shape {list(self.positions.shape)}")
+            raise ValueError(f"expected learned positions [P, {self.width}], got {list(self.positions.shape)}")
 
     @property
     def group(self) -> int:

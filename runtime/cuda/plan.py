@@ -28,7 +28,7 @@ from blip2edge.runtime.cuda.steps import (
 from blip2edge.runtime.cuda.weights import DecoderWeights, LayerOnDevice, MatrixWeights, NormWeights
 
 SLOTS_OF_A_CUT = 64
-"""Number of cache slots for which attention uses one more thread block."""
+"""Attention divides the slots of the cache among thread blocks; a block gets at least this number of slots."""
 
 HALF, FLOAT, INT = 2, 4, 4  # bytes
 
@@ -57,7 +57,7 @@ class RunSizes:
 
 @dataclass
 class RunBuffers:
-    """Buffers of the runs of one size.
+    """Addresses of the GPU buffers that all runs of one size use; D is the width of the residual stream.
 
     Attributes:
         embeddings: fp32 ``[B, S, D]``, written by the host.
@@ -67,7 +67,7 @@ class RunBuffers:
         logits: fp32 ``[B * K, V]``.
         x: The residual stream, fp32 ``[B * S, D]``.
         parts, arrived: Scratch memory and counters of the launches; see :class:`blip2edge.runtime.cuda.kernel.Launch`.
-        scratch: Sizes of both in bytes.
+        scratch: Sizes of ``parts`` and ``arrived`` in bytes.
     """
 
     embeddings: int

@@ -13,17 +13,17 @@ from typing import Literal
 from blip2edge.runtime.cuda.kernel import THREADS, WARP, Kernel, Launch, integers, pointers
 
 SEGMENT = 64
-"""Bytes of a row of weights that neighbouring lanes load together; ``SEGMENT`` of ``gemv.cuh``."""
+"""Bytes of a weight row that neighbouring threads of a warp load together; equals ``SEGMENT`` in ``gemv.cuh``."""
 
 MOST_ROWS = 4
 """Largest number of input rows for ``gemv.cuh``; for more rows, ``gemm.cuh`` is used."""
 
 GEMM_ROWS, GEMM_COLUMNS, GEMM_DEPTH, GEMM_PITCH = 64, 64, 32, 40
-"""Rows and columns of a block of ``gemm.cuh``, rows of weights of a step, and fp16 values between two rows of its
-shared memory (``PITCH``)."""
+"""Sizes in ``gemm.cuh``: input rows and columns of a thread block, rows of weights that it loads in one step, and the
+distance between two rows in its shared memory, in fp16 values (``PITCH``)."""
 
 GEMM_STEPS = 8
-"""Smallest number of steps of a thread block of ``gemm.cuh`` along K."""
+"""Number of steps (of :data:`GEMM_DEPTH` rows of weights) that K must have for each thread block along K."""
 
 MOST_MATRICES = 3
 CHUNK = 16
@@ -74,40 +74,45 @@ class RowProduct:
 
     def __post_init__(self) -> None:
         if self.rows < 1 or not 1 <= len(self.widths) <= MOST_MATRICES:
-            raise ValueError(f"{self.rows} rows and {len(self.widths)} matrices")
+            raise ValueError(
+                f"expected a row or more and 1 to {MOST_MATRICES} matrices, got {self.rows} and {len(self.widths)}"
+            )
         if self.bits < 16 and (self.block % CHUNK or not self.block or self.depth % self.block):
-            raise ValueError(f"blocks of {self.block} rows of {self.depth}")
+            raise ValueError(
+                f"expected blocks of a multiple of {CHUNK} rows that divide {self.depth} rows, got blocks of "
+                f"{self.block} rows"
+            )
 
     @property
     def few(self) -> bool:
-        """Returns whether the kernel for a few rows is used."""
+        """Returns whether the kernel for at most :data:`MOST_ROWS` input rows is used."""
         return self.rows <= MOST_ROWS
 
     @property
     def load(self) -> int:
-        """Returns the bytes of one load of weights: the largest size to which all rows of all matrices are aligned.
+        """Returns the bytes of weights that a thread loads at once: the largest size to which all rows are aligned.
 
         With 4-bit weights and more than two input rows, a load has at most 8 bytes: 16 bytes would need more registers
         than a thread has.
 
         Raises:
-            ValueError: The weights have 4 bits and their rows an odd length, so that rows do not begin at a byte.
+            ValueError: A row has an odd number of 4-bit weights, so that the next row does not begin at a whole byte.
         """
         most = 8 if self.bits == 4 and self.rows > 2 else 16
         for size in (16, 8, 4, 2, 1):
             columns = size * 8 // self.bits
             if size <= most and columns and all(width % columns == 0 for width in self.widths):
                 return size
-        raise ValueError(f"no kernel for {self.bits} bits and widths {self.widths}")
+        raise ValueError(f"there is no kernel for {self.bits}-bit matrices of the widths {self.widths}")
 
     @property
     def lanes(self) -> int:
-        """Returns the number of lanes of a warp along the columns."""
+        """Returns how many threads of a warp load neighbouring columns; its other threads load other rows."""
         return min(SEGMENT // self.load, WARP) if self.few else WARP
 
     @property
     def tile(self) -> int:
-        """Returns the number of columns of a thread block."""
+        """Returns the number of columns that a thread block computes."""
         return self.lanes * self.load * 8 // self.bits if self.few else GEMM_COLUMNS
 
     @property
@@ -122,11 +127,13 @@ class RowProduct:
 
     @property
     def counters(self) -> int:
-        """Returns the number of uint32 counters for the thread blocks that have arrived: one for each tile."""
+        """Returns the number of uint32 counters: for each tile, how many thread blocks along K have finished."""
         return self.tiles * self.row_tiles * len(self.widths)
 
     def splits(self, multiprocessors: int) -> int:
-        """Returns the number of thread blocks along K: two for each multiprocessor, if K is large enough.
+        """Returns the number of thread blocks along K.
+
+        It is chosen so that the launch has about two blocks for each multiprocessor, or fewer if K is small.
 
         Args:
             multiprocessors: Number of the GPU's multiprocessors.
@@ -136,7 +143,7 @@ class RowProduct:
         return max(1, min(most, wanted))
 
     def parts_bytes(self, splits: int) -> int:
-        """Returns the bytes of the buffer for the sums of the thread blocks along K."""
+        """Returns the bytes of the buffer for the partial sums of the thread blocks along K."""
         return 4 * len(self.widths) * splits * self.rows * max(self.widths) if splits > 1 else 0
 
     @property
@@ -153,15 +160,15 @@ class RowProduct:
     def launch(
         self, matrices: Sequence[Matrix], x: int, parts: int, arrived: int, splits: int, gated: int = 0
     ) -> Launch:
-        """Makes the launch.
+        """Makes the kernel launch for the multiplications.
 
         Args:
-            matrices: Addresses of each matrix; their ``width`` is set here.
+            matrices: Addresses of each matrix; this method sets their ``width``.
             x: Address of the input, fp16 ``[M, K]``.
-            parts: Address of :meth:`parts_bytes` bytes.
-            arrived: Address of a counter, uint32, for each tile of each matrix; zeros.
+            parts: Address of a buffer of :meth:`parts_bytes` bytes for partial sums.
+            arrived: Address of :attr:`counters` counters, uint32, which are zero.
             splits: Number of thread blocks along K.
-            gated: Address of the second input of SwiGLU.
+            gated: Address of the second input of SwiGLU; 0 without SwiGLU.
         """
         arguments = GemvArguments(
             x=x, gated=gated, parts=parts, arrived=arrived,

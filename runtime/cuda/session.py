@@ -1,4 +1,4 @@
-"""Runs a decoder's kernels behind the interface of an in-place KV cache (``runtime/decoding/kv/in_place.py``).
+"""Runs a decoder's kernels; implements the interface of an in-place KV cache (``runtime/decoding/kv/in_place.py``).
 
 So prompts of different lengths, batches, beam search, speculative decoding and continuous batching use the code of the
 other in-place decoders.
@@ -27,25 +27,26 @@ from blip2edge.runtime.cuda.weights import DecoderWeights
 from blip2edge.runtime.decoding.kv.in_place import LENGTHS, TOTAL
 
 KEPT_SIZES = 4
-"""Number of run sizes whose buffers are kept."""
+"""Largest number of run sizes whose buffers stay allocated for later runs."""
 
 SHARED_STEPS = 32
-"""Runs of more than :data:`MOST_ROWS` new tokens have buffers for a multiple of this number of tokens."""
+"""Buffers of runs with more than :data:`MOST_ROWS` new tokens are made for a multiple of this number of tokens, so that
+prompts of similar lengths share them."""
 
 KEPT_RUNS = 16
-"""Number of runs whose launches and CUDA graphs are kept."""
+"""Largest number of runs whose launches and CUDA graphs are stored for later runs."""
 
 POOLED = 4
-"""Number of free KV caches that are kept: a CUDA graph is valid for the addresses of one."""
+"""Number of unused KV caches that stay allocated; a CUDA graph is valid only for the KV cache of its capture."""
 
 
 @dataclass(frozen=True)
 class CacheBlock:
-    """One allocation with the keys and values of all layers, fp16 ``[2 * layers, B, G, C, d]``: keys, then values.
+    """One allocation with the keys of all layers, then the values of all layers, fp16 ``[2 * layers, B, G, C, d]``.
 
     Attributes:
         address: The allocation's address.
-        shape: ``(B, G, C, d)``.
+        shape: ``(B, G, C, d)``: rows, heads, slots, and width of a head.
     """
 
     address: int
@@ -53,12 +54,12 @@ class CacheBlock:
 
     @property
     def row_bytes(self) -> int:
-        """Returns the bytes of the keys of one row of a layer."""
+        """Returns the bytes of one row's keys in one layer."""
         return HALF * self.shape[1] * self.shape[2] * self.shape[3]
 
     @property
     def layer_bytes(self) -> int:
-        """Returns the bytes of the keys of a layer."""
+        """Returns the bytes of all rows' keys in one layer."""
         return self.shape[0] * self.row_bytes
 
 
@@ -88,7 +89,7 @@ class KernelSession:
     def run(self, sizes: RunSizes, cache: CacheAddresses) -> tuple[RunBuffers, Run]:
         """Returns the buffers and the launches of a run; both are kept for the next run of the same sizes.
 
-        Hold :attr:`lock` while the buffers are used.
+        The caller must hold :attr:`lock` while it uses the buffers.
 
         Raises:
             BackendError: The session is closed.
@@ -138,15 +139,15 @@ class KernelSession:
             return CacheBlock(self.device.allocate(size), shape)
 
     def move(self, source: CacheBlock, target: CacheBlock, rows: NDArray[np.int32], used: int) -> None:
-        """Makes row i of a KV cache a copy of row ``rows[i]`` of another one of the same shape.
+        """Makes row i of a KV cache a copy of row ``rows[i]`` of another KV cache of the same shape.
 
-        Hold :attr:`lock` meanwhile: all moves share the memory of ``rows``.
+        The caller must hold :attr:`lock`, because all calls copy ``rows`` to the same GPU memory.
 
         Args:
             source: The cache that is read.
             target: The cache that is written.
-            rows: ``[B]``.
-            used: Number of first slots that are copied.
+            rows: For each row of ``target``, the row of ``source`` to copy, ``[B]``.
+            used: Number of slots to copy, from slot 0 on.
         """
         if len(rows) > self._rows[1]:
             if self._rows[0]:
@@ -162,7 +163,7 @@ class KernelSession:
         self.device.run(Launch(move_kernel(), grid, arguments))
 
     def give(self, block: CacheBlock) -> None:
-        """Adds a KV cache that no state uses any more to the free ones. Takes no lock: finalizers call it."""
+        """Stores a KV cache that no state uses any more. Acquires no lock, because finalizers call this method."""
         self._free.append(block)
 
     def close(self) -> None:
@@ -175,7 +176,7 @@ class KernelSession:
             self.device.close()
 
     def _room(self, sizes: RunSizes) -> RunSizes:
-        """Returns the sizes of a run's buffers, which prompts of similar lengths and caches of all sizes share."""
+        """Returns the sizes of a run's buffers; runs with similar prompt lengths and any cache size share buffers."""
         steps = sizes.steps if sizes.steps <= MOST_ROWS else -(-sizes.steps // SHARED_STEPS) * SHARED_STEPS
         return replace(sizes, steps=steps, capacity=max(sizes.capacity, self.weights.layout.max_positions))
 
@@ -185,7 +186,7 @@ class KernelSession:
             self._runs.pop(key).close()
 
     def _sized(self, sizes: RunSizes) -> RunBuffers:
-        """Returns the buffers of these sizes; frees the oldest ones."""
+        """Returns the buffers of these sizes; if it must make new buffers, first frees the oldest buffers."""
         found = self._buffers.pop(sizes, None)
         if found is None:
             while len(self._buffers) >= KEPT_SIZES:
@@ -202,7 +203,7 @@ class KernelBuffers:
     """Keys and values of a batch on the GPU; see :class:`blip2edge.runtime.backends.base.CacheBuffers`.
 
     Args:
-        session: The decoder.
+        session: The session that runs the decoder.
     """
 
     captures = False
@@ -265,12 +266,12 @@ class KernelBuffers:
         return CacheAddresses(places[:layers], places[layers:])
 
     def _adopt(self, shape: tuple[int, int, int, int]) -> None:
-        """Takes other memory; the caller gives the old memory back."""
+        """Replaces the KV cache by another KV cache of this shape; the caller must give the old KV cache back."""
         self._block = self._session.take(shape)
         self._back = weakref.finalize(self, self._session.give, self._block)
 
     def _copy(self, source: CacheBlock, origin: int, first: int, count: int, used: int) -> None:
-        """Copies the first ``used`` slots of ``count`` rows from row ``origin`` on to the rows from ``first`` on."""
+        """Copies the first ``used`` slots of ``count`` rows: row ``origin + i`` of ``source`` to row ``first + i``."""
         block = self._block
         slot, heads = HALF * block.shape[3], count * block.shape[1]
         if not heads or not used:

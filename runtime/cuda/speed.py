@@ -13,7 +13,10 @@ OTHER_LAUNCHES = 3
 
 
 def step_launches(layers: int) -> int:
-    """Returns the number of kernels of a greedy step, if query, key and value (gate and up) have one format."""
+    """Returns the number of kernel launches in a greedy step.
+
+    Query, key and value must have the same format, and so must gate and up; else there are more launches.
+    """
     return LAYER_LAUNCHES * layers + OTHER_LAUNCHES
 
 
@@ -35,7 +38,7 @@ def step_bytes(layout: DecoderLayout, context: int) -> int:
 
 
 def _on_device(stored: Stored) -> int:
-    """Returns the bytes of a tensor on the GPU: matrices in fp32 are in fp16 there, and vectors in fp32."""
+    """Returns the bytes of a tensor on the GPU, where fp32 matrices are stored in fp16, and all vectors in fp32."""
     if len(stored.shape) == 1:
         return FLOAT * stored.shape[0]
     return stored.bytes // 2 if NUMPY[stored.dtype] is NUMPY["float32"] else stored.bytes

@@ -11,14 +11,15 @@ from blip2edge.runtime.cuda.kernel import THREADS, WARP, Kernel, integers, point
 
 WARPS = THREADS // WARP
 MOST_GROUP = 8
-"""Largest number of query heads of a block of attention: each lane has the sums of these heads in registers."""
+"""Largest number of query heads that a thread block of attention computes, because each thread keeps their sums in
+registers."""
 
 MOST_SHARED = (48 - 1) << 10
-"""Bytes of shared memory that every GPU gives a block without asking for more: 48 KB, of which the system takes 1 KB
-from compute capability 9.0 on."""
+"""Bytes of shared memory that a thread block has on every GPU without a special setting: 48 KB, of which the system
+uses 1 KB from compute capability 9.0 on."""
 
 CHANNELS = 8
-"""Number of channels of a head that one lane computes; ``CHANNELS`` of ``attention.cuh``."""
+"""Number of channels of a head that one thread computes; equals ``CHANNELS`` in ``attention.cuh``."""
 
 BEST_BYTES = 16
 """Bytes of the structure ``Best`` in ``choose.cuh``."""
@@ -79,13 +80,13 @@ def attention_kernel(width: int, group: int) -> Kernel:
 
     Args:
         width: d, width of a head.
-        group: Number of query heads of a block, from :func:`heads_of_block`.
+        group: Number of query heads that a thread block computes, from :func:`heads_of_block`.
 
     Raises:
         ValueError: There is no kernel for these sizes.
     """
     if not fits_head(width) or not 1 <= group <= MOST_GROUP or part_bytes(width, group) * WARPS > MOST_SHARED:
-        raise ValueError(f"no kernel for heads {width} wide in groups of {group}")
+        raise ValueError(f"there is no kernel for heads {width} wide in groups of {group} query heads")
     return Kernel(
         "attention.cuh", "attention", (str(width), str(group)), AttentionArguments, part_bytes(width, group) * WARPS
     )
@@ -97,9 +98,9 @@ def fits_head(width: int) -> bool:
 
 
 def heads_of_block(width: int, group: int) -> int:
-    """Returns how many query heads a block of attention computes.
+    """Returns how many query heads a thread block of attention computes.
 
-    It is the largest divisor of ``group`` whose sums fit the registers and the shared memory.
+    The number is the largest divisor of ``group`` whose sums fit the registers and the shared memory.
 
     Args:
         width: d, width of a head.
@@ -110,7 +111,7 @@ def heads_of_block(width: int, group: int) -> int:
 
 
 def part_bytes(width: int, group: int) -> int:
-    """Returns the bytes of the partial sums of one range of slots, for one head of keys and one token."""
+    """Returns the bytes of a thread block's partial sums, for ``group`` query heads of ``width`` channels."""
     return 4 * group * (width + 2)
 
 

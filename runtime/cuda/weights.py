@@ -1,7 +1,7 @@
 """A decoder's weights on the GPU: matrices as the bundle stores them, vectors in fp32.
 
-Floating-point matrices in fp32 are rounded to fp16: ``optimize`` says so, and so does the record of the copy. Integers
-and their scales are copied as they are.
+Floating-point matrices in fp32 are rounded to fp16; ``optimize`` prints this and records it in the copy. Integers and
+their scales are copied as they are.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class MatrixWeights:
 
     @property
     def form(self) -> tuple[int, int, str]:
-        """Returns the properties that all matrices of one launch have in common, besides K."""
+        """Returns bits, block and scale type, which must be equal for all matrices of one launch."""
         return self.bits, self.block, self.scale
 
     def product(self, rows: int, widths: Sequence[int], **given: Any) -> RowProduct:
@@ -56,7 +56,7 @@ class MatrixWeights:
 
 @dataclass(frozen=True)
 class NormWeights:
-    """A norm on the GPU; ``bias`` is 0 without bias."""
+    """A norm on the GPU; ``weight`` and ``bias`` are addresses, 0 for no bias."""
 
     kind: str
     weight: int
@@ -115,7 +115,7 @@ def load_weights(layout: DecoderLayout, directory: Path, device: KernelDevice) -
 
 
 def planned_weights(layout: DecoderLayout) -> DecoderWeights:
-    """Describes a decoder's weights without a GPU: all addresses are 0. It is enough to plan launches."""
+    """Describes a decoder's weights without a GPU: all addresses are 0. This is enough to plan launches."""
     return _loaded(layout, _Loader(Path(), None))
 
 
@@ -179,7 +179,7 @@ class _Loader:
 
 
 def halved(values: Array, stored: Stored) -> Array:
-    """Rounds the values of a matrix to fp16; ``stored`` names it in the error.
+    """Rounds the values of a matrix to fp16; ``stored`` describes the matrix for the error message.
 
     Raises:
         BundleError: A value is too large for fp16.
@@ -189,7 +189,7 @@ def halved(values: Array, stored: Stored) -> Array:
     if stored.dtype == "float32" and not np.isfinite(rounded).all():
         largest = float(np.abs(values).max())
         raise BundleError(
-            f"expected weights up to 65504, which fit fp16, found {largest:.3g} in {stored.file} at {stored.offset}",
+            f"expected weights up to 65504 (fp16), found {largest:.3g} in {stored.file} at byte {stored.offset}",
             f"use another {option('backend')}",
         )
     return rounded

@@ -16,7 +16,7 @@ from blip2edge.packages import install_command
 from blip2edge.runtime.cuda.kernel import KERNELS, Kernel, module_source
 
 TARGETS = (75, 80, 86, 87, 89, 90, 100, 110, 120)
-"""Compute capabilities that cubins are made for, times ten. A cubin runs on its own and later minor versions."""
+"""Compute capabilities that cubins are made for, times ten. A cubin also runs on later minor versions."""
 
 HEADERS = ("nvidia/cu13/include", "nvidia/cuda_runtime/include")
 """Folders of ``cuda_fp16.h`` in the wheels of CUDA 13 and 12, below site-packages."""
@@ -37,7 +37,7 @@ def load_nvrtc() -> Any:
 
 
 def supported_targets() -> tuple[int, ...]:
-    """Returns those of :data:`TARGETS` that the installed NVRTC compiles for: that of CUDA 12 does not know sm_110.
+    """Returns the targets (of :data:`TARGETS`) that the installed NVRTC supports; CUDA 12's NVRTC lacks sm_110.
 
     Raises:
         BackendError: NVRTC is not installed.

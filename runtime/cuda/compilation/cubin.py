@@ -16,7 +16,7 @@ from blip2edge.errors import BackendError
 
 REGISTERS, STACK = 0x2F, 0x12
 SIZED = 4
-"""Format of a record with a 16-bit length and a value of this length; records of other formats have 2 bytes."""
+"""Format of a record that has a 16-bit length and a value of this length; other records have a 2-byte value only."""
 
 SYMBOL_BYTES = 24
 
@@ -69,7 +69,7 @@ def _usage(cubin: bytes) -> dict[str, Usage]:
 
 
 def _sections(cubin: bytes) -> Iterator[tuple[str, bytes]]:
-    """Returns names and contents of the sections. A section without bytes in the file becomes zeros of its size."""
+    """Returns names and contents of the sections. For a section without bytes in the file, the content is zeros."""
     (start,) = struct.unpack_from("<Q", cubin, 0x28)
     size, count, names_at = struct.unpack_from("<HHH", cubin, 0x3A)
     headers = [struct.unpack_from("<IIQQQQ", cubin, start + index * size) for index in range(count)]

@@ -23,7 +23,7 @@ from blip2edge.runtime.cuda.kernel import THREADS, Launch
 
 INSTALL = f"{install_command('cuda-decoder')}, with cuda-bindings of the CUDA version that nvidia-smi shows"
 OUT_OF_MEMORY = 2
-"""CUDA_ERROR_OUT_OF_MEMORY; cuda.h."""
+"""The status CUDA_ERROR_OUT_OF_MEMORY of ``cuda.h``."""
 
 
 def load_driver() -> Any:
@@ -172,7 +172,7 @@ class DriverDevice:
             self._launch(launch, self._stream)
 
     def capture(self, launches: Sequence[Launch]) -> int:
-        """Captures launches in a stream of its own; see :class:`KernelDevice`.
+        """Captures launches in a second stream; see :class:`KernelDevice`.
 
         The other threads may go on launching kernels. If a launch fails, the capture ends, and the stream can be used
         again.
@@ -214,13 +214,13 @@ class DriverDevice:
             self._call(self._api.cuGraphExecDestroy, self._graphs.pop(graph))
 
     def close(self) -> None:
-        """Frees everything; see :class:`KernelDevice`. The context is left to the other users of the GPU.
+        """Frees everything; see :class:`KernelDevice`. The primary context stays for other libraries that use the GPU.
 
-        A call that fails does not stop the others. After an error of a kernel, for example, every call of its context
-        fails.
+        If one call of the driver fails, the remaining calls are still made. For example, after an error of a kernel,
+        every call in its context fails.
 
         Raises:
-            BackendError: A call failed: the first error, after all calls.
+            BackendError: A call failed; the first error is raised after all calls.
         """
         with self._lock:
             if self._closed:
@@ -294,7 +294,7 @@ class DriverDevice:
 
     @contextmanager
     def _current(self) -> Iterator[None]:
-        """Makes the GPU's context that of this thread. Raises BackendError after :meth:`close`."""
+        """Makes the GPU's context the current context of this thread. Raises BackendError after :meth:`close`."""
         if self._closed:
             raise closed_graph()
         self._call(self._api.cuCtxSetCurrent, self._context)
@@ -321,4 +321,4 @@ REMAKE = (
     f"blip2edge optimize BUNDLE {option('backend')} cuda-decoder"
 )
 FIXES = {"cuModuleLoadData": REMAKE, "cuModuleGetFunction": REMAKE}
-"""How to correct an error of a function of the driver."""
+"""For some functions of the driver: what the user can do if the function fails."""

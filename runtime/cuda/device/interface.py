@@ -44,7 +44,7 @@ class KernelDevice(Protocol):
         """
 
     def copy_rows(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
-        """Copies ``rows`` rows of ``width`` bytes on the GPU; a pitch is the bytes between two row starts."""
+        """Copies ``rows`` rows of ``width`` bytes on the GPU; a pitch is the distance of two rows in bytes."""
 
     def run(self, launch: Launch) -> None:
         """Launches a kernel."""
@@ -76,7 +76,7 @@ class Run:
         self._graph: int | None = None
 
     def start(self) -> None:
-        """Launches the kernels."""
+        """Launches the kernels; from the second call on, as one CUDA graph."""
         if self._graph is None and self._started:
             self._graph = self._device.capture(self.launches)
         if self._graph is not None:

@@ -200,7 +200,7 @@ def test_the_largest_load_that_fits_is_chosen_and_odd_widths_in_four_bits_are_re
     assert (opt.splits(16), opt.splits(132)) == (1, 3)  # three matrices of 20 tiles; K has 160 chunks for 64 threads
     prompt = replace(opt, rows=40, widths=(2560,))
     assert (prompt.splits(16), prompt.splits(132), replace(prompt, rows=400).splits(132)) == (1, 7, 1)
-    with pytest.raises(ValueError, match="no kernel for 4 bits and widths"):
+    with pytest.raises(ValueError, match="no kernel for 4-bit matrices of the widths"):
         _ = RowProduct(4, 1, 16, (9,), 16).kernel
     with pytest.raises(ValueError, match="blocks of 8 rows"):
         RowProduct(4, 1, 16, (8,), 8)
