@@ -50,7 +50,7 @@ It is a clone of the repository if it contains ``hatch_build.py``, else a direct
 
 
 def pip_command(extra: str = "", upgrade: bool = False) -> str:
-    """Returns the command that installs blip2edge from where it was installed, with an extra such as ``serve``.
+    """Returns the command that installs blip2edge again from the same source, with an extra such as ``serve``.
 
     If blip2edge runs from a clone, the command is ``pip install -e 'CLONE[serve]'``. If blip2edge was installed from
     git, the command is ``pip install 'blip2edge[serve] @ git+URL'``. In all other cases, for example if the wheel file

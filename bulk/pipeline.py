@@ -287,7 +287,7 @@ class _OutputWriter:
         )
 
     def _duplicate(self, row: Row, original: Original, number: int, rows: list[Row]) -> Row:
-        """Returns the row of a duplicate with the captions of its original, which is in this part or an earlier part.
+        """Returns the row of a duplicate with the captions of the original, a picture of this part or an earlier part.
 
         The original may have an error: on Ray, a picture is read twice, and the second reading may fail.
         """

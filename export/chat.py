@@ -1,4 +1,4 @@
-"""Derives the prompt template, and the texts of a conversation's messages, from a checkpoint's chat template."""
+"""Derives templates from a checkpoint's chat template: one for a prompt, and one for each message of a conversation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ChatFormat:
 
     Attributes:
         template: Text with one ``{image}`` and one ``{prompt}``.
-        turns: The text of each kind of message, for ``PromptSpec.turns``; empty for a bundle without conversations.
+        turns: The template of each kind of message, for ``PromptSpec.turns``; empty for a bundle without conversations.
         framed: Whether the tokenizer adds its special tokens. If not, the template has them.
         warnings: Parts of the checkpoint's chat template that the bundle does not follow.
     """
@@ -156,7 +156,7 @@ def _renderer(processor: Any, image_token: str) -> Render:
 
 
 def conversation_texts(render: Render) -> dict[str, str]:
-    """Finds the text of each kind of message: renders conversations that grow by one message, and compares them.
+    """Finds the template of each kind of message, by rendering conversations with and without the message.
 
     Args:
         render: Renders a conversation with the chat template.
@@ -213,7 +213,7 @@ def _with_system(render: Render, turns: dict[str, str]) -> dict[str, str]:
 
 
 def _fits(turns: dict[str, str], render: Render, trials: Sequence[tuple[Turn, ...]]) -> bool:
-    """Returns whether joining the texts ``turns`` gives the same text as ``render``, for each conversation."""
+    """Returns whether the joined templates ``turns`` give the same text as ``render`` for each conversation."""
     whole = all(
         _holds(text, image=int(kind == "picture"), prompt=int(kind not in ("head", "start")))
         for kind, text in turns.items()

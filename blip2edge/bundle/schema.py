@@ -51,15 +51,21 @@ SCORES = ("logits", "match_logits", "probability")
 
 CROSS_MASK = "cross_attention_mask"
 CROSS_MASKS = ("none", "keys", "steps")
-"""Mask of a decoder's cross-attention: ``none``, all keys are valid; ``keys``, which keys are valid, int64 ``[B, E]``;
-``steps``, which keys each token attends to, int64 ``[B, S, E]`` (for a token with no keys, the output is zeros)."""
+"""Kinds of masks of a decoder's cross-attention.
+
+- ``none``: there is no mask, because all keys are valid.
+- ``keys``: int64 ``[B, E]``, 1 for a valid key.
+- ``steps``: int64 ``[B, S, E]``, 1 for a key that the token attends to. A token that attends to no key gets zeros.
+"""
 
 
 DraftName = Literal["auto", "none", "lookup", "itg"]
 DRAFTS: tuple[DraftName, ...] = get_args(DraftName)
-"""Draft models of speculative decoding: ``none``; ``lookup``, prompt lookup (n-grams of the prompt and of the text so
-far); ``itg``, the text head of the Q-Former. ``auto`` is ``itg`` if the bundle has it and decoding is greedy, else
-``none``."""
+"""Draft models of speculative decoding.
+
+``lookup`` is prompt lookup, which searches n-grams in the prompt and in the text so far. ``itg`` is the text head of
+the Q-Former. ``auto`` is ``itg`` if the bundle has this head and decoding is greedy, else ``none``.
+"""
 
 BackendName = Literal["auto", "cpu", "openvino", "cuda", "cuda-decoder", "tensorrt", "rtx", "ort-tensorrt"]
 """Names of the backends. ``auto`` is TensorRT or RTX if the bundle has engines for this GPU, otherwise ``cuda`` if it

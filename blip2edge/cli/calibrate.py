@@ -143,8 +143,9 @@ def _add_references(parser: Parser) -> None:
     add_number(
         group,
         "--right-at",
-        "a caption is right if its ROUGE-L to the references is at least X (0 to 1), an answer if its VQA accuracy is "
-        "(default: captions equal to a reference apart from case and punctuation; answers 0.5)",
+        "a caption is right if its ROUGE-L to the references is at least X (0 to 1), and an answer is right if its VQA "
+        "accuracy is at least X (default: 0.5 for answers; a caption must equal a reference apart from case and "
+        "punctuation)",
         kind=share,
         metavar="X",
     )

@@ -110,9 +110,9 @@ class Parser(argparse.ArgumentParser):
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         """Refuses an empty text for a path, an address or a name.
 
-        Such a text comes from a variable of a script that is not set, and other code would take it for the current
-        directory, for all addresses, or for a flag that is not given. A flag whose text may be empty has the type
-        ``flag_types.any_text``.
+        A script passes an empty text if one of its variables is not set. Other code would take the empty text for the
+        current directory, for all addresses, or for a flag that is not given. A flag whose text may be empty has the
+        type ``flag_types.any_text``.
         """
         if not arg_string and action.type in (None, Path) and action.choices is None:
             problem = f"expected {action.metavar}, got an empty text (a variable that is not set?)"

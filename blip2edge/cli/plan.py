@@ -36,10 +36,10 @@ def add_arguments(parser: Parser) -> None:
         metavar="NAME",
         action="append",
         default=[],
-        help="board to plan for, such as orin-nano-8gb, thor or rtx-4060, or this: measure the machine that runs the "
-        "command; repeat the flag for several boards (default: a table of all boards)",
+        help="board to plan for, such as orin-nano-8gb, thor or rtx-4060; the word this: the machine that runs the "
+        "command, which is measured; repeat the flag for several boards (default: a table of all boards)",
     )
-    add_number(parser, "--frames", "pictures of an item, such as the frames of a video (default: the model's)")
+    add_number(parser, "--frames", "pictures for one caption, such as the frames of a video (default: the model's)")
     add_queries(parser, "of an elastic bridge (default: all)")
     add_number(parser, "--prompt-tokens", "tokens of the prompt, without visual tokens", 8)
     add_number(parser, "--max-new-tokens", "tokens of the caption", 30)
@@ -50,8 +50,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--require-fit",
         action="store_true",
-        help="exit with status 1 if the model does not fit a board of --device: the memory is too small in every "
-        "precision, or the context is too short; without this flag, the exit status is 0",
+        help="exit with status 1 if the model does not fit a board of --device, because the memory is too small in "
+        "every precision or the context is too short; without this flag, the exit status is 0",
     )
 
 

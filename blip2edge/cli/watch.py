@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="number of a camera or /dev/video…, csi:0 for a camera of a Jetson, GStreamer pipeline (in quotes), video "
-        "file, stream address such as rtsp://…: the newest frame is captioned; or a folder: every picture that appears "
-        "in it is captioned",
+        help="camera or video whose newest frame is captioned: number of a camera, /dev/video…, csi:0 for a camera of "
+        "a Jetson, GStreamer pipeline (in quotes), video file, or stream address such as rtsp://…. Or a folder: every "
+        "picture that appears in this folder is captioned",
     )
     parser.add_argument(
         "--prompt",
@@ -91,7 +91,7 @@ def _add_reuse(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="reuse the visual tokens of the last encoded frame if the new frame differs from it by less than X (mean "
         "difference of the pixels, 0 to 1); 0: encode every frame; auto: reuse captions too, with thresholds that are "
-        "fitted on the first frames so that --miss-rate is kept",
+        "fitted on the first frames so that at most --miss-rate of the reused captions are wrong",
     )
     add_number(
         parser,

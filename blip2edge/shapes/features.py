@@ -1,11 +1,11 @@
 """Reads which embeddings of a vision encoder the model uses: of which block, and with or without the class token.
 
-Two keys, with the meaning that they have in transformers' LLaVA:
+Two keys of ``config.json`` say this, as in transformers' LLaVA:
 
 - ``vision_feature_layer``: -1 for the output of the last block without the final norm, -2 for the block before it,
-  and so on. Without this key: the encoder's ``last_hidden_state``, after the final norm.
-- ``vision_feature_select_strategy``: ``full`` for all embeddings; ``default`` without those before the patches: the
-  class token and the registers.
+  and so on. If the key is missing, the output of the encoder after the final norm is used (``last_hidden_state``).
+- ``vision_feature_select_strategy``: with ``full``, all embeddings are used. With ``default``, the embeddings before
+  the patches (class token, registers) are left out.
 """
 
 from __future__ import annotations

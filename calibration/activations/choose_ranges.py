@@ -1,11 +1,11 @@
 """Chooses the INT8 range of each activation: by its histogram alone, or by the error of the layer's output.
 
-``--method smooth``, the default, tries several candidates for each activation. A candidate consists of a division of
-the channels (SmoothQuant, arXiv 2211.10438: a part of a channel's magnitude moves into the weights; alpha is the
-migration strength) and of a threshold beyond which values saturate. The candidate that causes the least error in the
-outputs of the matrix multiplications (MatMul nodes) is taken. The error is measured on tokens drawn from all pictures,
-and on the tokens with the largest values. A matrix multiplication whose error stays above a limit is kept in floating
-point. The other methods (``histogram.py``) choose the threshold of each tensor by its histogram.
+``--method smooth``, the default, tries several candidates for each activation. A candidate is a division of the
+channels, and a threshold beyond which values saturate. The division moves a part of a channel's magnitude into the
+weights (SmoothQuant, arXiv 2211.10438); its migration strength alpha says how much. The candidate that causes the least
+error in the outputs of the matrix multiplications (MatMul nodes) is used. The error is measured on tokens drawn from
+all pictures, and on the tokens with the largest values. A matrix multiplication whose error stays above a limit is kept
+in floating point. The other methods (``histogram.py``) choose the threshold of each tensor by its histogram.
 """
 
 from __future__ import annotations

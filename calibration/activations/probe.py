@@ -113,7 +113,7 @@ def values_by_name(graph: ir.Model) -> dict[str, ir.Value]:
 
 
 def _parts(graph: ir.Model, names: Sequence[str], spec: GraphSpec, first: Mapping[str, Array]) -> Iterator[list[str]]:
-    """Divides tensors into groups of at most :data:`OUTPUT_BYTES`; their sizes are those in the first recorded run."""
+    """Divides tensors into groups of at most :data:`OUTPUT_BYTES`, by their sizes in the first recorded run."""
     lengths = spec.lengths({name: array.shape for name, array in first.items()})
     values = values_by_name(graph)
     part: list[str] = []

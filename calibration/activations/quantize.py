@@ -99,11 +99,14 @@ def activation_details(plan: ActivationPlan, observations: Observations) -> list
     """Makes the report's entries of the INT8 activations.
 
     Returns:
-        One object per activation: ``activation``, ``products`` (the weights that it is multiplied with), ``maximum``
-        and ``threshold`` of |x| (of the divided values if smoothing divides the channels), ``change`` (power of
-        the rounding error divided by the power of the outputs), ``division`` (``none``, ``folded`` into the layer
-        before, or ``node``), ``largest_channel`` and ``median_channel`` of |x| without division, and ``histogram``:
-        counts of |x| in :data:`REPORT_BINS` equal bins up to ``histogram_end``.
+        One object per activation:
+
+        - ``activation``: its name; ``products``: names of the weights that it is multiplied with.
+        - ``maximum``, ``threshold``: of |x|, after the division of the channels if there is one.
+        - ``change``: power of the rounding error, divided by the power of the outputs.
+        - ``division``: ``none``, ``folded`` (into the previous layer) or ``node``.
+        - ``largest_channel``, ``median_channel``: maximum and median of the channels' largest |x|, before the division.
+        - ``histogram``: counts of |x| in :data:`REPORT_BINS` equal bins from 0 to ``histogram_end``.
     """
     return [_detail(activation, observations[activation.name]) for activation in plan.activations]
 

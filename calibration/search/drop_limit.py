@@ -1,8 +1,8 @@
 """Implements ``--drop-limit``: keeps sensitive layers in floating point until the captions change little enough.
 
 1. Everything is quantized, and the sensitivity of each layer is measured (``sensitivity.py``).
-2. As long as more captions differ from those of the original bundle than the limit allows (or CIDEr falls by more), the
-   most sensitive 1, 2, 4, ... layers are kept in the original precision.
+2. The most sensitive 1, 2, 4, ... layers are kept in the original precision, until the loss is within the limit. The
+   loss is the share of captions that differ from those of the original bundle, or the drop of CIDEr.
 3. A binary search finds the smallest sufficient number of layers, between the last number that was too small and the
    first that was enough.
 

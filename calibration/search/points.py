@@ -65,8 +65,9 @@ class SearchOptions:
         limits: The limits on loss, time and size.
         board: The board whose time is predicted; None to measure the time on this machine.
         scored: Number of pictures whose captions are compared.
-        measured: Number of combinations of the predicted Pareto front whose captions are compared.
-        formats: Names of the formats that are tried, and :data:`MIXED` for two formats in one graph; empty for all.
+        measured: Number of combinations to compare by their captions, out of the predicted Pareto front.
+        formats: Names of the formats to try; the name :data:`MIXED` stands for two formats in one graph. If empty, all
+            formats are tried.
     """
 
     limits: PointLimits = field(default_factory=PointLimits)

@@ -118,7 +118,7 @@ class _Product:
     """The inputs and the output of the attention in one layer, which one ``Attention`` node replaces.
 
     Attributes:
-        query: Scaled queries ``[B, H, S, d]``. For grouped heads, the exported graph reshapes them later.
+        query: Scaled queries ``[B, H, S, d]``, before the exported graph reshapes them to groups of heads.
         mask: bool ``[B, 1, S, C]``, true where a query attends to a slot; or a bias ``[B, H, S, C]`` that is added to
             the scores.
         output: Sums of the values, weighted by the softmax, ``[B, H, S, d]``.

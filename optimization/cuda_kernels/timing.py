@@ -36,8 +36,8 @@ def timed_tokens(bundle: Bundle, directory: Path) -> tuple[float, float] | Liter
         directory: Directory with the decoder's layout and its compiled kernels.
 
     Returns:
-        Median of (time of prefill and decode steps / number of tokens) in milliseconds, for ONNX Runtime and for the
-        kernels; ``different`` if they chose different tokens; None if this machine has no GPU that runs both.
+        Milliseconds per token for ONNX Runtime and for the kernels: the median over several texts, prefill included.
+        The word ``different`` if both chose different tokens. None if this machine has no GPU that runs both.
     """
     if not probe.nvidia_driver().gpus:
         return None

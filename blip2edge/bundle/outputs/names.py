@@ -17,7 +17,7 @@ def with_own_name(target: Path) -> Path:
 def check_name(target: Path) -> None:
     """Raises OutputError if no file can have this path.
 
-    The path contains a NUL, it names a bundle on the hub, or a folder in it exists as a file.
+    Such a path contains a NUL, is the name of a bundle on the hub, or leads through a file as if it were a folder.
     """
     if "\0" in str(target):
         raise OutputError(f"{str(target)!r} is not a usable file name: it contains a NUL", "give another name")
