@@ -243,8 +243,8 @@ class Matcher(LoadedBundle):
     def embed_image(self, image: ImageSource, *, channels: Channels = "rgb") -> Vectors:
         """Computes a picture's vector: F numbers with norm 1, float32 ``[F]``.
 
-        BLIP-2 makes K vectors, ``[K, F]``, one for each of its K queries. The cosine of such a picture with a text is
-        the largest cosine of its vectors. Arguments and errors are those of :meth:`match`.
+        BLIP-2 makes K vectors, ``[K, F]``, one for each query; the largest of their cosines with a text counts.
+        Arguments and errors are those of :meth:`match`.
         """
         vectors: Vectors = self.embed_images([image], channels=channels)[0]
         return vectors
@@ -252,10 +252,7 @@ class Matcher(LoadedBundle):
     def embed_images(
         self, images: Iterable[ImageSource], *, batch_size: int = 1, channels: Channels = "rgb"
     ) -> Vectors:
-        """Computes the vectors of N pictures: float32 ``[N, F]``, or ``[N, K, F]`` with K vectors for each picture.
-
-        See :meth:`embed_image`.
-        """
+        """Computes the vectors of N pictures: ``[N, F]``, or K vectors each ``[N, K, F]``; see :meth:`embed_image`."""
         vectors = list(self.embed_images_iter(images, batch_size=batch_size, channels=channels))
         if not vectors:
             raise UsageError("expected at least one picture, got none")
@@ -301,10 +298,7 @@ class Matcher(LoadedBundle):
         return vectors
 
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 1, cut: bool = False) -> Vectors:
-        """Computes the vectors of N texts, each of F numbers, ``[N, F]``.
-
-        ``cut``: whether to shorten texts that are too long; if False, such a text is an error.
-        """
+        """Computes the vectors of N texts, ``[N, F]``; ``cut``: whether to shorten texts that are too long."""
         self._check_open()
         ids = [self.token_ids(text, cut=cut) for text in listed("texts", texts)]
         parts = [self._embed(ids[at : at + batch_size]) for at in starts(len(ids), batch_size)]

@@ -369,8 +369,7 @@ def cross_attention_mask(attends_to: Sequence[Sequence[int]], images: int, keys:
         keys: E, number of visual tokens in a row with this number of images.
 
     Returns:
-        int64 ``[B, S, E]`` for the S slots of each prompt: 1 where a token attends to a visual token; padded on the
-        left like the prompts.
+        int64 ``[B, S, E]`` for S slots: 1 where a token attends to a visual token; padded on the left like the prompts.
     """
     longest = max(map(len, attends_to))
     owner = np.arange(keys) // (keys // images)  # the image that a key belongs to
@@ -390,8 +389,7 @@ def left_padded(
         dtype: dtype of the returned batch.
 
     Returns:
-        The batch ``[B, S, D]``, where S is the longest S_i; the mask ``[B, S]``, 1 if a slot has a token; and the
-        position of each slot's token, ``[B, S]``.
+        The batch ``[B, S, D]`` (S: the longest S_i); the mask ``[B, S]``, 1 for a token; the positions ``[B, S]``.
     """
     longest = max(len(prompt) for prompt in prompts)
     embeds = np.zeros((len(prompts), longest, prompts[0].shape[1]), dtype)

@@ -189,10 +189,7 @@ def upper_bound(missed: float, frames: float, level: float) -> float:
 
 
 def frames_needed(rate: float) -> int:
-    """Returns how many reused frames without a missed change prove that the rate of missed changes is at most ``rate``.
-
-    The number is that of the first fit; later fits need more frames.
-    """
+    """Returns how many reused frames without a missed change prove in the first fit that ``rate`` is not exceeded."""
     points = 4 * SKIP_STEPS * CAPTION_STEPS - 1  # zero, the quantiles and the means between them
     return math.ceil(LEAST_EFFECT * math.log(_level(1, points)) / math.log1p(-rate))
 

@@ -111,8 +111,7 @@ class InPlaceState:
     def extend(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Appends tokens ``[B, k]`` to each row; returns logits ``[B, k, V]``; see :class:`RowState`.
 
-        If both B and k are larger than 1, the graph runs once for each row: its attention kernel can only do
-        one of both.
+        If both B and k are larger than 1, the graph runs once for each row (a limit of its attention kernel).
         """
         batch, steps = token_ids.shape
         embeds = self._decoder.table.rows(token_ids)
@@ -202,8 +201,7 @@ class InPlaceState:
 
 
 POOLED = 4
-"""Number of unused KV caches that are kept for later batches. They are kept because a captured CUDA graph runs only on
-the buffers with which it was captured."""
+"""Number of unused KV caches that are kept for later batches; a CUDA graph runs only on the KV cache of its capture."""
 
 KEPT_RUNS = 8
 """Number of prepared runs (:class:`_BoundRun`) that are kept for a buffer; each shape of inputs needs its own run."""
