@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from reporting import ROOT, parser_of
 
 from blip2edge.cli import run_script
 from blip2edge.runtime.cuda.kernel import Kernel
+from blip2edge.runtime.decoding.sampling import Draws, StepScores, draw
 
 PREPARED = ROOT / "build" / "gpu-kernels"
 PRECISIONS = ("fp16", "int4")
@@ -161,6 +163,70 @@ def _compared(ours: Any, theirs: Any, steps: int) -> tuple[int, list[float]]:
                 margins.append(float(gap / np.abs(logits[row]).max()))
     greedy.close()
     return equal, margins
+
+
+def kernel_draws(dry: bool) -> dict[str, Any]:
+    """Compares tokens that the kernels draw on the GPU with those that the host draws from the kernels' own logits.
+
+    The random numbers are the same. The host's draw gets the tokens of the GPU as earlier tokens, so that a different
+    token does not change the tokens after it.
+    """
+    from blip2edge.bundle.bundle import Bundle
+    from blip2edge.runtime.cuda.backend import open_decoder
+    from blip2edge.runtime.decoding.decoder import decoder_of, token_table
+
+    found: dict[str, Any] = {}
+    steps, rows = (4, 2) if dry else (30, 8)
+    with prepared(dry, prepare_bundles) as folder:
+        bundle = Bundle.open(folder / PRECISIONS[0])
+        session = open_decoder(bundle, folder / PRECISIONS[0] / "optimized" / "cuda-decoder")
+        decoder, table, random = decoder_of(bundle, session), token_table(bundle), np.random.default_rng(1)
+        prompts = [table.rows(random.integers(4, table.num_rows, length)) for length in random.integers(3, 20, rows)]
+        for name, (temperature, top_k, top_p) in DRAWN.items():
+            rules = [
+                StepScores(np.zeros(0, np.int64), draws=Draws(temperature, top_k, top_p, random.random(steps)))
+                for _ in range(rows)
+            ]
+            found[name] = _drawn(decoder, prompts, rules)
+        session.close()
+    return {"draws": found, "ok": all(one["equal"] >= LEAST_EQUAL * one["of"] for one in found.values())}
+
+
+DRAWN = {"temperature": (0.8, 0, 1.0), "top-k": (1.0, 20, 1.0), "top-p": (0.9, 0, 0.7), "both": (1.2, 50, 0.9)}
+"""Temperature, top-k (0: all tokens) and top-p (1: all tokens) of each comparison."""
+
+
+def _drawn(decoder: Any, prompts: list[Any], rules: list[StepScores]) -> dict[str, int]:
+    """Counts the drawn tokens that are equal, and those that the kernels left to the host."""
+    (first, state), (_, other) = decoder.prefill(prompts), decoder.prefill(prompts)
+    tokens = first.argmax(axis=-1)
+    drawing = state.greedy(tokens, rules)
+    equal = total = left = 0
+    for step in range(len(rules[0].draws.uniforms) if rules[0].draws else 0):
+        logits, chosen = other.step(tokens), next(drawing, None)
+        if chosen is None:
+            left = len(rules)
+            break
+        tokens = chosen[0]
+        for row, rule in enumerate(rules):
+            one = rule.draws
+            stream = np.random.default_rng(0) if one is None else Number(float(one.uniforms[step]))
+            given = (None, None, None) if one is None else (one.temperature, one.top_k, one.top_p)
+            equal += int(draw(logits[row], stream, *given) == tokens[row])
+            total += 1
+    drawing.close()
+    return {"equal": equal, "of": total, "left_to_host": left}
+
+
+@dataclass(frozen=True)
+class Number:
+    """A stream of one random number."""
+
+    value: float
+
+    def random(self) -> float:
+        """Returns the number."""
+        return self.value
 
 
 def kernel_speed(dry: bool) -> dict[str, Any]:

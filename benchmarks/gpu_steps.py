@@ -41,6 +41,7 @@ STEPS = (
     Step("overlap", 2, 60, gpu_onnxruntime.overlap),
     Step("true_size", 2, 240, gpu_onnxruntime.true_size),
     Step("kernel_ids", 3, 120, gpu_kernels.kernel_ids),
+    Step("kernel_draws", 3, 60, gpu_kernels.kernel_draws),
     Step("kernel_speed", 3, 150, gpu_kernels.kernel_speed),
 )
 

@@ -22,13 +22,13 @@ from reporting import ROOT, parser_of
 sys.path.insert(0, str(ROOT))  # the simulated GPU of the tests
 
 from blip2edge.cli import run_script
+from blip2edge.runtime.cuda.decoding.greedy import GreedyRun
+from blip2edge.runtime.cuda.decoding.session import KernelBuffers, KernelSession
 from blip2edge.runtime.cuda.device.driver import DriverDevice, load_driver
 from blip2edge.runtime.cuda.device.interface import KernelDevice
-from blip2edge.runtime.cuda.greedy import GreedyRun
 from blip2edge.runtime.cuda.kernel import Kernel
 from blip2edge.runtime.cuda.layout import DecoderLayout, LayerLayout, Stored, StoredMatrix, StoredNorm
 from blip2edge.runtime.cuda.plan import needed_kernels
-from blip2edge.runtime.cuda.session import KernelBuffers, KernelSession
 from blip2edge.runtime.cuda.speed import step_bytes, step_launches
 from blip2edge.runtime.cuda.token_table import TableFormat, TableOnDevice
 from blip2edge.runtime.cuda.weights import (
@@ -39,13 +39,14 @@ from blip2edge.runtime.cuda.weights import (
     planned_weights,
 )
 from blip2edge.runtime.decoding.kv.in_place import LENGTHS, TOTAL
-from blip2edge.runtime.decoding.sampling import StepScores
+from blip2edge.runtime.decoding.sampling import Draws, StepScores
 
 BITS: tuple[Literal[4, 8, 16], ...] = (16, 8, 4)
 BLOCK = 64
 TABLE = TableFormat("FLOATS", 16, "__half")
 PROMPT, TOKENS = 40, 192  # 32 visual tokens and a short prompt
 PLAIN = [StepScores(np.zeros(0, np.int64), 1.0)]
+DRAWN = StepScores(PLAIN[0].seen, draws=Draws(0.8, 50, 0.9, np.random.default_rng(3).random(2 * TOKENS)))
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,16 @@ OPT_2_7B, TINY = Size(32, 2560, 10240, 32, 50272), Size(2, 64, 128, 4, 300)
 def kernels_of(size: Size) -> list[Kernel]:
     """Returns the kernels of the decoder in every format."""
     found = [kernel for bits in BITS for kernel in needed_kernels(planned_weights(size.layout(bits)), (1, 5))]
-    return list({kernel.name: kernel for kernel in (*found, TABLE.kernel)}.values())
+    return list({kernel.name: kernel for kernel in (*found, *TABLE.kernels)}.values())
 
 
 def measure(cubins: Path, dry: bool) -> dict[str, Any]:
     """Times a decode step in each format, and compares the time with the GPU's measured bandwidth.
 
     The weights are random, and the batch has one row. ``queued``: all steps are launched before the host waits.
-    ``paced``: the host reads each token while the next one is computed, as `caption` does. With the first format, the
-    time from the start of the process to the first token is measured too, without the reading of weights.
+    ``paced``: the host reads each token while the next one is computed, as `caption` does. ``drawn``: as ``queued``,
+    with top-k 50 and top-p 0.9. With the first format, the time from the start of the process to the first token is
+    measured too, without the reading of weights.
 
     Args:
         cubins: Folder with the compiled kernels.
@@ -152,7 +154,7 @@ def timed(device: DriverDevice, size: Size, bits: Literal[4, 8, 16], rate: float
     buffers.resize((1, layout.kv_heads, capacity, layout.head_dim), 0)
     first_prefill = _prefill(buffers, layout)
     run = GreedyRun(session, table, 1)
-    run.begin(PLAIN)
+    run.begin(PLAIN, np.array([PROMPT]))
     random = np.random.default_rng(1)
     embeds = random.normal(0, 0.1, (1, 1, layout.width)).astype(np.float32)
     run.put(embeds, np.array([PROMPT]), buffers.addresses(0), capacity)
@@ -172,6 +174,15 @@ def timed(device: DriverDevice, size: Size, bits: Literal[4, 8, 16], rate: float
         waiting.pop(0)()
     waiting.pop()()
     paced = (time.perf_counter() - start) / tokens
+    run.begin([DRAWN], np.array([PROMPT]))  # tokens are drawn: top-k and top-p on the GPU
+    run.put(embeds, np.array([PROMPT]), buffers.addresses(0), capacity)
+    for _ in range(3):
+        run.step()()
+    start = time.perf_counter()
+    waiting = [run.step() for _ in range(tokens)]
+    for wait in waiting:
+        wait()
+    drawn = (time.perf_counter() - start) / tokens
     prefill = min(_prefill(buffers, layout) for _ in range(3))
     needed = step_bytes(layout, PROMPT + tokens)
     session.close()
@@ -180,6 +191,7 @@ def timed(device: DriverDevice, size: Size, bits: Literal[4, 8, 16], rate: float
         "launches": step_launches(len(layout.layers)),
         "queued_ms": queued * 1e3,
         "paced_ms": paced * 1e3,
+        "drawn_ms": drawn * 1e3,
         "share_of_bandwidth": needed / queued / rate,
         "paced_share_of_bandwidth": needed / paced / rate,
         "first_prefill_ms": first_prefill * 1e3,

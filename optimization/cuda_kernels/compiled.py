@@ -61,10 +61,8 @@ def compiled_decoder(task: CopyTask, name: str) -> tuple[OptimizedGraph, dict[st
         raise BundleError(f"{bundle.path} describes no KV cache in its bundle.json", "export the checkpoint again")
     graph = load_graph(bundle.file(bundle.graph(name).spec.file))
     layout = layout_of_graph(graph, bundle.manifest.cache, bundle.manifest.max_positions)
-    kernels = [
-        *needed_kernels(planned_weights(layout)),
-        table_format(SafetensorsFile(bundle.file(EMBEDDINGS_FILE)), EMBEDDINGS_TENSOR).kernel,
-    ]
+    table = table_format(SafetensorsFile(bundle.file(EMBEDDINGS_FILE)), EMBEDDINGS_TENSOR)
+    kernels = [*needed_kernels(planned_weights(layout)), *table.kernels]
     targets = supported_targets()
     names = write_layout(layout, task.target)
     for done, capability in enumerate(targets):

@@ -24,6 +24,12 @@ CHANNELS = 8
 BEST_BYTES = 16
 """Bytes of the structure ``Best`` in ``choose.cuh``."""
 
+LISTED = 1024
+"""The most tokens that ``sample.cuh`` sorts for top-k and top-p."""
+
+CANDIDATES_BYTES = 16 * LISTED + 8 * THREADS + 8 * WARPS + 24
+"""Bytes of the structure ``Candidates`` in ``sample.cuh``."""
+
 
 class NormArguments(ctypes.Structure):
     """The C++ structure ``NormArguments`` of ``norm.cuh``."""
@@ -57,6 +63,16 @@ class ChooseArguments(ctypes.Structure):
         *pointers("logits", "seen", "penalty", "held", "held_steps", "before", "tokens", "logprobs"),
         *pointers("table", "scales", "positions", "x", "parts", "arrived"),
         *integers("vocabulary", "width", "block", "offset", "longest"),
+    ]
+
+
+class SampleArguments(ctypes.Structure):
+    """The C++ structure ``SampleArguments`` of ``sample.cuh``."""
+
+    _fields_ = [
+        ("choose", ChooseArguments),
+        *pointers("temperature", "top_k", "limit", "uniform", "scores", "maxima", "masses"),
+        *integers("slots"),
     ]
 
 
@@ -134,3 +150,13 @@ def choose_kernel(table: str, bits: int, value: str) -> Kernel:
         value: C++ type of the table's floats or scales.
     """
     return Kernel("choose.cuh", "choose", (table, str(bits), value), ChooseArguments, BEST_BYTES * WARPS)
+
+
+def score_kernel() -> Kernel:
+    """Returns the kernel that makes the scores from which :func:`sample_kernel` draws."""
+    return Kernel("sample.cuh", "score_tokens", ("float",), SampleArguments, BEST_BYTES * WARPS)
+
+
+def sample_kernel(table: str, bits: int, value: str) -> Kernel:
+    """Returns the kernel that draws the next token; its arguments are those of :func:`choose_kernel`."""
+    return Kernel("sample.cuh", "sample", (table, str(bits), value), SampleArguments, CANDIDATES_BYTES)

@@ -11,7 +11,7 @@ from blip2edge.bundle.token_table import COLUMNS, ROWS, SCALE
 from blip2edge.errors import BundleError, option
 from blip2edge.runtime.cuda.device.interface import KernelDevice
 from blip2edge.runtime.cuda.kernel import Kernel
-from blip2edge.runtime.cuda.steps import choose_kernel
+from blip2edge.runtime.cuda.steps import choose_kernel, sample_kernel, score_kernel
 
 FORMS = {ROWS: "ROWS_OF_INTEGERS", COLUMNS: "COLUMNS_OF_INTEGERS"}
 FLOATS = {"F32": ("float", 32), "F16": ("__half", 16)}
@@ -37,6 +37,16 @@ class TableFormat:
     def kernel(self) -> Kernel:
         """Returns the kernel that chooses a token and copies its embedding from a table of this format."""
         return choose_kernel(self.form, self.bits, self.value)
+
+    @property
+    def drawing_kernel(self) -> Kernel:
+        """Returns the kernel that draws a token at random and copies its embedding from a table of this format."""
+        return sample_kernel(self.form, self.bits, self.value)
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Returns all kernels that choose tokens."""
+        return self.kernel, score_kernel(), self.drawing_kernel
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +18,11 @@ from blip2edge.runtime.decoding.generated import Generated, Likeliest
 from blip2edge.runtime.decoding.logits_processors import LogitsProcessors
 from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.decoding.sampling import (
+    Draws,
+    RowStream,
     StepScores,
     broken_logits,
     draw,
-    row_stream,
     sampling_filters,
     top_k_indices,
 )
@@ -93,7 +95,9 @@ class Generation:
         self.generated: list[int] = []
         self.finish_reason: str | None = None
         self._stopped = stopped
-        self._random = row_stream(options.seed, number) if options.sampling else None
+        self._random = RowStream(options.seed, number) if options.sampling else None
+        self._left_to_host = False
+        self._vocabulary = vocabulary
         self._processors = LogitsProcessors([*prompt_ids, *initial], options, vocabulary) if options.processed else None
         self._filters = sampling_filters(options) if options.sampling else []
 
@@ -141,16 +145,40 @@ class Generation:
         options, scores = self.options, np.asarray(scores, np.float32)
         return draw(scores, self._random, options.temperature, options.top_k, options.top_p, self._filters)
 
-    @property
-    def is_chosen_on_device(self) -> bool:
-        """Returns whether the GPU can choose the next token itself (:class:`GreedyState`), without the host."""
-        plain = self._random is None and self.speculator is None and not self.options.top_logprobs
-        return plain and (self._processors is None or self._processors.fit_device(len(self.generated)))
+    def is_chosen_on_device(self, state: GreedyState) -> bool:
+        """Returns whether the GPU can choose the next token itself, without the host."""
+        plain = self.speculator is None and not self.options.top_logprobs and not self._left_to_host
+        chooses = self._random is None or (state.draws and not self._filters)
+        fit = self._processors is None or self._processors.fit_device(len(self.generated))
+        return plain and chooses and fit
+
+    def leave_to_host(self) -> None:
+        """Has all further tokens chosen by the host, because the GPU could not choose one."""
+        self._left_to_host = True
 
     def step_scores(self) -> StepScores:
-        """Describes how the GPU (:class:`GreedyState`) must change the logits of the next steps."""
+        """Describes how the GPU (:class:`GreedyState`) must choose the tokens of the next steps."""
         nothing = StepScores(np.zeros(0, np.int64))
-        return nothing if self._processors is None else self._processors.step_scores(self.generated)
+        scores = nothing if self._processors is None else self._processors.step_scores(self.generated)
+        if self._random is None:
+            return scores
+        options = self.options
+        top_k = options.top_k or 0
+        draws = Draws(
+            1.0 if options.temperature is None else options.temperature,
+            top_k if top_k < self._vocabulary else 0,
+            1.0 if options.top_p is None else options.top_p,
+            self._random.ahead(self.remaining),
+        )
+        return replace(scores, draws=draws)
+
+    def take(self, token: int, logprob: float) -> int:
+        """Records a token that the GPU has chosen; returns the token."""
+        self.passes += 1
+        self.token_logprobs.append(max(LOWEST, logprob))
+        if self._random is not None:
+            self._random.random()  # the number with which the GPU drew
+        return token
 
     def accept(self, token: int) -> None:
         """Appends a token to the text; sets ``finish_reason`` if the token finishes the text."""
@@ -214,18 +242,25 @@ class GenerationBatch:
 
     def _chosen(self, state: DecodeState) -> list[int]:
         """Chooses the next token of each row."""
-        on_device = isinstance(state, GreedyState) and state.gives_logprobs
-        on_device = on_device and all(row.is_chosen_on_device for row in self.rows)
-        if self._last is None or not on_device or not isinstance(state, GreedyState):
-            logits = self._advanced(state)
-            return [row.choose(scores) for row, scores in zip(self.rows, logits, strict=True)]
+        step = self._chosen_on_device(state)
+        if step is not None:
+            return [row.take(int(token), float(given)) for row, token, given in zip(self.rows, *step, strict=True)]
+        logits = self._advanced(state)
+        return [row.choose(scores) for row, scores in zip(self.rows, logits, strict=True)]
+
+    def _chosen_on_device(self, state: DecodeState) -> GreedyStep | None:
+        """Returns the tokens that the GPU chose, with their log-probabilities; None if the host must choose."""
+        if self._last is None or not isinstance(state, GreedyState) or not state.gives_logprobs:
+            return None
+        if not all(row.is_chosen_on_device(state) for row in self.rows):
+            return None
         if self._greedy is None:
             self._greedy = state.greedy(self._last, [row.step_scores() for row in self.rows])
-        tokens, logprobs = next(self._greedy)
-        for row, logprob in zip(self.rows, logprobs, strict=True):
-            row.passes += 1
-            row.token_logprobs.append(max(LOWEST, float(logprob)))
-        return [int(token) for token in tokens]
+        step = next(self._greedy, None)
+        if step is None:
+            for row in self.rows:
+                row.leave_to_host()
+        return step
 
     def _halt(self) -> None:
         """Ends greedy decoding on the GPU; afterwards the KV cache has all tokens except each row's last token."""

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +56,23 @@ def top_k_indices(values: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     return candidates[order].astype(np.int64, copy=False)
 
 
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """Describes how a GPU must draw the tokens of one row in the next steps, see `draw`.
+
+    Attributes:
+        temperature: Divides the scores.
+        top_k: Number of the likeliest tokens to keep; 0 for all.
+        top_p: Sum of the probabilities of the tokens to keep; 1 for all.
+        uniforms: float64 [N], the random numbers of the next N tokens, one for each.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    uniforms: NDArray[np.float64]
+
+
 @dataclass(frozen=True)
 class StepScores:
     """Describes how a GPU must change the logits of one row in the next steps, in which the GPU chooses the tokens.
@@ -62,12 +82,14 @@ class StepScores:
         penalty: The repetition penalty; 1 changes nothing.
         held: Token ids, int64, that must not be chosen during `held_steps`, such as end tokens.
         held_steps: Number of steps, from the next one on, in which the ids in `held` must not be chosen.
+        draws: How the token is drawn at random; None for the likeliest token.
     """
 
     seen: NDArray[np.int64]
     penalty: float = 1.0
     held: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     held_steps: int = 0
+    draws: Draws | None = None
 
 
 def penalize_repetition(scores: NDArray[np.float32], seen: NDArray[np.int64], penalty: float) -> None:
@@ -146,9 +168,38 @@ def _nucleus(scores: NDArray[np.float32], top_p: float) -> NDArray[np.int64]:
         size = min(size * 16, len(scores))
 
 
+class Uniforms(Protocol):
+    """A source of random numbers from 0 to 1, such as a :class:`RowStream` or a NumPy ``Generator``."""
+
+    def random(self) -> float:
+        """Returns the next number."""
+
+
+class RowStream:
+    """The random numbers of one row, from 0 to 1, which can also be read ahead.
+
+    Args:
+        seed: The seed of all rows; None for other numbers at each call.
+        number: Number of the row.
+    """
+
+    def __init__(self, seed: int | None, number: int) -> None:
+        self._generator = np.random.default_rng([secrets.randbits(128) if seed is None else int(seed), number])
+        self._ahead: deque[float] = deque()
+
+    def random(self) -> float:
+        """Returns the next number."""
+        return self._ahead.popleft() if self._ahead else float(self._generator.random())
+
+    def ahead(self, count: int) -> NDArray[np.float64]:
+        """Returns the next ``count`` numbers, which :meth:`random` still returns afterwards."""
+        self._ahead.extend(self._generator.random(max(0, count - len(self._ahead))).tolist())
+        return np.array(list(islice(self._ahead, count)))
+
+
 def draw(
     scores: NDArray[np.float32],
-    rng: np.random.Generator,
+    rng: Uniforms,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -199,14 +250,6 @@ def broken_logits() -> BackendError:
         "the decoder's logits are NaN or infinity; in fp16 this happens when values overflow",
         f"export with {option('precision')} fp32, or choose another {option('backend')}",
     )
-
-
-def row_stream(seed: int | None, number: int) -> np.random.Generator:
-    """Returns the random number generator of row `number`. Its seed is made from `seed` and `number`.
-
-    Without a seed, the generator gives other numbers at each call.
-    """
-    return np.random.default_rng([secrets.randbits(128) if seed is None else int(seed), number])
 
 
 def _probabilities(scores: Scores) -> Scores:

@@ -40,20 +40,25 @@ GreedyStep = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 @runtime_checkable
 class GreedyState(Protocol):
-    """A state in which the GPU chooses the likeliest tokens, so that the next step need not wait for the host."""
+    """A state in which the GPU chooses tokens, the likeliest or drawn ones, so that no step waits for the host."""
 
     @property
     def gives_logprobs(self) -> bool:
         """Returns whether :meth:`greedy` can be used; engines of older versions return no log-probabilities."""
 
-    def greedy(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[GreedyStep, None, None]:
-        """Appends tokens ``[B]``, then yields the likeliest next tokens ``[B]`` step by step, and appends them.
+    @property
+    def draws(self) -> bool:
+        """Returns whether :meth:`greedy` can also draw tokens at random (:attr:`StepScores.draws`)."""
 
-        When the generator is closed, the state contains all tokens except the last token of each row.
+    def greedy(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[GreedyStep, None, None]:
+        """Appends tokens ``[B]``, then yields the next tokens ``[B]`` step by step, and appends them.
+
+        The generator ends if the GPU cannot choose the next token of a row; then the host must choose. When the
+        generator has ended or is closed, the state contains all tokens except the last token of each row.
 
         Args:
             token_ids: The last token of each row.
-            rules: How each row's logits are changed before its token is chosen.
+            rules: How each row's logits are changed before its token is chosen, and how it is chosen.
 
         Raises:
             BackendError: The logits of a row contain NaN.

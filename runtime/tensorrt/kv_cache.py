@@ -174,6 +174,11 @@ class DeviceState(FixedState):
         """Returns whether the step engine outputs log-probabilities; see :class:`GreedyState`."""
         return self.cache.engines.gives_logprobs
 
+    @property
+    def draws(self) -> bool:
+        """Returns False: the engine chooses likeliest tokens only; see :class:`GreedyState`."""
+        return False
+
     def greedy(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[GreedyStep, None, None]:
         """Yields the likeliest next tokens ``[B]`` and their log-probabilities ``[B]`` step by step.
 

@@ -44,9 +44,18 @@ def test_every_step(tmp_path: Path) -> None:
     status, document = dry_run(tmp_path / "gpu.json")
     failed = {name: step for name, step in document["steps"].items() if step["status"] != "ok"}
     assert failed == {}
-    assert len(document["steps"]) == 13
+    assert len(document["steps"]) == 14
     results = {name: step["result"] for name, step in document["steps"].items()}
-    for name in ("cuda_layer", "captured_torch", "runtime", "provider", "cuda_graphs", "kernel_ids", "kernel_speed"):
+    for name in (
+        "cuda_layer",
+        "captured_torch",
+        "runtime",
+        "provider",
+        "cuda_graphs",
+        "kernel_ids",
+        "kernel_draws",
+        "kernel_speed",
+    ):
         assert results[name]["ok"] is True, results[name]
     assert results["true_size"]["times_eager"] > 0
     assert status == 0

@@ -77,32 +77,35 @@ __device__ __forceinline__ float table_value(const ChooseArguments& a, long long
     return read_weight<BITS>(a.table, at) * to_float(static_cast<const Value*>(a.scales)[scale]);
 }
 
-// Blocks along the vocabulary and the rows. Shared memory: WARPS * sizeof(Best).
-template <int TABLE, int BITS, typename Value>
-__device__ __forceinline__ void choose(const ChooseArguments& a) {
-    const long long row = blockIdx.y, cuts = gridDim.x, start = row * a.vocabulary;
+// The logit of token i after the repetition penalty; LOWEST if the token is held.
+__device__ __forceinline__ float penalised(const ChooseArguments& a, long long row, long long i, float logit) {
+    const long long at = row * a.vocabulary + i;
     const float penalty = a.penalty[row];
-    const bool holds = a.held_steps[row] > 0;
-    Best best = {minus_infinity(), static_cast<int>(a.vocabulary), LOWEST, 0.0f};
-    for (long long i = blockIdx.x * THREADS + threadIdx.x; i < a.vocabulary; i += cuts * THREADS) {
-        const float logit = a.logits[start + i];
-        float score = logit;
-        if (a.seen[start + i]) score = logit < 0.0f ? logit * penalty : logit / penalty;
-        if (holds && a.held[start + i]) score = LOWEST;
-        best = better(best, {score, static_cast<int>(i), logit == minus_infinity() ? LOWEST : logit, 1.0f});
-    }
-    Best* shared = reinterpret_cast<Best*>(shared_memory);
-    best = best_of_block(best, shared);
-    Best* parts = reinterpret_cast<Best*>(a.parts) + row * cuts;
-    if (threadIdx.x == 0) parts[blockIdx.x] = best;
-    if (!last_to_arrive(a.arrived + row, cuts, reinterpret_cast<unsigned*>(shared))) return;
-    for (long long cut = 0; cut < cuts; ++cut) best = cut == 0 ? parts[0] : better(best, parts[cut]);
-    const bool broken = best.total != best.total;
-    const long long token = broken ? 0 : best.token;
+    if (a.held_steps[row] > 0 && a.held[at]) return LOWEST;
+    if (!a.seen[at]) return logit;
+    return logit < 0.0f ? logit * penalty : logit / penalty;
+}
+
+// Adds token i to the best token and the softmax sum.
+__device__ __forceinline__ Best with_token(const Best& best, long long i, float logit, float score) {
+    return better(best, {score, static_cast<int>(i), logit == minus_infinity() ? LOWEST : logit, 1.0f});
+}
+
+__device__ __forceinline__ Best joined(const Best* parts, long long cuts) {
+    Best best = parts[0];
+    for (long long cut = 1; cut < cuts; ++cut) best = better(best, parts[cut]);
+    return best;
+}
+
+// Reports a row's token to the host, as `shown`, and prepares the next step. Called by all threads of a block.
+template <int TABLE, int BITS, typename Value>
+__device__ __forceinline__ void take(const ChooseArguments& a, long long row, const Best& best, long long token,
+                                     int shown) {
+    const long long at = row * a.vocabulary + token;
     if (threadIdx.x == 0) {
-        a.tokens[row] = broken ? -1 : best.token;
-        a.logprobs[row] = a.logits[start + token] - best.largest - logf(best.total);
-        a.seen[start + token] = 1;
+        a.tokens[row] = shown;
+        a.logprobs[row] = a.logits[at] - best.largest - logf(best.total);
+        a.seen[at] = 1;
         a.held_steps[row] -= 1;
         a.before[row] += 1;
     }
@@ -113,4 +116,23 @@ __device__ __forceinline__ void choose(const ChooseArguments& a) {
         const float value = table_value<TABLE, BITS, Value>(a, token, i);
         a.x[row * a.width + i] = a.positions == nullptr ? value : value + a.positions[position * a.width + i];
     }
+}
+
+// Blocks along the vocabulary and the rows. Shared memory: WARPS * sizeof(Best).
+template <int TABLE, int BITS, typename Value>
+__device__ __forceinline__ void choose(const ChooseArguments& a) {
+    const long long row = blockIdx.y, cuts = gridDim.x;
+    Best best = {minus_infinity(), static_cast<int>(a.vocabulary), LOWEST, 0.0f};
+    for (long long i = blockIdx.x * THREADS + threadIdx.x; i < a.vocabulary; i += cuts * THREADS) {
+        const float logit = a.logits[row * a.vocabulary + i];
+        best = with_token(best, i, logit, penalised(a, row, i, logit));
+    }
+    Best* shared = reinterpret_cast<Best*>(shared_memory);
+    best = best_of_block(best, shared);
+    Best* parts = reinterpret_cast<Best*>(a.parts) + row * cuts;
+    if (threadIdx.x == 0) parts[blockIdx.x] = best;
+    if (!last_to_arrive(a.arrived + row, cuts, reinterpret_cast<unsigned*>(shared))) return;
+    best = joined(parts, cuts);
+    const bool broken = best.total != best.total;
+    take<TABLE, BITS, Value>(a, row, best, broken ? 0 : best.token, broken ? -1 : best.token);
 }

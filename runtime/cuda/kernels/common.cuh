@@ -22,9 +22,12 @@ __device__ __forceinline__ float to_float(__half value) { return __half2float(va
 __device__ __forceinline__ void store(float* place, float value) { *place = value; }
 __device__ __forceinline__ void store(__half* place, float value) { *place = __float2half(value); }
 
+// Whether this thread does what one thread of the block does.
+__device__ __forceinline__ bool one_thread() { return threadIdx.x == 0; }
+
 // The sum of `value` over the lanes whose numbers differ from the own in bits from FIRST to WIDTH / 2, in a fixed order.
-template <int WIDTH, int FIRST = 1>
-__device__ __forceinline__ float warp_sum(float value) {
+template <int WIDTH, int FIRST = 1, typename Number>
+__device__ __forceinline__ Number warp_sum(Number value) {
 #pragma unroll
     for (int step = WIDTH / 2; step >= FIRST; step /= 2) value += __shfl_xor_sync(ALL_LANES, value, step);
     return value;
@@ -37,13 +40,14 @@ __device__ __forceinline__ float warp_max(float value) {
     return value;
 }
 
-// The sum of `value` over all threads of the block; `scratch` holds WARPS floats of shared memory.
-__device__ __forceinline__ float block_sum(float value, float* scratch) {
+// The sum of `value` over all threads of the block; `scratch` holds WARPS numbers of shared memory.
+template <typename Number>
+__device__ __forceinline__ Number block_sum(Number value, Number* scratch) {
     value = warp_sum<WARP>(value);
     __syncthreads();  // an earlier sum may still be read
     if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = value;
     __syncthreads();
-    float total = 0.0f;
+    Number total = 0;
 #pragma unroll
     for (int warp = 0; warp < WARPS; ++warp) total += scratch[warp];
     return total;

@@ -23,17 +23,18 @@ from pathlib import Path
 from types import ModuleType
 
 from blip2edge.runtime.cuda.kernel import KERNELS
-from tests.runtime.cuda import test_attention, test_products, test_steps
+from tests.runtime.cuda import test_attention, test_products, test_sampling, test_steps
 from tests.runtime.cuda.shimmed import Shim
 
 SUITES: dict[str, tuple[ModuleType, ...]] = {
     "gemv.cuh": (test_products,),
     "gemm.cuh": (test_products,),
     "weights.cuh": (test_products, test_steps),
-    "common.cuh": (test_products, test_steps, test_attention),
+    "common.cuh": (test_products, test_steps, test_attention, test_sampling),
     "norm.cuh": (test_steps,),
     "embed.cuh": (test_steps,),
-    "choose.cuh": (test_steps,),
+    "choose.cuh": (test_steps, test_sampling),
+    "sample.cuh": (test_sampling,),
     "move.cuh": (test_steps,),
     "attention.cuh": (test_attention,),
 }
@@ -88,6 +89,15 @@ SAME: tuple[tuple[str, str], ...] = (
     (r"\[FRAGMENTS\]\[5\]|(inputs|gates|weights)\[5\]", "one more value, which is not used"),
     (r"steps \+ a\.splits \+ 1\) / a\.splits", "longer parts cover K too"),
     (r"GEMM_DEPTH - 1\) \* GEMM_DEPTH, own", "the first part of K is all of it"),
+    (r"return threadIdx\.x (== 1|!= 0)", "one thread writes, whichever; or all write the same"),
+    (r"lane (== 1|!= 0)\) a\.maxima", "all lanes have the largest score of the warp"),
+    (r"most (>|<) (LEAST_)?NUCLEUS|NUCLEUS \|\| most|NUCLEUS = \d", "another number of tokens is sorted"),
+    (r"(i <= (LISTED|size)|at <= LISTED|pair <= size / 2)\b", "what lies behind is not read, or is written later"),
+    (r"group <= groups", "a group behind the last one has no ids"),
+    (r"size <= (kept|count)", "more padding is sorted"),
+    (r"block <= gridDim\.x; \+\+block\) \{", "a block behind the last one is reached by no number"),
+    (r"entry >> 32\) : 1;", "padding, which is below every entry"),
+    (r"ordered\(values\[i\]\) > \(bound", "a lower bound: more tokens are sorted"),
     (r"BITS == 17", "fp16 has no scales, and their address is not read"),
 )
 """Changes that change no result, with the reason; they are not counted."""

@@ -34,7 +34,7 @@ from blip2edge.runtime.cuda.compilation import compiler
 from blip2edge.runtime.cuda.compilation.compiler import TARGETS
 from blip2edge.runtime.cuda.compilation.cubin import Usage
 from blip2edge.runtime.cuda.copy_files import LAYOUT, find_cubin, read_layout
-from blip2edge.runtime.cuda.greedy import KernelDecoder
+from blip2edge.runtime.cuda.decoding.greedy import KernelDecoder
 from blip2edge.runtime.cuda.kernel import Kernel
 from tests.drawing import draw_pictures
 from tests.runtime.backends.test_device_arrays import on_the_cpu
@@ -45,7 +45,9 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"max_new_tokens": 10},
     {"max_new_tokens": 6, "num_beams": 3},
     {"max_new_tokens": 8, "repetition_penalty": 1.4, "min_new_tokens": 4},
-    {"max_new_tokens": 4, "temperature": 1.2, "seed": 5},
+    {"max_new_tokens": 5, "temperature": 1.2, "seed": 5},
+    {"max_new_tokens": 6, "top_k": 12, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 5},
+    {"max_new_tokens": 4, "temperature": 0.9, "min_p": 0.05, "seed": 6},
 )
 COMPILED: list[Kernel] = []
 

@@ -22,17 +22,19 @@ from blip2edge.errors import BackendError, BundleError
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.graph_files import load_graph
 from blip2edge.optimization.cuda_kernels.layout import layout_of_graph
-from blip2edge.runtime.cuda import session as sessions
+from blip2edge.runtime.cuda.decoding import session as sessions
+from blip2edge.runtime.cuda.decoding.choice import TokenChoice
+from blip2edge.runtime.cuda.decoding.greedy import AHEAD, KernelDecoder, KernelState
+from blip2edge.runtime.cuda.decoding.session import KernelSession
 from blip2edge.runtime.cuda.device.driver import DriverDevice
 from blip2edge.runtime.cuda.device.interface import KernelDevice
-from blip2edge.runtime.cuda.greedy import AHEAD, KernelDecoder
 from blip2edge.runtime.cuda.kernel import Launch
 from blip2edge.runtime.cuda.plan import RunSizes, needed_kernels, plan_run
-from blip2edge.runtime.cuda.session import KernelSession
 from blip2edge.runtime.cuda.token_table import load_table, table_format
 from blip2edge.runtime.cuda.weights import DecoderWeights, load_weights, planned_weights
 from blip2edge.runtime.decoding.kv import in_place
 from blip2edge.runtime.decoding.kv.growing import GrowingDecoder
+from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.decoding.sampling import StepScores, penalize_repetition
 from blip2edge.runtime.decoding.state import GreedyState
 from tests import drawing
@@ -41,6 +43,7 @@ from tests.runtime.cuda.fake_driver import CUBIN, FakeDriver
 from tests.runtime.cuda.portable import Portable
 from tests.runtime.cuda.shim_device import ShimDevice
 from tests.runtime.cuda.shimmed import FORWARD, RANDOM
+from tests.runtime.decoding.generating import generate
 
 Array = np.ndarray[Any, Any]
 Logits = Callable[[Any], Array]
@@ -102,7 +105,7 @@ class Pair:
         self.layout = layout_of_graph(load_graph(path), manifest.cache, manifest.max_positions)
         table = bundle.file(EMBEDDINGS_FILE)
         kernels = needed_kernels(planned_weights(self.layout), rows)
-        kernels.append(table_format(SafetensorsFile(table), EMBEDDINGS_TENSOR).kernel)
+        kernels += table_format(SafetensorsFile(table), EMBEDDINGS_TENSOR).kernels
         self.shim, self.driver = (
             ShimDevice(multiprocessors, order),
             FakeDriver(kernels, multiprocessors=multiprocessors),
@@ -224,6 +227,78 @@ def test_greedy_tokens_are_chosen_on_the_device(
     assert not pair.shim.fetched
     found, wanted = ours.step(tokens), theirs.step(tokens)  # the state holds all tokens but the last ones
     assert np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+
+
+DRAWN = (
+    GenerationOptions(max_new_tokens=6, temperature=0.9, seed=1),
+    GenerationOptions(max_new_tokens=6, top_k=8, top_p=0.9, repetition_penalty=1.3, seed=2),
+    GenerationOptions(max_new_tokens=6, temperature=0.7, top_p=0.8, min_new_tokens=3, eos_token_ids=(9, 11), seed=3),
+)
+
+
+@pytest.mark.parametrize(("kind", "precision"), [EVERY[0], pytest.param("llama", "int4", marks=SLOW), *EVERY[2:]])
+def test_drawn_tokens_are_those_of_the_portable_graph(
+    pair_of: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, kind: str, precision: str
+) -> None:
+    """For the same seed; the GPU draws with the host's random numbers, so that no logits are read after the prompt."""
+    pair = pair_of(kind, precision, (1, 2, 3, 5))
+    reads: list[Any] = []
+
+    def read(*given: Any) -> Array:
+        reads.append(given[1:])
+        return ShimDevice.read(pair.shim, *given)
+
+    for options in DRAWN:
+        (found, ours), (wanted, theirs) = (one.prefill(pair.prompts((6, 3))) for one in (pair.kernels, pair.graph))
+        with monkeypatch.context() as counted:
+            counted.setattr(pair.shim, "read", read)
+            texts = generate(found, ours, [[5], [7]], options)
+        oracle = generate(wanted, theirs, [[5], [7]], options)
+        assert [one.tokens for one in texts] == [one.tokens for one in oracle], options
+        for one, other in zip(texts, oracle, strict=True):
+            assert np.abs(np.array(one.token_logprobs) - other.token_logprobs).max() < 0.1
+    assert set(reads) == {((2, 2), np.int32)}  # tokens and log-probabilities
+    assert not pair.shim.fetched
+
+
+def test_a_token_that_is_left_to_the_host_is_drawn_there(
+    pair_of: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After slot 8 the GPU has no random numbers: the host goes on, and the cache has all tokens until then."""
+    pair, options = pair_of("opt", "fp32", (1, 2, 3, 5)), DRAWN[1]
+    begin = TokenChoice.begin
+
+    def with_few_numbers(choice: TokenChoice, *given: Any) -> None:
+        monkeypatch.setattr(choice, "_slots", 9)
+        begin(choice, *given)
+
+    monkeypatch.setattr(TokenChoice, "begin", with_few_numbers)
+    (found, ours), (wanted, theirs) = (one.prefill(pair.prompts((6, 3))) for one in (pair.kernels, pair.graph))
+    texts, oracle = (generate(*one, [[5], [7]], options) for one in ((found, ours), (wanted, theirs)))
+    assert [one.tokens for one in texts] == [one.tokens for one in oracle]
+    assert isinstance(ours, KernelState)
+    assert ours.lengths.tolist() == [6 + 5, 3 + 5]
+    assert not pair.shim.fetched
+
+
+def test_the_first_error_of_a_step_is_reported(pair_of: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps that were launched ahead fail as well; all of them are waited for."""
+    pair = pair_of("opt", "fp32", (1, 2, 3, 5))
+    found, ours = pair.kernels.prefill(pair.prompts((4,)))
+    errors: list[str] = []
+
+    def failing(*_: Any) -> Callable[[], Array]:
+        def wait() -> Array:
+            errors.append(f"error {len(errors) + 1}")
+            raise BackendError(errors[-1])
+
+        return wait
+
+    monkeypatch.setattr(pair.shim, "fetch", failing)
+    assert isinstance(ours, GreedyState)
+    with pytest.raises(BackendError, match="error 1"):
+        next(ours.greedy(found.argmax(axis=-1), [StepScores(np.zeros(0, np.int64))]))
+    assert len(errors) == AHEAD
 
 
 def test_the_driver_gives_the_graphs_ids_and_a_later_text_replays(pair_of: Callable[..., Pair]) -> None:

@@ -235,7 +235,7 @@ class DeviceState:
 
     batch_size = 1
 
-    gives_logprobs = True
+    gives_logprobs, draws = True, False
 
     def __init__(self) -> None:
         self.on_host = self.on_device = 0

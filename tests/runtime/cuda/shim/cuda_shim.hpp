@@ -38,6 +38,7 @@ template <class To, class From> To shim_bits(From from) { To to; std::memcpy(&to
 inline __half __ushort_as_half(unsigned short bits) { return shim_bits<__half>(bits); }
 inline unsigned short __half_as_ushort(__half h) { return shim_bits<unsigned short>(h); }
 inline float __uint_as_float(unsigned bits) { return shim_bits<float>(bits); }
+inline unsigned __float_as_uint(float f) { return shim_bits<unsigned>(f); }
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
     const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
     unsigned result = 0;
@@ -228,6 +229,11 @@ inline void mma(float* c, const unsigned* a, const unsigned* b) {
             c[i] += x * shim::part(warp, column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
         }
     }
+}
+inline unsigned atomicAdd(unsigned* place, unsigned value) {
+    const unsigned before = *place;
+    *place = before + value;
+    return before;
 }
 inline unsigned atomicInc(unsigned* place, unsigned largest) {
     const unsigned before = *place;

@@ -1,4 +1,4 @@
-"""Greedy decoding on the GPU: each step chooses a token and copies the token's embedding for the next step.
+"""Decoding on the GPU: each step chooses or draws a token and copies the token's embedding for the next step.
 
 So the kernel launches have the same parameters in every step, and a step is one CUDA graph. No kernel waits for the
 host: a step is launched before the host has read the token of the previous step.
@@ -10,7 +10,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,18 +19,18 @@ from blip2edge.bundle.schema import CacheSpec, GraphSpec
 from blip2edge.bundle.token_table import TokenTable
 from blip2edge.errors import BackendError
 from blip2edge.runtime.backends.base import closed_graph
+from blip2edge.runtime.cuda.decoding.choice import LEFT_TO_HOST, TokenChoice
+from blip2edge.runtime.cuda.decoding.session import KEPT_RUNS, KernelBuffers, KernelSession
 from blip2edge.runtime.cuda.device.interface import Run
-from blip2edge.runtime.cuda.kernel import THREADS, Launch
-from blip2edge.runtime.cuda.plan import FLOAT, INT, CacheAddresses, RunBuffers, RunSizes, new_buffers, plan_run
-from blip2edge.runtime.cuda.session import KEPT_RUNS, KernelBuffers, KernelSession
-from blip2edge.runtime.cuda.steps import BEST_BYTES, ChooseArguments
+from blip2edge.runtime.cuda.kernel import Launch
+from blip2edge.runtime.cuda.plan import CacheAddresses, RunBuffers, RunSizes, new_buffers, plan_run
 from blip2edge.runtime.cuda.token_table import TableOnDevice
-from blip2edge.runtime.cuda.weights import DecoderWeights
 from blip2edge.runtime.decoding.kv.in_place import InPlaceDecoder, InPlaceState
 from blip2edge.runtime.decoding.sampling import StepScores, broken_logits
 from blip2edge.runtime.decoding.state import GreedyStep
 
-LOGITS_OF_A_THREAD = 4
+BROKEN = -1
+"""Token of a row whose logits contain NaN."""
 
 AHEAD = 2
 """Largest number of launched steps whose tokens the host has not read yet: the GPU runs one step while the host reads
@@ -97,8 +96,16 @@ class KernelState(InPlaceState):
         """Returns True: these kernels always output log-probabilities; see :class:`GreedyState`."""
         return True
 
+    @property
+    def draws(self) -> bool:
+        """Returns True: these kernels can also draw tokens at random; see :class:`GreedyState`."""
+        return True
+
     def greedy(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[GreedyStep, None, None]:
-        """Yields the likeliest next tokens ``[B]`` and their log-probabilities ``[B]`` step by step.
+        """Yields the next tokens ``[B]`` and their log-probabilities ``[B]`` step by step, likeliest or drawn ones.
+
+        Ends when the kernels leave a token to the host: more than :data:`blip2edge.runtime.cuda.steps.LISTED` tokens
+        would have to be sorted for top-k or top-p.
 
         While the caller uses a token, the next step already runs on the GPU. The keys and values of that
         step are in slots after the state's lengths; later tokens overwrite them.
@@ -112,17 +119,19 @@ class KernelState(InPlaceState):
         """
         run = self._decoder.take(self.batch_size)
         try:
-            run.begin(rules)
+            run.begin(rules, self.lengths)
             while True:
                 self._make_room(self.batch_size, int(self.lengths.max()) + 1)
                 for tokens, logprobs in self._until_full(token_ids, run):
+                    if tokens.min() == LEFT_TO_HOST:
+                        return
                     token_ids = tokens
                     yield tokens, logprobs
         finally:
             self._decoder.give(run)
 
     def _until_full(self, token_ids: NDArray[np.int64], run: GreedyRun) -> Generator[GreedyStep, None, None]:
-        """Yields tokens until the last slot of the cache is written."""
+        """Yields tokens until the last slot of the cache is written, or a row has the token :data:`LEFT_TO_HOST`."""
         start, capacity = self.lengths.copy(), self._buffers.size[1]
         room = capacity - int(start.max())
         run.put(self._decoder.embed(token_ids[:, None]), start, self._buffers.addresses(0), capacity)
@@ -132,9 +141,10 @@ class KernelState(InPlaceState):
                 while len(launched) < min(AHEAD, room - given + 1):
                     launched.append(run.step())
                 tokens, logprobs = launched.popleft()()
-                if tokens.min() < 0:
+                if (tokens == BROKEN).any():
                     raise broken_logits()
-                self.lengths = start + given
+                if tokens.min() != LEFT_TO_HOST:  # else the host appends the token before once more
+                    self.lengths = start + given
                 yield tokens, logprobs
         except Exception:
             while launched:
@@ -144,23 +154,6 @@ class KernelState(InPlaceState):
         finally:
             while launched:  # the buffers and the cache are free when all steps are done
                 launched.popleft()()
-
-
-@dataclass(frozen=True)
-class _Marks:
-    """Addresses of the buffers for choosing tokens, in the order of ``ChooseArguments``.
-
-    ``tokens`` and ``logprobs`` are neighbours, so that one copy reads both.
-    """
-
-    seen: int
-    penalty: int
-    held: int
-    held_steps: int
-    tokens: int
-    logprobs: int
-    parts: int
-    arrived: int
 
 
 class GreedyRun:
@@ -173,28 +166,13 @@ class GreedyRun:
     """
 
     def __init__(self, session: KernelSession, table: TableOnDevice, rows: int) -> None:
-        self._session, self._device, self._table, self.rows = session, session.device, table, rows
-        layout = session.weights.layout
-        self._cuts = choice_cuts(layout.vocabulary, self._device.multiprocessors)
-        self._longest = layout.max_positions
-        self._addresses: list[int] = []
+        self._session, self._device, self.rows = session, session.device, rows
+        self._longest = session.weights.layout.max_positions
         self._buffers = self._new_buffers()
-        vocabulary = layout.vocabulary
-        sizes = (rows * vocabulary, FLOAT * rows, rows * vocabulary, INT * rows, (INT + FLOAT) * rows)
-        seen, penalty, held, held_steps, tokens = (self._new(size) for size in sizes)
-        parts, arrived = self._new(BEST_BYTES * rows * self._cuts), self._new(INT * rows)
-        self._marks = _Marks(seen, penalty, held, held_steps, tokens, tokens + INT * rows, parts, arrived)
-        self._runs: dict[tuple[int, CacheAddresses], tuple[Launch, Run]] = {}
+        self._choice = TokenChoice(self._device, session.weights, table, rows)
+        self.begin = self._choice.begin
+        self._runs: dict[tuple[int, bool, CacheAddresses], tuple[Launch, Run]] = {}
         self._run: Run | None = None
-
-    def begin(self, rules: Sequence[StepScores]) -> None:
-        """Copies the rules of a new batch to the GPU; each step then keeps them up to date."""
-        vocabulary, device, marks = self._session.weights.layout.vocabulary, self._device, self._marks
-        held = [rule.held if rule.held_steps > 0 else rule.held[:0] for rule in rules]
-        device.write(marks.seen, _marked([rule.seen for rule in rules], vocabulary))
-        device.write(marks.held, _marked(held, vocabulary))
-        device.write(marks.penalty, np.array([rule.penalty for rule in rules], np.float32))
-        device.write(marks.held_steps, np.array([rule.held_steps for rule in rules], np.int32))
 
     def put(self, embeds: Array, before: NDArray[np.int64], cache: CacheAddresses, capacity: int) -> None:
         """Prepares the first step on a KV cache.
@@ -217,12 +195,12 @@ class GreedyRun:
 
         Returns:
             A function that waits for the step, and returns its tokens ``[B]`` and their log-probabilities ``[B]``; a
-            token is -1 if the row's logits contain NaN.
+            token is :data:`BROKEN` if the row's logits contain NaN, :data:`LEFT_TO_HOST` if the host must choose.
         """
         if self._run is None:
             raise closed_graph()
         self._run.start()
-        fetched = self._device.fetch(self._marks.tokens, (2, self.rows), np.int32)
+        fetched = self._device.fetch(self._choice.chosen, (2, self.rows), np.int32)
 
         def read() -> GreedyStep:
             values = fetched()
@@ -235,12 +213,8 @@ class GreedyRun:
         for _, run in self._runs.values():
             run.close()
         self._runs.clear()
-        for address in (*self._addresses, *self._buffers.addresses):
+        for address in (*self._choice.addresses, *self._buffers.addresses):
             self._device.free(address)
-
-    def _new(self, size: int) -> int:
-        self._addresses.append(self._device.allocate(size))
-        return self._addresses[-1]
 
     def _new_buffers(self) -> RunBuffers:
         device, rows = self._device, self.rows
@@ -251,7 +225,7 @@ class GreedyRun:
 
     def _prepared(self, cache: CacheAddresses, capacity: int) -> tuple[Launch, Run]:
         """Returns the launch that makes the first step's input, and the launches of each step."""
-        key = capacity, cache
+        key = capacity, self._choice.draws, cache
         found = self._runs.pop(key, None)
         if capacity > self._longest:  # scratch memory of attention depends on the capacity
             self._longest = capacity
@@ -265,43 +239,6 @@ class GreedyRun:
                 self._runs.pop(next(iter(self._runs)))[1].close()
             weights, sizes = self._session.weights, RunSizes(self.rows, 1, 1, capacity)
             first, *launches = plan_run(weights, sizes, self._buffers, cache, self._device.multiprocessors)
-            launches.append(choice_launch(weights, self._table, self._buffers, self._marks, self.rows, self._cuts))
-            found = first, Run(self._device, launches)
+            found = first, Run(self._device, [*launches, *self._choice.launches(self._buffers)])
         self._runs[key] = found
         return found
-
-
-def choice_cuts(vocabulary: int, multiprocessors: int) -> int:
-    """Returns the number of thread blocks among which a row's vocabulary is divided to choose the row's token."""
-    return max(1, min(-(-vocabulary // (THREADS * LOGITS_OF_A_THREAD)), 2 * multiprocessors))
-
-
-def choice_launch(
-    weights: DecoderWeights, table: TableOnDevice, buffers: RunBuffers, marks: _Marks, rows: int, cuts: int
-) -> Launch:
-    """Makes the launch that chooses the tokens of B rows and copies their embeddings.
-
-    Args:
-        weights: The decoder's weights.
-        table: The token embedding table.
-        buffers: Buffers of the step.
-        marks: Buffers for choosing tokens.
-        rows: B, the number of rows.
-        cuts: Number of thread blocks for each row, from :func:`choice_cuts`.
-    """
-    layout = weights.layout
-    arguments = ChooseArguments(
-        buffers.logits, marks.seen, marks.penalty, marks.held, marks.held_steps, buffers.before,
-        marks.tokens, marks.logprobs, table.address, table.scales, weights.positions, buffers.x,
-        marks.parts, marks.arrived, layout.vocabulary, layout.width, table.format.block, layout.position_offset,
-        layout.positions.shape[0] if layout.positions is not None else 0,
-    )  # fmt: skip
-    return Launch(table.format.kernel, (cuts, rows, 1), arguments)
-
-
-def _marked(ids: Sequence[NDArray[np.int64]], vocabulary: int) -> NDArray[np.uint8]:
-    """Makes an array ``[B, V]``: 1 for the ids of each row, else 0."""
-    marks = np.zeros((len(ids), vocabulary), np.uint8)
-    for row, chosen in zip(marks, ids, strict=True):
-        row[chosen] = 1
-    return marks
