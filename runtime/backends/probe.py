@@ -372,7 +372,7 @@ RECORD_NODES = "session.record_ep_graph_assignment_info"
 
 
 def count_nodes(session: Any) -> dict[str, dict[str, int]]:
-    """Counts a session's nodes by provider and operator; empty if this ONNX Runtime does not report providers."""
+    """Counts a session's nodes by provider and operator; empty if this version does not report providers."""
     if not hasattr(session, "get_provider_graph_assignment_info"):
         return {}
     found: dict[str, dict[str, int]] = {}

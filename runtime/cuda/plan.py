@@ -35,7 +35,7 @@ HALF, FLOAT, INT = 2, 4, 4  # bytes
 
 @dataclass(frozen=True)
 class RunSizes:
-    """Sizes of a run.
+    """Sizes of one run of a decoder.
 
     Attributes:
         rows: B, the number of rows.

@@ -60,7 +60,7 @@ class DeferredImage:
     read: Callable[[], Content]
 
     def content(self) -> Content:
-        """Reads the picture with :attr:`read`; raises ImageError if that raises an error."""
+        """Reads the picture with :attr:`read`; an error of another library becomes an ImageError."""
         try:
             return self.read()
         except Blip2EdgeError:

@@ -218,7 +218,7 @@ def _by_scheduler(
 def _by_ladder(
     ladder: ReuseLadder, prompt: str | None, on_piece: Callable[[str | None], None] | None, image: Any
 ) -> tuple[CaptionResult, Step]:
-    """Captions a frame with a :class:`ReuseLadder`; calls ``on_piece`` with the whole text and with None."""
+    """Captions a frame with a :class:`ReuseLadder`; calls ``on_piece`` with the text, then with None (the end)."""
     result, step = ladder(image, prompt)
     if on_piece is not None:
         on_piece(result.text)

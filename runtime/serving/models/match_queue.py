@@ -1,4 +1,4 @@
-"""A queue of calls on a matcher, which run one after another; the matcher is loaded again when it is broken."""
+"""A queue of retrieval requests, which a matcher serves one by one; a broken matcher is loaded again."""
 
 from __future__ import annotations
 
