@@ -1,4 +1,7 @@
-"""Lists the steps of ``gpu.py``. ``python benchmarks/gpu_steps.py STEP`` runs one of them and prints its result."""
+"""Lists the steps of ``gpu.py``. Called with the name of a step, this script runs the step and prints its result.
+
+    python benchmarks/gpu_steps.py machine
+"""
 
 from __future__ import annotations
 
