@@ -11,7 +11,7 @@ import pytest
 
 from blip2edge.bundle.outputs.files import check_file
 from blip2edge.bundle.outputs.locks import BusyError, locked
-from blip2edge.bundle.outputs.publishing import check_output
+from blip2edge.bundle.outputs.publishing import check_output, check_target
 from blip2edge.cli import main
 from blip2edge.errors import OutputError, UsageError
 
@@ -74,8 +74,6 @@ def test_force_is_offered_only_where_it_helps(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A user who follows the hint must not get another refusal."""
-    if words[0] == "train" and name != "file.parquet":
-        pytest.skip("training replaces any directory")
     monkeypatch.chdir(tmp_path)
     for folder in ("other", "pictures"):
         (tmp_path / folder).mkdir()
@@ -87,6 +85,22 @@ def test_force_is_offered_only_where_it_helps(
         assert "or replace it with --force" not in error
         assert "give another output" in error
     assert (tmp_path / "file.parquet").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("words", [COMMANDS[name] for name in ("train", "capfilt")])
+def test_a_bundle_is_replaced_only_by_a_bundle(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A calibrated bundle has a report.json too, the file by which capfilt knows its outputs."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deployed").mkdir()
+    for name in ("bundle.json", "report.json", "training.json", "_bulk.json"):
+        (tmp_path / "deployed" / name).write_text("{}")
+    assert main([*words, "-o", "deployed", "--force"]) == 1
+    assert "this one is a bundle, so --force does not replace it" in capsys.readouterr().err
+    assert len(list((tmp_path / "deployed").iterdir())) == 4
+    with pytest.raises(OutputError, match="this one is a bundle"):
+        check_target(tmp_path / "deployed", force=True, marker="_bulk.json")  # of bulk
 
 
 def test_an_output_does_not_replace_what_it_is_made_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,6 +35,7 @@ from blip2edge.training.phase_config import (
 )
 
 __all__ = [
+    "RECORD_FILE",
     "VALIDATION_METRICS",
     "BlockSizes",
     "InstructPhase",
@@ -55,6 +56,9 @@ __all__ = [
 ]
 
 _MOST_SEED = up_to(1 << 48)  # torch takes 64 bits, and each phase and process makes its own seed from it
+RECORD_FILE = "training.json"
+"""Record of a training, in its checkpoint. `train --force` replaces only a directory that contains this file."""
+
 _BRIDGES = ("qformer", "projection", "mlp", "perceiver", "pool", "flamingo")
 
 
@@ -207,7 +211,13 @@ def load_config(path: str | Path) -> TrainingConfig:
     """
     text = read_text(Path(path), ConfigError)
     with in_recipe(path):
-        return parse_config(text, is_json=Path(path).suffix == ".json")
+        config = parse_config(text, is_json=Path(path).suffix == ".json")
+        if not config.written:
+            raise ConfigError(
+                "the recipe is empty, so it would train the miniature with default values",
+                "name the trained parts in [model], or write at least the section of a phase, such as [stage2]",
+            )
+    return config
 
 
 @contextmanager

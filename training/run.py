@@ -26,7 +26,7 @@ from blip2edge.bundle.outputs.names import with_own_name
 from blip2edge.bundle.outputs.publishing import check_not_source, check_target, publish
 from blip2edge.errors import ConfigError, OutputError, option
 from blip2edge.progress import ProgressCallback
-from blip2edge.training.config import TrainingConfig, config_hash, in_recipe, load_config
+from blip2edge.training.config import RECORD_FILE, TrainingConfig, config_hash, in_recipe, load_config
 from blip2edge.training.evaluation.models import ModelOptions
 from blip2edge.training.evaluation.open_model import open_captioner
 from blip2edge.training.evaluation.scene_scores import evaluate_scenes
@@ -40,7 +40,6 @@ from blip2edge.training.phases.registry import PHASES, phases_of
 from blip2edge.training.setup.build import write_stage1
 from blip2edge.training.setup.planning import plan_training
 
-RECORD_FILE = "training.json"  # in the checkpoint: the record of the training
 _RUN_SUFFIX = ".run"  # added to the output's name: the directory of log and snapshots during the run
 _AUTOCAST = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -77,7 +76,7 @@ def train(
         out_dir: The checkpoint directory to make.
         resume: Whether to resume from the last snapshot even if the recipe has changed. If the recipe is unchanged,
             the run always resumes.
-        force: Whether to replace `out_dir` if it exists, and to ignore snapshots.
+        force: Whether to replace `out_dir` if it exists and was written by `train`, and to ignore snapshots.
         log: Called with status lines.
         progress: Called with (phase, steps done, number of all steps).
         evaluation_scenes: Number of held-out scenes on which a model trained on scenes is scored; 0: no scoring.
@@ -97,7 +96,7 @@ def train(
         phases_of(stage, config)  # refuses a stage without steps
         check_trackers(config.loop.tracker_names)
     check_not_source(target, Path(config_path))
-    check_target(target, force, None)
+    check_target(target, force, RECORD_FILE)
     check_launcher()
     torch.set_num_threads(config.threads)
     with in_recipe(config_path):
@@ -106,7 +105,7 @@ def train(
             check_sharding(accelerator)
     first = accelerator.is_main_process
     with locked(target) if first else contextlib.nullcontext(target) as part:
-        check_target(target, force, None)
+        check_target(target, force, RECORD_FILE)
         options = _Options(config_path, target, part, resume, force, evaluation_scenes)
         return _train(stage, config, accelerator, options, log, progress)
 
@@ -344,6 +343,6 @@ def _publish(run: TrainingRun, options: _Options, record: dict[str, Any]) -> Non
                 f"{target} appeared while the run was training",
                 f"move {target} away and run the command again: the run resumes from its last snapshot",
             )
-        publish(fresh, target, replace=options.force)
+        publish(fresh, target, replace=options.force, marker=RECORD_FILE)
     except (OSError, SafetensorError) as error:
         raise output_error(target, error, "give a directory on a disk with free space") from error

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "DIR",
         "directory of the new checkpoint (default: runs/NAME for NAME.toml)",
         required=False,
-        force="replace {} if it exists, and start from the beginning",
+        force="replace {} if it exists and train wrote it, and start from the beginning",
     )
     parser.add_argument(
         "--resume",
@@ -48,10 +48,10 @@ def run(options: argparse.Namespace) -> int:
     from blip2edge.bundle.outputs.publishing import check_output
 
     output = options.output or Path("runs") / options.config.stem
-    check_output(output, options.force, None, options.config)
-    from blip2edge.training.config import in_recipe, load_config
+    from blip2edge.training.config import RECORD_FILE, in_recipe, load_config
     from blip2edge.training.inputs import check_recipe_files
 
+    check_output(output, options.force, RECORD_FILE, options.config)
     # A wrong recipe and missing files are refused before torch is imported, which takes seconds.
     config = load_config(options.config)
     with in_recipe(options.config):

@@ -104,16 +104,45 @@ def test_the_checkpoint_captions_with_its_draft_beside_it(trained: tuple[Path, A
     assert len(open_captioner(out, ModelOptions(batch_size=2))(pictures)) == 3
 
 
-def test_a_directory_that_exists_is_kept_unless_forced(path: Path, tmp_path: Path) -> None:
+def test_a_directory_that_exists_is_kept_unless_train_wrote_it_and_is_forced(path: Path, tmp_path: Path) -> None:
     out = tmp_path / "taken"
     out.mkdir()
     (out / "note").write_text("mine")
-    with pytest.raises(OutputError, match="taken exists"):
-        train("stage2", path, out)
+    for force in (False, True):
+        with pytest.raises(OutputError, match=r"taken exists; .* files but no training\.json"):
+            train("stage2", path, out, force=force)
     assert (out / "note").read_text() == "mine"
+    (out / "training.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"taken exists; .*force=True"):
+        train("stage2", path, out)
     train("stage2", path, out, force=True, evaluation_scenes=0)
     assert not (out / "note").exists()
     assert (out / "config.json").is_file()
+
+
+def test_force_keeps_a_directory_of_the_runs_name_that_no_run_wrote(path: Path, tmp_path: Path) -> None:
+    """Log and snapshots are in OUT.run, and a run with force begins by removing them."""
+    mine = tmp_path / "out.run"
+    mine.mkdir()
+    (mine / "note").write_text("mine")
+    with pytest.raises(OutputError, match=r"out\.run contains files, but no log\.jsonl of a run"):
+        train("stage2", path, tmp_path / "out", force=True)
+    assert (mine / "note").read_text() == "mine"
+
+
+def test_an_empty_recipe_is_refused_and_the_miniature_is_named(path: Path, tmp_path: Path) -> None:
+    for name, text in (("empty.toml", "# nothing"), ("empty.json", "{}")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ConfigError, match=rf"{name}: the recipe is empty, .* name the trained parts in \[model\]"):
+            train("stage2", tmp_path / name, tmp_path / "out")
+    lines: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        train("stage2", path, tmp_path / "out", log=lines.append, progress=_interrupt)
+    assert lines[0].startswith("[model] names no trained parts: the miniature is trained from scratch")
+
+
+def _interrupt(stage: str, done: int, total: int) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_loss_that_is_not_finite_names_the_samples_and_keeps_the_snapshot(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from torch import Tensor
 from blip2edge.bundle.outputs.disk_errors import output_error
 from blip2edge.errors import DataError, OutputError, option
 from blip2edge.reading import read_json, reading
+from blip2edge.training.loop.journal import LOG
+from blip2edge.training.loop.trackers import IDENTITY
 
 _TENSORS, FACTS = "state.safetensors", "state.json"
 _PREFIX = "step-"  # of a complete snapshot; an incomplete one begins with a dot
@@ -109,7 +111,18 @@ class Snapshots:
             shutil.rmtree(path, ignore_errors=True)
 
     def clear(self) -> None:
-        """Removes all snapshots, and the log in the same directory."""
+        """Removes all snapshots, and the log in the same directory.
+
+        Raises:
+            OutputError: The directory contains files, and no run has written it.
+        """
+        known = (LOG, IDENTITY, f"{_PREFIX}*", f".{_PREFIX}*")
+        found = self.directory.is_dir() and any(self.directory.iterdir())
+        if found and not any(next(self.directory.glob(name), None) for name in known):
+            raise OutputError(
+                f"{self.directory} contains files, but no {LOG} of a run, so it is not removed",
+                "rename it, or give another output directory",
+            )
         for path in self._whole():
             _remove(path)
         shutil.rmtree(self.directory, ignore_errors=True)

@@ -93,6 +93,26 @@ def check_phases(config: TrainingConfig, planned: CaptionerConfig, phases: Seque
             check_stage1_vision(planned.vision)
         if name in ("stage2", "instruct"):
             elastic_draw(planned, getattr(config, name), seed=0)
+    _check_frozen_keys(config, [name for name in phases if name in ("stage1", "stage2", "instruct")])
+
+
+def _check_frozen_keys(config: TrainingConfig, phases: Sequence[str]) -> None:
+    """Raises ConfigError if the recipe has keys for frozen parts, and these phases freeze no such part.
+
+    Stage 1 does not run the language model.
+    """
+    sections = [getattr(config, name) for name in phases]
+    if not all(each.unfreeze_vision for each in sections):
+        return
+    keys = {"encoder_autocast": "the picture encoder is trained"}
+    if all(getattr(each, "unfreeze_language", True) for each in sections):
+        keys["frozen_dtype"] = "no part of the model is frozen"
+    for key, reason in keys.items():
+        if key in config.loop.written:
+            raise ConfigError(
+                f"[loop] {key} has no effect in {' and '.join(phases)}: {reason}",
+                f"leave {key} out, or set unfreeze_vision to false",
+            )
 
 
 def check_stage1_vision(vision: VisionEncoderConfig) -> None:

@@ -209,13 +209,15 @@ def _replaceable(directory: Path, marker: str | None) -> bool:
     """Returns whether ``--force`` may replace ``directory``.
 
     True if the path does not exist, or is a link, an empty directory, or a directory with the file ``marker``. If
-    ``marker`` is None, any directory may be replaced.
+    ``marker`` is None, any directory may be replaced. A bundle is replaced only by a bundle, whatever else is in it.
     """
     if directory.is_symlink() or not directory.exists():
         return True
     if not directory.is_dir():
         return False
-    return marker is None or (directory / marker).is_file() or not any(directory.iterdir())
+    if marker is None or not any(directory.iterdir()):
+        return True
+    return (directory / marker).is_file() and (marker == MANIFEST or not (directory / MANIFEST).is_file())
 
 
 def _exists(target: Path) -> OutputError:
@@ -225,10 +227,11 @@ def _exists(target: Path) -> OutputError:
 
 
 def _not_replaced(target: Path, marker: str | None) -> OutputError:
+    bundle = marker != MANIFEST and (target / MANIFEST).is_file()
+    found = "is a bundle" if bundle else f"contains files but no {marker}"
     return OutputError(
         f"{target} exists",
-        f"give another output directory: this one contains files but no {marker}, so {option('force', on=True)} does "
-        "not replace it",
+        f"give another output directory: this one {found}, so {option('force', on=True)} does not replace it",
     )
 
 

@@ -11,9 +11,13 @@ import pytest
 pytest.importorskip("accelerate", reason="training needs accelerate")
 
 from blip2edge.errors import Blip2EdgeError, ConfigError, DataError
+from blip2edge.model.checkpoint.directory import read_model_config
+from blip2edge.model.config import CaptionerConfig
+from blip2edge.training.config import parse_config
 from blip2edge.training.data.scenes import scenes
 from blip2edge.training.run import train
 from blip2edge.training.setup import build, pretrained
+from blip2edge.training.setup.checks import check_phases
 
 CHECKPOINT = Path(__file__).parents[3] / "examples" / "checkpoint"
 PARTS = f'[model]\nvision_from = "{CHECKPOINT}"\nlanguage_from = "{CHECKPOINT}"\n'
@@ -61,6 +65,11 @@ CASES: dict[str, tuple[str, type[Blip2EdgeError], str]] = {
         ConfigError,
         r"\[\[data\]\] the number of samples is not known for scenes",
     ),
+    "frozen_dtype": (
+        f"{PARTS}{STEPS}unfreeze_vision = true\nunfreeze_language = true\n[loop]\nfrozen_dtype = 'bfloat16'\n",
+        ConfigError,
+        r"\[loop\] frozen_dtype has no effect in stage2: no part of the model is frozen",
+    ),
     "tracker": (f"{PARTS}{STEPS}[loop]\ntrackers = ['nobody']\n", ConfigError, r"\[loop\] trackers: 'nobody'"),
     "path": (FOLDER.replace("photos", "nowhere") + PARTS + STEPS, DataError, r"\[data\] path = 'nowhere'"),
 }
@@ -96,6 +105,23 @@ def test_an_error_comes_before_the_model_is_built(
     with pytest.raises(kind, match=rf"^{re.escape(str(path))}: .*{message}"):
         train("stage2", path, tmp_path / "out", evaluation_scenes=0)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "trained"), [("stage1", ()), ("stage2", ("unfreeze_vision",)), ("stage2", ("unfreeze_language",))]
+)
+def test_frozen_dtype_is_kept_where_a_part_is_frozen(stage: str, trained: tuple[str, ...]) -> None:
+    lines = "".join(f"{key} = true\n" for key in trained)
+    config = parse_config(f"{PARTS}[loop]\nfrozen_dtype = 'bfloat16'\n[stage1]\nsteps = 1\n{STEPS}{lines}")
+    given = read_model_config(CHECKPOINT)
+    assert isinstance(given, CaptionerConfig)
+    check_phases(config, given, [stage])
+    if "unfreeze_vision" in trained:
+        loop = "[loop]\nautocast = 'bfloat16'\nencoder_autocast = false\n"
+        with pytest.raises(
+            ConfigError, match="encoder_autocast has no effect in stage2: the picture encoder is trained"
+        ):
+            check_phases(parse_config(f"{PARTS}{loop}{STEPS}{lines}"), given, [stage])
 
 
 def test_the_recipe_without_an_error_builds_the_model(root: Path, tmp_path: Path) -> None:
