@@ -159,9 +159,8 @@ class ModelPart:
         matrices: Weight matrices of the graph.
         attentions: Matrix multiplications without weights (attention scores and weighted sums).
         vectors: Number of all other parameters: norms, positions, learned queries.
-        operators: Number of operators in the CPU's optimized graph, divided by the number of matrix multiplications
-            with weights; convolutions are not counted. It is :data:`FUSED_OPERATORS` if attention, norms and
-            activations are fused.
+        operators: Operators in the CPU's optimized graph without convolutions, divided by the number of matrix
+            multiplications with weights; :data:`FUSED_OPERATORS` if attention, norms and activations are fused.
         kernels: Whether the backend ``cuda-decoder`` has kernels for this graph.
     """
 
@@ -372,8 +371,7 @@ class ModelShape:
         Args:
             kind: Kind of the bridge.
             bridge: Sizes of the bridge's graph.
-            queries: Number of the bridge's query tokens; 0 if the bridge makes one visual token from each embedding of
-                the vision encoder.
+            queries: Number of the bridge's query tokens; 0 if it makes a visual token from each embedding.
         """
         parts = tuple(bridge if part.name == BRIDGE else part for part in self.parts)
         return replace(
