@@ -153,7 +153,7 @@ class Generation:
         return plain and chooses and fit
 
     def leave_to_host(self) -> None:
-        """Has all further tokens chosen by the host, because the GPU could not choose one."""
+        """Lets the host choose all further tokens of this text, because the GPU could not choose a token."""
         self._left_to_host = True
 
     def step_scores(self) -> StepScores:

@@ -40,7 +40,7 @@ GreedyStep = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 @runtime_checkable
 class GreedyState(Protocol):
-    """A state in which the GPU chooses tokens, the likeliest or drawn ones, so that no step waits for the host."""
+    """A state in which the GPU chooses tokens (the likeliest, or at random), so that no step waits for the host."""
 
     @property
     def gives_logprobs(self) -> bool:

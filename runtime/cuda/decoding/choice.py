@@ -1,7 +1,8 @@
-"""The launches that choose the next tokens of B rows on the GPU, the likeliest or drawn ones, with their buffers.
+"""Makes the launches and buffers with which the GPU chooses the next tokens of B rows: the likeliest, or at random.
 
-A drawn token needs a random number. The host draws the numbers of all later tokens before, and the kernel takes the
-number of the slot that the token before was written to. So no step waits for the host.
+To draw a token at random, a kernel needs a random number. The host copies the random numbers of all later tokens to the
+GPU beforehand, one for each slot, and the kernel uses the number of the previous token's slot. So no step waits for the
+host.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ LOGITS_OF_A_THREAD = 4
 DOUBLE = 8  # bytes
 
 LEFT_TO_HOST = -2
-"""Token of a row for which the host must choose; ``LEFT_TO_HOST`` of ``sample.cuh``."""
+"""Value in place of a token that the host must choose; equals ``LEFT_TO_HOST`` in ``sample.cuh``."""
 
 GREEDY = Draws(0.0, 0, 1.0, np.zeros(0))
 """The values with which the drawing kernel chooses the likeliest token."""

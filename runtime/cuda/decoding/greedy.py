@@ -30,7 +30,7 @@ from blip2edge.runtime.decoding.sampling import StepScores, broken_logits
 from blip2edge.runtime.decoding.state import GreedyStep
 
 BROKEN = -1
-"""Token of a row whose logits contain NaN."""
+"""Value in place of a token if the row's logits contain NaN."""
 
 AHEAD = 2
 """Largest number of launched steps whose tokens the host has not read yet: the GPU runs one step while the host reads
@@ -102,9 +102,9 @@ class KernelState(InPlaceState):
         return True
 
     def greedy(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[GreedyStep, None, None]:
-        """Yields the next tokens ``[B]`` and their log-probabilities ``[B]`` step by step, likeliest or drawn ones.
+        """Yields the next tokens ``[B]`` (likeliest or random) and their log-probabilities ``[B]`` step by step.
 
-        Ends when the kernels leave a token to the host: more than :data:`blip2edge.runtime.cuda.steps.LISTED` tokens
+        Ends if the host must choose a token, because more than :data:`blip2edge.runtime.cuda.steps.LISTED` tokens
         would have to be sorted for top-k or top-p.
 
         While the caller uses a token, the next step already runs on the GPU. The keys and values of that
