@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from blip2edge.errors import Blip2EdgeError, DataError, ImageError
@@ -78,6 +81,29 @@ class FilePicture:
     def open(self) -> Image.Image:
         """Decodes the picture; returns it upright, in RGB."""
         return load_image(self.path)
+
+
+@dataclass(frozen=True)
+class FeatureFile(FilePicture):
+    """The output of a picture encoder in a `.npy` file, in place of a picture. It can be trained on, not shown."""
+
+    def open(self) -> Image.Image:
+        """Raises ImageError: there is no picture."""
+        raise ImageError(f"{self.path} has features, not a picture", "features are used by training only")
+
+    def features(self) -> NDArray[np.float32]:
+        """Reads the features [P, D].
+
+        Raises:
+            DataError: The file cannot be read, or has other than finite numbers in two dimensions.
+        """
+        with reading(self.path, "features [P, D] in NumPy's format", DataError):
+            rows = np.load(io.BytesIO(read_bytes(self.path, MAX_FILE_BYTES)), allow_pickle=False)
+        if rows.ndim != 2 or rows.dtype.kind != "f" or not np.isfinite(rows).all():
+            raise DataError(
+                f"{self.path}: expected finite floating-point features [P, D], got {rows.dtype} {rows.shape}"
+            )
+        return np.asarray(rows, np.float32)
 
 
 @dataclass(frozen=True)

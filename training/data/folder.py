@@ -1,4 +1,7 @@
-"""Reads a folder of pictures, each with its captions in a text file of the same name: `dog.jpg` and `dog.txt`."""
+"""Reads a folder of pictures, each with its captions in a text file of the same name: `dog.jpg` and `dog.txt`.
+
+A file of features (`dog.npy`, the output of the picture encoder) may take the place of a picture.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,10 @@ from pathlib import Path
 from blip2edge.errors import DataError
 from blip2edge.picture_files import PICTURE_SUFFIXES, visible_files
 from blip2edge.reading import read_text
-from blip2edge.training.data.entries import BrokenSamples, Entry, FilePicture, single_spaced
+from blip2edge.training.data.entries import BrokenSamples, Entry, FeatureFile, FilePicture, single_spaced
+
+FEATURES = ".npy"
+"""Suffix of a file with features in place of a picture."""
 
 
 def captions_of(text: str) -> list[str]:
@@ -35,7 +41,7 @@ def read_folder(directory: Path, max_broken: int) -> tuple[list[Entry], BrokenSa
     if not directory.is_dir():
         raise DataError(f"expected a folder of pictures and texts, but {directory} is not a folder")
     files, unreadable = visible_files(directory)
-    pictures = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
+    pictures = [path for path in files if path.suffix.lower() in (*PICTURE_SUFFIXES, FEATURES)]
     texts = {path.with_suffix(""): path for path in files if path.suffix == ".txt"}
     broken = BrokenSamples(str(directory), max_broken)
     _add_unreadable(unreadable, directory, broken)
@@ -44,7 +50,7 @@ def read_folder(directory: Path, max_broken: int) -> tuple[list[Entry], BrokenSa
         name = str(path.relative_to(directory))
         captions = _captions(texts.get(path.with_suffix("")), name, broken)
         entries += [
-            Entry(f"{name}#{number}" if number else name, name, FilePicture(path), caption)
+            Entry(f"{name}#{number}" if number else name, name, _stored(path), caption)
             for number, caption in enumerate(captions)
         ]
     lonely = texts.keys() - {path.with_suffix("") for path in pictures}
@@ -59,6 +65,11 @@ def read_folder(directory: Path, max_broken: int) -> tuple[list[Entry], BrokenSa
             "write the captions of each picture to a .txt file next to the picture, one caption per line",
         )
     return entries, broken
+
+
+def _stored(path: Path) -> FilePicture:
+    """Returns a file as a picture, or as features."""
+    return FeatureFile(path) if path.suffix.lower() == FEATURES else FilePicture(path)
 
 
 def read_pictures(directory: Path, broken: BrokenSamples) -> list[Entry]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from blip2edge.errors import DataError
 from blip2edge.training.data.config import DataConfig
-from blip2edge.training.data.entries import BrokenSamples, Entry, RejectingSource
+from blip2edge.training.data.entries import BrokenSamples, Entry, FeatureFile, RejectingSource
 from blip2edge.training.data.sources import PassOrder, Sample, draw_prompt
 from blip2edge.training.data.streams.augmentation import changed, draw_change
 
@@ -37,7 +37,9 @@ def sample_of(entry: Entry, config: DataConfig, rng: np.random.Generator) -> Sam
     else:
         text, prompt = entry.text, draw_prompt(config, rng)
     change = draw_change(config, (prompt, text), rng)
-    return Sample(entry.sample_id, entry.picture.identity, changed(entry.picture.open, change), text, prompt)
+    features = entry.picture.features if isinstance(entry.picture, FeatureFile) else None
+    opened = changed(entry.picture.open, change)
+    return Sample(entry.sample_id, entry.picture.identity, opened, text, prompt, features=features)
 
 
 def _asked(entry: Entry, config: DataConfig, rng: np.random.Generator) -> str:
@@ -81,6 +83,7 @@ class ListSource(RejectingSource):
         self._order = PassOrder(len(entries), seed)
         ids = "\n".join(entry.sample_id for entry in entries)
         self._check_shots()
+        self._check_features()
         self._digest = hashlib.sha256(ids.encode()).hexdigest()[:16]
 
     @property
@@ -105,6 +108,14 @@ class ListSource(RejectingSource):
                 f"{self._name}: expected more than {self._config.shots} pictures to draw {self._config.shots} few-shot"
                 f" examples from, got {pictures}",
                 "lower shots",
+            )
+
+    def _check_features(self) -> None:
+        stored = next((each for each in self._entries if isinstance(each.picture, FeatureFile)), None)
+        if stored is not None and self._config.augments:
+            raise DataError(
+                f"{self._name}: crop and flip change pictures, and {stored.image_id} has features, not a picture",
+                "set crop = 1 and flip = 0 for this data",
             )
 
     def _shots(self, entry: Entry, prompt: str, position: int) -> tuple[Sample, ...]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from blip2edge.errors import Blip2EdgeError, DataError, ImageError, PromptError
@@ -35,6 +36,8 @@ class Sample:
         text: The target text: a caption or an answer, without surrounding space.
         prompt: The text before the target, without loss: a prompt, a question in its template, or an instruction.
         shots: Few-shot examples before the sample, each with picture, prompt and text; no loss is computed on them.
+        features: Reads the picture encoder's output [P, D], if the data has it instead of a picture; else None. Raises
+            DataError if the file is broken.
     """
 
     sample_id: str
@@ -43,6 +46,7 @@ class Sample:
     text: str
     prompt: str = ""
     shots: tuple[Sample, ...] = ()
+    features: Callable[[], NDArray[np.float32]] | None = None
 
     @property
     def pictures(self) -> tuple[Sample, ...]:

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -225,19 +225,33 @@ class FrozenEncoder:
     def open(self, sample: Sample) -> NDArray[np.float32] | None:
         """Opens a sample's picture; returns its pixel values [3, H, W], or None if its features are cached.
 
+        For a sample with features in place of a picture, returns these [P, D].
+
         Raises:
             ImageError: The picture is broken.
+            DataError: The features are broken, or not of this encoder's shape.
         """
+        if sample.features is not None:
+            return self._stored(sample.sample_id, sample.features())
         if self.cache is not None and sample.image_id in self.cache:
             return None
         return self.preprocessing(sample.open_picture())
+
+    def _stored(self, name: str, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        config: Any = self.vision.config
+        expected = (config.num_embeds, config.hidden_size)
+        if rows.shape != expected:
+            raise DataError(
+                f"{name}: the picture encoder's features have the shape {expected}, got {rows.shape}",
+                "make the features with the encoder of the recipe",
+            )
+        return rows
 
     def close(self) -> None:
         """Closes the files of the cache."""
         if self.cache is not None:
             self.cache.close()
 
-    @torch.no_grad()
     def encode(self, samples: Sequence[Sample], pixels: Sequence[NDArray[np.float32] | None]) -> Tensor:
         """Encodes the pictures of a batch; returns float32 [B, P, Dv] on the device.
 
@@ -245,6 +259,19 @@ class FrozenEncoder:
             samples: B samples.
             pixels: Result of `open` for each sample.
         """
+        device = self._accelerator.device
+        shown = [number for number, sample in enumerate(samples) if sample.features is None]
+        if len(shown) == len(samples):
+            return self._encode(samples, pixels)
+        rows = [torch.from_numpy(each).to(device) if each is not None else torch.empty(0) for each in pixels]
+        if shown:  # the others have features, whose shape `open` checked
+            embeds = self._encode([samples[number] for number in shown], [pixels[number] for number in shown])
+            for number, row in zip(shown, embeds, strict=True):
+                rows[number] = row
+        return torch.stack(rows)
+
+    @torch.no_grad()
+    def _encode(self, samples: Sequence[Sample], pixels: Sequence[NDArray[np.float32] | None]) -> Tensor:
         device = self._accelerator.device
         names = [sample.image_id for sample in samples]
         if self.cache is not None and all(name in self.cache for name in names):

@@ -75,8 +75,8 @@ def check_data(config: TrainingConfig, base: Path, accelerator: Accelerator, pha
 
 
 def open_pictures(sample: Sample) -> Any:
-    """Opens all pictures of a sample; raises ImageError or DataError if one is broken."""
-    return [picture.open_picture() for picture in sample.pictures]
+    """Opens all pictures (or features) of a sample; raises ImageError or DataError if one is broken."""
+    return [picture.open_picture() if picture.features is None else picture.features() for picture in sample.pictures]
 
 
 def _own_streams(streams: int, accelerator: Accelerator) -> range:
