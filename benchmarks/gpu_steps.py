@@ -1,6 +1,6 @@
 """Lists the steps of ``gpu.py``. Called with the name of a step, this script runs the step and prints its result.
 
-    python benchmarks/gpu_steps.py machine
+python benchmarks/gpu_steps.py machine
 """
 
 from __future__ import annotations

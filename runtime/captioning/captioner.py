@@ -25,9 +25,8 @@ from blip2edge.errors import Blip2EdgeError, UsageError, option
 from blip2edge.limits import DEFAULT_LIMITS, Limits
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.captioning.assemble import LoadedBundle, load_pipeline
-from blip2edge.runtime.captioning.encoder import STAGES, EncodeBatch, StageClock, checked_queries
+from blip2edge.runtime.captioning.encoder import STAGES, EncodeBatch, FairLock, StageClock, checked_queries
 from blip2edge.runtime.captioning.engine_check import KnownGoodRequest
-from blip2edge.runtime.captioning.fair_lock import FairLock
 from blip2edge.runtime.captioning.request import CaptionResult, Request, Span, check_text, listed, raising
 from blip2edge.runtime.captioning.reuse.frames import ReusingEncoder
 from blip2edge.runtime.captioning.scheduler import Scheduler

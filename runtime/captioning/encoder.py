@@ -5,7 +5,9 @@ images, prompts --preprocess--> pixel_values, token ids --vision, bridge--> Enco
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -61,6 +63,31 @@ class StageClock:
     def share(self, pictures: int) -> dict[str, float]:
         """Returns the milliseconds of each stage divided by ``pictures``, the number of pictures in the batch."""
         return {stage: ms / pictures for stage, ms in self.ms.items()}
+
+
+class FairLock:
+    """A lock that threads acquire in the order of their requests.
+
+    With an ordinary lock, a thread that acquires the lock in a loop can keep all other threads waiting.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._line: deque[object] = deque()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Acquires the lock, and releases it at the end of the ``with`` block."""
+        mark = object()
+        with self._changed:
+            self._line.append(mark)
+            self._changed.wait_for(lambda: self._line[0] is mark)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._line.popleft()
+                self._changed.notify_all()
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,8 @@ from contextlib import nullcontext
 from functools import partial
 
 from blip2edge.errors import EngineFaultError, OverloadError
-from blip2edge.runtime.captioning.encoder import EncodeBatch, EncodedBatch, StageClock
+from blip2edge.runtime.captioning.encoder import EncodeBatch, EncodedBatch, FairLock, StageClock
 from blip2edge.runtime.captioning.engine_check import EngineCheck, KnownGoodRequest
-from blip2edge.runtime.captioning.fair_lock import FairLock
 from blip2edge.runtime.captioning.pipeline import TextGenerator
 from blip2edge.runtime.captioning.request import Request, Span, expiry
 from blip2edge.runtime.decoding.generate import GenerationBatch

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from blip2edge.errors import EngineFaultError, OverloadError
+from blip2edge.runtime.captioning.encoder import FairLock
 from blip2edge.runtime.captioning.engine_check import may_be_engine_fault
-from blip2edge.runtime.captioning.fair_lock import FairLock
 from blip2edge.runtime.captioning.matcher import Matcher
 from blip2edge.runtime.captioning.request import Pending, expiry
 from blip2edge.runtime.captioning.restart import Backoff, HangError, Restarting, answers

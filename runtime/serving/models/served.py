@@ -14,7 +14,7 @@ from blip2edge.limits import Limits
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.backends.probe import cores
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.fair_lock import FairLock
+from blip2edge.runtime.captioning.encoder import FairLock
 from blip2edge.runtime.captioning.matcher import Matcher
 from blip2edge.runtime.captioning.request import Pending, Request
 from blip2edge.runtime.captioning.restart import Backoff, RestartingCaptioner

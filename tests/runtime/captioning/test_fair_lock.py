@@ -13,7 +13,7 @@ pytest.importorskip("torch", reason="the bundle is exported here")
 
 from blip2edge.runtime.backends.probe import cores
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.captioning.fair_lock import FairLock
+from blip2edge.runtime.captioning.encoder import FairLock
 from blip2edge.runtime.captioning.request import Span
 from tests.drawing import draw_pictures
 
