@@ -112,7 +112,6 @@ def cut(wheel: Path, architectures: set[int], output: Path, piece_mib: float) ->
 
     The files of the wheel are written as one compressed stream, which is split into pieces.
 
-
     Returns the size of each piece in MiB, by file name.
     """
     output.mkdir(parents=True)

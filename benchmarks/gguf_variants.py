@@ -1,4 +1,4 @@
-"""Writes a GGUF file in other formats, with llama.cpp's own rounding (its ``gguf`` package).
+"""Converts a GGUF file to Q8_0 and Q4_0, with llama.cpp's own rounding (its ``gguf`` package).
 
     python benchmarks/gguf_variants.py SOURCE.gguf --out DIR
 

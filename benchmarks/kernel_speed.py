@@ -1,9 +1,9 @@
-"""Times the decoder's kernels in a published size, with random weights; a step of part 3 of ``gpu.py`` runs it.
+"""Times the kernels of a decoder of published size, with random weights; part 3 of ``gpu.py`` runs this script.
 
     python benchmarks/kernel_speed.py build/gpu-kernels     # the folder of gpu_kernels.py; prints one JSON object
 
-It needs the driver, ``cuda-bindings`` and NumPy. A process of its own, which imports no torch, gives the time from its
-start to the first token.
+It needs the driver, ``cuda-bindings`` and NumPy. It runs in a process of its own and does
+not import torch, so that the time from the start of the process to the first token can be measured.
 """
 
 from __future__ import annotations

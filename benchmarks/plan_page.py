@@ -56,7 +56,7 @@ def boards() -> str:
 
 
 def efficiency() -> str:
-    """Returns the table of the assumed efficiency: the share of a board's rates that is reached."""
+    """Returns the table of the assumed efficiency: which share of a board's peak rates a model reaches."""
     rows = [
         (kind, *(f"{share:.0%}" for table in (CPU_EFFICIENCY, GPU_EFFICIENCY) for share in (table.products[kind],
                                                                                             table.bytes[kind])))

@@ -3,8 +3,8 @@
     python benchmarks/stages.py --work DIR [--start examples/checkpoint] [--steps 150 300 900] [--seeds 0 1]
 
 Both runs begin with a new Q-Former between the vision encoder and the language model of `--start`. The first run uses a
-third of its steps for stage 1, the second run all steps for stage 2. The score is the share of held-out scenes whose
-caption is exactly right.
+third of its steps for stage 1 and the rest for stage 2; the second run uses all steps for stage 2. The score is the
+share of held-out scenes whose caption is exactly right.
 
 Writes benchmarks/results/stages.json, in which results of other lengths and seeds are kept, and the curve next to
 docs/training.md.

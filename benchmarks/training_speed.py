@@ -5,9 +5,9 @@
 All steps run in one process on one thread, in turn (A B C A B C …); their process CPU time is measured. Results are
 medians, and ratios within each round. Weights are random, without dropout; transformers' step uses torch's AdamW with
 its defaults. transformers' pictures are loaded and preprocessed beforehand; this project's loop loads, preprocesses and
-logs as in training. The last step that is compared reads the vision features of all pictures from the disk cache. Two
-models are measured: one of the size of the example checkpoint, and ViT-B/16 at 224 pixels with a 12-layer Q-Former of
-32 queries and OPT-125m.
+logs as in training. This project's step is measured without and with a disk cache of the vision features (no
+picture is then encoded). Two models are measured: one of the size of the example checkpoint, and ViT-B/16 at 224 pixels
+with a 12-layer Q-Former of 32 queries and OPT-125m.
 """
 
 from __future__ import annotations

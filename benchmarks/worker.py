@@ -90,7 +90,10 @@ class Vision:
 
 
 class Ours:
-    """Runs a bundle's decoder in blip2edge; with ``:portable`` after the path, its exported (not optimized) graph."""
+    """Runs a bundle's decoder in blip2edge.
+
+    If ``path`` ends in ``:portable``, the exported graph runs, else the optimized graph.
+    """
 
     def __init__(self, path: str) -> None:
         from blip2edge.bundle.bundle import Bundle

@@ -249,7 +249,7 @@ def _as_json(value: Any) -> Any:
 def config_hash(config: TrainingConfig) -> str:
     """Computes a hash of all values of a recipe that differ from the defaults.
 
-    A key that a later version adds does not change the hash of a recipe that does not use it.
+    If a later version of blip2edge adds a key, the hash of a recipe without this key stays the same.
 
     Args:
         config: The recipe.

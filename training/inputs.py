@@ -1,4 +1,4 @@
-"""Checks that the checkpoints and data files that a recipe names are there; needs no torch, so it answers at once."""
+"""Checks that the checkpoints and data files of a recipe exist; needs no torch, so an error comes at once."""
 
 from __future__ import annotations
 

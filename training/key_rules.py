@@ -1,4 +1,4 @@
-"""Keys of a recipe that have an effect only together with other keys, as data. A key without effect is refused.
+"""Tables of the recipe's keys that have an effect only together with other keys. A key without effect is refused.
 
 A key counts as set if the recipe has it, also with the value of its default. A key that switches others off, such as
 `every = 0`, may be written with the keys that it switches: then they are off on purpose.

@@ -62,7 +62,7 @@ class LoopConfig(RecipeSection):
     all texts. A multiple of the number of processes: a process reads only the parts of its own rows."""
     trackers: tuple[str, ...] = ()
     """Programs that show the run, by accelerate's names, such as "tensorboard" or "wandb". Each needs its package. They
-    get losses, learning rate, gauges and scores of validations."""
+    get losses, learning rate, scores of validations, and values of a phase such as its temperature."""
     tracker_project: str = "blip2edge"
     """Name of the project that the trackers record the run in."""
     tensorboard: bool = False

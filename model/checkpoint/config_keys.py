@@ -63,7 +63,7 @@ def check_config(directory: Path) -> list[str]:
 
 
 def check_values(source: str, values: Mapping[str, Any]) -> list[str]:
-    """Checks the keys of a config that this project does not read.
+    """Checks those keys of a config that are not read by this project.
 
     Args:
         source: Path or name of the config, for messages.

@@ -42,7 +42,7 @@ def encoder_config(directory: Path, size: tuple[int, int] | None = None) -> Visi
 
 
 def _read_config(directory: Path) -> VisionEncoderConfig:
-    """Returns the config of an encoder's checkpoint, for the picture size that it names."""
+    """Returns the config of an encoder's checkpoint, for the picture size that the checkpoint names."""
     values = read_checkpoint_json(directory / "config.json")
     model_type = values.get("model_type")
     if model_type in WHOLE_MODELS:

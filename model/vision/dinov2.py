@@ -66,7 +66,6 @@ class Dinov2Config(PatchEncoderConfig):
 
         ``given`` are values of fields that the section lacks.
 
-
         Raises:
             CheckpointError: A key has a wrong value.
         """

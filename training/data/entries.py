@@ -95,7 +95,7 @@ class FeatureFile(FilePicture):
         """Reads the features [P, D].
 
         Raises:
-            DataError: The file cannot be read, or has other than finite numbers in two dimensions.
+            DataError: The file cannot be read, its array has not two dimensions, or a number in it is not finite.
         """
         with reading(self.path, "features [P, D] in NumPy's format", DataError):
             rows = np.load(io.BytesIO(read_bytes(self.path, MAX_FILE_BYTES)), allow_pickle=False)

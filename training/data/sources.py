@@ -126,7 +126,7 @@ class SampleSource(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """Returns the position of the next sample and the rejected samples, as JSON values.
 
-        A new source with the same configuration that loads this state continues with the same next sample.
+        If a new source with the same configuration loads this state, it continues with the same next sample.
         """
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -22,9 +22,9 @@ MAX_LENGTH = 32
 class QFormerTexts:
     """Makes batches of texts for the Q-Former.
 
-    The text side needs four special tokens. Those that the tokenizer lacks are added at the end of its vocabulary: to
-    BERT's tokenizer, only [DEC] is added. If the tokenizer is that of the language model, the token ids of the draft
-    model are those of the language model, and need no conversion.
+    The text side needs four special tokens. If the tokenizer lacks some of them, these are added at the end of its
+    vocabulary: to BERT's tokenizer, only [DEC] is added. With the tokenizer of the language model, draft model and
+    language model have the same token ids, so no conversion is needed.
 
     Args:
         tokenizer: Any tokenizer; it is copied, not changed.

@@ -320,7 +320,7 @@ def _not_finite(run: TrainingRun, phase: Phase, batches: Sequence[PhaseBatch], s
 
 
 def _continue(run: TrainingRun) -> str:
-    """Returns the end of an advice to change the recipe: how the run continues; empty if there is no snapshot."""
+    """Returns the end of an error's advice: how to continue from the last snapshot; empty if there is no snapshot."""
     if run.snapshots.steps is None:
         return ""
     return f", and continue from {run.snapshots.directory} with {option('resume', on=True)}"

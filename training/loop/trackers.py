@@ -1,9 +1,9 @@
 """Sends the values of a training run to trackers: TensorBoard, Weights & Biases and all other trackers of accelerate.
 
-The trackers get the values of every line of the log: losses, learning rate, gauges and scores of validations. A value
-is named ``PHASE/NAME``. Steps are counted over all phases: a phase begins at the sum of the ``steps`` of the earlier
-phases. No steps are missing between two phases, because only the last phase can end early (``patience``). A resumed run
-continues at the step of its snapshot.
+The trackers get the values of every line of the log: losses, learning rate, scores of validations, and values of the
+phase such as its temperature (gauges). A value is named ``PHASE/NAME``. Steps are counted over all phases: a phase
+begins at the sum of the ``steps`` of the earlier phases. No steps are missing between two phases, because only the last
+phase can end early (``patience``). A resumed run continues at the step of its snapshot.
 
 A tracker that fails while the run trains does not end the run: the log in the directory of the run has all values.
 """

@@ -1,8 +1,8 @@
 """Computes retrieval scores: how often the right text is found for a picture, and the right picture for a text.
 
 Candidates are ranked by the cosine of vectors (ITC). The matching head (ITM) gets picture and text together, and is too
-slow for all pairs. So it can rank only the first k candidates again (Li et al., arXiv 2107.07651, section 4.2): by its
-probability, or as in LAVIS by its logit plus the cosine.
+slow for all pairs. So only the first k candidates are ranked again with it (Li et al., arXiv 2107.07651, section 4.2):
+by its probability, or as in LAVIS by its logit plus the cosine.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class PlannedParts:
 
     @property
     def new_bridge(self) -> bool:
-        """Returns whether the bridge gets new weights, and the other parts those of checkpoints."""
+        """Returns whether the bridge gets new weights while the other parts of the model come from checkpoints."""
         return self.bridge == _NEW
 
 

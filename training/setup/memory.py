@@ -141,12 +141,12 @@ def announce(
 
     Args:
         config: The captioner.
-        recipe: The recipe. For the miniature nothing is printed but warnings, because it is small by default.
+        recipe: The recipe. For the miniature, only warnings are printed, because it is small by default.
         stage: The last stage of the run. For "stage1", only the memory for reading the checkpoints and for pretraining
             the miniature is compared.
         accelerator: Device and processes.
         log: Receives the lines.
-        new_bridge: Whether the bridge gets new weights, and the other parts those of checkpoints.
+        new_bridge: Whether the bridge gets new weights while the other parts of the model come from checkpoints.
 
     Raises:
         ConfigError: The weights and the optimizer state alone need more than all memory of the device, reading the

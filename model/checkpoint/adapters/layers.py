@@ -192,7 +192,6 @@ def check_each_kind(layers: Sequence[AdaptedLayer], path: Path) -> None:
 
     So an adapter that cannot be merged is refused before any file is written.
 
-
     Raises:
         CheckpointError: A layer cannot be merged.
     """

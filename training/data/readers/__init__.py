@@ -1,1 +1,1 @@
-"""Readers of further formats: tables of rows, Karpathy's splits, and local copies of remote or packed shards."""
+"""Readers of data formats: tables of rows, Karpathy's splits, and local copies of remote or packed shards."""

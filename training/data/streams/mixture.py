@@ -103,7 +103,7 @@ class MixtureSource:
             source.check_usable(use)
 
     def _own(self, sample: Sample) -> tuple[SampleSource, Sample]:
-        """Returns the source of a sample, and the sample under the id that it has in this source."""
+        """Returns the source that a sample comes from, and the sample with its id in that source."""
         number, _, sample_id = sample.sample_id.partition("/")
         return self._sources[int(number)], dataclasses.replace(sample, sample_id=sample_id)
 
