@@ -190,7 +190,7 @@ def drawing(spans: list[Span], pictures: int = 6) -> str:
 
 
 def main() -> None:
-    """Measures overlap and arrivals, and writes the results."""
+    """Measures how encoding overlaps with decoding, and which rate of requests is served in time."""
     parser = parser_of(__doc__)
     parser.add_argument(
         "bundle", nargs="?", type=bundle_path, help="bundle to measure (default: export a model with random weights)"

@@ -216,7 +216,7 @@ class _Member(tarfile.TarInfo):
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         long = self.type in _LONG_HEADERS and self.size > MAX_LONG_HEADER
         if self.size < 0 or long:
-            raise tarfile.ReadError(f"a header gives a size of {self.size} bytes")
+            raise tarfile.ReadError(f"a header gives the impossible size of {self.size} bytes")
         return super()._proc_member(archive)  # type: ignore[misc,no-any-return]  # tarfile's own hook, not in its types
 
 

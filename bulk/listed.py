@@ -1,6 +1,6 @@
 """Items of the list of pictures: each item says where the bytes of a picture are; :meth:`read` reads the bytes.
 
-An item can be written as a line of JSON. So the list of a source is a file, and items can be sent to other machines.
+An item can be written as a line of JSON, so that a list of pictures can be a file, and be sent to other machines.
 """
 
 from __future__ import annotations

@@ -139,7 +139,8 @@ def choose_graph_formats(
         The format of each graph, by name.
 
     Raises:
-        UsageError: A rule names no graph of the original bundle, or two formats do not fit into one graph.
+        UsageError: A rule names no graph of the original bundle, or the flags give a graph two formats that cannot be
+            combined.
     """
     found: dict[str, GraphFormat] = {}
     for name in graphs:

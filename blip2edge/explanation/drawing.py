@@ -127,7 +127,7 @@ def matrix_picture(matrix: NDArray[np.float64]) -> Image.Image:
 
 
 def gates_picture(gates: Sequence[Gate]) -> Image.Image:
-    """Draws the gates as bars from 0 to 1, two for each gated layer; the sign is in the text."""
+    """Draws two bars for each gated layer: the absolute values of its gates, 0 to 1. The numbers beside have signs."""
     name, length, figure = 22 * TEXT, 320, 5 * TEXT
     page = Image.new("RGB", (name + length + figure, GAP + (2 * LINE + GAP) * len(gates)), PAPER)
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(TEXT)

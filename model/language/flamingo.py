@@ -148,7 +148,7 @@ class GatedLayer(nn.Module):
 
 
 class Flamingo(LlamaDecoder):
-    """A Llama with gated cross-attention layers; additional rows are at the end of its token table."""
+    """A Llama with gated cross-attention layers; the embeddings of added tokens are at the end of its token table."""
 
     config: FlamingoConfig
 

@@ -93,7 +93,11 @@ def cubin_name(capability: int) -> str:
 
 
 def write_layout(layout: DecoderLayout, directory: Path) -> list[str]:
-    """Writes the layout into the copy's directory; returns the names of the files."""
+    """Writes a decoder's layout (where each weight is stored) into the directory of the optimized copy.
+
+    Returns:
+        The names of the written files.
+    """
     values = {"schema_version": SCHEMA_VERSION, **asdict(layout), "rotation": None}
     names = [LAYOUT]
     if layout.rotation is not None:

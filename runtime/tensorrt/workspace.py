@@ -164,9 +164,13 @@ class Workspace:
         return (half + 1) % len(self.halves)
 
     def mirror(self, name: str, half: int, shape: tuple[int, ...]) -> Mirror:
-        """Returns a buffer of the small tensor ``name``; replaces it by a larger buffer if ``shape`` does not fit.
+        """Returns the host and device buffers of a small tensor; makes larger buffers if ``shape`` does not fit.
 
-        ``half``: number of the buffer, 0, 1 or :data:`WIDE`. Buffers 0 and 1 always have the shape of a decode step.
+        Args:
+            name: The tensor.
+            half: 0 or 1 in decode steps, which use two sets of buffers in turn; :data:`WIDE` in passes of several
+                tokens.
+            shape: The tensor's shape in the next run.
         """
         known = self.mirrors.get((name, half))
         if known is not None and known.holds(shape):

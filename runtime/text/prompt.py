@@ -178,7 +178,7 @@ class PromptBuilder:
         return [part.replace("{prompt}", text or "") for part in self.spec.template.split(MARKERS[0])]
 
     def _segments(self, text: PromptText | None, _images: int) -> Prompt:
-        """Tokenizes each text before and after an image alone; the first text that is not empty gets special tokens."""
+        """Tokenizes the texts before and after the images one by one; the first non-empty text gets special tokens."""
         templates = self._parts("{prompt}" if text is None or isinstance(text, str) else text)
         segments, special = [], True
         for part, filled in zip(templates, self._parts(text), strict=True):

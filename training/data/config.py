@@ -158,7 +158,7 @@ class DataConfig(RecipeSection):
 
     @classmethod
     def of_tables(cls, sets: Sequence[DataConfig]) -> DataConfig:
-        """Makes the section of a recipe with `[[data]]`: a mixture of the data sets, or the single data set.
+        """Returns the data of a recipe that has several tables `[[data]]`: their mixture; for one table, its data set.
 
         Args:
             sets: The sets, in the recipe's order.

@@ -45,7 +45,9 @@ class QFormerTexts:
     def _id(self, token: str) -> int:
         token_id = self.tokenizer.token_to_id(token)
         if token_id is None:
-            raise UsageError(f"the token {token} cannot be added to this tokenizer")
+            raise UsageError(
+                f"the token {token} cannot be added to the Q-Former's tokenizer", "use another tokenizer.json"
+            )
         return int(token_id)
 
     def draft_config(self, max_positions: int | None = None) -> DraftConfig:
