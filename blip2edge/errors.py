@@ -12,6 +12,7 @@ Each error is one line: what was expected, what was found, and how to correct it
     ├── ExportError             a graph cannot be made
     │   └── ParityError         the graph's outputs differ from the checkpoint's
     ├── EngineError             a TensorRT engine cannot be built or does not fit this machine
+    ├── ProcessError            another process of a run of several processes has ended
     ├── OutputError             the output exists already, the disk is full, permission is missing
     ├── BundleError             the directory is not a bundle, or lacks what the command needs
     │   ├── BundleVersionError  a newer version wrote the bundle
@@ -160,6 +161,10 @@ class ParityError(ExportError):
 
 class EngineError(Blip2EdgeError):
     """An engine cannot be built, or does not fit this machine."""
+
+
+class ProcessError(Blip2EdgeError):
+    """Another process of a run of several processes has ended."""
 
 
 class OutputError(Blip2EdgeError):

@@ -104,7 +104,7 @@ def test_merged_patches_are_told_with_what_they_change() -> None:
 @pytest.mark.parametrize(
     ("flags", "step", "expected"),
     [
-        ([], 40, "the snapshot of step 40 is in out.run; resume with: blip2edge train stage2 -c r.toml -o out"),
+        ([], 40, "the snapshot of stage2 step 40 is in out.run; resume with: blip2edge train stage2 -c r.toml -o out"),
         (["--force"], 40, "resume with: blip2edge train stage2 -c r.toml -o out --force --resume"),
         ([], None, "no snapshot was written yet, so the same command starts from the beginning"),
         (["2", "2"], 40, "resume with: torchrun --nproc-per-node 2 -m blip2edge train stage2 -c r.toml -o out"),
@@ -123,7 +123,7 @@ def test_interrupted_train_says_how_to_go_on(
         raise KeyboardInterrupt
 
     module = ModuleType("blip2edge.training.run")
-    snapshots = SimpleNamespace(steps=step, directory=Path("out.run"))
+    snapshots = SimpleNamespace(position=step and f"stage2 step {step}", directory=Path("out.run"))
     vars(module).update(train=train, snapshots_of=lambda out: snapshots)
     monkeypatch.setitem(sys.modules, "blip2edge.training.run", module)
     monkeypatch.setattr("blip2edge.training.config.load_config", lambda path: TrainingConfig())  # no such file

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from blip2edge.training.evaluation.open_model import open_captioner
 from blip2edge.training.evaluation.scene_scores import evaluate_scenes
 from blip2edge.training.loop.journal import CURVE, LOG, Journal, draw_curve
 from blip2edge.training.loop.loop import Phase, run_phase
+from blip2edge.training.loop.processes import ended_processes
 from blip2edge.training.loop.sharding import check_launcher, check_sharding
 from blip2edge.training.loop.snapshots import Snapshot, Snapshots
 from blip2edge.training.loop.trackers import BOARD, TrackedRun, Trackers, check_trackers, recipe_values, run_identity
@@ -82,12 +82,14 @@ def train(
         evaluation_scenes: Number of held-out scenes on which a model trained on scenes is scored; 0: no scoring.
 
     Returns:
-        The record, also saved as `training.json`: losses of each phase, scores, hash of the recipe, machine.
+        The record, also saved as `training.json`: losses of each phase, scores, hash of the recipe, machine, and the
+        seconds of all parts of a run that was resumed.
 
     Raises:
         ConfigError: The recipe is wrong, the snapshots belong to another recipe or stage, or accelerate's launcher
             divides the model.
         OutputError: `out_dir` exists, contains the recipe, or cannot be written.
+        ProcessError: Another process of the run has ended.
         DataError, CheckpointError: A loss is not finite; data or a checkpoint cannot be read.
     """
     config = load_config(config_path)
@@ -107,7 +109,8 @@ def train(
     with locked(target) if first else contextlib.nullcontext(target) as part:
         check_target(target, force, RECORD_FILE)
         options = _Options(config_path, target, part, resume, force, evaluation_scenes)
-        return _train(stage, config, accelerator, options, log, progress)
+        with ended_processes(accelerator, snapshots_of(target)):
+            return _train(stage, config, accelerator, options, log, progress)
 
 
 @dataclass(frozen=True)
@@ -150,10 +153,9 @@ def _train(
     run.validation = planned.validation
     with contextlib.closing(run), contextlib.closing(journal):
         if snapshot is not None:
-            run.log(f"resumes from the snapshot of step {snapshots.steps} in {snapshots.directory}")
-        start, cpu_start = time.monotonic(), time.process_time()
+            run.log(f"resumes from the snapshot of {snapshots.position} in {snapshots.directory}")
         _run_phases(run, snapshot)
-    record = _record(run, config_path, time.monotonic() - start, time.process_time() - cpu_start)
+    record = _record(run, config_path)
     if first:
         _publish(run, options, record)
         snapshots.clear()
@@ -204,15 +206,15 @@ def _run_phases(run: TrainingRun, snapshot: Snapshot | None) -> None:
     first = 0 if snapshot is None else _first_phase(run, snapshot, names)
     run.journal.restart(None if snapshot is None else snapshot.facts["journal"])
     for number, name in enumerate(names[first:], first):
-        start = time.monotonic()
+        within = snapshot if snapshot is not None and number == first and snapshot.facts["step"] else None
+        run.clock.begin_phase(0.0 if within is None else within.facts.get("phase_seconds", 0.0))
         phase = PHASES[name].make(run)
         done = sum(getattr(run.config, earlier).steps for earlier in names[:number])
-        within = snapshot if snapshot is not None and number == first and snapshot.facts["step"] else None
         run_phase(run, phase, done, within)
         PHASES[name].finish(run)
         broken = run.broken()
         run.close()
-        run.figures[name] = _phase_figures(run, phase, time.monotonic() - start)
+        run.figures[name] = _phase_figures(run, phase, run.clock.phase_seconds)
         if broken:
             run.figures[name]["broken"] = {"samples": len(broken), "first": dict(list(broken.items())[:3])}
             run.log(f"{name}: {len(broken)} broken samples were skipped")
@@ -290,7 +292,7 @@ def _snapshot_to_resume(
     return snapshot
 
 
-def _record(run: TrainingRun, config_path: str | Path, seconds: float, cpu_seconds: float) -> dict[str, Any]:
+def _record(run: TrainingRun, config_path: str | Path) -> dict[str, Any]:
     """Returns the content of `training.json`, without the scores."""
     config = run.config
     return {
@@ -299,8 +301,8 @@ def _record(run: TrainingRun, config_path: str | Path, seconds: float, cpu_secon
         "config_sha256": config_hash(config),
         "seed": config.seed,
         "phases": run.figures,
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(cpu_seconds, 1),
+        "seconds": round(run.clock.seconds, 1),
+        "cpu_seconds": round(run.clock.cpu_seconds, 1),
         "parameters": sum(parameter.numel() for parameter in run.parts.model.parameters()),
         "versions": {
             "blip2edge": __version__,

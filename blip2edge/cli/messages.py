@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import warnings
 from typing import Any
@@ -39,8 +40,13 @@ def error_line(error: Exception) -> str:
 
 
 def print_error(error: Exception) -> None:
-    """Prints an error, as the line ``error: …``, to standard error."""
-    print_note(f"error: {error_line(error)}")
+    """Prints an error, as the line ``error: …``, to standard error.
+
+    In a run of several processes each prints its errors, so all processes but the first name their rank.
+    """
+    rank, processes = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    label = f"[rank {rank}] " if rank not in ("", "0") and processes not in ("", "1") else ""
+    print_note(f"error: {label}{error_line(error)}")
 
 
 def print_note(line: str) -> None:

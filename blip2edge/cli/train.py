@@ -97,7 +97,8 @@ def _how_to_go_on(options: argparse.Namespace, output: Path) -> str:
     from blip2edge.training.run import snapshots_of
 
     snapshots = snapshots_of(output)
-    if snapshots.steps is None:
+    position = snapshots.position
+    if position is None:
         return "no snapshot was written yet, so the same command starts from the beginning; see loop.snapshot_every"
     flags = " --force --resume" if options.force else " --resume" if options.resume else ""
     command = f"blip2edge train {options.stage} -c {quoted(options.config)} -o {quoted(output)}{flags}"
@@ -105,4 +106,4 @@ def _how_to_go_on(options: argparse.Namespace, output: Path) -> str:
     if processes > 1:
         launcher = f"torchrun --nproc-per-node {local} -m " if processes == local else "the same launcher and "
         command = f"{launcher}{command}"
-    return f"the snapshot of step {snapshots.steps} is in {snapshots.directory}; resume with: {command}"
+    return f"the snapshot of {position} is in {snapshots.directory}; resume with: {command}"

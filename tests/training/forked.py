@@ -32,7 +32,7 @@ from blip2edge.training.config import OptimizerConfig, parse_config
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.loading.batches import KeywordTexts, SceneBatches
 from blip2edge.training.loading.loader import PictureBatch
-from blip2edge.training.loop import phase_state, snapshots
+from blip2edge.training.loop import loop, phase_state, snapshots
 from blip2edge.training.loop.optim import make_optimizer
 from blip2edge.training.loop.snapshots import Snapshot
 from blip2edge.training.phases.stage2 import GenerativeStage
@@ -195,6 +195,31 @@ def mixed(root: Path) -> dict[str, Any]:
     }
 
 
+def orphaned(root: Path) -> dict[str, Any]:
+    """Two processes, of which the second is killed during stage 2: how the first ends, and what it says."""
+    target, said, steps = root / "orphaned", root / "orphaned.txt", [0]
+
+    def work(rank: int) -> None:
+        step = loop._step
+
+        def killing_step(*given: Any) -> dict[str, float]:
+            steps[0] += 1
+            if rank and steps[0] == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*given)
+
+        vars(loop)["_step"] = killing_step
+        try:
+            train("stage2", root / "mixed.toml", target, evaluation_scenes=0)
+        except Blip2EdgeError as error:
+            said.write_text(f"{type(error).__name__}: {error}")
+            raise
+
+    shared = group()
+    children = [fork(lambda rank=rank: work(rank), RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in (0, 1)]  # type: ignore[misc]
+    return {"ends": [wait(child) for child in children], "said": said.read_text()}
+
+
 def scene_batch(parts: Any) -> PictureBatch:
     """A few scenes, the same each time."""
     batch = next(SceneBatches(2, 5, KeywordTexts(parts.tokenizer, 8, DataConfig())))
@@ -298,6 +323,7 @@ def main() -> None:
     wait(fork(lambda: start(root)))
     results["paired"] = paired(root)
     results["mixed"] = mixed(root)
+    results["orphaned"] = orphaned(root)
     print(json.dumps(results))
 
 

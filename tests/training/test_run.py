@@ -163,7 +163,7 @@ def test_a_loss_that_is_not_finite_names_the_samples_and_keeps_the_snapshot(tmp_
         train("stage2", path, tmp_path / "out")
     lines: list[str] = []
     train("stage2", path, tmp_path / "out", resume=True, log=lines.append, evaluation_scenes=0)
-    assert lines[1] == f"resumes from the snapshot of step {recipes.STEPS} in {tmp_path / 'out.run'}"
+    assert lines[1] == f"resumes from the snapshot of language step 0 in {tmp_path / 'out.run'}"
     assert lines[2].startswith("language: step 1/4")
 
 

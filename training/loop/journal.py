@@ -24,8 +24,8 @@ class Journal:
 
     A line is an object with `phase`, `step` (steps done), `losses` by name, `loss` (the minimised sum) and `grad_norm`
     (means over the interval and over the processes), `rate` (learning rate), `gauges` (values of the phase, such as a
-    temperature or a gate), `validation` (scores by name, only after a validation), and `seconds` (since this process
-    began the phase).
+    temperature or a gate), `validation` (scores by name, only after a validation), and `seconds` (since the phase
+    began, the parts before a resume included).
 
     Args:
         directory: Directory of `log.jsonl`. It is None in all processes except the first; then nothing is written.
@@ -66,9 +66,14 @@ class Journal:
         except OSError as error:
             raise output_error(self._path, error) from error
 
-    def begin(self, done: int) -> None:
-        """Begins a phase after `done` steps of earlier phases; `seconds` in the phase's lines counts from this call."""
-        self._started = time.monotonic()
+    def begin(self, done: int, seconds: float = 0.0) -> None:
+        """Begins or continues a phase.
+
+        Args:
+            done: Steps of the earlier phases.
+            seconds: Seconds that the phase has taken already; `seconds` in its lines continues from there.
+        """
+        self._started = time.monotonic() - seconds
         self._done = done
 
     def state(self) -> dict[str, Any]:

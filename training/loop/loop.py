@@ -159,7 +159,7 @@ def _make_steps(prepared: _PreparedPhase, done: int, snapshot: Snapshot | None) 
     """
     run, phase = prepared.run, prepared.phase
     first = _restore(prepared, snapshot)
-    run.journal.begin(done)
+    run.journal.begin(done, run.clock.phase_seconds)
     config, loop, validation = phase.config, run.config.loop, phase.validation
     log_every = loop.log_every or max(1, config.steps // LINES)
     for step in range(first, config.steps):
@@ -316,7 +316,7 @@ def _not_finite(run: TrainingRun, phase: Phase, batches: Sequence[PhaseBatch], s
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     samples = f" on the samples {', '.join(names[:_NAMED])}{more}" if names else ""
     fix = f"lower the learning rate of this phase, or raise its warmup_steps{_continue(run)}"
-    return DataError(f"{phase.name}: at step {step}{samples} the {what}, expected a finite number", fix)
+    return DataError(f"{phase.name}: at step {step + 1}{samples} the {what}, expected a finite number", fix)
 
 
 def _continue(run: TrainingRun) -> str:

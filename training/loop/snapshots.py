@@ -73,6 +73,18 @@ class Snapshots:
         found = self._whole()
         return int(found[-1].name.removeprefix(_PREFIX).rstrip("+")) if found else None
 
+    @property
+    def position(self) -> str | None:
+        """Returns phase and step of the newest snapshot, such as ``stage2 step 20``; None without a snapshot.
+
+        The step counts within the phase, as in the progress.
+        """
+        found = self._whole()
+        if not found:
+            return None
+        facts = read_json(found[-1] / FACTS, DataError)
+        return f"{facts['phase']} step {facts['step']}"
+
     def write(self, step: int, snapshot: Snapshot) -> None:
         """Writes a snapshot and removes the previous ones.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,45 @@ from blip2edge.training.setup.model_parts import ModelParts
 
 MODEL_PREFIX = "workshop."
 """Prefix of the names of the model's tensors in a snapshot. It must not change, because older snapshots have it."""
+
+
+class Clock:
+    """Measures the time of a run and of its current phase, the parts before the run was resumed included.
+
+    A killed run has repeated the steps behind its newest snapshot, so their first time does not count.
+    """
+
+    def __init__(self) -> None:
+        self._began = self._phase_began = time.monotonic()
+        self._cpu_began = time.process_time()
+        self._before = self._cpu_before = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Returns the seconds of all parts of the run."""
+        return self._before + time.monotonic() - self._began
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Returns the seconds that this process computed, in all parts of the run."""
+        return self._cpu_before + time.process_time() - self._cpu_began
+
+    @property
+    def phase_seconds(self) -> float:
+        """Returns the seconds of all parts of the current phase."""
+        return time.monotonic() - self._phase_began
+
+    def begin_phase(self, before: float = 0.0) -> None:
+        """Begins a phase, or continues it after its first `before` seconds."""
+        self._phase_began = time.monotonic() - before
+
+    def state(self) -> dict[str, float]:
+        """Returns the three times for a snapshot."""
+        return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "phase_seconds": self.phase_seconds}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Adds the times of the parts before a snapshot; a snapshot of an older version has none."""
+        self._before, self._cpu_before = (float(state.get(name, 0.0)) for name in ("seconds", "cpu_seconds"))
 
 
 @dataclass
@@ -41,6 +81,7 @@ class TrainingRun:
         stage1: The model of stage 1; None before stage 1 begins.
         loaders: Open loaders of the current phase.
         validation: The held-out data of the validations; None without validation.
+        clock: The time of all parts of the run.
     """
 
     stage: str
@@ -57,6 +98,7 @@ class TrainingRun:
     stage1: Stage1Model | None = None
     loaders: list[Loader] = field(default_factory=list)
     validation: ValidationData | None = None
+    clock: Clock = field(default_factory=Clock)
 
     def snapshot(self, **facts: Any) -> Snapshot:
         """Makes a snapshot with the results of the finished phases; the loop adds the state of the current phase.
@@ -71,12 +113,14 @@ class TrainingRun:
             "figures": self.figures,
             "journal": self.journal.state(),
             "processes": self.accelerator.num_processes,
+            **self.clock.state(),
         }
         return Snapshot({f"{MODEL_PREFIX}{name}": tensor for name, tensor in tensors.items()}, shared | facts)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Restores the losses, times and model tensors of the finished phases from a snapshot."""
         self.figures = dict(snapshot.facts["figures"])
+        self.clock.restore(snapshot.facts)
         tensors = snapshot.tensors.items()
         kept = {name.removeprefix(MODEL_PREFIX): value for name, value in tensors if name.startswith(MODEL_PREFIX)}
         self.parts.load_tensors(kept)

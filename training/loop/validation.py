@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from blip2edge.errors import one_line
+from blip2edge.errors import ProcessError, one_line
 from blip2edge.training.loop.sharding import usable_outside_forward, whole_tensor
 from blip2edge.training.loop.snapshots import Snapshot
 from blip2edge.training.loop_config import ValidationConfig
@@ -81,7 +81,7 @@ class Validation:
             The scores that are numbers, by name.
 
         Raises:
-            RuntimeError: In the other processes, if the first process has raised an error.
+            ProcessError: In the other processes, if the first process has raised an error.
         """
         found: list[Any] = [None, None]  # the numbers, and the error in one line
         failure: Exception | None = None
@@ -97,7 +97,7 @@ class Validation:
         if failure is not None:
             raise failure
         if problem is not None:
-            raise RuntimeError(f"the validation after step {step} failed in the first process: {problem}")
+            raise ProcessError(f"the validation after step {step} failed in the first process: {problem}")
         value: float = values[self.metric]
         self.steps.append(step)
         if not math.isnan(value) and (self.best is None or value > self.best):

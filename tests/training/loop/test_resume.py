@@ -109,3 +109,10 @@ def test_half_precision_trains_and_resumes(results: dict[str, Any]) -> None:
     for losses in results["half"]["losses"].values():
         assert all(0 < loss < 20 for loss in losses)
     assert results["half"]["same"]
+
+
+def test_a_process_whose_partner_is_killed_says_so_and_names_the_snapshot(results: dict[str, Any]) -> None:
+    found = results["orphaned"]
+    assert found["ends"] == [1, -signal.SIGKILL]
+    assert found["said"].startswith("ProcessError: another process of this run has ended, or is not reachable (")
+    assert "from the snapshot of stage2 step 2 in " in found["said"]

@@ -17,7 +17,7 @@ from accelerate import Accelerator  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch import nn  # noqa: E402
 
-from blip2edge.errors import ConfigError, DataError  # noqa: E402
+from blip2edge.errors import ConfigError, DataError, ProcessError  # noqa: E402
 from blip2edge.training.config import ValidationConfig, parse_config  # noqa: E402
 from blip2edge.training.data.scenes import scenes  # noqa: E402
 from blip2edge.training.evaluation.pipeline import evaluate  # noqa: E402
@@ -175,7 +175,7 @@ def test_a_few_broken_pictures_of_the_validation_are_counted_and_left_out(tmp_pa
     path = recipes.write(tmp_path / "recipe.toml", TOP, validation=section)
     lines: list[str] = []
     record = train("stage2", path, tmp_path / "out", evaluation_scenes=0, log=lines.append)
-    assert lines[0].startswith("validation: 1 sample is broken and left out: 1.png (")
+    assert lines[1].startswith("validation: 1 sample is broken and left out: 1.png (")
     assert record["phases"]["stage2"]["validation"]["steps"] == [1, 2, 3, 4]
 
 
@@ -183,7 +183,7 @@ def test_stage_1_says_that_it_is_not_validated(tmp_path: Path) -> None:
     path = recipes.write(tmp_path / "recipe.toml", TOP, validation=EVERY)
     lines: list[str] = []
     train("stage1", path, tmp_path / "out", log=lines.append)
-    assert lines[0] == "stage1: [validation] is not used: stage 1 generates no captions"
+    assert lines[1] == "stage1: [validation] is not used: stage 1 generates no captions"
 
 
 def scored(*scores: object) -> Validation:
@@ -238,6 +238,6 @@ def test_an_error_of_the_first_process_reaches_the_others(monkeypatch: pytest.Mo
     monkeypatch.setattr(validation_module, "broadcast_object_list", lambda _: sent[0])
     other = scored()
     other.accelerator = type("Second", (), {"is_main_process": False})()
-    with pytest.raises(RuntimeError, match="after step 1 failed in the first process: ValueError: no pictures"):
+    with pytest.raises(ProcessError, match="after step 1 failed in the first process: ValueError: no pictures"):
         other.run(1, module)
     assert other.steps == []

@@ -1,0 +1,44 @@
+"""Explains the error of a process whose partner in a run of several processes has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from blip2edge.errors import ProcessError, one_line
+from blip2edge.training.loop.snapshots import Snapshots
+
+_LOST = ("gloo", "connection closed by peer", "connection reset by peer", "broken pipe")
+"""Parts of the messages of torch's plain RuntimeErrors about a lost connection, in lower case; gloo names its file."""
+
+
+@contextmanager
+def ended_processes(accelerator: Accelerator, snapshots: Snapshots) -> Iterator[None]:
+    """Turns the errors of a lost connection to another process, in a ``with`` block, into a ProcessError.
+
+    Args:
+        accelerator: Number of processes; the errors of a single process are not changed.
+        snapshots: The snapshots of the run, from which it can be resumed.
+
+    Raises:
+        ProcessError: Another process has ended. The error names the newest snapshot.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        known = isinstance(error, dist.DistError) or any(part in str(error).lower() for part in _LOST)
+        if accelerator.num_processes == 1 or not known:
+            raise
+        position = snapshots.position
+        resumes = (
+            "from the beginning, because there is no snapshot yet"
+            if position is None
+            else f"from the snapshot of {position} in {snapshots.directory}"
+        )
+        raise ProcessError(
+            f"another process of this run has ended, or is not reachable ({one_line(error)})",
+            f"see its own message, and start all processes again with the same command: the run continues {resumes}",
+        ) from error
