@@ -3,7 +3,9 @@
     pip download onnxruntime-gpu==1.31.1 --no-deps --python-version 3.12 --only-binary=:all: \
         --platform manylinux_2_28_x86_64 -d wheels
     python benchmarks/cut_onnxruntime.py cut wheels/onnxruntime_gpu-*.whl --sm 90 -o pieces
-    python benchmarks/cut_onnxruntime.py join pieces -o packages        # on the other machine: PYTHONPATH=packages
+    python benchmarks/cut_onnxruntime.py join pieces -o packages        # on the other machine: PYTHONPATH=$PWD:packages
+
+``docs/engines.md`` has all commands for a machine without a network.
 
 Nearly all of the wheel is machine code of the CUDA provider for seven kinds of GPU. `cut` replaces the code for the
 other kinds by zeros: every offset in the library stays as it is, and zeros compress to nothing. The code is in the

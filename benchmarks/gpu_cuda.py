@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 import statistics
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
-from gpu_common import DEVICES, MIB, ROUNDS, TOKENS, peer_model, picture, seconds_of
+from gpu_bundles import example_bundles
+from gpu_common import (
+    DEVICES,
+    MIB,
+    ROUNDS,
+    TOKENS,
+    compiled_options,
+    peer_caption,
+    peer_model,
+    picture,
+    seconds_of,
+)
 from reporting import ROOT, versions
 
 
@@ -104,7 +113,7 @@ def captured_torch(dry: bool) -> dict[str, Any]:
     The replay reads another input than the one that was captured.
     """
     if dry:
-        return {"ok": True, "note": "needs a GPU"}
+        return {"ok": True, "difference": 0.0, "note": "needs a GPU"}
     from blip2edge.runtime.tensorrt.cuda import Cuda, load_cuda
 
     cuda = Cuda(load_cuda())
@@ -126,7 +135,8 @@ def captured_torch(dry: bool) -> dict[str, Any]:
     cuda.launch(graph, handle)
     cuda.synchronize(handle)
     wanted = torch.mm(given, weight)
-    return {"ok": bool(torch.equal(wanted, result))}
+    difference = float((wanted.float() - result.float()).abs().max() / wanted.float().abs().max())
+    return {"ok": difference < 1e-2, "difference": difference}  # another stream may have another kernel
 
 
 def runtime(dry: bool) -> dict[str, Any]:
@@ -134,13 +144,12 @@ def runtime(dry: bool) -> dict[str, Any]:
 
     So memory, copies, streams and events are tested on the GPU. The tokens must equal those of the CPU backend.
     """
-    from blip2edge.export.pipeline import export_checkpoint
     from blip2edge.runtime.backends.engine_files import KIND
     from blip2edge.runtime.captioning.captioner import Captioner
     from tests.engine import fake_engines, host_engines
 
-    with tempfile.TemporaryDirectory() as folder, host_engines.Patches() as patches:
-        bundle = export_checkpoint(ROOT / "examples" / "checkpoint", Path(folder) / "bundle").bundle
+    with example_bundles(dry, ("fp32",), copies=False) as bundles, host_engines.Patches() as patches:
+        bundle = bundles["fp32"]
         if dry:
             fake_engines.plug_in(patches)
         else:
@@ -160,20 +169,8 @@ def runtime(dry: bool) -> dict[str, Any]:
 
 def peer(dry: bool, **generation: Any) -> dict[str, Any]:
     """Measures the seconds of a caption of `TOKENS` tokens with transformers: preprocessing, then ``generate``."""
-    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
-
     model, inputs = peer_model(dry)
-    size = inputs["pixel_values"].shape[-1]
-    processor = BlipImageProcessorPil(size={"height": size, "width": size})
-
-    def caption() -> Any:
-        pixels = processor(images=picture(), return_tensors="pt")["pixel_values"]
-        inputs["pixel_values"] = pixels.to(model.device, model.dtype)
-        with torch.inference_mode():
-            forced = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
-            return model.generate(**inputs, **forced, **generation)
-
-    found = seconds_of(caption, dry, 2 if dry else ROUNDS)
+    found = seconds_of(peer_caption(model, inputs, picture(), **generation), dry, 2 if dry else ROUNDS)
     weights = sum(tensor.nbytes for tensor in model.language_model.parameters())
     return {
         "seconds": found,
@@ -185,4 +182,4 @@ def peer(dry: bool, **generation: Any) -> dict[str, Any]:
 
 def compiled(dry: bool) -> dict[str, Any]:
     """Times transformers with a static KV cache, which compiles the decode step with ``reduce-overhead`` on a GPU."""
-    return peer(dry, cache_implementation="static", **({"disable_compile": True} if dry else {}))
+    return peer(dry, **compiled_options(dry))

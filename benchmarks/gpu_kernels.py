@@ -1,9 +1,7 @@
 """Part 3 of the steps of ``gpu.py``: the decoder in CUDA kernels (``--backend cuda-decoder``).
 
-    python benchmarks/gpu_kernels.py --sm 90       # on a machine with NVRTC: writes build/gpu-kernels
-
 The steps need the driver, ``cuda-bindings`` and ONNX Runtime for the CPU. A machine without a network gets the folder
-``build/gpu-kernels`` with the repository: the bundles of the example checkpoint with their compiled kernels, and the
+``build/gpu-kernels`` of ``gpu_prepare.py``: the bundles of the example checkpoint with their compiled kernels, and the
 kernels for the sizes of OPT-2.7b. Without that folder the steps make these files themselves, which needs NVRTC and the
 packages of an export.
 """
@@ -13,22 +11,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu_common import KERNELS, prepared
 from kernel_speed import OPT_2_7B, PLAIN, kernels_of
-from reporting import ROOT, parser_of
+from reporting import ROOT
 
-from blip2edge.cli import run_script
 from blip2edge.runtime.cuda.kernel import Kernel
 from blip2edge.runtime.decoding.sampling import Draws, StepScores, draw
 
-PREPARED = ROOT / "build" / "gpu-kernels"
 PRECISIONS = ("fp16", "int4")
 LEAST_EQUAL = 0.999
 LEAST_SHARE = {"16 bits": 0.85, "4 bits": 0.70}
@@ -60,19 +55,6 @@ def prepare_cubins(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for target in supported_targets():
         (folder / cubin_name(target)).write_bytes(compile_kernels(kernels_of(OPT_2_7B), target))
-
-
-@contextmanager
-def prepared(dry: bool, make: Callable[[Path], None]) -> Iterator[Path]:
-    """Yields the folder that :func:`main` wrote; if there is none, yields a temporary folder that ``make`` fills."""
-    if PREPARED.is_dir() and not dry:
-        yield PREPARED
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        if dry:
-            _simulate_nvrtc()
-        make(Path(scratch))
-        yield Path(scratch)
 
 
 def _simulate_nvrtc() -> None:
@@ -119,7 +101,9 @@ def kernel_ids(dry: bool) -> dict[str, Any]:
     from tests.runtime.cuda.portable import Portable
 
     found: dict[str, Any] = {}
-    with prepared(dry, prepare_bundles) as folder:
+    if dry:
+        _simulate_nvrtc()
+    with prepared(KERNELS, dry, prepare_bundles) as folder:
         for precision in PRECISIONS:
             bundle = Bundle.open(folder / precision)
             session = open_decoder(bundle, folder / precision / "optimized" / "cuda-decoder")
@@ -177,7 +161,9 @@ def kernel_draws(dry: bool) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     steps, rows = (4, 2) if dry else (30, 8)
-    with prepared(dry, prepare_bundles) as folder:
+    if dry:
+        _simulate_nvrtc()
+    with prepared(KERNELS, dry, prepare_bundles) as folder:
         bundle = Bundle.open(folder / PRECISIONS[0])
         session = open_decoder(bundle, folder / PRECISIONS[0] / "optimized" / "cuda-decoder")
         decoder, table, random = decoder_of(bundle, session), token_table(bundle), np.random.default_rng(1)
@@ -234,7 +220,9 @@ def kernel_speed(dry: bool) -> dict[str, Any]:
 
     In ``ok``, the result says whether each step reaches its share of the bandwidth (:data:`LEAST_SHARE`).
     """
-    with prepared(dry, prepare_cubins) as folder:
+    if dry:
+        _simulate_nvrtc()
+    with prepared(KERNELS, dry, prepare_cubins) as folder:
         script = Path(__file__).with_name("kernel_speed.py")
         words = [sys.executable, str(script), str(folder), *(["--dry-run"] if dry else [])]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -245,20 +233,17 @@ def kernel_speed(dry: bool) -> dict[str, Any]:
     return {**found, "ok": dry or all(reached)}
 
 
-def main() -> None:
-    """Makes the folder ``build/gpu-kernels``, which is copied to a machine without a network."""
-    parser = parser_of(__doc__)
-    parser.add_argument("--sm", type=int, nargs="+", help="kinds of GPU, such as 90 for 9.0 (default: all)")
-    options = parser.parse_args()
+def prepare(folder: Path, targets: Sequence[int] | None = None) -> None:
+    """Writes the files that both steps need.
+
+    Args:
+        folder: The directory that is written.
+        targets: Compute capabilities, 90 for 9.0; None for all that are supported.
+    """
     from blip2edge.runtime.cuda.compilation import compiler
 
-    if options.sm:
-        compiler.TARGETS = tuple(options.sm)
-    prepare_bundles(PREPARED)
-    prepare_cubins(PREPARED)
-    size = sum(path.stat().st_size for path in PREPARED.rglob("*") if path.is_file())
-    print(f"{PREPARED}: {size / 1e6:.1f} MB")
-
-
-if __name__ == "__main__":
-    run_script(main)
+    if targets:
+        named: Any = compiler
+        named.TARGETS = tuple(targets)
+    prepare_bundles(folder)
+    prepare_cubins(folder)

@@ -22,6 +22,7 @@ from blip2edge.runtime.backends.base import OptimizedFile
 from blip2edge.runtime.backends.onnxruntime_cuda import CAPTURE, GRAPHS_VARIABLE, open_on_host, profile_options
 from blip2edge.runtime.backends.open_graph import GraphOpener
 from blip2edge.runtime.backends.probe import check_provider
+from tests.project import extras
 
 Call = tuple[Path, list[Any]]
 
@@ -122,6 +123,12 @@ def test_cuda_libraries_are_loaded_before_a_session(name: str, wanted: int, caps
     captured = capsys.readouterr()
     assert captured.out == ""  # results are printed there
     assert captured.err.count("libcufft") == wanted
+
+
+def test_extra_brings_the_cuda_libraries() -> None:
+    """onnxruntime-gpu alone lists the CUDA provider, and cannot run it without CUDA and cuDNN."""
+    (requirement,) = extras()["gpu"]
+    assert requirement.startswith("onnxruntime-gpu[cuda,cudnn]")
 
 
 REPORTS_NODES = pytest.mark.skipif(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,3 +82,49 @@ def test_cores_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch) -> Non
     assert machine.cores() == 7
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert machine.cores() == 1
+
+
+class Libcuda:
+    """The functions of ``libcuda`` that are called, on a machine with one GPU; arguments are those of ``cuda.h``."""
+
+    attributes = {75: 8, 76: 7, 16: 8}  # noqa: RUF012 - compute capability 8.7, and 8 multiprocessors
+    memory = 7_613_000_000
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802
+        return 0
+
+    def cuDriverGetVersion(self, version: Any) -> int:  # noqa: N802
+        version._obj.value = 12060
+        return 0
+
+    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
+        count._obj.value = 1
+        return 0
+
+    def cuDeviceGet(self, device: Any, index: int) -> int:  # noqa: N802
+        device._obj.value = 40 + index
+        return 0
+
+    def cuDeviceGetName(self, name: Any, length: int, device: ctypes.c_int) -> int:  # noqa: N802
+        name.value = b"Orin"
+        return 0 if length == 128 and device.value == 40 else 1
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: ctypes.c_int) -> int:  # noqa: N802
+        value._obj.value = self.attributes[attribute]
+        return 0 if device.value == 40 else 1
+
+    def cuDeviceTotalMem_v2(self, size: Any, device: ctypes.c_int) -> int:  # noqa: N802
+        size._obj.value = self.memory
+        return 0 if device.value == 40 else 1
+
+
+def test_gpu_is_described_by_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boards of one name and compute capability differ in the number of multiprocessors, and in the memory."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Libcuda())
+    nano = machine.Gpu("Orin", 87, 8, 7)
+    assert machine.nvidia_driver() == machine.Driver("12.6", (nano,), "")
+    monkeypatch.setattr(Libcuda, "attributes", {**Libcuda.attributes, 16: 16})
+    monkeypatch.setattr(Libcuda, "memory", 65_900_000_000)
+    assert machine.nvidia_driver().gpus == (machine.Gpu("Orin", 87, 16, 61),)
+    monkeypatch.setattr(Libcuda, "cuDeviceTotalMem_v2", lambda self, size, device: 101)
+    assert machine.nvidia_driver() == machine.Driver("12.6", (), "GPU 0 does not answer (error 101)")
