@@ -71,7 +71,7 @@ CASES = (
 
 
 def draw(folder: Path, count: int) -> None:
-    """Writes the pictures; some are broken, some are copies (in another format) of the picture before."""
+    """Writes the pictures; some are broken, some are copies of the previous picture, in another format."""
     last = Image.new("RGB", (64, 64))
     for number, scene in enumerate(scenes(count, seed=9)):
         path = folder / f"{number // 500:03d}" / f"{number:06d}"

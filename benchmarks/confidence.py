@@ -3,7 +3,7 @@
     python benchmarks/confidence.py --work DIR --write benchmarks/results/confidence.json
     python benchmarks/confidence.py --page docs/confidence.md          # the tables, from the written results
 
-Scenes with held-out pairs of objects are disturbed as a camera does: no change, noise, blur, occlusion or JPEG, each
+Scenes with held-out pairs of objects are disturbed as by a camera: no change, noise, blur, occlusion or JPEG, each
 with a random strength. For each bundle, ``calibrate --references`` fits three maps from the features of a caption to
 its confidence, on pictures that no test uses:
 

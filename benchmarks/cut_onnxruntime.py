@@ -164,7 +164,7 @@ def main() -> int:
     """Cuts a wheel into pieces, or joins the pieces."""
     parser = parser_of(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("cut", help="remove the code for other GPUs from a wheel, write pieces")
+    one = commands.add_parser("cut", help="keep only the code for the GPUs of --sm in a wheel, and write it in pieces")
     one.add_argument("wheel", type=Path)
     one.add_argument(
         "--sm", type=int, action="append", required=True, help="keep the code for this compute capability, 90 for 9.0"

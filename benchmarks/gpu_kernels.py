@@ -183,7 +183,7 @@ DRAWN = {"temperature": (0.8, 0, 1.0), "top-k": (1.0, 20, 1.0), "top-p": (0.9, 0
 
 
 def _drawn(decoder: Any, prompts: list[Any], rules: list[StepScores]) -> dict[str, int]:
-    """Counts the drawn tokens that are equal, and those that the kernels left to the host."""
+    """Counts the tokens that kernels and host draw equally, and the rows whose draws the kernels left to the host."""
     (first, state), (_, other) = decoder.prefill(prompts), decoder.prefill(prompts)
     tokens = first.argmax(axis=-1)
     drawing = state.greedy(tokens, rules)
@@ -206,7 +206,7 @@ def _drawn(decoder: Any, prompts: list[Any], rules: list[StepScores]) -> dict[st
 
 @dataclass(frozen=True)
 class Number:
-    """A stream of one random number."""
+    """Stands in for a random generator: every draw gives the same number."""
 
     value: float
 

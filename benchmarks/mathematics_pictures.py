@@ -102,7 +102,7 @@ def similarity() -> str:
 
 
 def ranges() -> str:
-    """Draws the squared error of INT8 rounding and the squared error of saturation, both over the threshold t.
+    """Draws the squared error of INT8 rounding and the squared error of saturation, as functions of the threshold t.
 
     The values have the density exp(-|x|) / 2 (Laplace); in addition, 1 in 10,000 values is an outlier at 40. The error
     of rounding is step² / 12 with step = t / 127. The error of saturation is the integral of (x - t)² exp(-x) beyond t,
@@ -177,7 +177,7 @@ def tokens_per_pass(rate: float, proposed: int) -> float:
 
 
 def acceptance() -> str:
-    """Draws, for speculative decoding, the expected tokens per pass over the acceptance rate."""
+    """Draws the expected tokens per pass of speculative decoding, as a function of the acceptance rate."""
     plot = Plot(
         (0.0, 1.0),
         (1.0, 9.0),
@@ -204,7 +204,7 @@ CACHES: Mapping[str, tuple[int, int, int]] = {
 
 
 def cache() -> str:
-    """Draws the size of the KV cache in fp16: 30 text tokens, with a Q-Former (32 visual tokens) and an MLP (576)."""
+    """Draws the size of an fp16 KV cache: 30 text tokens and the visual tokens of a Q-Former (32) or an MLP (576)."""
     longest = max(cache_bytes(*shape) for shape in CACHES.values()) * (576 + 30)
     shapes = [label("KV cache of one picture and 30 text tokens, fp16", 8, 18)]
     for row, (name, shape) in enumerate(CACHES.items()):

@@ -80,8 +80,8 @@ def naive_bundle(parent: Path, target: Path, pictures: Sequence[Scene]) -> None:
 def figures(parent: Path, bundle: Path, wanted: Sequence[str], heldout: Sequence[Scene]) -> dict[str, Any]:
     """Compares a bundle with the fp32 bundle.
 
-    Returns the cosine of the vision encoder's outputs, the share of captions that are equal, and the share of captions
-    that are right.
+    Returns the cosine of the vision encoders' outputs, the share of captions that are equal in both bundles, and the
+    share of captions that are right.
     """
     prepare = Preprocessing.from_json(Bundle.open(parent).manifest.preprocessing)
     sessions = [OnnxRuntimeSession(root / f"{VISION}.onnx", 1) for root in (parent, bundle)]

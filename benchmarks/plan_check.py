@@ -213,7 +213,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="directory for checkpoints and bundles (8 GB)")
     parser.add_argument(
-        "--independent", action="store_true", help="measure the models that did not serve to fit plan's constants"
+        "--independent", action="store_true", help="measure the models on which plan's constants were not fitted"
     )
     parser.add_argument("--only", nargs="+", metavar="MODEL", help="measure only these models")
     parser.add_argument(

@@ -61,7 +61,7 @@ _WRITTEN = "_written"  # attribute of a section with the keys that the recipe ha
 NOT_NEGATIVE = at_least(0)
 POSITIVE = ValidValues(lambda value: bool(value > 0), "be greater than 0")
 EXACT = 1 << 53
-"""Largest whole number that JSON and a float hold exactly; the upper limit of keys without a lower one."""
+"""Largest whole number that JSON and a float hold exactly; the limit of keys that have no smaller limit."""
 SIZES = up_to(1 << 20)
 """Upper limit of widths, positions, tokens and rows. With larger values torch cannot compute the shapes of tensors, and
 so the memory cannot be predicted."""

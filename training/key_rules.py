@@ -55,7 +55,7 @@ class KeyRule:
     """Keys of one section that have an effect only under a condition.
 
     Attributes:
-        keys: The keys; empty for all keys of the section but `but`.
+        keys: The keys; empty for all keys of the section except those in `but`.
         works: Function of the recipe and the section that returns whether the keys have an effect.
         reason: Why the keys have no effect, for the error.
         fix: What to change so that the keys have an effect, for the error.
@@ -242,7 +242,7 @@ def keys_without_effect(config: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _unread(name: str, path: str, part: DataConfig, *, mixed: bool) -> Iterator[tuple[str, str]]:
-    """Yields problem and correction for the keys of a data set that its reader does not use."""
+    """Yields problem and correction for keys that the reader of a data set does not use."""
     for key in part.written:
         kinds = KINDS_OF_KEY.get(key, DATA_KINDS)
         if part.kind not in kinds:

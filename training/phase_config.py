@@ -30,7 +30,7 @@ class OptimizerConfig(RecipeSection):
     batch_size: Annotated[int, POSITIVE, SIZES] = 32
     """Samples of one forward pass on one process; a step uses batch_size × accumulate × processes samples."""
     accumulate: Annotated[int, POSITIVE, SIZES] = 1
-    """Forward passes whose gradients are accumulated for one step. In stage 1, negatives come from one pass alone."""
+    """Forward passes whose gradients are accumulated for one step. In stage 1, negatives are drawn within one pass."""
     learning_rate: Annotated[float, POSITIVE] = 1e-3
     """Peak learning rate, reached after the warm-up."""
     min_learning_rate: float = 1e-5
@@ -82,7 +82,7 @@ class LanguagePhase(OptimizerConfig):
 
 @dataclass(frozen=True)
 class BridgePhase(OptimizerConfig):
-    """A phase that trains the bridge. The picture encoder is frozen, unless it is trained too."""
+    """A phase that trains the bridge. The picture encoder is frozen, unless `unfreeze_vision` is true."""
 
     unfreeze_vision: bool = False
     """Train the picture encoder too, in float32. Its output is then not cached: a picture is encoded in every step that

@@ -39,7 +39,7 @@ class QFormerLayer(nn.Module):
             image_embeds: The picture's embeddings, ``[B, P, Dv]``.
 
         Returns:
-            The queries, and the keys and values of the self-attention with the same batch size as the given queries.
+            The queries, and the keys and values of the self-attention, all with the batch size of `queries`.
         """
         key_value = self.self_attention.key_value(queries)
         queries = self.self_attention.attend_to(queries, key_value)

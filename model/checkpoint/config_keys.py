@@ -57,7 +57,7 @@ class RecordedObject(Mapping[str, Any]):
 
 
 def check_config(directory: Path) -> list[str]:
-    """Checks the keys of a directory's ``config.json`` that this project does not read; see :func:`check_values`."""
+    """Checks those keys of a directory's ``config.json`` that this project does not read (:func:`check_values`)."""
     path = directory / "config.json"
     return check_values(str(path), read_checkpoint_json(path))
 

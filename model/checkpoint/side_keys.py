@@ -324,7 +324,7 @@ Any other key that this project does not read must not change transformers' conf
 
 
 def check_keys(table: KeyTable, values: Mapping[str, Any], where: str) -> list[str]:
-    """Compares the keys of a file with its table.
+    """Compares the keys of a file with the table of this file.
 
     Args:
         table: What happens to each key.

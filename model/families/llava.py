@@ -120,7 +120,7 @@ TOWERS = {
 def write_llava(config: CaptionerConfig) -> dict[str, Any]:
     """Makes the ``config.json`` that :func:`read_llava` and transformers read.
 
-    Its vision encoder ends at the layer whose output is used, so ``vision_feature_layer`` is -1.
+    A vision encoder of this project ends at the layer whose output is used, so ``vision_feature_layer`` is -1.
     """
     vision = {key: value for key, value in config.vision.to_hf().items() if key not in (LAYER, STRATEGY)}
     row = TOWERS[config.vision.kind]

@@ -40,7 +40,7 @@ class FlamingoConfig(LlamaConfig):
     Attributes:
         base_vocab_size: Rows of the original Llama's token table and head; additional rows, up to ``vocab_size``, are
             separate tensors in a checkpoint.
-        cross_interval: Number n: a gated layer is before each Llama layer 0, n, 2n and so on.
+        cross_interval: Number n: a gated layer comes before each of the Llama layers 0, n, 2n and so on.
         qk_norms: Whether queries and keys of the gated layers are normed.
         gates: Kind of the gates, one of :data:`GATES`.
         source: What the gated layers attend to: ``visual_tokens``, or ``image_embeds`` without a resampler.

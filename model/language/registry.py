@@ -31,7 +31,7 @@ class Language:
         build: Function that makes the module from a config.
         rules: Function that returns, for a config, the names of the checkpoint's tensors for the parameters.
         encoder_inputs: Names of the encoder's inputs, for encoder-decoder models.
-        ties: Tied tensors of a checkpoint whose config ties its embeddings.
+        ties: Tied tensors of a checkpoint whose config says that the embeddings are tied.
         left_out: Tensors of a checkpoint that are not used (regular expressions).
         bridged: Whether the language model works with any bridge; if not, only one family uses it.
     """

@@ -228,7 +228,7 @@ class BrokenSamples:
 
 
 def missing_pictures(name: str, missing: Mapping[str, str], total: int, broken: BrokenSamples, limit: int) -> None:
-    """Adds samples whose picture file is missing to the broken samples.
+    """Adds to the broken samples all samples whose picture file is missing.
 
     Args:
         name: The file that names the pictures, for messages.

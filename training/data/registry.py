@@ -85,7 +85,7 @@ class ShardFormat:
 
     Attributes:
         suffixes: Endings of the files' names.
-        reader: Makes a function that reads one file, from the section `[data]` and the directory of the recipe.
+        reader: From the section `[data]` and the directory of the recipe, makes a function that reads one file.
         size: Counts the samples of a file; None if counting would mean reading the whole file.
     """
 

@@ -99,7 +99,7 @@ class Scene:
         first: The object that the caption names first: its colour comes first in the alphabet.
         second: The other object.
         relation: A key of `RELATIONS`: position of `first` relative to `second`.
-        picture: RGB, `PICTURE_SIZE` squared.
+        picture: RGB picture of `PICTURE_SIZE` × `PICTURE_SIZE` pixels.
     """
 
     first: SceneObject

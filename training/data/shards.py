@@ -1,4 +1,4 @@
-"""Reads and writes WebDataset shards: tar files whose samples are files of one name (`0001.jpg`, `0001.txt`).
+"""Reads and writes WebDataset shards, tar files in which the files of a sample differ in suffix (`1.jpg`, `1.txt`).
 
 Headers and texts are read in order; a picture is read later, from its offset in the shard. Packed shards and shards in
 an object store are copied first, see :mod:`blip2edge.training.data.readers.copies`. Only the entries of the current
@@ -42,7 +42,7 @@ class ShardPicture(ShardFile):
 
     @property
     def identity(self) -> str:
-        """Returns a key made of the shard file's path, size and time, and the picture's offset in the shard."""
+        """Returns a key: path, size and modification time of the shard, and the offset of the picture in the shard."""
         return f"{file_identity(self.shard)}|{self.offset}"
 
     def open(self) -> Image.Image:

@@ -35,7 +35,7 @@ class Examples:
 
     Attributes:
         entries: Captions, or questions with answers.
-        count: Number of examples before each entry that the captioner gets.
+        count: Number of examples that the captioner gets before each entry.
     """
 
     entries: Sequence[Entry]

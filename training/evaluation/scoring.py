@@ -348,7 +348,7 @@ def _retrieved(
 
 
 class _Gallery(NamedTuple):
-    """The pictures of a retrieval.
+    """The pictures among which a retrieval searches.
 
     Attributes:
         vectors: Unit vectors of the pictures, float32 [N, F], or [N, K, F] if a picture has K vectors.

@@ -225,7 +225,7 @@ class FrozenEncoder:
     def open(self, sample: Sample) -> NDArray[np.float32] | None:
         """Opens a sample's picture; returns its pixel values [3, H, W], or None if its features are cached.
 
-        For a sample with features in place of a picture, returns these [P, D].
+        For a sample with features in place of a picture, returns the features [P, D].
 
         Raises:
             ImageError: The picture is broken.

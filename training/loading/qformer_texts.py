@@ -23,8 +23,8 @@ class QFormerTexts:
     """Makes batches of texts for the Q-Former.
 
     The text side needs four special tokens. If the tokenizer lacks some of them, these are added at the end of its
-    vocabulary: to BERT's tokenizer, only [DEC] is added. With the tokenizer of the language model, draft model and
-    language model have the same token ids, so no conversion is needed.
+    vocabulary: to BERT's tokenizer, only [DEC] is added. If the tokenizer is that of the language
+    model, both the draft model and the language model use its token ids, and no conversion is needed.
 
     Args:
         tokenizer: Any tokenizer; it is copied, not changed.

@@ -65,7 +65,7 @@ def layer_number(name: str, layers: int) -> int:
 
     Args:
         name: Name of the parameter in :class:`~blip2edge.model.vision.vit.VisionTransformer`.
-        layers: Number of its layers.
+        layers: Number of layers of this transformer.
     """
     part, _, rest = name.partition(".")
     if part == "layers":
@@ -81,7 +81,7 @@ def make_optimizer(
     Args:
         modules: Modules to train; a parameter that two modules share is used once.
         config: Optimizer settings: learning rate, betas and weight decay.
-        rate_of: The factor on the learning rate, from the name of a parameter in its module.
+        rate_of: Function from the name of a parameter in its module to the factor on its learning rate.
 
     Returns:
         An optimiser with two groups for each factor: weight decay on tensors of two or more dimensions, none on biases,
@@ -114,7 +114,7 @@ def set_rate(optimizer: Any, rate: float) -> None:
 
 
 def transformer_layers(module: nn.Module, names: Sequence[str] = LAYER_LISTS) -> list[nn.Module]:
-    """Returns the layers of all transformers in a module: the entries of the module lists whose name is in `names`."""
+    """Returns the layers of all transformers in a module: the entries of each module list with a name in `names`."""
     lists = [each for name, each in module.named_modules() if name.rpartition(".")[2] in names]
     return [layer for each in lists if isinstance(each, nn.ModuleList) for layer in each]
 

@@ -127,7 +127,7 @@ class Validation:
         }
 
     def _led(self) -> Mapping[str, Any]:
-        """Scores the captioner in the first process; then (also after an error) ends `follow` in all others."""
+        """Scores the captioner in the first process; then ends `follow` in the others, also after an error."""
         try:
             return self.score()
         finally:

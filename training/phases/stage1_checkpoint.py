@@ -274,7 +274,7 @@ def _copy_captioner(model: Stage1Model, captioner: CaptionerModel) -> None:
 
 
 def _load_head(model: Stage1Model, directory: Path) -> None:
-    """Loads the word head from the draft model's file; its other weights are in the file of the stage-1 model."""
+    """Loads the word head from the draft model's file; all other weights are in the file of the stage-1 model."""
     rules = WeightMap(TEXT_HEAD_RULES)
     path = directory / DRAFT_FILE
     with reading(

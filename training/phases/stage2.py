@@ -53,8 +53,8 @@ PROJECTIONS: Mapping[str, str] = {
 def caption_loss(language: nn.Module, visual_tokens: Tensor, batch: CaptionBatch, pictures: int = 1) -> Tensor:
     """Computes the cross-entropy of captions, given their pictures.
 
-    The value equals that of `labels=…` in transformers: labels are shifted by one, and the mean is over all labels of
-    all processes that are not ignored.
+    The value equals that of `labels=…` in transformers: labels are shifted by one, and the mean is over all labels,
+    of all processes, except the ignored labels.
 
     Args:
         language: Any language model of `model/language/registry.py`.
@@ -74,7 +74,7 @@ def caption_loss(language: nn.Module, visual_tokens: Tensor, batch: CaptionBatch
 
 
 def _token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Computes the cross-entropy of the logits [B, K, V] of K positions with the labels int64 [B, K] there."""
+    """Computes the cross-entropy of the logits [B, K, V] of K positions, given the labels of these positions [B, K]."""
     total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / mean_over_ranks((labels != IGNORED).sum()).clamp(min=1)
 

@@ -155,7 +155,7 @@ def _miniature(stage: str, config: TrainingConfig, kept: Stage1Source | None) ->
 def _of_checkpoint(config: TrainingConfig, base: Path) -> CaptionerConfig | None:
     """Returns the config of the recipe's checkpoint, if the run can use all its parts.
 
-    Returns None if the recipe takes a part from elsewhere, or the checkpoint's bridge is not of the kind `bridge`.
+    Returns None if the recipe names another checkpoint for a part, or another kind of bridge (key `bridge`).
     """
     model = config.model
     if not model.checkpoint or model.vision_from or model.language_from:
@@ -234,7 +234,7 @@ _KINDS = {
 def _composed(stage: str, config: TrainingConfig, base: Path, kept: Stage1Source | None) -> PlannedParts:
     """Plans a captioner of a trained picture encoder, a trained language model and a new bridge.
 
-    If `kept` (a trained model of stage 1) is given, the bridge gets the sizes of its Q-Former.
+    If `kept` (a trained model of stage 1) is given, the bridge gets the sizes of that model's Q-Former.
     """
     model = config.model
     vision = pretrained.open_vision(model.vision_from or model.checkpoint, base)

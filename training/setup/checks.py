@@ -125,7 +125,7 @@ def check_stage1_vision(vision: VisionEncoderConfig) -> None:
 
 
 def no_instruction_tokenizer() -> ConfigError:
-    """Returns the error for a Q-Former that reads the prompt, without a tokenizer; the caller raises the error."""
+    """Returns the error for a Q-Former that reads the prompt but has no tokenizer; the caller raises the error."""
     return ConfigError(
         "train instruct needs a tokenizer for the Q-Former, but found none",
         "in [model], set bert to a BERT (directory or hub name), or checkpoint to a model with qformer_tokenizer/",

@@ -73,7 +73,7 @@ class StepMemory:
     def step(self) -> int:
         """Returns the peak of a step in bytes.
 
-        Activations are released while gradients are made, so only the larger of both is counted.
+        The activations are released while the gradients are computed, so only the larger of these amounts is counted.
         """
         held = self.frozen + self.trained + self.optimizer + self.averages + self.gathered
         return held + max(self.activations + self.working, self.gradients)

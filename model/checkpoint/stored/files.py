@@ -36,7 +36,7 @@ SIDE_GROUPS = (
     ("qformer_tokenizer/*",),
     (DRAFT_TOKENIZER_FILE,),
 )
-"""Glob patterns of the files besides config and weights that affect the captions.
+"""Glob patterns of the files that affect the captions, without config and weights.
 
 The files of one group belong together: the tokenizer, the processor, generation defaults, chat templates, the
 Q-Former's tokenizer, the draft model's tokenizer.

@@ -35,7 +35,7 @@ def has_weights(directory: Path) -> bool:
 
 
 def check_layout(directory: Path) -> None:
-    """Raises CheckpointError if a directory has no ``config.json``, no weights and no adapter."""
+    """Raises CheckpointError if a directory has none of these: ``config.json``, weights, an adapter."""
     if not any((directory / name).is_file() for name in ("config.json", WEIGHTS, INDEX, ADAPTER)):
         raise no_weights(directory)
 

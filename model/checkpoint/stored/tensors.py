@@ -182,7 +182,8 @@ def shards(directory: Path) -> list[Path]:
     outside = [name for name in weight_map.values() if not is_file_name(name)]
     if outside:
         raise CheckpointError(
-            f"{index}: expected names of files in its directory, got {outside[0]!r:.60}", "copy or download it again"
+            f"{index}: expected names of files in the same directory, got {outside[0]!r:.60}",
+            "copy or download it again",
         )
     files = [directory / name for name in sorted(set(weight_map.values()))]
     missing = [file.name for file in files if not file.is_file()]

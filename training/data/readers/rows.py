@@ -239,8 +239,8 @@ def dialogue(turns: Any) -> Iterator[dict[str, Any]]:
             the system are skipped.
 
     Yields:
-        The fields ``question``, ``answers`` and ``history`` of an entry. If the question has no text besides the
-        picture, and there are no earlier turns: the answer as the field ``text``, a caption.
+        The fields ``question``, ``answers`` and ``history`` of an entry. If the question is only a picture,
+        without text and earlier turns, the answer becomes the field ``text``: a caption.
 
     Raises:
         DataError: A turn is not such an object, or a question has no answer.
