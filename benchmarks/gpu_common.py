@@ -46,7 +46,7 @@ def prepared(folder: Path, dry: bool, make: Callable[[Path], None]) -> Iterator[
 
 @contextmanager
 def cuda_sessions(dry: bool) -> Iterator[dict[str, DeviceSession]]:
-    """Yields the sessions of the backend ``cuda``, by graph name, which are added as they are opened.
+    """Yields a dict of sessions of the backend ``cuda``, by graph name; each session is added when it is opened.
 
     In a dry run, the backend's code runs with ONNX Runtime's CPU provider, and with the CPU as the device.
     """

@@ -27,7 +27,11 @@ from blip2edge.bundle.trust.integrity import STAMPS, FileRecord
 from blip2edge.runtime.backends.optimized_copy import KIND, RECORD, OptimizedRecord
 
 INDEX, KEPT = "weights.json", "weights.kept.xz"
-"""Files of a packed bundle: sizes of the weights' files, with the places of random numbers; all other bytes of them."""
+"""The two files of a packed bundle that replace its files of weights.
+
+The first has the size of each file of weights, and the places of the matrices that are left out. The second has all
+other bytes of these files.
+"""
 
 LEAST = 1 << 16
 """Bytes of the smallest matrix that is left out. Vectors are kept: norms with random scales would change the values."""
@@ -64,7 +68,7 @@ def pack(bundle: Path, folder: Path, least: int = LEAST) -> None:
 
 
 def _holes(bundle: Path, least: int) -> dict[str, list[Hole]]:
-    """Finds the matrices of a bundle's graphs and of its token table, by file, in their order in the file."""
+    """Finds the matrices of a bundle that are left out; returns them by file, in the order of the file."""
     import onnx_ir as ir
 
     found: dict[str, set[Hole]] = defaultdict(set)
@@ -81,7 +85,7 @@ def _holes(bundle: Path, least: int) -> dict[str, list[Hole]]:
 
 
 def _parts(record: dict[str, Any]) -> Iterator[Hole]:
-    """Yields all parts of a file in their order: the matrices that are left out, and, with an empty dtype, the rest."""
+    """Yields, in file order, the matrices that are left out, and the bytes between them with an empty dtype."""
     at = 0
     for offset, length, dtype in record["holes"]:
         if offset > at:

@@ -83,7 +83,7 @@ def train(
 
     Returns:
         The record, also saved as `training.json`: losses of each phase, scores, hash of the recipe, machine, and the
-        seconds of all parts of a run that was resumed.
+        seconds, including the time before the run was resumed.
 
     Raises:
         ConfigError: The recipe is wrong, the snapshots belong to another recipe or stage, or accelerate's launcher

@@ -24,8 +24,8 @@ class Journal:
 
     A line is an object with `phase`, `step` (steps done), `losses` by name, `loss` (the minimised sum) and `grad_norm`
     (means over the interval and over the processes), `rate` (learning rate), `gauges` (values of the phase, such as a
-    temperature or a gate), `validation` (scores by name, only after a validation), and `seconds` (since the phase
-    began, the parts before a resume included).
+    temperature or a gate), `validation` (scores by name, only after a validation), and `seconds` (of the
+    phase so far, including the time before the run was resumed).
 
     Args:
         directory: Directory of `log.jsonl`. It is None in all processes except the first; then nothing is written.

@@ -1,4 +1,4 @@
-"""Explains the error of a process whose partner in a run of several processes has ended."""
+"""Replaces the errors that a process gets when another process of the run has ended by a clear error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from blip2edge.errors import ProcessError, one_line
 from blip2edge.training.loop.snapshots import Snapshots
 
 _LOST = ("gloo", "connection closed by peer", "connection reset by peer", "broken pipe")
-"""Parts of the messages of torch's plain RuntimeErrors about a lost connection, in lower case; gloo names its file."""
+"""Texts, in lower case, by which torch's RuntimeErrors about a lost connection are recognised.
+
+gloo's messages contain the path of a source file of gloo.
+"""
 
 
 @contextmanager

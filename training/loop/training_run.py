@@ -24,9 +24,9 @@ MODEL_PREFIX = "workshop."
 
 
 class Clock:
-    """Measures the time of a run and of its current phase, the parts before the run was resumed included.
+    """Measures the time of a run and of its current phase, including the time before the run was resumed.
 
-    A killed run has repeated the steps behind its newest snapshot, so their first time does not count.
+    A resumed run repeats the steps that were made after the snapshot. Only their second time is counted.
     """
 
     def __init__(self) -> None:
@@ -36,17 +36,17 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Returns the seconds of all parts of the run."""
+        """Returns the seconds of the run, including the time before it was resumed."""
         return self._before + time.monotonic() - self._began
 
     @property
     def cpu_seconds(self) -> float:
-        """Returns the seconds that this process computed, in all parts of the run."""
+        """Returns the CPU seconds of this process, including the time before the run was resumed."""
         return self._cpu_before + time.process_time() - self._cpu_began
 
     @property
     def phase_seconds(self) -> float:
-        """Returns the seconds of all parts of the current phase."""
+        """Returns the seconds of the current phase, including the time before the run was resumed."""
         return time.monotonic() - self._phase_began
 
     def begin_phase(self, before: float = 0.0) -> None:
@@ -58,7 +58,7 @@ class Clock:
         return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "phase_seconds": self.phase_seconds}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Adds the times of the parts before a snapshot; a snapshot of an older version has none."""
+        """Adds the times that a snapshot stores; a snapshot of an older version of blip2edge stores none."""
         self._before, self._cpu_before = (float(state.get(name, 0.0)) for name in ("seconds", "cpu_seconds"))
 
 
@@ -81,7 +81,7 @@ class TrainingRun:
         stage1: The model of stage 1; None before stage 1 begins.
         loaders: Open loaders of the current phase.
         validation: The held-out data of the validations; None without validation.
-        clock: The time of all parts of the run.
+        clock: Measures the time of the run.
     """
 
     stage: str
