@@ -122,7 +122,23 @@ def _written(text: str, write: Writer) -> str:
 
 
 class Blip2EdgeWarning(UserWarning):
-    """Root of the warnings that blip2edge gives on purpose; the command line prints them as notes."""
+    """Root of the warnings that blip2edge gives on purpose; the command line prints them as notes.
+
+    Args:
+        text: The warning, in one line; it may name options with :func:`option`.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        super().__init__(self.text())
+
+    def text(self, write: Writer = python_option) -> str:
+        """Returns the warning; ``write`` writes the name of each option in it."""
+        return _written(self._text, write)
+
+
+class WithoutEffectWarning(Blip2EdgeWarning):
+    """An option has no effect together with the other options."""
 
 
 class UsageError(Blip2EdgeError):
@@ -227,6 +243,16 @@ def some(names: Sequence[str], limit: int = 3) -> str:
     """Joins the first ``limit`` names for a message, and adds how many more there are."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def plural(count: int, one: str) -> str:
+    """Formats a number with its noun: ``1 picture``, ``2 pictures``.
+
+    Args:
+        count: The number.
+        one: The noun in the singular, whose plural ends in s.
+    """
+    return f"{count} {one}{'' if count == 1 else 's'}"
 
 
 def shown_address(address: str) -> str:

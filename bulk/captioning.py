@@ -33,6 +33,7 @@ from blip2edge.picture_files import printable
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.encoder import EncodedBatch, StageClock
 from blip2edge.runtime.decoding.options import GenerationOptions
+from blip2edge.runtime.decoding.sampling import warn_of_unused
 from blip2edge.runtime.images.preprocess import DeferredImage, load_image
 
 DECODED_BATCHES = 3  # batches of pictures that are decoded while others are captioned
@@ -126,6 +127,7 @@ class ChunkCaptioner:
             )
         prompts(prompts.with_default(options.prompt))
         given = self.captioner.options(**options.generation)
+        warn_of_unused(given, options.generation)
         generation = replace(given, seed=DEFAULT_SEED) if given.sampling and given.seed is None else given
         check_captions(options.captions, generation)
         self.captioner.generator.confidence.check(generation, options.prompt)

@@ -8,6 +8,7 @@ from blip2edge.calibration.agreement import CaptionAgreement
 from blip2edge.calibration.pictures import ADVISED, PictureSet
 from blip2edge.calibration.report.files import REPORT_PAGE
 from blip2edge.calibration.results import CalibratedGraph
+from blip2edge.errors import plural
 
 LEAST_AGREEMENT = 0.9
 """Least share of captions that are the same as with the original bundle. Below it, ``calibrate`` warns."""
@@ -26,7 +27,9 @@ def picture_warnings(pictures: PictureSet) -> list[str]:
         )
     warnings += [f"{each}; its pictures are left out" for each in pictures.unreadable]
     if pictures.skipped:
-        warnings.append(f"{len(pictures.skipped)} pictures cannot be read; the first is {pictures.skipped[0]}")
+        warnings.append(
+            f"{plural(len(pictures.skipped), 'picture')} cannot be read; the first is {pictures.skipped[0]}"
+        )
     return warnings
 
 

@@ -8,20 +8,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from blip2edge.bundle.schema import BRIDGE, VISION
+from blip2edge.calibration.pictures import DEFAULT_COUNT
 from blip2edge.calibration.weights.blocks import BLOCKS, BlockFormat
 from blip2edge.choices import WEIGHT_BITS
 from blip2edge.errors import UsageError, option
+from blip2edge.limits import DEFAULT_LIMITS
 
 FLOAT, FP16, W8A8 = "float", "fp16", "w8a8"
 KINDS = (FLOAT, FP16, W8A8, *WEIGHT_BITS)
 INT8_ACTIVATIONS = (VISION, BRIDGE)
 """Graphs whose activations become INT8 by default."""
+
+QUANTIZATION = {
+    "method": "smooth",
+    "activations": INT8_ACTIVATIONS,
+    "weights": "int8",
+    "formats": (),
+    "drop_limit": None,
+    "count": DEFAULT_COUNT,
+    "limits": DEFAULT_LIMITS,
+}
+"""Defaults of the options of ``calibrate`` that have an effect only with ``images``."""
 
 KEPT = "kept in floating point by its format (--format)"
 
@@ -210,4 +223,19 @@ def _check_patterns(graph: str, form: GraphFormat) -> None:
                 f"{option('format')}: {graph} is in {form.whole}, so its matrices {pattern} cannot be in {own}",
                 f"expected one of {', '.join(fitting)}" if fitting else "give the whole graph a format of integers",
                 field="format",
+            )
+
+
+def check_nothing_to_quantize(given: Mapping[str, object]) -> None:
+    """Raises UsageError for an option of the quantization whose value is not the default, if nothing is quantized.
+
+    Args:
+        given: The value of each option of ``calibrate`` that needs ``images``, by name.
+    """
+    for name, value in given.items():
+        if (tuple(value) if isinstance(value, (list, tuple)) else value) != QUANTIZATION[name]:
+            raise UsageError(
+                f"{option(name)} has no effect without {option('images')}: nothing is quantized",
+                f"give {option('images')}, or leave {option(name)} out",
+                field=name,
             )

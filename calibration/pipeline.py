@@ -41,6 +41,7 @@ from blip2edge.calibration.formats import (
     GraphFormat,
     check_inputs,
     check_matches,
+    check_nothing_to_quantize,
     choose_graph_formats,
 )
 from blip2edge.calibration.pictures import DEFAULT_COUNT, PictureSet, choose_pictures
@@ -142,8 +143,8 @@ def calibrate(
             steps here.
 
     Raises:
-        UsageError: ``method``, ``weights``, a format or a graph in ``activations`` is unknown, or ``drop_limit`` does
-            not apply to this model.
+        UsageError: ``method``, ``weights``, a format or a graph in ``activations`` is unknown, ``drop_limit`` does not
+            apply to this model, or an option of the quantization is given without ``images``.
         BundleError: ``bundle`` is not a bundle, is in bf16, or was calibrated before.
         DataError: No picture can be read, or there are too few references.
         OutputError: ``output`` exists, or cannot be written.
@@ -151,6 +152,8 @@ def calibrate(
     """
     target, start = Path(output), time.perf_counter()
     if images is None:
+        given = {"method": method, "activations": activations, "weights": weights, "formats": formats}
+        check_nothing_to_quantize(given | {"drop_limit": drop_limit, "count": count, "limits": limits})
         return _copied_bundle(bundle, target, references, force=force, threads=threads, progress=progress)
     parent = open_parent(bundle, method, weights)
     check_not_source(target, parent.path)

@@ -110,7 +110,7 @@ class FakeCaptioner:
     """Records what the command line asks for."""
 
     loaded: list[tuple[str, str, int | None]] = field(default_factory=list)
-    options: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
     error: BaseException | None = None
     bundle: Any = None
     prompts: Any = field(
@@ -126,6 +126,9 @@ class FakeCaptioner:
         self.loaded.append((str(bundle.path), backend, threads))
         return self
 
+    def options(self, **options: Any) -> SimpleNamespace:
+        return SimpleNamespace(num_beams=2, sampling=True)  # so that no option is without effect
+
     def caption_many(
         self,
         images: Sequence[str],
@@ -136,12 +139,12 @@ class FakeCaptioner:
         **options: Any,
     ) -> Iterator[FakeResult]:
         assert return_exceptions
-        self.options.append({"batch_size": batch_size, **options})
+        self.calls.append({"batch_size": batch_size, **options})
         for index, image in enumerate(images):
             yield FakeResult(image, None if prompts is None else prompts[index])
 
     def stream(self, image: str, *, prompt: str | None = None, **options: Any) -> Iterator[str]:
-        self.options.append(options)
+        self.calls.append(options)
         yield from ("a", " red", " circle")
         yield "" if prompt is None else f" ({prompt})"
 
@@ -237,7 +240,7 @@ def test_caption_prints_text_and_passes_only_the_flags_given(
         "a red circle",
     ]
     assert captioner.loaded[:2] == [("bundle", "auto", None), ("bundle", "cpu", 2)]
-    assert captioner.options == [
+    assert captioner.calls == [
         {"batch_size": 1},
         {"batch_size": 1},
         {
@@ -373,13 +376,13 @@ def test_every_command_that_reads_a_bundle_takes_the_flag() -> None:
 def test_stream_writes_the_pieces_of_a_caption(captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["caption", "a.png", "b.png", "-b", "x", "--stream", "--seed", "3"]) == 0
     assert capsys.readouterr().out == "a.png: a red circle\nb.png: a red circle\n"
-    assert captioner.options == [{"seed": 3}, {"seed": 3}]
+    assert captioner.calls == [{"seed": 3}, {"seed": 3}]
 
 
 def test_ask(captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ask", "a.png", "is it red?", "-b", "x", "--num-beams", "2"]) == 0
     assert capsys.readouterr().out == "a red circle\n"
-    assert captioner.options == [{"batch_size": 1, "num_beams": 2}]
+    assert captioner.calls == [{"batch_size": 1, "num_beams": 2}]
 
 
 def test_ask_streams_with_the_question_template(captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]) -> None:

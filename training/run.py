@@ -23,7 +23,7 @@ from blip2edge.bundle.outputs.disk_errors import output_error
 from blip2edge.bundle.outputs.locks import NEW, locked
 from blip2edge.bundle.outputs.names import with_own_name
 from blip2edge.bundle.outputs.publishing import check_not_source, check_target, publish
-from blip2edge.errors import ConfigError, OutputError, option
+from blip2edge.errors import ConfigError, OutputError, option, plural
 from blip2edge.progress import ProgressCallback
 from blip2edge.training.config import RECORD_FILE, TrainingConfig, config_hash, in_recipe, load_config
 from blip2edge.training.evaluation.models import ModelOptions
@@ -217,7 +217,7 @@ def _run_phases(run: TrainingRun, snapshot: Snapshot | None) -> None:
         run.figures[name] = _phase_figures(run, phase, run.clock.phase_seconds)
         if broken:
             run.figures[name]["broken"] = {"samples": len(broken), "first": dict(list(broken.items())[:3])}
-            run.log(f"{name}: {len(broken)} broken samples were skipped")
+            run.log(f"{name}: skipped {plural(len(broken), 'broken sample')}")
         run.changed += PHASES[name].changes(run.config)
         if number + 1 < len(names) and run.accelerator.is_main_process:
             run.snapshots.write(done + phase.config.steps, run.snapshot(phase=names[number + 1], step=0))

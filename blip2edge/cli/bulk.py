@@ -22,7 +22,7 @@ from blip2edge.cli.flag_groups import (
 from blip2edge.cli.flag_types import any_text, share
 from blip2edge.cli.interrupt import Interrupted
 from blip2edge.cli.messages import print_note
-from blip2edge.cli.table import plural
+from blip2edge.errors import DataError, plural
 from blip2edge.limits import PICTURE_LIMITS, Limits
 from blip2edge.progress import Progress
 
@@ -120,8 +120,7 @@ def run(options: argparse.Namespace) -> int:
         raise
     print(json.dumps(counts) if options.json else _text(counts, str(options.output)))
     if counts["broken"] == counts["pictures"]:
-        print_note("error: no picture could be read; the rows have the reason (error)")
-        return 1
+        raise DataError("no picture could be read", "see the reason in the rows (error)")
     if counts["broken"] and not options.json:
         print_note(
             f"note: {plural(counts['broken'], 'broken picture')}; rows of broken pictures have the reason (error)"

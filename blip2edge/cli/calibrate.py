@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from blip2edge.cli.next_steps import print_next, quoted, try_command
 from blip2edge.cli.optimize import optimized
 from blip2edge.cli.optimize import report_table as copy_table
 from blip2edge.cli.table import size, table
-from blip2edge.errors import UsageError, option
+from blip2edge.errors import UsageError, option, plural
 from blip2edge.limits import PICTURE_LIMITS, Limits
 from blip2edge.progress import Progress
 
@@ -261,6 +262,10 @@ def _check_quantized(options: argparse.Namespace) -> None:
         for name in QUANTIZES:
             given = getattr(options, name)
             check_needed(name, None if given == [] else given, "images", options.images)
+        for one in fields(Limits):
+            if one.name in PICTURE_LIMITS:
+                name = one.metadata["flag"].removeprefix("--").replace("-", "_")
+                check_needed(name, getattr(options, f"limit_{one.name}"), "images", options.images)
 
 
 def _check_search(options: argparse.Namespace) -> None:
@@ -308,7 +313,7 @@ def _search(options: argparse.Namespace, shared: dict[str, Any]) -> CalibrationR
             **shared,
         )
     print(front_table(found, "predicted ms" if wanted.board else "ms"))
-    print(f"\n{len(found.points)} combinations, {found.cpu_s / 60:.1f} CPU minutes")
+    print(f"\n{plural(len(found.points), 'combination')}, {found.cpu_s / 60:.1f} CPU minutes")
     print(f"published: {found.chosen.rule}\nthe same by hand: calibrate … {found.chosen.point.flags}\n")
     return report
 
@@ -354,12 +359,14 @@ def report_table(report: CalibrationReport) -> str:
     lines = [table(HEADER, rows, right=range(2, len(HEADER)))] if rows else []
     if report.captions is not None:
         same, pictures = report.captions.same, report.captions.pictures
-        lines.append(f"\nsame caption as the original bundle: {same:.1%} of {pictures} pictures")
+        lines.append(f"\nsame caption as the original bundle: {same:.1%} of {plural(pictures, 'picture')}")
     peak = f", peak memory {size(report.peak_memory_bytes)}" if report.peak_memory_bytes else ""
     if report.confidence is not None:
         lines.append(confidence_line(report.confidence))
     if rows:
-        lines.append(f"{report.bundle}: calibrated on {report.pictures} pictures, {report.seconds:.1f} s{peak}")
+        lines.append(
+            f"{report.bundle}: calibrated on {plural(report.pictures, 'picture')}, {report.seconds:.1f} s{peak}"
+        )
         lines.append(f"{report.bundle / REPORT_PAGE}: every layer and the captions that differ")
     else:
         lines.append(f"{report.bundle}: a copy with a confidence, {report.seconds:.1f} s{peak}")

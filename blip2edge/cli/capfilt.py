@@ -23,6 +23,7 @@ from blip2edge.cli.flag_groups import (
 )
 from blip2edge.cli.flag_types import any_text, share
 from blip2edge.cli.table import table
+from blip2edge.errors import plural
 from blip2edge.progress import Progress
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def _text(report: Mapping[str, Any], output: str) -> str:
         [
             table(("captions", "scored", "kept"), rows, right=(1, 2)),
             f"{pictures['kept']} of {pictures['seen']} pictures keep a caption, {pictures['broken']} are broken",
-            f"{output}: {len(report['shards'])} shards and report.json, in {report['seconds']} s",
+            f"{output}: {plural(len(report['shards']), 'shard')} and report.json, in {report['seconds']} s",
             f'next: train on them with kind = "shards" and path = "{output}" in [data]',
         ]
     )

@@ -116,6 +116,9 @@ def print_captions(
         The exit status: 1 if a picture could not be read, or if one of several prompts does not fit the model.
     """
     flags = given_generation(options)
+    from blip2edge.runtime.decoding.sampling import warn_of_unused
+
+    warn_of_unused(captioner.options(**flags), flags)
     labelled = len(items) > 1 or any(picture.found for picture in items[0].pictures)
     failures = Failures(ImageError, PromptError) if len(set(prompts or ())) > 1 else Failures(ImageError)
     if options.stream:

@@ -20,8 +20,8 @@ from blip2edge.cli.flag_groups import (
 from blip2edge.cli.flag_types import any_text, non_negative_int
 from blip2edge.cli.messages import Failures
 from blip2edge.cli.picture_arguments import IMAGE_HELP, find_pictures
-from blip2edge.cli.table import plural, table
-from blip2edge.errors import ImageError
+from blip2edge.cli.table import table
+from blip2edge.errors import ImageError, plural
 from blip2edge.limits import PICTURE_LIMITS, Limits
 from blip2edge.progress import Progress
 

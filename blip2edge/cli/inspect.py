@@ -10,7 +10,7 @@ from blip2edge.cli.export import merging_line
 from blip2edge.cli.flag_groups import add_bundle
 from blip2edge.cli.next_steps import print_next, quoted, try_command
 from blip2edge.cli.table import difference, size, table
-from blip2edge.errors import EngineError
+from blip2edge.errors import EngineError, plural
 from blip2edge.progress import Progress, ProgressCallback
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def _head(manifest: Manifest) -> list[str]:
 
 def _calibration(record: Mapping[str, Any]) -> dict[str, str]:
     """Returns lines that say how a bundle was calibrated, and how similar it is to the bundle before calibration."""
-    lines = {"calibrated": f"{record['method']}, on {record['pictures']} pictures"}
+    lines = {"calibrated": f"{record['method']}, on {plural(record['pictures'], 'picture')}"}
     cosines = {
         graph: min(value["mean"] for value in outputs.values())
         for graph, outputs in record["cosine"].items()

@@ -60,8 +60,8 @@ def show_warnings() -> None:
     show = warnings.showwarning
 
     def note(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-        if issubclass(category, Blip2EdgeWarning):
-            print_note(f"warning: {message}")
+        if isinstance(message, Blip2EdgeWarning):
+            print_note(f"warning: {message.text(flag)}")
         else:
             show(message, category, *rest, **more)
 

@@ -9,6 +9,7 @@ from blip2edge.cli.flag_groups import add_bundle
 from blip2edge.cli.messages import print_note
 from blip2edge.cli.next_steps import print_next, try_command
 from blip2edge.cli.table import size
+from blip2edge.errors import plural
 from blip2edge.progress import Progress
 
 if TYPE_CHECKING:
@@ -62,6 +63,6 @@ def run(options: argparse.Namespace) -> int:
         print_note("note: README.md of the repository was edited, so it is kept; --card prints the new one")
     if report.removed:
         print_note(f"note: removed, because this bundle does not have it: {', '.join(report.removed)}")
-    print(f"{report.name}: {len(report.files)} files, {size(sum(report.files.values()))}: {report.url}")
+    print(f"{report.name}: {plural(len(report.files), 'file')}, {size(sum(report.files.values()))}: {report.url}")
     print_next(try_command(Path(str(report.name)), manifest))
     return 0

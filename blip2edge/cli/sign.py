@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from blip2edge.cli.flag_groups import add_bundle
 from blip2edge.cli.next_steps import print_next, quoted
-from blip2edge.errors import UsageError
+from blip2edge.errors import UsageError, plural
 
 if TYPE_CHECKING:
     import argparse
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     report = sign_bundle(
         options.bundle, options.key, output=options.output, ask_password=lambda: _password(options.key)
     )
-    print(f"{report.signature}: a signature of {len(report.files)} files")
+    print(f"{report.signature}: a signature of {plural(len(report.files), 'file')}")
     place = "" if options.output is None else f" --signature {quoted(options.output)}"
     print_next(f"blip2edge verify {quoted(options.bundle)} --key PUBLIC_KEY{place}")
     return 0

@@ -32,16 +32,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequen
     return "\n".join([lay(lines[0]), rule, *[lay(line) for line in lines[1:]]])
 
 
-def plural(count: int, one: str) -> str:
-    """Formats a number with its noun: ``1 picture``, ``2 pictures``.
-
-    Args:
-        count: The number.
-        one: The noun in the singular, whose plural ends in s.
-    """
-    return f"{count} {one}{'' if count == 1 else 's'}"
-
-
 def size(count: int) -> str:
     """Formats a number of bytes: 512 B, 1.5 KB, 7.4 GB (powers of 1000)."""
     if count < 1000:

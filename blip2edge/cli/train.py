@@ -11,6 +11,7 @@ from blip2edge.cli import interrupt
 from blip2edge.cli.flag_groups import add_output
 from blip2edge.cli.messages import print_note
 from blip2edge.cli.next_steps import print_next, quoted
+from blip2edge.errors import plural
 from blip2edge.progress import Progress
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"{output}: {record['parameters']} parameters, trained in {seconds(record['seconds'])} s")
     for phase, figures in record["phases"].items():
         for name, problem in figures.get("broken", {}).get("first", {}).items():
-            print(f"{phase}: skipped {name}: {problem} ({figures['broken']['samples']} samples in all)")
+            print(f"{phase}: skipped {name}: {problem} ({plural(figures['broken']['samples'], 'sample')} in all)")
     scores = record.get("heldout")
     if scores:
         print(f"{scores['n']} held-out scenes: {scores['exact_match']:.2%} exact captions")

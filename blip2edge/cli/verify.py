@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2edge.cli.flag_groups import add_bundle
+from blip2edge.errors import plural
 from blip2edge.progress import Progress
 
 if TYPE_CHECKING:
@@ -44,5 +45,7 @@ def run(options: argparse.Namespace) -> int:
             signature=options.signature,
             progress=lambda _, done, total: progress("hashing", done, total),
         )
-    print(f"verified: {report.signature} is a signature of {options.key}, and lists all {len(report.files)} files")
+    print(
+        f"verified: {report.signature} is a signature of {options.key}, and lists {plural(len(report.files), 'file')}"
+    )
     return 0

@@ -14,8 +14,7 @@ from blip2edge.cli.credentials import FORM, filled_address, filled_text, has_cre
 from blip2edge.cli.flag_groups import add_bundle_option, add_generation, add_limits, add_number, given_generation
 from blip2edge.cli.flag_types import any_text, http_header, non_negative_number, positive_number, share_or_auto
 from blip2edge.cli.messages import print_note
-from blip2edge.cli.table import plural
-from blip2edge.errors import DataError, UsageError, option, shown_address
+from blip2edge.errors import DataError, UsageError, option, plural, shown_address
 from blip2edge.limits import FILE_LIMITS, Limits
 
 if TYPE_CHECKING:
@@ -160,6 +159,7 @@ def _report_of(fit: Path) -> Path:
 
 def run(options: argparse.Namespace) -> int:
     """Caption the newest frame again and again, or each picture of a folder, until the source ends or Ctrl-C."""
+    from blip2edge.runtime.decoding.sampling import warn_of_unused
     from blip2edge.runtime.serving.streams.sources import open_source
     from blip2edge.runtime.serving.watch import watch as live
 
@@ -172,6 +172,7 @@ def run(options: argparse.Namespace) -> int:
     with ExitStack() as opened:
         sinks = _open_sinks(options, opened)
         captioner = load_captioner(options, open_bundle(options))
+        warn_of_unused(captioner.options(**flags), flags)
         for caption in live(
             captioner,
             frames,
@@ -193,7 +194,7 @@ def run(options: argparse.Namespace) -> int:
             for sink in sinks:
                 sink.put(_event(name, caption, values))
     if dropped:
-        print_note(f"{dropped} frames were dropped, because they came faster than captions")
+        print_note(f"{plural(dropped, 'frame')} dropped, because frames came faster than captions")
     if frames.undecoded:
         print_note(f"{name}: {plural(frames.undecoded, 'frame')} could not be decoded")
     if not frame_count and options.once:

@@ -26,13 +26,14 @@ from blip2edge.calibration.confidence.fit import FittedMap, fit_map
 from blip2edge.calibration.confidence.page import with_section
 from blip2edge.calibration.confidence.references import Reference, References
 from blip2edge.calibration.report.files import REPORT, REPORT_PAGE, SCHEMA
-from blip2edge.errors import Blip2EdgeError, DataError, ImageError, option
+from blip2edge.errors import Blip2EdgeError, DataError, ImageError, option, plural
 from blip2edge.progress import ProgressCallback
 from blip2edge.reading import read_json
 from blip2edge.runtime.bench.certificate.reference_outputs import default_prompt
 from blip2edge.runtime.captioning.assemble import captioning_prompt
 from blip2edge.runtime.captioning.captioner import Captioner, CaptionResult
 from blip2edge.runtime.decoding.confidence import ConfidenceMap, decoding_options, features, task_of
+from blip2edge.runtime.decoding.sampling import warn_of_unused
 
 LEAST, ADVISED = 20, 500
 """Smallest number of pictures for a fit, and the number below which a fit gives a warning."""
@@ -87,6 +88,7 @@ def add_confidence(
     asks = _check(references)
     with Captioner.load(directory, backend="cpu", threads=threads) as captioner:
         options = captioner.options(**references.options)
+        warn_of_unused(options, references.options)
         prompt = references.prompt if references.prompt is not None else default_prompt(captioner.prompts)
         task = task_of(captioner.prompts.question("x"), captioner.prompts.spec) if asks else CAPTION
         pairs, broken = [], []
@@ -247,7 +249,7 @@ def _warnings(right: Any, broken: Sequence[str]) -> tuple[str, ...]:
 
 def _unreadable(broken: Sequence[str]) -> tuple[str, ...]:
     """Returns the warning about pictures that cannot be read; empty if there are none."""
-    return (f"{len(broken)} pictures cannot be read; the first is {broken[0]}",) if broken else ()
+    return (f"{plural(len(broken), 'picture')} cannot be read; the first is {broken[0]}",) if broken else ()
 
 
 def _write_reports(directory: Path, title: str, confidence: Mapping[str, Any]) -> dict[str, FileRecord]:

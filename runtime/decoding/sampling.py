@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import secrets
+import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -19,7 +20,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.errors import BackendError, option
+from blip2edge.errors import BackendError, WithoutEffectWarning, option
 from blip2edge.runtime.decoding.options import GenerationOptions
 
 Scores = NDArray[np.float32]
@@ -308,3 +309,34 @@ def sampling_filters(options: GenerationOptions) -> list[Filter]:
         for name, (keeps, neutral) in FILTERS.items()
         if (value := getattr(options, name)) is not None and value != neutral
     ]
+
+
+BEAM_OPTIONS = ("length_penalty", "early_stopping")
+"""Options that only beam search uses."""
+
+SAMPLING_OPTIONS = ("seed", "top_p", "top_k")
+"""Options that only sampling uses; with a temperature of 0, decoding is greedy."""
+
+
+def warn_of_unused(options: GenerationOptions, given: Collection[str]) -> None:
+    """Gives a WithoutEffectWarning for each option of the caller that has no effect.
+
+    The server does not call this function: clients send a seed with every request, whatever the temperature is.
+
+    Args:
+        options: The options, with the bundle's defaults.
+        given: Names of the options that the caller has given; unused defaults of the bundle are not reported.
+    """
+    for name, reason in _unused(options):
+        if name in given and getattr(options, name) not in (None, getattr(GenerationOptions(), name)):
+            warnings.warn(WithoutEffectWarning(f"{option(name)} has no effect: {reason}"), stacklevel=2)
+
+
+def _unused(options: GenerationOptions) -> Iterator[tuple[str, str]]:
+    """Yields each option that is not used, whether it is set or not, with the reason and the correction."""
+    if options.num_beams == 1:
+        for name in BEAM_OPTIONS:
+            yield name, f"only beam search uses it; give {option('num_beams')} above 1, or leave it out"
+    if not options.sampling:
+        for name in SAMPLING_OPTIONS:
+            yield name, f"only sampling uses it; give a {option('temperature')} above 0, or leave it out"

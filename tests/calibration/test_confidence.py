@@ -38,6 +38,7 @@ from blip2edge.calibration.sealing import seal
 from blip2edge.cli import main
 from blip2edge.cli.caption import shown_text
 from blip2edge.errors import BundleError, DataError, UsageError
+from blip2edge.limits import Limits
 from blip2edge.runtime.decoding.confidence import Confidence, ConfidenceMap, features
 from blip2edge.runtime.decoding.generated import Generated
 from blip2edge.runtime.decoding.options import GenerationOptions
@@ -350,11 +351,30 @@ def test_what_the_command_refuses(tiny_bundle: Path, tmp_path: Path, capsys: pyt
     flags = ["--images", str(tmp_path), "--right-at", "0.5"]
     assert main(["calibrate", str(tiny_bundle), "-o", str(tmp_path / "out"), *flags]) == 2
     assert "--right-at needs --references" in capsys.readouterr().err
-    with pytest.raises(DataError, match=f"expected at least {LEAST} pictures"):
+    with pytest.raises(DataError, match=f"expected at least {LEAST} readable pictures"):
         fit_on_drawings(tiny_bundle, tmp_path / "out", count=LEAST - 1)
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="got neither"):
         calibrate(tiny_bundle, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"formats": ["decoder=int8"]},
+        {"method": "minmax"},
+        {"weights": "int4"},
+        {"weights": None},
+        {"activations": []},
+        {"drop_limit": 1.0},
+        {"count": 3},
+        {"limits": Limits(pixels=100)},
+    ],
+)
+def test_options_of_the_quantization_need_pictures(given: dict[str, Any], tiny_bundle: Path, tmp_path: Path) -> None:
+    (name,) = given
+    with pytest.raises(UsageError, match=rf"^{name} has no effect without images: nothing is quantized; give images"):
+        calibrate(tiny_bundle, tmp_path / "out", **given)
 
 
 def test_unsure_words_are_underlined_on_a_terminal(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def test_references_that_are_left_out_are_named(
     assert "on 22 pictures" in said.out
     assert "warning: 1 reference is left out; the first is 02.png: its text cannot be read: " in said.err
     assert "expected UTF-8, got the byte 0xe9" in said.err
-    assert "1 pictures cannot be read; the first is 03.png: " in said.err
+    assert "1 picture cannot be read; the first is 03.png: " in said.err
     for at in range(10):
         (folder / f"{at:02d}.txt").write_text(" \n")
     assert main(["calibrate", str(tiny_bundle), "-o", str(tmp_path / "c"), "--references", str(folder), *flags]) == 1
@@ -55,6 +55,7 @@ def test_references_that_are_left_out_are_named(
         ["--method", "smooth"],
         ["--int8-activations", "decoder"],
         ["--count", "3"],
+        ["--max-pixels", "1000000"],
     ],
 )
 def test_flags_of_the_quantisation_need_pictures(

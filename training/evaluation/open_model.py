@@ -14,6 +14,7 @@ from blip2edge.errors import BundleError, UsageError, option
 from blip2edge.runtime.backends.base import check_threads
 from blip2edge.runtime.captioning.captioner import Captioner
 from blip2edge.runtime.captioning.matcher import Matcher
+from blip2edge.runtime.decoding.sampling import warn_of_unused
 from blip2edge.runtime.images.video import ItemSource
 from blip2edge.runtime.text.prompt import PromptBuilder
 from blip2edge.training.evaluation.models import (
@@ -31,7 +32,8 @@ class BundleCaptioner:
     """A captioner from a bundle, run by this project's runtime."""
 
     def __init__(self, captioner: Captioner, options: ModelOptions) -> None:
-        captioner.options(**options.generation)  # raises for wrong options before any picture is read
+        # Raises for wrong options before any picture is read.
+        warn_of_unused(captioner.options(**options.generation), options.generation)
         self._captioner = captioner
         self._options = options
 

@@ -12,6 +12,7 @@ from typing import Any
 from blip2edge.bundle.hub.names import MAIN, HubName, repository_of
 from blip2edge.bundle.manifest import GraphRecord, Manifest
 from blip2edge.bundle.schema import DECODER
+from blip2edge.errors import plural
 
 MARK = "<!-- written by `blip2edge push`, SHA-256 {}; the next push keeps the card if it was edited -->"
 _MARK = re.compile(re.escape(MARK).replace(r"\{\}", "([0-9a-f]{64})"))
@@ -154,7 +155,7 @@ def _parity(graph: GraphRecord) -> str:
 
 def _calibration(record: Mapping[str, Any]) -> str:
     """Writes the section that says how the bundle was calibrated, and how much its outputs changed."""
-    lines = [f"Method `{record['method']}`, on {record['pictures']} pictures."]
+    lines = [f"Method `{record['method']}`, on {plural(record['pictures'], 'picture')}."]
     captions = record.get("captions")
     if captions:
         lines.append(

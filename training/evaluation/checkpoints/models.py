@@ -26,6 +26,7 @@ from blip2edge.runtime.decoding.draft_model import DraftSelector
 from blip2edge.runtime.decoding.generated import Generated
 from blip2edge.runtime.decoding.logits_processors import check_ids, check_prompt_ids
 from blip2edge.runtime.decoding.options import GenerationOptions, check_integer, merged
+from blip2edge.runtime.decoding.sampling import warn_of_unused
 from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.runtime.images.video import ItemSource
 from blip2edge.runtime.text.prompt import InstructionTokenizer
@@ -107,7 +108,7 @@ class CheckpointCaptioner:
         instructions = None
         if model.config.instruction_positions:
             instructions = read_tokenizer(directory / "qformer_tokenizer").open()
-        return cls(
+        captioner = cls(
             model,
             read_tokenizer(directory).open(),
             load_preprocessing(directory).preprocessing,
@@ -116,6 +117,8 @@ class CheckpointCaptioner:
             defaults=read_generation(directory, model.config)[0],
             generation=options.generation,
         )
+        warn_of_unused(captioner._options, options.generation)
+        return captioner
 
     def question(self, text: str) -> str:
         """Returns the prompt for a question, in the template of the family."""
