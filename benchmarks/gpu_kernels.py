@@ -215,6 +215,38 @@ class Number:
         return self.value
 
 
+def kernel_beams(dry: bool) -> dict[str, Any]:
+    """Searches with beams on the GPU and on the CPU, and counts the pictures with equal tokens.
+
+    ``moves`` is how often the cache was copied: once for a batch of prompts of different lengths, never for one prompt.
+    """
+    from blip2edge.bundle.bundle import Bundle
+    from blip2edge.bundle.schema import DECODER
+    from blip2edge.runtime.cuda.backend import open_decoder
+    from blip2edge.runtime.cuda.decoding.greedy import KernelDecoder
+    from blip2edge.runtime.decoding.beam_search import beam_search
+    from blip2edge.runtime.decoding.decoder import decoder_of, token_table
+    from blip2edge.runtime.decoding.options import GenerationOptions
+    from tests.runtime.cuda.portable import Portable
+
+    options = GenerationOptions(max_new_tokens=4 if dry else 20, num_beams=3)
+    with prepared(dry, prepare_bundles) as folder:
+        bundle = Bundle.open(folder / PRECISIONS[0])
+        session = open_decoder(bundle, folder / PRECISIONS[0] / "optimized" / "cuda-decoder")
+        kernels = decoder_of(bundle, session)
+        decoders = kernels, decoder_of(bundle, Portable(bundle.file(f"{DECODER}.onnx")))
+        table, random, equal, total = token_table(bundle), np.random.default_rng(2), 0, 0
+        for rows in (1, 1 if dry else 4):
+            lengths = [9] if rows == 1 else random.integers(3, 20, rows).tolist()
+            prompts = [table.rows(random.integers(4, table.num_rows, length)) for length in lengths]
+            ours, theirs = (beam_search(*one.prefill(prompts), [[5]] * rows, options) for one in decoders)
+            equal += sum(one.tokens == other.tokens for one, other in zip(ours, theirs, strict=True))
+            total += rows
+        moves = kernels.kernels.moves if isinstance(kernels, KernelDecoder) else 0
+        session.close()
+    return {"equal": equal, "of": total, "moves": moves, "ok": equal == total and moves <= 1}
+
+
 def kernel_speed(dry: bool) -> dict[str, Any]:
     """Runs ``kernel_speed.py`` in a process of its own; returns its result.
 

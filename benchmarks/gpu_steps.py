@@ -49,6 +49,7 @@ STEPS = (
     Step("overlap", 2, 60, gpu_onnxruntime.overlap),
     Step("kernel_ids", 3, 120, gpu_kernels.kernel_ids),
     Step("kernel_draws", 3, 60, gpu_kernels.kernel_draws),
+    Step("kernel_beams", 3, 60, gpu_kernels.kernel_beams),
     Step("kernel_speed", 3, 150, gpu_kernels.kernel_speed),
 )
 

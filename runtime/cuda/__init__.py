@@ -5,5 +5,5 @@ template arguments and pack their parameters. ``layout.py`` and ``copy_files.py`
 copy, which ``optimize --backend cuda-decoder`` makes (``optimization/cuda_kernels``). ``plan.py`` makes the launches
 of a run; ``decoding/`` runs them on an in-place KV cache, with one CUDA graph for each token, and chooses or draws
 tokens. ``device/`` is the GPU, over cuda-bindings; ``backend.py`` opens a bundle. The tests run whole decoders on a
-CPU. What does not exist yet: beams that reorder an index instead of the cache, T5.
+CPU. What does not exist yet: T5.
 """

@@ -62,6 +62,8 @@ class RunBuffers:
     Attributes:
         embeddings: fp32 ``[B, S, D]``, written by the host.
         before: int32 ``[B]``, number of tokens that each row has in the cache.
+        origins: int32 ``[C, B]``: for each slot and row, the row of the cache that has the slot, counted from the first
+            row of the run; used if :attr:`CacheAddresses.reordered`.
         fresh: int32 ``[B]``, number of valid new tokens of each row.
         chosen: int32 ``[B * K]``, positions that get logits, as row numbers of ``x``.
         logits: fp32 ``[B * K, V]``.
@@ -72,6 +74,7 @@ class RunBuffers:
 
     embeddings: int
     before: int
+    origins: int
     fresh: int
     chosen: int
     logits: int
@@ -119,6 +122,7 @@ def new_buffers(device: KernelDevice, weights: DecoderWeights, sizes: RunSizes) 
     buffers = RunBuffers(
         embeddings=take(FLOAT * tokens * layout.width),
         before=take(INT * sizes.rows),
+        origins=take(INT * sizes.rows * sizes.capacity),
         fresh=take(INT * sizes.rows),
         chosen=take(INT * picked),
         logits=take(FLOAT * picked * layout.vocabulary),
@@ -140,6 +144,7 @@ class CacheAddresses:
 
     keys: tuple[int, ...]
     values: tuple[int, ...]
+    reordered: bool = False
 
 
 def plan_run(
@@ -166,7 +171,7 @@ def needed_kernels(weights: DecoderWeights, rows: Sequence[int] = (1, 2, 3, 4, 5
             larger numbers share the same kernels.
     """
     nowhere = CacheAddresses((0,) * len(weights.layers), (0,) * len(weights.layers))
-    buffers = RunBuffers(0, 0, 0, 0, 0, 0, 0, dict.fromkeys(("query", "key", "value"), 0), 0, (0, 0))
+    buffers = RunBuffers(0, 0, 0, 0, 0, 0, 0, 0, dict.fromkeys(("query", "key", "value"), 0), 0, (0, 0))
     plans = [plan_run(weights, RunSizes(count, 1, 1, 1), buffers, nowhere, 1) for count in rows]
     found = {launch.kernel.name: launch.kernel for plan in plans for launch in plan}
     return [*found.values(), move_kernel()]
@@ -216,7 +221,8 @@ class _Planner:
         shares = layout.group // group
         arguments = AttentionArguments(
             *buffers.heads.values(), self.cache.keys[index], self.cache.values[index], self.weights.rotation,
-            buffers.before, buffers.fresh, buffers.attended, buffers.parts, buffers.arrived,
+            buffers.before, buffers.fresh, buffers.origins if self.cache.reordered else 0,
+            buffers.attended, buffers.parts, buffers.arrived, sizes.rows,
             sizes.steps, layout.kv_heads, shares, sizes.capacity, layout.window, layout.scale,
         )  # fmt: skip
         blocks = sizes.tokens * layout.kv_heads * shares

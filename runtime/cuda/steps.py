@@ -41,8 +41,9 @@ class AttentionArguments(ctypes.Structure):
     """The C++ structure ``AttentionArguments`` of ``attention.cuh``."""
 
     _fields_ = [
-        *pointers("query", "key", "value", "keys", "values", "rotation", "before", "fresh", "out", "parts", "arrived"),
-        *integers("steps", "heads", "shares", "capacity", "window"),
+        *pointers("query", "key", "value", "keys", "values", "rotation", "before", "fresh", "origins"),
+        *pointers("out", "parts", "arrived"),
+        *integers("rows", "steps", "heads", "shares", "capacity", "window"),
         ("scale", ctypes.c_float),
     ]
 
@@ -79,7 +80,7 @@ class SampleArguments(ctypes.Structure):
 class MoveArguments(ctypes.Structure):
     """The C++ structure ``MoveArguments`` of ``move.cuh``."""
 
-    _fields_ = [*pointers("source", "target", "rows"), *integers("heads", "slot", "used")]
+    _fields_ = [*pointers("source", "target", "origins"), *integers("rows", "heads", "pitch", "words", "used")]
 
 
 NORMS = ("LAYER_NORM", "RMS_NORM")

@@ -52,7 +52,7 @@ def test_every_step(tmp_path: Path) -> None:
     status, document = dry_run(tmp_path / "gpu.json")
     failed = {name: step for name, step in document["steps"].items() if step["status"] != "ok"}
     assert failed == {}
-    assert len(document["steps"]) == 14
+    assert len(document["steps"]) == 15
     results = {name: step["result"] for name, step in document["steps"].items()}
     for name in (
         "cuda_layer",
@@ -62,6 +62,7 @@ def test_every_step(tmp_path: Path) -> None:
         "cuda_graphs",
         "kernel_ids",
         "kernel_draws",
+        "kernel_beams",
         "kernel_speed",
     ):
         assert results[name]["ok"] is True, results[name]

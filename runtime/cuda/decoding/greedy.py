@@ -101,6 +101,24 @@ class KernelState(InPlaceState):
         """Returns True: these kernels can also draw tokens at random; see :class:`GreedyState`."""
         return True
 
+    def select(self, rows: NDArray[np.int64]) -> None:
+        """Makes row i a copy of old row ``rows[i]``; a table is reordered, not the cache; see :class:`DecodeState`."""
+        self._make_room(len(rows), int(self.lengths.max()))
+        self._buffers.reorder(rows, self.lengths)
+        self.lengths = self.lengths[rows]
+
+    def truncate(self, lengths: NDArray[np.int64]) -> None:
+        """Keeps the first ``lengths[i]`` tokens of each row i; see :class:`RowState`."""
+        super().truncate(lengths)
+        self._buffers.shorten(self.lengths)
+
+    def join(self, other: InPlaceState) -> None:
+        """Adds the rows of ``other`` after the own rows; see :class:`DecodeState`."""
+        for state in (self, other):
+            if isinstance(state, KernelState):
+                state._buffers.settle(state.lengths)
+        super().join(other)
+
     def greedy(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[GreedyStep, None, None]:
         """Yields the next tokens ``[B]`` (likeliest or random) and their log-probabilities ``[B]`` step by step.
 
@@ -117,6 +135,7 @@ class KernelState(InPlaceState):
         Raises:
             BackendError: The logits of a row contain NaN.
         """
+        self._buffers.settle(self.lengths)  # the steps have no table of rows
         run = self._decoder.take(self.batch_size)
         try:
             run.begin(rules, self.lengths)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from blip2edge.bundle.dtypes import Array
 from blip2edge.errors import BackendError
 from blip2edge.runtime.backends.base import closed_graph
+from blip2edge.runtime.cuda.decoding.origins import Origins
 from blip2edge.runtime.cuda.device.interface import KernelDevice, Run
 from blip2edge.runtime.cuda.kernel import Launch
 from blip2edge.runtime.cuda.plan import HALF, CacheAddresses, RunBuffers, RunSizes, new_buffers, plan_run
@@ -69,6 +70,9 @@ class KernelSession:
     Args:
         weights: The decoder's weights.
         device: The GPU that the weights are on; closed with the session.
+
+    Attributes:
+        moves: How often a cache was copied because its rows were reordered.
     """
 
     input_names: tuple[str, ...] = ("inputs_embeds", "logits_indices", LENGTHS, TOTAL)
@@ -79,7 +83,8 @@ class KernelSession:
         self._buffers: dict[RunSizes, RunBuffers] = {}
         self._runs: dict[tuple[RunSizes, CacheAddresses], Run] = {}
         self._free: deque[CacheBlock] = deque()
-        self._rows = (0, 0)  # address and length of the rows of the last move
+        self.moves = 0
+        self._origins = (0, 0)  # address and bytes of the table of the last move
         self._closed = False
 
     def in_place(self, pairs: Mapping[str, str]) -> KernelBuffers:  # noqa: ARG002 - the names of graphs
@@ -138,28 +143,28 @@ class KernelSession:
                     self.device.free(self._free.popleft().address)
             return CacheBlock(self.device.allocate(size), shape)
 
-    def move(self, source: CacheBlock, target: CacheBlock, rows: NDArray[np.int32], used: int) -> None:
-        """Makes row i of a KV cache a copy of row ``rows[i]`` of another KV cache of the same shape.
+    def move(self, source: CacheBlock, target: CacheBlock, origins: NDArray[np.int32]) -> None:
+        """Copies the slots of a KV cache to their own rows of another KV cache of the same shape.
 
-        The caller must hold :attr:`lock`, because all calls copy ``rows`` to the same GPU memory.
+        The caller must hold :attr:`lock`, because all calls copy ``origins`` to the same GPU memory.
 
         Args:
             source: The cache that is read.
             target: The cache that is written.
-            rows: For each row of ``target``, the row of ``source`` to copy, ``[B]``.
-            used: Number of slots to copy, from slot 0 on.
+            origins: For each slot and row of ``target``, the row of ``source`` that has the slot, ``[slots, B]``.
         """
-        if len(rows) > self._rows[1]:
-            if self._rows[0]:
-                self.device.free(self._rows[0])
-            self._rows = self.device.allocate(rows.nbytes), len(rows)
-        self.device.write(self._rows[0], rows)
-        _, heads, capacity, width = source.shape
+        if origins.nbytes > self._origins[1]:
+            if self._origins[0]:
+                self.device.free(self._origins[0])
+            self._origins = self.device.allocate(origins.nbytes), origins.nbytes
+        self.moves += 1
+        self.device.write(self._origins[0], origins)
+        rows, heads, capacity, width = source.shape
         words = width // CHANNELS  # 16 bytes
         arguments = MoveArguments(
-            source.address, target.address, self._rows[0], heads, capacity * words, min(used, capacity) * words
+            source.address, target.address, self._origins[0], rows, heads, capacity * words, words, len(origins)
         )
-        grid = (len(rows) * heads, 2 * len(self.weights.layers), 1)
+        grid = (rows * heads, 2 * len(self.weights.layers), 1)
         self.device.run(Launch(move_kernel(), grid, arguments))
 
     def give(self, block: CacheBlock) -> None:
@@ -212,6 +217,7 @@ class KernelBuffers:
         self._session, self._device = session, session.device
         self._block = CacheBlock(0, (0, 0, 0, 0))
         self._back: Callable[[], object] = weakref.finalize(self, int)  # gives the memory back; nothing yet
+        self._origins = Origins()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -226,14 +232,35 @@ class KernelBuffers:
         giving()
 
     def select(self, rows: NDArray[np.int64], used: int) -> None:
-        """Copies rows to their new places; see :class:`CacheBuffers`."""
-        if np.array_equal(rows, np.arange(len(rows))):
+        """Makes row i a copy of old row ``rows[i]``; all rows have ``used`` tokens; see :class:`CacheBuffers`."""
+        self.reorder(rows, np.full(self.size[0], used))
+
+    def reorder(self, rows: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
+        """Makes row i a copy of old row ``rows[i]``.
+
+        Keys and values stay where they are, unless a row would write to a slot that another row reads.
+
+        Args:
+            rows: ``[B']``.
+            lengths: Number of tokens of each old row, ``[B]``.
+        """
+        if not np.array_equal(rows, np.arange(len(rows))) and not self._origins.select(rows, lengths):
+            self.settle(lengths[rows])
+
+    def shorten(self, lengths: NDArray[np.int64]) -> None:
+        """Takes over that the rows now have only ``lengths`` tokens, ``[B]``; see :meth:`reorder`."""
+        if not self._origins.shorten(lengths):
+            self.settle(lengths)
+
+    def settle(self, lengths: NDArray[np.int64]) -> None:
+        """Copies the slots of reordered rows to their own rows, if there are any; rows have ``lengths`` tokens."""
+        if self._origins.plain:
             return
         old, giving, session = self._block, self._back, self._session
         self._adopt(old.shape)
-        whole = np.concatenate([rows, np.arange(len(rows), old.shape[0])]).astype(np.int32)
         with session.lock:
-            session.move(old, self._block, whole, used)
+            session.move(old, self._block, self._origins.table(int(lengths.max(initial=0)), old.shape[0]))
+        self._origins.reset()
         giving()
 
     def append(self, other: KernelBuffers, first: int, count: int, used: int) -> None:
@@ -253,6 +280,9 @@ class KernelBuffers:
             buffers, run = session.run(sizes, self.addresses(first))
             device.write(buffers.embeddings, np.ascontiguousarray(embeds, np.float32))
             device.write(buffers.before, after - fresh)
+            if not self._origins.plain:
+                table = self._origins.table(int((after - fresh).max()), self.size[0])
+                device.write(buffers.origins, table[:, first : first + rows] - np.int32(first))
             device.write(buffers.fresh, fresh)
             device.write(buffers.chosen, (indices + np.arange(rows)[:, None] * steps).astype(np.int32))
             run.start()
@@ -263,7 +293,7 @@ class KernelBuffers:
         block, layers = self._block, len(self._session.weights.layers)
         start = block.address + first * block.row_bytes
         places = tuple(start + index * block.layer_bytes for index in range(2 * layers))
-        return CacheAddresses(places[:layers], places[layers:])
+        return CacheAddresses(places[:layers], places[layers:], not self._origins.plain)
 
     def _adopt(self, shape: tuple[int, int, int, int]) -> None:
         """Replaces the KV cache by another KV cache of this shape; the caller must give the old KV cache back."""

@@ -2,6 +2,8 @@
 //
 //   query fp16 [B, S, H, d]     key, value fp16 [B, S, G, d], new     out fp16 [B, S, H, d]
 //   keys, values fp16 [B, G, C, d]: slot t of row b has its token t; `before[b]` slots are filled
+//   origins int32 [C, B]: slot t of row b is in row origins[t, b] of the cache (beams); null: in row b. New slots are written to
+//   row b
 //   fresh int32 [B]: how many of the S tokens are valid; null for all. An invalid one gets zeros and writes nothing
 //   rotation fp32 [positions, d]: d / 2 cosines, then d / 2 sines (RoPE); null for learned positions
 //
@@ -27,9 +29,11 @@ struct AttentionArguments {
     const float* rotation;
     const int* before;
     const int* fresh;
+    const int* origins;
     __half* out;
     float* parts;       // [B * S, G * shares, splits, GROUP, d + 2]
     unsigned* arrived;  // [B * S, G * shares], zeros
+    long long rows;      // B
     long long steps;     // S
     long long heads;     // G
     long long shares;    // blocks of a head of keys: H / G / GROUP
@@ -103,7 +107,8 @@ __device__ __forceinline__ void add_slots(const AttentionArguments& a, long long
         const bool valid = slot < end && used;
         alignas(16) __half key[CHANNELS] = {}, value[CHANNELS] = {};
         if (valid) {
-            const long long cached = ((row * a.heads + head) * a.capacity + slot) * WIDTH + channel;
+            const long long from = slot < before && a.origins != nullptr ? a.origins[slot * a.rows + row] : row;
+            const long long cached = ((from * a.heads + head) * a.capacity + slot) * WIDTH + channel;
             if (slot < before) {
                 copy_slot(a.keys + cached, key);
                 copy_slot(a.values + cached, value);

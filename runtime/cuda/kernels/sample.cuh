@@ -30,8 +30,8 @@ struct SampleArguments {
 };
 
 struct Candidates {
-    unsigned long long order[LISTED];  // a key in the upper half, an id in the lower half
     double weights[LISTED];
+    unsigned long long order[LISTED];  // a key in the upper half, an id in the lower half
     double sums[THREADS];
     double scratch[WARPS];
     double total;
@@ -320,6 +320,5 @@ __device__ __forceinline__ void sample(const SampleArguments& a) {
             token = drawn_from_all(a, row, largest, a.uniform[row * a.slots + slot], shared);
         else token = drawn_from_best(a, row, largest, a.uniform[row * a.slots + slot], shared);
     }
-    __syncthreads();
     take<TABLE, BITS, Value>(c, row, best, token < 0 ? 0 : token, token);
 }

@@ -17,7 +17,10 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of a run: head width, query heads of a group, groups, filled slots of each row, new tokens."""
+    """Sizes of a run: head width, query heads of a group, groups, filled slots of each row, new tokens.
+
+    ``shared``: the slots of the rows are in rows of the cache that a table names (beams).
+    """
 
     width: int
     group: int
@@ -28,6 +31,7 @@ class Case:
     window: int = 0
     fresh: tuple[int, ...] | None = None
     cuts: int = 1
+    shared: bool = False
 
     @property
     def block(self) -> int:
@@ -55,6 +59,8 @@ CASES = (
     Case(16, 1, 2, (9, 300), 2, cuts=2),
     Case(256, 8, 1, (5,), 1, rotary=True, cuts=2),  # two blocks of four heads: eight need more shared memory
     Case(8, 10, 2, (3, 0), 2, fresh=(2, 1)),  # two blocks of five heads
+    Case(64, 2, 2, (41, 41, 20), 1, rotary=True, cuts=2, shared=True),  # three beams
+    Case(16, 1, 3, (37, 9), 3, window=12, fresh=(3, 2), shared=True),
 )
 KERNELS = tuple(case.kernel for case in CASES)
 
@@ -101,6 +107,33 @@ def wanted(case: Case, new: list[Array], cache: list[Array], rotation: Array) ->
     return out, [keys, values]
 
 
+def seen_by(cache: Array, case: Case, origins: Array) -> Array:
+    """The cache as each row sees it."""
+    seen = cache.copy()
+    for row, used in enumerate(case.before):
+        for slot in range(used):
+            seen[row, :, slot] = cache[origins[slot, row], :, slot]
+    return seen
+
+
+def turned_keys(case: Case, new: list[Array], rotation: Array) -> list[Array]:
+    """The keys and values that the rows write, ``[B, S, G, d]``."""
+    keys = new[1].copy()
+    for row, used in enumerate(case.before):
+        for step in range(case.steps if case.rotary else 0):
+            keys[row, step] = turned(keys[row, step], rotation[used + step], np.float32).astype(np.float16)
+    return [keys, new[2]]
+
+
+def written(cache: Array, case: Case, values: Array) -> Array:
+    """The cache after the rows wrote these values to their own rows."""
+    after = cache.copy()
+    for row, used in enumerate(case.before):
+        for step in range(case.steps if case.fresh is None else case.fresh[row]):
+            after[row, :, used + step] = values[row, step]
+    return after
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.width}x{case.group}x{case.heads}")
 def test_attention(shim: Shim, case: Case) -> None:
     for order in ORDERS:
@@ -122,14 +155,26 @@ def compare(shim: Shim, case: Case, order: int) -> None:
     rotation = memory.put(np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32))
     before = memory.put(np.array(case.before, np.int32))
     fresh = memory.put(np.array(case.fresh or case.before, np.int32))
-    exact, filled = wanted(case, new, cache, rotation)
+    origins = memory.put(random.permuted(np.tile(np.arange(rows), (longest, 1)), axis=1).astype(np.int32))
+    if case.shared:  # every slot of every row is filled, so that a wrong row is not NaN
+        for array in cache:
+            array[:, :, : min(case.before)] = random.normal(0, 1.5, (rows, case.heads, min(case.before), case.width))
+        for row, used in enumerate(case.before):
+            origins[min(case.before) : used, row] = row
+        exact, _ = wanted(case, new, [seen_by(array, case, origins) for array in cache], rotation)
+        filled = [
+            written(array, case, values) for array, values in zip(cache, turned_keys(case, new, rotation), strict=True)
+        ]
+    else:
+        exact, filled = wanted(case, new, cache, rotation)
     out = memory.empty(exact.shape, np.float16)
     parts = memory.empty((case.grid[0] * case.grid[1] * case.cuts * part_bytes(case.width, case.block),), np.uint8)
     arrived = memory.put(np.zeros(case.grid[0] * case.grid[1], np.uint32))
     arguments = AttentionArguments(
         *(array.ctypes.data for array in (*new, *cache)), rotation.ctypes.data if case.rotary else None,
-        before.ctypes.data, fresh.ctypes.data if case.fresh else None, out.ctypes.data, parts.ctypes.data,
-        arrived.ctypes.data, case.steps, case.heads, case.shares, longest, case.window, case.width**-0.5,
+        before.ctypes.data, fresh.ctypes.data if case.fresh else None, origins.ctypes.data if case.shared else None,
+        out.ctypes.data, parts.ctypes.data, arrived.ctypes.data, rows, case.steps,
+        case.heads, case.shares, longest, case.window, case.width**-0.5,
     )  # fmt: skip
     shim.run(Launch(case.kernel, case.grid, arguments), order)
     memory.check()

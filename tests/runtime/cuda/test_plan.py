@@ -46,7 +46,7 @@ def decoder(kind: str, bits: Literal[4, 8, 16]) -> DecoderWeights:
 
 
 def nothing() -> RunBuffers:
-    return RunBuffers(0, 0, 0, 0, 0, 0, 0, dict.fromkeys(("query", "key", "value"), 0), 0, (0, 0))
+    return RunBuffers(0, 0, 0, 0, 0, 0, 0, 0, dict.fromkeys(("query", "key", "value"), 0), 0, (0, 0))
 
 
 NOWHERE = CacheAddresses((0,) * 32, (0,) * 32)

@@ -265,7 +265,7 @@ def test_a_nucleus_of_any_size(shim: Shim) -> None:
 def test_the_structure_of_the_candidates_has_this_size() -> None:
     class Candidates(ctypes.Structure):
         _fields_ = [
-            ("order", ctypes.c_ulonglong * LISTED), ("weights", ctypes.c_double * LISTED),
+            ("weights", ctypes.c_double * LISTED), ("order", ctypes.c_ulonglong * LISTED),
             ("sums", ctypes.c_double * 256), ("scratch", ctypes.c_double * WARPS), ("total", ctypes.c_double),
             ("count", ctypes.c_uint), ("flag", ctypes.c_uint), ("place", ctypes.c_int),
         ]  # fmt: skip

@@ -193,16 +193,19 @@ def test_equal_scores_give_the_lowest_token_and_nan_gives_none(shim: Shim) -> No
 
 
 def test_rows_of_a_cache_are_moved(shim: Shim) -> None:
-    """Two layers of keys and values, three rows, two heads; more words than a block has threads."""
+    """Two layers of keys and values, three rows, two heads; each slot has a row of its own, as beams have."""
     random = np.random.default_rng(6)
     shape, used = (4, 3, 2, 170, 16), 160
+    slots = np.arange(used)
     memory = Memory()
     source = memory.put(random.normal(0, 1, shape).astype(np.float16))
-    rows = memory.put(np.array([2, 0, 2], np.int32))
+    origins = memory.put(random.integers(0, 3, (used, 3)).astype(np.int32))
     for order in ORDERS:
         target = memory.empty(shape, np.float16)
-        arguments = MoveArguments(source.ctypes.data, target.ctypes.data, rows.ctypes.data, 2, 170 * 2, used * 2)
+        arguments = MoveArguments(source.ctypes.data, target.ctypes.data, origins.ctypes.data, 3, 2, 170 * 2, 2, used)
         shim.run(Launch(move_kernel(), (3 * 2, 4, 1), arguments), order)
         memory.check()
-        assert np.array_equal(target[:, :, :, :used], source[:, rows][:, :, :, :used])
+        for row in range(3):
+            wanted = source[:, origins[:, row], :, slots]  # [slots, layers, heads, d]
+            assert np.array_equal(target[:, row, :, :used], wanted.transpose(1, 2, 0, 3))
         assert np.isnan(target[:, :, :, used:]).all()
