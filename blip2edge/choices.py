@@ -42,6 +42,22 @@ TRAINING_STAGES = ("stage1", "stage2", "instruct")
 
 METRICS = ("exact", "captions", "chair", "pope", "vqa", "retrieval", "clip", "reader")
 
+METRIC_OF_SCORE = {
+    **dict.fromkeys(
+        ("cider", "cider_d", "bleu", *(f"bleu_{size}" for size in range(1, 5)), "rouge", "rouge_l"), "captions"
+    ),
+    **dict.fromkeys(("meteor", "spice", "caption"), "captions"),
+    **dict.fromkeys(("vqa_accuracy", "vqav2", "accuracy"), "vqa"),
+    **dict.fromkeys(("exact_match", "scenes"), "exact"),
+    **dict.fromkeys(("recall", "itm", "itc"), "retrieval"),
+    **dict.fromkeys(("clipscore", "clip_score", "refclipscore"), "clip"),
+    **dict.fromkeys(("chairs", "chairi", "chair_s", "chair_i", "hallucination"), "chair"),
+}
+"""The metric of :data:`METRICS` that a user probably means by the name of a single score."""
+
+NOT_COMPUTED = ("meteor", "spice")
+"""Scores of captions that need Java, and are not computed."""
+
 Ranking = Literal["probability", "lavis"]
 RANKINGS: tuple[Ranking, ...] = get_args(Ranking)
 """Score by which the matching head ranks candidates in retrieval.

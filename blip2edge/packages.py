@@ -35,6 +35,7 @@ EXTRAS = {
     "peft": "peft",
     "pyarrow": "bulk",
     "ray": "ray",
+    **dict.fromkeys(("tensorboard", "wandb"), "trackers"),
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "rtx",
     **dict.fromkeys(("prometheus_client", "python_multipart", "starlette", "uvicorn"), "serve"),

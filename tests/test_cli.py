@@ -297,6 +297,40 @@ def test_did_you_mean(words: list[str], meant: str, capsys: pytest.CaptureFixtur
     assert f"; did you mean {meant}?; see blip2edge" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("score", "metric"),
+    [
+        *[(score, "captions") for score in ("cider", "CIDEr", "cider-d", "bleu", "bleu_4", "rouge", "rouge_l")],
+        *[("vqa_accuracy", "vqa"), ("exact_match", "exact"), ("clipscore", "clip"), ("recall", "retrieval")],
+        ("chari", "chair"),
+    ],
+)
+def test_the_name_of_a_score_suggests_its_metric(score: str, metric: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """CHAIR is the name most similar to CIDEr, and has nothing to do with it."""
+    assert main(["eval", "model", "--metrics", score]) == 2
+    assert f"did you mean {metric}?" in capsys.readouterr().err
+
+
+def test_scores_that_are_not_computed_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for score in ("meteor", "SPICE"):
+        assert main(["eval", "model", "--metrics", score]) == 2
+        assert f"{score} is not computed, because it needs Java; did you mean captions?" in capsys.readouterr().err
+
+
+def test_a_model_or_data_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = Path(__file__).parents[1] / "examples" / "checkpoint"
+    (tmp_path / "file").touch()
+    for words, said in (
+        (["nowhere"], "there is no directory nowhere; give a bundle, hub:ORG/NAME, or a checkpoint directory"),
+        ([str(tmp_path / "file")], "file is not a directory; give a bundle"),
+        ([str(tmp_path)], "is neither a bundle (no bundle.json) nor a checkpoint (no config.json)"),
+        ([str(checkpoint), "--data", "nowhere"], "there is no file or folder nowhere; check the path"),
+        ([str(checkpoint), "--data", str(tmp_path / "file")], "expected COCO's JSON"),
+    ):
+        assert main(["eval", *words]) == 1
+        assert said in capsys.readouterr().err
+
+
 def test_no_suggestion_without_a_similar_word(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["caption", "a.png", "-b", "b", "--zzz"]) == 2
     assert "did you mean" not in capsys.readouterr().err

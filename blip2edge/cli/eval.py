@@ -18,7 +18,7 @@ from blip2edge.cli.flag_groups import (
     add_some_generation,
     given_generation,
 )
-from blip2edge.cli.flag_types import any_text, non_negative_int
+from blip2edge.cli.flag_types import any_text, metric, non_negative_int
 from blip2edge.cli.next_steps import print_next, quoted
 from blip2edge.cli.table import table
 from blip2edge.progress import Progress
@@ -57,6 +57,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--metrics",
         nargs="+",
+        type=metric,
         choices=METRICS,
         metavar="METRIC",
         help=f"one or more metrics to compute: {', '.join(METRICS)} (default: all that fit the model and the data)",

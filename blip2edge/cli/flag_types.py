@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable
 from typing import Literal
 
+from blip2edge.choices import METRIC_OF_SCORE, METRICS, NOT_COMPUTED
+
 MAX_PORT = 65_535
 MAX_LATIN_1 = 255  # HTTP headers are encoded as Latin-1
 
@@ -15,6 +17,16 @@ MAX_LATIN_1 = 255  # HTTP headers are encoded as Latin-1
 def any_text(text: str) -> str:
     """Returns the text. The parser refuses an empty text of a flag without a type, but accepts it for this type."""
     return text
+
+
+def metric(text: str) -> str:
+    """Returns the name of a metric of `eval`; the name of a single score is refused with the metric that has it."""
+    score = text.lower().replace("-", "_")
+    meant = METRIC_OF_SCORE.get(score)
+    if meant is None:
+        return text
+    missing = f"{text} is not computed, because it needs Java" if score in NOT_COMPUTED else f"{text} is no metric"
+    raise argparse.ArgumentTypeError(f"{missing}; did you mean {meant}? (one of {', '.join(METRICS)})")
 
 
 def number(text: str) -> float:

@@ -15,7 +15,7 @@ from PIL import Image
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.outputs.publishing import check_not_source, staged
 from blip2edge.bundle.schema import DECODER
-from blip2edge.errors import BackendError, BundleError, ImageError, UsageError, option
+from blip2edge.errors import BackendError, BundleError, ImageError, UsageError, option, some
 from blip2edge.explanation.attention import LayerWeights
 from blip2edge.explanation.drawing import gates_picture, layer_sheet, matrix_picture
 from blip2edge.explanation.gates import Gate, read_gates
@@ -190,7 +190,10 @@ def _explained(
         size = {"width": picture.width, "height": picture.height}
         pictures.append({"image": name, **size, "shown": shown, "layers": layers})
     if not pictures:
-        raise failures[0]
+        if len(failures) == 1:
+            raise failures[0]
+        reasons = some([error.problem for error in failures])
+        raise ImageError(f"none of the {len(failures)} pictures can be read: {reasons}", "give other pictures")
     similarity = compared.result()
     writer.save(MATRIX, matrix_picture(similarity.matrix), "cosines of the queries")
     document = _empty_document(probe.bundle) | {

@@ -97,6 +97,16 @@ def test_a_broken_picture_does_not_end_the_command(
     assert json.loads((out / "explain.json").read_text(encoding="utf-8"))["broken"] == []
     assert "Skipped pictures" not in (out / "explain.html").read_text(encoding="utf-8")
     assert main(words(tiny_bundle, tmp_path / "none", str(tmp_path / "broken <i>.png"))) == 1
+    assert "error: " in (alone := capsys.readouterr().err)
+    assert "pictures can be read" not in alone
+    all_broken = [tmp_path / f"{number}.png" for number in range(5)]
+    for path in all_broken:
+        path.write_bytes(b"no picture")
+    assert main(words(tiny_bundle, tmp_path / "none", *map(str, all_broken))) == 1
+    error = capsys.readouterr().err
+    assert "error: none of the 5 pictures can be read: " in error
+    assert [path.name in error for path in all_broken] == [True] * 3 + [False] * 2
+    assert " and 2 more; give other pictures" in error
     assert not (tmp_path / "none").exists()
 
 

@@ -43,6 +43,8 @@ def detect_data(path: str, images: str | None, annotations: str | None, max_brok
     if place.suffix == ".toml":
         return _of_recipe(place), place.parent
     kind = _kind_of_folder(place) if place.is_dir() else _kind_of_file(path)
+    if kind is None and not is_address(path) and not place.exists() and not set("*?[{") & set(path):
+        raise DataError(f"there is no file or folder {path}", "check the path")
     if kind is None:
         raise DataError(f"expected {_EXPECTED}, got {path}", "check the path")
     here = Path.cwd()

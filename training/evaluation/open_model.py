@@ -113,6 +113,11 @@ def open_model(model: Path, options: ModelOptions) -> EvaluatedModel:
         from blip2edge.training.evaluation.checkpoints.models import open_checkpoint_model
 
         return open_checkpoint_model(model, options)
+    if not model.is_dir():
+        raise BundleError(
+            f"{model} is not a directory" if model.exists() else f"there is no directory {model}",
+            "give a bundle, hub:ORG/NAME, or a checkpoint directory",
+        )
     raise BundleError(
         f"{model} is neither a bundle (no {MANIFEST}) nor a checkpoint (no config.json)",
         "make a bundle: blip2edge export CHECKPOINT -o BUNDLE",

@@ -23,6 +23,7 @@ from accelerate.utils import LoggerType
 from blip2edge.bundle.outputs.disk_errors import output_error
 from blip2edge.bundle.outputs.locks import write_file
 from blip2edge.errors import ConfigError, DataError, one_line
+from blip2edge.packages import EXTRAS, install_command
 from blip2edge.reading import read_text
 from blip2edge.training.config import TrainingConfig
 
@@ -86,7 +87,8 @@ def check_trackers(names: Sequence[str]) -> None:
             )
         if name in LoggerType.list() and name not in installed:
             raise ConfigError(
-                f"[loop] trackers: {name} needs the package {name}, which is not installed", f"pip install {name}"
+                f"[loop] trackers: {name} needs the package {name}, which is not installed",
+                install_command(EXTRAS[name]) if name in EXTRAS else f"pip install {name}",
             )
 
 

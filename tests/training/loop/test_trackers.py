@@ -117,8 +117,12 @@ def test_what_is_not_known_or_not_installed_is_refused_at_once(tmp_path: Path, m
     monkeypatch.setattr(trackers, "get_available_trackers", list)
     for loop, message in (
         ('trackers = ["tensorbord"]', r"'tensorbord' is not one of aim, .*tensorboard"),
-        ('trackers = ["wandb"]', r"trackers: wandb needs the package wandb, which is not installed; pip install wandb"),
-        ("tensorboard = true", r"the package tensorboard, which is not installed; pip install tensorboard"),
+        (
+            'trackers = ["wandb"]',
+            r"trackers: wandb needs the package wandb, which is not installed; install it: pip .*\[trackers\]",
+        ),
+        ("tensorboard = true", r"the package tensorboard, which is not installed; install it: pip .*\[trackers\]"),
+        ('trackers = ["mlflow"]', r"the package mlflow, which is not installed; pip install mlflow"),
         ('trackers = ["recorder"]\ntracker_project = "offline"', "recorder does not start: OSError: no network at all"),
     ):
         path = recipes.write(tmp_path / "recipe.toml", loop=loop)
@@ -183,7 +187,7 @@ def test_tensorboard_is_an_alias() -> None:
 
 
 def test_tensorboard_shows_a_resumed_run_as_one(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="TensorBoard is not installed: pip install tensorboard")
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed: the extra [trackers]")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     path = recipes.write(tmp_path / "recipe.toml", loop=f"{LOOP}tensorboard = true", validation=VALIDATION)
@@ -201,7 +205,7 @@ def test_tensorboard_shows_a_resumed_run_as_one(tmp_path: Path) -> None:
 
 def test_wandb_continues_the_run(tmp_path: Path) -> None:
     """Offline; in a process of its own, because wandb starts a service."""
-    pytest.importorskip("wandb", reason="wandb is not installed: pip install wandb")
+    pytest.importorskip("wandb", reason="wandb is not installed: the extra [trackers]")
     path = recipes.write(tmp_path / "recipe.toml", loop=f'{LOOP}trackers = ["wandb"]')
     code = f"""
 import sys
