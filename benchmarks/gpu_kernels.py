@@ -230,7 +230,9 @@ def kernel_beams(dry: bool) -> dict[str, Any]:
     from tests.runtime.cuda.portable import Portable
 
     options = GenerationOptions(max_new_tokens=4 if dry else 20, num_beams=3)
-    with prepared(dry, prepare_bundles) as folder:
+    if dry:
+        _simulate_nvrtc()
+    with prepared(KERNELS, dry, prepare_bundles) as folder:
         bundle = Bundle.open(folder / PRECISIONS[0])
         session = open_decoder(bundle, folder / PRECISIONS[0] / "optimized" / "cuda-decoder")
         kernels = decoder_of(bundle, session)

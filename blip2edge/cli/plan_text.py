@@ -118,7 +118,8 @@ def device_text(shape: ModelShape, plan: DevicePlan, request: PlanOptions) -> st
     lines += ["", "predicted milliseconds", table(TIME_HEADER, times, right=range(1, 8))]
     lines += [
         f"cuda-decoder in {step.precision}: {step.bytes / 1e6:,.0f} MB and {step.launches} launches a token: at least "
-        f"{step.least_ms:,.1f} ms at the full bandwidth (not measured)"
+        f"{step.least_ms:,.1f} ms at the full bandwidth, {step.step_ms:,.1f} ms predicted; a prompt of "
+        f"{step.prefill_tokens} tokens: {step.prefill_ms:,.1f} ms predicted (not measured)"
         for step in kernel_steps(shape, device, request)
     ]
     if plan.bridges:

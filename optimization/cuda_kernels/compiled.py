@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from blip2edge.bundle.safetensors_file import SafetensorsFile
-from blip2edge.bundle.schema import DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR
+from blip2edge.bundle.schema import CROSS_KV, DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, TEXT_ENCODER
 from blip2edge.bundle.trust.integrity import FileRecord
-from blip2edge.errors import BackendError, BundleError
+from blip2edge.errors import BackendError, BundleError, option
 from blip2edge.graph_files import load_graph
 from blip2edge.optimization.checks import CopyTask
 from blip2edge.optimization.cuda_kernels.layout import layout_of_graph
@@ -57,6 +57,13 @@ def compiled_decoder(task: CopyTask, name: str) -> tuple[OptimizedGraph, dict[st
         return "ONNX Runtime runs it: make its copy with --backend cuda"
     bundle = task.bundle
     check_precision(NAME, bundle.manifest.precision)
+    crossing = [graph for graph in (TEXT_ENCODER, CROSS_KV) if graph in bundle.manifest.graphs]
+    if crossing:
+        raise BundleError(
+            f"expected a decoder of the OPT or Llama kind, got that of {bundle.manifest.family}, which has "
+            f"cross-attention (graph {crossing[0]}); there are no CUDA kernels for T5 and other such decoders",
+            f"use {option('backend')} cuda",
+        )
     if bundle.manifest.cache is None:
         raise BundleError(f"{bundle.path} describes no KV cache in its bundle.json", "export the checkpoint again")
     graph = load_graph(bundle.file(bundle.graph(name).spec.file))

@@ -1,4 +1,9 @@
-"""Predicts a decode step of ``cuda-decoder``: bytes read, kernel launches, and the time to read the bytes."""
+"""Predicts a decode step and the prefill of ``cuda-decoder``: bytes, launches and operations, by board.
+
+Nothing was measured. A step reads its bytes at a share of the board's bandwidth; each of its launches adds a fixed
+time, in which no weights are read. The prefill multiplies all tokens by each matrix on tensor cores: its operations or
+the reading of the weights count, whichever takes longer, and its launches.
+"""
 
 from __future__ import annotations
 
@@ -9,36 +14,54 @@ from typing import Any
 from blip2edge.runtime.bench.devices import Board
 from blip2edge.runtime.bench.plan import PlanOptions
 from blip2edge.runtime.cuda.plan import HALF
+from blip2edge.runtime.cuda.products import GEMM_ROWS
 from blip2edge.runtime.cuda.speed import step_launches
-from blip2edge.shapes.model_shape import ModelShape
+from blip2edge.shapes.model_shape import ModelPart, ModelShape, TokenCounts
 
 FORMATS: Mapping[str, str] = {"fp16": "fp16", "int8": "int8", "int4": "int4"}
 """Precisions of a bundle, each with the format of the weights on the GPU. The kernels round fp32 to fp16."""
 
+LAUNCH_S = 2e-6
+"""Assumed seconds from the end of a kernel's reads to the first reads of the next kernel of a CUDA graph."""
+
+PRODUCT_SHARE = 0.25
+"""Assumed share of the peak rate of the tensor cores that ``gemm.cuh`` reaches: it does not load ahead."""
+
+HALF_RATE = ("rtx-4060", "rtx-4090")
+"""Boards whose tensor cores have half of their fp16 rate if sums are in fp32, as those of ``gemm.cuh`` are; NVIDIA Ada
+architecture whitepaper, appendix A."""
+
 
 @dataclass(frozen=True)
 class KernelStep:
-    """A decode step in one precision.
+    """A decode step and the prefill in one precision.
 
     Attributes:
         precision: Precision of the bundle.
         bytes: Bytes of weights, keys and values that the step reads, in the middle of the caption.
-        launches: Number of kernels, all of them in one CUDA graph.
+        launches: Number of kernels of the step, all of them in one CUDA graph.
         least_ms: Milliseconds to read the bytes at the board's full bandwidth: a bound, not a measured time.
+        step_ms: Predicted milliseconds of the step.
+        prefill_tokens: Number of tokens of the prompt, visual tokens included.
+        prefill_ms: Predicted milliseconds of the prefill.
     """
 
     precision: str
     bytes: int
     launches: int
     least_ms: float
+    step_ms: float
+    prefill_tokens: int
+    prefill_ms: float
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON object for ``plan --json``."""
-        return {**vars(self), "least_ms": round(self.least_ms, 3), "measured": False}
+        times = {name: round(getattr(self, name), 3) for name in ("least_ms", "step_ms", "prefill_ms")}
+        return {**vars(self), **times, "measured": False}
 
 
 def kernel_steps(shape: ModelShape, device: Board, options: PlanOptions) -> tuple[KernelStep, ...]:
-    """Predicts a decode step in each precision; empty for a CPU, and for decoders that the CUDA kernels cannot run.
+    """Predicts the step and the prefill in each precision; empty for a CPU, and for decoders without kernels.
 
     Args:
         shape: Sizes of the model's layers.
@@ -50,8 +73,41 @@ def kernel_steps(shape: ModelShape, device: Board, options: PlanOptions) -> tupl
     tokens = shape.tokens(options.frames or shape.frames, options.prompt_tokens)
     context = tokens["context"] + 1 + (options.new_tokens - 1) // 2
     cache = shape.cache.bytes(context, 0, HALF)
+    launches = step_launches(shape.cache.layers)
     steps = []
     for precision, weights in FORMATS.items():
-        size = int(shape.decoder.bytes(weights) + cache)
-        steps.append(KernelStep(precision, size, step_launches(shape.cache.layers), size / device.bytes_per_s * 1e3))
+        held, rate = shape.decoder.bytes(weights), device.bytes_per_s * device.efficiency.bytes[weights]
+        size = int(held + cache)
+        steps.append(
+            KernelStep(
+                precision=precision,
+                bytes=size,
+                launches=launches,
+                least_ms=size / device.bytes_per_s * 1e3,
+                step_ms=(size / rate + launches * LAUNCH_S) * 1e3,
+                prefill_tokens=tokens["steps"],
+                prefill_ms=(prefill_seconds(shape.decoder, device, tokens, held / rate) + launches * LAUNCH_S) * 1e3,
+            )
+        )
     return tuple(steps)
+
+
+def prefill_seconds(decoder: ModelPart, device: Board, tokens: TokenCounts, reading_s: float) -> float:
+    """Predicts the prefill without its launches.
+
+    A block of ``gemm.cuh`` multiplies :data:`GEMM_ROWS` tokens, also if there are fewer, and reads its weights for
+    them. Attention computes in fp32, outside of the tensor cores.
+
+    Args:
+        decoder: Sizes of the decoder.
+        device: The board.
+        tokens: Numbers of tokens.
+        reading_s: Seconds to read all weights once.
+    """
+    blocks = -(-tokens["steps"] // GEMM_ROWS)
+    padded = {**tokens, "steps": blocks * GEMM_ROWS}
+    tensor_rate = device.rate("fp16") * PRODUCT_SHARE / (2 if device.name in HALF_RATE else 1)
+    products = sum(matrix.operations(padded) for matrix in decoder.matrices) / tensor_rate
+    fp32_rate = device.rate("fp32") * device.efficiency.products["fp32"]
+    attention = sum(one.operations(tokens) for one in decoder.attentions) / fp32_rate
+    return max(products, blocks * reading_s) + attention

@@ -21,6 +21,7 @@ from transformers import (
 
 from blip2edge import Captioner
 from blip2edge.bundle.bundle import Bundle
+from blip2edge.errors import BundleError
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.model.language.t5 import bucket_thresholds
 from blip2edge.optimization.pipeline import optimize
@@ -117,6 +118,9 @@ def test_the_same_ids_as_transformers(seed: int, tmp_path: Path) -> None:
         again = fast.caption_many(images, prompts=PROMPTS, batch_size=3, max_new_tokens=12, **options)
         alone = list(captioner.caption_many(images, prompts=PROMPTS, max_new_tokens=12, **options))
         assert [result.tokens for result in again] == [result.tokens for result in alone]
+    with pytest.raises(BundleError, match=r"which has cross-attention .*; there are no CUDA kernels for T5"):
+        optimize(tmp_path / "bundle", "cuda-decoder")
+    assert not (tmp_path / "bundle" / "optimized" / "cuda-decoder").exists()
 
 
 def test_the_feed_forward_output_stays_fp32_in_fp16(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ CASES = (
     Case(16, 1, 2, (9, 300), 2, cuts=2),
     Case(256, 8, 1, (5,), 1, rotary=True, cuts=2),  # two blocks of four heads: eight need more shared memory
     Case(8, 10, 2, (3, 0), 2, fresh=(2, 1)),  # two blocks of five heads
+    Case(8, 1, 1, (12,), 1, window=1),  # a token that attends to itself alone
     Case(64, 2, 2, (41, 41, 20), 1, rotary=True, cuts=2, shared=True),  # three beams
     Case(16, 1, 3, (37, 9), 3, window=12, fresh=(3, 2), shared=True),
 )

@@ -58,6 +58,7 @@ def verify(shim: Shim) -> None:
     test_a_number_at_the_border_of_two_tokens(shim)
     test_a_nucleus_of_any_size(shim)
     test_scores_of_any_size(shim)
+    test_a_penalty_makes_negative_scores_lower(shim)
 
 
 class Rows:
@@ -191,6 +192,15 @@ def test_a_greedy_row_beside_a_drawn_one_and_rules(shim: Shim) -> None:
         wanted = [41, host(scores[1], uniforms[1, 3], drawn), host(scores[2], uniforms[2, 4], drawn)]
         assert one.run(shim, order) == wanted
         assert wanted[2] == 500
+
+
+def test_a_penalty_makes_negative_scores_lower(shim: Shim) -> None:
+    """The likeliest token, -1, becomes -1.7: below -1.5."""
+    logits = np.full((2, 300), -9.0)
+    logits[:, [5, 6]] = -1.0, -1.5
+    one = Rows(logits, 1, [None, Options(None, 1)], np.zeros((2, SLOTS)))
+    one.seen[:, 5], one.penalty[:] = 1, 1.7
+    assert one.run(shim) == [6, 6]
 
 
 def test_what_the_kernel_leaves_to_the_host(shim: Shim) -> None:
