@@ -13,8 +13,8 @@ from blip2edge.cli.caption import load_captioner, open_bundle
 from blip2edge.cli.credentials import FORM, filled_address, filled_text, has_credentials
 from blip2edge.cli.flag_groups import add_bundle_option, add_generation, add_limits, add_number, given_generation
 from blip2edge.cli.flag_types import any_text, http_header, non_negative_number, positive_number, share_or_auto
-from blip2edge.cli.messages import print_note
-from blip2edge.errors import DataError, UsageError, option, plural, shown_address
+from blip2edge.cli.messages import print_error, print_note
+from blip2edge.errors import DataError, ImageError, UsageError, option, plural, shown_address
 from blip2edge.limits import FILE_LIMITS, Limits
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def run(options: argparse.Namespace) -> int:
             frame_count += 1
             dropped += caption.dropped
             if caption.result is None:
-                print_note(f"error: {caption.error}")
+                print_error(ImageError(caption.error))
                 failed += 1
                 continue
             values = {**caption.result.to_json(), **_about(caption)}
