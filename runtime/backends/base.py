@@ -254,7 +254,8 @@ class Backend:
             Empty if the backend runs graphs.
         copy: Name of the optimized copy that the backend can run, a folder in ``optimized/``; empty if it runs none.
         others: If the copy contains a compiled decoder and no graphs, the name of the backend that runs the other
-            graphs; then the copy must exist, and the module also has ``open_decoder(bundle, directory)``. Else empty.
+            graphs; then the copy must exist, and the module also has ``open_decoder(bundle, directory)`` and
+            ``fault_of_copy(bundle, directory)``. Else empty.
         engines: ``tensorrt`` or ``rtx`` if the backend runs engines of this target instead of graphs; else empty. The
             module of such a backend also has a class ``EngineOpener(bundle, target)``.
         host: Whether the backend computes on the CPU.

@@ -91,9 +91,10 @@ def _kernels_are_faster(bundle: Bundle) -> bool:
     graph = found[1].graphs.get(DECODER) if found is not None else None
     if graph is None or graph.milliseconds is None or graph.milliseconds[1] >= graph.milliseconds[0]:
         return False
-    if missing(("cuda",)):
+    if found is None or missing(("cuda",)):
         return False
-    changes = changed_conditions(bundle, graph)
+    fault = import_module(find_backend("cuda-decoder").module).fault_of_copy(bundle, found[0])
+    changes = [fault] if fault else changed_conditions(bundle, graph)
     if changes:
         warnings.warn(
             f"auto chooses cuda, not cuda-decoder, whose timing no longer holds: {', '.join(changes)}; time it again: "

@@ -57,6 +57,15 @@ def open_decoder(bundle: Bundle, directory: Path) -> CudaDecoderSession:
     return CudaDecoderSession(bundle, session, table)
 
 
+def fault_of_copy(bundle: Bundle, directory: Path) -> str:
+    """Says why the copy in this directory cannot be used; empty if it can."""
+    try:
+        read_layout(bundle, directory)
+    except BundleError as error:
+        return error.problem
+    return ""
+
+
 class CudaDecoderSession:
     """A decoder whose kernels and weights are on the GPU; :meth:`decoder` adds the KV cache.
 

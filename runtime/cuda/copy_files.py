@@ -11,9 +11,11 @@ The weights are not stored again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,13 @@ from blip2edge.bundle.fields import (
     nullable,
     one_of_texts,
     record,
+    sha256,
     whole,
 )
 from blip2edge.bundle.manifest_fields import MAX_LAYERS, MAX_LENGTH, MAX_TOKENS, MAX_WIDTH
 from blip2edge.errors import BackendError, BundleError, option
 from blip2edge.reading import checking, read_json
+from blip2edge.runtime.cuda.kernel import KERNELS
 from blip2edge.runtime.cuda.layout import NUMPY, DecoderLayout, LayerLayout, Stored, StoredMatrix, StoredNorm
 from blip2edge.runtime.cuda.steps import NORMS, fits_head
 
@@ -42,7 +46,7 @@ NAME = "cuda-decoder"
 """Name of the backend and of its copy."""
 
 LAYOUT, ROTATION = "decoder.json", "rotation.bin"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 TEGRA = (72, 87, 88, 101, 110)
 """Compute capabilities of Jetson boards. Such a board runs no cubin for another GPU of the same major version, and no
@@ -70,6 +74,7 @@ _LAYER = record(
 LAYOUT_FIELDS: Check = record(
     {
         "schema_version": check_that(lambda value: value == SCHEMA_VERSION, f"the version {SCHEMA_VERSION}"),
+        "kernels": sha256,
         "width": whole(1, MAX_WIDTH),
         "heads": whole(1, MAX_LAYERS),
         "kv_heads": whole(1, MAX_LAYERS),
@@ -92,13 +97,27 @@ def cubin_name(capability: int) -> str:
     return f"sm_{capability}.cubin"
 
 
+@cache
+def kernel_sources() -> str:
+    """Returns the SHA-256 of the kernels' sources without comments.
+
+    Compiled kernels are used by the version with the same sources only, because their parameters may have another form
+    in other versions.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(KERNELS.glob("*.cuh")):
+        code = (line.partition("//")[0].strip() for line in file.read_text(encoding="utf-8").splitlines())
+        digest.update("\n".join([file.name, *filter(None, code), ""]).encode())
+    return digest.hexdigest()
+
+
 def write_layout(layout: DecoderLayout, directory: Path) -> list[str]:
     """Writes a decoder's layout (where each weight is stored) into the directory of the optimized copy.
 
     Returns:
         The names of the written files.
     """
-    values = {"schema_version": SCHEMA_VERSION, **asdict(layout), "rotation": None}
+    values = {"schema_version": SCHEMA_VERSION, "kernels": kernel_sources(), **asdict(layout), "rotation": None}
     names = [LAYOUT]
     if layout.rotation is not None:
         table = np.ascontiguousarray(layout.rotation, np.float32)
@@ -123,6 +142,8 @@ def read_layout(bundle: Bundle, directory: Path) -> DecoderLayout:
     values = read_json(path, BundleError, strict=True)
     with checking(path, "the layout of a decoder", BundleError, REMAKE):
         LAYOUT_FIELDS(values, "")
+        if values["kernels"] != kernel_sources():
+            raise ValueError("its kernels were compiled from other sources than those of this version")
         layout = _layout(values, directory)
         for stored in layout.stored():
             if stored.file not in bundle.manifest.files:

@@ -2,8 +2,8 @@
 //
 //   query fp16 [B, S, H, d]     key, value fp16 [B, S, G, d], new     out fp16 [B, S, H, d]
 //   keys, values fp16 [B, G, C, d]: slot t of row b has its token t; `before[b]` slots are filled
-//   origins int32 [C, B]: slot t of row b is in row origins[t, b] of the cache (beams); null: in row b. New slots are written to
-//   row b
+//   origins int32 [C, B]: slot t of row b is in row origins[t, b] of the cache (beams); null: in row b, to which new slots
+//   are always written
 //   fresh int32 [B]: how many of the S tokens are valid; null for all. An invalid one gets zeros and writes nothing
 //   rotation fp32 [positions, d]: d / 2 cosines, then d / 2 sines (RoPE); null for learned positions
 //

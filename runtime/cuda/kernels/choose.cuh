@@ -102,7 +102,7 @@ template <int TABLE, int BITS, typename Value>
 __device__ __forceinline__ void take(const ChooseArguments& a, long long row, const Best& best, long long token,
                                      int shown) {
     const long long at = row * a.vocabulary + token;
-    if (threadIdx.x == 0) {
+    if (one_thread()) {
         a.tokens[row] = shown;
         a.logprobs[row] = a.logits[at] - best.largest - logf(best.total);
         a.seen[at] = 1;

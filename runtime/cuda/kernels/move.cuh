@@ -1,4 +1,4 @@
-// Makes a KV cache in which each slot is in its own row, from one whose rows share slots (beams), or repeats and drops rows.
+// Makes a KV cache in which each slot is in its own row, from one whose rows share slots (beams).
 //
 //   from, to fp16 [2 * layers, B, G, C, d], two caches of the same sizes
 //   origins int32 [used, B]: slot t of row b is copied from row origins[t, b]

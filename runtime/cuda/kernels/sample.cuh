@@ -173,9 +173,8 @@ __device__ __forceinline__ void weigh(Candidates& shared, int count, float large
     if (one_thread()) {
         double total = 0.0;
         for (int i = 0; i < CHUNKS; ++i) total += shared.sums[i];
-        shared.total = total;
+        shared.total = total;  // which the same thread uses, in first_passing
     }
-    __syncthreads();
 }
 
 // The first candidate at which the running sum of weights passes a test; `none` if there is none. For all threads.
@@ -268,13 +267,11 @@ __device__ __forceinline__ int drawn_from_best(const SampleArguments& a, long lo
     }
     if (limit > 0.0f) {
         weigh(shared, kept, largest, false);
-        double total = shared.total;
-        if (top_k == 0) {
-            total = 0.0;
-            for (unsigned block = 0; block < gridDim.x; ++block) total += a.masses[row * gridDim.x + block];
-        }
-        const int last = first_passing(shared, kept, [=](double sum) {
-            return !(static_cast<float>(1.0 - sum / total) > limit);
+        double whole = 0.0;
+        if (top_k == 0)
+            for (unsigned block = 0; block < gridDim.x; ++block) whole += a.masses[row * gridDim.x + block];
+        const int last = first_passing(shared, kept, [&](double sum) {
+            return !(static_cast<float>(1.0 - sum / (top_k == 0 ? whole : shared.total)) > limit);
         });
         if (last == kept && top_k == 0) return LEFT_TO_HOST;
         if (last < kept) kept = last + 1;
@@ -287,8 +284,7 @@ __device__ __forceinline__ int drawn_from_best(const SampleArguments& a, long lo
     }
     sort_candidates(shared, size);
     weigh(shared, kept, largest, true);
-    const double target = uniform * shared.total;
-    const int place = first_passing(shared, kept - 1, [=](double sum) { return sum > target; });
+    const int place = first_passing(shared, kept - 1, [&](double sum) { return sum > uniform * shared.total; });
     return static_cast<int>(~shared.order[place] >> 32);
 }
 

@@ -29,13 +29,13 @@ from blip2edge.runtime.backends.base import BACKENDS, open_session
 from blip2edge.runtime.backends.open_graph import GraphOpener, StaleTimingWarning
 from blip2edge.runtime.backends.optimized_copy import CONDITIONS, RECORD, read_copy, timing_conditions
 from blip2edge.runtime.captioning.captioner import Captioner
-from blip2edge.runtime.cuda import backend
+from blip2edge.runtime.cuda import backend, copy_files
 from blip2edge.runtime.cuda.compilation import compiler
 from blip2edge.runtime.cuda.compilation.compiler import TARGETS
 from blip2edge.runtime.cuda.compilation.cubin import Usage
 from blip2edge.runtime.cuda.copy_files import LAYOUT, find_cubin, read_layout
 from blip2edge.runtime.cuda.decoding.greedy import KernelDecoder
-from blip2edge.runtime.cuda.kernel import Kernel
+from blip2edge.runtime.cuda.kernel import KERNELS, Kernel
 from tests.drawing import draw_pictures
 from tests.runtime.backends.test_device_arrays import on_the_cpu
 from tests.runtime.cuda.fake_driver import CUBIN, FakeDriver
@@ -205,6 +205,28 @@ def test_a_new_copy_for_cuda_makes_a_timing_stale(timed: Callable[..., Bundle]) 
         assert GraphOpener(Bundle.open(bundle.path), "auto").backend == "cuda"
 
 
+def test_kernels_of_another_version_are_not_used(
+    timed: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Their parameters may have another form: a GPU would read other numbers without an error."""
+    bundle = timed([3.0, 2.0])
+    assert GraphOpener(bundle, "auto").backend == "cuda-decoder"
+    sources = shutil.copytree(KERNELS, tmp_path / "kernels")
+    monkeypatch.setattr(copy_files, "KERNELS", sources)
+    before = copy_files.kernel_sources.__wrapped__()
+    file = sources / "move.cuh"
+    file.write_text(file.read_text() + "// a comment\n\n")
+    assert copy_files.kernel_sources.__wrapped__() == before == copy_files.kernel_sources()
+    file.write_text(file.read_text().replace("long long used;", "int used;"))
+    changed = copy_files.kernel_sources.__wrapped__()
+    assert changed != before
+    monkeypatch.setattr(copy_files, "kernel_sources", lambda: changed)
+    with pytest.raises(BundleError, match=r"its kernels were compiled from other sources.*; make the copy again"):
+        backend.open_decoder(bundle, bundle.path / "optimized" / "cuda-decoder")
+    with pytest.warns(StaleTimingWarning, match="compiled from other sources"):
+        assert GraphOpener(bundle, "auto").backend == "cuda"
+
+
 @pytest.mark.parametrize(
     ("name", "command"),
     [
@@ -296,7 +318,9 @@ def test_a_gpu_gets_its_cubin(made: OptimizedReport) -> None:
 
 BROKEN: tuple[tuple[Callable[[dict[str, Any]], object], str], ...] = (
     (lambda values: values.pop("width"), "width"),
-    (lambda values: values.update(schema_version=2), "schema_version"),
+    (lambda values: values.update(schema_version=1), "schema_version"),
+    (lambda values: values.update(kernels="0" * 64), "its kernels were compiled from other sources"),
+    (lambda values: values.update(kernels=7), "kernels"),
     (lambda values: values.update(head_dim=12), "a multiple of 8 up to 256"),
     (lambda values: values["head"]["weight"].update(file="../secret"), "file"),
     (lambda values: values["head"]["weight"].update(file="other.data"), "other.data is no file of the bundle"),
