@@ -3,7 +3,7 @@
     python benchmarks/gpu_prepare.py --sm 90        # writes build/gpu-bundles, build/gpu-true-size, build/gpu-kernels
 
 ``bundles`` has the bundles of the example checkpoint. ``true-size`` has the graphs of a model of published size,
-without the weights; to make it takes minutes, 16 GB of disk and 16 GB of memory. ``kernels`` has compiled kernels; to
+without the weights; to make it takes minutes and tens of gigabytes of disk. ``kernels`` has compiled kernels; to
 make it needs NVRTC (extra `cuda-decoder`). Copy the folders, with the repository, to the machine with the GPU. If a
 folder is missing there, the steps of ``gpu.py`` make its files.
 """

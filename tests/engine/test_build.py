@@ -33,7 +33,7 @@ from blip2edge.runtime.backends.engine_files import (
     check_fingerprint,
     fingerprint,
 )
-from blip2edge.runtime.backends.probe import Driver
+from blip2edge.runtime.backends.probe import Driver, Gpu
 from blip2edge.runtime.bench.memory import MachineMemory
 from blip2edge.runtime.tensorrt.session import load_tensorrt
 
@@ -94,6 +94,18 @@ def test_without_a_gpu_and_without_sm_the_error_says_what_to_type(monkeypatch: p
     monkeypatch.setattr("blip2edge.runtime.backends.probe.nvidia_driver", Driver)
     with pytest.raises(EngineError, match="target rtx sm 86"):
         fingerprint("tensorrt", "10.3.0", "a" * 64, ())
+
+
+def test_boards_of_one_name_have_engines_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AGX Orin and Orin Nano: the same name and compute capability; the numbers come from the driver."""
+    found = []
+    for gpu in (Gpu("Orin", 87, 16, 61), Gpu("Orin", 87, 8, 7)):
+        monkeypatch.setattr("blip2edge.runtime.backends.probe.nvidia_driver", lambda gpu=gpu: Driver("12.6", (gpu,)))
+        found.append(fingerprint("tensorrt", "10.3.0", "a" * 64, ()))
+    assert [(one.multiprocessors, one.memory_gib) for one in found] == [(16, 61), (8, 7)]
+    assert len({one.name for one in found}) == 2
+    with pytest.raises(EngineError, match="the number of multiprocessors 16"):
+        check(*found)
 
 
 def mark(**changes: object) -> Fingerprint:

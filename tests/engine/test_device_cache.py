@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from itertools import islice
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_a_board_reads_large_tensors_from_the_gpus_own_memory(
     name: str, bundle_of: BundleOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits, marks of tokens, and keys and values of cross-attention; on a Jetson, pinned memory is not cached."""
-    plug_in(monkeypatch, integrated=True)
+    cuda, _ = plug_in(monkeypatch, integrated=True)
     path = Path(shutil.copytree(bundle_of(name), tmp_path / "bundle"))
     write_engines(path, path / KIND)
     with Captioner.load(path, backend="tensorrt", threads=1) as captioner:
@@ -89,6 +90,9 @@ def test_a_board_reads_large_tensors_from_the_gpus_own_memory(
         assert where["position_ids"] == {True}
         assert bool(space.cross) == (name == "blip2-t5")
         assert not any(shared(mirror) for mirror in space.cross.values())
+        del space, decoder
+    gc.collect()
+    assert cuda.memory == {}
 
 
 @pytest.mark.parametrize("options", [{}, {"min_new_tokens": 11}, {"repetition_penalty": 1.3, "min_new_tokens": 11}])
