@@ -227,3 +227,16 @@ def test_packed_bundle_is_filled_with_other_weights(
     copy = read_copy(opened, "cuda", use_stamps=False)
     assert copy is not None
     assert set(copy[1].graphs) == set(opened.manifest.graphs)
+
+
+def test_parts_of_a_packed_file_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix that two graphs store with two types is one hole; all other bytes are kept, also after the last hole."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    skeleton = importlib.import_module("gpu_skeleton")
+    holes = [(2, 4, "float16"), (2, 4, "float32"), (6, 2, "float16"), (10, 4, "float32")]
+    parts = list(skeleton._parts({"size": 15, "holes": holes}))
+    assert parts == [
+        *((0, 2, ""), (2, 4, "float16"), (6, 2, "float16")),
+        *((8, 2, ""), (10, 4, "float32"), (14, 1, "")),
+    ]
+    assert list(skeleton._parts({"size": 3, "holes": []})) == [(0, 3, "")]
