@@ -188,7 +188,16 @@ def test_ragged_batches_drafts_and_beams_give_the_graphs_ids(
         theirs.select(rows)
         tokens = np.arange(20, 20 + len(rows))
         pair.same(ours.step(tokens), theirs.step(tokens))
-    assert pair.compared == 2 * 4 + 6 + 7
+    more = np.array([[7, 8], [9, 10], [11, 12]])  # row by row, each with its part of the table of rows
+    assert isinstance(ours, KernelState)
+    assert ours._buffers.addresses(0).reordered
+    pair.same(ours.extend(more), theirs.extend(more))
+    ours.join(pair.kernels.prefill(pair.prompts((4,), 2))[1])
+    theirs.join(pair.graph.prefill(pair.prompts((4,), 2))[1])
+    assert not ours._buffers.addresses(0).reordered
+    tokens = np.array([30, 31, 32, 33])
+    pair.same(ours.step(tokens), theirs.step(tokens))
+    assert pair.compared == 2 * 4 + 6 + 7 + 6 + 4
 
 
 @pytest.mark.parametrize(("kind", "precision"), [EVERY[0], pytest.param("llama", "int4", marks=SLOW), *EVERY[2:]])
@@ -240,8 +249,8 @@ def copied_reorder(buffers: KernelBuffers, rows: Array, lengths: Array) -> None:
 def test_beam_search_reorders_a_table_and_gives_the_graphs_ids(
     pair_of: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, kind: str, precision: str
 ) -> None:
-    """The cache is copied once if prompts differ in length, else never; steps replay one graph after the second one."""
-    monkeypatch.setattr(in_place, "ROOM", 16)
+    """The cache is copied once if prompts differ in length, else never; it also grows on the way."""
+    monkeypatch.setattr(in_place, "ROOM", 2)
     pair = pair_of(kind, precision, (1, 2, 3, 5))
     for lengths, moves in (((6, 6), 0), ((3, 6), 1), ((5,), 0)):
         for options in BEAMS:
