@@ -17,6 +17,8 @@ from blip2edge.training.config import TrainingConfig, parse_config
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.fields import EXACT
 from blip2edge.training.run import train
+from blip2edge.training.setup import memory
+from blip2edge.training.setup.miniature import miniature_config
 from tests.training import recipes
 
 ABSURD = 65_536_000_000
@@ -99,3 +101,13 @@ def test_the_table_of_a_size_is_named() -> None:
         with pytest.raises(ConfigError, match=said):
             parse_config(written)
     assert parse_config("[[data]]\nratio = 1\n[[data]]\nratio = 2\n").data.sets[1] == DataConfig(ratio=2.0)
+
+
+@pytest.mark.parametrize(("lines", "refused"), [("", True), ("[loop]\ncache_features = true\n", False)])
+def test_stored_features_take_less_memory_than_pixels(lines: str, refused: bool) -> None:
+    """32768 pictures of 64 x 64 pixels are 1.6 GB, and their features in float32 at width 16 are 0.14 GB."""
+    recipe = parse_config(f"{lines}[model.vision]\nhidden_size = 16\n[stage2]\nbatch_size = 32768\n")
+    config = miniature_config(recipe, draft=False, instructed=False)
+    need = memory._batch_need(config, recipe, "stage2", local=1)
+    assert (need.least > 1 << 30) is refused
+    assert "[stage2] batch_size = 32768" in need.what

@@ -237,13 +237,15 @@ def _reading_need(model: CaptionerModel, local: int, *, miniature: bool, new_bri
 
 
 def _batch_need(config: CaptionerConfig, recipe: TrainingConfig, name: str, local: int) -> MemoryNeed:
-    """Returns the memory for the pictures of one batch in `local` processes: pixels, or cached features.
+    """Returns the memory for the pictures of one batch in `local` processes: their pixels, or their stored features.
 
-    A step needs several times as much. So only a batch that is much too large is refused, before it is read.
+    A step needs several times as much. So only a batch that is much too large is refused, before it is read. The cache
+    has features, and a folder may have them in place of pictures.
     """
     vision, rows = config.vision, getattr(recipe, name).batch_size
     pixels, features = 3 * vision.image_size**2, vision.num_embeds * vision.hidden_size
-    size = local * _TRAINED * rows * (features if recipe.loop.cache_features else pixels)
+    stored = recipe.loop.cache_features or any(part.kind == "folder" for part in recipe.data.parts)
+    size = local * _TRAINED * rows * (min(features, pixels) if stored else pixels)
     what = f"a batch of [{name}] batch_size = {rows} pictures"
     return MemoryNeed(what, size, size, "lower batch_size and raise accumulate", ignorable=False)
 
