@@ -89,7 +89,9 @@ class FeatureFile(FilePicture):
 
     def open(self) -> Image.Image:
         """Raises ImageError: there is no picture."""
-        raise ImageError(f"{self.path} has features, not a picture", "features are used by training only")
+        raise ImageError(
+            f"{self.path} has features, not a picture", "features are used only to train with a frozen picture encoder"
+        )
 
     def features(self) -> NDArray[np.float32]:
         """Reads the features [P, D].
