@@ -38,6 +38,7 @@ from blip2edge.training.phases.stage1_checkpoint import (
 from blip2edge.training.setup import pretrained
 from blip2edge.training.setup.architecture import captioner_config, family_of, qformer_sizes, stage1_config
 from blip2edge.training.setup.checks import (
+    check_bert_sizes,
     check_bridge_keys,
     check_stage1_vision,
     check_trained_vision,
@@ -287,6 +288,7 @@ def _text_config(own: QFormerTexts, config: TrainingConfig, base: Path, kept: St
     if not config.model.bert:
         return own.draft_config()
     values = read_checkpoint_json(pretrained.resolve(config.model.bert, base) / "config.json")
+    check_bert_sizes(config, values)
     return own.draft_config(Fields("config.json", values).integer("max_position_embeddings", 512))
 
 

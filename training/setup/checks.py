@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from blip2edge.errors import ConfigError
 from blip2edge.model.config import CLIP_VISION, CaptionerConfig, VisionEncoderConfig
@@ -130,3 +131,28 @@ def no_instruction_tokenizer() -> ConfigError:
         "train instruct needs a tokenizer for the Q-Former, but found none",
         "in [model], set bert to a BERT (directory or hub name), or checkpoint to a model with qformer_tokenizer/",
     )
+
+
+def check_bert_sizes(config: TrainingConfig, bert: Mapping[str, Any]) -> None:
+    """Raises ConfigError if a new Q-Former has other sizes than the BERT that initializes it.
+
+    Args:
+        config: The recipe.
+        bert: The values of the BERT's ``config.json``; keys that are missing are not compared.
+    """
+    sizes = config.model.qformer
+    for key in ("hidden_size", "intermediate_size"):
+        own = getattr(sizes, key)
+        given = bert.get(key, own)
+        if own != given:
+            raise ConfigError(
+                f"[model.qformer] {key} = {own}, but the BERT {config.model.bert} ([model] bert) has {given}",
+                f"set {key} to {given}, or give another BERT",
+            )
+    layers = bert.get("num_hidden_layers", sizes.num_layers)
+    if sizes.num_layers > layers:
+        raise ConfigError(
+            f"[model.qformer] num_layers = {sizes.num_layers}, but the BERT {config.model.bert} ([model] bert) has"
+            f" {layers}",
+            f"set num_layers to at most {layers}, or give another BERT",
+        )

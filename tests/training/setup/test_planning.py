@@ -17,7 +17,7 @@ from blip2edge.training.config import parse_config
 from blip2edge.training.data.scenes import scenes
 from blip2edge.training.run import train
 from blip2edge.training.setup import build, pretrained
-from blip2edge.training.setup.checks import check_phases
+from blip2edge.training.setup.checks import check_bert_sizes, check_phases
 
 CHECKPOINT = Path(__file__).parents[3] / "examples" / "checkpoint"
 PARTS = f'[model]\nvision_from = "{CHECKPOINT}"\nlanguage_from = "{CHECKPOINT}"\n'
@@ -130,3 +130,21 @@ def test_the_recipe_without_an_error_builds_the_model(root: Path, tmp_path: Path
     path.write_text(FOLDER + PARTS + STEPS)
     record = train("stage2", path, tmp_path / "out", evaluation_scenes=0)
     assert record["phases"]["stage2"]["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "bert", "said"),
+    [
+        ("hidden_size = 64", {"hidden_size": 32}, r"\[model.qformer\] hidden_size = 64, but the BERT b .* has 32; set"),
+        ("intermediate_size = 64", {"intermediate_size": 32}, r"intermediate_size = 64, but the BERT b .* has 32"),
+        ("num_layers = 3", {"num_hidden_layers": 2}, r"num_layers = 3, but the BERT b .* has 2; .* at most 2"),
+        ("num_layers = 3", {"num_hidden_layers": 12, "hidden_size": 128, "intermediate_size": 512}, ""),
+    ],
+)
+def test_a_bert_of_other_sizes_is_refused_by_its_config(sizes: str, bert: dict[str, int], said: str) -> None:
+    config = parse_config(f'{PARTS}bert = "b"\n[model.qformer]\n{sizes}\n')
+    if not said:
+        check_bert_sizes(config, bert)
+        return
+    with pytest.raises(ConfigError, match=said):
+        check_bert_sizes(config, bert)
