@@ -28,8 +28,7 @@ from blip2edge.runtime.cuda.device.driver import DriverDevice, load_driver
 from blip2edge.runtime.cuda.device.interface import KernelDevice
 from blip2edge.runtime.cuda.kernel import Kernel
 from blip2edge.runtime.cuda.layout import DecoderLayout, LayerLayout, Stored, StoredMatrix, StoredNorm
-from blip2edge.runtime.cuda.plan import needed_kernels
-from blip2edge.runtime.cuda.speed import step_bytes, step_launches
+from blip2edge.runtime.cuda.plan import needed_kernels, step_bytes, step_launches
 from blip2edge.runtime.cuda.token_table import TableFormat, TableOnDevice
 from blip2edge.runtime.cuda.weights import (
     DecoderWeights,

@@ -137,7 +137,7 @@ class GraphOpener:
         self, bundle: Bundle, backend: str = "auto", threads: int | None = None, *, portable: bool = False
     ) -> None:
         self._bundle, self.threads = bundle, threads
-        self.copied: list[str] = []
+        self.copied: set[str] = set()
         self.closed = False
         self._sessions: list[Session] = []
         self._ahead: dict[str, Future[Session]] = {}
@@ -229,7 +229,7 @@ class GraphOpener:
             found = copy.graphs.get(graph)
             if found is None:
                 continue
-            self.copied.append(graph)
+            self.copied.add(graph)
             module = import_module(row.module)
             if row.others:
                 decoder: Session = module.open_decoder(self._bundle, directory)

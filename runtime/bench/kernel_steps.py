@@ -13,9 +13,8 @@ from typing import Any
 
 from blip2edge.runtime.bench.devices import Board
 from blip2edge.runtime.bench.plan import PlanOptions
-from blip2edge.runtime.cuda.plan import HALF
+from blip2edge.runtime.cuda.plan import HALF, step_launches
 from blip2edge.runtime.cuda.products import GEMM_ROWS
-from blip2edge.runtime.cuda.speed import step_launches
 from blip2edge.shapes.model_shape import ModelPart, ModelShape, TokenCounts
 
 FORMATS: Mapping[str, str] = {"fp16": "fp16", "int8": "int8", "int4": "int4"}

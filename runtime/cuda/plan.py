@@ -2,7 +2,7 @@
 
 The sizes of a run determine the addresses of its buffers and so the list of launches. The list can be replayed, or
 captured as a CUDA graph. Values that change from run to run are in the buffers (embeddings, lengths, positions that get
-logits).
+logits). The last functions count what a decode step costs: the bytes that it reads, and its kernel launches.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from itertools import groupby
 
 from blip2edge.runtime.cuda.device.interface import KernelDevice
 from blip2edge.runtime.cuda.kernel import Kernel, Launch
+from blip2edge.runtime.cuda.layout import NUMPY, DecoderLayout, Stored
 from blip2edge.runtime.cuda.products import Matrix
 from blip2edge.runtime.cuda.steps import (
     AttentionArguments,
@@ -265,3 +266,42 @@ class _Planner:
             splits = product.splits(self.multiprocessors)
             buffers = self.buffers
             yield product.launch(matrices, source, buffers.parts, buffers.arrived, splits, gated)
+
+
+LAYER_LAUNCHES = 7
+"""Launches of a layer: norm; query, key and value; attention; output; norm; up (and gate); down."""
+
+OTHER_LAUNCHES = 3
+"""Other launches of a step: the last norm, the head, the choice of the token."""
+
+
+def step_launches(layers: int) -> int:
+    """Returns the number of kernel launches in a greedy step.
+
+    Query, key and value must have the same format, and so must gate and up; else there are more launches.
+    """
+    return LAYER_LAUNCHES * layers + OTHER_LAUNCHES
+
+
+def step_bytes(layout: DecoderLayout, context: int) -> int:
+    """Returns the bytes of weights, keys and values that a step of one row reads.
+
+    Args:
+        layout: The decoder.
+        context: Number of tokens in the cache.
+    """
+    weights = sum(
+        _on_device(part)
+        for matrix, _, _ in layout.matrices()
+        for part in (matrix.weight, matrix.scales, matrix.bias)
+        if part is not None
+    )
+    cache = 2 * HALF * len(layout.layers) * layout.kv_heads * layout.head_dim * context
+    return weights + cache
+
+
+def _on_device(stored: Stored) -> int:
+    """Returns the bytes of a tensor on the GPU, where fp32 matrices are stored in fp16, and all vectors in fp32."""
+    if len(stored.shape) == 1:
+        return FLOAT * stored.shape[0]
+    return stored.bytes // 2 if NUMPY[stored.dtype] is NUMPY["float32"] else stored.bytes

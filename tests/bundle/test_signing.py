@@ -82,7 +82,7 @@ def signed(signed_once: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(signed_once, tmp_path / "bundle"))
 
 
-def caption(bundle: Path, public: Path | None = None) -> tuple[Any, list[str]]:
+def caption(bundle: Path, public: Path | None = None) -> tuple[Any, set[str]]:
     """The tokens of a caption, and the names of the graphs that ran from the optimized copy."""
     with Captioner.load(bundle, backend="cpu", threads=1, require_signature=public) as captioner:
         return captioner.caption(draw_pictures(1)[0], max_new_tokens=4).tokens, captioner.graphs.copied
@@ -219,7 +219,7 @@ def test_a_flipped_bit_of_a_copy(name: str, signed: Path, keys: Key) -> None:
     with pytest.raises(BundleIntegrityError, match=name):
         verify_bundle(signed, keys[1])
     if name == RECORD:
-        assert caption(signed, keys[1]) == (caption(signed, keys[1])[0], [])
+        assert caption(signed, keys[1]) == (caption(signed, keys[1])[0], set())
     else:
         with pytest.raises(BundleIntegrityError, match=name):
             caption(signed, keys[1])
@@ -263,7 +263,7 @@ def test_a_forged_copy_is_found_by_the_signature(signed: Path, keys: Key, capsys
     assert caption(signed)[0] != wanted  # hashes alone do not show who wrote a record
     assert main(["inspect", str(signed), "--verify"]) == 0
     assert "they do not show who wrote the files and the records" in capsys.readouterr().out
-    assert caption(signed, keys[1]) == (wanted, [])
+    assert caption(signed, keys[1]) == (wanted, set())
     with pytest.raises(BundleSignatureError, match="optimized/cpu"):
         verify_bundle(signed, keys[1])
     words = ["caption", "examples/pictures/scene-1.png", "-b", str(signed), "--backend", "cpu"]
@@ -281,7 +281,7 @@ def test_copies_made_after_signing_are_used_after_signing_again(tiny_bundle: Pat
     sign_bundle(bundle, keys[0])
     optimize(bundle)
     tokens, copied = caption(bundle, keys[1])
-    assert copied == []
+    assert copied == set()
     with pytest.raises(BundleSignatureError, match=r"does not list optimized/cpu of"):
         verify_bundle(bundle, keys[1])
     sign_bundle(bundle, keys[0])
@@ -299,7 +299,7 @@ def test_copies_in_the_cache_are_not_signed(
     with pytest.raises(BundleIntegrityError, match=r"external data 'bridge\.onnx\.data', which is not listed"):
         caption(signed)  # a copy in the cache must contain its weights, and this one was moved there
     with Captioner.load(signed, backend="cpu", threads=1, require_signature=keys[1]) as captioner:
-        assert (captioner.bundle.unsigned, captioner.graphs.copied) == ([str(cached / "cpu")], [])
+        assert (captioner.bundle.unsigned, captioner.graphs.copied) == ([str(cached / "cpu")], set())
 
 
 def test_engines_made_after_signing(tiny_bundle: Path, keys: Key, tmp_path: Path, monkeypatch: Any) -> None:
@@ -423,7 +423,7 @@ def test_a_linked_folder_is_not_used(signed: Path, keys: Key, tmp_path: Path) ->
     (signed / "optimized").rename(tmp_path / "optimized")
     (signed / "optimized").symlink_to(tmp_path / "optimized")
     assert Bundle.open(signed, require_signature=keys[1]).unsigned == ["optimized"]
-    assert caption(signed, keys[1])[1] == []
+    assert caption(signed, keys[1])[1] == set()
     with pytest.raises(BundleSignatureError, match="does not list optimized of"):
         verify_bundle(signed, keys[1])
 
@@ -598,4 +598,4 @@ def test_a_record_must_list_the_graphs_it_names(optimized: Path, tmp_path: Path)
         caption(bundle)
     values["graphs"]["decoder"]["file"] = "../../decoder.onnx"
     record.write_text(json.dumps(values))
-    assert caption(bundle)[1] == []  # the record is broken, and the copy is not used
+    assert caption(bundle)[1] == set()  # the record is broken, and the copy is not used

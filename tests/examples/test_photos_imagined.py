@@ -15,6 +15,8 @@ from blip2edge.errors import DataError
 from blip2edge.examples.recipes.photos import baselines, imagine
 from blip2edge.examples.recipes.photos.classes import Synset, class_noun, kinds, read_synsets
 from blip2edge.examples.recipes.photos.encoder import CLASSIFIER, write_encoder
+from blip2edge.model.checkpoint.encoder import load_encoder
+from blip2edge.model.checkpoint.image_processor import load_preprocessing
 from blip2edge.model.vision.efficientnet_lite import EfficientNetLiteConfig
 from blip2edge.training.data.config import DataConfig
 from blip2edge.training.data.registry import open_sample_source
@@ -88,6 +90,7 @@ def _views(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def imagination(views: Path, vision: Path, seed: int = 0) -> tuple[imagine.Imagination, Tensor, dict[str, Tensor]]:
     model, inputs = imagine.read_views(views, vision, seed)
+    assert model.head.bias is not None
     head = (model.head.weight.detach()[:, :, 0, 0], model.head.bias.detach())
     stored = load_file(vision / CLASSIFIER)
     return imagine.Imagination(head, (stored["weight"], stored["bias"]), inputs, seed), inputs, stored
@@ -96,7 +99,7 @@ def imagination(views: Path, vision: Path, seed: int = 0) -> tuple[imagine.Imagi
 @torch.no_grad()
 def test_the_inputs_of_the_last_convolution_give_the_features(views: Path, vision: Path) -> None:
     dreams, inputs, _ = imagination(views, vision)
-    model, preprocessing = imagine.load_encoder(vision), imagine.load_preprocessing(vision).preprocessing
+    model, preprocessing = load_encoder(vision), load_preprocessing(vision).preprocessing
     order = np.random.default_rng(0).permutation(40)
     first = preprocessing(Image.open(sorted(views.glob("*.jpg"))[order[0]]))
     torch.testing.assert_close(dreams.features(inputs[:1]), model(torch.from_numpy(first[None])), atol=1e-4, rtol=1e-4)

@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 
 from blip2edge.runtime.cuda.layout import DecoderLayout, LayerLayout, Stored, StoredMatrix, StoredNorm
-from blip2edge.runtime.cuda.plan import CacheAddresses, RunBuffers, RunSizes, needed_kernels, new_buffers, plan_run
-from blip2edge.runtime.cuda.speed import step_bytes, step_launches
+from blip2edge.runtime.cuda.plan import (
+    CacheAddresses,
+    RunBuffers,
+    RunSizes,
+    needed_kernels,
+    new_buffers,
+    plan_run,
+    step_bytes,
+    step_launches,
+)
 from blip2edge.runtime.cuda.weights import DecoderWeights, LayerOnDevice, MatrixWeights, NormWeights
 from tests.runtime.cuda.shim_device import ShimDevice
 
