@@ -1,11 +1,12 @@
 """Reads a folder of pictures, each with its captions in a text file of the same name: `dog.jpg` and `dog.txt`.
 
-A file of features (`dog.npy`, the output of the picture encoder) may take the place of a picture.
+A file of features (`dog.npy`, the output of the picture encoder) may take the place of a picture: it is read only if it
+has a text, and there is no picture of its name. Other `.npy` files, such as embeddings beside pictures, are no samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from blip2edge.errors import DataError
@@ -41,8 +42,8 @@ def read_folder(directory: Path, max_broken: int) -> tuple[list[Entry], BrokenSa
     if not directory.is_dir():
         raise DataError(f"expected a folder of pictures and texts, but {directory} is not a folder")
     files, unreadable = visible_files(directory)
-    pictures = [path for path in files if path.suffix.lower() in (*PICTURE_SUFFIXES, FEATURES)]
     texts = {path.with_suffix(""): path for path in files if path.suffix == ".txt"}
+    pictures = _pictures(files, texts)
     broken = BrokenSamples(str(directory), max_broken)
     _add_unreadable(unreadable, directory, broken)
     entries = []
@@ -65,6 +66,18 @@ def read_folder(directory: Path, max_broken: int) -> tuple[list[Entry], BrokenSa
             "write the captions of each picture to a .txt file next to the picture, one caption per line",
         )
     return entries, broken
+
+
+def _pictures(files: Sequence[Path], texts: Mapping[Path, Path]) -> list[Path]:
+    """Returns the pictures among the files, and the features that take the place of one, in the order of the files."""
+    shown = {path.with_suffix("") for path in files if path.suffix.lower() in PICTURE_SUFFIXES}
+    replaced = texts.keys() - shown
+    return [
+        path
+        for path in files
+        if path.suffix.lower() in PICTURE_SUFFIXES
+        or (path.suffix.lower() == FEATURES and path.with_suffix("") in replaced)
+    ]
 
 
 def _stored(path: Path) -> FilePicture:

@@ -104,6 +104,15 @@ def test_other_content_is_a_broken_sample(content: Any, problem: str, stored: Pa
         raise DataError(named)
 
 
+def test_a_file_of_numbers_beside_a_picture_or_without_text_is_no_sample(stored: Path) -> None:
+    """Embeddings are often stored beside their pictures."""
+    np.save(stored / "cat.npy", np.zeros(512, np.float32))
+    np.save(stored / "alone.npy", np.zeros(512, np.float32))
+    entries, broken = read_entries(DataConfig(kind="folder", path=str(stored), max_broken=0), base=stored)
+    assert [entry.image_id for entry in entries] == ["cat.png", "dog.npy"]
+    assert not broken.problems
+
+
 def test_features_are_no_pictures(stored: Path) -> None:
     config = DataConfig(kind="folder", path=str(stored))
     entries, _ = read_entries(config, base=stored)
