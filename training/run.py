@@ -88,7 +88,7 @@ def train(
     Raises:
         ConfigError: The recipe is wrong, the snapshots belong to another recipe or stage, or accelerate's launcher
             divides the model.
-        OutputError: `out_dir` exists, contains the recipe, or cannot be written.
+        OutputError: `out_dir` exists, contains the recipe, or cannot be written; `OUT.run` has only files of others.
         ProcessError: Another process of the run has ended.
         DataError, CheckpointError: A loss is not finite; data or a checkpoint cannot be read.
     """
@@ -99,6 +99,7 @@ def train(
         check_trackers(config.loop.tracker_names)
     check_not_source(target, Path(config_path))
     check_target(target, force, RECORD_FILE)
+    snapshots_of(target).check_own()
     check_launcher()
     torch.set_num_threads(config.threads)
     with in_recipe(config_path):

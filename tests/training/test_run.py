@@ -120,14 +120,18 @@ def test_a_directory_that_exists_is_kept_unless_train_wrote_it_and_is_forced(pat
     assert (out / "config.json").is_file()
 
 
-def test_force_keeps_a_directory_of_the_runs_name_that_no_run_wrote(path: Path, tmp_path: Path) -> None:
-    """Log and snapshots are in OUT.run, and a run with force begins by removing them."""
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("name", ["note", "step-by-step.md", "tensorboard"])
+def test_a_directory_of_the_runs_name_that_no_run_wrote_is_refused(
+    name: str, force: bool, path: Path, tmp_path: Path
+) -> None:
+    """Log and snapshots are in OUT.run, and a run removes them."""
     mine = tmp_path / "out.run"
     mine.mkdir()
-    (mine / "note").write_text("mine")
+    (mine / name).write_text("mine")
     with pytest.raises(OutputError, match=r"out\.run contains files, but no log\.jsonl of a run"):
-        train("stage2", path, tmp_path / "out", force=True)
-    assert (mine / "note").read_text() == "mine"
+        train("stage2", path, tmp_path / "out", force=force)
+    assert (mine / name).read_text() == "mine"
 
 
 def test_an_empty_recipe_is_refused_and_the_miniature_is_named(path: Path, tmp_path: Path) -> None:

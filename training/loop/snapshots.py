@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,13 +21,16 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from blip2edge.bundle.outputs.disk_errors import output_error
+from blip2edge.bundle.outputs.locks import part_of, remove
 from blip2edge.errors import DataError, OutputError, option
 from blip2edge.reading import read_json, reading
 from blip2edge.training.loop.journal import LOG
-from blip2edge.training.loop.trackers import IDENTITY
+from blip2edge.training.loop.trackers import BOARD, IDENTITY
 
 _TENSORS, FACTS = "state.safetensors", "state.json"
 _PREFIX = "step-"  # of a complete snapshot; an incomplete one begins with a dot
+_COMPLETE = re.compile(r"step-\d{9,}\+*")
+_INCOMPLETE = re.compile(r"\.step-\d{9,}\+*-(\d+|removed)")  # the number is that of the process which wrote it
 
 
 @dataclass(frozen=True)
@@ -119,28 +123,51 @@ class Snapshots:
 
     def remove_incomplete(self) -> None:
         """Removes the incomplete snapshots that killed runs left."""
-        for path in self.directory.glob(f".{_PREFIX}*"):
+        for path in self._named(_INCOMPLETE):
             shutil.rmtree(path, ignore_errors=True)
 
-    def clear(self) -> None:
-        """Removes all snapshots, and the log in the same directory.
+    def check_own(self) -> None:
+        """Checks that the directory is empty or missing, or that a run has written files in it.
 
         Raises:
-            OutputError: The directory contains files, and no run has written it.
+            OutputError: The directory contains files, and no run has written any of them.
         """
-        known = (LOG, IDENTITY, f"{_PREFIX}*", f".{_PREFIX}*")
         found = self.directory.is_dir() and any(self.directory.iterdir())
-        if found and not any(next(self.directory.glob(name), None) for name in known):
+        if found and all(path.name == BOARD for path in self._own_files()):  # a run has its log or id beside it
             raise OutputError(
-                f"{self.directory} contains files, but no {LOG} of a run, so it is not removed",
+                f"{self.directory} contains files, but no {LOG} of a run, and a run writes its snapshots there",
                 "rename it, or give another output directory",
             )
+
+    def clear(self) -> None:
+        """Removes all snapshots, the log, and the files of trackers; then the directory, if no other files are in it.
+
+        Raises:
+            OutputError: The directory contains files, and no run has written any of them.
+        """
+        self.check_own()
         for path in self._whole():
             _remove(path)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        for path in self._own_files():
+            remove(path)
+        with suppress(OSError):  # files of the user are kept
+            self.directory.rmdir()
+
+    def _own_files(self) -> list[Path]:
+        """Returns the files and directories of a run: snapshots, log, files of trackers, and temporary forms of all."""
+        files = [self.directory / name for name in (LOG, IDENTITY)]
+        named = [self.directory / BOARD, *(part_of(path) for path in files), *files]
+        return [
+            *self._named(_COMPLETE),
+            *self._named(_INCOMPLETE),
+            *(path for path in named if os.path.lexists(path)),
+        ]
 
     def _whole(self) -> list[Path]:
-        return sorted(self.directory.glob(f"{_PREFIX}*"))
+        return self._named(_COMPLETE)
+
+    def _named(self, pattern: re.Pattern[str]) -> list[Path]:
+        return sorted(path for path in self.directory.glob("*") if pattern.fullmatch(path.name))
 
 
 def _remove(path: Path) -> None:

@@ -12,7 +12,10 @@ pytest.importorskip("torch")
 
 import torch
 
+from blip2edge.errors import OutputError
+from blip2edge.training.loop.journal import LOG
 from blip2edge.training.loop.snapshots import FACTS, Snapshot, Snapshots
+from blip2edge.training.loop.trackers import BOARD, IDENTITY
 
 
 @pytest.mark.parametrize("how", ["write", "clear"])
@@ -35,3 +38,26 @@ def test_a_kill_while_a_snapshot_is_removed(how: str, tmp_path: Path, monkeypatc
     assert (newest.facts if newest else None) == ({"step": 2} if how == "write" else None)
     snapshots.remove_incomplete()
     assert len(list((tmp_path / "run").iterdir())) == (how == "write")
+
+
+def test_files_of_the_user_in_the_directory_are_kept(tmp_path: Path) -> None:
+    """Only files of a run are removed, and no other file counts as a snapshot."""
+    directory = tmp_path / "run"
+    snapshots = Snapshots(directory)
+    snapshots.write(7, Snapshot({"weight": torch.ones(2)}, {"phase": "stage2", "step": 7}))
+    notes = ("step-by-step.md", ".step-1", "step-8.txt", "thesis.txt")
+    for name in notes:
+        (directory / name).write_text("mine")
+    own = [LOG, IDENTITY, ".step-000000009-123", f".{LOG}.part", BOARD]
+    for name in own:
+        (directory / name).mkdir() if name.startswith(".") or name == BOARD else (directory / name).touch()
+    assert (snapshots.steps, snapshots.position) == (7, "stage2 step 7")
+    snapshots.clear()
+    assert sorted(path.name for path in directory.iterdir()) == sorted(notes)
+    with pytest.raises(OutputError, match="contains files"):
+        snapshots.clear()
+    for name in notes:
+        (directory / name).unlink()
+    (directory / LOG).touch()
+    snapshots.clear()
+    assert not directory.exists()
