@@ -69,8 +69,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalises ``[..., D]`` over the last axis."""
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+        """Normalises ``[..., D]`` over the last axis; computes in float32 if x has 16 bits, as transformers does."""
+        wide = x.float() if x.dtype.itemsize == 2 else x  # the square of 256 is infinite in fp16
+        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return scaled.to(x.dtype) * self.weight
 
 
 class Unit(nn.Module):

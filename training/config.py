@@ -143,6 +143,12 @@ def _loop_conflicts(config: TrainingConfig) -> Iterator[_Conflict]:
             " layers inside the language model",
             "leave frozen_dtype out; autocast = 'bfloat16' saves time, and recompute_activations saves memory",
         )
+    if (loop.frozen_dtype, loop.autocast) == ("float16", "bfloat16"):
+        yield _Conflict(
+            "[loop] frozen_dtype = 'float16' does not work with autocast = 'bfloat16': an operator would get values of"
+            " both types",
+            "set frozen_dtype to 'bfloat16', or autocast to 'float16' or 'float32'",
+        )
     if loop.cache_features and config.data.augments:
         yield _Conflict(
             "[loop] cache_features does not work with crop or flip in [data], which change each picture every time",

@@ -250,7 +250,7 @@ def check_stream(num_beams: int | None, abstain_below: float | None) -> None:
 def _samples(values: Mapping[str, Any]) -> bool:
     """Returns whether the options select sampling; the values may be unchecked and of any type."""
     temperature = values.get("temperature")
-    greedy = isinstance(temperature, (int, float)) and temperature < MIN_SAMPLING_TEMPERATURE
+    greedy = isinstance(temperature, (int, float, np.number)) and temperature < MIN_SAMPLING_TEMPERATURE
     return not greedy and any(values.get(name) is not None for name in SAMPLING)
 
 

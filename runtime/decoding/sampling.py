@@ -314,8 +314,13 @@ def sampling_filters(options: GenerationOptions) -> list[Filter]:
 BEAM_OPTIONS = ("length_penalty", "early_stopping")
 """Options that only beam search uses."""
 
-SAMPLING_OPTIONS = ("seed", "top_p", "top_k")
-"""Options that only sampling uses; with a temperature of 0, decoding is greedy."""
+SAMPLING_OPTIONS: Mapping[str, float | None] = {
+    "seed": None,
+    "top_p": 1.0,
+    "top_k": 0,
+    **{name: neutral for name, (_, neutral) in FILTERS.items()},
+}
+"""Options that only sampling uses, each with a value that changes nothing; decoding with temperature 0 is greedy."""
 
 
 def warn_of_unused(options: GenerationOptions, given: Collection[str]) -> None:
@@ -333,10 +338,10 @@ def warn_of_unused(options: GenerationOptions, given: Collection[str]) -> None:
 
 
 def _unused(options: GenerationOptions) -> Iterator[tuple[str, str]]:
-    """Yields each option that is not used, whether it is set or not, with the reason and the correction."""
+    """Yields each option that is not used, with the reason and the correction; an option may also have its default."""
     if options.num_beams == 1:
         for name in BEAM_OPTIONS:
             yield name, f"only beam search uses it; give {option('num_beams')} above 1, or leave it out"
     if not options.sampling:
-        for name in SAMPLING_OPTIONS:
+        for name in (name for name, neutral in SAMPLING_OPTIONS.items() if getattr(options, name) != neutral):
             yield name, f"only sampling uses it; give a {option('temperature')} above 0, or leave it out"

@@ -249,15 +249,26 @@ def captioner_config_of(directory: Path) -> CaptionerConfig:
 
 
 def side_files(directory: Path) -> dict[str, bytes]:
-    """Returns the content of a checkpoint's files besides weights, by file name."""
-    return {name: path.read_bytes() for name, path in files.find_side_files(directory).items()}
+    """Returns the content of a checkpoint's files besides weights, by file name.
+
+    The new checkpoint gets these files, so a broken JSON file is refused here.
+
+    Raises:
+        CheckpointError: A file cannot be read, or is not the JSON that its name says.
+    """
+    return {name: _read_side_file(path) for name, path in files.find_side_files(directory).items()}
+
+
+def _read_side_file(path: Path) -> bytes:
+    if path.suffix == ".json":
+        read_checkpoint_json(path)
+    return path.read_bytes()
 
 
 def tokenizer_files(part: LanguagePart) -> dict[str, bytes]:
     """Makes the tokenizer files of a language model, with the added tokens; returns their content by name."""
-    found = {
-        name: (part.directory / name).read_bytes() for name in _TOKENIZER_FILES if (part.directory / name).is_file()
-    }
+    paths = [part.directory / name for name in _TOKENIZER_FILES]
+    found = {path.name: _read_side_file(path) for path in paths if path.is_file()}
     return found | {"tokenizer.json": part.tokenizer.to_str(pretty=True).encode()}
 
 

@@ -211,7 +211,14 @@ def test_greedy_limits_of_sampling(opt_oracle: Any) -> None:
     oracle = opt_oracle(2, LENGTHS)
     greedy = oracle.run(GenerationOptions(max_new_tokens=6))
     limits: dict[str, Any]
-    for limits in ({"temperature": 0.0, "top_p": 0.5}, {"top_k": 1}, {"top_p": 0.0}, {"temperature": 1e-6}):
+    for limits in (
+        {"temperature": 0.0, "top_p": 0.5},
+        {"top_k": 1},
+        {"top_p": 0.0},
+        {"temperature": 1e-6},
+        {"temperature": np.float32(0), "top_p": 0.5},
+        {"temperature": np.int64(0)},
+    ):
         assert oracle.run(GenerationOptions(max_new_tokens=6, **limits)) == greedy
 
 

@@ -41,6 +41,8 @@ def warned(given: dict[str, Any], **defaults: Any) -> list[str]:
         ({"seed": 0}, {}, ["--seed"]),
         ({"seed": 3, "num_beams": 4}, {}, ["--seed"]),
         ({"seed": 3, "temperature": 0.0, "top_p": 0.9}, {}, ["--seed", "--top-p"]),
+        ({"temperature": 0.0, "min_p": 0.1, "typical_p": 0.5}, {}, ["--min-p", "--typical-p"]),
+        ({"temperature": 0.0, "top_p": 1.0, "top_k": 0, "eta_cutoff": 0.0}, {}, []),  # they change nothing anyway
         ({"seed": 3}, {"temperature": 0.7}, []),
         ({"seed": 3, "top_k": 5}, {}, []),
         ({}, {"length_penalty": 2.0, "temperature": 0.0, "top_p": 0.9}, []),  # of the bundle, not of the caller
