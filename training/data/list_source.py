@@ -110,11 +110,15 @@ class ListSource(RejectingSource):
                 "lower shots",
             )
 
+    @property
+    def stored_features(self) -> str | None:
+        """Returns the id of the first sample that has features in place of a picture; None without such a sample."""
+        return next((each.image_id for each in self._entries if isinstance(each.picture, FeatureFile)), None)
+
     def _check_features(self) -> None:
-        stored = next((each for each in self._entries if isinstance(each.picture, FeatureFile)), None)
-        if stored is not None and self._config.augments:
+        if self._config.augments and self.stored_features is not None:
             raise DataError(
-                f"{self._name}: crop and flip change pictures, and {stored.image_id} has features, not a picture",
+                f"{self._name}: crop and flip change pictures, and {self.stored_features} has features, not a picture",
                 "set crop = 1 and flip = 0 for this data",
             )
 

@@ -197,6 +197,25 @@ class PictureReader:
         """Does nothing: no file stays open."""
 
 
+def of_shape(name: str, rows: NDArray[np.float32], shape: tuple[int, int]) -> NDArray[np.float32]:
+    """Returns the features [P, D] that a sample has in place of a picture.
+
+    Args:
+        name: Id of the sample, for messages.
+        rows: The features.
+        shape: Shape (P, D) of the output of the recipe's picture encoder for one picture.
+
+    Raises:
+        DataError: The features are of another shape.
+    """
+    if rows.shape != shape:
+        raise DataError(
+            f"{name}: the picture encoder's features have the shape {shape}, got {rows.shape}",
+            "make the features with the encoder of the recipe",
+        )
+    return rows
+
+
 class FrozenEncoder:
     """Opens the pictures of samples and encodes them with the frozen picture encoder.
 
@@ -232,20 +251,11 @@ class FrozenEncoder:
             DataError: The features are broken, or not of this encoder's shape.
         """
         if sample.features is not None:
-            return self._stored(sample.sample_id, sample.features())
+            config: Any = self.vision.config
+            return of_shape(sample.sample_id, sample.features(), (config.num_embeds, config.hidden_size))
         if self.cache is not None and sample.image_id in self.cache:
             return None
         return self.preprocessing(sample.open_picture())
-
-    def _stored(self, name: str, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        config: Any = self.vision.config
-        expected = (config.num_embeds, config.hidden_size)
-        if rows.shape != expected:
-            raise DataError(
-                f"{name}: the picture encoder's features have the shape {expected}, got {rows.shape}",
-                "make the features with the encoder of the recipe",
-            )
-        return rows
 
     def close(self) -> None:
         """Closes the files of the cache."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from accelerate import Accelerator
 from blip2edge.errors import ConfigError, DataError
 from blip2edge.training.config import TrainingConfig
 from blip2edge.training.data.config import DataConfig
+from blip2edge.training.data.list_source import ListSource
 from blip2edge.training.data.registry import SOURCE_MAKERS, open_sample_source
 from blip2edge.training.data.sources import Sample, SampleSource
 from blip2edge.training.data.streams.mixture import set_probabilities
 from blip2edge.training.fields import table_title
 from blip2edge.training.key_rules import choice
+from blip2edge.training.loading.features import of_shape
 
 
 def open_sources(
@@ -43,7 +46,9 @@ def check_usable(sources: SampleSource | Sequence[SampleSource], use: Callable[[
         source.check_usable(use)
 
 
-def check_data(config: TrainingConfig, base: Path, accelerator: Accelerator, phases: Sequence[str]) -> None:
+def check_data(
+    config: TrainingConfig, base: Path, accelerator: Accelerator, phases: Sequence[str], shape: tuple[int, int]
+) -> None:
     """Opens each data set and one of its pictures, so that data errors come before the model is built.
 
     Args:
@@ -51,12 +56,14 @@ def check_data(config: TrainingConfig, base: Path, accelerator: Accelerator, pha
         base: Directory of the recipe.
         accelerator: Rank and number of processes.
         phases: Names of the phases of the run.
+        shape: Shape (P, D) of the picture encoder's output for one picture.
 
     Raises:
         ConfigError: The streams cannot be divided equally among the processes, or the rows of a batch cannot be divided
             equally among the streams; there are fewer files or samples than streams; the sizes of a mixture without
             ratios are not known.
-        DataError: A data set cannot be read, or no sample of it can be used.
+        DataError: A data set cannot be read, or no sample of it can be used; or a sample has features in place of a
+            picture, and a phase trains the picture encoder.
     """
     loop, data = config.loop, config.data
     for phase in phases:
@@ -68,15 +75,42 @@ def check_data(config: TrainingConfig, base: Path, accelerator: Accelerator, pha
         title = table_title(f"data[{number}]" if data.sets else "data")
         with of_data(title, each):
             source, size = SOURCE_MAKERS[each.kind](each, config.seed, base, part)
-            check_usable(source, open_pictures)
+            _check_frozen(source, config, phases)
+            check_usable(source, partial(open_pictures, shape=shape))
         sizes.append(size)
     if data.sets:
         set_probabilities(data.sets, sizes)
 
 
-def open_pictures(sample: Sample) -> Any:
-    """Opens all pictures (or features) of a sample; raises ImageError or DataError if one is broken."""
-    return [picture.open_picture() if picture.features is None else picture.features() for picture in sample.pictures]
+def open_pictures(sample: Sample, shape: tuple[int, int] | None = None) -> Any:
+    """Opens all pictures (or features) of a sample.
+
+    Args:
+        sample: The sample.
+        shape: Shape (P, D) that features must have; None for any shape.
+
+    Raises:
+        ImageError, DataError: A picture is broken; features are broken or of another shape.
+    """
+    opened: list[Any] = []
+    for picture in sample.pictures:
+        if picture.features is None:
+            opened.append(picture.open_picture())
+        else:
+            rows = picture.features()
+            opened.append(rows if shape is None else of_shape(picture.sample_id, rows, shape))
+    return opened
+
+
+def _check_frozen(source: SampleSource, config: TrainingConfig, phases: Sequence[str]) -> None:
+    """Raises DataError if the data has features in place of pictures, and a phase trains the picture encoder."""
+    stored = source.stored_features if isinstance(source, ListSource) else None
+    trained = [phase for phase in phases if getattr(getattr(config, phase), "unfreeze_vision", False)]
+    if stored and trained:
+        raise DataError(
+            f"{stored} has features of a frozen picture encoder, and [{trained[0]}] unfreeze_vision trains the encoder",
+            "set unfreeze_vision to false, or give the picture in place of the features",
+        )
 
 
 def _own_streams(streams: int, accelerator: Accelerator) -> range:

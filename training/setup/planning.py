@@ -62,7 +62,8 @@ def plan_training(
         log(f"bridge ({config.bridge}): {parts.bridge}")
     if config.stage1.steps and not config.runs_stage1(stage):
         log(f"stage1 does not run: bridge_from ({config.model.bridge_from}) is its output")
-    check_data(config, base, accelerator, phases)
+    vision = parts.config.vision
+    check_data(config, base, accelerator, phases, (vision.num_embeds, vision.hidden_size))
     if not config.validation.every:
         return PlannedRun(parts, None)
     if stage == "stage1":

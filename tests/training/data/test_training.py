@@ -7,15 +7,19 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("accelerate", reason="training needs accelerate")
 
 from blip2edge.errors import DataError
 from blip2edge.picture_files import add_member
+from blip2edge.training import run as runs
 from blip2edge.training.data.scenes import scenes
 from blip2edge.training.run import train
+from blip2edge.training.setup.planning import plan_training
 
 CHECKPOINT = Path(__file__).parents[3] / "examples" / "checkpoint"
 RECIPE = """
@@ -72,6 +76,60 @@ def test_data_without_a_usable_picture_end_the_run(stage: str, more: str, cached
     with pytest.raises(DataError, match="expected at least one usable sample, got none; 6 samples are broken: "):
         train(stage, path, tmp_path / "out", evaluation_scenes=0)
     assert not (tmp_path / "out").exists()
+
+
+class BuildsNextError(Exception):
+    """All checks have passed, and the model would be built next."""
+
+
+FEATURES_RECIPE = """
+[[data]]
+kind = "folder"
+path = "pictures"
+max_broken = 2
+ratio = 1000
+[[data]]
+kind = "folder"
+path = "features"
+max_broken = 9
+ratio = 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("shape", "more", "problem"),
+    [
+        (
+            (3, 5),
+            "",
+            r"set 2 path = 'features': .*, got none; .*have the shape \(65, 128\), got \(3, 5\)",
+        ),
+        (
+            (65, 128),
+            "unfreeze_vision = true\n",
+            r"set 2 .*: dog\.npy has features .* \[stage2\] unfreeze_vision",
+        ),
+        ((65, 128), "", None),
+    ],
+)
+def test_features_that_no_step_can_use_are_refused_before_the_model_is_built(
+    shape: tuple[int, int], more: str, problem: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A short run draws no sample of the second set."""
+    path = recipe(tmp_path, 2)
+    (tmp_path / "features").mkdir()
+    np.save(tmp_path / "features" / "dog.npy", np.zeros(shape, np.float32))
+    (tmp_path / "features" / "dog.txt").write_text("a dog")
+    text = path.read_text()
+    path.write_text(FEATURES_RECIPE + text[text.index("[model]") :] + more)
+
+    def planned(*arguments: Any) -> None:
+        plan_training(*arguments)
+        raise BuildsNextError
+
+    monkeypatch.setattr(runs, "plan_training", planned)
+    with pytest.raises(BuildsNextError) if problem is None else pytest.raises(DataError, match=problem):
+        train("stage2", path, tmp_path / "out")
 
 
 def mixture(directory: Path) -> Path:
