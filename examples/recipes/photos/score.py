@@ -88,8 +88,8 @@ def figures(scored: Sequence[Scored]) -> dict[str, Any]:
         return {"photographs": len(rows), "trained": len(known), "named": named}
 
     known = [row for row in scored if row.trained]
-    moved = [*known[1:], *known[:1]]
-    shuffled = sum(names_it(row.caption, other.title) for row, other in zip(known, moved, strict=True))
+    others = sum(names_it(row.caption, other.title) for row in known for other in known if other is not row)
+    shuffled = round(others / max(1, len(known) - 1), 2)  # the mean over all rotations of the titles
     activities = dict.fromkeys(row.name.split("-")[0] for row in scored)
     by = {name: counts([row for row in scored if row.name.startswith(f"{name}-")]) for name in activities}
     whole = counts(scored)

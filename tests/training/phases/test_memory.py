@@ -90,9 +90,7 @@ def test_recomputed_activations_change_no_gradient_of_stage_1() -> None:
         ("instruct-llama", torch.float16, 0.99),
     ],
 )
-def test_a_frozen_language_model_in_16_bits_loses_little(
-    kind: str, dtype: torch.dtype, alike: float, tmp_path: Path
-) -> None:
+def test_a_frozen_language_model_in_16_bits_loses_little(kind: str, dtype: Any, alike: float, tmp_path: Path) -> None:
     """The drawn weights are large, so rounding shows more than in a trained model."""
     made = case(draw(kind, tmp_path), tmp_path)
     stage = GenerativeStage(made.ours)
