@@ -59,6 +59,9 @@ _MOST_SEED = up_to(1 << 48)  # torch takes 64 bits, and each phase and process m
 RECORD_FILE = "training.json"
 """Record of a training, in its checkpoint. `train --force` replaces only a directory that contains this file."""
 
+_SECTIONS_OF_MODEL = {"model", "vision", "language", "stage1", "stage2", "instruct"}
+"""Sections of which a recipe needs at least one: the model, or a phase of its training."""
+
 _BRIDGES = ("qformer", "projection", "mlp", "perceiver", "pool", "flamingo")
 
 
@@ -218,9 +221,10 @@ def load_config(path: str | Path) -> TrainingConfig:
     text = read_text(Path(path), ConfigError)
     with in_recipe(path):
         config = parse_config(text, is_json=Path(path).suffix == ".json")
-        if not config.written:
+        if not _SECTIONS_OF_MODEL & set(config.written):
+            found = f"has only {', '.join(config.written)}" if config.written else "is empty"
             raise ConfigError(
-                "the recipe is empty, so it would train the miniature with default values",
+                f"the recipe {found}, so it would train the miniature with default values",
                 "name the trained parts in [model], or write at least the section of a phase, such as [stage2]",
             )
     return config

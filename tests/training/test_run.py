@@ -135,9 +135,14 @@ def test_a_directory_of_the_runs_name_that_no_run_wrote_is_refused(
 
 
 def test_an_empty_recipe_is_refused_and_the_miniature_is_named(path: Path, tmp_path: Path) -> None:
-    for name, text in (("empty.toml", "# nothing"), ("empty.json", "{}")):
+    for name, text, found in (
+        ("empty.toml", "# nothing", "is empty"),
+        ("empty.json", "{}", "is empty"),
+        ("seed.toml", "seed = 1", "has only seed"),
+        ("loop.toml", "seed = 1\n[loop]\nlog_every = 1", "has only seed, loop"),
+    ):
         (tmp_path / name).write_text(text)
-        with pytest.raises(ConfigError, match=rf"{name}: the recipe is empty, .* name the trained parts in \[model\]"):
+        with pytest.raises(ConfigError, match=rf"{name}: the recipe {found}, .* name the trained parts in \[model\]"):
             train("stage2", tmp_path / name, tmp_path / "out")
     lines: list[str] = []
     with pytest.raises(KeyboardInterrupt):
