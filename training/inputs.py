@@ -1,10 +1,14 @@
-"""Checks that the checkpoints and data files of a recipe exist; needs no torch, so an error comes at once."""
+"""Checks that the checkpoints and data files of a recipe exist, and that the output does not replace them.
+
+It needs no torch, so an error comes at once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
+from blip2edge.bundle.outputs.publishing import check_not_source
 from blip2edge.errors import CheckpointError, DataError
 from blip2edge.model.checkpoint.stored.files import local_checkpoint
 from blip2edge.picture_files import is_address
@@ -47,6 +51,27 @@ def check_recipe_files(config: TrainingConfig, base: Path, stage: str) -> None:
                 f"{key} = {text!r}: there is no {(base / text).resolve()}",
                 "correct the path; a relative path starts from the directory of the recipe",
             )
+
+
+def check_output_apart(target: Path, config: TrainingConfig, base: Path, stage: str) -> None:
+    """Checks that the output does not replace a checkpoint or the data of the recipe.
+
+    Args:
+        target: The output directory.
+        config: The recipe.
+        base: Directory of the recipe; relative paths start there.
+        stage: "stage1", "stage2" or "instruct".
+
+    Raises:
+        OutputError: A checkpoint or data of the recipe is the output directory, or lies in it.
+    """
+    named = (getattr(config.model, key) for key in CHECKPOINTS)
+    for name in named:
+        if name and (base / name).exists():  # else a name on the hub
+            check_not_source(target, base / name)
+    for _, text in _places(config, stage):
+        if not is_address(text):
+            check_not_source(target, base / text)
 
 
 def _places(config: TrainingConfig, stage: str) -> Iterator[tuple[str, str]]:

@@ -29,6 +29,7 @@ from blip2edge.training.config import RECORD_FILE, TrainingConfig, config_hash, 
 from blip2edge.training.evaluation.models import ModelOptions
 from blip2edge.training.evaluation.open_model import open_captioner
 from blip2edge.training.evaluation.scene_scores import evaluate_scenes
+from blip2edge.training.inputs import check_output_apart
 from blip2edge.training.loop.journal import CURVE, LOG, Journal, draw_curve
 from blip2edge.training.loop.loop import Phase, run_phase
 from blip2edge.training.loop.processes import ended_processes
@@ -88,7 +89,8 @@ def train(
     Raises:
         ConfigError: The recipe is wrong, the snapshots belong to another recipe or stage, or accelerate's launcher
             divides the model.
-        OutputError: `out_dir` exists, contains the recipe, or cannot be written; `OUT.run` has only files of others.
+        OutputError: `out_dir` exists, contains the recipe or what it reads, or cannot be written; `OUT.run` has only
+            files of others.
         ProcessError: Another process of the run has ended.
         DataError, CheckpointError: A loss is not finite; data or a checkpoint cannot be read.
     """
@@ -98,6 +100,7 @@ def train(
         phases_of(stage, config)  # refuses a stage without steps
         check_trackers(config.loop.tracker_names)
     check_not_source(target, Path(config_path))
+    check_output_apart(target, config, Path(config_path).resolve().parent, stage)
     check_target(target, force, RECORD_FILE)
     snapshots_of(target).check_own()
     check_launcher()

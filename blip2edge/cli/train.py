@@ -50,13 +50,15 @@ def run(options: argparse.Namespace) -> int:
 
     output = options.output or Path("runs") / options.config.stem
     from blip2edge.training.config import RECORD_FILE, in_recipe, load_config
-    from blip2edge.training.inputs import check_recipe_files
+    from blip2edge.training.inputs import check_output_apart, check_recipe_files
 
     check_output(output, options.force, RECORD_FILE, options.config)
     # A wrong recipe and missing files are refused before torch is imported, which takes seconds.
     config = load_config(options.config)
+    base = options.config.resolve().parent
+    check_output_apart(output, config, base, options.stage)
     with in_recipe(options.config):
-        check_recipe_files(config, options.config.resolve().parent, options.stage)
+        check_recipe_files(config, base, options.stage)
     from blip2edge.training.run import train
 
     first = not int(os.environ.get("RANK", "0"))  # of several processes, only the first prints

@@ -120,6 +120,16 @@ def test_a_directory_that_exists_is_kept_unless_train_wrote_it_and_is_forced(pat
     assert (out / "config.json").is_file()
 
 
+def test_force_does_not_replace_the_checkpoint_that_the_recipe_reads(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "training.json").write_text("{}")
+    path = recipes.write(tmp_path / "next.toml", model='checkpoint = "out"')
+    with pytest.raises(OutputError, match=r"would replace .*out, which it is made from"):
+        train("stage2", path, out, force=True)
+    assert (out / "training.json").is_file()
+
+
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("name", ["note", "step-by-step.md", "tensorboard"])
 def test_a_directory_of_the_runs_name_that_no_run_wrote_is_refused(
