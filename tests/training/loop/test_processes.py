@@ -19,7 +19,7 @@ from blip2edge.errors import ConfigError, ProcessError  # noqa: E402
 from blip2edge.training import run as runs  # noqa: E402
 from blip2edge.training.loop import training_run  # noqa: E402
 from blip2edge.training.loop.processes import ended_processes  # noqa: E402
-from blip2edge.training.loop.snapshots import Snapshot, Snapshots  # noqa: E402
+from blip2edge.training.loop.snapshots import FACTS, Snapshot, Snapshots  # noqa: E402
 from blip2edge.training.run import train  # noqa: E402
 from tests.training import recipes  # noqa: E402
 
@@ -48,6 +48,14 @@ def test_a_lost_process_is_told_with_the_snapshot(error: RuntimeError, tmp_path:
         ended_processes(several(2), snapshots),
     ):
         raise error
+
+
+def test_a_snapshot_that_is_removed_meanwhile_does_not_hide_the_lost_process(tmp_path: Path) -> None:
+    snapshots = Snapshots(tmp_path / "out.run")
+    snapshots.write(38, Snapshot({}, {"phase": "stage2", "step": 18}))
+    (snapshots.directory / "step-000000038" / FACTS).unlink()
+    with pytest.raises(ProcessError, match=r"continues from the newest snapshot in \S+out\.run$"):
+        _guard(GLOO, snapshots)
 
 
 def test_other_errors_and_those_of_one_process_stay(tmp_path: Path) -> None:
