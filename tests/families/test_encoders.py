@@ -35,6 +35,7 @@ from blip2edge.runtime.images.preprocess import Preprocessing
 from blip2edge.runtime.tensorrt.session import load_tensorrt
 from blip2edge.training import run as runs
 from blip2edge.training.run import train
+from blip2edge.training.setup.pretrained import open_vision
 from tests.drawing import draw_pictures
 from tests.engine.rtx import HAS_RTX
 from tests.families.drawing_encoders import ENCODERS, SIZE, save_encoder
@@ -193,3 +194,6 @@ def test_naflex_is_refused_by_name(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
         with pytest.raises(UnsupportedModelError, match="SigLIP 2 NaFlex reads a varying number of patches"):
             load_encoder(tmp_path)
+        (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "Siglip2ImageProcessor"}')
+        with pytest.raises(UnsupportedModelError, match="SigLIP 2 NaFlex reads a varying number of patches"):
+            open_vision(str(tmp_path), tmp_path)

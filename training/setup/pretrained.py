@@ -223,10 +223,13 @@ def open_vision(name: str, base: Path) -> VisionPart:
         CheckpointError: The checkpoint cannot be read, or has no preprocessing.
     """
     directory = resolve(name, base)
+    alone = is_encoder(directory)
+    if alone:
+        encoder_config(directory)  # an unsupported encoder is refused by name, before its preprocessing is
     loaded = load_preprocessing(directory)
     size = loaded.preprocessing.output_size
     file = json_file(loaded.values)
-    if is_encoder(directory):
+    if alone:
         read = partial(load_encoder, directory, size)
         return VisionPart(encoder_config(directory, size), read, loaded.preprocessing, file)
     config = read_model_config(directory).vision

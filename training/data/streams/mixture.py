@@ -74,12 +74,12 @@ class MixtureSource:
             number = int(np.searchsorted(self._limits, drawn, side="right"))
             self._position += 1
             sample = next(streams[number])
-            yield dataclasses.replace(sample, sample_id=f"{number}/{sample.sample_id}")
+            yield dataclasses.replace(sample, sample_id=f"{number + 1}/{sample.sample_id}")
 
     @property
     def broken(self) -> Mapping[str, str]:
         """Returns, by sample id, why a sample was skipped or rejected."""
-        numbered = enumerate(self._sources)
+        numbered = enumerate(self._sources, 1)
         return {f"{number}/{name}": problem for number, source in numbered for name, problem in source.broken.items()}
 
     def accept(self, sample: Sample) -> None:
@@ -105,7 +105,7 @@ class MixtureSource:
     def _own(self, sample: Sample) -> tuple[SampleSource, Sample]:
         """Returns the source that a sample comes from, and the sample with its id in that source."""
         number, _, sample_id = sample.sample_id.partition("/")
-        return self._sources[int(number)], dataclasses.replace(sample, sample_id=sample_id)
+        return self._sources[int(number) - 1], dataclasses.replace(sample, sample_id=sample_id)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position in the stream, the probabilities, and the state of each source."""
