@@ -50,6 +50,8 @@ LARGE = 1 << 30
 The reason is that each try reads and writes the weights several times.
 """
 
+GPU_HINT = "; on a machine with an NVIDIA GPU, take the extra gpu in place of cpu, because the two exclude each other"
+
 PRECISIONS = ("fp32", "int8", "int4", "int8-weights")
 """Precisions with CPU kernels in ONNX Runtime. FP16 has no such kernels: its values are cast to FP32 and back."""
 
@@ -96,7 +98,7 @@ def optimize(
             f"expected {option('backend')} to be one of {', '.join(BACKENDS)}, got {backend}",
             "other backends run the bundle's own graphs and need no optimized copy",
         )
-    require("onnxruntime", "the check of an optimized copy", BackendError)
+    require("onnxruntime", "the check of an optimized copy", BackendError, hint=GPU_HINT if "cuda" in backend else "")
     start = time.perf_counter()
     opened = Bundle.open(bundle)
     opened.require_graphs("an optimized copy")

@@ -33,6 +33,10 @@ class _Unfit(Exception):  # noqa: N818 - it carries a reason to layout_of_graph,
     """Raised if the graph has another structure than expected; the text says where."""
 
 
+class _OddRows(Exception):  # noqa: N818 - it carries a reason to layout_of_graph, and never leaves it
+    """Raised for a 4-bit matrix whose rows have an odd length; the text names the matrix."""
+
+
 def layout_of_graph(model: ir.Model, cache: CacheSpec, max_positions: int) -> DecoderLayout:
     """Reads the layout of an exported (not optimized) decoder.
 
@@ -52,6 +56,11 @@ def layout_of_graph(model: ir.Model, cache: CacheSpec, max_positions: int) -> De
             raise _Unfit("its attention is not causal self-attention with plain, rotary or grouped heads")
         fuse_rms_norms(model)
         return _Reader(model, cache, places).layout()
+    except _OddRows as error:
+        raise BundleError(
+            f"the CUDA kernels read 4-bit weights in pairs, but {error}",
+            "calibrate again with --format 'decoder:*head*=int8' (for the head), or use another backend",
+        ) from None
     except _Unfit as error:
         raise BundleError(
             f"expected a decoder of the OPT or Llama kind, which the CUDA kernels compute, but {error}",
@@ -203,6 +212,8 @@ class _Reader:
         if stored[0] is None:
             raise _Unfit(f"{where} is not a product with a weight")
         matrix = StoredMatrix(stored[0], stored[1], stored[2])
+        if matrix.fault and matrix.is_odd:
+            raise _OddRows(f"the weight of {where} {matrix.fault}")
         if matrix.fault:
             raise _Unfit(f"the weight of {where} {matrix.fault}")
         return matrix, node.inputs[0]

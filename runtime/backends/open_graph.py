@@ -28,7 +28,13 @@ from blip2edge.runtime.backends.base import (
     open_session,
 )
 from blip2edge.runtime.backends.engine_files import EngineSet, engine_folders, engines_backend
-from blip2edge.runtime.backends.optimized_copy import OptimizedRecord, changed_conditions, read_copy, weights_of
+from blip2edge.runtime.backends.optimized_copy import (
+    OptimizedRecord,
+    changed_conditions,
+    read_copy,
+    weights_of,
+    why_unused,
+)
 from blip2edge.runtime.backends.probe import cores
 
 
@@ -259,8 +265,11 @@ def _copies(bundle: Bundle, backend: str) -> Iterator[tuple[Backend, Path, Optim
         if found is not None and (not one.others or DECODER in found[1].graphs):
             yield one, *found
         elif one.others:
+            reason = "it has no decoder" if found is not None else why_unused(bundle, one.copy)
             raise BackendError(
-                f"{bundle.path} has no kernels for the backend {backend}, or they belong to another bundle",
+                f"{bundle.path} has a copy for the backend {backend} that cannot be used: {reason}"
+                if reason
+                else f"{bundle.path} has no kernels for the backend {backend}",
                 f"make them, on any machine: blip2edge optimize {bundle.path} {option('backend')} {one.copy}",
             )
 

@@ -162,32 +162,47 @@ def read_copy(bundle: Bundle, backend: str, *, use_stamps: bool = True) -> tuple
     """
     for directory in (place / backend for place in bundle.derived(KIND)):
         record = _usable_record(bundle, directory, backend)
-        if record is not None:
+        if not isinstance(record, str):
             _check_copy(bundle, directory, record, use_stamps)
             return directory, record
     return None
 
 
-def _usable_record(bundle: Bundle, directory: Path, backend: str) -> OptimizedRecord | None:
-    """Reads the ``optimized.json`` of a copy; None if the file is damaged or the copy must be ignored."""
+def why_unused(bundle: Bundle, backend: str) -> str:
+    """Says why :func:`read_copy` finds no copy for a backend; empty if no directory has a copy, or one can be used."""
+    found = (_usable_record(bundle, place / backend, backend) for place in bundle.derived(KIND))
+    return next((reason for reason in found if isinstance(reason, str) and reason), "")
+
+
+def _usable_record(bundle: Bundle, directory: Path, backend: str) -> OptimizedRecord | str:
+    """Reads the ``optimized.json`` of a copy; if the copy must be ignored, returns the reason, empty without a copy."""
     path = directory / RECORD
-    if not path.is_file() or not bundle.admits(directory, RECORD):
-        return None
+    if not path.is_file():
+        return ""
+    if not bundle.admits(directory, RECORD):
+        return "the signature of the bundle does not list it"
     try:
         values = read_json(path, BundleError, strict=True)
         if values.get("schema_version") != SCHEMA_VERSION:
-            return None
+            return "another version of blip2edge made it"
         with checking(path, "the record of an optimized copy", BundleError):
             record = OptimizedRecord.from_json(values)
-    except BundleError:  # none, or a broken one
-        return None
+    except BundleError:  # a broken one
+        return f"its {RECORD} is damaged"
+    return _misfit(bundle, record, backend)
+
+
+def _misfit(bundle: Bundle, record: OptimizedRecord, backend: str) -> OptimizedRecord | str:
+    """Returns the record if it fits the bundle, the backend and this machine, else the reason why it does not."""
     package = PACKAGES.get(record.backend, "")
-    if record.backend != backend or record.bundle_sha256 != bundle.sha256:
-        return None
+    if record.backend != backend:
+        return f"it was made for the backend {record.backend}"
+    if record.bundle_sha256 != bundle.sha256:
+        return "it was made from another bundle, or the bundle has changed since"
     if package and record.versions.get(package) != installed(package):
-        return None
+        return f"it was made with another version of {package}"
     if backend in OF_ONE_MACHINE and record.machine != exact_processor():
-        return None
+        return "it was made on another processor"
     return record
 
 

@@ -88,7 +88,12 @@ class StoredMatrix:
             return f"has the shape {list(shape)} and scales of the shape {list(scales.shape)}"
         if self.block % CHUNK:
             return f"is in blocks of {self.block} rows, not of a multiple of {CHUNK}"
-        return f"has rows of {shape[1]} 4-bit values, not an even number" if dtype == "int4" and shape[1] % 2 else ""
+        return f"has rows of {shape[1]} 4-bit values, not an even number" if self.is_odd else ""
+
+    @property
+    def is_odd(self) -> bool:
+        """Returns whether the rows of 4-bit values have an odd length, so that a row would end within a byte."""
+        return self.weight.dtype == "int4" and bool(self.weight.shape[-1] % 2)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ pytest.importorskip("onnxruntime", reason="the copy is for ONNX Runtime")
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.cli import main
-from blip2edge.errors import BundleIntegrityError, UsageError
+from blip2edge.errors import BackendError, BundleIntegrityError, UsageError
 from blip2edge.optimization import race, recipes
 from blip2edge.optimization.pipeline import OptimizedReport, optimize
 from blip2edge.optimization.recipes import Recipe
@@ -243,3 +244,13 @@ def test_the_portable_graph_is_kept_where_no_form_is_faster(
     assert record.files == {}
     assert record.left["decoder"] == "the portable graph is faster here (1.5 ms)"
     assert not Captioner.load(own, threads=1).graphs.copied
+
+
+@pytest.mark.parametrize(("backend", "advised"), [("cuda-decoder", True), ("cuda", True), ("cpu", False)])
+def test_without_onnxruntime_the_gpu_s_package_is_named(
+    backend: str, advised: bool, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BackendError, match=r"needs onnxruntime.*\[cpu\]") as caught:
+        optimize(tiny_bundle, backend)
+    assert ("take the extra gpu in place of cpu" in str(caught.value)) is advised

@@ -32,8 +32,14 @@ def load_nvrtc() -> Any:
         nvrtc = importlib.import_module("cuda.bindings.nvrtc")
         nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError) as error:
-        raise BackendError(f"NVRTC does not load: {error}", INSTALL) from error
+        raise BackendError(f"NVRTC does not load: {_once(str(error))}", INSTALL) from error
     return nvrtc
+
+
+def _once(text: str) -> str:
+    """Returns a message of cuda-bindings in one line without repeats: it names a missing library once for each try."""
+    first, *more = (part.strip() for part in text.split(", "))
+    return ", ".join([first, *dict.fromkeys(part for part in more if part not in first)])
 
 
 def supported_targets() -> tuple[int, ...]:

@@ -135,8 +135,28 @@ def test_a_bundle_without_kernels_is_refused_with_the_command(
     tiny_bundle: Path, gpu: Callable[..., FakeDriver]
 ) -> None:
     gpu()
-    with pytest.raises(BackendError, match=r"has no kernels for the backend cuda-decoder.* optimize .*cuda-decoder"):
+    with pytest.raises(BackendError, match=r"has no kernels for the backend cuda-decoder; .* optimize .*cuda-decoder"):
         Captioner.load(tiny_bundle, backend="cuda-decoder")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"bundle_sha256": "0" * 64}, "it was made from another bundle, or the bundle has changed since"),
+        ({"schema_version": 0}, "another version of blip2edge made it"),
+        ({"files": 7}, "its optimized.json is damaged"),
+        ({"graphs": {}}, "it has no decoder"),
+    ],
+)
+def test_an_unusable_copy_is_refused_with_its_reason(
+    made: OptimizedReport, tmp_path: Path, gpu: Callable[..., FakeDriver], changes: dict[str, Any], reason: str
+) -> None:
+    gpu()
+    bundle = shutil.copytree(path_of(made), tmp_path / "bundle")
+    path = bundle / "optimized" / "cuda-decoder" / RECORD
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(BackendError, match=f"has a copy .* that cannot be used: {reason}; .* optimize "):
+        Captioner.load(bundle, backend="cuda-decoder")
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import pytest
 
 from blip2edge.errors import BackendError
 from blip2edge.runtime.backends.probe import nvidia_driver
+from blip2edge.runtime.cuda.compilation.compiler import load_nvrtc
 from blip2edge.runtime.cuda.device import driver as module
 from blip2edge.runtime.cuda.device.driver import DriverDevice, load_driver
 from blip2edge.runtime.cuda.device.interface import KernelDevice, Run
@@ -318,6 +319,20 @@ def test_a_missing_package_is_an_error_with_its_name(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("importlib.import_module", absent)
     with pytest.raises(BackendError, match=r"cuda-bindings is not installed .*\[cuda-decoder\]"):
         load_driver()
+
+
+def test_a_library_that_does_not_load_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nvrtc:
+        @staticmethod
+        def nvrtcVersion() -> None:  # noqa: N802 - a name of cuda-bindings, whose text this is
+            raise RuntimeError(
+                'Failure finding "a.so or b.so": No such file: a.so or b.so, No such file: a.so or b.so\n'
+            )
+
+    monkeypatch.setattr("importlib.import_module", lambda _: Nvrtc)
+    with pytest.raises(BackendError, match="No such file") as caught:
+        load_nvrtc()
+    assert caught.value.problem == 'NVRTC does not load: Failure finding "a.so or b.so": No such file: a.so or b.so'
 
 
 def test_cuda_bindings_takes_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
