@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from blip2edge.runtime.cuda.device.interface import KernelDevice
+from blip2edge.runtime.cuda.device.interface import KernelDevice, freed_on_error
 from blip2edge.runtime.cuda.kernel import Kernel, Launch
 from blip2edge.runtime.cuda.layout import NUMPY, DecoderLayout, Stored
 from blip2edge.runtime.cuda.products import Matrix
@@ -32,6 +32,9 @@ SLOTS_OF_A_CUT = 64
 """Attention divides the slots of the cache among thread blocks; a block gets at least this number of slots."""
 
 HALF, FLOAT, INT = 2, 4, 4  # bytes
+
+NO_SCRATCH = -1, -1
+"""Sizes of scratch memory that was not allocated: too small for all launches."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class RunBuffers:
     hidden: tuple[int, int]
     parts: int = 0
     arrived: int = 0
-    scratch: tuple[int, int] = (0, 0)
+    scratch: tuple[int, int] = NO_SCRATCH
     addresses: list[int] = field(default_factory=list)
 
     def holds(self, launches: Sequence[Launch]) -> bool:
@@ -94,15 +97,25 @@ class RunBuffers:
         return all(have >= need for have, need in zip(self.scratch, scratch_bytes(launches), strict=True))
 
     def enlarge(self, device: KernelDevice, launches: Sequence[Launch]) -> None:
-        """Replaces the scratch memory by memory that is large enough; the launches must be planned again."""
-        for address in (self.parts, self.arrived):
+        """Replaces the scratch memory by memory that is large enough; the launches must be planned again.
+
+        If memory runs out, there is no scratch memory any more, and the next run must call this method again.
+        """
+        needed = scratch_bytes(launches)
+        parts, arrived = (max(pair) for pair in zip(self.scratch, needed, strict=True))
+        freed = self.parts, self.arrived
+        self.parts, self.arrived, self.scratch = 0, 0, NO_SCRATCH
+        for address in freed:
             if address:
                 self.addresses.remove(address)
                 device.free(address)
-        needed = scratch_bytes(launches)
-        self.scratch = max(self.scratch[0], needed[0]), max(self.scratch[1], needed[1])
-        self.parts, self.arrived = (device.allocate(max(size, 1)) for size in self.scratch)
-        self.addresses += [self.parts, self.arrived]
+        self.parts = self._new(device, parts)
+        self.arrived = self._new(device, arrived)
+        self.scratch = parts, arrived
+
+    def _new(self, device: KernelDevice, size: int) -> int:
+        self.addresses.append(device.allocate(max(size, 1)))
+        return self.addresses[-1]
 
 
 def scratch_bytes(launches: Sequence[Launch]) -> tuple[int, int]:
@@ -111,9 +124,15 @@ def scratch_bytes(launches: Sequence[Launch]) -> tuple[int, int]:
 
 
 def new_buffers(device: KernelDevice, weights: DecoderWeights, sizes: RunSizes) -> RunBuffers:
-    """Allocates the buffers of the runs of these sizes."""
-    layout, tokens, picked = weights.layout, sizes.tokens, sizes.rows * sizes.asked
+    """Allocates the buffers of the runs of these sizes; if memory runs out, none of them stays allocated."""
     addresses: list[int] = []
+    with freed_on_error(device, addresses):
+        return _allocated(device, weights, sizes, addresses)
+
+
+def _allocated(device: KernelDevice, weights: DecoderWeights, sizes: RunSizes, addresses: list[int]) -> RunBuffers:
+    """Allocates the buffers of :func:`new_buffers`, and adds their addresses to the list as they are made."""
+    layout, tokens, picked = weights.layout, sizes.tokens, sizes.rows * sizes.asked
 
     def take(size: int) -> int:
         addresses.append(device.allocate(max(size, 1)))

@@ -360,6 +360,6 @@ class TrtSession:
         if known is not None and known.holds(shape):
             return known
         if known is not None:
-            known.free()
+            self._mirrors.pop(tensor.name).free()  # forgotten first: memory may run out
         made = self._mirrors[tensor.name] = Mirror(self._device.cuda, shape, NUMPY_DTYPES[tensor.dtype])
         return made

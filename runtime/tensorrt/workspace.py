@@ -177,7 +177,7 @@ class Workspace:
             return known
         if known is not None:
             self._engines.lane.synchronize()
-            known.free()
+            self.mirrors.pop((name, half)).free()  # forgotten first: memory may run out
         made = Mirror(self._device.cuda, shape, NUMPY_DTYPES[self.tensors[name].dtype], on_device=name in LARGE)
         self.mirrors[name, half] = made
         return made

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import shutil
+from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,19 @@ pytest.importorskip("onnx_ir", reason="engines are made of graphs with onnx_ir")
 pytest.importorskip("onnxruntime", reason="the stand-in computes in ONNX Runtime")
 
 from blip2edge import Captioner
+from blip2edge.bundle.bundle import Bundle
+from blip2edge.errors import BackendError
 from blip2edge.runtime.backends.engine_files import CONSTANT, IN_PLACE, KIND
 from blip2edge.runtime.decoding.sampling import StepScores, penalize_repetition
+from blip2edge.runtime.tensorrt.backend import EngineOpener
 from blip2edge.runtime.tensorrt.cuda import Mirror
 from blip2edge.runtime.tensorrt.kv_cache import DeviceCache, DeviceState
+from blip2edge.runtime.tensorrt.session import TrtSession
+from blip2edge.runtime.tensorrt.workspace import WIDE
 from tests.drawing import draw_pictures
 from tests.engine.conftest import BundleOf
 from tests.engine.fake_engines import plug_in, write_engines
+from tests.engine.fake_gpu import INVALID
 
 CAPACITY = 32
 
@@ -115,3 +123,37 @@ def test_logits_are_read_by_the_host_for_the_prompt_alone(
         result = captioner.caption(draw_pictures(1)[0], max_new_tokens=12, **options)
     assert result.new_tokens >= options.get("min_new_tokens", 1)
     assert len(runs) == 1
+
+
+def test_a_buffer_that_could_not_be_enlarged_is_made_again(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out when a larger buffer replaces a smaller one: the smaller one is freed, and not used any more."""
+    cuda, _ = plug_in(monkeypatch)
+    path = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    write_engines(path, path / KIND)
+    with Captioner.load(path, backend="tensorrt", threads=1) as captioner:
+        wanted = captioner.caption(draw_pictures(1)[0], max_new_tokens=6, eos_token_ids=()).tokens
+        decoder: Any = captioner.generator.language.decoder
+        (space,) = decoder.engines.idle
+        session = EngineOpener(Bundle.open(path), "tensorrt")("bridge")
+        assert isinstance(session, TrtSession)
+        tensor = session._spec.inputs[0]
+        small = (1,)
+        enlarging: tuple[Callable[[tuple[int, ...]], Mirror], ...] = (
+            partial(space.mirror, "logits", WIDE),
+            partial(session._mirror, tensor),
+        )
+        for mirror in enlarging:
+            mirror(small)
+            with monkeypatch.context() as short:
+                short.setattr(cuda, "cudaHostAlloc", no_memory)
+                with pytest.raises(BackendError, match="no_memory failed"):
+                    mirror((1000, 1000))
+            assert cuda.holds(mirror(small).address, 1)
+        session.close()
+        assert captioner.caption(draw_pictures(1)[0], max_new_tokens=6, eos_token_ids=()).tokens == wanted
+
+
+def no_memory(*_: Any) -> tuple[int]:
+    return (INVALID,)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2edge.runtime.cuda.device.interface import KernelDevice
+from blip2edge.runtime.cuda.device.interface import KernelDevice, freed_on_error
 from blip2edge.runtime.cuda.kernel import THREADS, Launch
 from blip2edge.runtime.cuda.plan import FLOAT, INT, RunBuffers
 from blip2edge.runtime.cuda.steps import BEST_BYTES, WARPS, ChooseArguments, SampleArguments, score_kernel
@@ -84,8 +84,9 @@ class TokenChoice:
         self._cuts = choice_cuts(self._vocabulary, device.multiprocessors)
         marks = rows * self._vocabulary
         sizes = (marks, FLOAT * rows, marks, INT * rows, (INT + FLOAT) * rows)
-        seen, penalty, held, held_steps, tokens = (self._new(size) for size in sizes)
-        parts, arrived = self._new(BEST_BYTES * rows * self._cuts), self._new(INT * rows)
+        with freed_on_error(device, self.addresses):
+            seen, penalty, held, held_steps, tokens = (self._new(size) for size in sizes)
+            parts, arrived = self._new(BEST_BYTES * rows * self._cuts), self._new(INT * rows)
         self._marks = _Marks(seen, penalty, held, held_steps, tokens, tokens + INT * rows, parts, arrived)
         self._drawing: _Drawing | None = None  # made for the first text that draws
 

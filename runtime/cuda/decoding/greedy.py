@@ -21,7 +21,7 @@ from blip2edge.errors import BackendError
 from blip2edge.runtime.backends.base import closed_graph
 from blip2edge.runtime.cuda.decoding.choice import LEFT_TO_HOST, TokenChoice
 from blip2edge.runtime.cuda.decoding.session import KEPT_RUNS, KernelBuffers, KernelSession
-from blip2edge.runtime.cuda.device.interface import Run
+from blip2edge.runtime.cuda.device.interface import Run, freed_on_error
 from blip2edge.runtime.cuda.kernel import Launch
 from blip2edge.runtime.cuda.plan import CacheAddresses, RunBuffers, RunSizes, new_buffers, plan_run
 from blip2edge.runtime.cuda.token_table import TableOnDevice
@@ -78,8 +78,15 @@ class KernelDecoder(InPlaceDecoder):
         return GreedyRun(self.kernels, self.stored, rows)
 
     def give(self, run: GreedyRun) -> None:
-        """Stores unused buffers for later texts. Acquires no lock, because finalizers call this method."""
-        self._free.append(run)
+        """Stores unused buffers for later texts. Acquires no lock, because finalizers call this method.
+
+        Buffers whose preparation failed are freed instead: some of them may be missing.
+        """
+        if run.ready:
+            self._free.append(run)
+            return
+        with suppress(BackendError):  # the first error says what is wrong
+            run.close()
 
     def _new_state(self, rows: int, slots: int) -> KernelState:
         return KernelState(self, rows, slots)
@@ -182,16 +189,27 @@ class GreedyRun:
         session: The decoder on the GPU.
         table: The token embedding table on the GPU.
         rows: B, the number of rows.
+
+    Attributes:
+        ready: Whether all buffers exist: False while :meth:`begin` and :meth:`put` prepare a text, and after an error
+            in one of them.
     """
 
     def __init__(self, session: KernelSession, table: TableOnDevice, rows: int) -> None:
         self._session, self._device, self.rows = session, session.device, rows
         self._longest = session.weights.layout.max_positions
         self._buffers = self._new_buffers()
-        self._choice = TokenChoice(self._device, session.weights, table, rows)
-        self.begin = self._choice.begin
+        with freed_on_error(self._device, self._buffers.addresses):
+            self._choice = TokenChoice(self._device, session.weights, table, rows)
+        self.ready = True
         self._runs: dict[tuple[int, bool, CacheAddresses], tuple[Launch, Run]] = {}
         self._run: Run | None = None
+
+    def begin(self, rules: Sequence[StepScores], lengths: NDArray[np.int64]) -> None:
+        """Copies the rules of new texts to the GPU; see :meth:`TokenChoice.begin`."""
+        self.ready = False
+        self._choice.begin(rules, lengths)
+        self.ready = True
 
     def put(self, embeds: Array, before: NDArray[np.int64], cache: CacheAddresses, capacity: int) -> None:
         """Prepares the first step on a KV cache.
@@ -203,7 +221,9 @@ class GreedyRun:
             capacity: Number of slots of a row of the cache.
         """
         device = self._device
+        self.ready = False
         first, self._run = self._prepared(cache, capacity)
+        self.ready = True
         buffers = self._buffers
         device.write(buffers.embeddings, np.ascontiguousarray(embeds, np.float32))
         device.write(buffers.before, before.astype(np.int32))
@@ -232,8 +252,14 @@ class GreedyRun:
         for _, run in self._runs.values():
             run.close()
         self._runs.clear()
-        for address in (*self._choice.addresses, *self._buffers.addresses):
-            self._device.free(address)
+        self._free_buffers()
+        while self._choice.addresses:
+            self._device.free(self._choice.addresses.pop())
+
+    def _free_buffers(self) -> None:
+        """Frees the buffers of the decode step; an address is forgotten before the memory is freed."""
+        while self._buffers.addresses:
+            self._device.free(self._buffers.addresses.pop())
 
     def _new_buffers(self) -> RunBuffers:
         device, rows = self._device, self.rows
@@ -247,11 +273,10 @@ class GreedyRun:
         key = capacity, self._choice.draws, cache
         found = self._runs.pop(key, None)
         if capacity > self._longest:  # scratch memory of attention depends on the capacity
-            self._longest = capacity
-            for address in self._buffers.addresses:
-                self._device.free(address)
             while self._runs:
                 self._runs.popitem()[1][1].close()
+            self._free_buffers()
+            self._longest = capacity
             self._buffers = self._new_buffers()
         if found is None:
             while len(self._runs) >= KEPT_RUNS:

@@ -154,8 +154,9 @@ class KernelSession:
             origins: For each slot and row of ``target``, the row of ``source`` that has the slot, ``[slots, B]``.
         """
         if origins.nbytes > self._origins[1]:
-            if self._origins[0]:
-                self.device.free(self._origins[0])
+            old, self._origins = self._origins[0], (0, 0)  # forgotten first: memory may run out
+            if old:
+                self.device.free(old)
             self._origins = self.device.allocate(origins.nbytes), origins.nbytes
         self.moves += 1
         self.device.write(self._origins[0], origins)
@@ -227,7 +228,7 @@ class KernelBuffers:
     def resize(self, shape: Sequence[int], used: int) -> None:
         """Replaces the buffers by larger ones; see :class:`CacheBuffers`."""
         old, giving = self._block, self._back
-        self._adopt((shape[0], shape[1], shape[2], shape[3]))
+        self._adopt(self._session.take((shape[0], shape[1], shape[2], shape[3])))
         self._copy(old, 0, 0, old.shape[0], used)
         giving()
 
@@ -257,9 +258,14 @@ class KernelBuffers:
         if self._origins.plain:
             return
         old, giving, session = self._block, self._back, self._session
-        self._adopt(old.shape)
-        with session.lock:
-            session.move(old, self._block, self._origins.table(int(lengths.max(initial=0)), old.shape[0]))
+        moved = session.take(old.shape)
+        try:
+            with session.lock:
+                session.move(old, moved, self._origins.table(int(lengths.max(initial=0)), old.shape[0]))
+        except BackendError:  # the rows are still in the old cache
+            session.give(moved)
+            raise
+        self._adopt(moved)
         self._origins.reset()
         giving()
 
@@ -295,10 +301,10 @@ class KernelBuffers:
         places = tuple(start + index * block.layer_bytes for index in range(2 * layers))
         return CacheAddresses(places[:layers], places[layers:], not self._origins.plain)
 
-    def _adopt(self, shape: tuple[int, int, int, int]) -> None:
-        """Replaces the KV cache by another KV cache of this shape; the caller must give the old KV cache back."""
-        self._block = self._session.take(shape)
-        self._back = weakref.finalize(self, self._session.give, self._block)
+    def _adopt(self, block: CacheBlock) -> None:
+        """Replaces the KV cache by another KV cache; the caller must give the old KV cache back."""
+        self._block = block
+        self._back = weakref.finalize(self, self._session.give, block)
 
     def _copy(self, source: CacheBlock, origin: int, first: int, count: int, used: int) -> None:
         """Copies the first ``used`` slots of ``count`` rows: row ``origin + i`` of ``source`` to row ``first + i``."""

@@ -6,7 +6,8 @@ the same with and without a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from blip2edge.bundle.dtypes import Array
@@ -60,6 +61,22 @@ class KernelDevice(Protocol):
 
     def close(self) -> None:
         """Frees all memory and graphs. A second call does nothing."""
+
+
+@contextmanager
+def freed_on_error(device: KernelDevice, addresses: list[int]) -> Iterator[None]:
+    """Frees the memory in a list, and empties the list, if the block raises an error, for example for want of memory.
+
+    Args:
+        device: The GPU.
+        addresses: Addresses of memory; also those that the block adds are freed.
+    """
+    try:
+        yield
+    except BaseException:
+        while addresses:
+            device.free(addresses.pop())
+        raise
 
 
 class Run:
