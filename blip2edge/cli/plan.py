@@ -12,9 +12,12 @@ from blip2edge.cli.next_steps import print_next, quoted
 if TYPE_CHECKING:
     import argparse
 
+    from blip2edge.bundle.bundle import Bundle
     from blip2edge.cli.parser import Parser
     from blip2edge.runtime.bench.devices import Board
+    from blip2edge.runtime.bench.kernel_steps import KernelShape
     from blip2edge.runtime.bench.plan import DevicePlan, PlanOptions
+    from blip2edge.runtime.cuda.layout import DecoderLayout
     from blip2edge.shapes.model_shape import ModelShape
 
 DEFAULT_MODEL = "Salesforce/blip2-opt-2.7b"
@@ -65,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
     from blip2edge.cli import plan_text
     from blip2edge.errors import UsageError
     from blip2edge.runtime.bench.devices import DEVICES
+    from blip2edge.runtime.bench.kernel_steps import known_shape
     from blip2edge.runtime.bench.plan import PlanOptions, device_plan
     from blip2edge.shapes.sources import find_shape
 
@@ -77,17 +81,19 @@ def run(options: argparse.Namespace) -> int:
         shape = shape.with_queries(options.queries)
     devices = _devices(options.device, request, shape.image_size)
     plans = [device_plan(shape, device, request) for device in devices or DEVICES.values()]
+    kernels = _in_kernels(model, shape) if devices or options.json else known_shape(shape)
     if options.json:
-        print(json.dumps(plan_json(model, origin, shape, plans, request), indent=2))
+        print(json.dumps(plan_json(model, origin, shape, plans, request, kernels), indent=2))
         return _status(options, model, shape, plans, request)
     print(plan_text.head(model, origin, shape, request))
     if devices:
         for plan in plans:
-            print(f"\n{plan_text.device_text(shape, plan, request)}")
+            print(f"\n{plan_text.device_text(shape, plan, request, kernels)}")
             if not plan_text.fits(shape, plan, request):
                 print(plan_text.what_fits(shape, plan, request))
             if options.explain:
                 print(f"\n{plan_text.explanation(shape, plan, request)}")
+                print(*plan_text.kernel_lines(kernels, plan.device, request), sep="\n", end="")
     else:
         print(f"\n{plan_text.boards_table(plans)}")
         if options.explain:
@@ -114,15 +120,21 @@ def _status(
 
 
 def plan_json(
-    model: str, origin: str, shape: ModelShape, plans: list[DevicePlan], request: PlanOptions
+    model: str,
+    origin: str,
+    shape: ModelShape,
+    plans: list[DevicePlan],
+    request: PlanOptions,
+    kernels: KernelShape | None = None,
 ) -> dict[str, Any]:
-    """Makes the JSON object of ``plan --json``."""
+    """Makes the JSON object of ``plan --json``; ``kernels``: sizes for ``cuda-decoder`` (None: those of ``shape``)."""
     from blip2edge.runtime.bench.kernel_steps import kernel_steps
     from blip2edge.runtime.bench.plan import token_budget
 
     devices = []
+    known = shape if kernels is None else kernels.shape
     for plan in plans:
-        steps = [step.to_json() for step in kernel_steps(shape, plan.device, request)]
+        steps = [step.to_json() for step in kernel_steps(known, plan.device, request)]
         devices.append({**plan.to_json(), "cuda_decoder": steps})
     return {
         "model": model,
@@ -133,6 +145,47 @@ def plan_json(
         "tokens": token_budget(shape, request),
         "devices": devices,
     }
+
+
+def _in_kernels(model: str, shape: ModelShape) -> KernelShape:
+    """Returns the sizes that ``cuda-decoder`` reads: for a bundle those of its decoder, else those of the config."""
+    from dataclasses import replace
+
+    from blip2edge.bundle.bundle import Bundle
+    from blip2edge.bundle.hub.names import is_hub_name
+    from blip2edge.bundle.manifest import MANIFEST
+    from blip2edge.bundle.schema import DECODER
+    from blip2edge.errors import Blip2EdgeError
+    from blip2edge.runtime.bench.kernel_steps import KernelShape, decoder_part, known_shape
+
+    if shape.cache.cross:
+        return known_shape(shape)
+    if is_hub_name(model):
+        return KernelShape(shape, "its graph is not downloaded; give the directory of the bundle")
+    if not (Path(model) / MANIFEST).is_file():
+        return known_shape(shape)
+    try:
+        decoder = decoder_part(_layout(Bundle.open(model)))
+    except Blip2EdgeError as error:  # there are no kernels, or a file that only this prediction reads is damaged
+        return KernelShape(shape, error.problem)
+    parts = tuple(decoder if part.name == DECODER else part for part in shape.parts)
+    return KernelShape(replace(shape, parts=parts))
+
+
+def _layout(bundle: Bundle) -> DecoderLayout:
+    """Reads the layout of a bundle's decoder from its copy for ``cuda-decoder``; without a copy, from its graph."""
+    from blip2edge.errors import MissingPackageError
+    from blip2edge.packages import require
+    from blip2edge.runtime.backends.optimized_copy import read_copy
+    from blip2edge.runtime.cuda.copy_files import NAME, read_layout
+
+    copy = read_copy(bundle, NAME)
+    if copy is not None:
+        return read_layout(bundle, copy[0])
+    require("onnx_ir", "reading its graph", MissingPackageError)
+    from blip2edge.optimization.cuda_kernels.of_bundle import layout_of_bundle
+
+    return layout_of_bundle(bundle)
 
 
 def _refused_by_export(values: Any, source: str, directory: Path | None) -> None:

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING
 
 from blip2edge.cli.table import size, table
 from blip2edge.runtime.bench.devices import DEVICES
-from blip2edge.runtime.bench.kernel_steps import kernel_steps
+from blip2edge.runtime.bench.kernel_steps import (
+    LAUNCH_S,
+    PRODUCT_SHARE,
+    KernelShape,
+    held_on_gpu,
+    kernel_steps,
+    known_shape,
+    prefill_parts,
+    tensor_rate,
+)
 from blip2edge.runtime.bench.memory import element_bytes, held_precision
 from blip2edge.runtime.bench.plan import (
     HOST_S,
@@ -85,8 +94,12 @@ def fits_line(row: PrecisionPlan, usable: int) -> str:
     return f"does not fit {size(usable)}: {', '.join(lacking)}"
 
 
-def device_text(shape: ModelShape, plan: DevicePlan, request: PlanOptions) -> str:
-    """Writes the tables of one device: memory, times, the steps of ``cuda-decoder``, and bridges."""
+def device_text(shape: ModelShape, plan: DevicePlan, request: PlanOptions, kernels: KernelShape | None = None) -> str:
+    """Writes the tables of one device: memory, times, the steps of ``cuda-decoder``, and bridges.
+
+    ``kernels``: sizes for ``cuda-decoder``; None for those of ``shape``.
+    """
+    kernels = kernels or known_shape(shape)
     device = plan.device
     state = "measured" if device.measured else "not measured"
     rates = ", ".join(f"{kind} {rate / 1e12:.3g}" for kind, rate in device.rates.items())
@@ -120,8 +133,10 @@ def device_text(shape: ModelShape, plan: DevicePlan, request: PlanOptions) -> st
         f"cuda-decoder in {step.precision}: {step.bytes / 1e6:,.0f} MB and {step.launches} launches a token: at least "
         f"{step.least_ms:,.1f} ms at the full bandwidth, {step.step_ms:,.1f} ms predicted; a prompt of "
         f"{step.prefill_tokens} tokens: {step.prefill_ms:,.1f} ms predicted (not measured)"
-        for step in kernel_steps(shape, device, request)
+        for step in kernel_steps(kernels.shape, device, request)
     ]
+    if kernels.reason and not device.is_cpu:
+        lines.append(f"cuda-decoder: no prediction for this decoder: {kernels.reason}")
     if plan.bridges:
         lines += ["", f"bridges in {plan.chosen}", _bridges(plan)]
     lines += ["", f"recommended bridge: {plan.bridge}: {plan.reason}"]
@@ -304,6 +319,30 @@ def _step_lines(shape: ModelShape, plan: DevicePlan, request: PlanOptions, token
             f"{device.host * HOST_S['decode'] * 1e3:.2f} ms = {plan.of(precision).ms['decode_per_token']:,.2f} ms"
         ),
     ]
+
+
+def kernel_lines(kernels: KernelShape, device: Board, request: PlanOptions) -> list[str]:
+    """Writes the formulas of the predictions for ``cuda-decoder``; empty where there are none."""
+    decoder, frames = kernels.shape.decoder, request.frames or kernels.shape.frames
+    tokens, lines = kernels.shape.tokens(frames, request.prompt_tokens), [""]
+    for step in kernel_steps(kernels.shape, device, request):
+        share, held = device.efficiency.bytes[step.precision], held_on_gpu(decoder, step.precision)
+        rate = device.bytes_per_s * share
+        products, reading, attention = prefill_parts(decoder, device, tokens, held / rate)
+        launches = f"{step.launches} launches x {LAUNCH_S * 1e6:g} us"
+        lines += [
+            (
+                f"cuda-decoder in {step.precision}, a token: {step.bytes / 1e6:,.2f} MB / "
+                f"({device.bytes_per_s / 1e9:,.0f} GB/s x {share:.0%}) + {launches} = {step.step_ms:,.2f} ms"
+            ),
+            (
+                f"  a prompt: max(products {products * 1e3:,.2f} ms at {tensor_rate(device) / 1e12:,.1f} "
+                f"tera-operations/s ({PRODUCT_SHARE:.0%} of the tensor cores' rate with sums in fp32), reading "
+                f"{reading * 1e3:,.2f} ms) + attention {attention * 1e3:,.2f} ms + {launches} = "
+                f"{step.prefill_ms:,.2f} ms"
+            ),
+        ]
+    return [*lines, ""] if len(lines) > 1 else []
 
 
 def _memory_lines(shape: ModelShape, plan: DevicePlan, tokens: dict[str, int], request: PlanOptions) -> list[str]:

@@ -10,18 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from blip2edge.bundle.safetensors_file import SafetensorsFile
-from blip2edge.bundle.schema import CROSS_KV, DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR, TEXT_ENCODER
+from blip2edge.bundle.schema import DECODER, EMBEDDINGS_FILE, EMBEDDINGS_TENSOR
 from blip2edge.bundle.trust.integrity import FileRecord
-from blip2edge.errors import BackendError, BundleError, option
-from blip2edge.graph_files import load_graph
+from blip2edge.errors import BackendError
 from blip2edge.optimization.checks import CopyTask
-from blip2edge.optimization.cuda_kernels.layout import layout_of_graph
+from blip2edge.optimization.cuda_kernels.of_bundle import layout_of_bundle
 from blip2edge.optimization.cuda_kernels.timing import timed_tokens
-from blip2edge.runtime.backends.base import check_precision
 from blip2edge.runtime.backends.optimized_copy import OptimizedGraph, timing_conditions
 from blip2edge.runtime.cuda.compilation.compiler import compile_kernels, supported_targets
 from blip2edge.runtime.cuda.compilation.cubin import kernel_usage
-from blip2edge.runtime.cuda.copy_files import LAYOUT, NAME, cubin_name, write_layout
+from blip2edge.runtime.cuda.copy_files import LAYOUT, cubin_name, write_layout
 from blip2edge.runtime.cuda.kernel import THREADS, Kernel
 from blip2edge.runtime.cuda.layout import DecoderLayout
 from blip2edge.runtime.cuda.plan import needed_kernels
@@ -56,18 +54,7 @@ def compiled_decoder(task: CopyTask, name: str) -> tuple[OptimizedGraph, dict[st
     if name != DECODER:
         return "ONNX Runtime runs it: make its copy with --backend cuda"
     bundle = task.bundle
-    check_precision(NAME, bundle.manifest.precision)
-    crossing = [graph for graph in (TEXT_ENCODER, CROSS_KV) if graph in bundle.manifest.graphs]
-    if crossing:
-        raise BundleError(
-            f"expected a decoder of the OPT or Llama kind, got that of {bundle.manifest.family}, which has "
-            f"cross-attention (graph {crossing[0]}); there are no CUDA kernels for T5 and other such decoders",
-            f"use {option('backend')} cuda",
-        )
-    if bundle.manifest.cache is None:
-        raise BundleError(f"{bundle.path} describes no KV cache in its bundle.json", "export the checkpoint again")
-    graph = load_graph(bundle.file(bundle.graph(name).spec.file))
-    layout = layout_of_graph(graph, bundle.manifest.cache, bundle.manifest.max_positions)
+    layout = layout_of_bundle(bundle)
     table = table_format(SafetensorsFile(bundle.file(EMBEDDINGS_FILE)), EMBEDDINGS_TENSOR)
     kernels = [*needed_kernels(planned_weights(layout)), *table.kernels]
     targets = supported_targets()

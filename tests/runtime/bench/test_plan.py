@@ -357,6 +357,21 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert [bridge["kind"] for bridge in device["bridges"]] == ["qformer", "mlp", "perceiver", "pool"]
 
 
+def test_a_decoder_without_kernels_has_a_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("Salesforce/blip2-flan-t5-xl", "--device", "thor")
+    assert "cuda-decoder: no prediction for this decoder: it has cross-attention\n" in said(capsys, *words)
+    assert json.loads(said(capsys, *words, "--json"))["devices"][0]["cuda_decoder"] == []
+    assert "cuda-decoder" not in said(capsys, words[0], "--device", "raspberry-pi-5-8gb", "--explain")
+
+
+def test_the_arithmetic_of_the_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, "Salesforce/blip2-opt-2.7b", "--device", "thor", "--explain")
+    for precision in ("fp16", "int8", "int4"):
+        assert f"cuda-decoder in {precision}, a token: " in text
+    assert text.count("MB / (273 GB/s x 75%) + 227 launches x 2 us = ") == 3
+    assert text.count("at 64.6 tera-operations/s (25% of the tensor cores' rate") == 3
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

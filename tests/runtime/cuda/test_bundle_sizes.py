@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +11,16 @@ import pytest
 
 from blip2edge.bundle.bundle import Bundle
 from blip2edge.bundle.schema import DECODER
+from blip2edge.calibration.weights.blocks import BLOCKS
+from blip2edge.cli import main
 from blip2edge.errors import BundleError
 from blip2edge.graph_files import load_graph
 from blip2edge.optimization.cuda_kernels.layout import layout_of_graph
+from blip2edge.optimization.cuda_kernels.of_bundle import layout_of_bundle
+from blip2edge.runtime.bench import kernel_steps
+from blip2edge.runtime.cuda.plan import step_bytes, step_launches
+from blip2edge.shapes.model_shape import ModelPart, WeightMatrix
+from tests.runtime.cuda.pairs import SLOW
 
 
 def test_a_four_bit_head_of_odd_width_is_refused_with_the_remedy(bundle_of: Callable[[str, str], Path]) -> None:
@@ -38,3 +46,55 @@ def test_a_four_bit_head_of_odd_width_is_refused_with_the_remedy(bundle_of: Call
         layout_of_graph(graph, cache, bundle.manifest.max_positions)
     assert "OPT or Llama kind" not in str(caught.value)
     assert "--format 'decoder:*head*=int8'" in str(caught.value)
+
+
+EVERY = [("opt", "fp16"), ("llama", "int8"), ("opt", "int4")]
+SLOWER = [("llama", "fp16"), ("opt", "int8"), ("llama", "int4")]
+
+
+@pytest.mark.parametrize(("kind", "precision"), [*EVERY, *(pytest.param(*one, marks=SLOW) for one in SLOWER)])
+def test_the_bytes_of_plan_are_those_of_the_layout(
+    kind: str, precision: str, bundle_of: Callable[[str, str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the bundle itself, and of the checkpoint that it was made from."""
+    path = bundle_of(kind, precision)
+    layout = layout_of_bundle(Bundle.open(path))
+    for model in (path, path.parent / kind):
+        assert main(["plan", str(model), "--device", "thor", "--json", "--max-new-tokens", "31"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        context = found["tokens"]["per_item"] + found["tokens"]["prompt"] + 1 + 15
+        steps = {step["precision"]: step for step in found["devices"][0]["cuda_decoder"]}
+        assert list(steps) == ["fp16", "int8", "int4"]
+        wanted = step_bytes(layout, context)
+        assert steps[precision]["bytes"] == pytest.approx(wanted, rel=0.01)
+        assert steps[precision]["launches"] == step_launches(len(layout.layers))
+
+
+def test_the_blocks_of_plan_are_those_of_calibrate() -> None:
+    assert {"int8": BLOCKS[8], "int4": BLOCKS[4]} == kernel_steps.BLOCKS
+
+
+def test_odd_columns_and_indivisible_rows_in_the_format_that_has_kernels() -> None:
+    head, odd = WeightMatrix("head", 128, 31, "asked"), WeightMatrix("down", 24, 32, "steps")
+    assert kernel_steps.held_on_gpu(ModelPart(DECODER, (head,)), "int4") == 128 * 31 * (1 + 2 / 64)
+    assert kernel_steps.held_on_gpu(ModelPart(DECODER, (odd,)), "int8") == 24 * 32 * 2
+
+
+def test_plan_says_why_a_bundle_has_no_prediction(
+    bundle_of: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", str(bundle_of("opt", "fp16")), "--device", "thor"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "cuda-decoder in int4: " in text
+    assert "no prediction" not in text
+    monkeypatch.setattr("blip2edge.packages.importlib.import_module", absent)
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert (
+        "cuda-decoder: no prediction for this decoder: reading its graph needs onnx_ir, which is not installed" in text
+    )
+
+
+def absent(name: str) -> None:
+    raise ModuleNotFoundError(name, name=name)
