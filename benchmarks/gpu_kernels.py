@@ -9,9 +9,10 @@ packages of an export.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,17 @@ from kernel_speed import OPT_2_7B, PLAIN, kernels_of
 from reporting import ROOT
 
 from blip2edge.runtime.cuda.kernel import Kernel
+from blip2edge.runtime.decoding.generated import Generated
 from blip2edge.runtime.decoding.sampling import Draws, StepScores, draw
 
 PRECISIONS = ("fp16", "int4")
 LEAST_EQUAL = 0.999
+"""Share of the tokens that must be equal; the others may differ where two logits are nearly equal."""
+
+LARGEST_GAP = 0.01
+"""A text of a beam search may differ from that of the CPU if its score is at most this far from the CPU's score, as a
+share of the CPU's score: two beams are then nearly equal, and rounding decides between them."""
+
 LEAST_SHARE = {"16 bits": 0.85, "4 bits": 0.70}
 """Share of the measured bandwidth that a decode step should reach."""
 
@@ -153,13 +161,13 @@ def kernel_draws(dry: bool) -> dict[str, Any]:
     """Compares tokens that the kernels draw on the GPU with those that the host draws from the kernels' own logits.
 
     The random numbers are the same. The host's draw gets the tokens of the GPU as earlier tokens, so that a different
-    token does not change the tokens after it.
+    token does not change the tokens after it. All tokens must be drawn on the GPU.
     """
     from blip2edge.bundle.bundle import Bundle
     from blip2edge.runtime.cuda.backend import open_decoder
     from blip2edge.runtime.decoding.decoder import decoder_of, token_table
 
-    found: dict[str, Any] = {}
+    found: dict[str, dict[str, int]] = {}
     steps, rows = (4, 2) if dry else (30, 8)
     if dry:
         _simulate_nvrtc()
@@ -175,7 +183,13 @@ def kernel_draws(dry: bool) -> dict[str, Any]:
             ]
             found[name] = _drawn(decoder, prompts, rules)
         session.close()
-    return {"draws": found, "ok": all(one["equal"] >= LEAST_EQUAL * one["of"] for one in found.values())}
+    return {"draws": found, "ok": all(drawn_well(one, rows * steps) for one in found.values())}
+
+
+def drawn_well(found: Mapping[str, int], tokens: int) -> bool:
+    """Returns whether the GPU drew all tokens itself, and enough of them equal those of the host."""
+    whole = found["of"] == tokens and found["left_to_host"] == 0
+    return whole and found["equal"] >= LEAST_EQUAL * tokens
 
 
 DRAWN = {"temperature": (0.8, 0, 1.0), "top-k": (1.0, 20, 1.0), "top-p": (0.9, 0, 0.7), "both": (1.2, 50, 0.9)}
@@ -218,7 +232,9 @@ class Number:
 def kernel_beams(dry: bool) -> dict[str, Any]:
     """Searches with beams on the GPU and on the CPU, and counts the pictures with equal tokens.
 
-    ``moves`` is how often the cache was copied: once for a batch of prompts of different lengths, never for one prompt.
+    ``gaps`` has, for each picture with other tokens, the difference of the two scores as a share of the CPU's score;
+    at most :data:`LARGEST_GAP` is allowed, for at most half of the pictures. ``moves`` is how often the cache was
+    copied: once for a batch of prompts of different lengths, never for one prompt.
     """
     from blip2edge.bundle.bundle import Bundle
     from blip2edge.bundle.schema import DECODER
@@ -237,16 +253,38 @@ def kernel_beams(dry: bool) -> dict[str, Any]:
         session = open_decoder(bundle, folder / PRECISIONS[0] / "optimized" / "cuda-decoder")
         kernels = decoder_of(bundle, session)
         decoders = kernels, decoder_of(bundle, Portable(bundle.file(f"{DECODER}.onnx")))
-        table, random, equal, total = token_table(bundle), np.random.default_rng(2), 0, 0
+        table, random, total = token_table(bundle), np.random.default_rng(2), 0
+        gaps: list[float] = []
         for rows in (1, 1 if dry else 4):
             lengths = [9] if rows == 1 else random.integers(3, 20, rows).tolist()
             prompts = [table.rows(random.integers(4, table.num_rows, length)) for length in lengths]
             ours, theirs = (beam_search(*one.prefill(prompts), [[5]] * rows, options) for one in decoders)
-            equal += sum(one.tokens == other.tokens for one, other in zip(ours, theirs, strict=True))
+            gaps += score_gaps(ours, theirs)
             total += rows
         moves = kernels.kernels.moves if isinstance(kernels, KernelDecoder) else 0
         session.close()
-    return {"equal": equal, "of": total, "moves": moves, "ok": equal == total and moves <= 1}
+    ok = near_enough(gaps, total) and moves <= 1
+    return {"equal": total - len(gaps), "of": total, "gaps": gaps, "moves": moves, "ok": ok}
+
+
+def near_enough(gaps: Sequence[float], pictures: int) -> bool:
+    """Returns whether at most half of the pictures have other tokens, all of them with nearly the CPU's score."""
+    return 2 * len(gaps) <= pictures and all(gap <= LARGEST_GAP for gap in gaps)
+
+
+def score_gaps(ours: Sequence[Generated], theirs: Sequence[Generated]) -> list[float]:
+    """Returns the differences of the scores of texts with other tokens, as shares of the scores of ``theirs``.
+
+    A missing score gives infinity.
+    """
+    gaps = []
+    for one, other in zip(ours, theirs, strict=True):
+        if one.tokens != other.tokens:
+            if one.score is None or not other.score:
+                gaps.append(math.inf)
+            else:
+                gaps.append(abs(one.score - other.score) / abs(other.score))
+    return gaps
 
 
 def kernel_speed(dry: bool) -> dict[str, Any]:

@@ -64,6 +64,7 @@ def test_every_step(tmp_path: Path) -> None:
         "kernel_draws",
         "kernel_beams",
         "kernel_speed",
+        "true_size",
     ):
         assert results[name]["ok"] is True, results[name]
     size = results["true_size"]

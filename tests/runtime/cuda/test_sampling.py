@@ -90,7 +90,9 @@ class Rows:
         more = (
             memory.put(np.array([1.0 if one.temperature is None else one.temperature for one in given], np.float32)),
             memory.put(np.array([one.top_k or 0 for one in given], np.int32)),
-            memory.put(np.array([np.float32(1.0 - (one.top_p or 1.0)) for one in given], np.float32)),
+            memory.put(
+                np.array([np.float32(1.0 - (1.0 if one.top_p is None else one.top_p)) for one in given], np.float32)
+            ),
             self.uniforms,
             self.scores,
             memory.empty((rows, cuts, WARPS), np.float32),
@@ -132,6 +134,7 @@ EVERY = (
     Options(None, 50, 0.9),
     Options(0.8, None, 0.6),
     Options(0.5, 1),
+    Options(0.9, None, 0.0),  # the likeliest token alone
 )
 
 
