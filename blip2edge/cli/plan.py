@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,14 +175,15 @@ def _in_kernels(model: str, shape: ModelShape) -> KernelShape:
 
 def _layout(bundle: Bundle) -> DecoderLayout:
     """Reads the layout of a bundle's decoder from its copy for ``cuda-decoder``; without a copy, from its graph."""
-    from blip2edge.errors import MissingPackageError
+    from blip2edge.errors import BundleError, MissingPackageError
     from blip2edge.packages import require
     from blip2edge.runtime.backends.optimized_copy import read_copy
     from blip2edge.runtime.cuda.copy_files import NAME, read_layout
 
     copy = read_copy(bundle, NAME)
     if copy is not None:
-        return read_layout(bundle, copy[0])
+        with suppress(BundleError):  # kernels of another version: the graph has the same sizes
+            return read_layout(bundle, copy[0])
     require("onnx_ir", "reading its graph", MissingPackageError)
     from blip2edge.optimization.cuda_kernels.of_bundle import layout_of_bundle
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,10 +18,13 @@ from blip2edge.errors import BundleError
 from blip2edge.graph_files import load_graph
 from blip2edge.optimization.cuda_kernels.layout import layout_of_graph
 from blip2edge.optimization.cuda_kernels.of_bundle import layout_of_bundle
+from blip2edge.optimization.pipeline import optimize
 from blip2edge.runtime.bench import kernel_steps
+from blip2edge.runtime.cuda import copy_files
 from blip2edge.runtime.cuda.plan import step_bytes, step_launches
 from blip2edge.shapes.model_shape import ModelPart, WeightMatrix
 from tests.runtime.cuda.pairs import SLOW
+from tests.runtime.cuda.test_backend import compiling
 
 
 def test_a_four_bit_head_of_odd_width_is_refused_with_the_remedy(bundle_of: Callable[[str, str], Path]) -> None:
@@ -94,6 +98,28 @@ def test_plan_says_why_a_bundle_has_no_prediction(
     assert (
         "cuda-decoder: no prediction for this decoder: reading its graph needs onnx_ir, which is not installed" in text
     )
+
+
+def test_plan_reads_the_copy_without_onnx(
+    bundle_of: Callable[[str, str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As on a board, which has the compiled copy and no onnx-ir."""
+    bundle = shutil.copytree(bundle_of("opt", "fp32"), tmp_path / "bundle")
+    words = ["plan", str(bundle), "--device", "thor", "--json"]
+    assert main(words) == 0
+    from_graph = json.loads(capsys.readouterr().out)["devices"][0]["cuda_decoder"]
+    compiling(monkeypatch)
+    optimize(bundle, "cuda-decoder")
+    with monkeypatch.context() as other:
+        other.setattr(copy_files, "kernel_sources", lambda: "0" * 64)  # of another version: the graph is read
+        assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["devices"][0]["cuda_decoder"] == from_graph
+    monkeypatch.setattr("blip2edge.packages.importlib.import_module", absent)
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["devices"][0]["cuda_decoder"] == from_graph != []
 
 
 def absent(name: str) -> None:
