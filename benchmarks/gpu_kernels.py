@@ -140,7 +140,7 @@ def _compared(ours: Any, theirs: Any, steps: int) -> tuple[int, list[float]]:
     (first, state), (logits, oracle) = ours, theirs
     rows = len(first)
     tokens = first.argmax(axis=-1)
-    greedy = state.greedy(tokens, PLAIN * rows)
+    greedy = state.choose(tokens, PLAIN * rows)
     equal, margins = 0, []
     for step in range(steps + 1):
         if step:
@@ -200,7 +200,7 @@ def _drawn(decoder: Any, prompts: list[Any], rules: list[StepScores]) -> dict[st
     """Counts the tokens that kernels and host draw equally, and the rows whose draws the kernels left to the host."""
     (first, state), (_, other) = decoder.prefill(prompts), decoder.prefill(prompts)
     tokens = first.argmax(axis=-1)
-    drawing = state.greedy(tokens, rules)
+    drawing = state.choose(tokens, rules)
     equal = total = left = 0
     for step in range(len(rules[0].draws.uniforms) if rules[0].draws else 0):
         logits, chosen = other.step(tokens), next(drawing, None)
@@ -239,7 +239,7 @@ def kernel_beams(dry: bool) -> dict[str, Any]:
     from blip2edge.bundle.bundle import Bundle
     from blip2edge.bundle.schema import DECODER
     from blip2edge.runtime.cuda.backend import open_decoder
-    from blip2edge.runtime.cuda.decoding.greedy import KernelDecoder
+    from blip2edge.runtime.cuda.decoding.decoder import KernelDecoder
     from blip2edge.runtime.decoding.beam_search import beam_search
     from blip2edge.runtime.decoding.decoder import decoder_of, token_table
     from blip2edge.runtime.decoding.options import GenerationOptions

@@ -22,7 +22,7 @@ from reporting import ROOT, parser_of
 sys.path.insert(0, str(ROOT))  # the simulated GPU of the tests
 
 from blip2edge.cli import run_script
-from blip2edge.runtime.cuda.decoding.greedy import GreedyRun
+from blip2edge.runtime.cuda.decoding.decoder import ChoosingRun
 from blip2edge.runtime.cuda.decoding.session import KernelBuffers, KernelSession
 from blip2edge.runtime.cuda.device.driver import DriverDevice, load_driver
 from blip2edge.runtime.cuda.device.interface import KernelDevice
@@ -152,7 +152,7 @@ def timed(device: DriverDevice, size: Size, bits: Literal[4, 8, 16], rate: float
     capacity = PROMPT + 2 * tokens + 8
     buffers.resize((1, layout.kv_heads, capacity, layout.head_dim), 0)
     first_prefill = _prefill(buffers, layout)
-    run = GreedyRun(session, table, 1)
+    run = ChoosingRun(session, table, 1)
     run.begin(PLAIN, np.array([PROMPT]))
     random = np.random.default_rng(1)
     embeds = random.normal(0, 0.1, (1, 1, layout.width)).astype(np.float32)

@@ -23,7 +23,7 @@ from blip2edge.runtime.backends.open_graph import GraphOpener
 from blip2edge.runtime.cuda.backend import open_decoder
 from blip2edge.runtime.decoding.decoder import decoder_of, token_table
 from blip2edge.runtime.decoding.sampling import StepScores
-from blip2edge.runtime.decoding.state import Decoder, GreedyState
+from blip2edge.runtime.decoding.state import ChoosingState, Decoder
 
 PROMPT, TOKENS, ROUNDS = 24, 16, 5
 
@@ -78,8 +78,8 @@ def _decoded(decoder: Decoder, prompt: Array) -> list[int]:
     logits, state = decoder.prefill([prompt])
     tokens = [int(logits[0].argmax())]
     last = np.array(tokens)
-    if isinstance(state, GreedyState) and state.gives_logprobs:
-        steps = state.greedy(last, [StepScores(np.zeros(0, np.int64), 1.0)])
+    if isinstance(state, ChoosingState) and state.gives_logprobs:
+        steps = state.choose(last, [StepScores(np.zeros(0, np.int64), 1.0)])
         tokens += [int(next(steps)[0][0]) for _ in range(TOKENS - 1)]
         steps.close()
         return tokens

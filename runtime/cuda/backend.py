@@ -17,7 +17,7 @@ from blip2edge.errors import BackendError, BundleError, option
 from blip2edge.runtime.backends import probe
 from blip2edge.runtime.backends.base import closed_graph
 from blip2edge.runtime.cuda.copy_files import find_cubin, read_layout
-from blip2edge.runtime.cuda.decoding.greedy import KernelDecoder
+from blip2edge.runtime.cuda.decoding.decoder import KernelDecoder
 from blip2edge.runtime.cuda.decoding.session import KernelSession
 from blip2edge.runtime.cuda.device.driver import DriverDevice, load_driver
 from blip2edge.runtime.cuda.token_table import TableOnDevice, load_table

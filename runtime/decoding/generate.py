@@ -27,7 +27,7 @@ from blip2edge.runtime.decoding.sampling import (
     top_k_indices,
 )
 from blip2edge.runtime.decoding.speculative import Speculator
-from blip2edge.runtime.decoding.state import DecodeState, GreedyState, GreedyStep, RowState
+from blip2edge.runtime.decoding.state import ChoosingState, ChosenStep, DecodeState, RowState
 
 Stopped = Callable[[Sequence[int]], bool]
 
@@ -145,7 +145,7 @@ class Generation:
         options, scores = self.options, np.asarray(scores, np.float32)
         return draw(scores, self._random, options.temperature, options.top_k, options.top_p, self._filters)
 
-    def is_chosen_on_device(self, state: GreedyState) -> bool:
+    def is_chosen_on_device(self, state: ChoosingState) -> bool:
         """Returns whether the GPU can choose the next token itself, without the host."""
         plain = self.speculator is None and not self.options.top_logprobs and not self._left_to_host
         chooses = self._random is None or (state.draws and not self._filters)
@@ -157,7 +157,7 @@ class Generation:
         self._left_to_host = True
 
     def step_scores(self) -> StepScores:
-        """Describes how the GPU (:class:`GreedyState`) must choose the tokens of the next steps."""
+        """Describes how the GPU (:class:`ChoosingState`) must choose the tokens of the next steps."""
         nothing = StepScores(np.zeros(0, np.int64))
         scores = nothing if self._processors is None else self._processors.step_scores(self.generated)
         if self._random is None:
@@ -198,8 +198,8 @@ class GenerationBatch:
         self._state: DecodeState | None = None
         self._logits: NDArray[np.float32] | None = None
         self._last: NDArray[np.int64] | None = None  # tokens that are chosen, and not processed by the decoder yet
-        # Tokens that a GreedyState chooses itself.
-        self._greedy: Generator[GreedyStep, None, None] | None = None
+        # Tokens that a ChoosingState chooses itself.
+        self._choosing: Generator[ChosenStep, None, None] | None = None
 
     def join(self, first_logits: NDArray[np.float32], state: DecodeState, rows: Sequence[Generation]) -> None:
         """Adds texts to the batch, after their prefill.
@@ -248,25 +248,25 @@ class GenerationBatch:
         logits = self._advanced(state)
         return [row.choose(scores) for row, scores in zip(self.rows, logits, strict=True)]
 
-    def _chosen_on_device(self, state: DecodeState) -> GreedyStep | None:
+    def _chosen_on_device(self, state: DecodeState) -> ChosenStep | None:
         """Returns the tokens that the GPU chose, with their log-probabilities; None if the host must choose."""
-        if self._last is None or not isinstance(state, GreedyState) or not state.gives_logprobs:
+        if self._last is None or not isinstance(state, ChoosingState) or not state.gives_logprobs:
             return None
         if not all(row.is_chosen_on_device(state) for row in self.rows):
             return None
-        if self._greedy is None:
-            self._greedy = state.greedy(self._last, [row.step_scores() for row in self.rows])
-        step = next(self._greedy, None)
+        if self._choosing is None:
+            self._choosing = state.choose(self._last, [row.step_scores() for row in self.rows])
+        step = next(self._choosing, None)
         if step is None:
             for row in self.rows:
                 row.leave_to_host()
         return step
 
     def _halt(self) -> None:
-        """Ends greedy decoding on the GPU; afterwards the KV cache has all tokens except each row's last token."""
-        if self._greedy is not None:
-            self._greedy.close()
-            self._greedy = None
+        """Ends the choice of tokens on the GPU; afterwards the KV cache has all tokens except each row's last token."""
+        if self._choosing is not None:
+            self._choosing.close()
+            self._choosing = None
 
     def leave(self, row: Generation) -> None:
         """Removes a row that is not finished from the batch, for example a cancelled request."""

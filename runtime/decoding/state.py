@@ -34,23 +34,23 @@ class DecodeState(Protocol):
         """Adds the rows of ``other``, a state of the same decoder; ``other`` must not be used afterwards."""
 
 
-GreedyStep = tuple[NDArray[np.int64], NDArray[np.float32]]
+ChosenStep = tuple[NDArray[np.int64], NDArray[np.float32]]
 """The tokens that the GPU chose in one step, int64 ``[B]``, and their log-probabilities, float32 ``[B]``."""
 
 
 @runtime_checkable
-class GreedyState(Protocol):
+class ChoosingState(Protocol):
     """A state in which the GPU chooses tokens (the likeliest, or at random), so that no step waits for the host."""
 
     @property
     def gives_logprobs(self) -> bool:
-        """Returns whether :meth:`greedy` can be used; engines of older versions return no log-probabilities."""
+        """Returns whether :meth:`choose` can be used; engines of older versions return no log-probabilities."""
 
     @property
     def draws(self) -> bool:
-        """Returns whether :meth:`greedy` can also draw tokens at random (:attr:`StepScores.draws`)."""
+        """Returns whether :meth:`choose` can also draw tokens at random (:attr:`StepScores.draws`)."""
 
-    def greedy(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[GreedyStep, None, None]:
+    def choose(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[ChosenStep, None, None]:
         """Appends tokens ``[B]``, then yields the next tokens ``[B]`` step by step, and appends them.
 
         The generator ends if the GPU cannot choose the next token of a row; then the host must choose. When the

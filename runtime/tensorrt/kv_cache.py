@@ -29,7 +29,7 @@ from blip2edge.errors import BackendError, EngineError, option
 from blip2edge.runtime.backends.engine_files import CONSTANT, TOKEN_LOGPROBS
 from blip2edge.runtime.decoding.kv.fixed import CACHE_POSITION, FixedDecoder, FixedState
 from blip2edge.runtime.decoding.sampling import StepScores, broken_logits
-from blip2edge.runtime.decoding.state import GreedyStep, stacked
+from blip2edge.runtime.decoding.state import ChosenStep, stacked
 from blip2edge.runtime.tensorrt.cuda import Mirror
 from blip2edge.runtime.tensorrt.workspace import TOKENS_IN_FLIGHT, WIDE, Engines, Workspace, is_cross
 
@@ -171,15 +171,15 @@ class DeviceState(FixedState):
 
     @property
     def gives_logprobs(self) -> bool:
-        """Returns whether the step engine outputs log-probabilities; see :class:`GreedyState`."""
+        """Returns whether the step engine outputs log-probabilities; see :class:`ChoosingState`."""
         return self.cache.engines.gives_logprobs
 
     @property
     def draws(self) -> bool:
-        """Returns False: the engine chooses likeliest tokens only; see :class:`GreedyState`."""
+        """Returns False: the engine chooses likeliest tokens only; see :class:`ChoosingState`."""
         return False
 
-    def greedy(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[GreedyStep, None, None]:
+    def choose(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[ChosenStep, None, None]:
         """Yields the likeliest next tokens ``[B]`` and their log-probabilities ``[B]`` step by step.
 
         The next step is launched before the caller gets a token, so the GPU computes while the caller uses the token.
@@ -202,7 +202,7 @@ class DeviceState(FixedState):
                 token_ids = tokens
                 yield tokens, logprobs
 
-    def _greedy_until_full(self, token_ids: NDArray[np.int64], scores: _RowScores) -> Generator[GreedyStep, None, None]:
+    def _greedy_until_full(self, token_ids: NDArray[np.int64], scores: _RowScores) -> Generator[ChosenStep, None, None]:
         """Yields tokens and log-probabilities until the cache is full; the token −1 means that logits contain NaN."""
         cache, lane = self.cache, self.cache.lane
         space, cuda = cache.workspace, cache.cuda

@@ -66,7 +66,7 @@ def test_rules_go_on_where_rows_were_moved_in_a_full_cache(
     state.select(np.array([1]))
     first = choose(logits[1], [])
     seen = np.unique([*rule.seen, first])
-    greedy = state.greedy(np.array([first]), [StepScores(seen, rule.penalty, rule.held, rule.held_steps - 1)])
+    greedy = state.choose(np.array([first]), [StepScores(seen, rule.penalty, rule.held, rule.held_steps - 1)])
     got = [first, *(int(tokens[0]) for tokens, _ in islice(greedy, 23))]
     greedy.close()
     assert state.slot < 20 + len(got)  # the row was moved

@@ -17,7 +17,7 @@ from blip2edge.calibration.pipeline import calibrate
 from blip2edge.export.pipeline import export_checkpoint
 from blip2edge.graph_files import load_graph
 from blip2edge.optimization.cuda_kernels.layout import layout_of_graph
-from blip2edge.runtime.cuda.decoding.greedy import KernelDecoder
+from blip2edge.runtime.cuda.decoding.decoder import KernelDecoder
 from blip2edge.runtime.cuda.decoding.session import KernelSession
 from blip2edge.runtime.cuda.device.driver import DriverDevice
 from blip2edge.runtime.cuda.device.interface import KernelDevice

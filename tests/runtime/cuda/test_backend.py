@@ -34,7 +34,7 @@ from blip2edge.runtime.cuda.compilation import compiler
 from blip2edge.runtime.cuda.compilation.compiler import TARGETS
 from blip2edge.runtime.cuda.compilation.cubin import Usage
 from blip2edge.runtime.cuda.copy_files import LAYOUT, find_cubin, read_layout
-from blip2edge.runtime.cuda.decoding.greedy import KernelDecoder
+from blip2edge.runtime.cuda.decoding.decoder import KernelDecoder
 from blip2edge.runtime.cuda.kernel import KERNELS, Kernel
 from tests.drawing import draw_pictures
 from tests.runtime.backends.test_device_arrays import on_the_cpu

@@ -15,12 +15,12 @@ pytest.importorskip("onnxruntime", reason="the portable graph runs in ONNX Runti
 
 from blip2edge.errors import BackendError
 from blip2edge.runtime.cuda.decoding.choice import TokenChoice
-from blip2edge.runtime.cuda.decoding.greedy import AHEAD, KernelState
+from blip2edge.runtime.cuda.decoding.decoder import AHEAD, KernelState
 from blip2edge.runtime.cuda.decoding.session import KernelBuffers
 from blip2edge.runtime.decoding.kv import in_place
 from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.decoding.sampling import StepScores, penalize_repetition
-from blip2edge.runtime.decoding.state import GreedyState
+from blip2edge.runtime.decoding.state import ChoosingState
 from tests.runtime.cuda.pairs import EVERY, SLOW, TOLERANCE, Array, Pair
 from tests.runtime.cuda.shim_device import ShimDevice
 from tests.runtime.decoding.generating import generate, rows_of
@@ -39,9 +39,9 @@ def test_greedy_tokens_are_chosen_on_the_device(
     held = np.array([int(theirs_next) for theirs_next in wanted.argsort(axis=-1)[1, -3:]])
     rules = [StepScores(np.array([7, 8]), 1.0), StepScores(np.arange(5, 40), 1.3, held, 2)]
     seen = [list(rule.seen) for rule in rules]
-    assert isinstance(ours, GreedyState)
+    assert isinstance(ours, ChoosingState)
     assert ours.gives_logprobs
-    greedy = ours.greedy(tokens, rules)
+    greedy = ours.choose(tokens, rules)
     for step in range(6):
         logits = theirs.step(tokens)
         scores = logits.copy()
@@ -96,7 +96,7 @@ def test_beam_search_reorders_a_table_and_gives_the_graphs_ids(
             tokens, steps = np.arange(30, 30 + ours.batch_size), []
             for state in (ours, copying):
                 assert isinstance(state, KernelState)
-                greedy = state.greedy(tokens, [StepScores(np.zeros(0, np.int64))] * len(tokens))
+                greedy = state.choose(tokens, [StepScores(np.zeros(0, np.int64))] * len(tokens))
                 steps.append([next(greedy)[0].tolist() for _ in range(2)])
                 greedy.close()
             assert steps[0] == steps[1]
@@ -188,9 +188,9 @@ def test_the_first_error_of_a_step_is_reported(pair_of: Callable[..., Pair], mon
         return wait
 
     monkeypatch.setattr(pair.shim, "fetch", failing)
-    assert isinstance(ours, GreedyState)
+    assert isinstance(ours, ChoosingState)
     with pytest.raises(BackendError, match="error 1"):
-        next(ours.greedy(found.argmax(axis=-1), [StepScores(np.zeros(0, np.int64))]))
+        next(ours.choose(found.argmax(axis=-1), [StepScores(np.zeros(0, np.int64))]))
     assert len(errors) == AHEAD
 
 
@@ -206,8 +206,8 @@ def test_the_driver_gives_the_graphs_ids_and_a_later_text_replays(pair_of: Calla
             pair.graph.prefill(pair.prompts((7,))),
         )
         tokens = pair.same(found, wanted)
-        assert isinstance(ours, GreedyState)
-        greedy = ours.greedy(tokens, plain)
+        assert isinstance(ours, ChoosingState)
+        greedy = ours.choose(tokens, plain)
         for _ in range(5):
             tokens = theirs.step(tokens).argmax(axis=-1)
             assert next(greedy)[0].tolist() == tokens.tolist()

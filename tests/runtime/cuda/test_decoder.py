@@ -18,7 +18,7 @@ from blip2edge.errors import BackendError, BundleError
 from blip2edge.graph_files import load_graph
 from blip2edge.optimization.cuda_kernels.layout import layout_of_graph
 from blip2edge.runtime.cuda.decoding import session as sessions
-from blip2edge.runtime.cuda.decoding.greedy import KernelState
+from blip2edge.runtime.cuda.decoding.decoder import KernelState
 from blip2edge.runtime.cuda.kernel import Launch
 from blip2edge.runtime.cuda.plan import RunSizes, plan_run
 from blip2edge.runtime.cuda.weights import DecoderWeights

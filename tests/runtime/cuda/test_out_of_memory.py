@@ -15,7 +15,7 @@ pytest.importorskip("transformers", reason="checkpoints are drawn with transform
 pytest.importorskip("onnxruntime", reason="the portable graph runs in ONNX Runtime")
 
 from blip2edge.errors import BackendError
-from blip2edge.runtime.cuda.decoding.greedy import KernelDecoder
+from blip2edge.runtime.cuda.decoding.decoder import KernelDecoder
 from blip2edge.runtime.cuda.decoding.session import KernelSession
 from blip2edge.runtime.cuda.kernel import Launch
 from blip2edge.runtime.cuda.layout import DecoderLayout

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from blip2edge.runtime.decoding.generate import Generation, GenerationBatch
 from blip2edge.runtime.decoding.options import GenerationOptions
 from blip2edge.runtime.decoding.sampling import RowStream, StepScores, draw, penalize_repetition
-from blip2edge.runtime.decoding.state import GreedyStep
+from blip2edge.runtime.decoding.state import ChosenStep
 
 VOCABULARY = 60
 
@@ -45,7 +45,7 @@ class DrawingState:
         self.on_host += 1
         return np.array([logits_of(int(token)) for token in token_ids])
 
-    def greedy(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[GreedyStep, None, None]:
+    def choose(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[ChosenStep, None, None]:
         self.begun += 1
         seen = [set(rule.seen.tolist()) for rule in rules]
         numbers = [None if rule.draws is None else Numbers(rule.draws.uniforms) for rule in rules]

@@ -25,7 +25,7 @@ from blip2edge.runtime.decoding.sampling import (
     penalize_repetition,
     sampling_filters,
 )
-from blip2edge.runtime.decoding.state import GreedyStep
+from blip2edge.runtime.decoding.state import ChosenStep
 from tests.runtime.conftest import generation_arguments
 from tests.runtime.decoding.generating import generate
 
@@ -248,7 +248,7 @@ class DeviceState:
         self.on_host += 1
         return self.logits(int(token_ids[0]))
 
-    def greedy(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[GreedyStep, None, None]:
+    def choose(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[ChosenStep, None, None]:
         (rule,) = rules
         seen, steps = set(rule.seen.tolist()), rule.held_steps
         while True:

@@ -27,7 +27,7 @@ from blip2edge.runtime.cuda.plan import CacheAddresses, RunBuffers, RunSizes, ne
 from blip2edge.runtime.cuda.token_table import TableOnDevice
 from blip2edge.runtime.decoding.kv.in_place import InPlaceDecoder, InPlaceState
 from blip2edge.runtime.decoding.sampling import StepScores, broken_logits
-from blip2edge.runtime.decoding.state import GreedyStep
+from blip2edge.runtime.decoding.state import ChosenStep
 
 BROKEN = -1
 """Value in place of a token if the row's logits contain NaN."""
@@ -37,11 +37,11 @@ AHEAD = 2
 the tokens of the step before it."""
 
 KEPT_STEPS = 4
-"""Largest number of unused :class:`GreedyRun` objects that are kept for later texts."""
+"""Largest number of unused :class:`ChoosingRun` objects that are kept for later texts."""
 
 
 class KernelDecoder(InPlaceDecoder):
-    """A decoder that runs as CUDA kernels and can choose greedy tokens on the GPU.
+    """A decoder that runs as CUDA kernels and can choose tokens on the GPU: the likeliest, or at random.
 
     Args:
         session: The decoder on the GPU.
@@ -63,11 +63,11 @@ class KernelDecoder(InPlaceDecoder):
     ) -> None:
         super().__init__(session, spec, cache, table, max_positions)
         self.kernels, self.stored = session, stored
-        self._free: deque[GreedyRun] = deque()
+        self._free: deque[ChoosingRun] = deque()
         self._lock = threading.Lock()
 
-    def take(self, rows: int) -> GreedyRun:
-        """Returns buffers for greedy decoding of this many rows: unused buffers, or else new buffers."""
+    def take(self, rows: int) -> ChoosingRun:
+        """Returns buffers to choose the tokens of this many rows on the GPU: unused buffers, or else new buffers."""
         with self._lock:
             for run in tuple(self._free):
                 if run.rows == rows:
@@ -75,9 +75,9 @@ class KernelDecoder(InPlaceDecoder):
                     return run
             while len(self._free) >= KEPT_STEPS:
                 self._free.popleft().close()
-        return GreedyRun(self.kernels, self.stored, rows)
+        return ChoosingRun(self.kernels, self.stored, rows)
 
-    def give(self, run: GreedyRun) -> None:
+    def give(self, run: ChoosingRun) -> None:
         """Stores unused buffers for later texts. Acquires no lock, because finalizers call this method.
 
         Buffers whose preparation failed are freed instead: some of them may be missing.
@@ -93,19 +93,19 @@ class KernelDecoder(InPlaceDecoder):
 
 
 class KernelState(InPlaceState):
-    """The decoding state of a batch on a GPU; see :class:`blip2edge.runtime.decoding.state.GreedyState`."""
+    """The decoding state of a batch on a GPU; see :class:`blip2edge.runtime.decoding.state.ChoosingState`."""
 
     _decoder: KernelDecoder
     _buffers: KernelBuffers
 
     @property
     def gives_logprobs(self) -> bool:
-        """Returns True: these kernels always output log-probabilities; see :class:`GreedyState`."""
+        """Returns True: these kernels always output log-probabilities; see :class:`ChoosingState`."""
         return True
 
     @property
     def draws(self) -> bool:
-        """Returns True: these kernels can also draw tokens at random; see :class:`GreedyState`."""
+        """Returns True: these kernels can also draw tokens at random; see :class:`ChoosingState`."""
         return True
 
     def select(self, rows: NDArray[np.int64]) -> None:
@@ -126,7 +126,7 @@ class KernelState(InPlaceState):
                 state._buffers.settle(state.lengths)
         super().join(other)
 
-    def greedy(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[GreedyStep, None, None]:
+    def choose(self, token_ids: NDArray[np.int64], rules: Sequence[StepScores]) -> Generator[ChosenStep, None, None]:
         """Yields the next tokens ``[B]`` (likeliest or random) and their log-probabilities ``[B]`` step by step.
 
         Ends if the host must choose a token, because more than :data:`blip2edge.runtime.cuda.steps.LISTED` tokens
@@ -156,12 +156,12 @@ class KernelState(InPlaceState):
         finally:
             self._decoder.give(run)
 
-    def _until_full(self, token_ids: NDArray[np.int64], run: GreedyRun) -> Generator[GreedyStep, None, None]:
+    def _until_full(self, token_ids: NDArray[np.int64], run: ChoosingRun) -> Generator[ChosenStep, None, None]:
         """Yields tokens until the last slot of the cache is written, or a row has the token :data:`LEFT_TO_HOST`."""
         start, capacity = self.lengths.copy(), self._buffers.size[1]
         room = capacity - int(start.max())
         run.put(self._decoder.embed(token_ids[:, None]), start, self._buffers.addresses(0), capacity)
-        launched: deque[Callable[[], GreedyStep]] = deque()
+        launched: deque[Callable[[], ChosenStep]] = deque()
         try:
             for given in range(1, room + 1):
                 while len(launched) < min(AHEAD, room - given + 1):
@@ -182,8 +182,8 @@ class KernelState(InPlaceState):
                 launched.popleft()()
 
 
-class GreedyRun:
-    """Buffers and CUDA graphs of greedy decoding of B rows; used by one text or batch at a time.
+class ChoosingRun:
+    """Buffers and CUDA graphs that choose the tokens of B rows on the GPU; used by one text or batch at a time.
 
     Args:
         session: The decoder on the GPU.
@@ -229,7 +229,7 @@ class GreedyRun:
         device.write(buffers.before, before.astype(np.int32))
         device.run(first)
 
-    def step(self) -> Callable[[], GreedyStep]:
+    def step(self) -> Callable[[], ChosenStep]:
         """Launches a step.
 
         Returns:
@@ -241,7 +241,7 @@ class GreedyRun:
         self._run.start()
         fetched = self._device.fetch(self._choice.chosen, (2, self.rows), np.int32)
 
-        def read() -> GreedyStep:
+        def read() -> ChosenStep:
             values = fetched()
             return values[0].astype(np.int64), values[1].view(np.float32)
 
