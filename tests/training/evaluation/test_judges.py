@@ -326,7 +326,7 @@ def test_pictures_without_captions_name_what_scores_them(tmp_path: Path, capsys:
         assert re.search("--clip BUNDLE, .*, or --reader BUNDLE, ", told)
     (tmp_path / "0.txt").write_text("a cat")
     assert main(["eval", str(tmp_path / "absent"), "--data", str(tmp_path)]) == 1
-    assert "absent is neither a bundle" in capsys.readouterr().err
+    assert "there is no directory" in capsys.readouterr().err
 
 
 def test_braces_within_a_caption_are_not_filled() -> None:

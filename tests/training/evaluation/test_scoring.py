@@ -212,7 +212,8 @@ def test_what_is_printed_for_people(data: Path, tiny_checkpoint: Drawn, capsys: 
 @pytest.mark.parametrize(
     ("flags", "status", "message"),
     [
-        (["--data", "nowhere.xyz"], 1, "expected COCO's JSON"),
+        (["--data", "nowhere.xyz"], 1, "there is no file or folder nowhere.xyz"),
+        (["--data", __file__], 1, "expected COCO's JSON"),
         (["--data", "nowhere.json"], 1, "nowhere.json cannot be read"),
         (["--count", "1"], 2, "at least 2 pictures"),
         (["--metrics", "vqa"], 2, "cannot be computed"),
