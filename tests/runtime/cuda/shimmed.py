@@ -16,10 +16,11 @@ import numpy as np
 from blip2edge.runtime.cuda.kernel import KERNELS, THREADS, Kernel, Launch, module_source
 
 SHIM = Path(__file__).parent / "shim"
-ALIGNED = ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
-"""A load at an address that is no multiple of its size ends the process, as it ends a kernel on a GPU."""
+CHECKED = ("-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error")
+"""A load at an address that is no multiple of its size ends the process, as it ends a kernel on a GPU; so does an index
+behind the end of an array of a thread."""
 
-FLAGS = ("-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-w", *ALIGNED)
+FLAGS = ("-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-w", *CHECKED)
 FAULTS = {1: "deadlock: not all threads reach a barrier", 2: "writes behind its shared memory", 3: "bad launch"}
 FORWARD, REVERSED, RANDOM = 0, 1, 7
 """Orders of the threads; from 2 on, the seed of a random order."""
