@@ -98,8 +98,9 @@ def test_a_fault_of_our_own_code_is_not_hidden_by_the_guard(tmp_path: Path) -> N
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(fields, "MAX_ITEMS", None)
-        hidden = own_fault(refused(lambda: fields.any_object({}, "")))
-    assert hidden.startswith("hidden by the guard: TypeError at fields.py:")
+        found = refused(lambda: fields.any_object({}, ""))
+    hidden = own_fault(found)
+    assert hidden.startswith("hidden by the guard: TypeError at fields.py:"), (found.__cause__, fields.__file__)
     assert not own_fault(refused(lambda: parse_json("[")))
     empty: dict[str, int] = {}
     assert not own_fault(refused(lambda: empty["a test's own"]))
